@@ -1,0 +1,161 @@
+"""Reorder the experts of a layer: expert weights, router rows and selection biases move together.
+
+`order[new] = old`: position `new` holds what expert `old` was. The model computes the same function, so a permuted
+checkpoint is stock and logit-equivalent; only *which device* holds an expert changes when devices own contiguous blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from moekit.anatomy.layout import DiskLayout, find_expert_tensors
+from moekit.anatomy.probe import MoELayer, ask_router, find_moe_layers
+from moekit.errors import BadConfig, UnsupportedModel
+
+PROBE_ROWS = 64
+
+
+def check_order(order: Sequence[int], experts: int, layer: int) -> None:
+    """Refuse what is no permutation of 0..E-1.
+
+    Raises:
+        BadConfig: naming the layer.
+    """
+    if sorted(order) != list(range(experts)):
+        raise BadConfig(
+            f"the order of {len(order)} entries is no permutation of the {experts} experts",
+            layer=layer,
+            hint="a placement must name each expert exactly once; was it made for another model?",
+        )
+
+
+def expert_axis(name: str, shape: Sequence[int], experts: int) -> int | None:
+    """Dimension of a router tensor that counts experts; None if there is none.
+
+    The first matching dimension: router matrices are [E, H] (rows are experts also where H = E), biases [E] or [1, E].
+    """
+    if "shared" in name:
+        return None
+    return next((axis for axis, size in enumerate(shape) if size == experts), None)
+
+
+@torch.no_grad()
+def _reorder(tensor: torch.Tensor, axis: int, index: torch.Tensor) -> None:
+    tensor.copy_(tensor.index_select(axis, index.to(tensor.device)))
+
+
+def _permute_layer(layer: MoELayer, order: Sequence[int]) -> None:
+    index = torch.tensor(order)
+    count = layer.geometry.experts
+    for tensor in (*layer.experts._parameters.values(), *layer.experts._buffers.values()):
+        if tensor is not None and tensor.dim() > 0 and tensor.shape[0] == count:
+            _reorder(tensor, 0, index)
+    for name, tensor in _router_tensors(layer.require_router()):
+        axis = expert_axis(name, tensor.shape, count)
+        if axis is not None:
+            _reorder(tensor, axis, index)
+
+
+def _router_tensors(router: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from router.named_parameters()
+    yield from router.named_buffers()
+
+
+def permute_experts(model: nn.Module, orders: Mapping[int, Sequence[int]]) -> None:
+    """Reorder experts in place, and prove on random hidden states that the routers still choose the same experts.
+
+    Args:
+        model: live model; routing policies must be detached first (their lists are permuted with their plan).
+        orders: decoder layer -> order, `order[new] = old`; layers not named stay as they are.
+
+    Raises:
+        BadConfig: an order is no permutation, or names a layer that is no MoE layer.
+        UnsupportedModel: after reordering a router would choose differently (expert groups were torn apart). The
+            layer is restored before the error.
+    """
+    layers = {layer.index: layer for layer in find_moe_layers(model)}
+    for index in orders:
+        if index not in layers:
+            raise BadConfig(f"layer {index} is no MoE layer; there are {sorted(layers)}", layer=index)
+        check_order(orders[index], layers[index].geometry.experts, index)
+    for index, order in orders.items():
+        layer = layers[index]
+        router = layer.require_router()
+        like = next(router.parameters())
+        generator = torch.Generator().manual_seed(0)
+        hidden_TH = torch.randn(PROBE_ROWS, layer.geometry.hidden, generator=generator).to(like)
+        before = ask_router(router, hidden_TH)
+        _permute_layer(layer, order)
+        after = ask_router(router, hidden_TH)
+        if before is None or after is None or not _same_choice(before[2], after[2], order):
+            _permute_layer(layer, inverse(order))
+            raise UnsupportedModel(
+                "reordering these experts would change which of them the router chooses",
+                layer=index,
+                hint="the family limits choices to expert groups: keep each group together in the placement",
+            )
+
+
+def _same_choice(before_TK: torch.Tensor, after_TK: torch.Tensor, order: Sequence[int]) -> bool:
+    named_TK = torch.tensor(order, device=after_TK.device)[after_TK]
+    return torch.equal(named_TK.sort(dim=-1).values, before_TK.sort(dim=-1).values)
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """`inverse(order)[old] = new`."""
+    result = [0] * len(order)
+    for new, old in enumerate(order):
+        result[old] = new
+    return result
+
+
+def permute_checkpoint(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    layout: DiskLayout,
+    counts: Mapping[int, int],
+    orders: Mapping[int, Sequence[int]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Reorder experts while streaming a checkpoint: split experts are renamed, stacked ones and routers reindexed.
+
+    Args:
+        tensors: (name, tensor) pairs, as `Checkpoint.stream` yields them; one at a time is held.
+        layout: `find_expert_tensors` of all names.
+        counts: decoder layer -> E.
+        orders: decoder layer -> order, `order[new] = old`.
+
+    Yields:
+        (name, tensor) pairs of the permuted checkpoint. Prove the result with `moekit check` or `permute_experts`,
+        which also notices groups torn apart.
+
+    Raises:
+        BadConfig: an order is no permutation.
+    """
+    for layer, order in orders.items():
+        check_order(order, counts[layer], layer)
+    experts = {t.name: t for group in layout.experts.values() for t in group}
+    layer_of = {name: layout.experts[block][0].layer for block, names in layout.others.items() for name in names}
+    for name, tensor in tensors:
+        expert = experts.get(name)
+        layer = expert.layer if expert else layer_of.get(name)
+        if layer is None or layer not in orders:
+            yield name, tensor
+        elif expert is not None and expert.expert is not None:
+            new = inverse(orders[layer])[expert.expert]
+            head, tail = f"{expert.block}.experts.", name[len(f"{expert.block}.experts.{expert.expert}") :]
+            yield f"{head}{new}{tail}", tensor
+        else:
+            axis = 0 if expert is not None else expert_axis(name, tensor.shape, counts[layer])
+            yield name, tensor if axis is None else tensor.index_select(axis, torch.tensor(orders[layer]))
+
+
+def expert_counts(shapes: Mapping[str, Sequence[int]]) -> dict[int, int]:
+    """Decoder layer -> E, from the names and shapes of a checkpoint's tensors."""
+    layout = find_expert_tensors(shapes)
+    counts: dict[int, int] = {}
+    for block, group in layout.experts.items():
+        split = layout.count(block)
+        counts[group[0].layer] = split if split is not None else shapes[group[0].name][0]
+    return counts

@@ -1,0 +1,23 @@
+"""Routing policies: how a token chooses experts. One file per method."""
+
+from moekit._lazy import attach
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "Gate": "gate",
+        "GateSpec": "gate",
+        "identify_gate": "gate",
+        "PlanInputs": "policy",
+        "RoutingPolicy": "policy",
+        "RoutingPlan": "plan",
+        "plan_routing": "plan",
+        "active_policy": "attach",
+        "apply_plan": "attach",
+        "attach_policy": "attach",
+        "detach_policy": "attach",
+        "C2R": "c2r",
+        "TopK": "topk",
+        "partner_lists": "c2r",
+    },
+)
