@@ -96,6 +96,17 @@ class C2R(RoutingPolicy):
             raise ValueError("top_t belongs to list mode; device mode takes max_devices")
         return self
 
+    @classmethod
+    def examples(cls, geometry: Geometry) -> Sequence[RoutingPolicy]:
+        """Strictest and loosest lists, both weights, and one device a token."""
+        strict = max(geometry.top_k - 1, 1)
+        return [
+            cls(top_t=strict),
+            cls(top_t=strict, weights="selected"),
+            cls(top_t=geometry.experts - 1),
+            cls(mode="device"),
+        ]
+
     def check(self, geometry: Geometry, layer: int) -> None:
         """Refuse T outside [K-1, E-1]: T = E would choose the first expert twice."""
         if self.top_t is None:

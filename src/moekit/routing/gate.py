@@ -91,6 +91,16 @@ def sparsemixer_weights(logits_TE: Tensor, indices_TK: Tensor, jitter: float) ->
     return torch.cat(weights, dim=1)
 
 
+def repeated_argmax(scores_TE: Tensor, top_k: int) -> Tensor:
+    """The K best by taking the best K times, as PhiMoE does; differs from `topk` in which of two equals comes first."""
+    indices = []
+    for _ in range(top_k):
+        best_T1 = scores_TE.max(dim=-1, keepdim=True).indices
+        indices.append(best_T1)
+        scores_TE = scores_TE.scatter(1, best_T1, float("-inf"))
+    return torch.cat(indices, dim=1)
+
+
 class Gate:
     """A router's gate, bound to that router for its selection bias.
 
@@ -150,6 +160,8 @@ class Gate:
             if self.spec.groups > 1:
                 selection_TE = selection_TE.clamp(min=floor_TE)
             selection_TE = selection_TE.masked_fill(~allowed_TE, float("-inf"))
+        if self.spec.scoring == "sparsemixer":
+            return repeated_argmax(selection_TE, self.spec.top_k)
         return selection_TE.topk(self.spec.top_k, dim=-1, sorted=self.spec.sorted).indices
 
     def weigh(self, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:

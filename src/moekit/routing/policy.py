@@ -43,6 +43,11 @@ class RoutingPolicy(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @classmethod
+    def examples(cls, geometry: Geometry) -> Sequence[RoutingPolicy]:
+        """Settings that the generic tests try on a layer of this geometry; the defaults, unless fields are required."""
+        return [cls()]
+
     def check(self, geometry: Geometry, layer: int) -> None:
         """Refuse knobs that are impossible for this layer.
 

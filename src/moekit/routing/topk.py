@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pydantic import Field
@@ -25,6 +25,11 @@ class TopK(RoutingPolicy):
     """
 
     top_k: int | None = Field(default=None, ge=1, description="experts a token; None keeps the model's own K")
+
+    @classmethod
+    def examples(cls, geometry: Geometry) -> Sequence[RoutingPolicy]:
+        """The model's own K, and one expert a token."""
+        return [cls(), cls(top_k=1)]
 
     def check(self, geometry: Geometry, layer: int) -> None:
         """Refuse more choices than experts."""
