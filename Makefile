@@ -1,0 +1,61 @@
+# Needs Python 3.11 or newer and make; everything else goes into .venv, once.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# One thread per test worker: two workers with one thread each beat one worker with two.
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint format test test-all demo bench docs serve-docs clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# torch goes first and alone: it is by far the largest, and what follows finds it there and takes no other build.
+$(VENV)/.run: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (once, up to three minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) -e '.[demo,data,eval,train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "adding what tests and checks need"
+	@$(PIP) -e '.[dev,docs]'
+	@touch $@
+
+install: $(VENV)/.dev ## set up .venv with everything
+
+lint: $(VENV)/.dev ## ruff, format check, mypy --strict, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## let ruff fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(VENV)/.dev ## all tests but the slow ones
+	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-all: $(VENV)/.dev ## all tests, the slow ones too
+	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS)
+
+demo: $(VENV)/.run ## the whole way on a real model: runs/demo/report.html
+	$(BIN)/moekit run recipes/c2r-demo.yaml
+
+bench: $(VENV)/.dev ## every benchmark, printed
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+docs: $(VENV)/.dev ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+serve-docs: $(VENV)/.dev ## the documentation at a local address
+	$(BIN)/mkdocs serve
+
+clean: ## remove what make made (the download cache and runs/ stay)
+	rm -rf $(VENV) site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

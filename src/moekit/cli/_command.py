@@ -1,0 +1,141 @@
+"""Making commands: the common options are added once, here, and a method's options come from its pydantic fields."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moekit.cli._options import option_parameters, read_options
+from moekit.cli._terminal import Terminal
+
+if TYPE_CHECKING:
+    from moekit.catalogue import MethodRecord
+
+    Command = Any
+
+_EVERYWHERE = "Everywhere"
+
+
+def _common() -> list[inspect.Parameter]:
+    def flag(name: str, kind: Any, default: Any, *names: str, text: str) -> inspect.Parameter:
+        option = typer.Option(*names, help=text, rich_help_panel=_EVERYWHERE)
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+        )
+
+    return [
+        flag(
+            "dry_run", bool, False, "--dry-run", text="Say what would be read, written and needed, in bytes, and stop."
+        ),
+        flag("json", bool, False, "--json", text="Answer with one JSON object on stdout."),
+        flag("seed", int, 0, "--seed", text="Seed of everything random; the same seed gives the same result."),
+        flag("quiet", bool, False, "--quiet", "-q", text="No progress and no tables; warnings and errors still show."),
+        flag("debug", bool, False, "--debug", text="Show the traceback of an error."),
+        flag(
+            "home", Path | None, None, "--home", text="Folder for downloads (default: $MOEKIT_HOME or ~/.cache/moekit)."
+        ),
+    ]
+
+
+def build_command(
+    function: Callable[..., None],
+    *,
+    examples: Sequence[str],
+    name: str | None = None,
+    help: str | None = None,
+    extra: Sequence[inspect.Parameter] = (),
+) -> Command:
+    """Turn `function(terminal, ...)` into a command with the common options.
+
+    Args:
+        function: its first parameter receives the `Terminal`; the others become arguments and options.
+        examples: shown under --help, one command line each.
+        name: the command's name; the function's by default.
+        help: help text; the function's docstring by default.
+        extra: further parameters, handed to the function by keyword.
+    """
+    common = _common()
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    own = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *extra)]
+    shared = {parameter.name for parameter in common}
+
+    def call(**values: Any) -> None:
+        terminal = Terminal(**{key: values.pop(key) for key in shared})
+        function(terminal, **values)
+        terminal.close()
+
+    call.__signature__ = inspect.Signature([*keyword_only, *common])  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in (*keyword_only, *common)}
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    app.command(
+        name=name or function.__name__.replace("_", "-"),
+        help=help or inspect.getdoc(function),
+        epilog=_examples(examples),
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )(call)
+    return typer.main.get_command(app)
+
+
+def _examples(lines: Sequence[str]) -> str:
+    head = "Example:" if len(lines) == 1 else "Examples:"
+    # A blank line between them: rich joins lines of one paragraph.
+    return "\n\n".join([head, *(line.replace("[", "\\[") for line in lines)])
+
+
+class MethodGroup(TyperGroup):
+    """A command with one sub-command per method of a kind, our own and those of other packages."""
+
+
+def build_method_group(
+    kind: str,
+    function: Callable[..., None],
+    *,
+    help: str,
+    example: Callable[[MethodRecord], str],
+) -> Command:
+    """Make `moekit COMMAND METHOD ...` for every method of a kind.
+
+    Args:
+        kind: the catalogue's kind.
+        function: `function(terminal, method, settings, ...)`; `settings` are the method's own options that were given.
+        help: help text of the group.
+        example: a command line for a method's --help.
+    """
+    from moekit import catalogue
+
+    group = MethodGroup(name=function.__name__, help=help, no_args_is_help=True, rich_markup_mode="rich")
+    group.context_settings = {"help_option_names": ["-h", "--help"]}
+    for record in catalogue.methods(kind):
+        group.add_command(_method_command(record, function, example(record)), record.name)
+    return group
+
+
+def _method_command(record: MethodRecord, function: Callable[..., None], example: str) -> Command:
+    own = {p.name for p in list(inspect.signature(function, eval_str=True).parameters.values())}
+    extra = option_parameters(record.cls, taken=own | {p.name for p in _common()})
+
+    def call(terminal: Terminal, **values: Any) -> None:
+        given = {key: values.pop(key) for key in [p.name for p in extra]}
+        function(terminal, method=record.name, settings=read_options(record.cls, given), **values)
+
+    hidden = ("method", "settings")
+    signature = inspect.signature(function, eval_str=True)
+    kept = [p for p in signature.parameters.values() if p.name not in hidden]
+    call.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    return build_command(call, examples=[example], name=record.name, help=method_help(record), extra=extra)
+
+
+def method_help(record: MethodRecord) -> str:
+    """A method's help text, from its record."""
+    facts = [f"Paper: {record.paper}." if record.paper else "", f"Changes: {record.changes}."]
+    facts.append("The result loads in stock transformers." if record.stock else "The result needs moekit.load.")
+    if record.needs:
+        facts.append(f"Needs these statistics of the trace: {', '.join(record.needs)}.")
+    limits = "\n\n".join(f"Limit: {limit}" for limit in record.limits)
+    return "\n\n".join(part for part in (record.doc, " ".join(filter(None, facts)), limits) if part)

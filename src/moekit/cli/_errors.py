@@ -1,0 +1,150 @@
+"""One readable message and an exit code for everything that can go wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import signal
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from moekit.errors import BadConfig, Interrupted, MoekitError, OutOfBudget
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+USAGE = 2
+RESOURCES = OutOfBudget.exit_code
+INTERRUPTED = Interrupted.exit_code
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a user is told of a failure."""
+
+    kind: str
+    message: str
+    hint: str | None
+    exit_code: int
+
+
+def config_error(error: ValidationError, where: str = "") -> BadConfig:
+    """Say with the path of each key what pydantic found.
+
+    Args:
+        error: pydantic's list of faults.
+        where: what was being read, such as the name of a method.
+    """
+    lines = []
+    for fault in error.errors(include_url=False):
+        path = ".".join(str(part) for part in fault["loc"]) or "value"
+        given = "" if fault["type"] in ("missing", "extra_forbidden") else f" (given: {_short(fault.get('input'))})"
+        lines.append(f"{path}: {fault['msg']}{given}")
+    head = f"{where}: " if where else ""
+    return BadConfig(head + "; ".join(lines), hint="--help lists every option with its unit and bounds")
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # torch's error classes are looked up without importing torch: where it was never imported it cannot have raised.
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError):
+        return True
+    if torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ())):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+def _of_system(error: OSError) -> Explanation:
+    name = error.strerror or str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Explanation("OutOfBudget", f"{where}{name}", "free some space or choose another folder", RESOURCES)
+    if isinstance(
+        error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError | FileExistsError
+    ):
+        return Explanation("BadConfig", f"{where}{name}", "check the path and its permissions", USAGE)
+    return Explanation(type(error).__name__, f"{where}{name}", None, 1)
+
+
+def understand(error: BaseException) -> Explanation:
+    """Name a failure and its exit code."""
+    if isinstance(error, MoekitError):
+        text, _, _ = str(error).partition("\n  -> ")
+        return Explanation(type(error).__name__, text, error.hint, error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+        hint = "nothing is half-written; the same command starts over, `moekit run` goes on"
+        return Explanation("Interrupted", "interrupted", hint, INTERRUPTED)
+    if _out_of_memory(error):
+        hint = "use a smaller batch or sequence, or a machine with more memory; `moekit estimate` says what is needed"
+        return Explanation("OutOfBudget", f"out of memory: {error}".rstrip(": "), hint, RESOURCES)
+    if hasattr(error, "format_message"):  # typer's own usage errors
+        command = getattr(getattr(error, "ctx", None), "command_path", "moekit")
+        return Explanation(
+            "usage", error.format_message(), f"{command} --help shows every option and an example", USAGE
+        )
+    if type(error).__name__ == "ValidationError" and type(error).__module__.startswith("pydantic"):
+        return understand(config_error(error))  # type: ignore[arg-type]
+    if isinstance(error, OSError):
+        return _of_system(error)
+    hint = "this is a fault of moekit or of a library under it: --debug shows where"
+    return Explanation(type(error).__name__, str(error) or "no message", hint, 1)
+
+
+def explain(error: BaseException, *, debug: bool = False, as_json: bool = False) -> int:
+    """Print what happened on stderr (and as JSON on stdout where asked) and return the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(getattr(error, "format_message", lambda: "")(), file=sys.stderr)
+        return USAGE
+    told = understand(error)
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    _print_error(told)
+    if as_json:
+        fields = {key: getattr(error, key, None) for key in ("file", "layer", "expert")}
+        body = {"type": told.kind, "message": told.message, "hint": told.hint, "exit_code": told.exit_code, **fields}
+        print(json.dumps({"error": body}))
+    return told.exit_code
+
+
+def _print_error(told: Explanation) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), told.message))
+    if told.hint:
+        console.print(Text.assemble(("  -> ", "dim"), told.hint))
+
+
+def install_signals() -> None:
+    """Let a polite kill end a command as Ctrl-C does: clean up, then 130."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def show_warnings() -> None:
+    """Print warnings and log records of warning level as one line each on stderr."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("moekit").addHandler(handler)

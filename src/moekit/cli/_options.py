@@ -1,0 +1,134 @@
+"""Command-line options from the pydantic fields of a method, with their units and bounds."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+
+from moekit.errors import BadConfig
+
+
+def fields_of(cls: type) -> dict[str, Any]:
+    """The pydantic fields of a method's class, or none."""
+    fields = getattr(cls, "model_fields", {})
+    return dict(fields)
+
+
+def option_parameters(cls: type, taken: Collection[str] = ()) -> list[inspect.Parameter]:
+    """One keyword parameter per field, to be handed to typer.
+
+    Args:
+        cls: a pydantic model.
+        taken: names that the command uses itself; a field of such a name gets the prefix `method_`.
+
+    Returns:
+        Parameters whose default is None where the field has one, so that pydantic's own default holds.
+    """
+    parameters = []
+    for name, field in fields_of(cls).items():
+        kind = _cli_type(field.annotation)
+        flag = name.replace("_", "-")
+        safe = f"method_{name}" if name in taken else name
+        names = (f"--method-{flag}",) if name in taken else (f"--{flag}",)
+        if kind is bool:
+            names = (f"{names[0]}/--no-{names[0][2:]}",)
+        option = typer.Option(*names, help=describe(field), rich_help_panel="Method", show_default=False)
+        required = field.is_required()
+        annotation: Any = Annotated[kind if required else typing.Optional[kind], option]  # noqa: UP045
+        default = inspect.Parameter.empty if required else None
+        parameters.append(
+            inspect.Parameter(safe, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return parameters
+
+
+def read_options(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Field values from what typer read; options that were not given are left out.
+
+    Raises:
+        BadConfig: a structured value is no YAML.
+    """
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.removeprefix("method_") if key not in fields_of(cls) else key
+        if value is None:
+            continue
+        structured = isinstance(value, str) and _cli_type(fields_of(cls)[name].annotation) is str
+        values[name] = parse_value(value, option=name) if structured and not _is_text(cls, name) else value
+    return values
+
+
+def parse_value(text: str, option: str = "") -> Any:
+    """A value as YAML reads it: numbers, lists, mappings, text.
+
+    Raises:
+        BadConfig: the text is not YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadConfig(
+            f"--{option.replace('_', '-')}: {text!r} cannot be read", hint="give it as YAML, e.g. [1, 2]"
+        ) from error
+
+
+def describe(field: Any) -> str:
+    """A field's help: description, bounds and default."""
+    bounds = []
+    for rule in field.metadata:
+        for attribute, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("multiple_of", "multiple of")):
+            value = getattr(rule, attribute, None)
+            if value is not None:
+                bounds.append(f"{sign} {value:g}" if isinstance(value, int | float) else f"{sign} {value}")
+    parts = [field.description or ""]
+    if bounds:
+        parts.append(f"({', '.join(bounds)})")
+    if not field.is_required():
+        default = field.get_default(call_default_factory=False)
+        if default is not None:
+            parts.append(f"(default: {default})")
+    return " ".join(part for part in parts if part)
+
+
+def type_name(annotation: Any) -> str:
+    """A type as a reader wants it: `int`, `one of list, device`."""
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(annotation)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("nothing" if a is type(None) else type_name(a) for a in typing.get_args(annotation))
+    if origin is Annotated:
+        return type_name(typing.get_args(annotation)[0])
+    if origin is not None:
+        return str(annotation).replace("typing.", "")
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _cli_type(annotation: Any) -> Any:
+    """The type that typer is told: simple ones as they are, all others as text in YAML."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _cli_type(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        kinds = [_cli_type(a) for a in typing.get_args(annotation) if a is not type(None)]
+        return kinds[0] if len(kinds) == 1 else str
+    if origin is Literal and all(isinstance(a, str) for a in typing.get_args(annotation)):
+        return annotation
+    return annotation if annotation in (int, float, bool, str) else str
+
+
+def _is_text(cls: type, name: str) -> bool:
+    """Whether a field takes text as it is, so that `--note 1` stays text."""
+    annotation = fields_of(cls)[name].annotation
+    kinds = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
+    return all(kind in (str, type(None)) for kind in kinds)

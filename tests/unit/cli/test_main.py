@@ -1,0 +1,89 @@
+"""The command line as a whole: help, laziness, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moekit.cli.main import COMMANDS
+
+HEAVY = ("torch", "transformers", "numpy", "scipy", "sklearn", "matplotlib")
+
+
+def moekit(*args: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from moekit.cli.main import main; main()", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)  # type: ignore[call-overload]
+
+
+def test_help_names_every_command() -> None:
+    done = moekit("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "statement", ["import moekit", "import moekit.cli.main", "from moekit.cli.main import main; main(['--help'])"]
+)
+def test_nothing_heavy_is_imported_for_help(statement: str) -> None:
+    check = f"import sys; print([m for m in {HEAVY!r} if m in sys.modules])"
+    code = f"try:\n    exec({statement!r})\nexcept SystemExit: pass\n{check}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (("--nonsense",), 2, "No such option"),
+        (("proflie",), 2, "Did you mean 'profile'"),
+        (("methods", "nonsense"), 2, "no method is of the kind"),
+        (("methods", "--markdwon"), 2, "No such option"),
+    ],
+)
+def test_a_users_mistake_is_one_message(args: tuple[str, ...], code: int, words: str) -> None:
+    done = moekit(*args)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    done = moekit()
+    assert done.returncode == 2
+    assert "profile" in done.stdout
+
+
+def test_json_holds_the_error_too() -> None:
+    done = moekit("methods", "nonsense", "--json")
+    error = json.loads(done.stdout)["error"]
+    assert error["type"] == "BadConfig"
+    assert error["exit_code"] == 2
+    assert "routing" in error["hint"]
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = moekit("methods", "nonsense", "--debug")
+    assert "Traceback" in done.stderr
+    assert done.returncode == 2
+
+
+def test_methods_lists_c2r() -> None:
+    done = moekit("methods", "--json")
+    records = {(r["kind"], r["name"]): r for r in json.loads(done.stdout)["methods"]}
+    assert records["routing", "c2r"]["paper"] == "arXiv:2504.01337"
+    assert "top_t" in records["routing", "c2r"]["options"]
+
+
+def test_version() -> None:
+    from moekit import __version__
+
+    assert moekit("--version").stdout.strip() == __version__
+
+
+def test_every_command_has_a_module() -> None:
+    folder = Path(sys.modules["moekit.cli.main"].__file__ or "").parent
+    assert {file.stem for file in folder.glob("[a-z]*.py")} - {"main"} == set(COMMANDS)
