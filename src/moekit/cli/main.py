@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperCommand, TyperGroup
 
@@ -88,10 +88,10 @@ def build() -> LazyGroup:
         add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
     )
 
-    version = typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and leave.")
+    show = typer.Option(False, "--version", is_eager=True, callback=_show_version, help="Print the version and leave.")
 
     @app.callback(cls=LazyGroup, help=HELP, no_args_is_help=True)
-    def root(show: Annotated[bool, version] = False) -> None: ...
+    def root(version: bool = show) -> None: ...
 
     group = typer.main.get_group(app)
     assert isinstance(group, LazyGroup)

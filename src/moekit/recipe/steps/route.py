@@ -1,0 +1,78 @@
+"""`use: route`: plan a routing policy from a trace, and write it as a plan or as a model that routes by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from moekit.recipe.inputs import model_item, open_model, save_changed
+from moekit.recipe.plan import Forecast, Item, Sizes
+from moekit.recipe.steps.base import ModelRef, PlacementRef, Step, TraceRef, Workplace
+
+
+class RouteStep(Step):
+    """Let a routing policy (`moekit methods routing`) plan every layer."""
+
+    use: Literal["route"] = "route"
+    model: ModelRef = Field(description="MoE: folder or hub id")
+    method: str = Field(description="policy; see moekit methods routing")
+    settings: dict[str, Any] = Field(default_factory=dict, description="the policy's own options")
+    trace: TraceRef | None = Field(default=None, description="trace of this model, for policies that need statistics")
+    placement: PlacementRef | None = Field(default=None, description="placement file, for policies that need devices")
+    write: Literal["plan", "model"] = Field(default="plan", description="write the plan alone, or a model with it")
+
+    def forecast(self, out: Path, sizes: Sizes) -> Forecast:
+        """A plan is small; a model is as large as its parent."""
+        model = model_item(self.model, sizes)
+        others = [sizes.item(path) for path in (self.trace, self.placement) if path is not None]
+        written = model.nbytes if self.write == "model" else 1 << 20
+        return Forecast((model, *others), (Item(str(out), written),), disk=written, memory=model.nbytes)
+
+    def run(self, work: Workplace) -> dict[str, Any]:
+        """Plan and write."""
+        from moekit import catalogue
+        from moekit.anatomy import find_moe_layers
+        from moekit.checkpoint import fingerprint_model
+        from moekit.placement import Placement
+        from moekit.recipe.methods import make
+        from moekit.routing import plan_routing
+        from moekit.trace import Trace
+
+        record = catalogue.get("routing", self.method)
+        policy = make(record, self.settings)
+        model, tokenizer = open_model(self.model, progress=work.progress)
+        fingerprint = fingerprint_model(model)
+        statistics = trace_hash = None
+        if self.trace is not None:
+            trace = Trace.load(self.trace)
+            trace.check_model(fingerprint)
+            statistics, trace_hash = statistics_of(trace, record.needs), trace.hash
+        placed = None if self.placement is None else Placement.load(self.placement)
+        plan = plan_routing(
+            find_moe_layers(model),
+            policy,
+            self.method,
+            statistics,
+            devices=None if placed is None else placed.layers,
+            fingerprint=fingerprint,
+            trace=trace_hash or "",
+            progress=work.progress,
+        )
+        if self.write == "plan":
+            plan.save(work.out, overwrite=True)
+        else:
+            plan.apply(model, fingerprint=fingerprint)
+            save_changed(model, tokenizer, work, parent=self.model, config=self.settings, plan_hash=plan.hash)
+        return {
+            "method": self.method,
+            "settings": plan.header.config,
+            "plan": plan.hash,
+            "layers": len(plan.header.layers),
+        }
+
+
+def statistics_of(trace: Any, needs: tuple[str, ...]) -> dict[int, dict[str, Any]]:
+    """The statistics of a trace that a method declares to need, by layer and name."""
+    return {layer: {name: trace.statistic(layer, name) for name in needs} for layer in trace.meta.layers}
