@@ -1,0 +1,118 @@
+"""Every routing policy on every family, in memory and through a saved folder.
+
+A policy of another package joins by being registered: its `examples` are tried here without a line of test code.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import moekit
+from moekit import catalogue
+from moekit.anatomy import find_moe_layers
+from moekit.routing import RoutingPlan, RoutingPolicy, active_policy, detach_policy, plan_routing
+from tests.families import EXPERTS, FAMILIES, TOP_K, build, logits, tokens
+
+METHODS = [record.name for record in catalogue.methods("routing")]
+
+
+def plans(model: PreTrainedModel, method: str) -> list[tuple[RoutingPolicy, RoutingPlan]]:
+    """A plan for each example of a method, from random statistics and two devices a layer."""
+    layers = find_moe_layers(model)
+    generator = torch.Generator().manual_seed(0)
+    counts = {layer.index: torch.randint(0, 50, (EXPERTS, EXPERTS), generator=generator) for layer in layers}
+    statistics = {
+        index: {"coactivation": c + c.T, "load": c.sum(0), "gate_mass": c.sum(0).float()} for index, c in counts.items()
+    }
+    devices = {layer.index: [e % 2 for e in range(EXPERTS)] for layer in layers}
+    policies = catalogue.get("routing", method).cls.examples(layers[0].geometry)
+    return [(p, plan_routing(layers, p, method, statistics, devices=devices)) for p in policies]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_policy_routes_trains_and_generates(method: str, family: str) -> None:
+    model = build(family)
+    stock = logits(model)
+    for policy, plan in plans(model, method):
+        plan.apply(model)
+        assert active_policy(model) is not None
+        for layer in find_moe_layers(model):
+            _check_choices(layer.require_router(), layer.geometry.hidden)
+        assert set(model.state_dict()) == set(build(family).state_dict()), "a policy must not change parameter names"
+        _check_gradients(model)
+        generated = model.generate(tokens(1), max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert generated.shape[1] <= tokens(1).shape[1] + 3
+        twin = copy.deepcopy(model)
+        detach_policy(model)
+        assert torch.equal(logits(model), stock), f"{policy!r} left something behind"
+        plan.apply(model)
+        assert torch.equal(logits(twin), logits(model)), "a deep copy must route alike"
+        detach_policy(model)
+
+
+def _check_choices(router: torch.nn.Module, hidden: int) -> None:
+    x_TH = torch.randn(50, hidden, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        logits_TE, weights_TK, indices_TK = router(x_TH)
+    assert logits_TE.shape == (50, EXPERTS)
+    assert weights_TK.shape == indices_TK.shape
+    assert 1 <= indices_TK.shape[1] <= max(TOP_K, indices_TK.shape[1])
+    assert bool(((indices_TK >= 0) & (indices_TK <= EXPERTS)).all())
+    assert bool(torch.isfinite(weights_TK).all())
+    assert bool((weights_TK[indices_TK == EXPERTS] == 0).all())
+    real = [[e for e in row if e != EXPERTS] for row in indices_TK.tolist()]
+    assert all(len(set(row)) == len(row) for row in real)
+
+
+def _check_gradients(model: PreTrainedModel) -> None:
+    model.zero_grad()
+    ids = tokens()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for layer in find_moe_layers(model):
+        gradients = [p.grad for p in layer.require_router().parameters() if p.grad is not None]
+        assert gradients, "no gradient reaches the router"
+        assert all(bool(torch.isfinite(g).all()) for g in gradients)
+        assert any(bool((p.grad != 0).any()) for p in layer.experts.parameters() if p.grad is not None)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_policy_comes_back_and_stock_transformers_still_opens_the_folder(
+    method: str, family: str, tmp_path: Path
+) -> None:
+    model = build(family)
+    stock = logits(model)
+    _, plan = plans(model, method)[0]
+    plan.apply(model)
+    routed = logits(model)
+    moekit.save(model, tmp_path / "out")
+    assert torch.equal(logits(moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu").eval()), routed)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert torch.equal(logits(opened), stock)
+    plain = moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu", policy=False).eval()
+    assert torch.equal(logits(plain), stock)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_loosest_list_starts_from_bit_equal_logits(family: str) -> None:
+    model = build(family)
+    stock = logits(model)
+    (plan,) = [plan for policy, plan in plans(model, "c2r") if getattr(policy, "top_t", None) == EXPERTS - 1]
+    plan.apply(model)
+    assert torch.equal(logits(model), stock)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_constraint_changes_the_logits(family: str) -> None:
+    model = build(family)
+    stock = logits(model)
+    _, plan = plans(model, "c2r")[0]
+    plan.apply(model)
+    assert not torch.equal(logits(model), stock)
