@@ -1,7 +1,7 @@
 """Reorder the experts of a layer: expert weights, router rows and selection biases move together.
 
 `order[new] = old`: position `new` holds what expert `old` was. The model computes the same function, so a permuted
-checkpoint is stock and logit-equivalent; only *which device* holds an expert changes when devices own contiguous blocks.
+checkpoint is stock and logit-equivalent; where devices own contiguous blocks, it says *which device* holds an expert.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def permute_checkpoint(
             head, tail = f"{expert.block}.experts.", name[len(f"{expert.block}.experts.{expert.expert}") :]
             yield f"{head}{new}{tail}", tensor
         else:
-            axis = 0 if expert is not None else expert_axis(name, tensor.shape, counts[layer])
+            axis = expert_axis(name, tensor.shape, counts[layer]) if expert is None else 0
             yield name, tensor if axis is None else tensor.index_select(axis, torch.tensor(orders[layer]))
 
 

@@ -89,7 +89,7 @@ class MoELayer:
         """
         if self.router is None:
             raise UnsupportedModel(
-                f"the router beside {self.experts_name!r} does not return (logits [T, E], weights [T, K], indices [T, K])",
+                f"the router beside {self.experts_name!r} does not return (logits [T, E], weights [T, K], indices)",
                 layer=self.index,
                 hint="its routing can be traced (moekit profile), but not replaced",
             )

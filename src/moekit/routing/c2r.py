@@ -75,7 +75,7 @@ def allowed_devices(selection_TE: Tensor, device_E: Tensor, devices: int, limit:
 class C2R(RoutingPolicy):
     """Experts 2..K of a token come from the `top_t` favourite partners of its first expert.
 
-    With scores s over E experts and i* = argmax s, list mode chooses S = {i*} and the K-1 best of P_T(i*), the T experts
+    With scores s over E experts and i* = argmax s, list mode chooses i* and the K-1 best of P_T(i*), the T experts
     with the largest co-activation count C[i*, j]. Device mode chooses the K best experts of the device that holds i*
     (of the best `max_devices` devices), so that a token reaches that many devices by construction. Weights are the
     family's own for the chosen experts ("host"; Qwen variant: not renormalised where the family does not), or a
@@ -127,7 +127,9 @@ class C2R(RoutingPolicy):
         counts_EE = inputs.statistics.get("coactivation")
         if counts_EE is None:
             raise BadData(
-                "the trace has no co-activation counts", layer=inputs.layer, hint="profile again with them (the default)"
+                "the trace has no co-activation counts",
+                layer=inputs.layer,
+                hint="profile again with them (the default)",
             )
         return {"partners": partner_lists(counts_EE).to(torch.int16)}
 

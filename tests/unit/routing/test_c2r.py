@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -152,7 +154,7 @@ def test_allowed_pairs_are_nested_in_t(case: tuple[int, int, int]) -> None:
     experts, _, seed = case
     _, lists = random_case(experts, seed)
     masks = [allowed_partners(lists, top_t) for top_t in range(1, experts)]
-    assert all(bool((small <= large).all()) for small, large in zip(masks, masks[1:], strict=False))
+    assert all(bool((small <= large).all()) for small, large in itertools.pairwise(masks))
     assert bool(masks[-1].all())
 
 
