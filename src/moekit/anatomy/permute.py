@@ -139,16 +139,16 @@ def permute_checkpoint(
     layer_of = {name: layout.experts[block][0].layer for block, names in layout.others.items() for name in names}
     for name, tensor in tensors:
         expert = experts.get(name)
-        layer = expert.layer if expert else layer_of.get(name)
-        if layer is None or layer not in orders:
+        owner = expert.layer if expert else layer_of.get(name)
+        if owner is None or owner not in orders:
             yield name, tensor
         elif expert is not None and expert.expert is not None:
-            new = inverse(orders[layer])[expert.expert]
+            new = inverse(orders[owner])[expert.expert]
             head, tail = f"{expert.block}.experts.", name[len(f"{expert.block}.experts.{expert.expert}") :]
             yield f"{head}{new}{tail}", tensor
         else:
-            axis = expert_axis(name, tensor.shape, counts[layer]) if expert is None else 0
-            yield name, tensor if axis is None else tensor.index_select(axis, torch.tensor(orders[layer]))
+            axis = expert_axis(name, tensor.shape, counts[owner]) if expert is None else 0
+            yield name, tensor if axis is None else tensor.index_select(axis, torch.tensor(orders[owner]))
 
 
 def expert_counts(shapes: Mapping[str, Sequence[int]]) -> dict[int, int]:
