@@ -1,0 +1,63 @@
+"""`moekit.load` and `moekit.save`: the checkpoint functions, with everything registered that they may need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moekit import catalogue
+from moekit._progress import Progress
+from moekit.checkpoint import model as checkpoint_model
+from moekit.checkpoint.model import DEFAULT_SHARD_BYTES, load
+from moekit.checkpoint.record import Record
+from moekit.errors import UnsupportedModel
+from moekit.routing.attach import active_policy
+from moekit.routing.restore import policy_entry  # importing it registers what restores a policy on load
+
+__all__ = ["load", "save"]
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    record: Record,
+    extra_tensors: Mapping[str, Tensor] | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Record:
+    """Save a model as a stock folder with its record, card and, if one is attached, its routing policy.
+
+    Like `moekit.checkpoint.save`, which see; the policy that the model routes by goes into the record by itself.
+
+    Returns:
+        The record as written.
+    """
+    extra = dict(extra_tensors or {})
+    try:
+        active = active_policy(model) if record.policy is None else None
+    except UnsupportedModel:  # a dense model: nothing routes
+        active = None
+    if active is not None:
+        name = next(m.name for m in catalogue.methods("routing") if m.cls is type(active[0]))
+        found = policy_entry(model, name)
+        assert found is not None
+        entry, tensors = found
+        record = record.model_copy(update={"policy": entry})
+        extra.update(tensors)
+    return checkpoint_model.save(
+        model,
+        folder,
+        tokenizer=tokenizer,
+        record=record,
+        extra_tensors=extra,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )

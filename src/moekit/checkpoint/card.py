@@ -1,0 +1,101 @@
+"""The model card: base model, licence, how it was made, what loads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from moekit.checkpoint.hub import looks_like_hub_id
+from moekit.checkpoint.record import TENSORS_FILE, Record
+
+CARD_FILE = "README.md"
+_LICENCE = re.compile(r"^license:\s*(.+)$", re.MULTILINE)
+
+
+def licence_of(parent: str | None) -> str | None:
+    """The licence that a local parent's card states in its front matter."""
+    if not parent or not (Path(parent) / CARD_FILE).is_file():
+        return None
+    with (Path(parent) / CARD_FILE).open(encoding="utf-8", errors="replace") as file:
+        head = file.read(64_000)
+    front = head.split("---")[1] if head.startswith("---") and head.count("---") >= 2 else ""
+    match = _LICENCE.search(front)
+    return match.group(1).strip() if match else None
+
+
+def _front_matter(record: Record, licence: str | None) -> str:
+    lines = ["library_name: transformers", "tags:", "- moekit", "- mixture-of-experts"]
+    if record.parent and looks_like_hub_id(record.parent) and "/" in record.parent:
+        lines.append(f"base_model: {record.parent}")
+    if licence:
+        lines.append(f"license: {licence}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _settings(values: dict[str, Any]) -> list[str]:
+    rows = [f"| {key} | `{json.dumps(value, default=str)}` |" for key, value in values.items()]
+    return ["", "| setting | value |", "|---|---|", *rows] if rows else []
+
+
+def _sizes(record: Record, config: dict[str, Any]) -> str:
+    counts = record.expectations.experts
+    kinds = sorted(set(counts.values()))
+    experts = f"{kinds[0]}" if len(kinds) == 1 else f"{kinds[0]} to {kinds[-1]}" if kinds else "?"
+    return f"`{config.get('model_type', '?')}`, {len(counts)} MoE layers of {experts} routed experts."
+
+
+def _loading(record: Record) -> list[str]:
+    lines = [
+        "",
+        "## Loading",
+        "",
+        "A stock Hugging Face folder: `AutoModelForCausalLM.from_pretrained` opens it without moekit and without "
+        "remote code.",
+    ]
+    if record.policy:
+        lines += [
+            "",
+            f"It was made for the routing policy **{record.policy.name}**, kept in `moekit.json` and "
+            f"`{TENSORS_FILE}`. Only `moekit.load` restores that policy; stock transformers and vLLM route with the family's plain top-k, so "
+            "their outputs differ.",
+        ]
+    return lines
+
+
+def render(record: Record, config: dict[str, Any], licence: str | None = None) -> str:
+    """The text of the card.
+
+    Args:
+        record: how the checkpoint was made, expectations filled in.
+        config: its config.json.
+        licence: of the parent; derived weights stay under it.
+    """
+    made = [
+        "",
+        "## How it was made",
+        "",
+        f"With moekit {record.moekit}:",
+        "",
+        "```",
+        record.command,
+        "```",
+        "",
+        f"Base model: {record.parent or 'none (trained or built from scratch)'}. "
+        f"Licence: {licence or 'see the base model' if record.parent else licence or 'not stated'}. "
+        f"Seed: {'none' if record.seed is None else record.seed}.",
+        *_settings(record.config),
+    ]
+    limits = [
+        "",
+        "## Limits",
+        "",
+        "A changed model is not its base model: evaluate it on your own data before you rely on it. Whatever limits "
+        "and biases the base model has, this one has too.",
+        "",
+        f"Proof of integrity: `moekit check` compares every tensor with the digests in `moekit.json` "
+        f"(fingerprint `{(record.fingerprint or '')[:16]}`).",
+    ]
+    title = ["", "# A Mixture-of-Experts checkpoint made with moekit", "", _sizes(record, config)]
+    return "\n".join([_front_matter(record, licence), *title, *_loading(record), *made, *limits]) + "\n"

@@ -1,0 +1,291 @@
+"""What a checkpoint must hold, from its config alone: names, shapes and dtypes, before any weight is read.
+
+The config's model is built on the meta device, where tensors have shapes but no memory. Its own names (experts fused,
+transformers v5) and the names that transformers' conversion mapping turns them into (experts split, as on the hub) are
+both legal on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moekit.checkpoint.fingerprint import disk_state_dict, text_config
+from moekit.checkpoint.safety import FLOAT_DTYPES, TensorInfo
+from moekit.errors import BadCheckpoint, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moekit.checkpoint.folder import Checkpoint
+
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_WIDE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+# Buffers that old versions of transformers saved and newer ones compute.
+_HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.position_ids$")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Legal tensors of a config.
+
+    Attributes:
+        stock: name -> shape as `save_pretrained` writes them.
+        live: name -> shape in the live model.
+        target: stock name -> live name it becomes (part of).
+        rename: any name on disk -> (live name, whether a converter gathers it).
+        optional: patterns of names that transformers ignores.
+    """
+
+    stock: dict[str, tuple[int, ...]]
+    live: dict[str, tuple[int, ...]]
+    target: dict[str, str]
+    rename: Callable[[str], tuple[str, bool]]
+    optional: tuple[re.Pattern[str], ...]
+
+    def ignored(self, name: str) -> bool:
+        """Whether transformers ignores a surplus tensor of this name."""
+        return any(pattern.search(name) for pattern in self.optional)
+
+
+@dataclass
+class Differences:
+    """How the tensors on disk differ from the layout."""
+
+    missing: list[str] = field(default_factory=list)
+    surplus: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.surplus or self.shapes or self.dtypes)
+
+
+def _bounded(checkpoint: Checkpoint) -> None:
+    """Refuse counts that no tensor backs, so that a hostile config cannot make us build a billion layers."""
+    config = text_config(checkpoint.config)
+    largest = max((size for info in checkpoint.tensors.values() for size in info.shape[:1]), default=0)
+    bound = max(len(checkpoint.tensors), largest)
+    for key in ("num_hidden_layers", *EXPERT_COUNT_KEYS):
+        value = config.get(key)
+        if isinstance(value, int) and value > bound:
+            raise BadCheckpoint(
+                f"{key} is {value}, far more than the {len(checkpoint.tensors)} tensors can hold",
+                file=checkpoint.path / "config.json",
+                hint="the config belongs to another model",
+            )
+
+
+def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Build the config's model without memory.
+
+    Raises:
+        BadCheckpoint: the config contradicts itself.
+        UnsupportedModel: transformers has no causal language model of this type.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    _bounded(checkpoint)
+    path = checkpoint.path / "config.json"
+    remote = checkpoint.remote_code
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=remote)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or remote
+        if known:
+            with torch.device("meta"):
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    except Exception as error:  # a config can fail in as many ways as there are families
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadCheckpoint(
+            f"no model can be built from this config: {reason}", file=path, hint="compare it with the original's config"
+        ) from error
+    if not known:
+        raise UnsupportedModel(
+            f"transformers has no causal language model of type {checkpoint.config.get('model_type')!r}",
+            file=path,
+            hint="moekit works on decoder-only language models",
+        )
+    return model
+
+
+def _renamer(model: PreTrainedModel, live: Mapping[str, Any]) -> Callable[[str], tuple[str, bool]]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def rename(name: str) -> tuple[str, bool]:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, live)
+        return target, pattern is not None
+
+    return rename
+
+
+def layout_of(model: PreTrainedModel) -> Layout:
+    """Legal tensors of a model, which may lie on the meta device."""
+    live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stock = {name: tuple(tensor.shape) for name, tensor in disk_state_dict(model).items()}
+    rename = _renamer(model, live)
+    patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
+    return Layout(
+        stock=stock,
+        live=live,
+        target={name: rename(name)[0] if name not in live else name for name in stock},
+        rename=rename,
+        optional=(*patterns, _HARMLESS),
+    )
+
+
+def _is_extra_layer(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor belongs to a multi-token-prediction layer, which follows the decoder layers on disk."""
+    layers = text_config(config).get("num_hidden_layers")
+    extra = text_config(config).get("num_nextn_predict_layers") or text_config(config).get("num_mtp_layers")
+    match = re.search(r"layers\.(\d+)\.", name)
+    if match is None or not isinstance(layers, int) or not isinstance(extra, int):
+        return False
+    return layers <= int(match.group(1)) < layers + extra
+
+
+def _check_float(info: TensorInfo, differences: Differences) -> None:
+    if info.dtype not in _WIDE_DTYPES:
+        what = "needs scales that the config does not announce" if info.dtype in FLOAT_DTYPES else "is no float"
+        differences.dtypes[info.name] = f"{info.dtype} {what}"
+
+
+@dataclass
+class _Reached:
+    """What the disk holds of one live tensor."""
+
+    whole: bool = False
+    parts: set[str] = field(default_factory=set)
+    foreign: list[str] = field(default_factory=list)
+
+
+def _place(name: str, layout: Layout) -> tuple[str, str, tuple[int, ...] | None]:
+    """Live tensor that a name on disk fills, how ("whole", "part", "foreign" part, "unknown"), and its legal shape."""
+    if name in layout.live:
+        return name, "whole", layout.live[name]
+    if name in layout.stock:
+        return layout.target[name], "part", layout.stock[name]
+    target, gathered = layout.rename(name)
+    if target not in layout.live:
+        return target, "unknown", None
+    return (target, "foreign", None) if gathered else (target, "whole", layout.live[target])
+
+
+def compare(tensors: Mapping[str, TensorInfo], layout: Layout, config: Mapping[str, Any]) -> Differences:
+    """Compare the tensors on disk with the layout.
+
+    Of quantized checkpoints (`quantization_config`) only presence is compared: packed weights have other names,
+    shapes and dtypes.
+    """
+    differences = Differences()
+    quantized = "quantization_config" in config
+    reached: dict[str, _Reached] = defaultdict(_Reached)
+    for name, info in tensors.items():
+        target, how, shape = _place(name, layout)
+        if how == "unknown":
+            harmless = quantized or layout.ignored(name) or layout.ignored(target) or _is_extra_layer(name, config)
+            differences.surplus += [] if harmless else [name]
+            continue
+        reached[target].whole |= how == "whole"
+        reached[target].parts |= {name} if how == "part" else set()
+        reached[target].foreign += [name] if how == "foreign" else []
+        if not quantized:
+            if shape is not None and info.shape != shape:
+                differences.shapes[name] = shape
+            _check_float(info, differences)
+    _find_missing(tensors, layout, reached, differences, quantized)
+    _check_uniform(tensors, reached, differences, quantized)
+    return differences
+
+
+def _find_missing(
+    tensors: Mapping[str, TensorInfo],
+    layout: Layout,
+    reached: Mapping[str, _Reached],
+    differences: Differences,
+    quantized: bool,
+) -> None:
+    stems = {re.sub(r"(_blocks|_scales|\.[^.]*)$", "", name) for name in tensors} if quantized else set()
+    for name, target in layout.target.items():
+        found = reached.get(target) or _Reached()
+        other_layout = bool(found.foreign) and not found.parts
+        packed = quantized and (name in stems or name.rpartition(".")[0] in stems or target in stems)
+        if not (found.whole or other_layout or packed or name in found.parts):
+            differences.missing.append(name)
+    for found in reached.values():
+        if found.parts:  # beside the parts the config has: more experts than it says
+            differences.surplus += found.foreign
+
+
+def _check_uniform(
+    tensors: Mapping[str, TensorInfo], reached: Mapping[str, _Reached], differences: Differences, quantized: bool
+) -> None:
+    """Experts that are stacked into one tensor must share a dtype: stacking would cast in silence."""
+    for found in reached.values():
+        by_dtype: dict[str, list[str]] = defaultdict(list)
+        for name in found.parts:
+            by_dtype[tensors[name].dtype].append(name)
+        if len(by_dtype) > 1 and not quantized:
+            common = max(by_dtype, key=lambda dtype: len(by_dtype[dtype]))
+            for dtype, names in by_dtype.items():
+                if dtype != common:
+                    differences.dtypes.update({name: f"{dtype} among {common}" for name in names})
+
+
+def _count_hint(differences: Differences, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Say so if everything fits but the config's number of experts."""
+    key = next((k for k in EXPERT_COUNT_KEYS if isinstance(text_config(config).get(k), int)), None)
+    found = {int(m.group(1)) for n in tensors if (m := re.search(r"\.experts\.(\d+)\.", n))}
+    stacked = {i.shape[0] for n, i in tensors.items() if len(i.shape) == 3 and ("experts" in n or "_linear" in n)}
+    counts = {max(found) + 1} if found else stacked
+    stated = text_config(config).get(key) if key else None
+    if len(counts) == 1 and stated not in counts:
+        return f"the config says {key}: {stated}, the tensors hold {counts.pop()} experts a layer"
+    return None
+
+
+def describe(differences: Differences, tensors: Mapping[str, TensorInfo]) -> str:
+    """All differences in one sentence each."""
+    shapes = [f"{n} {list(tensors[n].shape)} instead of {list(shape)}" for n, shape in differences.shapes.items()]
+    parts = {
+        "missing": sorted(differences.missing),
+        "that the config does not know": sorted(differences.surplus),
+        "of a wrong shape": sorted(shapes),
+        "of a wrong dtype": sorted(f"{name} ({why})" for name, why in differences.dtypes.items()),
+    }
+    return "; ".join(f"{len(names)} tensors {what}: {', '.join(names)}" for what, names in parts.items() if names)
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Raise `BadCheckpoint` unless names, shapes and dtypes follow from the config; see `Checkpoint.verify`."""
+    from moekit.checkpoint.folder import where
+
+    differences = compare(checkpoint.tensors, layout_of(meta_model(checkpoint)), checkpoint.config)
+    if not differences:
+        return
+    names = [*differences.missing, *differences.surplus, *differences.shapes, *differences.dtypes]
+    layer, expert = where(sorted(names, key=_natural)[0])
+    hint = _count_hint(differences, checkpoint.config, checkpoint.tensors)
+    raise BadCheckpoint(
+        describe(differences, checkpoint.tensors),
+        file=Path(checkpoint.path),
+        layer=layer,
+        expert=expert,
+        hint=hint or "the folder is incomplete or its config belongs to another model: fetch it again",
+    )
+
+
+def _natural(name: str) -> list[int | str]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,265 @@
+"""Load a model with its routing policy, and save one whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from moekit._progress import Progress
+from moekit.checkpoint.atomic import atomic_folder, atomic_write
+from moekit.checkpoint.card import CARD_FILE, licence_of, render
+from moekit.checkpoint.digest import config_digest, tensor_digests
+from moekit.checkpoint.experts import expert_counts
+from moekit.checkpoint.fingerprint import config_top_k, live_fingerprint, text_config
+from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record
+from moekit.checkpoint.safety import check_name, read_header
+from moekit.errors import BadCheckpoint, BadConfig
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+Restorer = Callable[[PreTrainedModel, Record, dict[str, torch.Tensor]], None]
+
+# `moekit.routing` registers here what puts a record's policy back into a loaded model.
+RESTORERS: list[Restorer] = []
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Stamp that `load` leaves on a model as `model._moekit`.
+
+    Attributes:
+        path: folder it was loaded from.
+        fingerprint: of the checkpoint.
+        record: its record, if any.
+        live: fingerprint of the weights in memory right after loading; tells whether they have changed since.
+    """
+
+    path: Path
+    fingerprint: str
+    record: Record | None
+    live: str
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing bars of its own, which would tear those of the caller."""
+    active = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if active:
+            transformers_logging.enable_progress_bar()
+
+
+def _auto_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    device_map: Any = None,
+    policy: bool = True,
+    allow_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Open, verify and load a checkpoint, and restore the routing policy of its record.
+
+    Args:
+        model: local folder or hub id.
+        revision: of a hub model.
+        token: hub token.
+        dtype: of the weights in memory; "auto" keeps the config's.
+        device: "auto" takes a GPU if there is one; ignored with `device_map`.
+        device_map: as in transformers.
+        policy: whether to restore the record's routing policy.
+        allow_remote_code: see `Checkpoint.open`.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        BadCheckpoint, UnsafeInput, UnsupportedModel: see `Checkpoint.open` and `Checkpoint.verify`.
+        BadConfig: the record holds a policy, but `moekit.routing` was not imported (use `moekit.load`).
+    """
+    checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
+    checkpoint.verify()
+    with quiet_transformers():
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=allow_remote_code,
+            output_loading_info=True,
+        )
+    _refuse_partial(checkpoint, info)
+    assert isinstance(loaded, PreTrainedModel)
+    if device_map is None:
+        loaded.to(_auto_device() if device == "auto" else device)
+    loaded.eval()
+    stamp(loaded, checkpoint)
+    if policy and checkpoint.record is not None and checkpoint.record.policy is not None:
+        _restore(loaded, checkpoint.record, read_extra_tensors(checkpoint.path))
+    return loaded
+
+
+def stamp(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Note on a model which checkpoint its weights are."""
+    provenance = Provenance(checkpoint.path, checkpoint.fingerprint, checkpoint.record, live_fingerprint(model))
+    object.__setattr__(model, "_moekit", provenance)
+
+
+def _refuse_partial(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
+    missing = sorted(info.get("missing_keys") or [])
+    wrong = sorted(str(entry) for entry in info.get("mismatched_keys") or [])
+    names = missing + wrong
+    if names:
+        raise BadCheckpoint(
+            f"transformers filled {len(names)} tensors with random numbers: {', '.join(names)}",
+            file=checkpoint.path,
+            hint="the layout is one that this version of transformers does not read; try another version",
+        )
+
+
+def _restore(model: PreTrainedModel, record: Record, tensors: dict[str, torch.Tensor]) -> None:
+    if not RESTORERS:
+        raise BadConfig(
+            "the record holds a routing policy, but nothing that restores policies is imported",
+            hint="use moekit.load (or import moekit.routing first), or pass policy=False for plain routing",
+        )
+    for restorer in RESTORERS:
+        restorer(model, record, tensors)
+
+
+def read_extra_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of moekit.safetensors, its header checked first; empty without the file."""
+    path = check_name(folder, TENSORS_FILE)
+    if not path.exists():
+        return {}
+    read_header(path)
+    tensors: dict[str, torch.Tensor] = load_file(path)
+    return tensors
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    record: Record,
+    extra_tensors: Mapping[str, torch.Tensor] | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Record:
+    """Save a stock Hugging Face folder with its record and card, whole or not at all, verified before it appears.
+
+    Args:
+        model: any causal LM; a routing policy attached to it is saved by giving `record.policy` and its tensors.
+        folder: target.
+        tokenizer: saved beside the model.
+        record: how it was made; fingerprint and expectations are filled in here.
+        extra_tensors: for moekit.safetensors; name them "layers.<layer>.<what>".
+        overwrite: replace an existing folder, at the very end.
+        max_shard_bytes: of one shard.
+        progress: told about hashing.
+
+    Returns:
+        The record as written.
+
+    Raises:
+        BadConfig: the folder exists, or another process is writing it.
+        BadCheckpoint: what was written does not hold what the config says.
+        OutOfBudget: not enough disk.
+    """
+    parameters = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    with atomic_folder(folder, overwrite=overwrite, need_bytes=sum(parameters.values())) as temporary:
+        with quiet_transformers():
+            model.save_pretrained(temporary, max_shard_size=max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        return seal(temporary, record, extra_tensors=extra_tensors, progress=progress)
+
+
+def seal(
+    folder: Path,
+    record: Record,
+    *,
+    extra_tensors: Mapping[str, torch.Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """Turn a folder of config and shards into a moekit checkpoint: verify it, hash it, write record and card.
+
+    For code that streams its own shards (see `ShardWriter`); call it inside `atomic_folder`.
+    """
+    if extra_tensors:
+        save_file({n: t.detach().cpu().contiguous() for n, t in extra_tensors.items()}, folder / TENSORS_FILE)
+        _index_single(folder)
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.verify()
+    extra = read_header(folder / TENSORS_FILE).tensors.values() if extra_tensors else ()
+    expectations = Expectations(
+        experts=expert_counts(checkpoint.tensors),
+        top_k=config_top_k(checkpoint.config),
+        tensors=tensor_digests(folder, checkpoint.tensors.values(), progress=progress),
+        extra=tensor_digests(folder, extra),
+        config=config_digest(checkpoint.config),
+    )
+    full = record.model_copy(update={"fingerprint": checkpoint.fingerprint, "expectations": expectations})
+    full.write(folder)
+    atomic_write(folder / CARD_FILE, render(full, checkpoint.config, licence_of(record.parent)))
+    return full
+
+
+def _index_single(folder: Path) -> None:
+    """Give a one-file model an index: vLLM loads every *.safetensors it sees unless an index names the shards."""
+    single = folder / SINGLE_FILE
+    if not single.exists():
+        return
+    from moekit.checkpoint.shards import index_text
+
+    tensors = read_header(single).tensors.values()
+    shard = "model-00001-of-00001.safetensors"
+    os.rename(single, folder / shard)
+    total = sum(info.nbytes for info in tensors)
+    atomic_write(folder / INDEX_FILE, index_text({info.name: shard for info in tensors}, total))
+
+
+def check_tokenizer(model_or_config: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that can produce ids beyond the embedding.
+
+    Args:
+        model_or_config: a model, a transformers config, or a parsed config.json.
+        tokenizer: anything with a length (its largest id + 1).
+
+    Raises:
+        BadConfig: naming both sizes.
+    """
+    if isinstance(model_or_config, torch.nn.Module):
+        rows = int(model_or_config.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    else:
+        values = model_or_config if isinstance(model_or_config, Mapping) else model_or_config.to_dict()
+        rows = int(text_config(values).get("vocab_size") or 0)
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    largest = max(vocabulary.values(), default=len(tokenizer) - 1)
+    if largest >= rows:
+        raise BadConfig(
+            f"the tokenizer produces ids up to {largest}, but the embedding has {rows} rows",
+            hint="use the model's own tokenizer, or resize the embedding (model.resize_token_embeddings) and train it",
+        )

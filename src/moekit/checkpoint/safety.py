@@ -1,0 +1,143 @@
+"""Refuse what a hostile or damaged folder may hold, before any library that trusts it looks at it.
+
+Nothing here allocates from a size that a file claims, follows a link out of the folder, unpickles, or runs code.
+Two kinds of failure are kept apart: `BadCheckpoint` for damage that honest software leaves behind (a truncated
+download, a missing shard) and `UnsafeInput` for what only a crafted file contains.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moekit.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES, Header, TensorInfo, read_header
+from moekit.checkpoint.strictjson import MAX_INDEX_BYTES, parse_json, read_json
+from moekit.errors import UnsafeInput, UnsupportedModel
+
+__all__ = [
+    "DTYPE_BITS",
+    "FLOAT_DTYPES",
+    "MAX_INDEX_BYTES",
+    "PICKLE_SUFFIXES",
+    "Header",
+    "TensorInfo",
+    "check_name",
+    "parse_json",
+    "read_header",
+    "read_json",
+    "refuse_pickles",
+    "refuse_remote_code",
+]
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return path == folder or folder in path.parents
+
+
+def _hub_blobs(folder: Path) -> Path | None:
+    """The blob folder of a hub cache snapshot (`models--org--name/snapshots/<commit>`), whose links are legal."""
+    if folder.parent.name == "snapshots" and "--" in folder.parent.parent.name:
+        return folder.parent.parent / "blobs"
+    return None
+
+
+def check_name(folder: str | Path, name: str) -> Path:
+    """Turn a file name that a folder's own files state into a path, if it stays inside.
+
+    Args:
+        folder: model folder.
+        name: relative name, as an index states it.
+
+    Returns:
+        `folder / name`, an existing regular file, or one that does not exist.
+
+    Raises:
+        UnsafeInput: absolute, with "..", a link that leaves the folder (other than into the hub cache's own blobs), or
+            no regular file.
+    """
+    root = Path(folder)
+    pure = Path(name) if name else None
+    if pure is None or "\0" in name or "\\" in name or pure.is_absolute() or ".." in pure.parts:
+        raise UnsafeInput(
+            f"the name {name!r} leads out of the folder", file=root, hint="do not use this model; report it to its host"
+        )
+    path = root / pure
+    real, real_root = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    blobs = _hub_blobs(real_root)
+    if not _within(real, real_root) and not (blobs and _within(real, Path(os.path.realpath(blobs)))):
+        raise UnsafeInput(
+            f"{name!r} is a link that leads out of the folder, to {real}",
+            file=root,
+            hint="copy the file into the folder if you trust it",
+        )
+    if real.exists() and not stat.S_ISREG(real.stat().st_mode):
+        raise UnsafeInput(f"{name!r} is no regular file", file=root, hint="do not use this model")
+    return path
+
+
+def refuse_pickles(folder: str | Path) -> None:
+    """Refuse a folder whose weights are pickles only.
+
+    Raises:
+        UnsafeInput: naming the pickles and the safe conversion.
+    """
+    root = Path(folder)
+    names = sorted(entry.name for entry in root.iterdir())
+    pickles = [n for n in names if n.endswith(PICKLE_SUFFIXES) and n not in {"training_args.bin", "optimizer.pt"}]
+    if pickles and not any(n.endswith(".safetensors") for n in names):
+        raise UnsafeInput(
+            f"the weights are pickles ({', '.join(pickles[:5])}{', ...' if len(pickles) > 5 else ''}): reading one can "
+            "run any code",
+            file=root,
+            hint="take a revision with .safetensors files (the hub's safetensors/convert space makes one), or convert "
+            "in a sandbox: torch.load(file, weights_only=True), then safetensors.torch.save_file",
+        )
+
+
+def refuse_remote_code(
+    config: Mapping[str, Any], *, allow: bool = False, revision: str | None = None, file: str | Path | None = None
+) -> None:
+    """Refuse a model that stock transformers cannot run without code from its repository.
+
+    A config may name remote code (`auto_map`) beside an implementation that transformers has itself; the latter is
+    used then and nothing is refused.
+
+    Args:
+        config: parsed config.json.
+        allow: the user's explicit flag.
+        revision: what the user pinned; code from the hub needs a full commit hash.
+        file: for the message.
+
+    Raises:
+        UnsupportedModel: naming the model type and the way out.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = config.get("model_type")
+    if model_type in CONFIG_MAPPING_NAMES:
+        return
+    code = config.get("auto_map")
+    if not isinstance(code, Mapping) or not code:
+        raise UnsupportedModel(
+            f"transformers knows no model type {model_type!r}", file=file, hint="a newer transformers may know it"
+        )
+    if not allow:
+        raise UnsupportedModel(
+            f"the model type {model_type!r} needs code from its repository, which is not run",
+            file=file,
+            hint="read the code, then pass allow_remote_code=True with revision=<full commit hash>",
+        )
+    from_hub = any("--" in str(value) for value in code.values()) or not (file is not None and Path(file).exists())
+    if from_hub and not (revision and _COMMIT.fullmatch(revision)):
+        raise UnsupportedModel(
+            "remote code runs only from a pinned revision",
+            file=file,
+            hint="pass revision=<the full 40-digit commit hash you have read>",
+        )
