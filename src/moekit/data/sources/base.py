@@ -1,0 +1,183 @@
+"""What a source is: a package that carries text, questions or a model, and how its content is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from moekit import __version__
+from moekit._progress import Progress
+from moekit.data.cache import home, new_folder, scratch_folder
+from moekit.data.packages import Client, download, has_client, sha256_of
+from moekit.errors import BadData
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["text", "questions", "model"]
+
+DOCUMENTS_FILE = "documents.jsonl"
+RECORD_FILE = "source.json"
+
+
+class Piece(NamedTuple):
+    """One document of a source: a stable name (its path in the package) and its plain text."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What is known of a source before it is fetched.
+
+    Attributes:
+        name: how the user calls it.
+        kind: "text", "questions" or "model".
+        domain: what its text is, as a short name.
+        origin: where it comes from: client and package, or a place on this machine.
+        licence: licence of the content.
+        download_bytes: about how much is downloaded; 0 where nothing is.
+        obtainable: whether the client or place is there (the network is not tried).
+        cached: whether it has been fetched.
+    """
+
+    name: str
+    kind: Kind
+    domain: str
+    origin: str
+    licence: str
+    download_bytes: int
+    obtainable: bool
+    cached: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source and how to read it.
+
+    Attributes:
+        name: unique name.
+        domain: domain of its documents.
+        licence: licence of the content.
+        extract: reads the downloaded package (or, without a client, the machine itself) into pieces.
+        client: package client; None where the machine itself holds the text.
+        package: package name.
+        version: exact version; None takes the newest.
+        sha256: digest of the extracted text of that version, None where it differs between machines.
+        download_bytes: about how much is downloaded.
+        kind: "text" or "questions".
+        present: for sources without a client, whether the machine holds them.
+    """
+
+    name: str
+    domain: str
+    licence: str
+    extract: Callable[[Path], Iterable[Piece]]
+    client: Client | None = None
+    package: str = ""
+    version: str | None = None
+    sha256: str | None = None
+    download_bytes: int = 0
+    kind: Kind = "text"
+    present: Callable[[], bool] = lambda: True
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept."""
+        return home() / "sources" / self.name
+
+    @property
+    def origin(self) -> str:
+        """Client and package, or "this machine"."""
+        return f"{self.client}: {self.package}" if self.client else "this machine"
+
+    def info(self) -> SourceInfo:
+        """What is known before fetching."""
+        return SourceInfo(
+            name=self.name,
+            kind=self.kind,
+            domain=self.domain,
+            origin=self.origin,
+            licence=self.licence,
+            download_bytes=self.download_bytes,
+            obtainable=has_client(self.client) if self.client else self.present(),
+            cached=(self.folder / RECORD_FILE).is_file(),
+        )
+
+    def fetch(self, progress: Progress | None = None) -> Path:
+        """Make sure that the source is in the cache.
+
+        Returns:
+            Its folder, with `documents.jsonl` and `source.json`.
+
+        Raises:
+            BadData: it cannot be had here, or its text is not what this version of the package holds.
+        """
+        if (self.folder / RECORD_FILE).is_file():
+            return self.folder
+        if progress is not None:
+            progress.start(f"fetching {self.name} ({self.origin})", None)
+        try:
+            self._build()
+        finally:
+            if progress is not None:
+                progress.finish()
+        return self.folder
+
+    def _build(self) -> None:
+        if self.client is None and not self.present():
+            raise BadData(f"the source {self.name!r} is not on this machine", hint="choose one of `moekit data list`")
+        with new_folder(self.folder) as part, scratch_folder(part.parent) as scratch:
+            archive, digest = scratch, ""
+            if self.client is not None:
+                archive = download(self.client, self.package, scratch, version=self.version)
+                digest = sha256_of(archive)
+            documents, size, text_digest = _write_pieces(part / DOCUMENTS_FILE, self.extract(archive))
+            if documents == 0:
+                raise BadData(f"no text was found in {archive.name or self.origin}", hint="the package has changed")
+            if self.sha256 is not None and text_digest != self.sha256:
+                raise BadData(
+                    f"the text of {self.name!r} has the digest {text_digest}, expected {self.sha256}",
+                    hint=f"{self.package} {self.version} was replaced or damaged on its way: fetch it again",
+                )
+            record = {
+                **{k: v for k, v in asdict(self.info()).items() if k not in ("obtainable", "cached")},
+                "file": archive.name if self.client else None,
+                "file_sha256": digest or None,
+                "text_sha256": text_digest,
+                "documents": documents,
+                "bytes": size,
+                "moekit": __version__,
+            }
+            (part / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        logger.info("fetched %s: %d documents, %d bytes", self.name, documents, size)
+
+    def pieces(self, progress: Progress | None = None) -> Iterator[Piece]:
+        """The documents, in the package's order; fetches them if need be."""
+        path = self.fetch(progress) / DOCUMENTS_FILE
+        with path.open(encoding="utf-8") as stream:
+            for line in stream:
+                fields: dict[str, Any] = json.loads(line)
+                yield Piece(fields["name"], fields["text"])
+
+
+def _write_pieces(path: Path, pieces: Iterable[Piece]) -> tuple[int, int, str]:
+    digest = hashlib.sha256()
+    documents = size = 0
+    with path.open("w", encoding="utf-8") as stream:
+        for piece in pieces:
+            # An archive may hold lone surrogates or NULs, which no tokenizer should meet.
+            text = piece.text.encode("utf-8", "ignore").decode().replace("\0", "").strip()
+            if not text:
+                continue
+            raw = text.encode()
+            digest.update(raw + b"\0")
+            documents += 1
+            size += len(raw)
+            stream.write(json.dumps({"name": piece.name, "text": text}, ensure_ascii=False) + "\n")
+    return documents, size, digest.hexdigest()
