@@ -1,0 +1,232 @@
+"""Paired differences: two models on the same documents or questions.
+
+Differences within a pair vary far less than the documents do, so they show effects that two separate error bars hide.
+All are b - a: with a the baseline, a positive difference is what b adds.
+
+For units i of size w_i (tokens of a document; 1 for a question) with means a_i and b_i::
+
+    difference = sum_i w_i (b_i - a_i) / sum_i w_i
+
+Legend: N units.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from scipy import stats
+
+from moekit.errors import BadConfig, BadData, NumericFault
+from moekit.evaluation.documents import PerplexityResult, ratio_standard_error
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+RESAMPLES = 9999
+
+
+class PairedDifference(BaseModel):
+    """How much b differs from a, over pairs.
+
+    Attributes:
+        mean: b - a, weighted by size.
+        standard_error: of the mean, over units.
+        low: lower end of the bootstrap interval (bias-corrected and accelerated).
+        high: upper end.
+        n: units.
+        p_value: two-sided sign-flip test of "a and b may be exchanged within each pair".
+        level: confidence level of the interval.
+        ratio: exp(mean); for a difference of log likelihoods this is perplexity b / perplexity a. Else None.
+        ratio_low: exp(low).
+        ratio_high: exp(high).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+    n: int
+    p_value: float
+    level: float = 0.95
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies wholly on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+class McNemar(BaseModel):
+    """Exact McNemar test on questions that one model answers and the other does not.
+
+    Attributes:
+        only_a: questions that only a answers rightly.
+        only_b: questions that only b answers rightly.
+        p_value: two-sided.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    only_a: int
+    only_b: int
+    p_value: float
+
+
+def paired(
+    a: PerplexityResult | Sequence[float] | Array,
+    b: PerplexityResult | Sequence[float] | Array,
+    seed: int = 0,
+    *,
+    weights: Sequence[float] | Array | None = None,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> PairedDifference:
+    """Compare b with a over the units they share.
+
+    Args:
+        a: the baseline: a perplexity result, or one number per unit.
+        b: what is compared with it, on the same units.
+        seed: of the bootstrap and of the sign flips.
+        weights: size of each unit, for plain numbers only; equal by default.
+        level: confidence level.
+        resamples: bootstrap resamples, and sign flips where there are too many to try all.
+
+    Returns:
+        b - a. Between perplexity results it is in nats per token and `ratio` is the ratio of perplexities.
+
+    Raises:
+        BadData: fewer than two pairs, or not the same units.
+        NumericFault: NaN or infinity.
+        BadConfig: a level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise BadConfig(f"a confidence level of {level} is none", hint="choose one between 0 and 1, such as 0.95")
+    logs = isinstance(a, PerplexityResult)
+    if isinstance(a, PerplexityResult) and isinstance(b, PerplexityResult):
+        a_N, b_N, size_N = _of_results(a, b)
+    elif isinstance(a, PerplexityResult) or isinstance(b, PerplexityResult):
+        raise BadData("a perplexity result can only be compared with another one")
+    else:
+        a_N, b_N = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+        size_N = np.ones_like(a_N) if weights is None else np.asarray(weights, dtype=np.float64)
+    _check(a_N, b_N, size_N)
+    total_N = (b_N - a_N) * size_N
+    mean = float(total_N.sum() / size_N.sum())
+    low, high = _interval(total_N, size_N, level, resamples, seed)
+    return PairedDifference(
+        mean=mean,
+        standard_error=ratio_standard_error(total_N, size_N) or 0.0,
+        low=low,
+        high=high,
+        n=len(total_N),
+        p_value=sign_flip(total_N, resamples, seed),
+        level=level,
+        ratio=math.exp(mean) if logs else None,
+        ratio_low=math.exp(low) if logs else None,
+        ratio_high=math.exp(high) if logs else None,
+    )
+
+
+def sign_flip(total_N: Array, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided p-value of sum(total) when each unit's sign is a coin toss; exact where 2^N flips are few enough."""
+    if not total_N.any():
+        return 1.0
+    result = stats.permutation_test(
+        (total_N,),
+        lambda x, axis: x.sum(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, 2**22 // len(total_N)),
+        rng=np.random.default_rng(seed),
+    )
+    return min(1.0, float(result.pvalue))
+
+
+def mcnemar(correct_a: Sequence[float], correct_b: Sequence[float]) -> McNemar:
+    """Test whether two models answer equally many of the same questions rightly.
+
+    Args:
+        correct_a: 1 where a is right, 0 where it is wrong.
+        correct_b: the same for b.
+
+    Raises:
+        BadData: other questions, or values that are neither 0 nor 1.
+    """
+    a_N, b_N = np.asarray(correct_a, dtype=np.float64), np.asarray(correct_b, dtype=np.float64)
+    _check_units(a_N, b_N)
+    if not (np.isin(a_N, (0, 1)).all() and np.isin(b_N, (0, 1)).all()):
+        raise BadData("McNemar's test takes answers that are right (1) or wrong (0)")
+    only_a, only_b = int(((a_N == 1) & (b_N == 0)).sum()), int(((a_N == 0) & (b_N == 1)).sum())
+    p_value = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return McNemar(only_a=only_a, only_b=only_b, p_value=p_value)
+
+
+def check_same_text(a: PerplexityResult, b: PerplexityResult) -> None:
+    """Refuse to pair results of different text.
+
+    Raises:
+        BadData: the documents differ in number, domain or tokens.
+    """
+    if a.domains != b.domains or a.tokens != b.tokens:
+        raise BadData(
+            f"the two models were measured on different text: {len(a.domains)} documents with {sum(a.tokens)} tokens "
+            f"against {len(b.domains)} with {sum(b.tokens)}",
+            hint="evaluate both with the same data, limits and tokenizer",
+        )
+
+
+def _of_results(a: PerplexityResult, b: PerplexityResult) -> tuple[Array, Array, Array]:
+    check_same_text(a, b)
+    size_N = np.array(a.tokens, dtype=np.float64)
+    keep = size_N > 0
+    return np.array(a.nll)[keep] / size_N[keep], np.array(b.nll)[keep] / size_N[keep], size_N[keep]
+
+
+def _check_units(a_N: Array, b_N: Array) -> None:
+    if a_N.ndim != 1 or a_N.shape != b_N.shape:
+        raise BadData(f"a has {a_N.size} units and b has {b_N.size}: no pairs", hint="evaluate both on the same data")
+
+
+def _check(a_N: Array, b_N: Array, size_N: Array) -> None:
+    _check_units(a_N, b_N)
+    if size_N.shape != a_N.shape or not (size_N > 0).all():
+        raise BadData("every unit needs a weight above zero")
+    if len(a_N) < 2:
+        raise BadData(f"{len(a_N)} pair gives no interval", hint="evaluate on at least two documents or questions")
+    if not (np.isfinite(a_N).all() and np.isfinite(b_N).all()):
+        raise NumericFault("a paired difference of NaN or infinity", hint="run `moekit check` on both checkpoints")
+
+
+def _interval(total_N: Array, size_N: Array, level: float, resamples: int, seed: int) -> tuple[float, float]:
+    """BCa bootstrap of sum(total) / sum(size) over units."""
+    mean = float(total_N.sum() / size_N.sum())
+    if np.ptp(total_N / size_N) == 0:
+        return mean, mean
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        result = stats.bootstrap(
+            (total_N, size_N),
+            lambda total, size, axis=-1: total.sum(axis=axis) / size.sum(axis=axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=max(1, 2**22 // len(total_N)),
+            confidence_level=level,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        # Two or three units can leave the correction undefined; plain percentiles always are.
+        tail = (1 - level) / 2
+        low, high = (float(q) for q in np.quantile(result.bootstrap_distribution, (tail, 1 - tail)))
+    return min(low, mean), max(high, mean)
