@@ -26,7 +26,7 @@ def save(
     folder: str | Path,
     *,
     tokenizer: Any = None,
-    record: Record,
+    record: Record | None = None,
     extra_tensors: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -36,9 +36,26 @@ def save(
 
     Like `moekit.checkpoint.save`, which see; the policy that the model routes by goes into the record by itself.
 
+    Args:
+        model: the model, stock or routed by a policy.
+        folder: where to.
+        tokenizer: saved beside the weights.
+        record: how the model was made; without one, that Python saved it and what it was loaded from.
+        extra_tensors: for `moekit.safetensors`.
+        overwrite: replace a folder that is there.
+        max_shard_bytes: size of a shard.
+        progress: told how far it is.
+
     Returns:
         The record as written.
     """
+    if record is None:
+        origin = getattr(model, "_moekit", None)
+        record = Record(
+            command="moekit.save",
+            parent=str(origin.path) if origin else None,
+            parent_fingerprint=origin.fingerprint if origin else None,
+        )
     extra = dict(extra_tensors or {})
     try:
         active = active_policy(model) if record.policy is None else None

@@ -16,7 +16,6 @@ __getattr__, __dir__ = attach(
         "atomic_folder": "atomic",
         "atomic_write": "atomic",
         "check_tokenizer": "model",
-        "estimate": "estimate",
         "fingerprint_model": "fingerprint",
         "load": "model",
         "read_header": "safety",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.checkpoint.hub import looks_like_hub_id
-from moekit.checkpoint.record import TENSORS_FILE, Record
+from moekit.checkpoint.record import RECORD_FILE, TENSORS_FILE, Record
 
 CARD_FILE = "README.md"
 _LICENCE = re.compile(r"^license:\s*(.+)$", re.MULTILINE)
@@ -57,9 +57,9 @@ def _loading(record: Record) -> list[str]:
     if record.policy:
         lines += [
             "",
-            f"It was made for the routing policy **{record.policy.name}**, kept in `moekit.json` and "
-            f"`{TENSORS_FILE}`. Only `moekit.load` restores that policy; stock transformers and vLLM route with the family's plain top-k, so "
-            "their outputs differ.",
+            f"It was made for the routing policy **{record.policy.name}**, kept in `{RECORD_FILE}` and "
+            f"`{TENSORS_FILE}`. Only `moekit.load` restores that policy; stock transformers and vLLM route with "
+            "the family's plain top-k, so their outputs differ.",
         ]
     return lines
 

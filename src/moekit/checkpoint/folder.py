@@ -22,6 +22,7 @@ from moekit.checkpoint.safety import (
     check_name,
     read_header,
     read_json,
+    refuse_links_and_adapters,
     refuse_pickles,
     refuse_remote_code,
 )
@@ -105,6 +106,7 @@ class Checkpoint:
         from moekit.checkpoint.hub import resolve
 
         path = resolve(model, revision=revision, token=token, local_files_only=local_files_only)
+        refuse_links_and_adapters(path)
         config = read_json(check_name(path, CONFIG_FILE))
         refuse_remote_code(config, allow=allow_remote_code, revision=revision, file=path / CONFIG_FILE)
         return cls(path, config, read_tensors(path), Record.read(path), allow_remote_code)

@@ -29,11 +29,13 @@ __all__ = [
     "parse_json",
     "read_header",
     "read_json",
+    "refuse_links_and_adapters",
     "refuse_pickles",
     "refuse_remote_code",
 ]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_LOADED_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken", ".py"})
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -80,6 +82,25 @@ def check_name(folder: str | Path, name: str) -> Path:
     if real.exists() and not stat.S_ISREG(real.stat().st_mode):
         raise UnsafeInput(f"{name!r} is no regular file", file=root, hint="do not use this model")
     return path
+
+
+def refuse_links_and_adapters(folder: str | Path) -> None:
+    """Refuse what would make transformers read from elsewhere: links out of the folder, and adapter configs.
+
+    Raises:
+        UnsafeInput: a file that a loader may open is a link out of the folder.
+        UnsupportedModel: the folder is an adapter, which names a base model to load instead.
+    """
+    root = Path(folder)
+    for entry in sorted(root.iterdir()):
+        if entry.is_symlink() and entry.suffix in _LOADED_SUFFIXES:
+            check_name(root, entry.name)
+    if (root / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            "this is an adapter, not a model",
+            file=root,
+            hint="merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
+        )
 
 
 def refuse_pickles(folder: str | Path) -> None:
