@@ -89,6 +89,8 @@ def _sync(folder: Path) -> None:
     # mkdtemp makes the folder private; the cache is an ordinary folder.
     folder.chmod(0o755)
     for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            path.chmod(0o644)
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

