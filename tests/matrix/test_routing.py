@@ -93,11 +93,16 @@ def test_a_saved_policy_comes_back_and_stock_transformers_still_opens_the_folder
     plan.apply(model)
     routed = logits(model)
     moekit.save(model, tmp_path / "out")
-    assert torch.equal(logits(moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu").eval()), routed)
+    again = moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu").eval()
+    saved = model.state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in again.state_dict().items())
+    # Tensors mapped from a file are aligned otherwise than fresh ones: kernels may round the last bit another way.
+    torch.testing.assert_close(logits(again), routed, atol=1e-5, rtol=1e-5)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    assert torch.equal(logits(opened), stock)
+    torch.testing.assert_close(logits(opened), stock, atol=1e-5, rtol=1e-5)
     plain = moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu", policy=False).eval()
-    assert torch.equal(logits(plain), stock)
+    assert active_policy(plain) is None
+    assert torch.equal(logits(plain), logits(opened))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
