@@ -69,14 +69,14 @@ def _alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def lock(target: Path, wait: float = LOCK_WAIT_SECONDS) -> Iterator[None]:
+def lock(target: Path, wait: float | None = None) -> Iterator[None]:
     """Hold the writer's lock of a target; the operating system releases it when the process dies.
 
     Raises:
-        BadConfig: another process still holds it after `wait` seconds.
+        BadConfig: another process still holds it after `wait` seconds (`LOCK_WAIT_SECONDS`).
     """
     path = target.parent / f".{target.name}.moekit-lock"
-    deadline = time.monotonic() + wait
+    deadline = time.monotonic() + (LOCK_WAIT_SECONDS if wait is None else wait)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
