@@ -75,7 +75,7 @@ def build_command(
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command(
         name=name or function.__name__.replace("_", "-"),
-        help=help or inspect.getdoc(function),
+        help=flowing(help or inspect.getdoc(function) or ""),
         epilog=_examples(examples),
         context_settings={"help_option_names": ["-h", "--help"]},
     )(call)
@@ -88,47 +88,45 @@ def _examples(lines: Sequence[str]) -> str:
     return "\n\n".join([head, *(line.replace("[", "\\[") for line in lines)])
 
 
-class MethodGroup(TyperGroup):
-    """A command with one sub-command per method of a kind, our own and those of other packages."""
-
-
 def build_method_group(
     kind: str,
     function: Callable[..., None],
     *,
+    name: str,
     help: str,
     example: Callable[[MethodRecord], str],
+    extra: Sequence[inspect.Parameter] = (),
 ) -> Command:
     """Make `moekit COMMAND METHOD ...` for every method of a kind.
 
     Args:
         kind: the catalogue's kind.
         function: `function(terminal, method, settings, ...)`; `settings` are the method's own options that were given.
+        name: the command's name.
         help: help text of the group.
         example: a command line for a method's --help.
+        extra: the command's own parameters, handed to the function by keyword.
     """
     from moekit import catalogue
 
-    group = MethodGroup(name=function.__name__, help=help, no_args_is_help=True, rich_markup_mode="rich")
-    group.context_settings = {"help_option_names": ["-h", "--help"]}
+    settings = {"help_option_names": ["-h", "--help"]}
+    group = TyperGroup(name=name, help=help, no_args_is_help=True, rich_markup_mode="rich", context_settings=settings)
     for record in catalogue.methods(kind):
-        group.add_command(_method_command(record, function, example(record)), record.name)
+        group.add_command(_method_command(record, function, example(record), extra), record.name)
     return group
 
 
-def _method_command(record: MethodRecord, function: Callable[..., None], example: str) -> Command:
-    own = {p.name for p in list(inspect.signature(function, eval_str=True).parameters.values())}
-    extra = option_parameters(record.cls, taken=own | {p.name for p in _common()})
+def _method_command(
+    record: MethodRecord, function: Callable[..., None], example: str, extra: Sequence[inspect.Parameter]
+) -> Command:
+    own = option_parameters(record.cls, taken={p.name for p in (*extra, *_common())})
 
     def call(terminal: Terminal, **values: Any) -> None:
-        given = {key: values.pop(key) for key in [p.name for p in extra]}
+        given = {name: values.pop(name) for name in [p.name for p in own]}
         function(terminal, method=record.name, settings=read_options(record.cls, given), **values)
 
-    hidden = ("method", "settings")
-    signature = inspect.signature(function, eval_str=True)
-    kept = [p for p in signature.parameters.values() if p.name not in hidden]
-    call.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
-    return build_command(call, examples=[example], name=record.name, help=method_help(record), extra=extra)
+    # A required option of the method must not come after one that has a default: arguments first, the rest by name.
+    return build_command(call, examples=[example], name=record.name, help=method_help(record), extra=[*extra, *own])
 
 
 def method_help(record: MethodRecord) -> str:
@@ -138,4 +136,10 @@ def method_help(record: MethodRecord) -> str:
     if record.needs:
         facts.append(f"Needs these statistics of the trace: {', '.join(record.needs)}.")
     limits = "\n\n".join(f"Limit: {limit}" for limit in record.limits)
-    return "\n\n".join(part for part in (record.doc, " ".join(filter(None, facts)), limits) if part)
+    return "\n\n".join(part for part in (flowing(record.doc), " ".join(filter(None, facts)), limits) if part)
+
+
+def flowing(text: str) -> str:
+    """Docstring paragraphs without their line breaks, so that the terminal's width decides; indented lines stay."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(p if p.startswith(" ") or "::" in p else " ".join(p.split()) for p in paragraphs)

@@ -20,25 +20,38 @@ def fields_of(cls: type) -> dict[str, Any]:
     return dict(fields)
 
 
-def option_parameters(cls: type, taken: Collection[str] = ()) -> list[inspect.Parameter]:
+def option_parameters(
+    cls: type,
+    taken: Collection[str] = (),
+    *,
+    without: Collection[str] = (),
+    arguments: Collection[str] = (),
+    panel: str | None = "Method",
+) -> list[inspect.Parameter]:
     """One keyword parameter per field, to be handed to typer.
 
     Args:
         cls: a pydantic model.
         taken: names that the command uses itself; a field of such a name gets the prefix `method_`.
+        without: fields to leave out.
+        arguments: fields that become arguments instead of options, in this order, before the others.
+        panel: heading of the options in --help.
 
     Returns:
         Parameters whose default is None where the field has one, so that pydantic's own default holds.
     """
-    parameters = []
-    for name, field in fields_of(cls).items():
+    fields = fields_of(cls)
+    parameters = [_argument(name, fields[name]) for name in arguments]
+    for name, field in fields.items():
+        if name in without or name in arguments:
+            continue
         kind = _cli_type(field.annotation)
         flag = name.replace("_", "-")
         safe = f"method_{name}" if name in taken else name
         names = (f"--method-{flag}",) if name in taken else (f"--{flag}",)
         if kind is bool:
             names = (f"{names[0]}/--no-{names[0][2:]}",)
-        option = typer.Option(*names, help=describe(field), rich_help_panel="Method", show_default=False)
+        option = typer.Option(*names, help=describe(field), rich_help_panel=panel, show_default=False)
         required = field.is_required()
         annotation: Any = Annotated[kind if required else typing.Optional[kind], option]  # noqa: UP045
         default = inspect.Parameter.empty if required else None
@@ -46,6 +59,11 @@ def option_parameters(cls: type, taken: Collection[str] = ()) -> list[inspect.Pa
             inspect.Parameter(safe, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
     return parameters
+
+
+def _argument(name: str, field: Any) -> inspect.Parameter:
+    annotation: Any = Annotated[str, typer.Argument(help=describe(field), show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
 
 
 def read_options(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +78,13 @@ def read_options(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         structured = isinstance(value, str) and _cli_type(fields_of(cls)[name].annotation) is str
-        values[name] = parse_value(value, option=name) if structured and not _is_text(cls, name) else value
+        annotation = fields_of(cls)[name].annotation
+        if structured and not _is_text(annotation):
+            value = parse_value(value, option=name)
+            if _is_sequence(annotation) and not isinstance(value, list):
+                # `2,4,8` and `2` are as good as `[2, 4, 8]` and `[2]`.
+                value = [yaml.safe_load(part) for part in value.split(",")] if isinstance(value, str) else [value]
+        values[name] = value
     return values
 
 
@@ -123,12 +147,19 @@ def _cli_type(annotation: Any) -> Any:
     return annotation if annotation in (int, float, bool, str) else str
 
 
-def _is_text(cls: type, name: str) -> bool:
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types that a union is made of, without None; else the type itself."""
+    if typing.get_origin(annotation) is Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(kind for a in typing.get_args(annotation) if a is not type(None) for kind in _members(a))
+    return (annotation,)
+
+
+def _is_text(annotation: Any) -> bool:
     """Whether a field takes text as it is, so that `--note 1` stays text."""
-    annotation = fields_of(cls)[name].annotation
-    kinds = (
-        typing.get_args(annotation)
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
-        else (annotation,)
-    )
-    return all(kind in (str, type(None)) for kind in kinds)
+    return all(kind is str for kind in _members(annotation))
+
+
+def _is_sequence(annotation: Any) -> bool:
+    return any(typing.get_origin(kind) in (list, tuple) for kind in _members(annotation))

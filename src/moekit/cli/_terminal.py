@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,11 @@ class Terminal:
             # The bars of libraries under us would fill a log; ours print plain lines there.
             os.environ.setdefault("TQDM_DISABLE", "1")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+    @property
+    def command(self) -> str:
+        """The command line as it was given, for records."""
+        return shlex.join(["moekit", *sys.argv[1:]])
 
     @property
     def on_terminal(self) -> bool:

@@ -8,7 +8,9 @@ __getattr__, __dir__ = attach(
         "Forecast": "plan",
         "Recipe": "schema",
         "load_recipe": "schema",
-        "plan": "plan",
+        "RunResult": "runner",
+        "forecast": "runner",
         "run": "runner",
+        "undo": "restore",
     },
 )

@@ -102,7 +102,7 @@ def save_changed(
         config=dict(config),
         scores=dict(scores or {}),
     )
-    moekit.save(model, work.out, tokenizer=tokenizer, record=record, overwrite=True)
+    moekit.save(model, work.out, tokenizer=tokenizer, record=record, overwrite=work.overwrite)
 
 
 def load_tokenizer(location: str) -> Any:
@@ -159,11 +159,11 @@ def model_item(reference: str, sizes: Sizes) -> Item:
 
 
 def _hub_bytes(reference: str) -> int | None:
-    from moekit.checkpoint import estimate
+    from moekit.checkpoint.estimate import estimate
     from moekit.errors import MoekitError
 
     try:
-        return int(estimate(reference).disk_bytes)
+        return estimate(reference).disk_bytes
     except MoekitError:
         return None
 

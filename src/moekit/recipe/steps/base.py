@@ -62,6 +62,7 @@ class Workplace:
         seed: of everything random in it.
         progress: told how far it is.
         command: what the record of a written checkpoint says made it.
+        overwrite: whether `out` may be replaced.
         finished: steps of the same run that are done, by id.
     """
 
@@ -70,6 +71,7 @@ class Workplace:
     seed: int = 0
     progress: Progress | None = None
     command: str = ""
+    overwrite: bool = True
     finished: Mapping[str, Finished] = field(default_factory=dict)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from moekit.recipe.inputs import is_packaged_model, model_location, read_text, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
+from moekit.recipe.plan import Forecast, Item, Sizes, disk_bytes
+from moekit.recipe.restore import copy_folder
 from moekit.recipe.steps.base import Step, TextRef, Workplace
 
 MANIFEST = "data.json"
@@ -41,11 +40,11 @@ class DataStep(Step):
     def run(self, work: Workplace) -> dict[str, Any]:
         """Fetch and write."""
         if is_packaged_model(self.source):
-            return _link_model(Path(model_location(self.source, work.progress)), work.out)
+            return _link_model(Path(model_location(self.source, work.progress)), work)
         from moekit.checkpoint import atomic_folder
 
         summary: dict[str, Any] = {"source": self.source, "domains": {}}
-        with atomic_folder(work.out, overwrite=True) as folder:
+        with atomic_folder(work.out, overwrite=work.overwrite) as folder:
             for split, limit in (("train", self.train_bytes), ("heldout", self.heldout_bytes)):
                 documents = read_text(
                     self.source, split=split, limit_bytes=limit, seed=work.seed, progress=work.progress
@@ -62,19 +61,6 @@ class DataStep(Step):
         return summary
 
 
-def _link_model(source: Path, out: Path) -> dict[str, Any]:
-    """Place a cached model in the run folder: hard links where the disk allows, since nobody writes into either."""
-    from moekit.checkpoint import atomic_folder
-
-    with atomic_folder(out, overwrite=True) as folder:
-        for file in sorted(source.iterdir()):
-            if file.is_file():
-                _link(file, folder / file.name)
-    return {"source": str(source), "bytes": sum(file.stat().st_size for file in out.iterdir())}
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _link_model(source: Path, work: Workplace) -> dict[str, Any]:
+    copy_folder(source, work.out, overwrite=work.overwrite)
+    return {"source": str(source), "bytes": disk_bytes(work.out)}

@@ -61,7 +61,7 @@ class RouteStep(Step):
             progress=work.progress,
         )
         if self.write == "plan":
-            plan.save(work.out, overwrite=True)
+            plan.save(work.out, overwrite=work.overwrite)
         else:
             plan.apply(model, fingerprint=fingerprint)
             save_changed(model, tokenizer, work, parent=self.model, config=self.settings, plan_hash=plan.hash)

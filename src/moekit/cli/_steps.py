@@ -1,0 +1,134 @@
+"""Commands that do what a recipe's step does: the step's fields are the options, so both mean the same."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from moekit.cli._command import build_command, build_method_group
+from moekit.cli._errors import config_error
+from moekit.cli._options import option_parameters, read_options
+from moekit.cli._terminal import Terminal
+from moekit.errors import BadConfig
+
+if TYPE_CHECKING:
+    from moekit.catalogue import MethodRecord
+    from moekit.recipe.steps.base import Step
+
+# Fields that the command line gives in another way.
+_ELSEWHERE = ("id", "use", "seed", "method", "settings")
+
+Show = Callable[[Terminal, Mapping[str, Any]], None]
+
+
+def _out_parameters(what: str) -> list[inspect.Parameter]:
+    out = Annotated[Path, typer.Argument(help=what, show_default=False)]
+    overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, at the very end, if it is there.")]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter("out", keyword, annotation=out),
+        inspect.Parameter("overwrite", keyword, default=False, annotation=overwrite),
+    ]
+
+
+def build_step_command(
+    step: type[Step],
+    *,
+    name: str,
+    help: str,
+    arguments: Sequence[str],
+    writes: str,
+    examples: Sequence[str],
+    show: Show,
+) -> Any:
+    """Make a command of a step.
+
+    Args:
+        step: its class.
+        name: the command's name.
+        help: what it does.
+        arguments: fields that are given as arguments; the rest are options.
+        writes: what OUT is.
+        examples: command lines for --help.
+        show: prints the results as tables.
+    """
+    extra = _step_parameters(step, arguments, writes)
+
+    def call(terminal: Terminal, **values: Any) -> None:
+        out, overwrite = values.pop("out"), values.pop("overwrite")
+        carry_out(terminal, step, read_options(step, values), out, overwrite, show)
+
+    return build_command(call, examples=examples, name=name, help=help, extra=extra)
+
+
+def build_step_group(
+    step: type[Step],
+    kind: str,
+    *,
+    name: str,
+    help: str,
+    arguments: Sequence[str],
+    writes: str,
+    example: Callable[[MethodRecord], str],
+    show: Show,
+) -> Any:
+    """Make `moekit NAME METHOD ...` of a step that takes any method of a kind."""
+
+    def call(terminal: Terminal, method: str, settings: dict[str, Any], **values: Any) -> None:
+        out, overwrite = values.pop("out"), values.pop("overwrite")
+        given = {**read_options(step, values), "method": method, "settings": settings}
+        carry_out(terminal, step, given, out, overwrite, show)
+
+    extra = _step_parameters(step, arguments, writes)
+    return build_method_group(kind, call, name=name, help=help, example=example, extra=extra)
+
+
+def _step_parameters(step: type[Step], arguments: Sequence[str], writes: str) -> list[inspect.Parameter]:
+    own = option_parameters(step, without=_ELSEWHERE, arguments=arguments, panel=None)
+    first, rest = own[: len(arguments)], own[len(arguments) :]
+    return [*first, *_out_parameters(writes), *rest]
+
+
+def carry_out(
+    terminal: Terminal, step: type[Step], values: Mapping[str, Any], out: Path, overwrite: bool, show: Show
+) -> None:
+    """Run one step outside a recipe, or say what it would do.
+
+    Raises:
+        BadConfig: an option is impossible, or OUT exists.
+    """
+    from moekit.recipe.artefacts import hash_of
+    from moekit.recipe.plan import Sizes
+    from moekit.recipe.steps.base import Workplace
+
+    try:
+        ready = step(**values)
+    except ValidationError as error:
+        raise config_error(error) from error
+    if terminal.dry_run:
+        terminal.forecast(ready.forecast(out, Sizes()))
+        return
+    if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
+        raise BadConfig("the folder exists", file=out, hint="choose another one, or say --overwrite")
+    # The same command finds the same folder, so that work which can resume does.
+    key = hash_of([type(ready).__name__, ready.model_dump(mode="json"), terminal.seed])[:16]
+    scratch = out.parent / f".{out.name}.scratch-{key}"
+    work = Workplace(
+        out=out,
+        scratch=scratch,
+        seed=terminal.seed,
+        progress=terminal.progress,
+        command=terminal.command,
+        overwrite=overwrite,
+    )
+    results = ready.run(work)
+    shutil.rmtree(scratch, ignore_errors=True)
+    terminal.answer(out=str(out), **results)
+    show(terminal, results)
+    terminal.say(f"wrote {out}")

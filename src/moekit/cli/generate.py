@@ -1,0 +1,86 @@
+"""`moekit generate`: the same prompts through two checkpoints, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moekit.cli._command import build_command
+from moekit.cli._terminal import Terminal
+from moekit.errors import BadData
+
+PROMPTS = (
+    "The most important thing about a good bridge is",
+    "def fibonacci(n):\n",
+    "Es war einmal ein alter König, der",
+)
+
+
+def generate(
+    terminal: Terminal,
+    model: Annotated[str, typer.Argument(help="checkpoint: folder, hub id or packaged model", show_default=False)],
+    other: Annotated[str | None, typer.Argument(help="checkpoint to put beside it", show_default=False)] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="text to continue; may be repeated")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest continuation, in tokens")] = 48,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ..., or auto")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored")] = "auto",
+) -> None:
+    """Continue prompts with a checkpoint, and show beside it what another one says; greedily, so it can be repeated."""
+    texts = [*(prompt or ()), *_lines(prompts)] or list(PROMPTS)
+    if terminal.dry_run:
+        _foretell(terminal, [name for name in (model, other) if name is not None])
+        return
+    first = _complete(terminal, model, texts, max_new_tokens, device, dtype)
+    if other is None:
+        terminal.answer(**first.model_dump(mode="json"))
+        for completion in first.completions:
+            terminal.say(f"> {completion.prompt}\n{completion.text}\n")
+        return
+    from moekit.evaluation import agreement, side_by_side
+    from moekit.recipe.inputs import open_model
+
+    second = _complete(terminal, other, texts, max_new_tokens, device, dtype)
+    asked, _ = open_model(other, device=device, dtype=dtype, progress=terminal.progress)
+    both = side_by_side(first, second, agreement(asked, first))
+    terminal.answer(**both.model_dump(mode="json"))
+    for pair in both.pairs:
+        where = "same" if pair.first_difference is None else f"part at token {pair.first_difference}"
+        terminal.say(f"> {pair.prompt}   ({where})\n  a: {pair.a.strip()}\n  b: {pair.b.strip()}\n")
+    terminal.say(f"a is {both.a}, b is {both.b}: {both.identical:.0%} of the prompts continued alike;")
+    terminal.say(f"given a's text, b chooses the same token at {both.agreement:.1%} of the positions")
+
+
+def _complete(terminal: Terminal, reference: str, texts: list[str], tokens: int, device: str, dtype: str) -> Any:
+    from moekit.evaluation import complete
+    from moekit.recipe.inputs import open_model
+
+    model, tokenizer = open_model(reference, device=device, dtype=dtype, progress=terminal.progress)
+    return complete(model, tokenizer, texts, max_new_tokens=tokens, name=reference, progress=terminal.progress)
+
+
+def _lines(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise BadData("the file holds no prompt", file=file, hint="write one a line")
+    return lines
+
+
+def _foretell(terminal: Terminal, references: list[str]) -> None:
+    from moekit.recipe.inputs import model_item
+    from moekit.recipe.plan import Forecast, Sizes, largest
+
+    items = tuple(model_item(name, Sizes()) for name in references)
+    terminal.forecast(Forecast(items, (), disk=0, memory=largest(item.nbytes for item in items)))
+
+
+def build() -> Any:
+    """The command."""
+    examples = ["moekit generate ./moe ./routed --prompt 'Once upon a time' --max-new-tokens 32"]
+    return build_command(generate, examples=examples)

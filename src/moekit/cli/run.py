@@ -1,0 +1,79 @@
+"""`moekit run`: carry out a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moekit.cli._command import build_command
+from moekit.cli._terminal import Terminal, size
+
+if TYPE_CHECKING:
+    from moekit.recipe.runner import Event, Marker
+    from moekit.recipe.schema import Recipe
+
+
+def run(
+    terminal: Terminal,
+    recipe: Annotated[Path, typer.Argument(help="YAML file", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="variables of the recipe")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="run folder, instead of the recipe's")] = None,
+    until: Annotated[str | None, typer.Option(help="stop after this step")] = None,
+    again: Annotated[
+        list[str] | None, typer.Option(help="run this step even if it is finished; may be repeated")
+    ] = None,
+) -> None:
+    """Carry out a recipe, step by step. Steps that are finished are skipped; a killed run goes on where it was."""
+    from moekit.recipe.runner import run as run_recipe
+    from moekit.recipe.schema import load_recipe
+    from moekit.recipe.variables import parse_overrides
+
+    loaded = load_recipe(recipe, parse_overrides(overrides or []), out=out, seed=terminal.seed or None)
+    if terminal.dry_run:
+        _foretell(terminal, loaded)
+        return
+    total = len(loaded.steps)
+    position = {step.id: number for number, step in enumerate(loaded.steps, 1)}
+
+    def tell(event: Event, name: str, marker: Marker | None) -> None:
+        head = f"[{position[name]}/{total}] {name}"
+        if event == "started":
+            terminal.note(f"{head} ...")
+        elif marker is not None:
+            terminal.note(f"{head} {'was done' if event == 'skipped' else 'done'} in {marker.seconds:.0f} s")
+
+    result = run_recipe(loaded, until=until, again=frozenset(again or ()), progress=terminal.progress, tell=tell)
+    steps = {name: {"seconds": marker.seconds, "results": marker.results} for name, marker in result.done.items()}
+    terminal.answer(out=str(result.folder), ran=result.ran, steps=steps)
+    for marker in result.done.values():
+        if marker.use == "report":
+            for line in marker.results.get("findings", ()):
+                terminal.say(line)
+            terminal.say(f"report: {marker.results.get('page')}")
+
+
+def _foretell(terminal: Terminal, recipe: Recipe) -> None:
+    from moekit.recipe.plan import merged
+    from moekit.recipe.runner import forecast
+
+    forecasts = forecast(recipe)
+    rows = [
+        (name, ", ".join(item.what for item in part.reads), size(part.disk), size(part.memory))
+        for name, part in forecasts.items()
+    ]
+    terminal.table(f"{recipe.name}: {len(rows)} steps into {recipe.out}", ("step", "reads", "disk", "memory"), rows)
+    terminal.forecast(merged(forecasts))
+    terminal.answer(steps={name: part.as_dict() for name, part in forecasts.items()})
+
+
+def build() -> Any:
+    """The command."""
+    examples = [
+        "moekit run recipes/c2r-demo.yaml",
+        "moekit run recipes/c2r.yaml model=allenai/OLMoE-1B-7B-0924 data=wikitext --dry-run",
+    ]
+    return build_command(run, examples=examples)
