@@ -1,0 +1,101 @@
+"""The MoE layers of a model in training: also under peft's wrappers, with what its losses must know of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moekit.anatomy.probe import MoELayer, find_moe_layers
+from moekit.errors import UnsupportedModel
+from moekit.routing.gate import Gate, identify_gate
+from moekit.training.losses import Scores
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedLayer:
+    """One MoE layer as training sees it.
+
+    Attributes:
+        layer: the block; its router follows the contract.
+        scores: how its logits become gate probabilities.
+        bias: its selection bias (a live tensor of E elements), None without.
+    """
+
+    layer: MoELayer
+    scores: Scores
+    bias: Tensor | None
+
+    @property
+    def index(self) -> int:
+        """Decoder layer index."""
+        return self.layer.index
+
+    @property
+    def router(self) -> nn.Module:
+        """The router."""
+        return self.layer.require_router()
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.layer.geometry.experts
+
+
+@contextmanager
+def without_wrappers(model: nn.Module) -> Iterator[None]:
+    """Take peft's wrappers off for a moment, so that blocks look as the family built them.
+
+    peft puts a wrapper in the place of a module whose parameters it adapts (several, nested, for experts); the module
+    itself stays what it was, so what is found meanwhile is what runs later.
+    """
+    taken: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            inner = getattr(child, "get_base_layer", None)
+            if child is not None and callable(inner) and not hasattr(parent, "get_base_layer"):
+                taken.append((parent, name, child))
+                parent._modules[name] = inner()
+    try:
+        yield
+    finally:
+        for parent, name, child in taken:
+            parent._modules[name] = child
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """`find_moe_layers`, also for a model that peft has wrapped.
+
+    Raises:
+        UnsupportedModel: no MoE layer, or a router that does not follow the contract.
+    """
+    with without_wrappers(model):
+        layers = find_moe_layers(model)
+    for layer in layers:
+        layer.require_router()
+    return layers
+
+
+def trained_layers(model: nn.Module) -> list[TrainedLayer]:
+    """All MoE layers of a model with their scoring and selection bias, found by asking the routers.
+
+    A gate that is none of the known ones counts as a softmax without a bias.
+
+    Raises:
+        UnsupportedModel: no MoE layer, or a router that does not follow the contract.
+    """
+    found = []
+    for layer in moe_layers(model):
+        scores: Scores = "softmax"
+        bias = None
+        try:
+            spec = identify_gate(layer)
+        except UnsupportedModel:
+            pass
+        else:
+            scores = "sigmoid" if spec.scoring == "sigmoid" else "softmax"
+            bias = Gate(spec, layer.require_router()).bias()
+        found.append(TrainedLayer(layer, scores, bias))
+    return found
