@@ -12,7 +12,6 @@ __getattr__, __dir__ = attach(
         "TokenBatches": "batches",
         "TokenizedDocument": "batches",
         "available": "sources",
-        "batches": "batches",
         "check_vocabulary": "batches",
         "fetch": "sources",
         "load_questions": "questions",

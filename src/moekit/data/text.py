@@ -83,6 +83,8 @@ def load_text(
 
 
 def _load_part(spec: str, progress: Progress | None) -> Iterator[Document]:
+    if not spec:
+        raise BadData("no text is named", hint="give a file, a folder, or a source of `moekit data list`")
     if spec in MIXES:
         for name in resolve_mix(spec, progress):
             yield from _load_part(name, progress)
@@ -98,8 +100,8 @@ def _load_part(spec: str, progress: Progress | None) -> Iterator[Document]:
         yield from _load_folder(path)
     elif path.exists():
         yield from _load_file(path, path.stem)
-    elif path.suffix in SUFFIXES or path.is_absolute() or spec.startswith((".", "~")) or not spec:
-        raise BadData("there is no such file or folder", file=spec or "(empty)", hint="give an existing path")
+    elif path.suffix in SUFFIXES or path.is_absolute() or spec.startswith((".", "~")):
+        raise BadData("there is no such file or folder", file=spec, hint="give an existing path")
     else:
         from moekit.data.hub import load_hub
 

