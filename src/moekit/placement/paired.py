@@ -1,0 +1,183 @@
+"""Rows per document, and paired intervals over documents: what one routing or placement sends beyond another.
+
+The same documents are routed twice; a document's tokens share topic and style, so that documents, not tokens, are what
+is resampled.
+
+Legend: N tokens, K choices, E experts, D devices, B documents, L layers, S resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moekit.errors import BadConfig, BadData
+from moekit.placement.plan import Placement
+from moekit.placement.replay import CHUNK_ENTRIES, Devices, check_choices, choose_copy, holders, presence
+from moekit.placement.simulate import check_trace
+
+if TYPE_CHECKING:
+    from moekit.trace.store import Trace
+
+
+@dataclass(frozen=True)
+class PairedRows:
+    """A difference in rows per token and layer, with its bootstrap interval.
+
+    Attributes:
+        first: rows per token of the first.
+        second: rows per token of the second.
+        difference: first - second: positive where the second sends fewer.
+        low: lower end of the interval.
+        high: upper end.
+        confidence: its level.
+        documents: B.
+        resamples: S.
+        seed: of the resampling.
+    """
+
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    documents: int
+    resamples: int
+    seed: int
+
+
+def rows_per_document(
+    indices_NK: torch.Tensor, device_of_E: Devices, document_N: torch.Tensor, devices: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows sent once per device, and tokens, of every document.
+
+    Args:
+        indices_NK: choices, E for none.
+        device_of_E: device of each expert, or all that hold a copy.
+        document_N: document of each token; -1 (padding) is left out.
+        devices: D.
+
+    Returns:
+        rows_B and tokens_B, int64, B the highest document number + 1.
+
+    Raises:
+        BadData: choices outside 0..E, or not one document per token.
+    """
+    holder_ER = holders(device_of_E, devices)
+    chosen_NK = check_choices(indices_NK, len(holder_ER))
+    number_N = document_N.to("cpu", torch.int64)
+    if number_N.shape != (len(chosen_NK),):
+        raise BadData(f"{list(number_N.shape)} document numbers for {len(chosen_NK)} tokens")
+    documents = int(number_N.max()) + 1 if len(number_N) else 0
+    rows_B = torch.zeros(documents, dtype=torch.int64)
+    step = max(1, CHUNK_ENTRIES // (devices + chosen_NK.shape[1]))
+    for start in range(0, len(chosen_NK), step):
+        device_NK = choose_copy(chosen_NK[start : start + step], holder_ER, devices, 1, None, start)
+        rows_N = presence(device_NK, devices).sum(dim=1)
+        part_N = number_N[start : start + step]
+        rows_B.index_add_(0, part_N[part_N >= 0], rows_N[part_N >= 0])
+    return rows_B, torch.bincount(number_N[number_N >= 0], minlength=documents)
+
+
+def paired_rows(
+    first_B: torch.Tensor,
+    second_B: torch.Tensor,
+    tokens_B: torch.Tensor,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> PairedRows:
+    """Bootstrap the difference in rows per token over documents (percentile interval of the ratio of sums).
+
+    Args:
+        first_B: rows of each document, once.
+        second_B: rows of the same documents, the other way.
+        tokens_B: tokens of each document.
+        confidence: level of the interval.
+        resamples: S.
+        seed: of the resampling.
+
+    Raises:
+        BadData: no document with tokens, or lists of different length.
+        BadConfig: impossible confidence or resamples.
+    """
+    if not 0 < confidence < 1 or resamples < 1:
+        raise BadConfig(f"no interval at confidence {confidence} from {resamples} resamples")
+    if not len(first_B) == len(second_B) == len(tokens_B):
+        raise BadData("both sides must list the same documents")
+    used = (tokens_B > 0).numpy()
+    first, second, tokens = (t.numpy().astype(np.float64)[used] for t in (first_B, second_B, tokens_B))
+    if not len(tokens):
+        raise BadData("there are no documents to compare", hint="trace some text")
+    rng = np.random.default_rng(seed)
+    drawn_SB = rng.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), size=resamples)
+    difference_S = (drawn_SB @ (first - second)) / (drawn_SB @ tokens)
+    low, high = np.quantile(difference_S, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return PairedRows(
+        first=float(first.sum() / tokens.sum()),
+        second=float(second.sum() / tokens.sum()),
+        difference=float((first - second).sum() / tokens.sum()),
+        low=float(low),
+        high=float(high),
+        confidence=confidence,
+        documents=len(tokens),
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def trace_rows_per_document(trace: Trace, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of every document summed over layers, and its tokens times layers.
+
+    Raises:
+        BadConfig: trace and placement do not belong together.
+    """
+    check_trace(trace, placement)
+    layers = trace.meta.layers
+    parts = [
+        rows_per_document(trace.indices(n), placement.holders(n), trace.document_N, placement.devices) for n in layers
+    ]
+    return torch.stack([rows_B for rows_B, _ in parts]).sum(dim=0), parts[0][1] * len(layers)
+
+
+def constraint_gain(
+    free: Trace,
+    free_placement: Placement,
+    constrained: Trace,
+    constrained_placement: Placement,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> PairedRows:
+    """What a routing constraint spares beyond placement alone, in rows per token and layer.
+
+    Args:
+        free: trace of the unconstrained model.
+        free_placement: the best placement for it.
+        constrained: trace of the constrained model on the same documents.
+        constrained_placement: the best placement for that.
+        confidence: level of the interval.
+        resamples: bootstrap resamples.
+        seed: of the resampling.
+
+    Raises:
+        BadData: the traces are not of the same documents.
+        BadConfig: a trace and its placement do not belong together, or devices differ.
+    """
+    if free_placement.devices != constrained_placement.devices:
+        raise BadConfig("the placements are for different numbers of devices", hint="compare equal numbers")
+    known = {trace.meta.tokenizer for trace in (free, constrained)} - {""}
+    first_B, tokens_B = trace_rows_per_document(free, free_placement)
+    second_B, other_B = trace_rows_per_document(constrained, constrained_placement)
+    if not torch.equal(tokens_B, other_B) or len(known) > 1:
+        raise BadData(
+            "the two traces are not of the same documents, layer for layer",
+            hint="profile both models on the same text, with the same tokenizer and batches",
+        )
+    return paired_rows(first_B, second_B, tokens_B, confidence=confidence, resamples=resamples, seed=seed)

@@ -1,0 +1,232 @@
+"""What a trace would have sent under a placement: exact counts, from the choices alone.
+
+Three ways to send a token's hidden state to the experts it chose:
+
+- *once per expert* (MegaBlocks, transformers): a row for every valid choice;
+- *once per device* (DeepEP, the zero-redundancy all-to-all): a row for every distinct device among them;
+- *once per node*: across nodes a row for every distinct node, which lands on the device with the sender's place in
+  that node and is handed on from there.
+
+A choice with index E is no expert and sends nothing. Where a token lives on a device (its home), rows to that device
+never travel and are counted apart.
+
+Legend: N tokens, K choices, E experts, D devices, M nodes, R copies of an expert, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from moekit.errors import BadConfig, BadData
+from moekit.placement.result import ReplayResult
+from moekit.placement.topology import node_of_devices
+
+# Entries of the token x device table that a chunk may hold (1 byte each, a few copies).
+CHUNK_ENTRIES = 8_000_000
+
+Home = torch.Tensor | Literal["round-robin"] | None
+Devices = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
+
+
+def round_robin_home(tokens: int, devices: int, document_N: torch.Tensor | None = None) -> torch.Tensor:
+    """Home device of each token: documents dealt out in turn, or single tokens where no documents are known, [N]."""
+    numbers_N = torch.arange(tokens) if document_N is None else document_N.to("cpu", torch.int64)
+    return numbers_N % devices
+
+
+def holders(device_of_E: Devices, devices: int) -> torch.Tensor:
+    """Devices of each expert, [E, R], filled up with -1: one column unless experts are replicated.
+
+    Raises:
+        BadConfig: a device outside 0..D-1, or an expert on none or twice on one.
+    """
+    rows: list[Any] = device_of_E.tolist() if isinstance(device_of_E, torch.Tensor) else list(device_of_E)
+    copies = [[int(d) for d in row] if isinstance(row, Sequence) else [int(row)] for row in rows]
+    for expert, held in enumerate(copies):
+        if not held or len(set(held)) != len(held) or min(held) < 0 or max(held) >= devices:
+            raise BadConfig(
+                f"devices {held} of this expert are not distinct devices of 0..{devices - 1}",
+                expert=expert,
+                hint="the placement was made for another number of devices",
+            )
+    width = max((len(held) for held in copies), default=1)
+    return torch.tensor([held + [-1] * (width - len(held)) for held in copies], dtype=torch.int64)
+
+
+def choose_copy(
+    indices_NK: torch.Tensor, holder_ER: torch.Tensor, devices: int, nodes: int, home_N: torch.Tensor | None, start: int
+) -> torch.Tensor:
+    """Device that serves each choice, [N, K]; D where there is no expert.
+
+    With copies: the token's own device if it holds one, else one in its node, else the copies in turn by token number.
+
+    Args:
+        indices_NK: choices.
+        holder_ER: from `holders`.
+        devices: D.
+        nodes: M.
+        home_N: home device of each token, None if unknown.
+        start: number of the first token, so that chunks take turns as the whole would.
+    """
+    none_1R = torch.full((1, holder_ER.shape[1]), -1, dtype=torch.int64)
+    held_NKR = torch.cat([holder_ER, none_1R])[indices_NK]
+    if holder_ER.shape[1] == 1:
+        device_NK = held_NKR[..., 0]
+        return torch.where(device_NK < 0, devices, device_NK)
+    count_NK = (held_NKR >= 0).sum(dim=-1)
+    turn_N1 = (torch.arange(len(indices_NK)) + start)[:, None]
+    pick_NK = turn_N1 % count_NK.clamp(min=1)
+    if home_N is not None:
+        node_D = torch.tensor([*node_of_devices(devices, nodes), -1])
+        at_home_NKR = held_NKR == home_N[:, None, None]
+        in_node_NKR = node_D[held_NKR] == node_D[home_N][:, None, None]
+        near_NKR = torch.where(at_home_NKR.any(-1, keepdim=True), at_home_NKR, in_node_NKR)
+        pick_NK = torch.where(near_NKR.any(-1), near_NKR.long().argmax(-1), pick_NK)
+    device_NK = held_NKR.gather(-1, pick_NK[..., None])[..., 0]
+    return torch.where(device_NK < 0, devices, device_NK)
+
+
+def check_choices(indices_NK: torch.Tensor, experts: int) -> torch.Tensor:
+    """Choices as int64 on the CPU.
+
+    Raises:
+        BadData: not [N, K], or outside 0..E.
+    """
+    if indices_NK.dim() != 2:
+        raise BadData(f"choices must be [N, K], not {list(indices_NK.shape)}")
+    chosen_NK = indices_NK.detach().to("cpu", torch.int64)
+    if chosen_NK.numel() and (int(chosen_NK.min()) < 0 or int(chosen_NK.max()) > experts):
+        bad = int(chosen_NK.min()) if int(chosen_NK.min()) < 0 else int(chosen_NK.max())
+        raise BadData(f"expert index {bad} is outside 0..{experts}", hint="trace and placement are of different models")
+    return chosen_NK
+
+
+def _resolve_home(home: Home, tokens: int, devices: int, document_N: torch.Tensor | None) -> torch.Tensor | None:
+    if home is None:
+        return None
+    if isinstance(home, str):
+        return round_robin_home(tokens, devices, document_N)
+    home_N = home.detach().to("cpu", torch.int64)
+    if home_N.shape != (tokens,) or (tokens and not 0 <= int(home_N.min()) <= int(home_N.max()) < devices):
+        raise BadData(f"homes must be [{tokens}] device numbers of 0..{devices - 1}")
+    return home_N
+
+
+def presence(device_NK: torch.Tensor, devices: int) -> torch.Tensor:
+    """Whether a token touches each device, [N, D]; device D (no expert) is dropped."""
+    table_ND = torch.zeros(len(device_NK), devices + 1, dtype=torch.bool)
+    return table_ND.scatter_(1, device_NK, True)[:, :devices]
+
+
+def _traffic(weight_ND: torch.Tensor, home_N: torch.Tensor, devices: int) -> torch.Tensor:
+    """Rows from each home to each device, [D, D]."""
+    rows_DD = torch.zeros(devices, devices, dtype=torch.int64)
+    return rows_DD.index_add_(0, home_N, weight_ND.long())
+
+
+def _by_node(present_ND: torch.Tensor, node_D: torch.Tensor, nodes: int) -> torch.Tensor:
+    """Whether a token touches each node, [N, M]."""
+    table_NM = torch.zeros(len(present_ND), nodes, dtype=torch.int16)
+    return table_NM.index_add_(1, node_D, present_ND.to(torch.int16)) > 0
+
+
+def _hierarchical(
+    present_ND: torch.Tensor, node_NM: torch.Tensor, home_N: torch.Tensor, node_D: torch.Tensor
+) -> torch.Tensor:
+    """Rows of the once-per-node way: across to the same place in the other node, then on inside it, [D, D]."""
+    devices, nodes = len(node_D), node_NM.shape[1]
+    first_M = torch.searchsorted(node_D, torch.arange(nodes))
+    size_M = torch.bincount(node_D, minlength=nodes)
+    rows_DD = torch.zeros(devices, devices, dtype=torch.int64)
+    place_N = home_N - first_M[node_D[home_N]]
+    for node in range(nodes):
+        landing_N = torch.where(node_D[home_N] == node, home_N, first_M[node] + place_N % size_M[node])
+        touched_N = node_NM[:, node]
+        across_N = touched_N & (landing_N != home_N)
+        pairs_N = home_N[across_N] * devices + landing_N[across_N]
+        rows_DD += torch.bincount(pairs_N, minlength=devices * devices).view(devices, devices)
+        inside_ND = present_ND & (node_D == node)
+        # A row that is consumed where it landed is not sent again; at home it never travelled at all.
+        inside_ND[torch.arange(len(landing_N)), landing_N] &= landing_N == home_N
+        rows_DD += _traffic(inside_ND, landing_N, devices)
+    return rows_DD
+
+
+def _replay_chunk(
+    indices_NK: torch.Tensor,
+    holder_ER: torch.Tensor,
+    devices: int,
+    nodes: int,
+    home_N: torch.Tensor | None,
+    start: int,
+) -> ReplayResult:
+    node_D = torch.tensor(node_of_devices(devices, nodes))
+    device_NK = choose_copy(indices_NK, holder_ER, devices, nodes, home_N, start)
+    present_ND = presence(device_NK, devices)
+    node_NM = _by_node(present_ND, node_D, nodes)
+    load_D = torch.bincount(device_NK.flatten(), minlength=devices + 1)[:devices]
+    expert_DD = device_DD = node_DD = None
+    if home_N is not None:
+        pairs_NK = home_N[:, None] * (devices + 1) + device_NK
+        table = torch.bincount(pairs_NK.flatten(), minlength=devices * (devices + 1))
+        expert_DD = table.view(devices, devices + 1)[:, :devices].clone()
+        device_DD = _traffic(present_ND, home_N, devices)
+        node_DD = _hierarchical(present_ND, node_NM, home_N, node_D)
+    return ReplayResult(
+        tokens=len(indices_NK),
+        devices=devices,
+        nodes=nodes,
+        rows_once_per_expert=int(load_D.sum()),
+        rows_once_per_device=int(present_ND.sum()),
+        rows_once_per_node=int(node_NM.sum()),
+        single=int(present_ND.any(dim=1).sum()),
+        load_D=load_D,
+        rows_D=present_ND.sum(dim=0),
+        expert_rows_DD=expert_DD,
+        device_rows_DD=device_DD,
+        node_rows_DD=node_DD,
+    )
+
+
+def replay(
+    indices_NK: torch.Tensor,
+    device_of_E: Devices,
+    devices: int,
+    home: Home = None,
+    *,
+    nodes: int = 1,
+    document_N: torch.Tensor | None = None,
+) -> ReplayResult:
+    """Count the rows that a trace sends under a placement of one layer.
+
+    Args:
+        indices_NK: experts that each token chose, E for none; any integer dtype.
+        device_of_E: device of each expert, or all devices that hold a copy.
+        devices: D.
+        home: device of each token [N], or "round-robin" over documents (single tokens without `document_N`); None
+            leaves apart what stays at home.
+        nodes: M; devices are numbered node by node.
+        document_N: document of each token, for the round-robin.
+
+    Returns:
+        Exact counts.
+
+    Raises:
+        BadData: choices outside 0..E, or homes that are no devices.
+        BadConfig: an expert on no device of 0..D-1.
+    """
+    holder_ER = holders(device_of_E, devices)
+    chosen_NK = check_choices(indices_NK, len(holder_ER))
+    home_N = _resolve_home(home, len(chosen_NK), devices, document_N)
+    step = max(1, CHUNK_ENTRIES // (devices + chosen_NK.shape[1]))
+    total: ReplayResult | None = None
+    for start in range(0, max(len(chosen_NK), 1), step):
+        part = slice(start, start + step)
+        home_part = None if home_N is None else home_N[part]
+        result = _replay_chunk(chosen_NK[part], holder_ER, devices, nodes, home_part, start)
+        total = result if total is None else total + result
+    assert total is not None
+    return total
