@@ -9,10 +9,24 @@ from pydantic import Field
 from moekit.recipe.steps.base import Step
 from moekit.recipe.steps.convert import ConvertStep
 from moekit.recipe.steps.data import DataStep
+from moekit.recipe.steps.evaluate import EvaluateStep
+from moekit.recipe.steps.place import PlaceStep
 from moekit.recipe.steps.profile import ProfileStep
+from moekit.recipe.steps.report import ReportStep
 from moekit.recipe.steps.route import RouteStep
 
-AnyStep = Annotated[DataStep | ConvertStep | ProfileStep | RouteStep, Field(discriminator="use")]
+AnyStep = Annotated[
+    DataStep | ConvertStep | ProfileStep | RouteStep | PlaceStep | EvaluateStep | ReportStep,
+    Field(discriminator="use"),
+]
 
 # `use:` -> class, in the order of a usual recipe.
-STEPS: dict[str, type[Step]] = {"data": DataStep, "convert": ConvertStep, "profile": ProfileStep, "route": RouteStep}
+STEPS: dict[str, type[Step]] = {
+    "data": DataStep,
+    "convert": ConvertStep,
+    "profile": ProfileStep,
+    "route": RouteStep,
+    "place": PlaceStep,
+    "evaluate": EvaluateStep,
+    "report": ReportStep,
+}

@@ -24,7 +24,9 @@ class ProfileStep(Step):
     max_tokens: int | None = Field(default=65536, ge=1, description="tokens, at most, shared among the documents")
     seq_len: int = Field(default=512, ge=2, description="tokens a row")
     batch_size: int = Field(default=4, ge=1, description="rows a forward pass")
-    statistics: tuple[str, ...] = Field(default=("load", "gate_mass", "coactivation"), description="what to sum up")
+    statistics: tuple[str, ...] = Field(
+        default=("basic",), description="what to sum up: names or groups, such as basic, gates, outputs"
+    )
     choices: bool = Field(default=True, description="keep every token's choice, for replay and placement")
     weights: bool = Field(default=False, description="keep the gate weights too, 16 bits each")
     device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
@@ -39,8 +41,7 @@ class ProfileStep(Step):
 
     def run(self, work: Workplace) -> dict[str, Any]:
         """Record and save."""
-        from moekit.trace import record
-        from moekit.trace.metrics import describe
+        from moekit.trace import record, summarise
 
         model, tokenizer = open_model(
             self.model, plan=self.plan, device=self.device, dtype=self.dtype, progress=work.progress
@@ -53,10 +54,14 @@ class ProfileStep(Step):
             statistics=self.statistics,
             keep_choices=self.choices,
             weights=self.weights,
+            tokenizer=tokenizer,
+            source=self.text,
+            seed=work.seed,
             progress=work.progress,
         )
-        trace.save(work.out)
-        return {"tokens": trace.meta.tokens, "domains": list(trace.meta.domains), **describe(trace)}
+        trace.save(work.out, overwrite=work.overwrite)
+        told = {"tokens": trace.meta.tokens, "domains": list(trace.meta.domains), "warnings": trace.warnings}
+        return {**told, "summary": summarise(trace).model_dump(mode="json")}
 
 
 def _bytes_per_token(model: str, weights: bool) -> int | None:

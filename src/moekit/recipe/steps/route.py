@@ -48,7 +48,7 @@ class RouteStep(Step):
         if self.trace is not None:
             trace = Trace.load(self.trace)
             trace.check_model(fingerprint)
-            statistics, trace_hash = statistics_of(trace, record.needs), trace.hash
+            statistics, trace_hash = trace.require(record.needs), trace.digest
         placed = None if self.placement is None else Placement.load(self.placement)
         plan = plan_routing(
             find_moe_layers(model),
@@ -71,8 +71,3 @@ class RouteStep(Step):
             "plan": plan.hash,
             "layers": len(plan.header.layers),
         }
-
-
-def statistics_of(trace: Any, needs: tuple[str, ...]) -> dict[int, dict[str, Any]]:
-    """The statistics of a trace that a method declares to need, by layer and name."""
-    return {layer: {name: trace.statistic(layer, name) for name in needs} for layer in trace.meta.layers}

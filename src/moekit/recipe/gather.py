@@ -1,0 +1,243 @@
+"""From the artefacts of a run to the numbers of its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moekit.errors import BadConfig, BadData
+from moekit.placement import Placement
+from moekit.recipe.steps.evaluate import COMPARISON
+from moekit.recipe.steps.place import load_results, placement_file
+from moekit.report.data import Finding, KeyFigure, ReportData, Section, TableSection
+from moekit.report.parts import Column, Interval, Table
+from moekit.report.run_info import describe_run
+from moekit.report.sections.c2r import Curve, CurvePoint, curve_findings, curve_section, headline, key_figures
+from moekit.report.sections.evaluations import comparison_section, relative
+from moekit.report.sections.placements import PlacementRow, placement_section
+from moekit.report.sections.traces import Coactivations, coactivation_section, load_section
+from moekit.trace import Trace
+
+if TYPE_CHECKING:
+    from moekit.evaluation import Comparison
+    from moekit.recipe.steps.base import Finished, Workplace
+    from moekit.recipe.steps.report import ReportStep
+
+
+def report_data(step: ReportStep, work: Workplace) -> ReportData:
+    """Everything that a report step names, as one page's numbers.
+
+    Raises:
+        BadConfig: `costs` and `constrained` do not go together.
+        BadData: an artefact is missing or damaged.
+    """
+    curves = _curves(step)
+    comparisons = [_comparison(folder) for folder in step.evaluations]
+    sections: list[Section] = []
+    if curves:
+        lead = "Each point is one routing, placed as well as it can be; every token is sent once per device."
+        sections.append(curve_section(curves, lead=lead))
+    if comparisons:
+        sections.append(comparison_section(comparisons))
+    if step.free is not None:
+        sections.append(placement_section(_placement_rows(step), note=_REPLAY_NOTE))
+    if step.traces:
+        sections += _trace_sections(step)
+    if work.finished:
+        sections.append(_steps_section(list(work.finished.values())))
+    first = headline(curves) if curves else _plain_headline(comparisons, step)
+    return ReportData(
+        title=step.title,
+        subtitle=step.subtitle,
+        headline=first,
+        findings=curve_findings(curves) if curves else (),
+        figures=key_figures(curves) if curves else _figures(comparisons),
+        sections=tuple(sections),
+        run=describe_run(commands=[work.command], seed=work.seed, hashes=_hashes(step)),
+    )
+
+
+_REPLAY_NOTE = (
+    "Rows are counted by replaying the trace token by token: rows sent per token and layer, the token's own device "
+    "included. Random placements are averaged over seeds."
+)
+
+
+def _curves(step: ReportStep) -> list[Curve]:
+    if step.free is None or not step.constrained:
+        return []
+    if len(step.costs) != len(step.constrained):
+        raise BadConfig(
+            f"{len(step.constrained)} placements of constrained models, but {len(step.costs)} evaluations of them",
+            hint="`costs` needs one evaluate step, with a baseline, for each entry of `constrained`, in the same order",
+        )
+    costs = [_comparison(folder) for folder in step.costs]
+    free = {part["devices"]: part for part in load_results(step.free)["devices"]}
+    points: dict[int, list[CurvePoint]] = {}
+    for folder, comparison in zip(step.constrained, costs, strict=True):
+        results = load_results(folder)
+        for part in results["devices"]:
+            if part["devices"] in free:
+                point = _point(folder, results["routing"], part, comparison)
+                points.setdefault(part["devices"], []).append(point)
+    curves = []
+    for devices, found in points.items():
+        rows = {row["name"]: row for row in free[devices]["rows"]}
+        contiguous = rows.get("contiguous")
+        best = free[devices]["rows"][-1]
+        curves.append(
+            Curve(
+                devices=devices,
+                top_k=round(best["once_per_expert"]),
+                placed=best["rows_per_token"],
+                contiguous=None if contiguous is None else contiguous["rows_per_token"],
+                points=tuple(found),
+            )
+        )
+    return curves
+
+
+def _point(folder: str, routing: str, part: dict[str, Any], comparison: Comparison) -> CurvePoint:
+    gain = part["gain"]
+    if gain is None:
+        hint = "give the place step `baseline` and `baseline_trace`"
+        raise BadData("it was not compared with the unconstrained model", file=folder, hint=hint)
+    cost = relative(comparison.overall.difference if comparison.overall is not None else None)
+    if cost is None:
+        raise BadData(f"{comparison.b} was not compared on at least two documents", file=folder)
+    saving = Interval(
+        mean=-gain["difference"] / gain["first"], low=-gain["high"] / gain["first"], high=-gain["low"] / gain["first"]
+    )
+    best = part["rows"][-1]
+    return CurvePoint(
+        name=comparison.b,
+        kind="device" if "mode='device'" in routing else "list",
+        rows=best["rows_per_token"],
+        saving=saving,
+        cost=cost,
+        load=best["imbalance"],
+    )
+
+
+def _placement_rows(step: ReportStep) -> list[PlacementRow]:
+    assert step.free is not None
+    rows: list[PlacementRow] = []
+    parts = {part["devices"]: part for part in load_results(step.free)["devices"]}
+    for devices, part in parts.items():
+        per_expert = part["rows"][0]["once_per_expert"]
+        common = {"devices": devices, "routing": "plain", "per_expert": per_expert}
+        rows.append(PlacementRow(**common, placement="any", sending="once per expert", rows=per_expert))
+        for row in part["rows"]:
+            is_own = row is part["rows"][-1]
+            rows.append(
+                PlacementRow(
+                    **common,
+                    placement="best" if is_own else row["name"],
+                    sending="once per device",
+                    rows=row["rows_per_token"],
+                    load=row["imbalance"],
+                    solver=part["solver"] if is_own else "",
+                    gap=row["gap"] if is_own else None,
+                )
+            )
+    for folder, cost in zip(step.constrained, step.costs, strict=True):
+        for part in load_results(folder)["devices"]:
+            if part["devices"] in parts:
+                rows.append(_constrained_row(part, parts[part["devices"]], _comparison(cost).b))
+    return rows
+
+
+def _constrained_row(part: dict[str, Any], free: dict[str, Any], name: str) -> PlacementRow:
+    best = part["rows"][-1]
+    return PlacementRow(
+        devices=part["devices"],
+        routing=name,
+        placement="best",
+        sending="once per device",
+        rows=best["rows_per_token"],
+        per_expert=free["rows"][0]["once_per_expert"],
+        load=best["imbalance"],
+        solver=part["solver"],
+        gap=best["gap"],
+    )
+
+
+def _trace_sections(step: ReportStep) -> list[Section]:
+    names = _names(step.trace_names, step.traces)
+    traces = [Trace.load(folder) for folder in step.traces]
+    order = _placement_of(step)
+    panels, loads = [], {}
+    for name, trace in zip(names, traces, strict=True):
+        found = trace.require(["coactivation", "load"])
+        counts = {layer: found[layer]["coactivation"].numpy() for layer in trace.meta.layers}
+        loads[name] = {layer: found[layer]["load"].numpy() for layer in trace.meta.layers}
+        orders = None if order is None else order.orders()
+        blocks = None if order is None else {layer: order.sizes(layer) for layer in order.layers}
+        panels.append(Coactivations(name=name, counts=counts, orders=orders, blocks=blocks))
+    note = "" if order is None else f"Experts stand in the order of the placement on {order.devices} devices."
+    return [coactivation_section(panels, note=note), load_section(loads)]
+
+
+def _placement_of(step: ReportStep) -> Placement | None:
+    """The unconstrained model's placement on the fewest devices, which orders the heat maps."""
+    if step.free is None:
+        return None
+    devices = min(part["devices"] for part in load_results(step.free)["devices"])
+    return Placement.load(Path(step.free) / placement_file(devices))
+
+
+def _names(given: Sequence[str], folders: Sequence[str]) -> list[str]:
+    if given and len(given) != len(folders):
+        raise BadConfig(f"{len(folders)} traces, but {len(given)} names", hint="name each trace, or none")
+    return list(given) or [Path(folder).name for folder in folders]
+
+
+def _steps_section(finished: Sequence[Finished]) -> TableSection:
+    columns = (Column(name="step"), Column(name="does"), Column(name="with"))
+    rows = []
+    for done in finished:
+        skipped = ("id", "use", "seed")
+        told = [
+            f"{key}={value}" for key, value in done.config.items() if key not in skipped and value not in (None, "")
+        ]
+        text = ", ".join(told)
+        rows.append((done.id, done.use, text if len(text) <= 160 else text[:159] + "…"))
+    return TableSection(title="What was done", tables=(Table(columns=columns, rows=tuple(rows)),))
+
+
+def _plain_headline(comparisons: Sequence[Comparison], step: ReportStep) -> Finding:
+    """Without a constraint to judge, the first line is the first comparison."""
+    for comparison in comparisons:
+        change = relative(comparison.overall.difference if comparison.overall is not None else None)
+        if change is not None:
+            text = f"The perplexity of {comparison.b} is {change.mean:+.1%} [{change.low:+.1%}, {change.high:+.1%}] of "
+            return Finding(text=f"{text}that of {comparison.a}, paired over documents.")
+    return Finding(text=f"{step.title}: {len(step.traces)} traces, nothing compared.")
+
+
+def _figures(comparisons: Sequence[Comparison]) -> tuple[KeyFigure, ...]:
+    return tuple(
+        KeyFigure(
+            label=f"Perplexity of {c.b}", value=f"{c.overall.b.perplexity:.2f}", note=f"{c.overall.a.perplexity:.2f}"
+        )
+        for c in comparisons
+        if c.overall is not None
+    )
+
+
+def _hashes(step: ReportStep) -> dict[str, str]:
+    return {
+        f"trace {name}": Trace.load(folder).digest
+        for name, folder in zip(_names(step.trace_names, step.traces), step.traces, strict=True)
+    }
+
+
+def _comparison(folder: str) -> Comparison:
+    from moekit.evaluation import Comparison
+
+    file = Path(folder) / COMPARISON
+    try:
+        return Comparison.model_validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadData("no comparison here", file=file, hint="give the evaluate step a baseline") from error

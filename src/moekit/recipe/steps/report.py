@@ -1,0 +1,47 @@
+"""`use: report`: one self-contained page about the steps of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from moekit.recipe.plan import Forecast, Item, Sizes
+from moekit.recipe.steps.base import PlacementRef, ResultsRef, Step, TraceRef, Workplace
+
+PAGE = "report.html"
+
+
+class ReportStep(Step):
+    """Put traces, placements and evaluations of a run on one page, and the same numbers into a JSON file.
+
+    The page says first what a routing constraint adds beyond placement alone, with a paired interval.
+    """
+
+    use: Literal["report"] = "report"
+    title: str = Field(default="moekit report", description="heading of the page")
+    subtitle: str = Field(default="", description="line under it, such as the model and the text")
+    traces: tuple[TraceRef, ...] = Field(default=(), description="traces for heat maps and load bars, before and after")
+    trace_names: tuple[str, ...] = Field(default=(), description="what to call them; their folders' names by default")
+    free: PlacementRef | None = Field(default=None, description="place step of the unconstrained model")
+    constrained: tuple[PlacementRef, ...] = Field(default=(), description="place steps of constrained models")
+    costs: tuple[ResultsRef, ...] = Field(default=(), description="evaluate steps, one for each of `constrained`")
+    evaluations: tuple[ResultsRef, ...] = Field(default=(), description="evaluate steps with a baseline, for tables")
+    strict: bool = Field(default=True, description="fail if the page finds that a measurement shows nothing")
+
+    def forecast(self, out: Path, sizes: Sizes) -> Forecast:
+        """A page is a few MiB at most."""
+        names = (*self.traces, *((self.free,) if self.free else ()), *self.constrained, *self.costs, *self.evaluations)
+        reads = tuple(sizes.item(name) for name in names)
+        return Forecast(reads, (Item(str(out), 4 << 20),), disk=4 << 20, memory=256 << 20)
+
+    def run(self, work: Workplace) -> dict[str, Any]:
+        """Gather, draw, write."""
+        from moekit.recipe.gather import report_data
+        from moekit.report import build
+
+        data = report_data(self, work)
+        page = build(data, work.out / PAGE, strict=self.strict)
+        findings = [finding.text for finding in (data.headline, *data.findings)]
+        return {"page": str(page), "findings": findings, "failures": list(data.failures)}
