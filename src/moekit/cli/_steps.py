@@ -58,7 +58,7 @@ def build_step_command(
         examples: command lines for --help.
         show: prints the results as tables.
     """
-    extra = _step_parameters(step, arguments, writes)
+    extra = step_parameters(step, arguments, writes)
 
     def call(terminal: Terminal, **values: Any) -> None:
         out, overwrite = values.pop("out"), values.pop("overwrite")
@@ -85,11 +85,18 @@ def build_step_group(
         given = {**read_options(step, values), "method": method, "settings": settings}
         carry_out(terminal, step, given, out, overwrite, show)
 
-    extra = _step_parameters(step, arguments, writes)
+    extra = step_parameters(step, arguments, writes)
     return build_method_group(kind, call, name=name, help=help, example=example, extra=extra)
 
 
-def _step_parameters(step: type[Step], arguments: Sequence[str], writes: str) -> list[inspect.Parameter]:
+def step_parameters(step: type[Step], arguments: Sequence[str], writes: str) -> list[inspect.Parameter]:
+    """Arguments, OUT and options of a step.
+
+    Args:
+        step: its class.
+        arguments: fields that are given as arguments.
+        writes: what OUT is.
+    """
     own = option_parameters(step, without=_ELSEWHERE, arguments=arguments, panel=None)
     first, rest = own[: len(arguments)], own[len(arguments) :]
     return [*first, *_out_parameters(writes), *rest]
@@ -111,6 +118,7 @@ def carry_out(
         ready = step(**values)
     except ValidationError as error:
         raise config_error(error) from error
+    ready.check()
     if terminal.dry_run:
         terminal.forecast(ready.forecast(out, Sizes()))
         return

@@ -7,23 +7,22 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moekit.catalogue import MethodRecord
+from moekit import catalogue
 from moekit.errors import BadConfig
 
 
-def make(record: MethodRecord, settings: Mapping[str, Any]) -> Any:
+def make(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
     """Build a method with its options.
 
     Raises:
-        BadConfig: an option is unknown or out of bounds; names each with what was given.
+        BadConfig: there is no such method; or an option is unknown or out of bounds: names each with what was given.
     """
+    cls: Any = catalogue.get(kind, name).cls
     try:
-        return record.cls(**settings)
+        return cls(**settings)
     except ValidationError as error:
-        raise BadConfig(
-            f"{record.kind} {record.name}: {faults(error)}",
-            hint=f"options: {', '.join(record.cls.model_fields)}",  # type: ignore[attr-defined]
-        ) from error
+        hint = f"its options: {', '.join(cls.model_fields) or 'none'}"
+        raise BadConfig(f"{kind} {name}: {faults(error)}", hint=hint) from error
 
 
 def faults(error: ValidationError) -> str:

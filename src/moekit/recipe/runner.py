@@ -11,7 +11,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +82,7 @@ class RunResult:
 
 def forecast(recipe: Recipe) -> dict[str, Forecast]:
     """What each step would read, write and need, in order; nothing is read but file sizes and headers."""
+    check(recipe)
     sizes = Sizes()
     folders = {step.id: str(recipe.folder / step.id) for step in recipe.steps}
     forecasts: dict[str, Forecast] = {}
@@ -89,6 +91,27 @@ def forecast(recipe: Recipe) -> dict[str, Forecast]:
         forecasts[step.id] = ready.forecast(Path(folders[step.id]), sizes)
         sizes.expect(forecasts[step.id])
     return forecasts
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse impossible options of any step before the first one runs.
+
+    Raises:
+        BadConfig: naming the step and the option.
+    """
+    for step in recipe.steps:
+        with _named(step.id):
+            step.check()
+
+
+@contextmanager
+def _named(step: str) -> Iterator[None]:
+    """Put the step's name into the message of whatever it raises."""
+    try:
+        yield
+    except MoekitError as error:
+        error.message = f"step {step!r}: {error.message}"
+        raise
 
 
 def run(
@@ -116,6 +139,7 @@ def run(
     for name in {until, *again} - {None}:
         if name not in ids:
             raise BadConfig(f"the recipe has no step {name!r}", hint=f"it has: {', '.join(ids)}")
+    check(recipe)
     tell = tell or (lambda event, name, marker: None)
     folder = recipe.folder
     result = RunResult(folder)
@@ -189,11 +213,8 @@ def _carry_out(
         finished={m.id: Finished(m.id, m.use, folder / m.id, m.config, m.results) for m in done.values()},
     )
     started = time.monotonic()
-    try:
+    with _named(step.id):
         results = step.run(work)
-    except MoekitError as error:
-        error.message = f"step {step.id!r}: {error.message}"
-        raise
     marker = Marker(
         id=step.id,
         use=step.use,

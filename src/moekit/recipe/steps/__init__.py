@@ -14,9 +14,10 @@ from moekit.recipe.steps.place import PlaceStep
 from moekit.recipe.steps.profile import ProfileStep
 from moekit.recipe.steps.report import ReportStep
 from moekit.recipe.steps.route import RouteStep
+from moekit.recipe.steps.train import TrainStep
 
 AnyStep = Annotated[
-    DataStep | ConvertStep | ProfileStep | RouteStep | PlaceStep | EvaluateStep | ReportStep,
+    DataStep | ConvertStep | TrainStep | ProfileStep | RouteStep | PlaceStep | EvaluateStep | ReportStep,
     Field(discriminator="use"),
 ]
 
@@ -24,6 +25,7 @@ AnyStep = Annotated[
 STEPS: dict[str, type[Step]] = {
     "data": DataStep,
     "convert": ConvertStep,
+    "train": TrainStep,
     "profile": ProfileStep,
     "route": RouteStep,
     "place": PlaceStep,

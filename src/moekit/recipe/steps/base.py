@@ -98,6 +98,13 @@ class Step(BaseModel, ABC):
                 found += [(kinds[0], item) for item in (value if isinstance(value, tuple | list) else [value])]
         return found
 
+    def check(self) -> None:
+        """Refuse what cannot work, before any step runs.
+
+        Raises:
+            BadConfig: naming the option and what was given.
+        """
+
     @abstractmethod
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """Say what the step would read, write and need, from file sizes and headers alone.

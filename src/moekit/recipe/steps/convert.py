@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moekit.recipe.inputs import model_item, open_model, read_text, rows_of, save_changed, text_item
+from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
 
@@ -25,6 +26,10 @@ class ConvertStep(Step):
     seq_len: int = Field(default=256, ge=2, description="tokens a row")
     dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
 
+    def check(self) -> None:
+        """Refuse an unknown method and impossible options."""
+        make("convert", self.method, self.settings)
+
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """The MoE is at least as large as the dense model; how much larger, the conversion's options decide."""
         model = model_item(self.model, sizes)
@@ -39,11 +44,9 @@ class ConvertStep(Step):
 
     def run(self, work: Workplace) -> dict[str, Any]:
         """Convert and save."""
-        from moekit import catalogue
         from moekit.anatomy import find_moe_layers
-        from moekit.recipe.methods import make
 
-        conversion = make(catalogue.get("convert", self.method), self.settings)
+        conversion = make("convert", self.method, self.settings)
         model, tokenizer = open_model(self.model, device="cpu", dtype=self.dtype, progress=work.progress)
         calibration = None
         if self.text is not None:

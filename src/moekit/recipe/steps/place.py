@@ -11,6 +11,7 @@ from pydantic import Field
 
 from moekit.errors import BadData
 from moekit.recipe.inputs import model_item, model_location
+from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.steps.base import ModelRef, PlacementRef, Step, TraceRef, Workplace
 
@@ -36,6 +37,11 @@ class PlaceStep(Step):
     baseline: PlacementRef | None = Field(default=None, description="folder of another place step, of the free model")
     baseline_trace: TraceRef | None = Field(default=None, description="trace of the free model on the same documents")
     model: ModelRef | None = Field(default=None, description="write this model with its experts in device order")
+
+    def check(self) -> None:
+        """Refuse an unknown solver and impossible options."""
+        for name in {self.method, *self.compare} - {"auto"}:
+            make("place", name, self.settings if name == self.method else {})
 
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """Placements are small; a permuted model is as large as its parent."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moekit.recipe.inputs import model_item, open_model, save_changed
+from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.steps.base import ModelRef, PlacementRef, Step, TraceRef, Workplace
 
@@ -23,6 +24,10 @@ class RouteStep(Step):
     placement: PlacementRef | None = Field(default=None, description="placement file, for policies that need devices")
     write: Literal["plan", "model"] = Field(default="plan", description="write the plan alone, or a model with it")
 
+    def check(self) -> None:
+        """Refuse an unknown method and impossible options."""
+        make("routing", self.method, self.settings)
+
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """A plan is small; a model is as large as its parent."""
         model = model_item(self.model, sizes)
@@ -36,12 +41,11 @@ class RouteStep(Step):
         from moekit.anatomy import find_moe_layers
         from moekit.checkpoint import fingerprint_model
         from moekit.placement import Placement
-        from moekit.recipe.methods import make
         from moekit.routing import plan_routing
         from moekit.trace import Trace
 
         record = catalogue.get("routing", self.method)
-        policy = make(record, self.settings)
+        policy = make("routing", self.method, self.settings)
         model, tokenizer = open_model(self.model, progress=work.progress)
         fingerprint = fingerprint_model(model)
         statistics = trace_hash = None

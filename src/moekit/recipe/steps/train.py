@@ -1,0 +1,76 @@
+"""`use: train`: train or fine-tune a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from moekit.errors import BadConfig
+from moekit.recipe.inputs import model_item, open_model, read_text, save_changed, text_item
+from moekit.recipe.plan import Forecast, Item, Sizes
+from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
+
+if TYPE_CHECKING:
+    from moekit.training import TrainConfig
+
+# Weights, gradients and two moments of Adam, four bytes each, for weights that may be stored in two.
+_TRAINING_FACTOR = 8
+
+
+class TrainStep(Step):
+    """Train a model on text, under the routing policy that it carries or is given; a killed run resumes exactly."""
+
+    use: Literal["train"] = "train"
+    model: ModelRef = Field(description="model: folder or hub id")
+    text: TextRef = Field(description="training text: file, folder, source, mix or hub id")
+    plan: PlanRef | None = Field(default=None, description="routing plan to train under; the checkpoint's by default")
+    split: Literal["train", "heldout"] | None = Field(default=None, description="part of the text to take")
+    heldout: TextRef | None = Field(default=None, description="text whose loss is watched")
+    device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
+    settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, balance_coef, ...: TrainConfig")
+
+    def check(self) -> None:
+        """Refuse impossible settings."""
+        self.config(0)
+
+    def config(self, seed: int) -> TrainConfig:
+        """The run's knobs.
+
+        Raises:
+            BadConfig: an unknown or impossible one.
+        """
+        from moekit.recipe.methods import faults
+        from moekit.training import TrainConfig
+
+        try:
+            return TrainConfig(**{"seed": seed, **self.settings})
+        except ValidationError as error:
+            raise BadConfig(f"training: {faults(error)}", hint="moekit train --help lists every option") from error
+
+    def forecast(self, out: Path, sizes: Sizes) -> Forecast:
+        """The trained model, and a checkpoint with optimizer state while it runs."""
+        model = model_item(self.model, sizes)
+        texts = [text_item(item, sizes) for item in (self.text, self.heldout) if item]
+        needed = None if model.nbytes is None else _TRAINING_FACTOR * model.nbytes
+        kept = None if needed is None or model.nbytes is None else needed + model.nbytes
+        return Forecast((model, *texts), (Item(str(out), model.nbytes),), disk=kept, memory=needed)
+
+    def run(self, work: Workplace) -> dict[str, Any]:
+        """Train and save."""
+        from moekit.training import train
+
+        config = self.config(work.seed)
+        model, tokenizer = open_model(
+            self.model, plan=self.plan, device=self.device, dtype="float32", progress=work.progress
+        )
+        documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
+        heldout = None if self.heldout is None else read_text(self.heldout, seed=work.seed, progress=work.progress)
+        result = train(
+            model, tokenizer, documents, config, output=work.scratch, heldout=heldout, progress=work.progress
+        )
+        scores = result.model_dump(mode="json", exclude={"history"})
+        settings = {**config.model_dump(mode="json", exclude_defaults=True), "text": self.text}
+        save_changed(model, tokenizer, work, parent=self.model, config=settings, scores=scores)
+        return {**scores, "tokens_per_second": result.tokens_per_second, "final_loss": result.losses[-1]}
