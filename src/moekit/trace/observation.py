@@ -1,0 +1,134 @@
+"""What is known about some tokens at one MoE layer; statistics are measured on it.
+
+Legend: N tokens, K choices a token, E experts, H hidden, D domains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Some tokens at one MoE layer; padding is left out already.
+
+    Only what was recorded is there: a statistic names in `sources` what it reads, and the recorder sees to it. Reading
+    anything else raises `LookupError`.
+
+    Attributes:
+        experts: E.
+        indices_NK: chosen experts, int64; E means none.
+        domains: D, number of domains known so far.
+        domain: number of each token's domain, [N].
+        position: each token's position in its sequence, [N].
+        weights: gate weights as they multiply the outputs, [N, K].
+        logits: router logits, [N, E].
+        sigmoid: whether scores are sigmoids of the logits; else their softmax.
+        hidden: what the experts saw, [N, H].
+        outputs: output of each chosen expert before gating, [N, K, H]; zero where the choice is none.
+        residual: residual stream before the block, not normalised, [N, H].
+        routed: what the routed experts add to it, gated and summed, [N, H].
+    """
+
+    experts: int
+    indices_NK: Tensor
+    domains: int = 1
+    domain: Tensor | None = None
+    position: Tensor | None = None
+    weights: Tensor | None = None
+    logits: Tensor | None = None
+    sigmoid: bool = False
+    hidden: Tensor | None = None
+    outputs: Tensor | None = None
+    residual: Tensor | None = None
+    routed: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.indices_NK.shape[0]
+
+    @staticmethod
+    def _have(value: Tensor | None, name: str) -> Tensor:
+        if value is None:
+            raise LookupError(f"{name} were not recorded: name them in the statistic's `sources`")
+        return value
+
+    @property
+    def domain_N(self) -> Tensor:
+        """Number of each token's domain, [N] int64."""
+        return self._have(self.domain, "domains").to(device=self.indices_NK.device, dtype=torch.int64)
+
+    @property
+    def position_N(self) -> Tensor:
+        """Each token's position in its sequence, [N] int64."""
+        return self._have(self.position, "positions").to(device=self.indices_NK.device, dtype=torch.int64)
+
+    @cached_property
+    def weights_NK(self) -> Tensor:
+        """Gate weights, fp32; zero where the choice is none."""
+        weights_NK = self._have(self.weights, "weights").float()
+        return weights_NK.masked_fill(self.indices_NK >= self.experts, 0.0)
+
+    @cached_property
+    def logits_NE(self) -> Tensor:
+        """Router logits, fp32."""
+        return self._have(self.logits, "logits").float()
+
+    @cached_property
+    def scores_NE(self) -> Tensor:
+        """Scores of all experts, fp32: softmax or sigmoid of the logits, before bias, groups and top-k."""
+        return self.logits_NE.sigmoid() if self.sigmoid else self.logits_NE.softmax(dim=-1)
+
+    @cached_property
+    def hidden_NH(self) -> Tensor:
+        """What the experts saw, fp32."""
+        return self._have(self.hidden, "inputs").float()
+
+    @cached_property
+    def outputs_NKH(self) -> Tensor:
+        """Output of each chosen expert before gating, fp32."""
+        return self._have(self.outputs, "outputs").float()
+
+    @cached_property
+    def output_norm_NK(self) -> Tensor:
+        """Euclidean norm of each chosen expert's output before gating."""
+        norm_NK: Tensor = torch.linalg.vector_norm(self.outputs_NKH, dim=-1)
+        return norm_NK
+
+    @cached_property
+    def change_N(self) -> Tensor:
+        """How much the routed experts turn the residual stream: max(1 - cos(h, h + routed), 0), arXiv:2504.06792."""
+        residual_NH = self._have(self.residual, "the residual stream").float()
+        routed_NH = self._have(self.routed, "routed outputs").float()
+        cosine_N = torch.nn.functional.cosine_similarity(residual_NH, residual_NH + routed_NH, dim=-1)
+        return (1.0 - cosine_N).clamp_min(0.0)
+
+    def spread(self, values_NK: Tensor) -> Tensor:
+        """Values of choices, put under the expert chosen: [N, E]; choices of none are dropped."""
+        table_NE = values_NK.new_zeros(self.tokens, self.experts + 1)
+        return table_NE.scatter_(1, self.indices_NK, values_NK)[:, : self.experts]
+
+    @cached_property
+    def chosen_NE(self) -> Tensor:
+        """1 where the token chose the expert, else 0; fp32."""
+        return self.spread(torch.ones_like(self.indices_NK, dtype=torch.float32))
+
+    @cached_property
+    def gates_NE(self) -> Tensor:
+        """Gate weight of each expert, 0 where not chosen."""
+        return self.spread(self.weights_NK)
+
+    def per_expert(self, values_NK: Tensor) -> Tensor:
+        """Sum over tokens of a value of each choice, by expert: [E] fp64."""
+        return accumulate(self.spread(values_NK), 0)
+
+
+def accumulate(values: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Sum in the widest float the device has (fp64 but on Apple's GPUs)."""
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    return values.sum(dim=dim, dtype=wide) if dim is not None else values.sum(dtype=wide)

@@ -1,0 +1,212 @@
+"""The experts seam of a live model: what is passed over it, and how to ask experts one by one.
+
+Every family calls its experts with (hidden [T, H], indices [T, K], weights [T, K]), whatever its router is.
+
+Legend: T positions of a forward pass, K choices a token, P (token, choice) pairs, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moekit.anatomy.probe import MoELayer, ask_router, find_moe_layers
+from moekit.errors import BadConfig, UnsupportedModel
+from moekit.trace.store import STOCK_ROUTING
+
+IMPLEMENTATION = "moekit_recording"
+_TAP = "_moekit_tap"
+# Median deviation of log ratios; bf16 weights round by up to 0.004.
+SIGMOID_TOLERANCE = 0.02
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+# (hidden [T, H], indices [T, K], weights [T, K]) -> output [T, H]
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def read_arguments(layer: MoELayer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden [T, H], indices [T, K], weights [T, K]) among what an experts module was called with.
+
+    Raises:
+        UnsupportedModel: the call does not follow the contract.
+    """
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    floats = [t for t in tensors if t.is_floating_point()]
+    integers = [t for t in tensors if t.dtype in _INTEGERS]
+    if len(floats) == 2 and len(integers) == 1 and integers[0].dim() == 2:
+        (hidden, weights), index_TK = floats, integers[0]
+        hidden_TH = hidden.reshape(-1, hidden.shape[-1])
+        if hidden_TH.shape[0] == index_TK.shape[0] == weights.shape[0]:
+            if weights.shape == index_TK.shape:
+                return hidden_TH, index_TK, weights
+            if tuple(weights.shape[1:]) == (layer.geometry.experts,):
+                return hidden_TH, index_TK, weights.gather(1, index_TK.long())
+    shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors)
+    raise UnsupportedModel(
+        f"{layer.experts_name!r} is called with {shapes}, not with hidden [T, H], indices [T, K], weights [T, K]",
+        layer=layer.index,
+        hint="this family's routing cannot be traced",
+    )
+
+
+def single_outputs(experts: Experts, hidden_TH: Tensor, index_TK: Tensor, count: int) -> Tensor:
+    """Output of each chosen expert before gating, computed for the tokens routed to it only.
+
+    Args:
+        experts: forward of the experts module.
+        hidden_TH: what the experts see.
+        index_TK: chosen experts, E means none.
+        count: E.
+
+    Returns:
+        [T, K, H]; zero where the choice is none.
+    """
+    rows, top_k = index_TK.shape
+    flat_P = index_TK.flatten()
+    real_P = (flat_P < count).nonzero().flatten()
+    one_P1 = hidden_TH.new_ones(len(real_P), 1)
+    result_PH = hidden_TH.new_zeros(rows * top_k, hidden_TH.shape[-1])
+    if len(real_P):
+        output_PH = experts(hidden_TH[real_P // top_k], flat_P[real_P][:, None], one_P1)
+        result_PH = result_PH.to(output_PH.dtype).index_copy(0, real_P, output_PH)
+    return result_PH.view(rows, top_k, -1)
+
+
+def uses_sigmoid(layer: MoELayer) -> bool:
+    """Whether a router's scores are sigmoids rather than a softmax, told by the weights it gives.
+
+    The ratio of two choices' weights is that of their scores, whatever normalises and scales them. A gate that is
+    neither (PhiMoE's) counts as a softmax, since its scores come from one.
+    """
+    router = layer.require_router()
+    like = next(router.parameters())
+    if like.is_meta:
+        return False
+    probe_TH = torch.randn(64, layer.geometry.hidden, generator=torch.Generator().manual_seed(0))
+    answer = ask_router(router, probe_TH.to(device=like.device, dtype=like.dtype))
+    assert answer is not None  # it is a router because it answers
+    logits_TE, weights_TK, indices_TK = (a.detach().cpu() for a in answer)
+    logits_TE, weights_TK = logits_TE.float(), weights_TK.float()
+    indices_TK = indices_TK.long().clamp_max(layer.geometry.experts - 1)
+    far = []
+    for scores_TE in (logits_TE.sigmoid(), logits_TE.softmax(-1)):
+        chosen_TK = scores_TE.gather(1, indices_TK)
+        if indices_TK.shape[1] == 1:  # no ratio to compare, only the weight itself
+            far.append((weights_TK - chosen_TK).abs().nanmedian())
+        else:
+            ratio_T = (weights_TK[:, 0] / weights_TK[:, -1]).log() - (chosen_TK[:, 0] / chosen_TK[:, -1]).log()
+            far.append(ratio_T.abs().nanmedian())
+    return bool(far[0] < far[1]) and bool(far[0] < SIGMOID_TOLERANCE)
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse what runs without calling Python hooks.
+
+    Raises:
+        UnsupportedModel: the model, or a part of it, is compiled or replicated.
+    """
+    for name, module in model.named_modules():
+        compiled = type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+        if compiled or isinstance(module, nn.DataParallel):
+            what = "compiled" if compiled else "replicated by DataParallel"
+            raise UnsupportedModel(
+                f"{name or 'the model'} is {what}: its experts do not show what they are given",
+                hint="record the model as loaded, before torch.compile, CUDA graphs or DataParallel",
+            )
+
+
+def routing_of(layers: Sequence[MoELayer]) -> str:
+    """How a model routes: "stock", or the policy that is attached, with its knobs."""
+    policies = {repr(getattr(layer.router, "_moekit_policy", None)) for layer in layers}
+    return STOCK_ROUTING if policies == {"None"} else " | ".join(sorted(policies))
+
+
+def recorded_layers(model: nn.Module, wanted: Sequence[int] | None) -> list[MoELayer]:
+    """The MoE layers to record.
+
+    Raises:
+        BadConfig: a layer asked for is no MoE layer.
+        UnsupportedModel: no MoE, or two MoE blocks in one decoder layer.
+    """
+    layers = find_moe_layers(model)
+    numbers = [layer.index for layer in layers]
+    if twice := {n for n in numbers if numbers.count(n) > 1}:
+        raise UnsupportedModel("two MoE blocks stand in one decoder layer", layer=min(twice))
+    if wanted is None:
+        return layers
+    if strange := sorted(set(wanted) - set(numbers)):
+        raise BadConfig("this is no MoE layer", layer=strange[0], hint=f"the MoE layers are {numbers}")
+    return [layer for layer in layers if layer.index in set(wanted)]
+
+
+def norms_before(model: nn.Module, layer: MoELayer) -> list[nn.Module]:
+    """Norms of the decoder layer around a block: one of them makes what the experts see out of the residual stream."""
+    match = re.match(r"^(.*?\.\d+)(\.|$)", layer.name)
+    decoder = model.get_submodule(match.group(1)) if match else layer.block
+    norms = []
+    for child in decoder.children():
+        own = list(child.parameters())
+        if child is not layer.block and own and all(p.dim() == 1 and p.shape[0] == layer.geometry.hidden for p in own):
+            norms.append(child)
+    return norms
+
+
+def residual_scale(model: nn.Module, layer: MoELayer) -> float:
+    """Factor on the block's output before it is added to the residual stream (Granite has one)."""
+    match = re.match(r"^(.*?\.\d+)(\.|$)", layer.name)
+    decoder = model.get_submodule(match.group(1)) if match else layer.block
+    scale = getattr(decoder, "residual_multiplier", 1.0)
+    return float(scale) if isinstance(scale, (int, float)) else 1.0
+
+
+def _recording_forward(module: nn.Module, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """The experts implementation that transformers calls while a recorder is installed."""
+    experts: Experts = module.__dict__[_TAP]
+    return experts(hidden_TH, index_TK, weights_TK)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _recording_forward)
+
+
+def chosen_implementation(layer: MoELayer) -> Experts:
+    """Forward of a layer's experts by the implementation that is chosen now.
+
+    Raises:
+        UnsupportedModel: the experts do not follow transformers' experts interface.
+    """
+    module = layer.experts
+    name = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    eager = getattr(type(module).forward, "__wrapped__", None)
+    if name is None or eager is None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} does not go through transformers' experts interface",
+            layer=layer.index,
+            hint='record by hooks (via="hooks")',
+        )
+    function = eager if name == "eager" else ALL_EXPERTS_FUNCTIONS[name]
+    return lambda hidden_TH, index_TK, weights_TK: function(module, hidden_TH, index_TK, weights_TK)
+
+
+def redirect(model: PreTrainedModel, experts: Mapping[nn.Module, Experts]) -> Callable[[], None]:
+    """Make transformers call these functions instead of the experts' own forward.
+
+    Returns:
+        What undoes it.
+    """
+    before = model.get_experts_implementation()
+    for module, function in experts.items():
+        module.__dict__[_TAP] = function
+    model.set_experts_implementation(IMPLEMENTATION)
+
+    def undo() -> None:
+        model.set_experts_implementation(before)
+        for module in experts:
+            module.__dict__.pop(_TAP, None)
+
+    return undo

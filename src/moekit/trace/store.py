@@ -1,0 +1,357 @@
+"""A trace: what every token chose at every MoE layer, with labels and statistics.
+
+Choices are kept in 1 byte each where E <= 255 (index E means none, so 255 still fits), else in 2; weights, where kept,
+in fp16.
+
+Legend: N tokens, K choices a token, E experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from moekit.errors import BadData
+from moekit.trace.observation import Observation
+from moekit.trace.statistics import CHUNK_TOKENS, LayerStatistics, Statistics
+from moekit.trace.tokens import TokenLabels
+from moekit.trace.vocabulary import Statistic, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STOCK_ROUTING = "stock"
+
+
+def index_dtype(experts: int) -> torch.dtype:
+    """Smallest integer type that holds 0..E, E meaning none."""
+    return torch.uint8 if experts <= 255 else torch.int16
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over a tokenizer's vocabulary: which id stands for which piece of text."""
+    digest = hashlib.sha256()
+    for piece, number in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{number}\t{piece}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+class DataEntry(BaseModel):
+    """Part of the text a trace was recorded on.
+
+    Attributes:
+        source: where it came from.
+        domain: name of its domain.
+        documents: number of documents.
+        tokens: number of tokens, padding not counted.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    domain: str
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+
+
+class TraceMeta(BaseModel):
+    """What a trace is of.
+
+    Attributes:
+        format: version of the files.
+        model: name or path of the model, for people.
+        fingerprint: of the model; "" if unknown.
+        routing: "stock", or the routing policy that was active.
+        tokenizer: hash of the tokenizer; "" if unknown.
+        data: the text, by source and domain.
+        seed: of what was drawn while recording; None without.
+        layers: decoder layers, ascending.
+        experts: E of each layer.
+        top_k: K of each layer.
+        hidden: H.
+        tokens: N.
+        has_choices: whether each token's choices are kept.
+        has_weights: whether their weights are kept too.
+        domains: names of the domains, by number.
+        statistics: names of the statistics.
+        warnings: what a reader must know before trusting the figures.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    model: str = ""
+    fingerprint: str = ""
+    routing: str = STOCK_ROUTING
+    tokenizer: str = ""
+    data: list[DataEntry] = Field(default_factory=list)
+    seed: int | None = None
+    layers: list[int]
+    experts: list[int]
+    top_k: list[int]
+    hidden: int = Field(ge=1)
+    tokens: int = Field(ge=0)
+    has_choices: bool
+    has_weights: bool
+    domains: list[str]
+    statistics: list[str] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TraceMeta:
+        if not self.layers or self.layers != sorted(set(self.layers)):
+            raise ValueError("layers must be at least one, ascending and distinct")
+        if not len(self.layers) == len(self.experts) == len(self.top_k):
+            raise ValueError("layers, experts and top_k must be of one length")
+        if any(e < 1 or e > 32767 or k < 1 or k > e for e, k in zip(self.experts, self.top_k, strict=True)):
+            raise ValueError("every layer needs 1 to 32767 experts and 1 to E choices")
+        if len(set(self.domains)) != len(self.domains):
+            raise ValueError("domains must be distinct")
+        if self.has_weights and not self.has_choices:
+            raise ValueError("weights without choices")
+        return self
+
+    def experts_of(self, layer: int) -> int:
+        """E of a layer."""
+        return self.experts[self._row(layer)]
+
+    def top_k_of(self, layer: int) -> int:
+        """K of a layer."""
+        return self.top_k[self._row(layer)]
+
+    def _row(self, layer: int) -> int:
+        if layer not in self.layers:
+            raise BadData("the trace has no such layer", layer=layer, hint=f"it has layers {self.layers}")
+        return self.layers.index(layer)
+
+
+class Trace:
+    """What routers chose on a text.
+
+    Args:
+        meta: what it is of.
+        labels: which document, domain and position each token is from; None without choices.
+        indices: decoder layer -> [N, K] choices in their smallest type; empty without choices.
+        weights: decoder layer -> [N, K] fp16; empty without.
+        statistics: streaming statistics; None without.
+    """
+
+    def __init__(
+        self,
+        meta: TraceMeta,
+        labels: TokenLabels | None = None,
+        indices: Mapping[int, Tensor] | None = None,
+        weights: Mapping[int, Tensor] | None = None,
+        statistics: Statistics | None = None,
+    ) -> None:
+        self.meta = meta
+        self._labels = labels
+        self._indices = dict(indices or {})
+        self._weights = dict(weights or {})
+        self.statistics = statistics
+
+    def __repr__(self) -> str:
+        return f"Trace({self.meta.tokens} tokens, layers {self.meta.layers}, domains {self.meta.domains})"
+
+    @property
+    def labels(self) -> TokenLabels:
+        """Labels of all tokens.
+
+        Raises:
+            BadData: the trace kept statistics only.
+        """
+        if self._labels is None:
+            raise BadData(
+                "this trace holds statistics only, no choices token by token", hint="record with keep_choices=True"
+            )
+        return self._labels
+
+    def raw_indices(self, layer: int) -> Tensor:
+        """Choices of a layer as stored, [N, K] uint8 or int16; E means none.
+
+        Raises:
+            BadData: no such layer, or the trace kept statistics only.
+        """
+        self.meta.experts_of(layer)
+        _ = self.labels
+        return self._indices[layer]
+
+    def indices(self, layer: int) -> Tensor:
+        """Choices of a layer, [N, K] int64; E means none."""
+        return self.raw_indices(layer).long()
+
+    def weights(self, layer: int) -> Tensor | None:
+        """Gate weights of a layer, [N, K] fp32; None where they were not kept."""
+        self.meta.experts_of(layer)
+        kept = self._weights.get(layer)
+        return None if kept is None else kept.float()
+
+    @property
+    def sequence_N(self) -> Tensor:
+        """Number of each token's sequence, int32."""
+        return self.labels.sequence_N
+
+    @property
+    def document_N(self) -> Tensor:
+        """Number of each token's document, int32."""
+        return self.labels.document_N
+
+    @property
+    def domain_N(self) -> Tensor:
+        """Number of each token's domain, int16."""
+        return self.labels.domain_N
+
+    @property
+    def position_N(self) -> Tensor:
+        """Each token's position in its sequence, int32."""
+        return self.labels.position_N
+
+    @property
+    def phase_N(self) -> Tensor:
+        """0 for given text, 1 for generated tokens; uint8."""
+        return self.labels.phase_N
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know before trusting the figures, such as experts never routed."""
+        return self.meta.warnings
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what was recorded: names the trace in plans made from it."""
+        digest = hashlib.sha256(self.meta.model_dump_json().encode())
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by their names on disk."""
+        found = {f"layers.{layer}.indices": t for layer, t in self._indices.items()}
+        found |= {f"layers.{layer}.weights": t for layer, t in self._weights.items()}
+        if self._labels is not None:
+            found |= self._labels.encode()
+        for layer, named in (self.statistics or {}).items():
+            found |= {f"statistics.{layer}.{name}": t for name, t in named.items()}
+        return found
+
+    def check_model(self, fingerprint: str) -> None:
+        """Refuse another model.
+
+        Raises:
+            BadData: the trace was recorded on another model; nothing is said where either is unknown ("").
+        """
+        if fingerprint and self.meta.fingerprint and fingerprint != self.meta.fingerprint:
+            raise BadData(
+                f"this trace was recorded on {self.meta.model or 'a model'} with fingerprint "
+                f"{self.meta.fingerprint[:12]}, not on {fingerprint[:12]}",
+                hint="`moekit profile` records a trace of this model",
+            )
+
+    def require(self, names: Iterable[str]) -> Statistics:
+        """Statistics a method needs, computed from kept choices where they were not collected while recording.
+
+        Args:
+            names: names or groups of the vocabulary, such as a method's `needs`; "choices" and "weights" ask that
+                those are kept.
+
+        Raises:
+            BadConfig: an unknown name.
+            BadData: the trace neither has it nor can compute it.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        if "choices" in names or "weights" in names:
+            _ = self.labels
+        if "weights" in names and not self.meta.has_weights:
+            raise BadData("the trace kept no gate weights", hint="record with weights=True")
+        entries = resolve(names)
+        known = set(self.statistics.names) if self.statistics is not None else set()
+        missing = [entry for entry in entries if entry.name not in known]
+        for entry in missing:
+            self._can_compute(entry)
+        layers = {layer: self._with(layer, entries, missing) for layer in self.meta.layers}
+        return Statistics(layers)
+
+    def _can_compute(self, entry: Statistic) -> None:
+        kept = {"choices"} if self.meta.has_choices else set()
+        kept |= {"weights"} if self.meta.has_weights else set()
+        if not set(entry.sources) | {"choices"} <= kept:
+            raise BadData(
+                f"the trace does not carry {entry.name!r}",
+                hint=f"record it with statistics including {entry.name!r} (moekit profile --statistics {entry.name})",
+            )
+
+    def _with(self, layer: int, entries: Sequence[Statistic], missing: Sequence[Statistic]) -> LayerStatistics:
+        experts = self.meta.experts_of(layer)
+        computed = LayerStatistics.empty(missing, experts, self.meta.hidden, self.meta.domains)
+        for start in range(0, self.meta.tokens if missing else 0, CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            weights = self._weights.get(layer)
+            computed.update(
+                Observation(
+                    experts,
+                    self._indices[layer][rows].long(),
+                    domains=len(self.meta.domains),
+                    domain=self.labels.domain_N[rows],
+                    position=self.labels.position_N[rows],
+                    weights=None if weights is None else weights[rows],
+                )
+            )
+        have = {} if self.statistics is None else self.statistics[layer]
+        values = {e.name: computed[e.name] if e in missing else have[e.name] for e in entries}
+        return LayerStatistics(experts, self.meta.hidden, self.meta.domains, self.meta.tokens, values)
+
+    def select(self, *, domain: str | None = None, document: int | None = None, phase: int | None = None) -> Trace:
+        """The trace of some tokens only; statistics that choices do not tell are dropped.
+
+        Raises:
+            BadData: no such domain, or the trace kept statistics only.
+        """
+        from moekit.trace.combine import select
+
+        return select(self, domain=domain, document=document, phase=phase)
+
+    @staticmethod
+    def merge(traces: Sequence[Trace], *, documents: Literal["distinct", "shared"] = "distinct") -> Trace:
+        """One trace of all tokens, in the order given; associative.
+
+        Args:
+            traces: of one model with one routing.
+            documents: "distinct" numbers the documents of different traces apart (several runs); "shared" keeps the
+                numbers (ranks that shared one text).
+
+        Raises:
+            BadData: none given, or of different models, layers, routings, tokenizers or statistics.
+        """
+        from moekit.trace.combine import merge
+
+        return merge(traces, documents=documents)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the trace as a folder (`trace.json`, `trace.safetensors`), whole or not at all.
+
+        Raises:
+            BadConfig: the folder exists, or another process writes it.
+            OutOfBudget: the disk is full.
+        """
+        from moekit.trace.files import save
+
+        save(self, Path(folder), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Trace:
+        """Read a trace.
+
+        Raises:
+            BadData: not a trace, or damaged.
+            UnsafeInput: a header that lies.
+        """
+        from moekit.trace.files import load
+
+        return load(Path(folder))

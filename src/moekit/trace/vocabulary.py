@@ -1,0 +1,154 @@
+"""The vocabulary of statistics: methods name what they need, the recorder collects exactly that.
+
+A statistic is one tensor per MoE layer with a fixed meaning, a shape in letters, and a rule by which the tensors of two
+sets of tokens combine. So memory does not grow with tokens, batches and ranks merge, and a method added later names
+statistics in `needs` instead of running its own pass. A package may add its own::
+
+    @statistic(shape="E", sources=("weights",))
+    def gate_cube(seen: Observation) -> Tensor:
+        "Sum of cubed gate weights."
+        return seen.per_expert(seen.weights_NK**3)
+
+Letters of shapes: E experts, H hidden, D domains, V the three figures of a peak (value, channel, position).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from moekit.errors import BadConfig
+from moekit.trace.observation import Observation
+
+# What must be seen of a forward pass. Choices (the expert indices) always are.
+Source = Literal["choices", "weights", "logits", "inputs", "outputs", "residual"]
+# How the tensors of two sets of tokens combine. "peak": the row with the larger first column.
+Rule = Literal["sum", "max", "peak"]
+Measure = Callable[[Observation], Tensor]
+
+# Not statistics, but legal among a method's needs: the trace must keep each token's choices, and their weights.
+KEPT = ("choices", "weights")
+
+# Names for several statistics at once.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "basic": ("load", "coactivation", "domain_load"),
+    "gates": ("load", "gate_mass", "gate_square", "gate_max", "first_load", "domain_gate_mass"),
+    "router": ("soft_frequency", "logit_sum", "logit_square", "logit_gram", "score_entropy"),
+    "inputs": ("load", "input_sum", "input_square", "input_norm"),
+    "outputs": (
+        "load",
+        "gate_mass",
+        "output_norm",
+        "output_square",
+        "gated_output_norm",
+        "gated_output_square",
+        "output_sum",
+        "output_peak",
+    ),
+    "residual": ("residual_change", "residual_max", "turning_output_norm"),
+}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One entry of the vocabulary.
+
+    Attributes:
+        name: what methods call it.
+        shape: letters of its axes, "" for a single number.
+        sources: what must be seen of a forward pass to measure it.
+        rule: how two sets of tokens combine.
+        integer: whether it counts (int64) or sums reals (fp64).
+        doc: what it is, one sentence.
+        measure: its value on some tokens.
+    """
+
+    name: str
+    shape: str
+    sources: tuple[Source, ...]
+    rule: Rule
+    integer: bool
+    doc: str
+    measure: Measure
+
+    @property
+    def from_choices(self) -> bool:
+        """Whether kept choices (with weights, if it reads them) suffice to compute it later."""
+        return set(self.sources) <= {"choices", "weights"}
+
+
+_statistics: dict[str, Statistic] = {}
+
+
+def statistic(
+    *, shape: str, sources: Sequence[Source] = ("choices",), rule: Rule = "sum", integer: bool = False
+) -> Callable[[Measure], Measure]:
+    """Enter a function into the vocabulary under its own name.
+
+    Raises:
+        BadConfig: another function already has this name.
+    """
+
+    def enter(measure: Measure) -> Measure:
+        name = getattr(measure, "__name__", "")
+        known = _statistics.get(name)
+        if known is not None and known.measure.__module__ != measure.__module__:
+            raise BadConfig(
+                f"two statistics are called {name!r}: in {known.measure.__module__} and {measure.__module__}",
+                hint="rename one of them, or uninstall one of the packages",
+            )
+        doc = (inspect.getdoc(measure) or "").split("\n\n")[0].replace("\n", " ")
+        _statistics[name] = Statistic(name, shape, tuple(sources), rule, integer, doc, measure)
+        return measure
+
+    return enter
+
+
+def known_statistics() -> dict[str, Statistic]:
+    """The whole vocabulary, by name."""
+    import moekit.trace.measures  # noqa: F401  (fills the vocabulary)
+
+    return dict(sorted(_statistics.items()))
+
+
+def get(name: str) -> Statistic:
+    """Look one statistic up.
+
+    Raises:
+        BadConfig: no such statistic; the message names near matches.
+    """
+    known = known_statistics()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, [*known, *GROUPS, *KEPT], n=3)
+    raise BadConfig(
+        f"no statistic is called {name!r}",
+        hint=f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join([*GROUPS, *known])}",
+    )
+
+
+def resolve(names: Iterable[str]) -> tuple[Statistic, ...]:
+    """Statistics behind names and group names, each once; what only asks to keep choices or weights is left out.
+
+    Raises:
+        BadConfig: an unknown name.
+    """
+    if isinstance(names, str):
+        names = (names,)
+    found: dict[str, Statistic] = {}
+    for name in names:
+        if name in KEPT:
+            continue
+        for single in GROUPS.get(name, (name,)):
+            found[single] = get(single)
+    return tuple(found.values())
+
+
+def sources_of(statistics: Iterable[Statistic]) -> frozenset[Source]:
+    """All that must be seen for some statistics."""
+    return frozenset(source for s in statistics for source in s.sources)
