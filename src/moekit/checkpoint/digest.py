@@ -5,40 +5,94 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moekit._progress import Progress, track
+from moekit.checkpoint.experts import stacked_experts
 from moekit.checkpoint.record import TensorExpectation
 from moekit.checkpoint.safety import TensorInfo
 from moekit.errors import BadCheckpoint
 
-_CHUNK = 4 << 20
+CHUNK_BYTES = 4 << 20
 # What transformers rewrites in config.json without changing the model.
 _VOLATILE = frozenset({"transformers_version", "_name_or_path", "_commit_hash"})
 
 
+def byte_chunks(path: Path, offsets: tuple[int, int], limit: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """Read a byte range with `pread`, at most `limit` bytes at a time.
+
+    Raises:
+        BadCheckpoint: the file ends before the range does.
+    """
+    position, end = offsets
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while position < end:
+            chunk = os.pread(descriptor, min(limit, end - position), position)
+            if not chunk:
+                raise BadCheckpoint("the file became shorter while it was read", file=path, hint="fetch it again")
+            yield chunk
+            position += len(chunk)
+    finally:
+        os.close(descriptor)
+
+
+def read_range(path: Path, offsets: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Read a byte range into writable memory of its own.
+
+    Raises:
+        BadCheckpoint: the file ends before the range does.
+    """
+    start, end = offsets
+    data = np.empty(end - start, dtype=np.uint8)
+    view, position = data.data, 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while position < len(view):
+            count = os.preadv(descriptor, [view[position:]], start + position)
+            if not count:
+                raise BadCheckpoint("the file became shorter while it was read", file=path, hint="fetch it again")
+            position += count
+    finally:
+        os.close(descriptor)
+    return data
+
+
 def file_digest(path: Path, offsets: tuple[int, int]) -> str:
-    """SHA-256 of a byte range, read with `pread` in chunks.
+    """SHA-256 of a byte range.
 
     Raises:
         BadCheckpoint: the file ends before the range does.
     """
     digest = hashlib.sha256()
-    position, end = offsets
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        while position < end:
-            chunk = os.pread(descriptor, min(_CHUNK, end - position), position)
-            if not chunk:
-                raise BadCheckpoint("the file became shorter while it was read", file=path, hint="fetch it again")
-            digest.update(chunk)
-            position += len(chunk)
-    finally:
-        os.close(descriptor)
+    for chunk in byte_chunks(path, offsets):
+        digest.update(chunk)
     return digest.hexdigest()
+
+
+def slice_offsets(info: TensorInfo) -> list[tuple[int, int]]:
+    """Byte range of each expert in a tensor that stacks them; none for any other tensor."""
+    count = stacked_experts(info)
+    if not count or info.nbytes % count:
+        return []
+    size, start = info.nbytes // count, info.offsets[0]
+    return [(start + expert * size, start + (expert + 1) * size) for expert in range(count)]
+
+
+def _stacked_digest(path: Path, info: TensorInfo) -> tuple[str, list[str]]:
+    whole, parts = hashlib.sha256(), []
+    for offsets in slice_offsets(info):
+        part = hashlib.sha256()
+        for chunk in byte_chunks(path, offsets):
+            whole.update(chunk)
+            part.update(chunk)
+        parts.append(part.hexdigest())
+    return whole.hexdigest(), parts
 
 
 def tensor_digests(
@@ -55,8 +109,11 @@ def tensor_digests(
     infos = list(tensors)
 
     def one(info: TensorInfo) -> TensorExpectation:
-        sha256 = file_digest(folder / info.shard, info.offsets)
-        return TensorExpectation(dtype=info.dtype, shape=list(info.shape), sha256=sha256)
+        path = folder / info.shard
+        if slice_offsets(info):
+            sha256, experts = _stacked_digest(path, info)
+            return TensorExpectation(dtype=info.dtype, shape=list(info.shape), sha256=sha256, experts=experts)
+        return TensorExpectation(dtype=info.dtype, shape=list(info.shape), sha256=file_digest(path, info.offsets))
 
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         results = track(pool.map(one, infos), label, progress, total=len(infos))

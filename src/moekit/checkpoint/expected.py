@@ -8,7 +8,7 @@ both legal on disk.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,7 +244,7 @@ def _check_uniform(
                     differences.dtypes.update({name: f"{dtype} among {common}" for name in names})
 
 
-def _count_hint(differences: Differences, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+def count_hint(differences: Differences, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
     """Say so if everything fits but the config's number of experts."""
     key = next((k for k in EXPERT_COUNT_KEYS if isinstance(text_config(config).get(k), int)), None)
     found = {int(m.group(1)) for n in tensors if (m := re.search(r"\.experts\.(\d+)\.", n))}
@@ -277,7 +277,7 @@ def verify(checkpoint: Checkpoint) -> None:
         return
     names = [*differences.missing, *differences.surplus, *differences.shapes, *differences.dtypes]
     layer, expert = where(sorted(names, key=_natural)[0])
-    hint = _count_hint(differences, checkpoint.config, checkpoint.tensors)
+    hint = count_hint(differences, checkpoint.config, checkpoint.tensors)
     raise BadCheckpoint(
         describe(differences, checkpoint.tensors),
         file=Path(checkpoint.path),
@@ -289,3 +289,14 @@ def verify(checkpoint: Checkpoint) -> None:
 
 def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def disk_names(tensors: Mapping[str, TensorInfo], layout: Layout) -> dict[str, str]:
+    """Live name -> name on disk, of the tensors that are taken over one to one."""
+    shared = Counter(layout.target.values())
+    found: dict[str, str] = {}
+    for name in tensors:
+        target, how, _ = _place(name, layout)
+        if how == "whole" or (how == "part" and shared[target] == 1):
+            found[target] = name
+    return found

@@ -28,3 +28,9 @@ def expert_counts(tensors: Mapping[str, TensorInfo]) -> dict[int, int]:
 def is_expert_tensor(name: str) -> bool:
     """Whether a tensor belongs to routed experts."""
     return bool(_SPLIT.search(name) or _STACKED.search(name))
+
+
+def stacked_experts(info: TensorInfo) -> int | None:
+    """How many experts a tensor stacks along its first axis; None for any other tensor."""
+    stacks = _STACKED.search(info.name) and not _SPLIT.search(info.name) and len(info.shape) >= 2
+    return info.shape[0] if stacks else None

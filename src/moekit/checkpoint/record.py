@@ -40,11 +40,19 @@ class PolicyEntry(_Frozen):
 
 
 class TensorExpectation(_Frozen):
-    """What a tensor must be: dtype and shape as in the header, SHA-256 of its bytes as they lie on disk."""
+    """What a tensor must be.
+
+    Attributes:
+        dtype: as in the header.
+        shape: as in the header.
+        sha256: of its bytes as they lie on disk.
+        experts: of tensors that stack all experts, SHA-256 of each expert's slice; so that a swap can be named.
+    """
 
     dtype: str
     shape: list[int]
     sha256: str
+    experts: list[str] | None = None
 
 
 class Expectations(_Frozen):

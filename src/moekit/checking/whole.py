@@ -1,0 +1,125 @@
+"""Check a checkpoint: structure, record, numbers, routers, extra files, parent, target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moekit._progress import Progress
+from moekit.checking.extras import check_extras
+from moekit.checking.integrity import Integrity
+from moekit.checking.parent import check_parent
+from moekit.checking.report import CheckReport, Finding, from_error, make_report
+from moekit.checking.routers import check_routers, moe_layers
+from moekit.checking.scan import TensorScan, scan
+from moekit.checking.structure import (
+    build_layout,
+    check_dtypes,
+    check_index,
+    check_layout,
+    check_routing_sizes,
+    open_checkpoint,
+)
+from moekit.checking.targets import TARGETS, check_target
+from moekit.checking.values import (
+    check_copies,
+    check_dead,
+    check_finite,
+    check_gate_up,
+    check_profiles,
+    check_scales,
+)
+from moekit.checkpoint.fingerprint import text_config
+from moekit.checkpoint.folder import Checkpoint
+from moekit.errors import BadConfig, MoekitError
+
+
+def check(
+    folder: str | Path,
+    *,
+    parent: str | Path | None = None,
+    for_: str | None = None,
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Prove that a checkpoint is what its record says, or find what is wrong with it.
+
+    Every byte is read once, in bounded memory. Without a record the same is checked as far as structure, statistics
+    and, if given, the parent can tell.
+
+    Args:
+        folder: local model folder.
+        parent: folder or hub id of a trusted version to compare the experts with.
+        for_: also say what keeps "transformers" or "vllm" from loading it.
+        progress: told bytes read.
+
+    Returns:
+        The report; `report.ok` is False if there is any error.
+
+    Raises:
+        BadConfig: an unknown target.
+        MoekitError: the parent cannot be opened.
+    """
+    if for_ is not None and for_ not in TARGETS:
+        raise BadConfig(f"there is nothing known of {for_!r}", hint=f"choose {' or '.join(TARGETS)}")
+    path = Path(folder)
+    checkpoint, findings = open_checkpoint(path)
+    if checkpoint is None:
+        return make_report(path, findings, [], 0, 0)
+    layout, trouble = build_layout(checkpoint)
+    findings += trouble
+    findings += [*check_index(checkpoint), *check_dtypes(checkpoint), *check_routing_sizes(checkpoint)]
+    layers = moe_layers(checkpoint) if layout is not None else []
+    if layout is not None:
+        findings += check_layout(checkpoint, layout)
+    try:
+        scans = scan(path, checkpoint.tensors.values(), hidden=_hidden(checkpoint), progress=progress)
+    except MoekitError as error:
+        findings.append(from_error(error, "unreadable"))
+        return make_report(path, findings, [], 0, 0)
+    if checkpoint.record is not None:
+        geometries = {layer.index: layer.geometry for layer in layers}
+        findings += Integrity(checkpoint, scans, geometries).findings()
+    findings += _numbers(checkpoint, scans, all(_gate_first(layer.geometry) for layer in layers))
+    if layout is not None:
+        findings += check_routers(checkpoint, layout, layers)
+    findings += check_extras(checkpoint, layers)
+    if parent is not None:
+        findings += check_parent(checkpoint, Checkpoint.open(parent), layout, layers, progress)
+    if for_ is not None:
+        findings += check_target(checkpoint, layout, for_)
+    return make_report(path, findings, _proven(checkpoint, findings, parent), len(scans), checkpoint.nbytes)
+
+
+def _hidden(checkpoint: Checkpoint) -> int | None:
+    hidden = text_config(checkpoint.config).get("hidden_size")
+    return hidden if isinstance(hidden, int) else None
+
+
+def _gate_first(geometry: object) -> bool:
+    return bool(getattr(geometry, "concatenated", True)) and not getattr(geometry, "transposed", False)
+
+
+def _numbers(checkpoint: Checkpoint, scans: dict[str, TensorScan], fused_halves: bool) -> list[Finding]:
+    return [
+        *check_finite(checkpoint, scans),
+        *check_scales(checkpoint, scans),
+        *check_dead(checkpoint, scans),
+        *check_copies(checkpoint, scans),
+        *check_gate_up(checkpoint, scans, fused_halves),
+        *check_profiles(checkpoint, scans),
+    ]
+
+
+def _proven(checkpoint: Checkpoint, findings: list[Finding], parent: str | Path | None) -> list[str]:
+    """What holds, said plainly; only what was really compared."""
+    codes = {finding.code for finding in findings if finding.severity == "error"}
+    proven = []
+    structure = {"missing-tensor", "missing-expert", "surplus-tensor", "surplus-expert", "shape", "transposed"}
+    if not codes & {*structure, "config", "dtype", "expert-count"}:
+        proven.append(f"{len(checkpoint.tensors)} tensors have the names, shapes and dtypes that the config demands")
+    if "non-finite" not in codes:
+        proven.append("every number is finite")
+    if checkpoint.record is not None and checkpoint.record.expectations.tensors and not codes:
+        proven.append("every tensor is byte for byte the recorded one")
+    if parent is not None and not codes & {"experts-swapped", "expert-replaced", "unrelated", "gate-up-swapped"}:
+        proven.append(f"every expert that could be compared is its counterpart in {parent}")
+    return proven
