@@ -7,7 +7,7 @@ For units i of size w_i (tokens of a document; 1 for a question) with means a_i 
 
     difference = sum_i w_i (b_i - a_i) / sum_i w_i
 
-Legend: N units.
+Legend: N units, R sign flips.
 """
 
 from __future__ import annotations
@@ -139,16 +139,20 @@ def sign_flip(total_N: Array, resamples: int = RESAMPLES, seed: int = 0) -> floa
     """Two-sided p-value of sum(total) when each unit's sign is a coin toss; exact where 2^N flips are few enough."""
     if not total_N.any():
         return 1.0
-    result = stats.permutation_test(
-        (total_N,),
-        lambda x, axis: x.sum(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, 2**22 // len(total_N)),
-        rng=np.random.default_rng(seed),
-    )
-    return min(1.0, float(result.pvalue))
+    n, observed = len(total_N), abs(total_N.sum()) * (1 - 1e-12)
+    exact = n < 31 and 2**n <= resamples
+    rng, hits, done = np.random.default_rng(seed), 0, 0
+    runs = 2**n if exact else resamples
+    while done < runs:
+        some = min(runs - done, max(1, 2**22 // n))
+        if exact:
+            flipped_RN = (np.arange(done, done + some)[:, None] >> np.arange(n)) & 1
+        else:
+            flipped_RN = rng.integers(0, 2, (some, n), dtype=np.uint8)
+        hits += int((np.abs(total_N.sum() - 2 * (flipped_RN @ total_N)) >= observed).sum())
+        done += some
+    # The data as they are count as one of the random flips, so that p is never zero.
+    return hits / runs if exact else (hits + 1) / (runs + 1)
 
 
 def mcnemar(correct_a: Sequence[float], correct_b: Sequence[float]) -> McNemar:

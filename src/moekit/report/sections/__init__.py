@@ -1,0 +1,23 @@
+"""Page sections from results: traces, placements, evaluations, and C2R's curve of quality against rows."""
+
+from moekit._lazy import attach
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "Coactivations": "traces",
+        "Curve": "c2r",
+        "CurvePoint": "c2r",
+        "PlacementRow": "placements",
+        "by_layer_section": "traces",
+        "coactivation_section": "traces",
+        "comparison_section": "evaluations",
+        "curve_findings": "c2r",
+        "curve_section": "c2r",
+        "generation_section": "evaluations",
+        "headline": "c2r",
+        "key_figures": "c2r",
+        "load_section": "traces",
+        "placement_section": "placements",
+    },
+)
