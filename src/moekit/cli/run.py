@@ -61,13 +61,20 @@ def _foretell(terminal: Terminal, recipe: Recipe) -> None:
     from moekit.recipe.runner import forecast
 
     forecasts = forecast(recipe)
+    inside = f"{recipe.folder}/"
     rows = [
-        (name, ", ".join(item.what for item in part.reads), size(part.disk), size(part.memory))
+        (name, _short([item.what.removeprefix(inside) for item in part.reads]), size(part.disk), size(part.memory))
         for name, part in forecasts.items()
     ]
     terminal.table(f"{recipe.name}: {len(rows)} steps into {recipe.out}", ("step", "reads", "disk", "memory"), rows)
     terminal.forecast(merged(forecasts))
     terminal.answer(steps={name: part.as_dict() for name, part in forecasts.items()})
+
+
+def _short(names: list[str], limit: int = 3) -> str:
+    distinct = list(dict.fromkeys(names))
+    more = f" and {len(distinct) - limit} more" if len(distinct) > limit else ""
+    return ", ".join(distinct[:limit]) + more
 
 
 def build() -> Any:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from moekit.recipe.steps.base import Workplace
 
 
+# A packaged model is kept in 4 bits a weight and unpacked to 32: it grows at most so many times.
+_UNPACKED = 8
+
+
 def is_packaged_model(reference: str) -> bool:
     """Whether a model reference is the name of a model that a package carries, such as "smollm2"."""
     from moekit.data.sources import all_sources
@@ -153,8 +157,8 @@ def model_item(reference: str, sizes: Sizes) -> Item:
     if is_packaged_model(reference):
         from moekit.data.sources import get_source
 
-        folder = get_source(reference).folder
-        return Item(reference, sizes.of(folder) or get_source(reference).info().download_bytes)
+        packed = get_source(reference).info().download_bytes
+        return Item(reference, sizes.of(get_source(reference).folder) or _UNPACKED * packed)
     return Item(reference, _hub_bytes(reference))
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moekit.recipe.inputs import is_packaged_model, model_location, read_text, text_item
+from moekit.recipe.inputs import is_packaged_model, model_item, model_location, read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes, disk_bytes
 from moekit.recipe.restore import copy_folder
 from moekit.recipe.steps.base import Step, TextRef, Workplace
@@ -32,6 +32,9 @@ class DataStep(Step):
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """Sizes of what is fetched and kept."""
         source = text_item(self.source, sizes)
+        if is_packaged_model(self.source):
+            model = model_item(self.source, sizes)
+            return Forecast((model,), (Item(str(out), model.nbytes),), disk=model.nbytes, memory=model.nbytes)
         limits = [self.train_bytes, self.heldout_bytes]
         kept = source.nbytes if None in limits else sum(limit for limit in limits if limit is not None)
         notes = () if source.nbytes is not None else ("how much is downloaded is known only when it is there",)

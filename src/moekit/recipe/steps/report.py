@@ -33,7 +33,7 @@ class ReportStep(Step):
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """A page is a few MiB at most."""
         names = (*self.traces, *((self.free,) if self.free else ()), *self.constrained, *self.costs, *self.evaluations)
-        reads = tuple(sizes.item(name) for name in names)
+        reads = tuple(sizes.item(name) for name in dict.fromkeys(names))
         return Forecast(reads, (Item(str(out), 4 << 20),), disk=4 << 20, memory=256 << 20)
 
     def run(self, work: Workplace) -> dict[str, Any]:
