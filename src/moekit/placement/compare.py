@@ -14,11 +14,11 @@ import numpy as np
 from moekit._progress import Progress, track
 from moekit.errors import BadConfig
 from moekit.placement.objective import balanced_sizes
+from moekit.placement.partitions import enumerable
 from moekit.placement.place import place
 from moekit.placement.plan import Placement
 from moekit.placement.result import expected_devices
 from moekit.placement.simulate import experts_of, simulate, statistics_of
-from moekit.placement.solvers.exact import enumerable
 
 if TYPE_CHECKING:
     from moekit.trace.store import Trace
@@ -207,7 +207,7 @@ def compare_solvers(
                 seed=seed + number,
                 fingerprint=source.meta.fingerprint,
                 trace=digest,
-                bound=name != "random",
+                bound=name not in {"contiguous", "random"},
                 **statistics,
                 **(options or {}),
             )

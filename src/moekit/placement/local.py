@@ -8,13 +8,16 @@ Legend: E experts, D devices, U distinct token sets, K choices a token.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from moekit.placement.greedy import greedy_groups
 from moekit.placement.objective import Floats, Ints, Problem
 from moekit.placement.tokensets import CHUNK_SETS, TokenSets
 
@@ -173,3 +176,39 @@ def kick(state: SwapState, swaps: int, rng: np.random.Generator) -> None:
         others: npt.NDArray[np.intp] = np.flatnonzero(state.group_E != state.group_E[first])
         if len(others):
             state.swap(first, int(rng.choice(others)))
+
+
+def _best(problem: Problem, starts: Sequence[Ints], kicks: int, rng: np.random.Generator, deadline: float) -> Ints:
+    """The best local optimum from these starts and from kicks of the best."""
+    best_E, best_value = starts[0], -math.inf
+    for number in range(len(starts) + kicks):
+        state = state_of(problem, starts[number] if number < len(starts) else best_E)
+        if number >= len(starts):
+            kick(state, max(2, problem.experts // 16), rng)
+        descend(problem, state, deadline)
+        value = problem.value(state.group_E)
+        if value > best_value + EPSILON:
+            best_E, best_value = state.group_E.copy(), value
+        if time.monotonic() > deadline:
+            break
+    return best_E
+
+
+def multi_start(problem: Problem, *, starts: int, kicks: int, time_limit: float) -> list[int]:
+    """Descend from the contiguous blocks, the greedy groups and random ones; kick the best; then count exact rows.
+
+    Args:
+        problem: with token sets the row objective starts where the search by pairs ended (and from the contiguous
+            blocks), so that it never sends more rows than that.
+        starts: random starts.
+        kicks: disturbances of the best; a quarter of them for rows, which cost more.
+        time_limit: seconds; what is found by then is returned.
+    """
+    deadline = time.monotonic() + time_limit
+    rng = np.random.default_rng(problem.seed)
+    blocks_E = np.repeat(np.arange(problem.devices), problem.sizes)
+    first = [blocks_E, np.array(greedy_groups(problem)), *(rng.permutation(blocks_E) for _ in range(starts))]
+    group_E = _best(replace(problem, sets=None), first, kicks, rng, deadline)
+    if problem.sets is not None:
+        group_E = _best(problem, [group_E, blocks_E], math.ceil(kicks / 4), rng, deadline)
+    return [int(device) for device in group_E]

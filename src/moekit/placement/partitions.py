@@ -17,6 +17,10 @@ import numpy as np
 
 from moekit.placement.objective import Floats, Ints, Problem
 
+# Tables over all subsets take 2^E entries, the list of partitions P x D.
+MAX_EXPERTS = 16
+MAX_PARTITIONS = 200_000
+
 
 def count_partitions(sizes: Sequence[int]) -> int:
     """Number of partitions into blocks of these sizes, blocks of one size being alike.
@@ -28,6 +32,11 @@ def count_partitions(sizes: Sequence[int]) -> int:
         alike = sum(1 for s in sizes if s == size)
         count //= math.factorial(size) ** alike * math.factorial(alike)
     return count
+
+
+def enumerable(sizes: Sequence[int]) -> bool:
+    """Whether all partitions can be looked at in about a second: up to 12 experts on any number of devices."""
+    return sum(sizes) <= MAX_EXPERTS and count_partitions(sizes) <= MAX_PARTITIONS
 
 
 def subset_sums(value_E: Floats) -> Floats:

@@ -18,9 +18,9 @@ from moekit.errors import BadConfig
 from moekit.placement.bounds import upper_bound
 from moekit.placement.nested import check_routing_groups, nested_groups
 from moekit.placement.objective import balanced_sizes
+from moekit.placement.partitions import enumerable
 from moekit.placement.plan import Placement
 from moekit.placement.solver import Solution, Solver
-from moekit.placement.solvers.exact import enumerable
 
 
 def make_solver(name: str, config: Mapping[str, Any] | None = None) -> Solver:

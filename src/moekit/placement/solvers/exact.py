@@ -8,20 +8,11 @@ from pydantic import Field
 
 from moekit.catalogue import register
 from moekit.errors import BadConfig
+from moekit.placement.local import multi_start
 from moekit.placement.milp import solve_milp
 from moekit.placement.objective import Problem
-from moekit.placement.partitions import best_partition, count_partitions
+from moekit.placement.partitions import best_partition, count_partitions, enumerable
 from moekit.placement.solver import Solver
-from moekit.placement.solvers.swap import Swap
-
-# Tables over all subsets take 2^E entries, the list of partitions P x D.
-MAX_EXPERTS = 16
-MAX_PARTITIONS = 200_000
-
-
-def enumerable(sizes: tuple[int, ...]) -> bool:
-    """Whether all partitions can be looked at in about a second: up to 12 experts on any number of devices."""
-    return sum(sizes) <= MAX_EXPERTS and count_partitions(sizes) <= MAX_PARTITIONS
 
 
 @register(
@@ -29,7 +20,7 @@ def enumerable(sizes: tuple[int, ...]) -> bool:
     kind="place",
     needs=("coactivation",),
     changes="placement",
-    limits=("proves the optimum up to about 12 experts; above that it stops at its time limit and states the gap",),
+    limits=("proves the optimum up to about 24 experts; above that it stops at its time limit and states the gap",),
 )
 class Exact(Solver):
     """Look at every partition (mirror images left out), or solve a mixed-integer programme with HiGHS.
@@ -56,7 +47,7 @@ class Exact(Solver):
                 f"exact rows of {problem.experts} experts cannot be enumerated",
                 hint="the solver 'swap' optimises them; or objective='pairs'",
             )
-        start, _, _ = Swap(load_weight=self.load_weight, time_limit=self.time_limit).search(problem)
+        start = multi_start(problem, starts=8, kicks=16, time_limit=self.time_limit)
         floor = problem.value(start)
         found = solve_milp(problem, floor=floor, time_limit=self.time_limit)
         groups = start
