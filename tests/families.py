@@ -196,6 +196,8 @@ def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     if overrides:
         names = config.attribute_map
         known = {names.get(key, key): value for key, value in config.to_dict().items()}
+        if "num_hidden_layers" in overrides:  # lists with an entry for each layer were derived from the old number
+            known = {k: v for k, v in known.items() if not (isinstance(v, list) and len(v) == config.num_hidden_layers)}
         config = type(config)(**known | {names.get(key, key): value for key, value in overrides.items()})
     config.dtype = torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

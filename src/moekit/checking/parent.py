@@ -203,7 +203,10 @@ def _router_moves(
         for live, name in ours.items():
             if live.startswith(f"{layer.router_name}.") and child.tensors[name].shape == shape and live in theirs:
                 mine, other = child.read(name).float(), parent.read(theirs[live]).float()
-                if mine.shape == other.shape:
-                    normal = torch.nn.functional.normalize
-                    moves[layer.index] = _matches(normal(mine, dim=1), normal(other, dim=1))[0]
+                if mine.shape != other.shape:
+                    continue
+                normal = torch.nn.functional.normalize
+                index_E, best_E, _ = _matches(normal(mine, dim=1), normal(other, dim=1))
+                if min(best_E) >= _RELATED:
+                    moves[layer.index] = index_E
     return moves

@@ -18,6 +18,7 @@ from torch import Tensor
 from moekit.checking.report import Finding
 from moekit.checking.scan import MatrixScan, TensorScan
 from moekit.checking.units import Unit, unit_digests, unit_matrices
+from moekit.checkpoint.experts import expert_counts
 from moekit.checkpoint.folder import Checkpoint, where
 from moekit.checkpoint.safety import TensorInfo
 
@@ -76,13 +77,14 @@ def check_scales(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Ite
 
 def check_dead(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Iterator[Finding]:
     """Experts that can only answer zero, and other matrices that are all zero."""
+    counts = expert_counts(checkpoint.tensors)
     experts: dict[tuple[str, int], dict[int, list[Unit]]] = defaultdict(lambda: defaultdict(list))
     for scan in scans.values():
         for unit, matrix in unit_matrices(scan).items():
             if unit.block and unit.layer is not None and unit.expert is not None:
                 silent = matrix.zero and unit.part in {"gate", "up", "gate_up", "down"}
                 experts[unit.block, unit.layer][unit.expert] += [unit] if silent else []
-            elif matrix.zero and len(scan.info.shape) == 2 and min(scan.info.shape) > 1:
+            elif matrix.zero and len(scan.info.shape) == 2 and min(scan.info.shape) > 1 and not _routes(scan, counts):
                 yield _all_zero(checkpoint, scan.info)
     for (block, layer), found in experts.items():
         dead = sorted(expert for expert, silent in found.items() if silent)
@@ -107,6 +109,12 @@ def check_dead(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Itera
                 expert=expert,
                 hint="a converter or merge lost it: take it from the parent again, or prune it properly",
             )
+
+
+def _routes(scan: TensorScan, counts: Mapping[int, int]) -> bool:
+    """Whether a tensor looks like a router, which is looked at elsewhere."""
+    layer, _ = where(scan.info.name)
+    return layer is not None and scan.info.shape[0] == counts.get(layer)
 
 
 def _all_zero(checkpoint: Checkpoint, info: TensorInfo) -> Finding:
