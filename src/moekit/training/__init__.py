@@ -5,8 +5,20 @@ from moekit._lazy import attach
 __getattr__, __dir__ = attach(
     __name__,
     {
+        "CompleteCheckpoints": "resume",
+        "ExactResume": "resume",
+        "FreezeReport": "freeze",
+        "LoraSettings": "lora",
         "MoECallback": "callback",
-        "collect": "collector",
         "RoutingFigures": "figures",
+        "TrainConfig": "config",
+        "TrainResult": "config",
+        "add_lora": "lora",
+        "collect": "collector",
+        "last_complete_checkpoint": "resume",
+        "merge_lora": "lora",
+        "parts_of": "freeze",
+        "train": "run",
+        "train_only": "freeze",
     },
 )

@@ -177,7 +177,9 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop observing."""
+        """Stop observing; a run too short for a log line of its own leaves its figures all the same."""
+        if self._meter is not None and self.figures is None:
+            self.figures = self._meter.read()
         self.detach()
 
     def on_pre_optimizer_step(

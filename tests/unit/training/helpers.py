@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from tests.families import VOCAB
 
@@ -48,3 +49,11 @@ def trainer(model: PreTrainedModel, data: Rows, folder: Path, **kwargs: Any) -> 
         "train_sampling_strategy": "sequential",
     }
     return Trainer(model, TrainingArguments(**settings | kwargs), train_dataset=data)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the words "w3" to "w127"."""
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -20,7 +19,7 @@ from moekit.training import MoECallback, collect
 from moekit.training.balance import bias_step
 from moekit.training.losses import balance_loss, cv_squared, importance, z_loss
 from tests.families import EXPERTS, build
-from tests.unit.training.helpers import Rows, trainer
+from tests.unit.training.helpers import Rows, trainer, word_tokenizer
 
 COEFS = {"balance_coef": 0.7, "z_coef": 0.02, "importance_coef": 0.3}
 
@@ -239,10 +238,7 @@ def test_hooks_are_gone_after_training(tmp_path: Path) -> None:
 
 @pytest.fixture
 def words() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, 128)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return word_tokenizer()
 
 
 def sft(words: PreTrainedTokenizerFast, folder: Path, **kwargs: Any) -> SFTTrainer:

@@ -1,0 +1,117 @@
+"""The knobs of a training run, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moekit.training.figures import RoutingFigures
+from moekit.training.lora import LoraSettings
+
+
+class TrainConfig(BaseModel):
+    """How to train.
+
+    Give one of `steps`, `epochs` and `tokens`; without any it is one epoch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps")
+    epochs: float | None = Field(default=None, gt=0, description="passes over the text")
+    tokens: int | None = Field(default=None, ge=1, description="tokens in all, rounded up to whole steps")
+
+    lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    router_lr: float | None = Field(default=None, gt=0, description="peak learning rate of routers; lr by default")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="after the warm-up")
+    warmup: float = Field(default=0.03, ge=0, description="steps, or below 1 the share of them, until the peak")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's, on matrices")
+    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for none")
+
+    seq_len: int = Field(default=256, ge=2, description="tokens of a row")
+    batch: int = Field(default=4, ge=1, description="rows of a micro-batch, on each device")
+    accumulation: int = Field(default=1, ge=1, description="micro-batches of an optimizer step")
+    end_token: bool = Field(default=True, description="mark the ends of documents")
+    pad: bool = Field(default=False, description="start each document in a row of its own")
+
+    balance_coef: float = Field(default=0.0, ge=0, description="factor on each layer's balance loss")
+    importance_coef: float = Field(default=0.0, ge=0, description="factor on each layer's CV^2 of gate weights")
+    z_coef: float = Field(default=0.0, ge=0, description="factor on each layer's router z-loss")
+    bias_rate: float = Field(default=0.0, ge=0, description="step of DeepSeek-style selection biases; 0 leaves them")
+
+    parts: tuple[str, ...] = Field(default=("all",), description="what trains: router, experts:20-29, ...; or all")
+    lora: LoraSettings | None = Field(default=None, description="train adapters, merged at the end, instead of parts")
+
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of matrix products; weights stay fp32")
+    activation_checkpointing: bool = Field(default=False, description="less memory for a second forward")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the order of rows and of every random draw")
+    save_every: int | None = Field(default=100, ge=1, description="steps between checkpoints; none: only at the end")
+    eval_every: int | None = Field(default=None, ge=1, description="steps between losses on held-out text, if given")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_or_lora(self) -> TrainConfig:
+        if self.lora is not None and self.parts != ("all",):
+            raise ValueError("lora trains adapters alone: name its parts in lora.parts")
+        return self
+
+    def planned_steps(self, rows: int, world: int = 1) -> int:
+        """Optimizer steps for a text of so many rows.
+
+        Args:
+            rows: rows of `seq_len` tokens.
+            world: processes that train together.
+        """
+        per_step = self.batch * self.accumulation * world
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is not None:
+            return math.ceil(self.tokens / (per_step * self.seq_len))
+        return max(math.ceil(rows * (self.epochs or 1.0) / per_step), 1)
+
+    def warmup_steps(self, steps: int) -> int:
+        """Steps until the peak, for a run of so many."""
+        return math.ceil(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+
+
+class TrainResult(BaseModel):
+    """What a run did.
+
+    Attributes:
+        steps: optimizer steps, of this process and those it continued.
+        tokens: tokens trained on, padding left out.
+        seconds: time spent in steps, over all processes that worked on the run.
+        losses: language-modelling loss of each step, without router losses.
+        heldout_losses: step -> loss on held-out text.
+        history: what was logged at each step.
+        routing: routing figures of the last steps.
+        trained: part -> parameters that trained.
+        parameters: parameters of the model.
+        resumed_from: step this process continued from, None if it began.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int
+    tokens: int
+    seconds: float
+    losses: list[float]
+    heldout_losses: dict[int, float]
+    history: list[dict[str, float]]
+    routing: RoutingFigures | None
+    trained: dict[str, int]
+    parameters: int
+    resumed_from: int | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second, over the whole run."""
+        return self.tokens / max(self.seconds, 1e-9)

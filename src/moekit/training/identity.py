@@ -1,0 +1,82 @@
+"""What makes a training run this run, so that a folder never continues another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from moekit.checkpoint.atomic import atomic_write
+from moekit.checkpoint.fingerprint import live_fingerprint
+from moekit.data.batches import TokenBatches
+from moekit.errors import BadConfig
+from moekit.routing.attach import active_policy
+from moekit.training.config import TrainConfig
+from moekit.training.resume import STATE_FILE, checkpoints, remove_incomplete
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE, RESULT_FILE = "run.json", "train.json"
+# Settings that change how a run is watched, not what it computes: a run may resume with others.
+_WATCHING = {"save_every", "eval_every"}
+
+
+def run_identity(
+    model: PreTrainedModel, rows: TokenBatches, config: TrainConfig, steps: int, world: int = 1
+) -> dict[str, str | int]:
+    """What makes a run this run: model, routing policy, text, settings, processes. Equal identities may resume."""
+    policy = active_policy(model)
+    routing = hashlib.sha256()
+    if policy is not None:
+        routing.update(f"{policy[0].__class__.__name__} {policy[0].model_dump_json()}".encode())
+        for layer, tensors in sorted(policy[1].items()):
+            for name, tensor in sorted(tensors.items()):
+                routing.update(f"{layer} {name}".encode() + tensor.cpu().contiguous().numpy().tobytes())
+    text = hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.document_RS.numpy().tobytes())
+    settings = config.model_dump_json(exclude=_WATCHING)
+    return {
+        "model": live_fingerprint(model),
+        "routing": "stock" if policy is None else routing.hexdigest(),
+        "text": text.hexdigest(),
+        "settings": settings,
+        "steps": steps,
+        "processes": world,
+    }
+
+
+def prepare_folder(output: Path, identity: dict[str, str | int], resume: bool) -> None:
+    """Make sure that what lies in a folder is this run's, or nothing.
+
+    Args:
+        output: the run's folder.
+        identity: from `run_identity`.
+        resume: False removes what a run has left there.
+
+    Raises:
+        BadConfig: the folder holds another run.
+    """
+    known = output / RUN_FILE
+    if not resume:
+        for _, path in checkpoints(output):
+            shutil.rmtree(path)
+        for name in (RUN_FILE, RESULT_FILE, STATE_FILE):
+            (output / name).unlink(missing_ok=True)
+    elif known.exists():
+        try:
+            before = json.loads(known.read_text(encoding="utf-8"))
+        except ValueError:
+            before = {}
+        other = [key for key, value in identity.items() if before.get(key) != value]
+        if other:
+            raise BadConfig(
+                f"holds another run: {', '.join(other)} differ",
+                file=output,
+                hint="choose another output folder, or start afresh (resume=False)",
+            )
+    for path in remove_incomplete(output):
+        logger.warning("%s was left half-written by a killed run; removed", path)
+    atomic_write(known, json.dumps(identity, indent=1))

@@ -1,0 +1,162 @@
+"""transformers' Trainer, set up for MoE runs that repeat and resume exactly."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from moekit._progress import Progress
+from moekit.errors import NumericFault
+from moekit.training.config import TrainConfig
+from moekit.training.layers import trained_layers
+from moekit.training.order import collate
+from moekit.training.precision import compute_context
+from moekit.training.resume import ExactResume
+
+
+class _Report(TrainerCallback):  # type: ignore[misc]
+    """Times each step, passes it to a progress bar, and stops where the loss is no number."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._since = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._since = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise NumericFault(
+                f"the loss is {logs['loss']} at step {state.global_step}",
+                hint="resume from the last checkpoint with a lower learning rate",
+            )
+        state.log_history[-1]["seconds"] = time.perf_counter() - self._since
+        if self._progress is not None:
+            self._progress.advance(1, note=f"loss {logs['loss']:.3f}")
+
+
+def training_arguments(config: TrainConfig, folder: Path, steps: int, device: torch.device) -> TrainingArguments:
+    """Trainer's settings for a run.
+
+    Args:
+        config: the run's knobs.
+        folder: where checkpoints go.
+        steps: optimizer steps.
+        device: where the model is.
+    """
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch,
+        per_device_eval_batch_size=config.batch,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps(steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        optim="adamw_torch_fused",
+        seed=config.seed,
+        # Each step is logged: Trainer forgets what it has summed since the last log when it resumes.
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or steps,
+        save_total_limit=2,
+        eval_strategy="no" if config.eval_every is None else "steps",
+        eval_steps=config.eval_every,
+        prediction_loss_only=True,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        report_to=[],
+        disable_tqdm=True,
+        include_num_input_tokens_seen="no",
+    )
+
+
+class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
+    """Trainer of one run: rows in their given order, routers at their own rate, bf16 where asked.
+
+    Args:
+        model: the model, its parts frozen already.
+        config: the run's knobs.
+        args: from `training_arguments`.
+        rows: rows of the whole run, in order.
+        heldout: held-out rows for the loss every `eval_every` steps.
+        progress: told of each step.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        config: TrainConfig,
+        args: TrainingArguments,
+        rows: Dataset[dict[str, Tensor]],
+        *,
+        heldout: Dataset[dict[str, Tensor]] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config = config
+        super().__init__(model, args, data_collator=collate, train_dataset=rows, eval_dataset=heldout)
+        for printing in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printing)
+        self.add_callback(_Report(progress))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The language-modelling loss; no key-value cache is built for it."""
+        device = next(self.model.parameters()).device
+        with compute_context(self.config.precision, device):
+            return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW as ever, with the routers' parameters in groups of their own where they have their own rate."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        rate = self.config.router_lr
+        if rate is None or rate == self.config.lr:
+            return optimizer
+        routers = {id(p) for layer in trained_layers(self.model) for p in layer.router.parameters()}
+        for group in list(optimizer.param_groups):
+            mine = [p for p in group["params"] if id(p) in routers]
+            if mine:
+                group["params"] = [p for p in group["params"] if id(p) not in routers]
+                optimizer.add_param_group({**group, "params": mine, "lr": rate})
+        return optimizer
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Not counted: walking all parameters at every step costs more than it tells."""
+        return 0.0

@@ -1,0 +1,186 @@
+"""A killed run continues as if it had not been killed; half-written checkpoints are ignored."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from moekit.anatomy import find_moe_layers
+from moekit.errors import BadCheckpoint, BadConfig
+from moekit.training import CompleteCheckpoints, ExactResume, MoECallback, last_complete_checkpoint
+from moekit.training.freeze import train_only
+from moekit.training.resume import MARK, checkpoints, is_complete, load_changing, remove_incomplete, save_changing
+from tests.families import FAMILIES, build
+from tests.unit.training.helpers import Rows, trainer
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# Trains, and kills itself hard at a chosen moment.
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import moekit.training.resume as resume
+from moekit.training import TrainConfig, train
+from tests.families import build
+from tests.unit.training.test_run import text
+
+folder, moment = Path(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+class Bar:
+    done = 0
+    def start(self, label, total): pass
+    def finish(self): pass
+    def advance(self, amount=1, note=""):
+        self.done += amount
+        if moment == "between" and self.done == 8: die()
+
+stock = resume.mark_complete
+def mark(checkpoint):
+    if moment == "unmarked" and checkpoint.name == "checkpoint-6": die()
+    if moment == "truncated" and checkpoint.name == "checkpoint-6":
+        stock(checkpoint)
+        with open(checkpoint / "optimizer.pt", "r+b") as stream: stream.truncate(1000)
+        die()
+    stock(checkpoint)
+resume.mark_complete = mark
+
+model = build("deepseek_v3")
+config = TrainConfig(steps=13, batch=2, accumulation=2, seq_len=16, lr=1e-2, balance_coef=0.02, bias_rate=0.01,
+                     save_every=3, parts=("router", "experts", "attention"))
+result = train(model, None, text(21, padded=True), config, output=folder, progress=Bar())
+print(result.resumed_from, *result.losses)
+"""
+
+
+def launch(folder: Path, moment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), moment],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = launch(folder, "never")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [float(x) for x in done.stdout.split()[1:]], load_file(folder / "training.safetensors")
+
+
+@pytest.mark.parametrize(("moment", "last"), [("between", 6), ("unmarked", 3), ("truncated", 3)])
+def test_a_killed_run_continues_bit_for_bit(
+    moment: str, last: int, unbroken: tuple[list[float], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    killed = launch(tmp_path, moment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert not (tmp_path / "train.json").exists()
+    found = last_complete_checkpoint(tmp_path)
+    assert found is not None
+    assert found.name == f"checkpoint-{last}"
+    if moment != "between":
+        assert [step for step, _ in checkpoints(tmp_path)] == [3, 6]  # the half-written one is there, and ignored
+    done = launch(tmp_path, "never")
+    assert done.returncode == 0, done.stderr[-3000:]
+    resumed, *losses = done.stdout.split()
+    assert int(resumed) == last
+    assert [float(x) for x in losses] == unbroken[0]
+    state = load_file(tmp_path / "training.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in unbroken[1].items())
+    assert any(name.endswith("e_score_correction_bias") for name in state)
+    assert len(losses) == 13
+
+
+def test_a_second_process_is_refused_while_the_first_writes(tmp_path: Path) -> None:
+    from moekit.checkpoint.atomic import lock
+    from moekit.training import train
+    from tests.unit.training.test_run import settings, text
+
+    with lock(tmp_path / "run"), pytest.raises(BadConfig, match="is writing this folder"):
+        train(build("olmoe"), None, text(), settings(), output=tmp_path / "run")
+
+
+def test_marks_list_every_file(tmp_path: Path) -> None:
+    run = trainer(build("olmoe"), Rows(8), tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
+    run.add_callback(CompleteCheckpoints())
+    run.train()
+    assert [step for step, path in checkpoints(tmp_path) if is_complete(path)] == [1, 2, 3]
+    newest = tmp_path / "checkpoint-3"
+    listed = json.loads((newest / MARK).read_text())["files"]
+    assert set(listed) == {path.name for path in newest.iterdir()} - {MARK}
+    (newest / "optimizer.pt").unlink()
+    (tmp_path / "checkpoint-2" / MARK).write_text("{")
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert remove_incomplete(tmp_path) == [tmp_path / "checkpoint-2", newest]
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_run_that_starts_over_unmarks_what_it_will_overwrite(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    for _ in range(2):
+        run = trainer(build("olmoe"), Rows(8), tmp_path, **settings)
+        run.add_callback(CompleteCheckpoints())
+        run.train()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    run = trainer(build("olmoe"), Rows(8), tmp_path, **settings | {"max_steps": 1, "save_strategy": "no"})
+    run.add_callback(CompleteCheckpoints())
+    run.train()
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+class Exact(ExactResume, Trainer):
+    """Any Trainer with the mixin."""
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_mixin_restores_stacked_experts_in_any_trainer(family: str, tmp_path: Path) -> None:
+    def run(folder: Path, resume: Path | None) -> tuple[list[float], torch.nn.Module]:
+        made = trainer(build(family), Rows(8), folder, save_strategy="steps", save_steps=2, max_steps=4)
+        made.__class__ = Exact
+        made.add_callback(MoECallback())
+        made.add_callback(CompleteCheckpoints())
+        made.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return [entry["loss"] for entry in made.state.log_history if "loss" in entry], made.model
+
+    whole, model = run(tmp_path, None)
+    resumed, again = run(tmp_path, tmp_path / "checkpoint-2")
+    assert resumed == whole
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_save_model_still_writes_a_model(tmp_path: Path) -> None:
+    made = trainer(build("olmoe"), Rows(8), tmp_path)
+    made.__class__ = Exact
+    made.save_model(str(tmp_path / "model"))
+    assert (tmp_path / "model" / "config.json").exists()
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_what_changes_is_what_is_saved(tmp_path: Path) -> None:
+    model = build("ernie4_5_moe")
+    train_only(model, ["router"])
+    save_changing(model, tmp_path)
+    names = set(load_file(tmp_path / "training.safetensors"))
+    assert names == {
+        name
+        for layer in find_moe_layers(model)
+        for name in (f"{layer.router_name}.weight", f"{layer.router_name}.moe_statics.e_score_correction_bias")
+    }
+    train_only(model, ["router", "norms"])
+    with pytest.raises(BadCheckpoint, match="norm"):
+        load_changing(model, tmp_path)
