@@ -61,8 +61,10 @@ def unit_digests(scan: TensorScan) -> dict[Unit, str]:
 
 
 def unit_matrices(scan: TensorScan) -> dict[Unit, MatrixScan]:
-    """Figures of every unit of a scanned tensor; empty for dtypes without figures."""
+    """Figures of every unit of a scanned tensor, or of the whole where its slices were too large to look at singly."""
     units = units_of(scan.info)
+    if len(units) > 1 == len(scan.matrices):
+        units = [Unit(scan.info.name, "", None, None, scan.info.name)]
     return dict(zip(units, scan.matrices, strict=True)) if len(units) == len(scan.matrices) else {}
 
 

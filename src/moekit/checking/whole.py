@@ -120,6 +120,8 @@ def _proven(checkpoint: Checkpoint, findings: list[Finding], parent: str | Path 
         proven.append("every number is finite")
     if checkpoint.record is not None and checkpoint.record.expectations.tensors and not codes:
         proven.append("every tensor is byte for byte the recorded one")
-    if parent is not None and not codes & {"experts-swapped", "expert-replaced", "unrelated", "gate-up-swapped"}:
-        proven.append(f"every expert that could be compared is its counterpart in {parent}")
+    compared = parent is not None and not any(finding.code == "not-comparable" for finding in findings)
+    moved = {"experts-swapped", "expert-replaced", "unrelated", "gate-up-swapped", "transposed", "router-rows-moved"}
+    if compared and not codes & moved:
+        proven.append(f"every expert is its counterpart in {parent}")
     return proven
