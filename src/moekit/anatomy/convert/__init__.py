@@ -12,6 +12,7 @@ __getattr__, __dir__ = attach(
         "MoEWeights": "maths",
         "RandomSplit": "random",
         "Residual": "residual",
+        "SplitConversion": "split",
         "WeightSplit": "weights",
         "balanced_kmeans": "kmeans",
         "fit_router": "router_fit",

@@ -20,6 +20,9 @@ from moekit.errors import BadConfig
 
 # Standard deviation of random router rows, that of transformers' own initialisation.
 ROUTER_STD = 0.02
+# The grouped matrix product that stock transformers computes experts with wants rows of whole 16-byte units, which are
+# 8 numbers in bfloat16.
+WIDTH_STEP = 8
 
 
 class Conversion(BaseModel, ABC):
@@ -93,7 +96,14 @@ class Conversion(BaseModel, ABC):
                 hint="pass token ids [rows, length]; about 4,000 tokens of the text the model is for",
             )
         dense_layers = tuple(layer for layer in range(count) if layer not in set(chosen))
-        return self.geometry(model.config.intermediate_size, dense_layers)
+        geometry = self.geometry(model.config.intermediate_size, dense_layers)
+        if geometry.width % WIDTH_STEP:
+            low = geometry.width // WIDTH_STEP * WIDTH_STEP
+            raise BadConfig(
+                f"experts of {geometry.width} neurons: the width must be a multiple of {WIDTH_STEP}",
+                hint=f"choose numbers that give {low or WIDTH_STEP} or {low + WIDTH_STEP}",
+            )
+        return geometry
 
     def convert(
         self,
@@ -131,7 +141,10 @@ class Conversion(BaseModel, ABC):
             ffn = ffn_of(dense_model, layer)
             weights = self.convert_layer(DenseFFN(*(w.float() for w in ffn)), inputs_NH, generator)
             block = _block_state(weights, config.model_type)
-            state |= {f"model.layers.{layer}.mlp.{k}": v.to(ffn.gate_FH).contiguous() for k, v in block.items()}
+            # Copies: a part may be the dense model's own tensor, which training the result must not change.
+            for name, tensor in block.items():
+                owned = tensor.to(device=ffn.gate_FH.device, dtype=ffn.gate_FH.dtype, copy=True)
+                state[f"model.layers.{layer}.mlp.{name}"] = owned.contiguous()
         model = build(config, state)
         model.generation_config = dense_model.generation_config
         return model.eval()

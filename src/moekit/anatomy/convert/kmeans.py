@@ -24,7 +24,7 @@ def cluster_prices(cost_NE: torch.Tensor) -> torch.Tensor:
     The dual of optimal transport, by Sinkhorn iterations (Cuturi, arXiv:1306.0895) at a low temperature.
     """
     clusters = cost_NE.shape[1]
-    tau = TEMPERATURE * float(cost_NE.std(dim=1).mean()) + 1e-30
+    tau = TEMPERATURE * float(cost_NE.std(dim=1, correction=0).mean()) + 1e-30
     score_NE = -cost_NE / tau
     f_N = -score_NE.logsumexp(1)
     g_E = score_NE.new_zeros(clusters)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from moekit.anatomy.convert.base import Conversion, random_router
+from moekit.anatomy.convert.base import WIDTH_STEP, Conversion, random_router
 from moekit.anatomy.convert.kmeans import balanced_assignment, balanced_kmeans
 from moekit.anatomy.convert.maths import SHARED_FACTOR, DenseFFN, MoEWeights, neuron_strengths
 from moekit.anatomy.convert.targets import MoEGeometry
@@ -40,7 +40,9 @@ class Residual(Conversion):
 
     experts: int = Field(default=32, ge=2, description="routed experts of each converted layer")
     top_k: int = Field(default=4, ge=1, description="experts that each token chooses")
-    width: int | None = Field(default=None, ge=1, description="neurons of each routed expert; dense width / experts")
+    width: int | None = Field(
+        default=None, ge=1, description="neurons of each routed expert; about dense width / experts"
+    )
     router: Literal["auto", "random", "clusters"] = Field(
         default="auto", description="how the router starts: clusters of the inputs, or random; auto: clusters if it can"
     )
@@ -56,9 +58,12 @@ class Residual(Conversion):
         """Always Qwen2-MoE."""
         return "qwen2_moe"
 
+    def _width(self, dense_width: int) -> int:
+        return self.width or max(1, dense_width // self.experts // WIDTH_STEP) * WIDTH_STEP
+
     def geometry(self, dense_width: int, dense_layers: tuple[int, ...]) -> MoEGeometry:
         """The shared expert is as wide as the dense network; weights of the chosen experts sum to 1."""
-        width = self.width or dense_width // self.experts
+        width = self._width(dense_width)
         if not 1 <= width <= dense_width:
             raise BadConfig(
                 f"experts of {width} neurons cannot be taken from {dense_width}",
@@ -68,7 +73,7 @@ class Residual(Conversion):
 
     def convert_layer(self, ffn: DenseFFN, inputs_NH: torch.Tensor | None, generator: torch.Generator) -> MoEWeights:
         """Shared expert: the dense network; routed experts: gate and up of chosen neurons, down zero."""
-        width = self.width or ffn.gate_FH.shape[0] // self.experts
+        width = self._width(ffn.gate_FH.shape[0])
         if inputs_NH is not None and self.router != "random":
             router_EH, cluster_N = cluster_router(inputs_NH, self.experts, self.router_scale, generator)
             neurons_EI = strong_neurons(neuron_strengths(ffn, inputs_NH), cluster_N, self.experts, width)

