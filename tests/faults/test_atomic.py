@@ -327,6 +327,41 @@ def test_a_disk_that_fills_up_at_the_very_end(tmp_path, monkeypatch, step):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_fault_at_every_step_of_a_save_leaves_the_old_model(tmp_path, monkeypatch):
+    """The 1st, 2nd, ... nth call that touches the disk fails; the last one, when nothing is left to fail, succeeds."""
+    model, target = build("olmoe", seed=1), saved(tmp_path / "model", "olmoe")
+    old = Checkpoint.open(target).fingerprint
+    calls = {"left": 0}
+
+    def counted(function):
+        def call(*arguments, **keywords):
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                full()
+            return function(*arguments, **keywords)
+
+        return call
+
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (atomic, "_exchange")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    failed = 0
+    for step in range(1, 200):
+        calls["left"] = step
+        try:
+            save(model, target, record=Record(command="x"), overwrite=True)
+        except OutOfBudget:
+            failed += 1
+            assert Checkpoint.open(target).fingerprint == old
+        else:  # nothing failed, or only what need not succeed: the new model is there in full
+            assert Checkpoint.open(target).fingerprint != old
+            if calls["left"] > 0:
+                break
+            save(build("olmoe"), target, record=Record(command="x"), overwrite=True)
+        assert leftovers(tmp_path) == []
+    assert failed > 8
+    Checkpoint.open(target).verify()
+
+
 def test_too_little_space_is_said_before_anything_is_written(tmp_path):
     need = shutil.disk_usage(tmp_path).free * 2
     with pytest.raises(OutOfBudget, match=f"{need:,} bytes are needed"), atomic_folder(tmp_path / "m", need_bytes=need):

@@ -51,6 +51,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _fsync_parent(path: Path) -> None:
+    """Make a rename durable; if that fails, what was written is complete all the same."""
+    with contextlib.suppress(OSError):
+        _fsync(path.parent)
+
+
 def _fsync_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
@@ -132,7 +138,7 @@ def _swap_in(temporary: Path, target: Path) -> None:
         os.rename(target, old)
         os.rename(temporary, target)
         shutil.rmtree(old, ignore_errors=True)
-    _fsync(target.parent)
+    _fsync_parent(target)
 
 
 def _recover(target: Path) -> None:
@@ -235,9 +241,9 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _fsync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if is_disk_full(error):
             raise _out_of_disk(path.parent, len(data), error) from error
         raise
+    _fsync_parent(path)

@@ -221,10 +221,19 @@ def seal(
         extra=tensor_digests(folder, extra),
         config=config_digest(checkpoint.config),
     )
-    full = record.model_copy(update={"fingerprint": checkpoint.fingerprint, "expectations": expectations})
+    full = record.model_copy(
+        update={"fingerprint": checkpoint.fingerprint, "expectations": expectations, **_absolute_parent(record)}
+    )
     full.write(folder)
     atomic_write(folder / CARD_FILE, render(full, checkpoint.config, licence_of(record.parent)))
     return full
+
+
+def _absolute_parent(record: Record) -> dict[str, str]:
+    """A parent that is a local folder, by its absolute path: the record is read from other working folders too."""
+    if record.parent and Path(record.parent).is_dir():
+        return {"parent": os.path.realpath(record.parent)}
+    return {}
 
 
 def _index_single(folder: Path) -> None:

@@ -200,3 +200,11 @@ def test_load_says_what_is_wrong_with_a_record(tmp_path):
     edit_json(folder / "moekit.json", lambda record: record.update(seed="three"))
     with pytest.raises(BadCheckpoint, match="seed"):
         load(folder)
+
+
+def test_a_local_parent_is_recorded_by_its_absolute_path(tmp_path, monkeypatch):
+    parent = plain(tmp_path / "parent")
+    monkeypatch.chdir(tmp_path)
+    written = save(build("qwen2_moe"), "model", record=Record(command="x", parent="parent"))
+    assert written.parent == str(parent)
+    assert save(build("qwen2_moe"), "other", record=Record(command="x", parent="org/name")).parent == "org/name"
