@@ -11,7 +11,7 @@ import traceback
 import warnings
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from moekit.errors import BadConfig, Interrupted, MoekitError, OutOfBudget
 
@@ -137,6 +137,10 @@ def install_signals() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+class _Lines(logging.StreamHandler[TextIO]):
+    """Our own handler, recognisable so that it is never there twice."""
+
+
 def show_warnings() -> None:
     """Print warnings and log records of warning level as one line each on stderr."""
 
@@ -144,7 +148,8 @@ def show_warnings() -> None:
         print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = show
-    handler = logging.StreamHandler()
+    handler = _Lines()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     handler.setLevel(logging.WARNING)
-    logging.getLogger("moekit").addHandler(handler)
+    logger = logging.getLogger("moekit")
+    logger.handlers = [other for other in logger.handlers if not isinstance(other, _Lines)] + [handler]

@@ -8,6 +8,8 @@ from typing import Any, TextIO
 
 # Plain logs get a line at most this often, so that an hour of training does not fill a page a minute.
 SECONDS_BETWEEN_LINES = 15.0
+# Work that was done sooner is not worth a line.
+SECONDS_WORTH_A_LINE = 1.0
 
 
 class SilentProgress:
@@ -26,9 +28,15 @@ class SilentProgress:
 class PlainProgress:
     """Lines such as `training: 120/300 loss 2.41 (40 s)`, for logs."""
 
-    def __init__(self, stream: TextIO | None = None, seconds: float = SECONDS_BETWEEN_LINES) -> None:
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        seconds: float = SECONDS_BETWEEN_LINES,
+        worth: float = SECONDS_WORTH_A_LINE,
+    ) -> None:
         self._stream = stream or sys.stderr
         self._seconds = seconds
+        self._worth = worth
         self._stack: list[dict[str, Any]] = []
 
     def start(self, label: str, total: int | None) -> None:
@@ -48,9 +56,11 @@ class PlainProgress:
             self._line(work)
 
     def finish(self) -> None:
-        """Print the last line of this piece."""
+        """Print the last line of this piece, if it took a while."""
         if self._stack:
-            self._line(self._stack.pop())
+            work = self._stack.pop()
+            if time.monotonic() - work["since"] >= self._worth:
+                self._line(work)
 
     def _line(self, work: dict[str, Any]) -> None:
         total = f"/{work['total']}" if work["total"] is not None else ""

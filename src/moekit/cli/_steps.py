@@ -15,7 +15,7 @@ from moekit.cli._command import build_command, build_method_group
 from moekit.cli._errors import config_error
 from moekit.cli._options import option_parameters, read_options
 from moekit.cli._terminal import Terminal
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, MoekitError
 
 if TYPE_CHECKING:
     from moekit.catalogue import MethodRecord
@@ -135,7 +135,13 @@ def carry_out(
         command=terminal.command,
         overwrite=overwrite,
     )
-    results = ready.run(work)
+    try:
+        results = ready.run(work)
+    except MoekitError:
+        # What can be continued stays; a run that never got so far leaves nothing.
+        if not any(scratch.glob("checkpoint-*")):
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
     shutil.rmtree(scratch, ignore_errors=True)
     terminal.answer(out=str(out), **results)
     show(terminal, results)

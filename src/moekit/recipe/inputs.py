@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.recipe.plan import Item, Sizes
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from moekit._progress import Progress
@@ -81,7 +84,7 @@ def save_changed(
     scores: Mapping[str, Any] | None = None,
     plan_hash: str | None = None,
 ) -> None:
-    """Write a model that was made from another one, with its record.
+    """Write a model that was made from another one, with its record; it takes its name once it has been checked.
 
     Args:
         model: what to write; its routing policy goes with it.
@@ -91,9 +94,13 @@ def save_changed(
         config: settings of the method.
         scores: figures to keep in the record.
         plan_hash: hash of the plan that was applied.
+
+    Raises:
+        BadCheckpoint: what was written is not what it must be; nothing is left.
     """
     import moekit
-    from moekit.checkpoint import Checkpoint, Record
+    from moekit.checking import check
+    from moekit.checkpoint import Checkpoint, Record, atomic_folder
 
     location = model_location(parent)
     local = Path(location).expanduser()
@@ -106,7 +113,19 @@ def save_changed(
         config=dict(config),
         scores=dict(scores or {}),
     )
-    moekit.save(model, work.out, tokenizer=tokenizer, record=record, overwrite=work.overwrite)
+    with atomic_folder(work.out, overwrite=work.overwrite) as folder:
+        inner = folder / work.out.name
+        moekit.save(model, inner, tokenizer=tokenizer, record=record)
+        report = check(inner, progress=work.progress)
+        report.raise_if_bad()
+        for finding in report.findings:
+            if finding.severity == "warning":
+                logger.warning(
+                    "%s: %s", work.out if finding.layer is None else f"layer {finding.layer}", finding.message
+                )
+        for file in list(inner.iterdir()):
+            file.rename(folder / file.name)
+        inner.rmdir()
 
 
 def load_tokenizer(location: str) -> Any:

@@ -1,0 +1,66 @@
+"""`moekit check`: prove that a checkpoint is what its record says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moekit.cli._command import build_command
+from moekit.cli._terminal import Terminal, size
+
+if TYPE_CHECKING:
+    from moekit.checking import CheckReport
+
+
+def check(
+    terminal: Terminal,
+    folder: Annotated[Path, typer.Argument(help="model folder", show_default=False)],
+    parent: Annotated[
+        str | None, typer.Option(help="trusted version to compare experts with: folder or hub id")
+    ] = None,
+    for_: Annotated[str | None, typer.Option("--for", help="also say what keeps transformers or vllm from it")] = None,
+) -> None:
+    """Prove that a checkpoint is what its record says: experts present, sizes true, numbers finite, no dead expert.
+
+    Every byte is read once. Leaves with 0 if nothing is wrong, 2 if something is, 3 if the folder is unsafe.
+    """
+    from moekit.checking import check as check_folder
+
+    if terminal.dry_run:
+        _foretell(terminal, folder, parent)
+        return
+    report = check_folder(folder, parent=parent, for_=for_, progress=terminal.progress)
+    terminal.answer(ok=report.ok, **report.model_dump(mode="json"))
+    _show(terminal, report)
+    if not report.ok:
+        terminal.close()
+        raise typer.Exit(3 if report.unsafe else 2)
+
+
+def _show(terminal: Terminal, report: CheckReport) -> None:
+    for finding in report.findings:
+        terminal.say(str(finding))
+        if finding.hint and finding.severity == "error":
+            terminal.say(f"  -> {finding.hint}")
+    for line in report.proven:
+        terminal.say(f"proven: {line}")
+    errors = sum(finding.severity == "error" for finding in report.findings)
+    verdict = "nothing is wrong" if report.ok else f"{errors} error{'s' * (errors > 1)}"
+    terminal.say(f"{report.folder}: {verdict}; {report.tensors} tensors, {size(report.nbytes)} read")
+
+
+def _foretell(terminal: Terminal, folder: Path, parent: str | None) -> None:
+    from moekit.recipe.inputs import model_item
+    from moekit.recipe.plan import Forecast, Sizes
+
+    items = [model_item(name, Sizes()) for name in (str(folder), parent) if name is not None]
+    note = "tensors are read one at a time: memory does not grow with the model"
+    terminal.forecast(Forecast(tuple(items), (), disk=0, memory=256 << 20, notes=(note,)))
+
+
+def build() -> Any:
+    """The command."""
+    examples = ["moekit check ./moe", "moekit check ./moe --parent allenai/OLMoE-1B-7B-0924 --for vllm"]
+    return build_command(check, examples=examples)
