@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moekit.errors import BadConfig, BadData
 from moekit.placement import Placement
-from moekit.recipe.steps.evaluate import COMPARISON
-from moekit.recipe.steps.place import load_results, placement_file
+from moekit.recipe.results import load_comparison, load_replay, placement_file
 from moekit.report.data import Finding, KeyFigure, ReportData, Section, TableSection
 from moekit.report.parts import Column, Interval, Table
 from moekit.report.run_info import describe_run
@@ -33,7 +32,7 @@ def report_data(step: ReportStep, work: Workplace) -> ReportData:
         BadData: an artefact is missing or damaged.
     """
     curves = _curves(step)
-    comparisons = [_comparison(folder) for folder in step.evaluations]
+    comparisons = [load_comparison(folder) for folder in step.evaluations]
     sections: list[Section] = []
     if curves:
         lead = "Each point is one routing, placed as well as it can be; every token is sent once per device."
@@ -72,11 +71,11 @@ def _curves(step: ReportStep) -> list[Curve]:
             f"{len(step.constrained)} placements of constrained models, but {len(step.costs)} evaluations of them",
             hint="`costs` needs one evaluate step, with a baseline, for each entry of `constrained`, in the same order",
         )
-    costs = [_comparison(folder) for folder in step.costs]
-    free = {part["devices"]: part for part in load_results(step.free)["devices"]}
+    costs = [load_comparison(folder) for folder in step.costs]
+    free = {part["devices"]: part for part in load_replay(step.free)["devices"]}
     points: dict[int, list[CurvePoint]] = {}
     for folder, comparison in zip(step.constrained, costs, strict=True):
-        results = load_results(folder)
+        results = load_replay(folder)
         for part in results["devices"]:
             if part["devices"] in free:
                 point = _point(folder, results["routing"], part, comparison)
@@ -123,7 +122,7 @@ def _point(folder: str, routing: str, part: dict[str, Any], comparison: Comparis
 def _placement_rows(step: ReportStep) -> list[PlacementRow]:
     assert step.free is not None
     rows: list[PlacementRow] = []
-    parts = {part["devices"]: part for part in load_results(step.free)["devices"]}
+    parts = {part["devices"]: part for part in load_replay(step.free)["devices"]}
     for devices, part in parts.items():
         per_expert = part["rows"][0]["once_per_expert"]
         common = {"devices": devices, "routing": "plain", "per_expert": per_expert}
@@ -142,9 +141,9 @@ def _placement_rows(step: ReportStep) -> list[PlacementRow]:
                 )
             )
     for folder, cost in zip(step.constrained, step.costs, strict=True):
-        for part in load_results(folder)["devices"]:
+        for part in load_replay(folder)["devices"]:
             if part["devices"] in parts:
-                rows.append(_constrained_row(part, parts[part["devices"]], _comparison(cost).b))
+                rows.append(_constrained_row(part, parts[part["devices"]], load_comparison(cost).b))
     return rows
 
 
@@ -183,7 +182,7 @@ def _placement_of(step: ReportStep) -> Placement | None:
     """The unconstrained model's placement on the fewest devices, which orders the heat maps."""
     if step.free is None:
         return None
-    devices = min(part["devices"] for part in load_results(step.free)["devices"])
+    devices = min(part["devices"] for part in load_replay(step.free)["devices"])
     return Placement.load(Path(step.free) / placement_file(devices))
 
 
@@ -231,13 +230,3 @@ def _hashes(step: ReportStep) -> dict[str, str]:
         f"trace {name}": Trace.load(folder).digest
         for name, folder in zip(_names(step.trace_names, step.traces), step.traces, strict=True)
     }
-
-
-def _comparison(folder: str) -> Comparison:
-    from moekit.evaluation import Comparison
-
-    file = Path(folder) / COMPARISON
-    try:
-        return Comparison.model_validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BadData("no comparison here", file=file, hint="give the evaluate step a baseline") from error

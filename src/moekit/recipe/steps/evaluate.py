@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from moekit.errors import BadConfig, BadData
+from moekit.errors import BadConfig
 from moekit.recipe.inputs import model_item, open_model, read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
+from moekit.recipe.results import COMPARISON, EVALUATION, load_evaluation
 from moekit.recipe.steps.base import ModelRef, PlanRef, QuestionsRef, ResultsRef, Step, TextRef, Workplace
-
-EVALUATION = "evaluation.json"
-COMPARISON = "comparison.json"
 
 
 class EvaluateStep(Step):
@@ -93,22 +90,6 @@ class EvaluateStep(Step):
         for reference in self.questions:
             found += load_questions(reference, limit=self.limit, seed=work.seed, progress=work.progress)
         return found
-
-
-def load_evaluation(folder: str | Path) -> Any:
-    """Read what this step wrote.
-
-    Raises:
-        BadData: nothing there, or damaged.
-    """
-    from moekit.evaluation import Evaluation
-
-    file = Path(folder)
-    file = file / EVALUATION if file.is_dir() else file
-    try:
-        return Evaluation.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise BadData(f"no evaluation here: {error}", file=file, hint="`moekit evaluate` writes one") from error
 
 
 def _figures(evaluation: Any, comparison: Any) -> dict[str, Any]:

@@ -9,18 +9,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moekit.errors import BadData
 from moekit.recipe.inputs import model_item, model_location
 from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
+from moekit.recipe.results import REPLAY, placement_file
 from moekit.recipe.steps.base import ModelRef, PlacementRef, Step, TraceRef, Workplace
-
-RESULTS = "replay.json"
-
-
-def placement_file(devices: int) -> str:
-    """Name of the placement for D devices in the step's folder."""
-    return f"placement-{devices}.json"
 
 
 class PlaceStep(Step):
@@ -65,7 +58,7 @@ class PlaceStep(Step):
         with atomic_folder(work.out, overwrite=work.overwrite) as folder:
             for devices in self.devices:
                 results["devices"].append(self._on(devices, trace, measured, folder, work))
-            (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+            (folder / REPLAY).write_text(json.dumps(results, indent=1) + "\n")
         return results
 
     def _on(self, devices: int, trace: Any, measured: Any, folder: Path, work: Workplace) -> dict[str, Any]:
@@ -123,18 +116,3 @@ class PlaceStep(Step):
         from moekit.placement import routing_groups
 
         return int(routing_groups(Checkpoint.open(model_location(self.model)).config))
-
-
-def load_results(folder: str | Path) -> dict[str, Any]:
-    """Read what this step wrote.
-
-    Raises:
-        BadData: nothing there, or damaged.
-    """
-    file = Path(folder) / RESULTS
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        assert isinstance(found["devices"], list)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise BadData("no placement results here", file=file, hint="`moekit place` writes them") from error
-    return dict(found)
