@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from moekit.recipe.inputs import is_packaged_model, model_item, model_location, read_text, text_item
+from moekit.data.text import Document
+from moekit.errors import BadData
+from moekit.recipe.inputs import is_model, model_item, model_location, read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes, disk_bytes
 from moekit.recipe.restore import copy_folder
 from moekit.recipe.steps.base import Step, TextRef, Workplace
@@ -19,7 +23,8 @@ MANIFEST = "data.json"
 class DataStep(Step):
     """Fetch a source once and freeze it in the run folder, so that later steps read the same bytes.
 
-    Text becomes `train.jsonl` and `heldout.jsonl`, which never overlap; a packaged model becomes a model folder.
+    Text becomes `train.jsonl` and `heldout.jsonl`, which never overlap; a model, packaged or in a folder, a folder of
+    links to its files.
     """
 
     use: Literal["data"] = "data"
@@ -27,41 +32,108 @@ class DataStep(Step):
     train_bytes: int | None = Field(
         default=None, ge=1, description="bytes of training text in all; everything by default"
     )
-    heldout_bytes: int | None = Field(default=None, ge=1, description="bytes of held-out text in all")
+    profile_bytes: int | None = Field(default=None, ge=1, description="bytes of held-out text to profile routing on")
+    heldout_bytes: int | None = Field(default=None, ge=1, description="bytes of the remaining held-out text, in all")
+    passage_bytes: int | None = Field(
+        default=None, ge=64, description="cut held-out documents into passages of about so many bytes, each a document"
+    )
 
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """Sizes of what is fetched and kept."""
         source = text_item(self.source, sizes)
-        if is_packaged_model(self.source):
+        if is_model(self.source):
             model = model_item(self.source, sizes)
             return Forecast((model,), (Item(str(out), model.nbytes),), disk=model.nbytes, memory=model.nbytes)
-        limits = [self.train_bytes, self.heldout_bytes]
+        limits = [self.train_bytes, self.profile_bytes or 0, self.heldout_bytes]
         kept = source.nbytes if None in limits else sum(limit for limit in limits if limit is not None)
         notes = () if source.nbytes is not None else ("how much is downloaded is known only when it is there",)
         return Forecast((source,), (Item(str(out), kept),), disk=kept, memory=source.nbytes, notes=notes)
 
     def run(self, work: Workplace) -> dict[str, Any]:
         """Fetch and write."""
-        if is_packaged_model(self.source):
+        if is_model(self.source):
             return _link_model(Path(model_location(self.source, work.progress)), work)
         from moekit.checkpoint import atomic_folder
 
         summary: dict[str, Any] = {"source": self.source, "domains": {}}
         with atomic_folder(work.out, overwrite=work.overwrite) as folder:
-            for split, limit in (("train", self.train_bytes), ("heldout", self.heldout_bytes)):
-                documents = read_text(
-                    self.source, split=split, limit_bytes=limit, seed=work.seed, progress=work.progress
-                )
-                with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
+            for part, documents in self._parts(work).items():
+                with (folder / f"{part}.jsonl").open("w", encoding="utf-8") as stream:
                     for document in documents:
                         fields = {"text": document.text, "domain": document.domain, "source": document.source}
                         stream.write(json.dumps(fields, ensure_ascii=False) + "\n")
                         counts = summary["domains"].setdefault(document.domain, {})
-                        part = counts.setdefault(split, {"documents": 0, "bytes": 0})
-                        part["documents"] += 1
-                        part["bytes"] += len(document.text.encode())
+                        figures = counts.setdefault(part, {"documents": 0, "bytes": 0})
+                        figures["documents"] += 1
+                        figures["bytes"] += len(document.text.encode())
             (folder / MANIFEST).write_text(json.dumps(summary, indent=1) + "\n")
         return summary
+
+    def _parts(self, work: Workplace) -> dict[str, list[Document]]:
+        """Documents of each file; held-out ones are shared out between profiling and judging, domain by domain."""
+        train = read_text(
+            self.source, split="train", limit_bytes=self.train_bytes, seed=work.seed, progress=work.progress
+        )
+        wanted = None if self.heldout_bytes is None else self.heldout_bytes + (self.profile_bytes or 0)
+        unseen = read_text(self.source, split="heldout", limit_bytes=wanted, seed=work.seed, progress=work.progress)
+        if self.passage_bytes is not None:
+            unseen = [passage for document in unseen for passage in passages(document, self.passage_bytes)]
+        if self.profile_bytes is None:
+            return {"train": train, "heldout": unseen}
+        profile, heldout = share_out(unseen, self.profile_bytes)
+        return {"train": train, "profile": profile, "heldout": heldout}
+
+
+def passages(document: Document, nbytes: int) -> list[Document]:
+    """Cut a document at line ends, or inside a line that is too long, into pieces of about `nbytes`.
+
+    More and shorter documents make paired intervals possible; pieces of one document are not independent of each
+    other, so that such intervals are somewhat too narrow.
+    """
+    pieces: list[str] = [""]
+    for line in document.text.splitlines(keepends=True):
+        for start in range(0, len(line), nbytes):
+            part = line[start : start + nbytes]
+            if pieces[-1] and len((pieces[-1] + part).encode()) > nbytes:
+                pieces.append("")
+            pieces[-1] += part
+    kept = [piece for piece in pieces if len(piece.encode()) * 2 >= nbytes] or pieces[:1]
+    return [
+        replace(document, text=piece, source=f"{document.source}#{position}")
+        for position, piece in enumerate(kept)
+        if piece.strip()
+    ]
+
+
+def share_out(documents: Sequence[Document], nbytes: int) -> tuple[list[Document], list[Document]]:
+    """Take about `nbytes` from the documents, as large a share of every domain, whole documents only.
+
+    Returns:
+        The documents taken, and the others, both in the given order.
+
+    Raises:
+        BadData: a domain has a single document, which cannot be on both sides.
+    """
+    sizes = {id(document): len(document.text.encode()) for document in documents}
+    share = nbytes / max(sum(sizes.values()), 1)
+    taken: list[Document] = []
+    rest: list[Document] = []
+    for domain in dict.fromkeys(document.domain for document in documents):
+        members = [document for document in documents if document.domain == domain]
+        if len(members) < 2:
+            raise BadData(
+                f"the domain {domain!r} has a single held-out document: it cannot be profiled on and judged by, too",
+                hint="cut documents into passages with passage_bytes, give more of them, or leave profile_bytes out",
+            )
+        goal, have = share * sum(sizes[id(m)] for m in members), 0
+        for position, document in enumerate(members):
+            # Both sides get at least one document of every domain.
+            if position == 0 or (have + sizes[id(document)] / 2 <= goal and position < len(members) - 1):
+                taken.append(document)
+                have += sizes[id(document)]
+            else:
+                rest.append(document)
+    return taken, rest
 
 
 def _link_model(source: Path, work: Workplace) -> dict[str, Any]:
