@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from moekit.errors import BadCheckpoint, MoekitError, UnsafeInput
 
 Severity = Literal["error", "warning", "note"]
+_MANY = 4
 _RANK = {"error": 0, "warning": 1, "note": 2}
 
 
@@ -120,8 +121,23 @@ def _sum(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {code}" for code, count in counts.most_common())
 
 
+def _collapse(findings: list[Finding]) -> list[Finding]:
+    """Merge warnings and notes that differ in their layer only, from `_MANY` layers on."""
+    groups: dict[Finding, list[Finding]] = defaultdict(list)
+    for finding in findings:
+        groups[finding.model_copy(update={"layer": None})].append(finding)
+    result = []
+    for merged, members in groups.items():
+        if merged.severity == "error" or merged.expert is not None or len(members) < _MANY:
+            result += members
+            continue
+        layers = ", ".join(str(layer) for layer in sorted(m.layer for m in members if m.layer is not None))
+        result.append(merged.model_copy(update={"message": f"{merged.message} (layers {layers})"}))
+    return result
+
+
 def make_report(folder: Path, findings: list[Finding], proven: list[str], tensors: int, nbytes: int) -> CheckReport:
-    """Order the findings and drop repeated ones."""
-    unique = list(dict.fromkeys(findings))
+    """Order the findings, drop repeated ones, and tell once what holds for many layers alike."""
+    unique = _collapse(list(dict.fromkeys(findings)))
     unique.sort(key=lambda f: (_RANK[f.severity], f.layer is None, f.layer or 0, f.expert is None, f.expert or 0))
     return CheckReport(folder=str(folder), findings=unique, proven=proven, tensors=tensors, nbytes=nbytes)

@@ -12,23 +12,14 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from moekit.anatomy.probe import MoELayer, ask_router, find_moe_layers
+from moekit.anatomy.probe import MoELayer, ask_router
 from moekit.checking.report import Finding
-from moekit.checkpoint.expected import Layout, disk_names, meta_model
+from moekit.checkpoint.expected import Layout, disk_names
 from moekit.checkpoint.folder import Checkpoint
-from moekit.errors import MoekitError
 
 # Probes a router is asked: this many times as many choices as there are experts, so that a fair one never misses any.
 _CHOICES_PER_EXPERT = 64
 _MAX_PROBES = 16_384
-
-
-def moe_layers(checkpoint: Checkpoint) -> list[MoELayer]:
-    """The MoE layers of the config's model, without weights; none if it has none."""
-    try:
-        return find_moe_layers(meta_model(checkpoint))
-    except MoekitError:
-        return []
 
 
 def _load(layer: MoELayer, checkpoint: Checkpoint, names: Mapping[str, str]) -> nn.Module | None:

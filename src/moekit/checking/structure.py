@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moekit.anatomy.layout import parse_expert_tensor
+from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.checking.report import Finding, from_error
-from moekit.checkpoint.expected import Differences, Layout, compare, count_hint, layout_of, meta_model
+from moekit.checkpoint.expected import Differences, Layout, compare, count_hint, layout_of
 from moekit.checkpoint.fingerprint import config_top_k, text_config
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_weight_map, where
+from moekit.checkpoint.meta import meta_model
 from moekit.checkpoint.record import TENSORS_FILE
 from moekit.checkpoint.safety import read_json
-from moekit.errors import MoekitError, UnsafeInput
+from moekit.errors import MoekitError, UnsafeInput, UnsupportedModel
 
 
 def open_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[Finding]]:
@@ -28,12 +30,17 @@ def open_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[Finding]]:
         return None, [from_error(error, "stale-index" if stale else "unreadable")]
 
 
-def build_layout(checkpoint: Checkpoint) -> tuple[Layout | None, list[Finding]]:
-    """What the config demands; a config that no model can be built from becomes a finding."""
+def build_layout(checkpoint: Checkpoint) -> tuple[Layout | None, list[MoELayer], list[Finding]]:
+    """What the config demands, and its MoE layers; a config that no model can be built from becomes a finding."""
     try:
-        return layout_of(meta_model(checkpoint)), []
+        model = meta_model(checkpoint)
+        layout = layout_of(model)
     except MoekitError as error:
-        return None, [from_error(error, "config")]
+        return None, [], [from_error(error, "config")]
+    try:
+        return layout, find_moe_layers(model), []
+    except UnsupportedModel:
+        return layout, [], []  # a dense model can be checked too
 
 
 def check_index(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ Legend: I expert width, H hidden.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -41,16 +42,17 @@ class Unit:
     slice: int | None = None
 
 
-def units_of(info: TensorInfo) -> list[Unit]:
+@functools.lru_cache(maxsize=200_000)
+def units_of(info: TensorInfo) -> tuple[Unit, ...]:
     """The units of one tensor."""
     found = parse_expert_tensor(info.name)
     if found is None:
-        return [Unit(info.name, "", None, None, info.name)]
+        return (Unit(info.name, "", None, None, info.name),)
     part = found.part if found.suffix in {"", "weight"} else f"{found.part}.{found.suffix}"
     if found.expert is not None:
-        return [Unit(info.name, found.block, found.layer, found.expert, part)]
+        return (Unit(info.name, found.block, found.layer, found.expert, part),)
     count = len(slice_offsets(info))
-    return [Unit(info.name, found.block, found.layer, e, part, e) for e in range(count)]
+    return tuple(Unit(info.name, found.block, found.layer, e, part, e) for e in range(count))
 
 
 def unit_digests(scan: TensorScan) -> dict[Unit, str]:
@@ -64,7 +66,7 @@ def unit_matrices(scan: TensorScan) -> dict[Unit, MatrixScan]:
     """Figures of every unit of a scanned tensor, or of the whole where its slices were too large to look at singly."""
     units = units_of(scan.info)
     if len(units) > 1 == len(scan.matrices):
-        units = [Unit(scan.info.name, "", None, None, scan.info.name)]
+        units = (Unit(scan.info.name, "", None, None, scan.info.name),)
     return dict(zip(units, scan.matrices, strict=True)) if len(units) == len(scan.matrices) else {}
 
 

@@ -9,7 +9,7 @@ from moekit.checking.extras import check_extras
 from moekit.checking.integrity import Integrity
 from moekit.checking.parent import check_parent
 from moekit.checking.report import CheckReport, Finding, from_error, make_report
-from moekit.checking.routers import check_routers, moe_layers
+from moekit.checking.routers import check_routers
 from moekit.checking.scan import TensorScan, scan
 from moekit.checking.structure import (
     build_layout,
@@ -64,10 +64,9 @@ def check(
     checkpoint, findings = open_checkpoint(path)
     if checkpoint is None:
         return make_report(path, findings, [], 0, 0)
-    layout, trouble = build_layout(checkpoint)
+    layout, layers, trouble = build_layout(checkpoint)
     findings += trouble
     findings += [*check_index(checkpoint), *check_dtypes(checkpoint), *check_routing_sizes(checkpoint)]
-    layers = moe_layers(checkpoint) if layout is not None else []
     if layout is not None:
         findings += check_layout(checkpoint, layout)
     try:

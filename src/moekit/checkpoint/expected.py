@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.checkpoint.fingerprint import disk_state_dict, text_config
+from moekit.checkpoint.meta import EXPERT_COUNT_KEYS, meta_model
 from moekit.checkpoint.safety import FLOAT_DTYPES, TensorInfo
-from moekit.errors import BadCheckpoint, UnsupportedModel
+from moekit.errors import BadCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moekit.checkpoint.folder import Checkpoint
 
-EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _WIDE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 # Buffers that old versions of transformers saved and newer ones compute.
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.position_ids$")
@@ -63,57 +63,6 @@ class Differences:
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.surplus or self.shapes or self.dtypes)
-
-
-def _bounded(checkpoint: Checkpoint) -> None:
-    """Refuse counts that no tensor backs, so that a hostile config cannot make us build a billion layers."""
-    config = text_config(checkpoint.config)
-    largest = max((size for info in checkpoint.tensors.values() for size in info.shape[:1]), default=0)
-    bound = max(len(checkpoint.tensors), largest)
-    for key in ("num_hidden_layers", *EXPERT_COUNT_KEYS):
-        value = config.get(key)
-        if isinstance(value, int) and value > bound:
-            raise BadCheckpoint(
-                f"{key} is {value}, far more than the {len(checkpoint.tensors)} tensors can hold",
-                file=checkpoint.path / "config.json",
-                hint="the config belongs to another model",
-            )
-
-
-def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Build the config's model without memory.
-
-    Raises:
-        BadCheckpoint: the config contradicts itself.
-        UnsupportedModel: transformers has no causal language model of this type.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    _bounded(checkpoint)
-    path = checkpoint.path / "config.json"
-    remote = checkpoint.remote_code
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=remote)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or remote
-        if known:
-            with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
-    except Exception as error:  # a config can fail in as many ways as there are families
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadCheckpoint(
-            f"no model can be built from this config: {reason}", file=path, hint="compare it with the original's config"
-        ) from error
-    if not known:
-        raise UnsupportedModel(
-            f"transformers has no causal language model of type {checkpoint.config.get('model_type')!r}",
-            file=path,
-            hint="moekit works on decoder-only language models",
-        )
-    return model
 
 
 def _renamer(model: PreTrainedModel, live: Mapping[str, Any]) -> Callable[[str], tuple[str, bool]]:
@@ -269,7 +218,7 @@ def describe(differences: Differences, tensors: Mapping[str, TensorInfo]) -> str
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Raise `BadCheckpoint` unless names, shapes and dtypes follow from the config; see `Checkpoint.verify`."""
+    """See `Checkpoint.verify`."""
     from moekit.checkpoint.folder import where
 
     differences = compare(checkpoint.tensors, layout_of(meta_model(checkpoint)), checkpoint.config)

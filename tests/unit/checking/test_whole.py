@@ -139,3 +139,13 @@ def test_findings_are_ordered_and_told_once():
         report.raise_if_bad()
     assert caught.value.layer == 0
     assert json.loads(report.model_dump_json())["findings"][0]["layer"] == 0
+
+
+def test_what_holds_for_many_layers_is_told_once():
+    notes = [Finding(severity="warning", code="silent-layer", message="silent", layer=layer) for layer in range(6)]
+    errors = [Finding(severity="error", code="dead-expert", message="dead", layer=layer) for layer in range(6)]
+    findings = make_report("x", [*notes, *errors], [], 0, 0).findings
+    assert len(findings) == 7
+    assert findings[-1].message == "silent (layers 0, 1, 2, 3, 4, 5)"
+    assert findings[-1].layer is None
+    assert len(make_report("x", notes[:3], [], 0, 0).findings) == 3

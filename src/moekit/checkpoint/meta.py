@@ -1,0 +1,68 @@
+"""Build a config's model on the meta device, where tensors have shapes but no memory."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from moekit.checkpoint.fingerprint import text_config
+from moekit.errors import BadCheckpoint, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moekit.checkpoint.folder import Checkpoint
+
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _bounded(checkpoint: Checkpoint) -> None:
+    """Refuse counts that no tensor backs, so that a hostile config cannot make us build a billion layers."""
+    config = text_config(checkpoint.config)
+    largest = max((size for info in checkpoint.tensors.values() for size in info.shape[:1]), default=0)
+    bound = max(len(checkpoint.tensors), largest)
+    for key in ("num_hidden_layers", *EXPERT_COUNT_KEYS):
+        value = config.get(key)
+        if isinstance(value, int) and value > bound:
+            raise BadCheckpoint(
+                f"{key} is {value}, far more than the {len(checkpoint.tensors)} tensors can hold",
+                file=checkpoint.path / "config.json",
+                hint="the config belongs to another model",
+            )
+
+
+def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Build the config's model without memory.
+
+    Raises:
+        BadCheckpoint: the config contradicts itself.
+        UnsupportedModel: transformers has no causal language model of this type.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    _bounded(checkpoint)
+    path = checkpoint.path / "config.json"
+    remote = checkpoint.remote_code
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=remote)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or remote
+        if known:
+            with warnings.catch_warnings(), torch.device("meta"):
+                warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    except Exception as error:  # a config can fail in as many ways as there are families
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadCheckpoint(
+            f"no model can be built from this config: {reason}", file=path, hint="compare it with the original's config"
+        ) from error
+    if not known:
+        raise UnsupportedModel(
+            f"transformers has no causal language model of type {checkpoint.config.get('model_type')!r}",
+            file=path,
+            hint="moekit works on decoder-only language models",
+        )
+    return model
