@@ -37,7 +37,15 @@ class LocalTask(ConfigurableTask):  # type: ignore[misc]
     """An lm-eval task over questions at hand; nothing is downloaded."""
 
     def __init__(self, name: str, questions: Sequence[Any]) -> None:
-        self._rows = [{"context": q.context, "choices": list(q.choices), "answer": int(q.answer)} for q in questions]
+        choices = [list(q.choices) for q in questions]
+        # lm-eval counts an answer's length, for acc_norm, without the space before it: hand it over as lm-eval's own
+        # tasks do, apart. Where answers begin otherwise they are used as they are.
+        spaced = all(c.startswith(" ") and not c[1:2].isspace() for some in choices for c in some)
+        choices = [[c[1:] for c in some] for some in choices] if spaced else choices
+        self._rows = [
+            {"context": q.context, "choices": some, "answer": int(q.answer)}
+            for q, some in zip(questions, choices, strict=True)
+        ]
         # Functions, not strings: lm-eval would read a string as a template or as a column's name.
         super().__init__(
             config={
@@ -45,6 +53,7 @@ class LocalTask(ConfigurableTask):  # type: ignore[misc]
                 "dataset_path": "local",
                 "test_split": "test",
                 "output_type": "multiple_choice",
+                "target_delimiter": " " if spaced else "",
                 "doc_to_text": lambda doc: doc["context"],
                 "doc_to_choice": lambda doc: doc["choices"],
                 "doc_to_target": lambda doc: doc["answer"],

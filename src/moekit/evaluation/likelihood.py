@@ -129,16 +129,20 @@ class Scorer:
         ids_BS, mask_BS = _pad(windows, self.device)
         inputs = {"input_ids": ids_BS, "attention_mask": mask_BS, "use_cache": False}
         sizes = [len(w.targets) for w in windows]
-        row_M = torch.repeat_interleave(torch.tensor(sizes)).to(self.device)
-        column_M = torch.tensor([p for w in windows for p in w.positions], device=self.device)
-        target_M = torch.tensor([t for w in windows for t in w.targets], device=self.device)
+        row_M = torch.repeat_interleave(torch.tensor(sizes))
+        column_M = torch.tensor([p for w in windows for p in w.positions])
+        target_M = torch.tensor([t for w in windows for t in w.targets])
         chunks = [slice(i, i + self.chunk) for i in range(0, target_M.numel(), self.chunk)]
+        # A model spread over several devices answers on another one than it is asked on: indices follow the answer.
         if self.apart:
             assert self.head is not None
-            hidden_MH = self.base(**inputs)[0][row_M, column_M]
+            hidden_BSH = self.base(**inputs)[0]
+            row_M, column_M, target_M = (t.to(hidden_BSH.device) for t in (row_M, column_M, target_M))
+            hidden_MH = hidden_BSH[row_M, column_M]
             parts = [score_logits(self.head(hidden_MH[chunk]), target_M[chunk]) for chunk in chunks]
         else:
             logits_BSV = self._whole(inputs) if self.apart is None else self.model(**inputs).logits
+            row_M, column_M, target_M = (t.to(logits_BSV.device) for t in (row_M, column_M, target_M))
             parts = [score_logits(logits_BSV[row_M[chunk], column_M[chunk]], target_M[chunk]) for chunk in chunks]
         nll_M = torch.cat([nll for nll, _ in parts]).double().cpu()
         greedy_M = torch.cat([greedy for _, greedy in parts]).cpu()

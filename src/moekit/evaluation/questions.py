@@ -30,7 +30,7 @@ class QuestionLike(Protocol):
 
     @property
     def choices(self) -> Sequence[str]:
-        """The possible answers."""
+        """The possible answers, used as they are: mostly with a space at the front."""
 
     @property
     def answer(self) -> int:

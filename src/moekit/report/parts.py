@@ -45,7 +45,7 @@ class Part(BaseModel):
 
 
 class Interval(Part):
-    """An estimate with its 95 % interval."""
+    """An estimate with its 95 % interval; a percentile interval of few, skewed values need not hold the estimate."""
 
     mean: FiniteFloat
     low: FiniteFloat
@@ -53,8 +53,8 @@ class Interval(Part):
 
     @model_validator(mode="after")
     def _ordered(self) -> Interval:
-        if not self.low <= self.mean <= self.high:
-            raise ValueError(f"{self.mean} is not between {self.low} and {self.high}")
+        if self.low > self.high:
+            raise ValueError(f"the interval's lower end {self.low} is above its upper end {self.high}")
         return self
 
 

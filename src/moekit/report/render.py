@@ -65,7 +65,13 @@ def _bars(content: BarsSection) -> Markup:
     legend = [
         tag(
             "li",
-            tag("svg", tag("rect", class_=f"f{i % 6}", width=12, height=12), class_="swatch", viewBox="0 0 12 12", aria_hidden="true"),
+            tag(
+                "svg",
+                tag("rect", class_=f"f{i % 6}", width=12, height=12),
+                class_="swatch",
+                viewBox="0 0 12 12",
+                aria_hidden="true",
+            ),
             name,
         )
         for i, name in enumerate(names)

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 
 import lm_eval
 import pytest
+from datasets import Dataset, DatasetDict
+from lm_eval import evaluator
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 
+from moekit.data.question_formats import asked
 from moekit.errors import BadConfig, BadData, NumericFault, UnsafeInput
 from moekit.evaluation import _lm_eval, questions
 from moekit.evaluation.questions import choices
@@ -26,7 +30,9 @@ class Question:
 
 def some(n=12, task="colours"):
     return [
-        Question(f"Q{i}: what is {i * 7 % 5}?\nAnswer:", ["red", "dark green {{7*7}}", "ok"][: 2 + i % 2], i % 2, task)
+        Question(
+            f"Q{i}: what is {i * 7 % 5}?\nAnswer:", [" red", " dark green {{7*7}}", " ok"][: 2 + i % 2], i % 2, task
+        )
         for i in range(n)
     ]
 
@@ -38,8 +44,6 @@ def model():
 
 def by_stock_lm_eval(model, tokenizer, asked):
     """The same questions through lm-eval's own model wrapper, nothing of ours but the task."""
-    from lm_eval import evaluator
-
     task = _lm_eval.LocalTask("t", asked)
     lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=3, softmax_dtype="float32")
     return evaluator.evaluate(lm, {"t": task}, bootstrap_iters=10)
@@ -103,11 +107,52 @@ def test_the_tokenizer_and_the_mode_stay_as_they_were(tokenizer):
     assert tokenizer.pad_token is None
 
 
-def test_templates_in_questions_are_text(model, tokenizer):
-    task = _lm_eval.LocalTask("t", [Question("{{ 7*7 }} choices", ["context", "{% raw %}"], 0, "t")] * 2)
+def test_templates_in_questions_are_text():
+    task = _lm_eval.LocalTask("t", [Question("{{ 7*7 }} choices", [" context", " {% raw %}"], 0, "t")] * 2)
     task.build_all_requests()
     assert task.instances[0].args == ("{{ 7*7 }} choices", " context")
     assert task.instances[1].args == ("{{ 7*7 }} choices", " {% raw %}")
+
+
+@pytest.mark.parametrize("choices", [["ab", "ba"], [" ab", "ba"], ["  ab", " ba"], ["\nab", "\nba"]])
+def test_answers_without_a_single_space_before_them_are_used_as_they_are(choices):
+    task = _lm_eval.LocalTask("t", [Question("q", choices, 0, "t")])
+    task.build_all_requests()
+    assert [instance.args for instance in task.instances] == [("q", choice) for choice in choices]
+
+
+def test_a_question_in_lm_evals_own_format_gives_lm_evals_own_numbers(model, tokenizer):
+    """The same questions, once as a task of lm-eval is written, with templates, and once as ours."""
+    raw = [
+        {"question": f"what is {i * 7 % 5}", "options": ["red", "dark green", "ok"][: 2 + i % 2], "label": i % 2}
+        for i in range(12)
+    ]
+
+    class Templated(ConfigurableTask):
+        def download(self, *args, **kwargs):
+            self.dataset = DatasetDict({"validation": Dataset.from_list(raw)})
+
+    theirs = Templated(
+        config={
+            "task": "t",
+            "dataset_path": "none",
+            "validation_split": "validation",
+            "output_type": "multiple_choice",
+            "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_target": "label",
+            "doc_to_choice": "options",
+            "metric_list": [
+                {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+            ],
+        }
+    )
+    lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=4, softmax_dtype="float32")
+    stock = evaluator.evaluate(lm, {"t": theirs}, bootstrap_iters=10)
+    ours = [asked(doc["question"], doc["options"], doc["label"], "t") for doc in raw]
+    [result] = choices(model, tokenizer, ours)
+    for metric in ("acc", "acc_norm"):
+        assert list(result.metrics[metric].answers) == [s[metric] for s in stock["samples"]["t"]]
+    assert result.metrics["acc"].answers != result.metrics["acc_norm"].answers, "lengths matter here"
 
 
 @pytest.mark.parametrize(

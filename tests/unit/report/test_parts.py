@@ -22,7 +22,7 @@ def test_nan_never_reaches_a_page(value):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Interval(mean=1.0, low=1.1, high=2.0), "not between"),
+        (lambda: Interval(mean=1.5, low=2.1, high=2.0), "above its upper end"),
         (lambda: Table(columns=(Column(name="a"),), rows=((1, 2),)), "row 0 has 2 cells"),
         (lambda: Matrix(values=((1.0, 2.0),), names=("0",)), "needs 1 columns"),
         (lambda: Matrix(values=((-1.0,),), names=("0",)), "from zero upwards"),
