@@ -28,6 +28,7 @@ class ReportStep(Step):
     constrained: tuple[PlacementRef, ...] = Field(default=(), description="place steps of constrained models")
     costs: tuple[ResultsRef, ...] = Field(default=(), description="evaluate steps, one for each of `constrained`")
     evaluations: tuple[ResultsRef, ...] = Field(default=(), description="evaluate steps with a baseline, for tables")
+    publish: bool = Field(default=False, description="put the page and its numbers beside the step folders, too")
     strict: bool = Field(default=True, description="fail if the page finds that a measurement shows nothing")
 
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
@@ -38,10 +39,14 @@ class ReportStep(Step):
 
     def run(self, work: Workplace) -> dict[str, Any]:
         """Gather, draw, write."""
+        from moekit.checkpoint import atomic_write
         from moekit.recipe.gather import report_data
         from moekit.report import build
 
         data = report_data(self, work)
         page = build(data, work.out / PAGE, strict=self.strict)
+        if self.publish:
+            for file in (page, page.with_suffix(".json")):
+                atomic_write(work.out.parent / file.name, file.read_bytes())
         findings = [finding.text for finding in (data.headline, *data.findings)]
         return {"page": str(page), "findings": findings, "failures": list(data.failures)}
