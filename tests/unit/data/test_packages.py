@@ -171,6 +171,18 @@ def test_a_source_is_recorded_with_its_digest(cache: Path) -> None:
     assert record["text_sha256"] == hashlib.sha256(b"text\0lone  surrogate\0").hexdigest()
 
 
+def test_another_version_extracts_again(cache: Path) -> None:
+    _source([Piece("a", "old")]).fetch()
+    newer = _source([Piece("a", "new")])
+    assert [p.text for p in newer.pieces()] == ["old"]
+    record = cache / "sources" / "made" / base.RECORD_FILE
+    record.write_text(record.read_text().replace('"moekit": "', '"moekit": "0.0.'))
+    assert not newer.info().cached
+    assert [p.text for p in newer.pieces()] == ["new"]
+    record.write_text("damaged")
+    assert [p.text for p in newer.pieces()] == ["new"]
+
+
 def test_text_that_is_not_the_known_one_is_refused(cache: Path) -> None:
     with pytest.raises(BadData, match="has the digest"):
         _source([Piece("a", "text")], sha256="0" * 64).fetch()
@@ -179,6 +191,23 @@ def test_text_that_is_not_the_known_one_is_refused(cache: Path) -> None:
     with pytest.raises(BadData, match="is not on this machine"):
         _source([Piece("a", "text")], present=lambda: False).fetch()
     assert not (cache / "sources" / "made").exists()
+
+
+def test_a_damaged_package_is_downloaded_again(tmp_path: Path, client: Callable[[str, str], None], cache: Path) -> None:
+    (tmp_path / "bad.tgz").write_bytes(b"damaged")
+    (tmp_path / "good.tgz").write_bytes(tar_bytes({"package/x": b"text"}))
+    client("npm", f"cp {tmp_path}/$(cat {tmp_path}/which).tgz thing-1.tgz")
+
+    def extract(path: Path) -> Iterator[Piece]:
+        for name, content in read_members(path, lambda name: True):
+            yield Piece(name, content.decode())
+
+    source = Source("made", "made", "none", extract, client="npm", packages=("thing",))
+    (tmp_path / "which").write_text("bad")
+    with pytest.raises(BadData, match="damaged"):
+        source.fetch()
+    (tmp_path / "which").write_text("good")
+    assert [*source.pieces()] == [Piece("package/x", "text")]
 
 
 def test_unknown_sources_name_near_ones() -> None:

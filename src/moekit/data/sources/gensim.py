@@ -86,7 +86,7 @@ def _section_questions(section: str, rows: list[list[str]]) -> Iterator[Piece]:
         choices = [d, *wrong]
         chance.shuffle(choices)
         context = f"{a} is to {b} as {c} is to"
-        task = f"analogies-{section}"
+        task = "analogies-grammar" if section.startswith("gram") else "analogies-meaning"
         yield Piece(f"{section}-{number}", as_json(context, [f" {w}" for w in choices], choices.index(d), task))
 
 

@@ -31,7 +31,7 @@ def ids() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("conversion", "tolerance"),
     [
-        (CopyUpcycling(experts=4, top_k=4, target="mixtral"), 2e-4),
+        (CopyUpcycling(experts=4, top_k=4, target="mixtral"), 1e-4),
         (CopyUpcycling(experts=4, top_k=1), 1e-4),
         (CopyUpcycling(experts=4, top_k=2), 1e-4),
         (RandomSplit(experts=8, top_k=8, router="zero"), 1e-4),
