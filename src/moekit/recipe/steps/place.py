@@ -25,7 +25,9 @@ class PlaceStep(Step):
     settings: dict[str, Any] = Field(default_factory=dict, description="the solver's own options")
     devices: tuple[int, ...] = Field(default=(2,), min_length=1, description="numbers of devices to place on")
     nodes: int = Field(default=1, ge=1, description="nodes that the devices stand in")
-    replay: TraceRef | None = Field(default=None, description="trace to count rows on; the same by default")
+    replay: TraceRef | None = Field(
+        default=None, description="trace to count rows on, of this model or of one tuned from it; the same by default"
+    )
     compare: tuple[str, ...] = Field(default=("contiguous", "random"), description="other solvers to count for, too")
     baseline: PlacementRef | None = Field(default=None, description="folder of another place step, of the free model")
     baseline_trace: TraceRef | None = Field(default=None, description="trace of the free model on the same documents")
@@ -53,7 +55,11 @@ class PlaceStep(Step):
         from moekit.trace import Trace
 
         trace = Trace.load(self.trace)
-        measured = trace if self.replay is None else Trace.load(self.replay)
+        measured = trace
+        if self.replay is not None:
+            measured = Trace.load(self.replay)
+            # The placement is for the model that is replayed; it is planned on a trace of what that was tuned from.
+            trace.meta = trace.meta.model_copy(update={"fingerprint": measured.meta.fingerprint})
         results: dict[str, Any] = {"method": self.method, "routing": measured.meta.routing, "devices": []}
         with atomic_folder(work.out, overwrite=work.overwrite) as folder:
             for devices in self.devices:
