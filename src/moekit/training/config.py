@@ -28,6 +28,7 @@ class TrainConfig(BaseModel):
     schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="after the warm-up")
     warmup: float = Field(default=0.03, ge=0, description="steps, or below 1 the share of them, until the peak")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's, on matrices")
+    beta2: float = Field(default=0.999, gt=0, lt=1, description="AdamW's memory of squared gradients")
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for none")
 
     seq_len: int = Field(default=256, ge=2, description="tokens of a row")

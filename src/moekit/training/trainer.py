@@ -81,6 +81,7 @@ def training_arguments(config: TrainConfig, folder: Path, steps: int, device: to
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup_steps(steps),
         weight_decay=config.weight_decay,
+        adam_beta2=config.beta2,
         max_grad_norm=config.clip,
         optim="adamw_torch_fused",
         seed=config.seed,
