@@ -10,6 +10,7 @@ from moekit.recipe.steps.base import Step
 from moekit.recipe.steps.convert import ConvertStep
 from moekit.recipe.steps.data import DataStep
 from moekit.recipe.steps.evaluate import EvaluateStep
+from moekit.recipe.steps.lab import LabStep
 from moekit.recipe.steps.place import PlaceStep
 from moekit.recipe.steps.profile import ProfileStep
 from moekit.recipe.steps.report import ReportStep
@@ -17,7 +18,7 @@ from moekit.recipe.steps.route import RouteStep
 from moekit.recipe.steps.train import TrainStep
 
 AnyStep = Annotated[
-    DataStep | ConvertStep | TrainStep | ProfileStep | RouteStep | PlaceStep | EvaluateStep | ReportStep,
+    DataStep | ConvertStep | LabStep | TrainStep | ProfileStep | RouteStep | PlaceStep | EvaluateStep | ReportStep,
     Field(discriminator="use"),
 ]
 
@@ -25,6 +26,7 @@ AnyStep = Annotated[
 STEPS: dict[str, type[Step]] = {
     "data": DataStep,
     "convert": ConvertStep,
+    "lab": LabStep,
     "train": TrainStep,
     "profile": ProfileStep,
     "route": RouteStep,
