@@ -61,6 +61,7 @@ class MatrixScan:
         rms: root mean square, of a sample where there are many elements.
         halves: rms of the first and second half of the elements; gate and up, where they are concatenated.
         profile_H: norms along the hidden axis, from evenly spaced lines; None where there is no single hidden axis.
+        half_profiles: the same of the first and second half of the rows, where rows are not the hidden axis.
     """
 
     low: float
@@ -68,6 +69,7 @@ class MatrixScan:
     rms: float
     halves: tuple[float, float] | None = None
     profile_H: Tensor | None = None
+    half_profiles: tuple[Tensor, Tensor] | None = None
 
     @property
     def finite(self) -> bool:
@@ -135,6 +137,14 @@ def _profile(flat: Tensor, shape: tuple[int, ...], hidden: int) -> Tensor | None
     return norms
 
 
+def _half_profiles(flat: Tensor, shape: tuple[int, ...], hidden: int) -> tuple[Tensor, Tensor] | None:
+    if len(shape) != 2 or shape[0] % 2 or shape[0] == hidden:
+        return None
+    half = (shape[0] // 2, shape[1])
+    first, second = (_profile(part, half, hidden) for part in flat.chunk(2))
+    return (first, second) if first is not None and second is not None else None
+
+
 def _scan_whole(data: Bytes, dtype: str, shape: tuple[int, ...], hidden: int | None) -> MatrixScan | None:
     flat = as_tensor(data, dtype)
     if flat is None:
@@ -147,6 +157,7 @@ def _scan_whole(data: Bytes, dtype: str, shape: tuple[int, ...], hidden: int | N
         _rms(flat),
         (_rms(flat[:half]), _rms(flat[half : 2 * half])) if hidden else None,
         _profile(flat, shape, hidden) if hidden else None,
+        _half_profiles(flat, shape, hidden) if hidden else None,
     )
 
 

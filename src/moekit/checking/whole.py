@@ -8,6 +8,7 @@ from moekit._progress import Progress
 from moekit.checking.extras import check_extras
 from moekit.checking.integrity import Integrity
 from moekit.checking.parent import check_parent
+from moekit.checking.peers import check_peers
 from moekit.checking.report import CheckReport, Finding, from_error, make_report
 from moekit.checking.routers import check_routers
 from moekit.checking.scan import TensorScan, scan
@@ -24,8 +25,6 @@ from moekit.checking.values import (
     check_copies,
     check_dead,
     check_finite,
-    check_gate_up,
-    check_profiles,
     check_scales,
 )
 from moekit.checkpoint.fingerprint import text_config
@@ -97,14 +96,13 @@ def _gate_first(geometry: object) -> bool:
     return bool(getattr(geometry, "concatenated", True)) and not getattr(geometry, "transposed", False)
 
 
-def _numbers(checkpoint: Checkpoint, scans: dict[str, TensorScan], fused_halves: bool) -> list[Finding]:
+def _numbers(checkpoint: Checkpoint, scans: dict[str, TensorScan], gate_first: bool) -> list[Finding]:
     return [
         *check_finite(checkpoint, scans),
         *check_scales(checkpoint, scans),
         *check_dead(checkpoint, scans),
         *check_copies(checkpoint, scans),
-        *check_gate_up(checkpoint, scans, fused_halves),
-        *check_profiles(checkpoint, scans),
+        *check_peers(checkpoint, scans, gate_first),
     ]
 
 

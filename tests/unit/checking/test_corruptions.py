@@ -225,6 +225,27 @@ def test_gate_and_up_swapped_shows_in_their_sizes(tmp_path, fused, whole_layer):
     assert [(f.layer, f.expert) for f in found] == [(LAYER, None if whole_layer else 3)]
 
 
+@pytest.mark.parametrize("whole_layer", [False, True], ids=["one-expert", "whole-layer"])
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+def test_gate_and_up_swapped_shows_in_the_dimensions_they_favour(tmp_path, fused, whole_layer):
+    """Sizes are equal, but gates favour other hidden dimensions than ups, as in trained models."""
+    model = build("qwen2_moe", num_hidden_layers=8, hidden_size=64)
+    generator = torch.Generator().manual_seed(5)
+    gate_H, up_H = (torch.exp(0.7 * torch.randn(64, generator=generator)) for _ in range(2))
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            weight = layer.mlp.experts.gate_up_proj
+            weight[:, :24] *= gate_H / gate_H.square().mean().sqrt()
+            weight[:, 24:] *= up_H / up_H.square().mean().sqrt()
+            for expert in (range(EXPERTS) if whole_layer else [3]) if number == 3 else ():
+                weight[expert] = weight[expert].roll(24, dims=0)
+    model.save_pretrained(tmp_path / "model", save_original_format=not fused)
+    report = check(tmp_path / "model")
+    assert [(f.code, f.layer, f.expert) for f in report.findings] == [
+        ("gate-up-suspect", 3, None if whole_layer else 3)
+    ]
+
+
 # 4. Down transposed.
 
 
