@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moekit.anatomy.layout import parse_expert_tensor
 from moekit.anatomy.probe import MoELayer, find_moe_layers
@@ -15,8 +16,10 @@ from moekit.checkpoint.fingerprint import config_top_k, text_config
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_weight_map, where
 from moekit.checkpoint.meta import meta_model
 from moekit.checkpoint.record import TENSORS_FILE
-from moekit.checkpoint.safety import read_json
+from moekit.checkpoint.safety import check_name, read_json
 from moekit.errors import MoekitError, UnsafeInput, UnsupportedModel
+
+_MAX_TOKENIZER_BYTES = 200_000_000
 
 
 def open_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[Finding]]:
@@ -209,3 +212,33 @@ def check_routing_sizes(checkpoint: Checkpoint) -> Iterator[Finding]:
             file=str(checkpoint.path / "config.json"),
             hint="correct num_experts_per_tok",
         )
+
+
+def check_tokenizer_file(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """The ids of tokenizer.json against the embedding."""
+    path = check_name(checkpoint.path, "tokenizer.json")
+    rows = text_config(checkpoint.config).get("vocab_size")
+    if not path.exists() or not isinstance(rows, int):
+        return
+    try:
+        content = read_json(path, limit=_MAX_TOKENIZER_BYTES)
+    except MoekitError as error:
+        yield from_error(error, "tokenizer")
+        return
+    largest = _largest_id(content)
+    if largest >= rows:
+        yield Finding(
+            severity="error",
+            code="tokenizer",
+            message=f"the tokenizer produces ids up to {largest}, but the embedding has {rows} rows",
+            file=str(path),
+            hint="put the model's own tokenizer there, or resize the embedding and train it",
+        )
+
+
+def _largest_id(tokenizer: dict[str, Any]) -> int:
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary or []) - 1]
+    ids += [token.get("id") for token in tokenizer.get("added_tokens") or [] if isinstance(token, dict)]
+    return max((value for value in ids if isinstance(value, int)), default=-1)

@@ -18,6 +18,7 @@ from moekit.checking.structure import (
     check_index,
     check_layout,
     check_routing_sizes,
+    check_tokenizer_file,
     open_checkpoint,
 )
 from moekit.checking.targets import TARGETS, check_target
@@ -65,7 +66,8 @@ def check(
         return make_report(path, findings, [], 0, 0)
     layout, layers, trouble = build_layout(checkpoint)
     findings += trouble
-    findings += [*check_index(checkpoint), *check_dtypes(checkpoint), *check_routing_sizes(checkpoint)]
+    for looks in (check_index, check_dtypes, check_routing_sizes, check_tokenizer_file):
+        findings += looks(checkpoint)
     if layout is not None:
         findings += check_layout(checkpoint, layout)
     try:

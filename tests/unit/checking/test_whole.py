@@ -12,7 +12,7 @@ from moekit.checkpoint.model import save
 from moekit.checkpoint.record import PolicyEntry, Record
 from moekit.errors import BadCheckpoint, BadConfig, UnsafeInput
 from tests.checkpoints import edit_json, edit_shard, plain, saved, write_header
-from tests.families import FAMILIES, build
+from tests.families import FAMILIES, VOCAB, build
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
@@ -149,3 +149,23 @@ def test_what_holds_for_many_layers_is_told_once():
     assert findings[-1].message == "silent (layers 0, 1, 2, 3, 4, 5)"
     assert findings[-1].layer is None
     assert len(make_report("x", notes[:3], [], 0, 0).findings) == 3
+
+
+def tokenizer_json(ids, added=()):
+    return json.dumps({"model": {"vocab": ids}, "added_tokens": [{"id": one} for one in added]})
+
+
+def test_tokenizers_larger_than_the_embedding(tmp_path):
+    path = plain(tmp_path / "model") / "tokenizer.json"
+    fits = {f"t{i}": i for i in range(VOCAB)}
+    unigram = [[f"t{i}", 0.0] for i in range(VOCAB)]
+    for ids, added in ((fits, ()), (unigram, ()), ({}, (VOCAB - 1,))):
+        path.write_text(tokenizer_json(ids, added))
+        assert check(path.parent).findings == []
+    for ids, added in (({**fits, "x": VOCAB}, ()), ([*unigram, ["x", 0.0]], ()), (fits, (VOCAB,))):
+        path.write_text(tokenizer_json(ids, added))
+        (finding,) = check(path.parent).findings
+        assert finding.code == "tokenizer"
+        assert f"up to {VOCAB}" in finding.message
+    path.write_text("{")
+    assert check(path.parent).codes() == {"tokenizer"}

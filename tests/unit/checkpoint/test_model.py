@@ -10,7 +10,7 @@ from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import check_tokenizer, load, read_extra_tensors, save
 from moekit.checkpoint.record import PolicyEntry, Record
-from moekit.errors import BadCheckpoint, BadConfig
+from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain, saved
 from tests.families import EXPERTS, FAMILIES, TOP_K, VOCAB, build, logits
 
@@ -208,3 +208,37 @@ def test_a_local_parent_is_recorded_by_its_absolute_path(tmp_path, monkeypatch):
     written = save(build("qwen2_moe"), "model", record=Record(command="x", parent="parent"))
     assert written.parent == str(parent)
     assert save(build("qwen2_moe"), "other", record=Record(command="x", parent="org/name")).parent == "org/name"
+
+
+REMOTE_CODE = """
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+
+class MadeUpConfig(Qwen2MoeConfig):
+    model_type = "made_up_moe"
+
+
+class MadeUpForCausalLM(Qwen2MoeForCausalLM):
+    config_class = MadeUpConfig
+"""
+
+
+def test_local_remote_code_runs_with_the_flag_only(tmp_path):
+    folder = plain(tmp_path / "made_up", fused=True)  # stock conversions do not apply to code that is not stock
+    (folder / "modeling_made_up.py").write_text(REMOTE_CODE)
+    names = {"AutoConfig": "MadeUpConfig", "AutoModelForCausalLM": "MadeUpForCausalLM"}
+    auto_map = {key: f"modeling_made_up.{name}" for key, name in names.items()}
+    edit_json(folder / "config.json", lambda c: c.update(model_type="made_up_moe", auto_map=auto_map))
+    with pytest.raises(UnsupportedModel, match="made_up_moe"):
+        load(folder)
+    model = load(folder, device="cpu", allow_remote_code=True)
+    assert type(model).__name__ == "MadeUpForCausalLM"
+    torch.testing.assert_close(logits(model), logits(build("qwen2_moe")), rtol=0, atol=5e-6)
+
+
+def test_device_maps_and_devices(tmp_path):
+    folder = plain(tmp_path / "model")
+    for keywords in ({"device": "cpu"}, {"device": torch.device("cpu")}, {"device_map": {"": "cpu"}}):
+        model = load(folder, **keywords)
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+        assert not model.training
