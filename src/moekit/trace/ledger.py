@@ -114,7 +114,17 @@ class LayerLedger:
         if self._keep_choices:
             self.indices.append(indices_NK.cpu())
         if self._keep_weights and weights_NK is not None:
-            self.weights.append(weights_NK.half().cpu())
+            self.weights.append(self._half(weights_NK))
+
+    def _half(self, weights_NK: Tensor) -> Tensor:
+        half_NK = weights_NK.half().cpu()
+        if not bool(half_NK.isfinite().all()):
+            raise NumericFault(
+                f"a gate weight of {float(weights_NK.abs().max()):.3g} does not fit 16 bits",
+                layer=self.layer.index,
+                hint="record without weights; statistics of them are kept in full precision",
+            )
+        return half_NK
 
     def _check(self, waiting: Sequence[Staged]) -> None:
         sums = torch.stack([check for s in waiting for check in s.checks])

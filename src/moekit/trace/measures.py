@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekit.trace.observation import Observation, accumulate
+from moekit.trace.observation import Observation, accumulate, widest
 from moekit.trace.vocabulary import statistic
 
 
@@ -30,8 +30,9 @@ def coactivation(seen: Observation) -> Tensor:
 
 
 def _by_domain(seen: Observation, values_NE: Tensor) -> Tensor:
-    member_ND = torch.nn.functional.one_hot(seen.domain_N, seen.domains).to(values_NE.dtype)
-    return member_ND.T @ values_NE
+    wide = widest(values_NE.device)
+    member_ND = torch.nn.functional.one_hot(seen.domain_N, seen.domains).to(wide)
+    return member_ND.T @ values_NE.to(wide)
 
 
 @statistic(shape="DE", integer=True)

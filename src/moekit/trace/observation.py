@@ -128,7 +128,12 @@ class Observation:
         return accumulate(self.spread(values_NK), 0)
 
 
-def accumulate(values: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Sum in the widest float the device has (fp64 but on Apple's GPUs)."""
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
+def widest(device: torch.device) -> torch.dtype:
+    """The widest float of a device: fp64, but on Apple's GPUs fp32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def accumulate(values: Tensor, dim: int | None = None) -> Tensor:
+    """Sum in the device's widest float."""
+    wide = widest(values.device)
     return values.sum(dim=dim, dtype=wide) if dim is not None else values.sum(dtype=wide)

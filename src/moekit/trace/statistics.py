@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekit.errors import BadData
-from moekit.trace.observation import Observation
+from moekit.trace.observation import Observation, widest
 from moekit.trace.vocabulary import Rule, Statistic, get
 
 # Tokens handled at a time where a whole trace is counted: bounds memory and keeps fp32 counts exact.
@@ -122,8 +122,8 @@ class LayerStatistics(Mapping[str, Tensor]):
         return tuple(sizes[letter] for letter in entry.shape)
 
     def _zero(self, entry: Statistic, device: torch.device) -> Tensor:
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        zero = torch.zeros(self.shape(entry), dtype=torch.int64 if entry.integer else wide, device=device)
+        dtype = torch.int64 if entry.integer else widest(device)
+        zero = torch.zeros(self.shape(entry), dtype=dtype, device=device)
         if entry.rule == "peak":
             zero[:, 1:] = -1
         return zero
