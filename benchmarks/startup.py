@@ -1,4 +1,4 @@
-"""Time of `import moekit` and of `moekit --help`, in fresh processes: median of several, each must be under a second."""
+"""Time of `import moekit` and of `moekit --help` in fresh processes, median of several: each must be under a second."""
 
 from __future__ import annotations
 

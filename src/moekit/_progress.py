@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ def track(items: Iterable[T], label: str, progress: Progress | None, total: int 
     if progress is None:
         yield from items
         return
-    progress.start(label, total if total is not None else (len(items) if hasattr(items, "__len__") else None))
+    progress.start(label, total if total is not None else (len(items) if isinstance(items, Sized) else None))
     try:
         for item in items:
             yield item
