@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from moekit.cli._progress import PlainProgress, RichProgress, SilentProgress
 
+PIPE_WIDTH = 160
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -65,7 +67,9 @@ class Terminal:
         """Stdout, as rich sees it; plain where it is not a terminal."""
         from rich.console import Console
 
-        return Console(soft_wrap=not sys.stdout.isatty(), highlight=False, quiet=self.json)
+        # A file or a pipe has no width: 80 columns would fold tables that nobody needs folded.
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+        return Console(width=width, highlight=False, quiet=self.json)
 
     def say(self, text: str = "") -> None:
         """Print a sentence that is part of the answer."""
@@ -87,7 +91,7 @@ class Terminal:
         table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
         for position, column in enumerate(columns):
             numeric = bool(body) and all(_is_number(row[position]) for row in body)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
         for row in body:
             table.add_row(*row)
         self.console.print(table)

@@ -11,6 +11,25 @@ from moekit.cli._terminal import Terminal
 
 def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
     terminal.say(f"{results['tokens']:,} tokens of {', '.join(results['domains'])}")
+    columns = ("layer", "experts", "load cv", "max/mean", "never", "partners", "top share", "NMI", "by chance", "p")
+    rows = [_row(layer) for layer in results["summary"]["layers"]]
+    terminal.table("load, effective partners, and how well domains are told apart", columns, rows)
+
+
+def _row(layer: Mapping[str, Any]) -> tuple[Any, ...]:
+    load, company, domains = layer["load"], layer["collaboration"] or {}, layer["domains"] or {}
+    return (
+        layer["layer"],
+        f"{layer['top_k']}/{layer['experts']}",
+        load["cv"],
+        load["max_over_mean"],
+        load["never_routed"],
+        company.get("effective_partners"),
+        company.get("top_partner_share"),
+        domains.get("normalised"),
+        domains.get("shuffled"),
+        domains.get("p_value"),
+    )
 
 
 def build() -> Any:

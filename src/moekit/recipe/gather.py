@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.errors import BadConfig, BadData
 from moekit.placement import Placement
 from moekit.recipe.results import load_comparison, load_replay, placement_file
-from moekit.report.data import Finding, KeyFigure, ReportData, Section, TableSection
+from moekit.report.data import Finding, KeyFigure, LinesSection, ReportData, Section, TableSection
 from moekit.report.parts import Column, Interval, Table
 from moekit.report.run_info import describe_run
 from moekit.report.sections.c2r import Curve, CurvePoint, curve_findings, curve_section, headline, key_figures
 from moekit.report.sections.evaluations import comparison_section, relative
 from moekit.report.sections.placements import PlacementRow, placement_section
-from moekit.report.sections.traces import Coactivations, coactivation_section, load_section
-from moekit.trace import Trace
+from moekit.report.sections.traces import Coactivations, by_layer_section, coactivation_section, load_section
+from moekit.trace import Trace, summarise
 
 if TYPE_CHECKING:
     from moekit.evaluation import Comparison
     from moekit.recipe.steps.base import Finished, Workplace
     from moekit.recipe.steps.report import ReportStep
+    from moekit.trace import TraceSummary
 
 
 def report_data(step: ReportStep, work: Workplace) -> ReportData:
@@ -175,7 +176,24 @@ def _trace_sections(step: ReportStep) -> list[Section]:
         blocks = None if order is None else {layer: order.sizes(layer) for layer in order.layers}
         panels.append(Coactivations(name=name, counts=counts, orders=orders, blocks=blocks))
     note = "" if order is None else f"Experts stand in the order of the placement on {order.devices} devices."
-    return [coactivation_section(panels, note=note), load_section(loads)]
+    summaries = dict(zip(names, map(summarise, traces), strict=True))
+    return [coactivation_section(panels, note=note), load_section(loads), _by_layer(summaries)]
+
+
+def _by_layer(summaries: Mapping[str, TraceSummary]) -> LinesSection:
+    """How even, how companionable and how domain-aware each layer is."""
+    charts: dict[str, dict[str, dict[int, float]]] = {}
+    for name, summary in summaries.items():
+        for layer in summary.layers:
+            figures = {"load: standard deviation / mean": layer.load.cv}
+            if layer.collaboration is not None:
+                figures["effective partners, exp(H)"] = layer.collaboration.effective_partners
+            if layer.domains is not None:
+                figures["domain information, NMI above chance"] = layer.domains.excess
+            for quantity, value in figures.items():
+                charts.setdefault(quantity, {}).setdefault(name, {})[layer.layer] = value
+    note = "NMI: normalised mutual information of domain and chosen expert, less what shuffled documents give."
+    return by_layer_section(charts, title="Figures by layer", zero=True, note=note)
 
 
 def _placement_of(step: ReportStep) -> Placement | None:
@@ -212,7 +230,23 @@ def _plain_headline(comparisons: Sequence[Comparison], step: ReportStep) -> Find
         if change is not None:
             text = f"The perplexity of {comparison.b} is {change.mean:+.1%} [{change.low:+.1%}, {change.high:+.1%}] of "
             return Finding(text=f"{text}that of {comparison.a}, paired over documents.")
-    return Finding(text=f"{step.title}: {len(step.traces)} traces, nothing compared.")
+    if step.traces:
+        return _routing_finding(Trace.load(step.traces[0]))
+    return Finding(text=f"{step.title}: nothing was compared.")
+
+
+def _routing_finding(trace: Trace) -> Finding:
+    """How balanced a routing is and how well it tells domains apart, in one sentence."""
+    summary = summarise(trace)
+    balance = [layer.load for layer in summary.layers]
+    busiest = sum(load.max_over_mean for load in balance) / len(balance)
+    text = f"The busiest expert of a layer does {busiest:.2f} times the mean"
+    idle = sum(load.never_routed for load in balance)
+    text += f", and {idle} experts do nothing" if idle else ", and no expert is idle"
+    if summary.mean_domains is not None:
+        found, chance = summary.mean_domains["normalised"], summary.mean_domains["shuffled"]
+        text += f"; routing tells {len(summary.domains)} domains apart with an NMI of {found:.3f} (chance {chance:.3f})"
+    return Finding(text=f"{text}.", detail=f"Means over {len(balance)} layers and {summary.tokens:,} tokens.")
 
 
 def _figures(comparisons: Sequence[Comparison]) -> tuple[KeyFigure, ...]:

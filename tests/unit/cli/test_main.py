@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,16 @@ def test_version() -> None:
 def test_every_command_has_a_module() -> None:
     folder = Path(sys.modules["moekit.cli.main"].__file__ or "").parent
     assert {file.stem for file in folder.glob("[a-z]*.py")} - {"main"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("statement", ["import moekit", "from moekit.cli.main import main; main(['--help'])"])
+def test_it_starts_within_a_second(statement: str) -> None:
+    # Processor time, the least of three: a busy machine must not fail this. benchmarks/startup.py takes wall time.
+    times = []
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", statement], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        times.append(usage.ru_utime + usage.ru_stime)
+    assert min(times) < 1.0
