@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from moekit.data.batches import IGNORED_LABEL
 
-SLICE_BYTES = 24 << 20
+SLICE_BYTES = 48 << 20
 PROBE_TOKENS = 8
 # How far two ways to the same loss may differ by rounding, relative.
 TOLERANCE = 1e-4
@@ -34,26 +34,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         matrix_VH = weight_VH.to(dtype)
-        rows = max(SLICE_BYTES // (4 * weight_VH.shape[0]), 16)
+        rows = min(max(SLICE_BYTES // (4 * weight_VH.shape[0]), 16), max(hidden_NH.shape[0], 1))
         grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
         grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
         grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         total = hidden_NH.new_zeros((), dtype=torch.float32)
+        # Buffers live through all slices: memory fresh from the system is slower than the arithmetic on it.
+        products = hidden_NH.new_empty(rows, weight_VH.shape[0], dtype=dtype)
+        exact = products if dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
         for start in range(0, hidden_NH.shape[0], rows):
             part_NH = hidden_NH[start : start + rows].to(dtype)
             part_N1 = labels_N[start : start + rows].unsqueeze(1)
-            logits_NV = (part_NH @ matrix_VH.T).float()
+            product_NV, slope_NV = products[: len(part_NH)], exact[: len(part_NH)]
+            torch.mm(part_NH, matrix_VH.T, out=product_NV)
+            if exact is not products:
+                slope_NV.copy_(product_NV)
             if bias_V is not None:
-                logits_NV += bias_V
-            normal_N1 = logits_NV.logsumexp(dim=1, keepdim=True)
-            total += (normal_N1 - logits_NV.gather(1, part_N1)).sum()
+                slope_NV += bias_V
+            torch.ops.aten._log_softmax.out(slope_NV, 1, False, out=slope_NV)
+            total -= slope_NV.gather(1, part_N1).sum()
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
-            slope_NV = logits_NV.sub_(normal_N1).exp_()
-            slope_NV.scatter_add_(1, part_N1, torch.full_like(normal_N1, -1.0))
+            # The slope of the loss: softmax minus one at the label.
+            slope_NV.exp_()
+            slope_NV.scatter_add_(1, part_N1, slope_NV.new_full(part_N1.shape, -1.0))
             if grad_V is not None:
                 grad_V += slope_NV.sum(dim=0)
-            slope_NV = slope_NV.to(dtype)
+            if exact is not products:
+                slope_NV = product_NV.copy_(slope_NV)
             if grad_NH is not None:
                 grad_NH[start : start + rows] = slope_NV @ matrix_VH
             if grad_VH is not None:
