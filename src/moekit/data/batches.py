@@ -100,6 +100,11 @@ class TokenBatches:
         """Positions that are no padding, by domain."""
         return {name: int((self.domain_RS == d).sum()) for d, name in enumerate(self.domains)}
 
+    @property
+    def calibration(self) -> torch.Tensor:
+        """int64 [R, S]: the ids, -1 at padding, as conversions take them."""
+        return self.input_ids.long().masked_fill(self.document_RS < 0, NOTHING)
+
     def _batch(self, rows: torch.Tensor) -> Batch:
         document_BS = self.document_RS[rows]
         return Batch(

@@ -31,6 +31,7 @@ def test_packed_rows_by_hand(tokenizer: PreTrainedTokenizerFast) -> None:
     assert rows.input_ids.tolist() == [[2, 3, 4, 1], [5, 5, 1, 1], [4, 3, 2, 5], [4, 1, 1, 1]]
     assert rows.document_RS.tolist() == [[0] * 4, [1, 1, 1, -1], [2] * 4, [2, 2, -1, -1]]
     assert rows.domain_RS.tolist() == [[0] * 4, [0, 0, 0, -1], [1] * 4, [1, 1, -1, -1]]
+    assert rows.calibration.tolist() == [[2, 3, 4, 1], [5, 5, 1, -1], [4, 3, 2, 5], [4, 1, -1, -1]]
     assert rows.domains == ("x", "y")
     assert rows.tokens == 13
     assert rows.tokens_per_domain == {"x": 7, "y": 6}

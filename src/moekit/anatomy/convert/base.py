@@ -116,7 +116,7 @@ class Conversion(BaseModel, ABC):
 
         Args:
             dense_model: a Llama, Mistral or Qwen2 causal LM.
-            calibration: token ids [B, S], needed where `needs_calibration`.
+            calibration: token ids [B, S], -1 at padding (`TokenBatches.calibration`); needed where `needs_calibration`.
             seed: of all random choices, for each layer independently.
             progress: told of each layer.
 

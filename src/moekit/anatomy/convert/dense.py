@@ -16,6 +16,7 @@ from moekit.errors import BadConfig, BadData, UnsupportedModel
 DENSE_FAMILIES = ("llama", "mistral", "qwen2")
 # Calibration inputs held in memory at once.
 INPUT_BYTES = 1 << 30
+PADDING = -1
 
 
 def check_dense(model: PreTrainedModel) -> None:
@@ -52,20 +53,20 @@ def _mlps(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def check_calibration(calibration: torch.Tensor, model: PreTrainedModel) -> None:
-    """Refuse token ids that are empty or not of this model.
+    """Refuse token ids that are empty or not of this model; -1 marks padding at the end of a row.
 
     Raises:
         BadData: wrong shape or no token.
         BadConfig: ids outside the embedding.
     """
-    if calibration.dim() != 2 or calibration.numel() == 0 or calibration.is_floating_point():
+    if calibration.dim() != 2 or calibration.is_floating_point() or not (calibration != PADDING).any():
         raise BadData(
-            f"calibration must be token ids [rows, length], not {calibration.dtype} {list(calibration.shape)}",
-            hint="pass `pack(docs, tokenizer, 512).input_ids`",
+            f"calibration of type {calibration.dtype} and shape {list(calibration.shape)} holds no rows of token ids",
+            hint="pass `pack(docs, tokenizer, 512).calibration`",
         )
     rows = model.get_input_embeddings().weight.shape[0]
     low, high = int(calibration.min()), int(calibration.max())
-    if low < 0 or high >= rows:
+    if low < PADDING or high >= rows:
         raise BadConfig(
             f"calibration holds the ids {low}..{high}, the model embeds {rows} tokens",
             hint="tokenize with the tokenizer that belongs to the model",
@@ -82,11 +83,11 @@ def ffn_inputs(
 
     Args:
         model: the dense model.
-        calibration: token ids [B, S].
+        calibration: token ids [B, S], -1 at padding, which is left out.
         layers: decoder layers, ascending.
 
     Yields:
-        Layer and its inputs, float32 [B*S, H].
+        Layer and its inputs, float32 [N, H], N tokens that are no padding.
     """
     per_layer = calibration.numel() * model.config.hidden_size * 4
     at_once = max(1, INPUT_BYTES // per_layer)
@@ -103,8 +104,10 @@ def ffn_inputs(
         model.eval()
         try:
             for row in calibration.long().to(model.device):
-                # logits of one position only: a full vocabulary per token would dwarf everything else
-                model(row[None], use_cache=False, logits_to_keep=1)
+                tokens = row[row != PADDING]
+                if len(tokens):
+                    # logits of one position only: a full vocabulary per token would dwarf everything else
+                    model(tokens[None], use_cache=False, logits_to_keep=1)
         finally:
             model.train(training)
             for handle in handles:

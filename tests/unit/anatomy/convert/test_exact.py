@@ -117,6 +117,13 @@ def test_the_dense_model_is_left_alone(llama: PreTrainedModel, ids: torch.Tensor
     assert all(not m._forward_pre_hooks for m in llama.modules())
 
 
+def test_padding_of_calibration_text_counts_nothing(llama: PreTrainedModel, ids: torch.Tensor) -> None:
+    padded = torch.full((6, 40), -1)
+    padded[:4, :32] = ids
+    one, other = (Residual(experts=8, top_k=2).convert(llama, calibration=c) for c in (ids, padded))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
 def test_everything_can_be_trained(llama: PreTrainedModel, ids: torch.Tensor) -> None:
     moe = Residual(experts=8, top_k=2).convert(llama, calibration=ids).train()
     moe(ids, labels=ids).loss.backward()

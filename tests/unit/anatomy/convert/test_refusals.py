@@ -63,7 +63,8 @@ def test_unknown_fields_and_changes_are_refused() -> None:
         (torch.zeros(8, dtype=torch.long), BadData),
         (torch.zeros(2, 8), BadData),
         (torch.full((2, 8), 97), BadConfig),
-        (torch.full((2, 8), -1), BadConfig),
+        (torch.full((2, 8), -2), BadConfig),
+        (torch.full((2, 8), -1), BadData),
     ],
 )
 def test_calibration_that_is_none(llama: PreTrainedModel, calibration: torch.Tensor, error: type[Exception]) -> None:
