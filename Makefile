@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 # One thread per test worker: two workers with one thread each beat one worker with two.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -19,7 +19,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (once, up to three minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
-	@$(PIP) -e '.[demo,data,eval,train]'
+	@$(PIP) -e '.[demo,eval]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
