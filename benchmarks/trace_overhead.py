@@ -195,19 +195,22 @@ def main() -> None:
 
 
 def sizes(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
-    """Bytes on disk per choice, of everything in the folder."""
-    found = {}
-    for name, weights in (("indices", False), ("indices and weights", True)):
-        batches = [{"input_ids": ids, "attention_mask": mask}] * 8
-        trace = record(model, batches, statistics=("basic",), weights=weights, fingerprint="")
-        choices = trace.meta.tokens * sum(trace.meta.top_k)
+    """Bytes on disk per choice (everything in the folder), and of statistics, which do not grow with the text."""
+    batches = [{"input_ids": ids, "attention_mask": mask}] * 8
+    found: dict[str, float] = {}
+    for name, weights, statistics in (
+        ("indices", False, ()),
+        ("indices and weights", True, ()),
+        ("with load and coactivation", True, ("load", "coactivation")),
+    ):
+        trace = record(model, batches, statistics=statistics, weights=weights, fingerprint="")
+        found["choices"] = trace.meta.tokens * sum(trace.meta.top_k)
         with tempfile.TemporaryDirectory() as folder:
             trace.save(Path(folder) / "trace")
             total = sum(file.stat().st_size for file in (Path(folder) / "trace").iterdir())
-        raw = sum(trace.raw_indices(layer).nbytes for layer in trace.meta.layers)
-        found[name] = total / choices
-        found["index alone"] = raw / choices
-        found["choices"] = choices
+        found[name] = total / found["choices"]
+    own = [tensor.nbytes for layer in (trace.statistics or {}).values() for tensor in layer.values()]
+    found["statistics, bytes in all"] = sum(own)
     return found
 
 
