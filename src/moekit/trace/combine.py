@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 
 from moekit.errors import BadData
+from moekit.trace.meta import DataEntry, TraceMeta
 from moekit.trace.statistics import Statistics
-from moekit.trace.store import DataEntry, Trace, TraceMeta
+from moekit.trace.store import Trace
 from moekit.trace.tokens import TokenLabels
 from moekit.trace.vocabulary import get
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.safety import TensorInfo, read_header
 from moekit.errors import BadCheckpoint, BadData
+from moekit.trace.meta import TraceMeta, index_dtype
 from moekit.trace.statistics import LayerStatistics, Statistics
-from moekit.trace.store import Trace, TraceMeta, index_dtype
+from moekit.trace.store import Trace
 from moekit.trace.tokens import RUN_NAMES, TokenLabels
 from moekit.trace.vocabulary import get
 

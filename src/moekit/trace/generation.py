@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from moekit._progress import Progress, track
 from moekit.errors import BadConfig, BadData
-from moekit.trace.recorder import Recorder, Via, evaluating
+from moekit.trace.live import Recorder, Via
+from moekit.trace.recorder import evaluating
 from moekit.trace.rows import UNNAMED_DOMAIN, Labels, RowCounter, Rows, batch_shape
 from moekit.trace.store import Trace
 from moekit.trace.tokens import GENERATED, PREFILL

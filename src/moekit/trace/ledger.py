@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moekit.anatomy.probe import MoELayer
 from moekit.errors import BadData, NumericFault, UnsupportedModel
+from moekit.trace.meta import DataEntry, index_dtype
 from moekit.trace.observation import Observation
 from moekit.trace.statistics import LayerStatistics
-from moekit.trace.store import DataEntry, index_dtype
 from moekit.trace.taps import Staged
 from moekit.trace.tokens import TokenLabels
 from moekit.trace.vocabulary import Statistic

@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moekit.anatomy.probe import MoELayer, ask_router, find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
-from moekit.trace.store import STOCK_ROUTING
+from moekit.trace.meta import STOCK_ROUTING
 
 IMPLEMENTATION = "moekit_recording"
 _TAP = "_moekit_tap"

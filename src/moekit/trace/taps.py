@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moekit.anatomy.probe import MoELayer
 from moekit.errors import UnsupportedModel
+from moekit.trace.meta import index_dtype
 from moekit.trace.observation import Observation
 from moekit.trace.rows import Rows
 from moekit.trace.seam import (
@@ -31,7 +32,6 @@ from moekit.trace.seam import (
     uses_sigmoid,
 )
 from moekit.trace.statistics import LayerStatistics
-from moekit.trace.store import index_dtype
 from moekit.trace.tokens import TokenLabels
 from moekit.trace.vocabulary import Source, Statistic, sources_of
 

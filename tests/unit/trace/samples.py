@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from moekit.anatomy import find_moe_layers
 from moekit.trace import Trace, TraceMeta
+from moekit.trace.meta import DataEntry, index_dtype
 from moekit.trace.statistics import LayerStatistics, Statistics
-from moekit.trace.store import DataEntry, index_dtype
 from moekit.trace.tokens import TokenLabels
 from moekit.trace.vocabulary import resolve
 

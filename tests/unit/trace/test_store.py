@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from moekit.errors import BadConfig, BadData, MoekitError, OutOfBudget, UnsafeInput
 from moekit.trace import Trace, TraceMeta
-from moekit.trace.store import index_dtype, tokenizer_hash
+from moekit.trace.meta import index_dtype, tokenizer_hash
 from moekit.trace.tokens import RUN_NAMES, TokenLabels
 from tests.unit.trace.samples import labels_of, random_trace, same_statistics, same_trace
 

@@ -1,0 +1,281 @@
+"""Record what the routers of a live model choose, with statistics, at little more than the cost of the forward pass.
+
+A recorder keeps what each pass showed on the model's device and adds it up every few thousand tokens, so that nothing
+waits for the device while a pass runs. A pass that fails half-way leaves nothing behind.
+
+Legend: B rows, S positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from moekit.anatomy.probe import find_moe_layers
+from moekit.checkpoint.fingerprint import fingerprint_model
+from moekit.errors import BadConfig, BadData, MoekitError, UnsupportedModel
+from moekit.trace.ledger import LabelLedger, LayerLedger
+from moekit.trace.meta import TraceMeta, tokenizer_hash
+from moekit.trace.rows import Labels, RowCounter, RowSource, read_batch, rows_of_pass
+from moekit.trace.seam import chosen_implementation, recorded_layers, redirect, refuse_compiled, routing_of
+from moekit.trace.statistics import Statistics
+from moekit.trace.store import Trace
+from moekit.trace.taps import LayerTap, Pass
+from moekit.trace.vocabulary import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Via = Literal["hooks", "experts"]
+
+
+class Recorder:
+    """Records every forward pass of a model while it is entered.
+
+    Use `record` for a text; use this where you run the passes yourself::
+
+        with Recorder(model, statistics=("load", "gate_mass")) as recorder:
+            for batch in batches:
+                recorder.expect(batch)  # documents and domains; without it each row is a document
+                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        trace = recorder.trace()
+
+    Padding is read from the pass's 2-D `attention_mask`. Passes that continue a key-value cache continue their
+    sequences.
+
+    Args:
+        model: a MoE; eager, not compiled.
+        statistics: names or groups of the vocabulary (`moekit.trace.known_statistics`).
+        keep_choices: keep each token's choices; memory then grows by K bytes a token and layer.
+        weights: keep their gate weights too, in fp16.
+        layers: decoder layers to record; None for all MoE layers.
+        via: "hooks" works on every model; "experts" goes through transformers' experts interface, which computes single
+            experts' outputs once instead of twice, and changes the model's output by rounding where a statistic reads
+            them.
+        tokenizer: named in the trace by its hash.
+        source: where the text came from, for people.
+        seed: of what was drawn for this text, noted in the trace.
+        fingerprint: the model's; None computes it.
+
+    Raises:
+        BadConfig: an unknown statistic or layer.
+        UnsupportedModel: no MoE, compiled, or a statistic reads what this family does not show.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        statistics: Iterable[str] = ("basic",),
+        keep_choices: bool = True,
+        weights: bool = False,
+        layers: Sequence[int] | None = None,
+        via: Via = "hooks",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        source: str = "",
+        seed: int | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        refuse_compiled(model)
+        names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        self.model = model
+        self.counter = RowCounter()
+        self._via = via
+        self._entries = resolve(names)
+        self._keep_weights = weights or "weights" in names
+        self._keep_choices = keep_choices or "choices" in names or self._keep_weights
+        self._layers = recorded_layers(model, layers)
+        early = [entry for entry in self._entries if not entry.from_choices]
+        self._taps = [LayerTap(model, layer, early) for layer in self._layers]
+        self._ledgers = [
+            LayerLedger(layer, self._entries, keep_choices=self._keep_choices, keep_weights=self._keep_weights)
+            for layer in self._layers
+        ]
+        self._labels = LabelLedger(keep=self._keep_choices)
+        if fingerprint is None:
+            fingerprint = fingerprint_model(model) if isinstance(model, PreTrainedModel) else ""
+        self._told = {
+            "model": str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
+            "fingerprint": fingerprint,
+            "routing": routing_of(self._layers),
+            "tokenizer": tokenizer_hash(tokenizer) if tokenizer is not None else "",
+            "seed": seed,
+        }
+        self._source = source
+        self._names = list(inspect.signature(model.forward).parameters)
+        self._expected: Labels | None = None
+        self._row_source: RowSource | None = None
+        self._pass: Pass | None = None
+        self._fault: MoekitError | None = None
+        self._handles: list[RemovableHandle] = []
+        self._undo: Callable[[], None] | None = None
+
+    def __enter__(self) -> Recorder:
+        if self._handles:
+            raise BadConfig("this recorder is entered already", hint="use one `with` at a time")
+        try:
+            self._install()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def _install(self) -> None:
+        self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(self._end))
+        for tap in self._taps:
+            self._handles.extend(tap.hooks(on_experts=self._via == "hooks"))
+        if self._via == "experts":
+            if not isinstance(self.model, PreTrainedModel):
+                raise BadConfig(f"{type(self.model).__name__} is no transformers model", hint='use via="hooks"')
+            # The layers that are not recorded share the config that names the implementation: they must answer too.
+            chosen = {layer.experts: chosen_implementation(layer) for layer in find_moe_layers(self.model)}
+            taps = {tap.layer.experts: tap.implementation(chosen[tap.layer.experts]) for tap in self._taps}
+            self._undo = redirect(self.model, chosen | taps)
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pass = None
+        for tap in self._taps:
+            tap.begin(None)
+
+    def expect(self, batch: Any) -> None:
+        """Say which documents and domains the next pass holds.
+
+        Args:
+            batch: a `moekit.data.Batch`, a mapping with "input_ids" and "attention_mask", or a tensor of ids.
+        """
+        self._expected = batch if isinstance(batch, Labels) else read_batch(batch)[1]
+
+    def label_by(self, rows: RowSource | None) -> None:
+        """Let a function label every pass, until None is given."""
+        self._row_source = rows
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            raise UnsupportedModel("the model is compiled while it is recorded", hint="record it without torch.compile")
+        arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        if self._row_source is not None:
+            rows = self._row_source(arguments)
+        else:
+            expected, self._expected = self._expected, None
+            rows = rows_of_pass(self.counter, arguments, expected)
+        self._pass = Pass(rows, self.counter.domains)
+        for tap in self._taps:
+            tap.begin(self._pass)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        current = self._pass
+        if current is None:
+            return
+        staged = [tap.staged for tap in self._taps]
+        self._forget()
+        silent = [layer.index for layer, shown in zip(self._layers, staged, strict=True) if shown is None]
+        if silent:
+            raise UnsupportedModel(
+                f"experts of {len(silent)} MoE layers did not show what they were given in this forward pass",
+                layer=silent[0],
+                hint="hooks do not run in compiled code and CUDA graphs: turn them off, or name the layers to record",
+            )
+        with self._accounting():
+            for shown, ledger in zip(staged, self._ledgers, strict=True):
+                assert shown is not None
+                ledger.add(shown, self.counter.domains)
+        self._labels.add(current.labels)
+        if self._labels.is_due:
+            self.flush()
+
+    @contextlib.contextmanager
+    def _accounting(self) -> Iterator[None]:
+        """After an error in the books no figure of this recorder can be trusted: every later use raises it again."""
+        if self._fault is not None:
+            raise self._fault
+        try:
+            yield
+        except MoekitError as error:
+            self._fault = error
+            raise
+
+    def flush(self) -> None:
+        """Add up what waits.
+
+        Raises:
+            NumericFault: NaN or infinity among gate weights or router logits, with the layer.
+            BadData: a router chose what is no expert.
+        """
+        with self._accounting():
+            labels = self._labels.flush()
+            for ledger in self._ledgers:
+                ledger.flush(labels, self.counter.domains)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens recorded so far, padding not counted."""
+        return self._labels.tokens
+
+    def trace(self) -> Trace:
+        """What was recorded so far.
+
+        Raises:
+            NumericFault: NaN or infinity among gate weights or router logits, with the layer.
+            BadData: a router chose what is no expert, or no pass was recorded at all.
+        """
+        self.flush()
+        if any(ledger.top_k == 0 for ledger in self._ledgers):
+            raise BadData("no forward pass was recorded", hint="run the model inside the `with` block")
+        domains = list(self.counter.domains)
+        numbers = [layer.index for layer in self._layers]
+        statistics = None
+        if self._entries:
+            pairs = zip(numbers, self._ledgers, strict=True)
+            statistics = Statistics({number: ledger.statistics(domains) for number, ledger in pairs})
+        meta = TraceMeta(
+            **self._told,
+            data=self._labels.data(self._source, domains),
+            layers=numbers,
+            experts=[layer.geometry.experts for layer in self._layers],
+            top_k=[ledger.top_k for ledger in self._ledgers],
+            hidden=self._layers[0].geometry.hidden,
+            tokens=self._labels.tokens,
+            has_choices=self._keep_choices,
+            has_weights=self._keep_weights,
+            domains=domains,
+            statistics=[entry.name for entry in self._entries],
+            warnings=statistics.warnings if statistics is not None else [],
+        )
+        for warning in meta.warnings:
+            logger.warning("%s", warning)
+        if not self._keep_choices:
+            return Trace(meta, statistics=statistics)
+        labels, order = self._labels.sorted()
+        indices, weights = {}, {}
+        for number, ledger in zip(numbers, self._ledgers, strict=True):
+            chosen, weighed = ledger.choices()
+            indices[number] = chosen if order is None else chosen[order]
+            if weighed is not None:
+                weights[number] = weighed if order is None else weighed[order]
+        return Trace(meta, labels, indices, weights, statistics)
