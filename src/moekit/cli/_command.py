@@ -33,7 +33,13 @@ def _common() -> list[inspect.Parameter]:
             "dry_run", bool, False, "--dry-run", text="Say what would be read, written and needed, in bytes, and stop."
         ),
         flag("json", bool, False, "--json", text="Answer with one JSON object on stdout."),
-        flag("seed", int, 0, "--seed", text="Seed of everything random; the same seed gives the same result."),
+        flag(
+            "seed",
+            int | None,
+            None,
+            "--seed",
+            text="Seed of everything random (default: 0, or the recipe's); the same seed gives the same result.",
+        ),
         flag("quiet", bool, False, "--quiet", "-q", text="No progress and no tables; warnings and errors still show."),
         flag("debug", bool, False, "--debug", text="Show the traceback of an error."),
         flag(
@@ -66,7 +72,9 @@ def build_command(
     shared = {parameter.name for parameter in common}
 
     def call(**values: Any) -> None:
-        terminal = Terminal(**{key: values.pop(key) for key in shared})
+        options = {key: values.pop(key) for key in shared}
+        seed = options.pop("seed")
+        terminal = Terminal(**options, seed=seed or 0, seed_given=seed is not None)
         function(terminal, **values)
         terminal.close()
 

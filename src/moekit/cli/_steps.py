@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from moekit.cli._command import build_command, build_method_group
 from moekit.cli._errors import config_error
 from moekit.cli._options import option_parameters, read_options
-from moekit.cli._terminal import Terminal
+from moekit.cli._terminal import Terminal, is_first_rank
 from moekit.errors import BadConfig, MoekitError
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def carry_out(
         if not any(scratch.glob("checkpoint-*")):
             shutil.rmtree(scratch, ignore_errors=True)
         raise
-    shutil.rmtree(scratch, ignore_errors=True)
+    if is_first_rank():
+        shutil.rmtree(scratch, ignore_errors=True)
     terminal.answer(out=str(out), **results)
     show(terminal, results)
     terminal.say(f"wrote {out}")

@@ -32,12 +32,15 @@ class Terminal:
     dry_run: bool = False
     json: bool = False
     seed: int = 0
+    seed_given: bool = False
     quiet: bool = False
     debug: bool = False
     home: Path | None = None
     _answer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Under torchrun every rank runs this; one speaks.
+        self.quiet = self.quiet or not is_first_rank()
         if self.home is not None:
             os.environ["MOEKIT_HOME"] = str(self.home.expanduser().resolve())
         if not self.on_terminal:
@@ -113,8 +116,13 @@ class Terminal:
 
     def close(self) -> None:
         """Print the JSON answer, if it was asked for."""
-        if self.json:
+        if self.json and is_first_rank():
             print(json.dumps(self._answer, default=_plain, indent=2 if sys.stdout.isatty() else None))
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the only one or, under torchrun, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def size(nbytes: int | None) -> str:

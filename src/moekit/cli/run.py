@@ -32,7 +32,8 @@ def run(
     from moekit.recipe.schema import load_recipe
     from moekit.recipe.variables import parse_overrides
 
-    loaded = load_recipe(recipe, parse_overrides(overrides or []), out=out, seed=terminal.seed or None)
+    seed = terminal.seed if terminal.seed_given else None
+    loaded = load_recipe(recipe, parse_overrides(overrides or []), out=out, seed=seed)
     if terminal.dry_run:
         _foretell(terminal, loaded)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def open_model(
     from moekit.checkpoint import check_tokenizer
 
     location = model_location(reference, progress)
-    model = moekit.load(location, device=device, dtype=dtype)
+    model = moekit.load(location, device=own_device(device), dtype=dtype)
     tokenizer = load_tokenizer(location)
     check_tokenizer(model, tokenizer)
     if plan is not None:
@@ -77,6 +78,20 @@ def open_model(
         RoutingPlan.load(plan).apply(model, fingerprint=fingerprint_model(model))
     model.eval()
     return model, tokenizer
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the only one or, under torchrun, the first: the one that writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def own_device(device: str) -> str:
+    """The device of this process: under torchrun "auto" is the GPU of its local rank."""
+    import torch
+
+    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
 
 
 def save_changed(
@@ -90,6 +105,8 @@ def save_changed(
     plan_hash: str | None = None,
 ) -> None:
     """Write a model that was made from another one, with its record; it takes its name once it has been checked.
+
+    Under torchrun the first rank writes, the others return at once.
 
     Args:
         model: what to write; its routing policy goes with it.
@@ -107,6 +124,8 @@ def save_changed(
     from moekit.checking import check
     from moekit.checkpoint import Checkpoint, Record, atomic_folder
 
+    if not is_first_rank():
+        return
     location = model_location(parent)
     local = Path(location).expanduser()
     record = Record(

@@ -76,7 +76,9 @@ def test_pydantic_faults_name_the_key() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_kill_ends_with_130(number: signal.Signals) -> None:
     code = """
-import time, typer
+import signal, time
+# A shell that starts its tests in the background lets them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from moekit.cli import main as m
 class Slow:
     @staticmethod
