@@ -45,7 +45,9 @@ class TrainConfig(BaseModel):
     parts: tuple[str, ...] = Field(default=("all",), description="what trains: router, experts:20-29, ...; or all")
     lora: LoraSettings | None = Field(default=None, description="train adapters, merged at the end, instead of parts")
 
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of matrix products; weights stay fp32")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="fp32", description="of matrix products (weights stay fp32); auto: bf16 where it is faster"
+    )
     activation_checkpointing: bool = Field(default=False, description="less memory for a second forward")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of the order of rows and of every random draw")
     save_every: int | None = Field(default=100, ge=1, description="steps between checkpoints; none: only at the end")
@@ -94,6 +96,7 @@ class TrainResult(BaseModel):
         heldout_losses: step -> loss on held-out text.
         history: what was logged at each step.
         routing: routing figures of the last steps.
+        precision: of matrix products.
         trained: part -> parameters that trained.
         parameters: parameters of the model.
         resumed_from: step this process continued from, None if it began.
@@ -108,6 +111,7 @@ class TrainResult(BaseModel):
     heldout_losses: dict[int, float]
     history: list[dict[str, float]]
     routing: RoutingFigures | None
+    precision: Literal["fp32", "bf16"]
     trained: dict[str, int]
     parameters: int
     resumed_from: int | None

@@ -15,6 +15,7 @@ from moekit.checkpoint.fingerprint import live_fingerprint
 from moekit.data.batches import TokenBatches
 from moekit.errors import BadConfig
 from moekit.routing.attach import active_policy
+from moekit.training.compute import resolve_precision
 from moekit.training.config import TrainConfig
 from moekit.training.resume import STATE_FILE, checkpoints, remove_incomplete
 
@@ -37,7 +38,8 @@ def run_identity(
             for name, tensor in sorted(tensors.items()):
                 routing.update(f"{layer} {name}".encode() + tensor.cpu().contiguous().numpy().tobytes())
     text = hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.document_RS.numpy().tobytes())
-    settings = config.model_dump_json(exclude=_WATCHING)
+    precision = resolve_precision(config.precision, model.device)  # "auto" may mean something else elsewhere
+    settings = config.model_copy(update={"precision": precision}).model_dump_json(exclude=_WATCHING)
     return {
         "model": live_fingerprint(model),
         "routing": "stock" if policy is None else routing.hexdigest(),

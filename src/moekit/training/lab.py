@@ -31,7 +31,7 @@ from moekit.data.batches import TokenBatches, pack
 from moekit.data.split import Split, split_texts
 from moekit.data.text import Document
 from moekit.errors import BadData
-from moekit.trace.recorder import record
+from moekit.trace import record
 from moekit.trace.summary import TraceSummary, summarise
 from moekit.training.config import TrainConfig, TrainResult
 from moekit.training.run import train
@@ -73,6 +73,7 @@ class LabConfig(BaseModel):
             batch=16,
             balance_coef=0.01,
             z_coef=0.001,
+            precision="auto",
             save_every=250,
         ),
         description="how it is trained",

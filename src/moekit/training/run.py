@@ -20,13 +20,13 @@ from moekit.data.batches import TokenBatches, check_vocabulary, pack
 from moekit.data.text import Document
 from moekit.errors import BadConfig
 from moekit.training.callback import MoECallback
+from moekit.training.compute import attention_for, checkpoint_activations, frozen_weights_in, resolve_precision
 from moekit.training.config import TrainConfig, TrainResult
 from moekit.training.freeze import FreezeReport, train_only
 from moekit.training.head import sliced_cross_entropy
 from moekit.training.identity import RESULT_FILE, prepare_folder, run_identity
 from moekit.training.lora import add_lora, merge_lora
 from moekit.training.order import OrderedRows, row_order
-from moekit.training.precision import frozen_weights_in
 from moekit.training.resume import (
     STATE_FILE,
     CompleteCheckpoints,
@@ -164,6 +164,7 @@ class _Run:
     ) -> None:
         self.base, self.config, self.rows, self.order = model, config, rows, order
         self.steps, self.output, self.progress = steps, output, progress
+        self.precision = resolve_precision(config.precision, model.device)
         set_seed(config.seed)  # before adapters are drawn
         self.model = model if config.lora is None else add_lora(model, config.lora)
         self.report: FreezeReport = train_only(self.model, config.parts if config.lora is None else ("adapters",))
@@ -196,7 +197,7 @@ class _Run:
             args.eval_strategy = "no"
         held = None if heldout is None else OrderedRows(heldout, range(len(heldout)))
         if config.activation_checkpointing:
-            self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(self.base, True)
         callback = MoECallback(
             balance_coef=config.balance_coef,
             z_coef=config.z_coef,
@@ -205,9 +206,19 @@ class _Run:
             every=max(self.steps // WINDOWS, 1),
         )
         start = None if self.output is None else last_complete_checkpoint(self.output)
-        with sliced_cross_entropy(self.base), frozen_weights_in(self.model, config.precision):
+        with (
+            attention_for(self.base, config.seq_len),
+            sliced_cross_entropy(self.base),
+            frozen_weights_in(self.model, self.precision),
+        ):
             trainer = RunTrainer(
-                self.model, config, args, OrderedRows(self.rows, self.order), heldout=held, progress=self.progress
+                self.model,
+                config,
+                self.precision,
+                args,
+                OrderedRows(self.rows, self.order),
+                heldout=held,
+                progress=self.progress,
             )
             callback.install(trainer)
             if self.output is not None:
@@ -217,7 +228,7 @@ class _Run:
             finally:
                 callback.detach()
                 if config.activation_checkpointing:
-                    self.base.gradient_checkpointing_disable()
+                    checkpoint_activations(self.base, False)
         if self.output is not None and trainer.is_world_process_zero():
             self._keep(result)
         self._merge()
@@ -247,6 +258,7 @@ class _Run:
             heldout_losses={int(entry["step"]): entry["eval_loss"] for entry in history if "eval_loss" in entry},
             history=logged,
             routing=callback.figures,
+            precision=self.precision,
             trained=self.report.trained,
             parameters=self.report.parameters,
             resumed_from=done or None,

@@ -23,10 +23,10 @@ from transformers import (
 
 from moekit._progress import Progress
 from moekit.errors import NumericFault
+from moekit.training.compute import Precision, compute_context
 from moekit.training.config import TrainConfig
 from moekit.training.layers import trained_layers
 from moekit.training.order import collate
-from moekit.training.precision import compute_context
 from moekit.training.resume import ExactResume
 
 
@@ -110,6 +110,7 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
     Args:
         model: the model, its parts frozen already.
         config: the run's knobs.
+        precision: of matrix products.
         args: from `training_arguments`.
         rows: rows of the whole run, in order.
         heldout: held-out rows for the loss every `eval_every` steps.
@@ -120,6 +121,7 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         self,
         model: PreTrainedModel | nn.Module,
         config: TrainConfig,
+        precision: Precision,
         args: TrainingArguments,
         rows: Dataset[dict[str, Tensor]],
         *,
@@ -127,6 +129,7 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         progress: Progress | None = None,
     ) -> None:
         self.config = config
+        self.precision = precision
         super().__init__(model, args, data_collator=collate, train_dataset=rows, eval_dataset=heldout)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
@@ -141,7 +144,7 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
     ) -> Any:
         """The language-modelling loss; no key-value cache is built for it."""
         device = next(self.model.parameters()).device
-        with compute_context(self.config.precision, device):
+        with compute_context(self.precision, device):
             return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

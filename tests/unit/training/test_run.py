@@ -16,6 +16,8 @@ from moekit.data import Document, TokenBatches
 from moekit.errors import BadConfig, BadData, NumericFault
 from moekit.routing import C2R, attach_policy
 from moekit.training import LoraSettings, TrainConfig, train
+from moekit.training.compute import resolve_precision
+from moekit.training.identity import run_identity
 from moekit.training.order import row_order
 from tests.families import EXPERTS, VOCAB, build, logits
 from tests.unit.training.helpers import word_tokenizer
@@ -286,3 +288,28 @@ def test_impossible_settings_are_refused(changes: dict[str, object]) -> None:
 def test_warmup_as_share_or_steps() -> None:
     assert TrainConfig(warmup=0.1).warmup_steps(50) == 5
     assert TrainConfig(warmup=3).warmup_steps(50) == 3
+
+
+def test_precision_is_decided_by_the_device_and_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert resolve_precision("auto", cpu) == "fp32"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert resolve_precision("auto", cpu) == "bf16"
+    assert resolve_precision("fp32", cpu) == "fp32"
+    assert train(build("olmoe"), None, text(), settings(steps=1, precision="auto")).precision == "bf16"
+    rows, model = text(), build("olmoe")
+    same = [run_identity(model, rows, settings(precision=precision), 5) for precision in ("auto", "bf16", "fp32")]
+    assert same[0] == same[1] != same[2]
+
+
+def test_attention_comes_back() -> None:
+    model = build("qwen2_moe")
+    seen = []
+    handle = model.register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
+    train(model, None, text(), settings(steps=1))
+    train(model, None, text(2, 600), settings(steps=1, seq_len=600))
+    handle.remove()
+    assert (set(seen[:3]), set(seen[3:])) == ({"eager"}, {"sdpa"})
+    assert model.config._attn_implementation == "sdpa"

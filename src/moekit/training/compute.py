@@ -1,4 +1,4 @@
-"""bf16 matrix products over fp32 weights.
+"""How a training step computes: precision of matrix products, and attention for short rows on a CPU.
 
 Autocast casts each weight to bf16 at every use. Weights that do not train come out the same every time, so they are
 cast once and swapped in for the length of a run; the fp32 originals come back at the end. Weights that train stay fp32,
@@ -13,13 +13,44 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 Precision = Literal["fp32", "bf16"]
+
+# Up to here plain attention trains faster on a CPU than the fused kernel, whose backward is slow (measured).
+SHORT_ROW = 512
+
+
+def resolve_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
+    """bf16 where the device multiplies it faster than fp32, by its instruction set and not by a clock, if "auto"."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        # Without these instructions bf16 products are emulated, and slower.
+        asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return "bf16" if any(getattr(torch.cpu, ask, bool)() for ask in asks) else "fp32"
+    return "fp32"
 
 
 def compute_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """The context a forward runs in."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def attention_for(model: PreTrainedModel, seq_len: int) -> Iterator[None]:
+    """Plain instead of fused attention for short rows on a CPU; the same function to rounding."""
+    stock = model.config._attn_implementation
+    if model.device.type != "cpu" or seq_len > SHORT_ROW or stock != "sdpa":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(stock)
 
 
 def _frozen(module: nn.Linear) -> bool:
@@ -48,3 +79,12 @@ def frozen_weights_in(model: nn.Module, precision: Precision) -> Iterator[None]:
     finally:
         for module, parameters in kept:
             module._parameters.update(parameters)
+
+
+def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
+    """Switch activation checkpointing, under whichever name this transformers has for it."""
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(model, f"{word}_checkpointing_disable")()
