@@ -32,10 +32,10 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from moekit.checkpoint.model import save
 from moekit.checkpoint.record import Record
 from moekit.placement.apply import place_checkpoint
-from moekit.placement.compare import compare_solvers
+from moekit.placement.comparison import compare_solvers
 from moekit.placement.objective import intra_share
-from moekit.placement.place import place
-from moekit.placement.replay import replay
+from moekit.placement.planning import place
+from moekit.placement.replaying import replay
 from moekit.placement.solver import Solution, Solver
 from moekit.placement.solvers.contiguous import Contiguous
 from moekit.placement.solvers.exact import Exact

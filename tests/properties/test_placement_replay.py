@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.placement.paired import rows_per_document
-from moekit.placement.replay import replay
+from moekit.placement.replaying import replay
 from moekit.placement.topology import node_of_devices
 
 

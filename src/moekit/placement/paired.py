@@ -16,8 +16,8 @@ import torch
 
 from moekit.errors import BadConfig, BadData
 from moekit.placement.plan import Placement
-from moekit.placement.replay import CHUNK_ENTRIES, Devices, check_choices, choose_copy, holders, presence
-from moekit.placement.simulate import check_trace
+from moekit.placement.replaying import CHUNK_ENTRIES, Devices, check_choices, choose_copy, holders, presence
+from moekit.placement.simulation import check_trace
 
 if TYPE_CHECKING:
     from moekit.trace.store import Trace

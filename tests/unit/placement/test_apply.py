@@ -14,8 +14,8 @@ from moekit.checkpoint.model import load, save
 from moekit.checkpoint.record import Record
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.placement.apply import apply_placement, permute_all, place_checkpoint, routing_groups
-from moekit.placement.place import place
 from moekit.placement.plan import Placement
+from moekit.placement.planning import place
 from moekit.routing.attach import active_policy
 from moekit.routing.c2r import C2R, partner_lists
 from moekit.routing.plan import RoutingPlan, plan_routing

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moekit.placement.objective import intra_pairs, pair_weights
-from moekit.placement.place import place
+from moekit.placement.planning import place
 from moekit.placement.solvers.contiguous import Contiguous
 from moekit.placement.solvers.exact import Exact
 from moekit.placement.solvers.greedy import Greedy

@@ -9,8 +9,8 @@ import torch
 
 from moekit.errors import BadData
 from moekit.placement.apply import apply_placement, routing_groups
-from moekit.placement.place import place
-from moekit.placement.simulate import place_trace, simulate
+from moekit.placement.planning import place
+from moekit.placement.simulation import place_trace, simulate
 from moekit.trace import Trace, record
 from tests.families import FAMILIES, build, tokens
 

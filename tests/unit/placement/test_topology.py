@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moekit.errors import BadConfig
-from moekit.placement.cost import Payload, cost, port_seconds
-from moekit.placement.replay import replay
+from moekit.placement.cost_model import Payload, cost, port_seconds
+from moekit.placement.replaying import replay
 from moekit.placement.topology import LINK_CLASSES, Topology, parse_bandwidth
 
 

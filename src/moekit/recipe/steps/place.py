@@ -69,8 +69,8 @@ class PlaceStep(Step):
 
     def _on(self, devices: int, trace: Any, measured: Any, folder: Path, work: Workplace) -> dict[str, Any]:
         from moekit.placement.apply import place_checkpoint
-        from moekit.placement.compare import compare, compare_solvers
-        from moekit.placement.simulate import place_trace
+        from moekit.placement.comparison import compare, compare_solvers
+        from moekit.placement.simulation import place_trace
 
         placement = place_trace(
             trace,

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from moekit.errors import BadConfig, BadData
-from moekit.placement.compare import compare, compare_solvers
+from moekit.placement.comparison import compare, compare_solvers
 from moekit.placement.paired import constraint_gain, paired_rows, trace_rows_per_document
-from moekit.placement.place import make_solver, place
 from moekit.placement.plan import Placement
-from moekit.placement.simulate import place_trace, simulate
+from moekit.placement.planning import make_solver, place
+from moekit.placement.simulation import place_trace, simulate
 from moekit.placement.solvers.exact import Exact
 from moekit.placement.solvers.swap import Swap
 from moekit.placement.topology import node_of_devices

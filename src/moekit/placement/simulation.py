@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from moekit._progress import Progress, track
 from moekit.errors import BadConfig
-from moekit.placement.place import place
 from moekit.placement.plan import Placement
-from moekit.placement.replay import Home, replay
+from moekit.placement.planning import place
+from moekit.placement.replaying import Home, replay
 from moekit.placement.result import ReplayResult
 
 if TYPE_CHECKING:
@@ -127,10 +127,10 @@ def place_trace(trace: Trace, devices: int, **options: Any) -> Placement:
     Args:
         trace: of the model; for the row objective with choices kept.
         devices: D.
-        options: see `moekit.placement.place`.
+        options: see `moekit.placement.planning`.
 
     Raises:
-        BadConfig: see `moekit.placement.place`.
+        BadConfig: see `moekit.placement.planning`.
         BadData: the trace has neither choices nor co-activation counts.
     """
     return place(

@@ -15,10 +15,10 @@ from moekit._progress import Progress, track
 from moekit.errors import BadConfig
 from moekit.placement.objective import balanced_sizes
 from moekit.placement.partitions import enumerable
-from moekit.placement.place import place
 from moekit.placement.plan import Placement
+from moekit.placement.planning import place
 from moekit.placement.result import expected_devices
-from moekit.placement.simulate import experts_of, simulate, statistics_of
+from moekit.placement.simulation import experts_of, simulate, statistics_of
 
 if TYPE_CHECKING:
     from moekit.trace.store import Trace
@@ -180,7 +180,7 @@ def compare_solvers(
         planned_on: place by this trace instead, to see what a placement is worth on text it has not seen.
         seeds: random placements to average.
         seed: first seed.
-        options: further options of `moekit.placement.place`, such as `nodes` or `routing_groups`.
+        options: further options of `moekit.placement.planning`, such as `nodes` or `routing_groups`.
         progress: told once a placement.
 
     Raises:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moekit.errors import BadConfig, BadData
-from moekit.placement.replay import replay, round_robin_home
+from moekit.placement.replaying import replay, round_robin_home
 from moekit.placement.result import expected_devices
 from tests.unit.placement.samples import skewed_choices
 
@@ -93,7 +93,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = skewed_choices(101, 8, 3)
     held = [[0, 1], [1], [2], [3], [0], [1, 2, 3], [2], [3]]
     whole = replay(chosen, held, 4, "round-robin", nodes=2)
-    monkeypatch.setattr("moekit.placement.replay.CHUNK_ENTRIES", 50)
+    monkeypatch.setattr("moekit.placement.replaying.CHUNK_ENTRIES", 50)
     parts = replay(chosen, held, 4, "round-robin", nodes=2)
     assert parts.as_dict() == whole.as_dict()
     assert torch.equal(parts.node_rows_DD, whole.node_rows_DD)
