@@ -19,7 +19,7 @@ from moekit.errors import BadConfig, MoekitError
 
 if TYPE_CHECKING:
     from moekit.catalogue import MethodRecord
-    from moekit.recipe.steps.base import Step
+    from moekit.recipe.steps.base import Step, Workplace
 
 # Fields that the command line gives in another way.
 _ELSEWHERE = ("id", "use", "seed", "method", "settings")
@@ -126,24 +126,28 @@ def carry_out(
         raise BadConfig("the folder exists", file=out, hint="choose another one, or say --overwrite")
     # The same command finds the same folder, so that work which can resume does.
     key = hash_of([type(ready).__name__, ready.model_dump(mode="json"), terminal.seed])[:16]
-    scratch = out.parent / f".{out.name}.scratch-{key}"
     work = Workplace(
         out=out,
-        scratch=scratch,
+        scratch=out.parent / f".{out.name}.scratch-{key}",
         seed=terminal.seed,
         progress=terminal.progress,
         command=terminal.command,
         overwrite=overwrite,
     )
-    try:
-        results = ready.run(work)
-    except MoekitError:
-        # What can be continued stays; a run that never got so far leaves nothing.
-        if not any(scratch.glob("checkpoint-*")):
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    if is_first_rank():
-        shutil.rmtree(scratch, ignore_errors=True)
+    results = _run(ready, work)
     terminal.answer(out=str(out), **results)
     show(terminal, results)
     terminal.say(f"wrote {out}")
+
+
+def _run(step: Step, work: Workplace) -> dict[str, Any]:
+    """Do it, and leave nothing beside OUT but what the same command can go on with."""
+    try:
+        results = step.run(work)
+    except MoekitError:
+        if not any(work.scratch.glob("checkpoint-*")):
+            shutil.rmtree(work.scratch, ignore_errors=True)
+        raise
+    if is_first_rank():
+        shutil.rmtree(work.scratch, ignore_errors=True)
+    return results

@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from moekit._progress import Progress
+    from moekit.checkpoint import Record
     from moekit.data import Document, TokenBatches
     from moekit.recipe.steps.base import Workplace
 
@@ -120,9 +121,7 @@ def save_changed(
     Raises:
         BadCheckpoint: what was written is not what it must be; nothing is left.
     """
-    import moekit
-    from moekit.checking import check
-    from moekit.checkpoint import Checkpoint, Record, atomic_folder
+    from moekit.checkpoint import Checkpoint, Record
 
     if not is_first_rank():
         return
@@ -131,12 +130,21 @@ def save_changed(
     record = Record(
         command=work.command,
         parent=str(local.resolve()) if local.is_dir() else location,
-        parent_fingerprint=Checkpoint.open(location).fingerprint if local.is_dir() else None,
+        parent_fingerprint=Checkpoint.open(location).fingerprint,
         seed=work.seed,
         plan_hash=plan_hash,
         config=dict(config),
         scores=dict(scores or {}),
     )
+    _write_checked(model, tokenizer, record, work)
+
+
+def _write_checked(model: Any, tokenizer: Any, record: Record, work: Workplace) -> None:
+    """Write, check, and only then give it its name."""
+    import moekit
+    from moekit.checking import check
+    from moekit.checkpoint import atomic_folder
+
     with atomic_folder(work.out, overwrite=work.overwrite) as folder:
         inner = folder / work.out.name
         moekit.save(model, inner, tokenizer=tokenizer, record=record)
