@@ -81,10 +81,15 @@ def frozen_weights_in(model: nn.Module, precision: Precision) -> Iterator[None]:
             module._parameters.update(parameters)
 
 
-def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
-    """Switch activation checkpointing, under whichever name this transformers has for it."""
+@contextmanager
+def checkpointed_activations(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Activation checkpointing, under whichever name this transformers has for it."""
+    if not wanted:
+        yield
+        return
     word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
-        getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
-    else:
+    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+    try:
+        yield
+    finally:
         getattr(model, f"{word}_checkpointing_disable")()

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moekit.checkpoint.atomic import atomic_write
-from moekit.errors import BadCheckpoint
+from moekit.checkpoint.atomic import atomic_write, is_disk_full
+from moekit.errors import BadCheckpoint, OutOfBudget
 from moekit.training.layers import trained_layers
 
 MARK = "complete.json"
@@ -107,6 +108,16 @@ def load_changing(model: nn.Module, folder: Path) -> None:
         tensor.copy_(state[name])
 
 
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether an error comes of a full disk, also where torch only says that it could not write."""
+    causes: BaseException | None = error
+    while causes is not None:
+        if is_disk_full(causes):
+            return True
+        causes = causes.__cause__ or causes.__context__
+    return "PytorchStreamWriter" in str(error)
+
+
 class CompleteCheckpoints(TrainerCallback):  # type: ignore[misc]
     """Marks each checkpoint when it is complete; with `last_complete_checkpoint`, for any Trainer, trl's too.
 
@@ -140,18 +151,32 @@ class ExactResume:
     """
 
     model: nn.Module
+    args: TrainingArguments
+    state: TrainerState
     _only_changing = False
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._only_changing = True
+        folder = Path(self.args.output_dir)
         try:
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if _disk_is_full(error):
+                shutil.rmtree(folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+                raise OutOfBudget(
+                    f"the disk is full: {shutil.disk_usage(folder).free:,} bytes are free",
+                    file=folder,
+                    hint="free some space and call again: the run continues from its last complete checkpoint",
+                ) from error
+            raise
         finally:
             self._only_changing = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self._only_changing or output_dir is None:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        if not self.args.should_save:
             return
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_changing(self.model, Path(output_dir))
@@ -160,5 +185,5 @@ class ExactResume:
         load_changing(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        best = self.state.best_model_checkpoint
         load_changing(self.model, Path(best))

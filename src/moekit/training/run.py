@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel, set_seed
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
@@ -20,7 +21,7 @@ from moekit.data.batches import TokenBatches, check_vocabulary, pack
 from moekit.data.text import Document
 from moekit.errors import BadConfig
 from moekit.training.callback import MoECallback
-from moekit.training.compute import attention_for, checkpoint_activations, frozen_weights_in, resolve_precision
+from moekit.training.compute import attention_for, checkpointed_activations, frozen_weights_in, resolve_precision
 from moekit.training.config import TrainConfig, TrainResult
 from moekit.training.freeze import FreezeReport, train_only
 from moekit.training.head import sliced_cross_entropy
@@ -38,6 +39,7 @@ from moekit.training.resume import (
 from moekit.training.trainer import RunTrainer, training_arguments
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 # By so many figures of its routing a run is divided.
@@ -80,7 +82,6 @@ def train(
         BadData: the text is empty.
         NumericFault: the loss or a router's logits became NaN or infinite.
     """
-    _check_model(model)
     rows = _rows(model, tokenizer, documents, config, progress)
     held = None if heldout is None else _rows(model, tokenizer, heldout, config, progress)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -94,21 +95,22 @@ def train(
             stack.enter_context(lock(Path(output)))
             prepare_folder(Path(output), identity, resume)
         stack.enter_context(_as_it_was(model))
-        run = _Run(model, config, rows, order, steps, None if output is None else Path(output), progress)
-        try:
-            return run.finished() or run.execute(held)
-        except BaseException:
-            run.unload()
-            raise
+        run = _Run(model, config, rows, order, steps)
+        stack.enter_context(run.prepared())
+        if output is None:  # Trainer wants a folder all the same
+            return run.execute(Path(stack.enter_context(TemporaryDirectory())), held, keep=False, progress=progress)
+        run.meet(Path(output))
+        return run.finished(Path(output)) or run.execute(Path(output), held, keep=True, progress=progress)
 
 
-def _check_model(model: PreTrainedModel) -> None:
-    coarse = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype.itemsize < 4), None)
-    if coarse is not None:
-        raise BadConfig(
-            f"{coarse!r} is kept in {model.get_parameter(coarse).dtype}: small steps would be lost in rounding",
-            hint="load it with dtype=float32; precision=bf16 then computes in bf16 over fp32 weights",
-        )
+def _check_types(model: nn.Module) -> None:
+    """Refuse weights that train in a type in which small steps vanish; frozen ones may be kept in any."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            raise BadConfig(
+                f"{name!r} trains, but is kept in {parameter.dtype}: small steps would be lost in rounding",
+                hint="load it with dtype=float32; precision=bf16 then computes in bf16 over fp32 weights",
+            )
 
 
 def _rows(
@@ -150,54 +152,60 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Run:
-    """One run on a model that is set up for it."""
+    """One run on one model."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        config: TrainConfig,
-        rows: TokenBatches,
-        order: list[int],
-        steps: int,
-        output: Path | None,
-        progress: Progress | None,
+        self, model: PreTrainedModel, config: TrainConfig, rows: TokenBatches, order: list[int], steps: int
     ) -> None:
-        self.base, self.config, self.rows, self.order = model, config, rows, order
-        self.steps, self.output, self.progress = steps, output, progress
+        self.base, self.config, self.rows, self.order, self.steps = model, config, rows, order, steps
         self.precision = resolve_precision(config.precision, model.device)
-        set_seed(config.seed)  # before adapters are drawn
-        self.model = model if config.lora is None else add_lora(model, config.lora)
-        self.report: FreezeReport = train_only(self.model, config.parts if config.lora is None else ("adapters",))
+        self.model: PreTrainedModel | PeftModel = model
+        self.report = FreezeReport(trained={}, frozen={})
 
-    def finished(self) -> TrainResult | None:
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Freeze, or put adapters on; at the end they are merged, after a failure taken off."""
+        set_seed(self.config.seed)  # before adapters are drawn
+        if self.config.lora is None:
+            self.report = train_only(self.model, self.config.parts)
+            _check_types(self.model)
+            yield
+            return
+        wrapped = self.model = add_lora(self.base, self.config.lora)
+        try:
+            self.report = train_only(wrapped, ("adapters",))
+            _check_types(wrapped)
+            yield
+        except BaseException:
+            wrapped.unload()
+            raise
+        merge_lora(wrapped)
+
+    def meet(self, output: Path) -> None:
+        """Wait until the first rank has cleared up."""
+        args = self._arguments(output, keep=True, held=False)
+        if args.world_size > 1 and dist.is_initialized():
+            dist.barrier()
+
+    def _arguments(self, folder: Path, keep: bool, held: bool) -> TrainingArguments:
+        changes = {} if keep else {"save_every": None}
+        changes |= {} if held else {"eval_every": None}
+        return training_arguments(self.config.model_copy(update=changes), folder, self.steps, self.base.device)
+
+    def finished(self, output: Path) -> TrainResult | None:
         """The result of a run that ended already, its weights read; None if it did not."""
-        if self.output is None or not (self.output / RESULT_FILE).exists():
+        if not (output / RESULT_FILE).exists():
             return None
-        result = TrainResult.model_validate_json((self.output / RESULT_FILE).read_text(encoding="utf-8"))
-        load_changing(self.model, self.output)
-        self._merge()
+        result = TrainResult.model_validate_json((output / RESULT_FILE).read_text(encoding="utf-8"))
+        load_changing(self.model, output)
         return result
 
-    def execute(self, heldout: TokenBatches | None) -> TrainResult:
+    def execute(
+        self, folder: Path, heldout: TokenBatches | None, *, keep: bool, progress: Progress | None
+    ) -> TrainResult:
         """Train, or continue, to the end."""
-        with TemporaryDirectory() as unused:  # Trainer wants a folder even where nothing is kept
-            return self._execute(heldout, self.output or Path(unused))
-
-    def _execute(self, heldout: TokenBatches | None, folder: Path) -> TrainResult:
         config = self.config
-        args = training_arguments(
-            config if self.output else config.model_copy(update={"save_every": None}),
-            folder,
-            self.steps,
-            self.base.device,
-        )
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()  # the first rank may still be clearing up
-        if heldout is None:
-            args.eval_strategy = "no"
-        held = None if heldout is None else OrderedRows(heldout, range(len(heldout)))
-        if config.activation_checkpointing:
-            checkpoint_activations(self.base, True)
+        args = self._arguments(folder, keep, heldout is not None)
         callback = MoECallback(
             balance_coef=config.balance_coef,
             z_coef=config.z_coef,
@@ -205,49 +213,43 @@ class _Run:
             bias_rate=config.bias_rate,
             every=max(self.steps // WINDOWS, 1),
         )
-        start = None if self.output is None else last_complete_checkpoint(self.output)
         with (
             attention_for(self.base, config.seq_len),
             sliced_cross_entropy(self.base),
             frozen_weights_in(self.model, self.precision),
+            checkpointed_activations(self.base, config.activation_checkpointing),
         ):
-            trainer = RunTrainer(
-                self.model,
-                config,
-                self.precision,
-                args,
-                OrderedRows(self.rows, self.order),
-                heldout=held,
-                progress=self.progress,
-            )
+            rows = OrderedRows(self.rows, self.order)
+            held = None if heldout is None else OrderedRows(heldout, range(len(heldout)))
+            trainer = RunTrainer(self.model, config, self.precision, args, rows, heldout=held, progress=progress)
             callback.install(trainer)
-            if self.output is not None:
-                trainer.add_callback(CompleteCheckpoints())
+            trainer.add_callback(CompleteCheckpoints())
             try:
-                result = self._loop(trainer, callback, start, held is not None)
+                done = self._loop(trainer, last_complete_checkpoint(folder), held is not None, progress)
             finally:
                 callback.detach()
-                if config.activation_checkpointing:
-                    checkpoint_activations(self.base, False)
-        if self.output is not None and trainer.is_world_process_zero():
-            self._keep(result)
-        self._merge()
+        result = self._result(trainer.state.log_history, callback, done)
+        if keep and trainer.is_world_process_zero():
+            self._keep(folder, result)
         return result
 
-    def _loop(self, trainer: RunTrainer, callback: MoECallback, start: Path | None, held: bool) -> TrainResult:
+    def _loop(self, trainer: RunTrainer, start: Path | None, held: bool, progress: Progress | None) -> int:
+        """Run the trainer; returns the step it continued from."""
         done = 0 if start is None else int(start.name.rpartition("-")[2])
-        if self.progress is not None:
-            self.progress.start("training", self.steps)
+        if progress is not None:
+            progress.start("training", self.steps)
             if done:
-                self.progress.advance(done, note=f"continued from step {done}")
+                progress.advance(done, note=f"continued from step {done}")
         try:
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
             if held:
                 trainer.evaluate()
         finally:
-            if self.progress is not None:
-                self.progress.finish()
-        history = trainer.state.log_history
+            if progress is not None:
+                progress.finish()
+        return done
+
+    def _result(self, history: list[dict[str, float]], callback: MoECallback, done: int) -> TrainResult:
         logged = [entry for entry in history if "loss" in entry]
         lengths_R = (self.rows.document_RS >= 0).sum(dim=1)
         return TrainResult(
@@ -264,23 +266,13 @@ class _Run:
             resumed_from=done or None,
         )
 
-    def _keep(self, result: TrainResult) -> None:
+    def _keep(self, output: Path, result: TrainResult) -> None:
         """Replace the checkpoints by what was learnt and the result; the latter's presence says that the run ended."""
-        assert self.output is not None
-        scratch = self.output / "unfinished"
+        scratch = output / "unfinished"
         scratch.mkdir(exist_ok=True)
         save_changing(self.model, scratch)
-        os.replace(scratch / STATE_FILE, self.output / STATE_FILE)
+        os.replace(scratch / STATE_FILE, output / STATE_FILE)
         scratch.rmdir()
-        atomic_write(self.output / RESULT_FILE, result.model_dump_json(indent=1))
-        for _, path in checkpoints(self.output):
+        atomic_write(output / RESULT_FILE, result.model_dump_json(indent=1))
+        for _, path in checkpoints(output):
             shutil.rmtree(path)
-
-    def unload(self) -> None:
-        """Take adapters off again, after a failure."""
-        if self.config.lora is not None and hasattr(self.model, "unload"):
-            self.model.unload()
-
-    def _merge(self) -> None:
-        if self.config.lora is not None:
-            merge_lora(self.model)

@@ -52,9 +52,12 @@ class _Report(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if not logs or "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
+        for name in ("loss", "grad_norm"):
+            if math.isfinite(logs.get(name, 0.0)):
+                continue
+            # The weights hold it already; a checkpoint of them would be written after this line.
             raise NumericFault(
-                f"the loss is {logs['loss']} at step {state.global_step}",
+                f"the {name} is {logs[name]} at step {state.global_step}",
                 hint="resume from the last checkpoint with a lower learning rate",
             )
         state.log_history[-1]["seconds"] = time.perf_counter() - self._since

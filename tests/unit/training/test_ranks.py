@@ -35,12 +35,34 @@ if run.is_world_process_zero():
     (folder / "figures.json").write_text(callback.figures.model_dump_json())
 """
 
+TRAIN = """
+import sys
+from pathlib import Path
+import torch
+from moekit.training import TrainConfig, train
+from tests.families import build
+from tests.unit.training.test_run import text
 
-def _launch(command: list[str], folder: Path) -> None:
+torch.set_num_threads(1)
+config = TrainConfig(steps=6, batch=2, accumulation=int(sys.argv[2]), seq_len=16, lr=1e-2, balance_coef=0.02,
+                     bias_rate=0.01, save_every=2, seed=4)
+calls = []
+class Bar:
+    def start(self, label, total): pass
+    def finish(self): pass
+    def advance(self, amount=1, note=""):
+        calls.append(note)
+        if sys.argv[3:] and len(calls) == 5: raise KeyboardInterrupt
+result = train(build("deepseek_v3"), None, text(padded=True), config, output=Path(sys.argv[1]), progress=Bar(),
+               heldout=text(4, seed=1))
+"""
+
+
+def _launch(command: list[str], folder: Path, *, fails: bool = False) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
     environment.pop("RANK", None)
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
 
 
 def test_two_ranks_equal_one_process_that_accumulates(tmp_path: Path) -> None:
@@ -57,3 +79,19 @@ def test_two_ranks_equal_one_process_that_accumulates(tmp_path: Path) -> None:
     biases = [name for name in one if name.endswith("e_score_correction_bias")]
     assert biases
     assert all(torch.equal(one[name], two[name]) for name in biases)
+
+
+def test_train_under_torchrun_with_a_break(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(TRAIN)
+    _launch([sys.executable, str(script), str(tmp_path / "one"), "2"], tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    _launch([*torchrun, str(tmp_path / "two"), "1", "break"], tmp_path, fails=True)
+    assert (tmp_path / "two" / "checkpoint-4" / "complete.json").exists()
+    _launch([*torchrun, str(tmp_path / "two"), "1"], tmp_path)
+    one, two = (json.loads((tmp_path / name / "train.json").read_text()) for name in ("one", "two"))
+    assert (one["resumed_from"], two["resumed_from"]) == (None, 4)
+    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(two["losses"]), atol=1e-5, rtol=1e-5)
+    assert one["tokens"] == two["tokens"]
+    states = [load_file(tmp_path / name / "training.safetensors") for name in ("one", "two")]
+    torch.testing.assert_close(states[0], states[1], atol=2e-4, rtol=1e-3)

@@ -55,6 +55,12 @@ def mark(checkpoint):
         die()
     stock(checkpoint)
 resume.mark_complete = mark
+if moment == "finishing":
+    import moekit.training.run as run
+    run.save_changing = lambda *_: die()
+if moment == "full":
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 model = build("deepseek_v3")
 config = TrainConfig(steps=13, batch=2, accumulation=2, seq_len=16, lr=1e-2, balance_coef=0.02, bias_rate=0.01,
@@ -83,7 +89,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dic
     return [float(x) for x in done.stdout.split()[1:]], load_file(folder / "training.safetensors")
 
 
-@pytest.mark.parametrize(("moment", "last"), [("between", 6), ("unmarked", 3), ("truncated", 3)])
+@pytest.mark.parametrize(("moment", "last"), [("between", 6), ("unmarked", 3), ("truncated", 3), ("finishing", 13)])
 def test_a_killed_run_continues_bit_for_bit(
     moment: str, last: int, unbroken: tuple[list[float], dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
@@ -93,7 +99,7 @@ def test_a_killed_run_continues_bit_for_bit(
     found = last_complete_checkpoint(tmp_path)
     assert found is not None
     assert found.name == f"checkpoint-{last}"
-    if moment != "between":
+    if last == 3:
         assert [step for step, _ in checkpoints(tmp_path)] == [3, 6]  # the half-written one is there, and ignored
     done = launch(tmp_path, "never")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -104,6 +110,18 @@ def test_a_killed_run_continues_bit_for_bit(
     assert all(torch.equal(state[name], tensor) for name, tensor in unbroken[1].items())
     assert any(name.endswith("e_score_correction_bias") for name in state)
     assert len(losses) == 13
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(
+    unbroken: tuple[list[float], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    full = launch(tmp_path, "full")  # no file may grow beyond 60 kB; the optimizer's state is larger
+    assert full.returncode == 1
+    assert "OutOfBudget" in full.stderr.splitlines()[-2]
+    assert "continues from its last complete checkpoint" in full.stderr.splitlines()[-1]
+    assert checkpoints(tmp_path) == []
+    done = launch(tmp_path, "never")
+    assert [float(x) for x in done.stdout.split()[1:]] == unbroken[0]
 
 
 def test_a_second_process_is_refused_while_the_first_writes(tmp_path: Path) -> None:
@@ -161,6 +179,19 @@ def test_the_mixin_restores_stacked_experts_in_any_trainer(family: str, tmp_path
     resumed, again = run(tmp_path, tmp_path / "checkpoint-2")
     assert resumed == whole
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_no_checkpoint_holds_nan(tmp_path: Path) -> None:
+    from moekit.errors import NumericFault
+    from moekit.training import train
+    from tests.unit.training.test_run import settings, text
+
+    model = build("olmoe")
+    # The loss stays finite, its gradient does not.
+    model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NumericFault, match="grad_norm"):
+        train(model, None, text(), settings(save_every=1), output=tmp_path)
+    assert checkpoints(tmp_path) == []
 
 
 def test_save_model_still_writes_a_model(tmp_path: Path) -> None:

@@ -234,6 +234,18 @@ def test_weights_too_coarse_for_training_are_refused() -> None:
         train(build("olmoe").to(torch.bfloat16), None, text(), settings())
 
 
+def test_adapters_train_on_frozen_bf16_weights() -> None:
+    model = build("mixtral").to(torch.bfloat16)
+    before = state(model)
+    config = settings(lora=LoraSettings(rank=2, parts=("attention",)), lr=0.1, precision="bf16")
+    result = train(model, None, text(), config)
+    assert result.losses[-1] < result.losses[0]
+    changed = {name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("self_attn" in name for name in changed)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 class Bar:
     """Records what a progress bar was told."""
 
