@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from moekit._progress import Progress
+    from moekit.checking import CheckReport
     from moekit.checkpoint import Record
     from moekit.data import Document, TokenBatches
     from moekit.recipe.steps.base import Workplace
@@ -148,16 +150,27 @@ def _write_checked(model: Any, tokenizer: Any, record: Record, work: Workplace) 
     with atomic_folder(work.out, overwrite=work.overwrite) as folder:
         inner = folder / work.out.name
         moekit.save(model, inner, tokenizer=tokenizer, record=record)
-        report = check(inner, progress=work.progress)
-        report.raise_if_bad()
-        for finding in report.findings:
-            if finding.severity == "warning":
-                logger.warning(
-                    "%s: %s", work.out if finding.layer is None else f"layer {finding.layer}", finding.message
-                )
+        _judge(check(inner, progress=work.progress), work.out)
         for file in list(inner.iterdir()):
             file.rename(folder / file.name)
         inner.rmdir()
+
+
+def _judge(report: CheckReport, out: Path) -> None:
+    """Raise what writing may have done, and warn of what the model itself is.
+
+    The digests have just been taken from memory, so an expert that can only answer zero was so before: right after a
+    conversion, or because training chose it for no token. That is no reason to throw the training away.
+    """
+    silent = [f for f in report.findings if f.code == "dead-expert"]
+    others = [f for f in report.findings if f.code != "dead-expert"]
+    report.model_copy(update={"findings": others}).raise_if_bad()
+    for layer, count in sorted(Counter(f.layer for f in silent).items(), key=str):
+        logger.warning("%s: layer %s: %d experts can only answer zero; train them, or prune them", out, layer, count)
+    for finding in others:
+        if finding.severity == "warning":
+            place = "" if finding.layer is None else f"layer {finding.layer}: "
+            logger.warning("%s: %s%s", out, place, finding.message)
 
 
 def load_tokenizer(location: str) -> Any:

@@ -274,3 +274,21 @@ def test_a_full_disk_is_exit_code_4(
     assert done.code == 4
     assert "disk is full" in done.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_left_experts_silent_is_kept_and_said(
+    moekit: Callable[..., Done], made: Path, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).save_pretrained(tmp_path / "dense")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(made / "moe" / name, tmp_path / "dense")
+    moe = tmp_path / "moe"
+    assert moekit("convert", "residual", tmp_path / "dense", moe, "--experts", 16, "--top-k", 1).code == 0
+    options = ("--text", made / "text", "--steps", 2, "--seq-len", 8, "--batch", 1, "--warmup", 0)
+    done = moekit("train", moe, tmp_path / "tuned", *options)
+    assert done.code == 0, done.err
+    assert "experts can only answer zero" in done.err
+    # Afterwards, without knowing where they come from, `check` calls them what they are.
+    checked = moekit("check", tmp_path / "tuned", "--json")
+    assert {finding["code"] for finding in checked.json["findings"]} == {"dead-expert"}  # type: ignore[index, union-attr]

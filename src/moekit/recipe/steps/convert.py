@@ -52,8 +52,8 @@ class ConvertStep(Step):
         if self.text is not None:
             documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
             rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens)
-            calibration = rows.input_ids.long()
-        moe = conversion.convert(model, calibration, work.seed)
+            calibration = rows.calibration
+        moe = conversion.convert(model, calibration, work.seed, progress=work.progress)
         save_changed(moe, tokenizer, work, parent=self.model, config={"method": self.method, **self.settings})
         layers = find_moe_layers(moe)
         return {
