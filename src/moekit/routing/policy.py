@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
+from moekit.errors import BadConfig
 from moekit.routing.gate import Gate
 
 
@@ -67,10 +68,13 @@ class RoutingPolicy(BaseModel, ABC):
         """Tensors for a model whose experts were reordered, `order[new] = old`.
 
         Raises:
-            NotImplementedError: by default, if there are tensors: only the policy knows what their axes mean.
+            BadConfig: by default, if there are tensors: only the policy knows what their axes mean.
         """
         if tensors:
-            raise NotImplementedError(f"{type(self).__name__} does not say how its tensors follow reordered experts")
+            raise BadConfig(
+                f"{type(self).__name__} does not say how its tensors follow reordered experts",
+                hint="reorder the model first and plan the policy again, or give the policy a `permute`",
+            )
         return {}
 
     @abstractmethod
