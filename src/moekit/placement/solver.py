@@ -6,6 +6,7 @@ Legend: E experts, D devices, N tokens, K choices a token.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -53,7 +54,7 @@ class Solution:
         return None if self.bound is None else max(0.0, self.bound - self.value)
 
 
-class Solver(BaseModel):
+class Solver(BaseModel, ABC):
     """Base of the placement solvers; subclasses implement `search`.
 
     The objective is f, the share of co-activated pairs on one device, minus `load_weight` times (largest device load
@@ -74,9 +75,9 @@ class Solver(BaseModel):
         default=150, ge=0, description="eigenvalue decompositions spent on the bound (0: partner bound only)"
     )
 
+    @abstractmethod
     def search(self, problem: Problem) -> tuple[list[int], float | None, bool]:
         """Groups, a bound of the solver's own (None: none) and whether they are proven best."""
-        raise NotImplementedError
 
     def solve(
         self,
