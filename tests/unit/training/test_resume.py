@@ -14,13 +14,24 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from moekit._progress import Progress
 from moekit.anatomy import find_moe_layers
-from moekit.errors import BadCheckpoint, BadConfig
-from moekit.training import CompleteCheckpoints, ExactResume, MoECallback, last_complete_checkpoint
+from moekit.checkpoint.atomic import lock
+from moekit.errors import BadCheckpoint, BadConfig, NumericFault
+from moekit.training import (
+    CompleteCheckpoints,
+    ExactResume,
+    MoECallback,
+    TrainConfig,
+    TrainResult,
+    last_complete_checkpoint,
+    train,
+)
 from moekit.training.freeze import train_only
 from moekit.training.resume import MARK, checkpoints, is_complete, load_changing, remove_incomplete, save_changing
 from tests.families import FAMILIES, build
 from tests.unit.training.helpers import Rows, trainer
+from tests.unit.training.test_run import settings, text
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,14 +39,10 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-import torch
 import moekit.training.resume as resume
-from moekit.training import TrainConfig, train
-from tests.families import build
-from tests.unit.training.test_run import text
+from tests.unit.training.test_resume import run
 
-folder, moment = Path(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
+moment = sys.argv[2]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 class Bar:
@@ -56,18 +63,29 @@ def mark(checkpoint):
     stock(checkpoint)
 resume.mark_complete = mark
 if moment == "finishing":
-    import moekit.training.run as run
-    run.save_changing = lambda *_: die()
+    import moekit.training.run as module
+    module.save_changing = lambda *_: die()
 if moment == "full":
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-model = build("deepseek_v3")
-config = TrainConfig(steps=13, batch=2, accumulation=2, seq_len=16, lr=1e-2, balance_coef=0.02, bias_rate=0.01,
-                     save_every=3, parts=("router", "experts", "attention"))
-result = train(model, None, text(21, padded=True), config, output=folder, progress=Bar())
-print(result.resumed_from, *result.losses)
+run(Path(sys.argv[1]), Bar())
 """
+
+
+def run(folder: Path, progress: Progress | None = None) -> TrainResult:
+    torch.set_num_threads(1)
+    config = TrainConfig(
+        steps=13,
+        batch=2,
+        accumulation=2,
+        seq_len=16,
+        lr=1e-2,
+        balance_coef=0.02,
+        bias_rate=0.01,
+        save_every=3,
+        parts=("router", "experts", "attention"),
+    )
+    return train(build("deepseek_v3"), None, text(21, padded=True), config, output=folder, progress=progress)
 
 
 def launch(folder: Path, moment: str) -> subprocess.CompletedProcess[str]:
@@ -81,17 +99,18 @@ def launch(folder: Path, moment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+State = dict[str, torch.Tensor]
+
+
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, torch.Tensor]]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], State]:
     folder = tmp_path_factory.mktemp("unbroken")
-    done = launch(folder, "never")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [float(x) for x in done.stdout.split()[1:]], load_file(folder / "training.safetensors")
+    return run(folder).losses, load_file(folder / "training.safetensors")
 
 
 @pytest.mark.parametrize(("moment", "last"), [("between", 6), ("unmarked", 3), ("truncated", 3), ("finishing", 13)])
 def test_a_killed_run_continues_bit_for_bit(
-    moment: str, last: int, unbroken: tuple[list[float], dict[str, torch.Tensor]], tmp_path: Path
+    moment: str, last: int, unbroken: tuple[list[float], State], tmp_path: Path
 ) -> None:
     killed = launch(tmp_path, moment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
@@ -101,42 +120,36 @@ def test_a_killed_run_continues_bit_for_bit(
     assert found.name == f"checkpoint-{last}"
     if last == 3:
         assert [step for step, _ in checkpoints(tmp_path)] == [3, 6]  # the half-written one is there, and ignored
-    done = launch(tmp_path, "never")
-    assert done.returncode == 0, done.stderr[-3000:]
-    resumed, *losses = done.stdout.split()
-    assert int(resumed) == last
-    assert [float(x) for x in losses] == unbroken[0]
+    result = run(tmp_path)
+    assert result.resumed_from == last
+    assert result.losses == unbroken[0]
+    assert len(result.losses) == 13
     state = load_file(tmp_path / "training.safetensors")
+    assert state.keys() == unbroken[1].keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in unbroken[1].items())
     assert any(name.endswith("e_score_correction_bias") for name in state)
-    assert len(losses) == 13
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(
-    unbroken: tuple[list[float], dict[str, torch.Tensor]], tmp_path: Path
+    unbroken: tuple[list[float], State], tmp_path: Path
 ) -> None:
     full = launch(tmp_path, "full")  # no file may grow beyond 60 kB; the optimizer's state is larger
     assert full.returncode == 1
     assert "OutOfBudget" in full.stderr.splitlines()[-2]
     assert "continues from its last complete checkpoint" in full.stderr.splitlines()[-1]
     assert checkpoints(tmp_path) == []
-    done = launch(tmp_path, "never")
-    assert [float(x) for x in done.stdout.split()[1:]] == unbroken[0]
+    assert run(tmp_path).losses == unbroken[0]
 
 
 def test_a_second_process_is_refused_while_the_first_writes(tmp_path: Path) -> None:
-    from moekit.checkpoint.atomic import lock
-    from moekit.training import train
-    from tests.unit.training.test_run import settings, text
-
     with lock(tmp_path / "run"), pytest.raises(BadConfig, match="is writing this folder"):
         train(build("olmoe"), None, text(), settings(), output=tmp_path / "run")
 
 
 def test_marks_list_every_file(tmp_path: Path) -> None:
-    run = trainer(build("olmoe"), Rows(8), tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
-    run.add_callback(CompleteCheckpoints())
-    run.train()
+    made = trainer(build("olmoe"), Rows(8), tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
+    made.add_callback(CompleteCheckpoints())
+    made.train()
     assert [step for step, path in checkpoints(tmp_path) if is_complete(path)] == [1, 2, 3]
     newest = tmp_path / "checkpoint-3"
     listed = json.loads((newest / MARK).read_text())["files"]
@@ -151,13 +164,13 @@ def test_marks_list_every_file(tmp_path: Path) -> None:
 def test_a_run_that_starts_over_unmarks_what_it_will_overwrite(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     for _ in range(2):
-        run = trainer(build("olmoe"), Rows(8), tmp_path, **settings)
-        run.add_callback(CompleteCheckpoints())
-        run.train()
+        made = trainer(build("olmoe"), Rows(8), tmp_path, **settings)
+        made.add_callback(CompleteCheckpoints())
+        made.train()
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
-    run = trainer(build("olmoe"), Rows(8), tmp_path, **settings | {"max_steps": 1, "save_strategy": "no"})
-    run.add_callback(CompleteCheckpoints())
-    run.train()
+    made = trainer(build("olmoe"), Rows(8), tmp_path, **settings | {"max_steps": 1, "save_strategy": "no"})
+    made.add_callback(CompleteCheckpoints())
+    made.train()
     assert last_complete_checkpoint(tmp_path) is None
 
 
@@ -167,7 +180,7 @@ class Exact(ExactResume, Trainer):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_mixin_restores_stacked_experts_in_any_trainer(family: str, tmp_path: Path) -> None:
-    def run(folder: Path, resume: Path | None) -> tuple[list[float], torch.nn.Module]:
+    def once(folder: Path, resume: Path | None) -> tuple[list[float], torch.nn.Module]:
         made = trainer(build(family), Rows(8), folder, save_strategy="steps", save_steps=2, max_steps=4)
         made.__class__ = Exact
         made.add_callback(MoECallback())
@@ -175,17 +188,13 @@ def test_the_mixin_restores_stacked_experts_in_any_trainer(family: str, tmp_path
         made.train(resume_from_checkpoint=None if resume is None else str(resume))
         return [entry["loss"] for entry in made.state.log_history if "loss" in entry], made.model
 
-    whole, model = run(tmp_path, None)
-    resumed, again = run(tmp_path, tmp_path / "checkpoint-2")
+    whole, model = once(tmp_path, None)
+    resumed, again = once(tmp_path, tmp_path / "checkpoint-2")
     assert resumed == whole
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_no_checkpoint_holds_nan(tmp_path: Path) -> None:
-    from moekit.errors import NumericFault
-    from moekit.training import train
-    from tests.unit.training.test_run import settings, text
-
     model = build("olmoe")
     # The loss stays finite, its gradient does not.
     model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
