@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,20 +165,63 @@ def _constrained_row(part: dict[str, Any], free: dict[str, Any], name: str) -> P
 
 
 def _trace_sections(step: ReportStep) -> list[Section]:
-    names = _names(step.trace_names, step.traces)
-    traces = [Trace.load(folder) for folder in step.traces]
-    order = _placement_of(step)
-    panels, loads = [], {}
-    for name, trace in zip(names, traces, strict=True):
+    places = _places(step)
+    traces = {name: Trace.load(folder) for name, folder in zip(_trace_names(step, places), step.traces, strict=True)}
+    panels: list[Coactivations] = []
+    loads: dict[str, dict[int, Any]] = {}
+    for name, trace in traces.items():
         found = trace.require(["coactivation", "load"])
         counts = {layer: found[layer]["coactivation"].numpy() for layer in trace.meta.layers}
         loads[name] = {layer: found[layer]["load"].numpy() for layer in trace.meta.layers}
-        orders = None if order is None else order.orders()
-        blocks = None if order is None else {layer: order.sizes(layer) for layer in order.layers}
-        panels.append(Coactivations(name=name, counts=counts, orders=orders, blocks=blocks))
-    note = "" if order is None else f"Experts stand in the order of the placement on {order.devices} devices."
-    summaries = dict(zip(names, map(summarise, traces), strict=True))
+        placement = places[trace.digest].placement if trace.digest in places else None
+        if placement is None or not panels:
+            panels.append(Coactivations(name=f"{name}, experts as they stand", counts=counts))
+        if placement is not None:
+            orders, blocks = placement.orders(), {layer: placement.sizes(layer) for layer in placement.layers}
+            title = f"{name}, placed on {placement.devices} devices"
+            panels.append(Coactivations(name=title, counts=counts, orders=orders, blocks=blocks))
+    note = "Outlines are devices; each routing has its own placement, planned on other text." if places else ""
+    summaries = {name: summarise(trace) for name, trace in traces.items()}
     return [coactivation_section(panels, note=note), load_section(loads), _by_layer(summaries)]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What became of a trace: how its model is called, and its placement on the most devices."""
+
+    name: str
+    placement: Placement
+
+
+def _places(step: ReportStep) -> dict[str, _Place]:
+    """Digest of a replayed trace -> its placement."""
+    if step.free is None:
+        return {}
+    names = [load_comparison(folder).b for folder in step.costs] or [Path(folder).name for folder in step.constrained]
+    found = {}
+    for folder, name in zip((step.free, *step.constrained), (_PLAIN, *names), strict=True):
+        results = load_replay(folder)
+        devices = max(part["devices"] for part in results["devices"])
+        placement = Placement.load(Path(folder) / placement_file(devices))
+        found[str(results["trace"])] = _Place(name, placement)
+    return found
+
+
+_PLAIN = "plain top-k"
+
+
+def _trace_names(step: ReportStep, places: Mapping[str, _Place]) -> list[str]:
+    """As given; else as the replay or evaluation of the same trace calls it; else the folder's name."""
+    given, folders = step.trace_names, step.traces
+    if given and len(given) != len(folders):
+        raise BadConfig(f"{len(folders)} traces, but {len(given)} names", hint="name each trace, or none")
+    if given:
+        return list(given)
+    digests = [Trace.load(folder).digest for folder in folders]
+    return [
+        places[digest].name if digest in places else Path(folder).name
+        for digest, folder in zip(digests, folders, strict=True)
+    ]
 
 
 def _by_layer(summaries: Mapping[str, TraceSummary]) -> LinesSection:
@@ -194,20 +238,6 @@ def _by_layer(summaries: Mapping[str, TraceSummary]) -> LinesSection:
                 charts.setdefault(quantity, {}).setdefault(name, {})[layer.layer] = value
     note = "NMI: normalised mutual information of domain and chosen expert, less what shuffled documents give."
     return by_layer_section(charts, title="Figures by layer", zero=True, note=note)
-
-
-def _placement_of(step: ReportStep) -> Placement | None:
-    """The unconstrained model's placement on the fewest devices, which orders the heat maps."""
-    if step.free is None:
-        return None
-    devices = min(part["devices"] for part in load_replay(step.free)["devices"])
-    return Placement.load(Path(step.free) / placement_file(devices))
-
-
-def _names(given: Sequence[str], folders: Sequence[str]) -> list[str]:
-    if given and len(given) != len(folders):
-        raise BadConfig(f"{len(folders)} traces, but {len(given)} names", hint="name each trace, or none")
-    return list(given) or [Path(folder).name for folder in folders]
 
 
 def _steps_section(finished: Sequence[Finished]) -> TableSection:
@@ -228,8 +258,8 @@ def _plain_headline(comparisons: Sequence[Comparison], step: ReportStep) -> Find
     for comparison in comparisons:
         change = relative(comparison.overall.difference if comparison.overall is not None else None)
         if change is not None:
-            text = f"The perplexity of {comparison.b} is {change.mean:+.1%} [{change.low:+.1%}, {change.high:+.1%}] of "
-            return Finding(text=f"{text}that of {comparison.a}, paired over documents.")
+            text = f"Against {comparison.a}, the perplexity of {comparison.b} changes by {change.mean:+.1%} "
+            return Finding(text=f"{text}({change.low:+.1%} to {change.high:+.1%}, 95 %, paired over documents).")
     if step.traces:
         return _routing_finding(Trace.load(step.traces[0]))
     return Finding(text=f"{step.title}: nothing was compared.")
@@ -262,5 +292,5 @@ def _figures(comparisons: Sequence[Comparison]) -> tuple[KeyFigure, ...]:
 def _hashes(step: ReportStep) -> dict[str, str]:
     return {
         f"trace {name}": Trace.load(folder).digest
-        for name, folder in zip(_names(step.trace_names, step.traces), step.traces, strict=True)
+        for name, folder in zip(_trace_names(step, _places(step)), step.traces, strict=True)
     }

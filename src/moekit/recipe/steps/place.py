@@ -60,7 +60,8 @@ class PlaceStep(Step):
             measured = Trace.load(self.replay)
             # The placement is for the model that is replayed; it is planned on a trace of what that was tuned from.
             trace.meta = trace.meta.model_copy(update={"fingerprint": measured.meta.fingerprint})
-        results: dict[str, Any] = {"method": self.method, "routing": measured.meta.routing, "devices": []}
+        results: dict[str, Any] = {"method": self.method, "routing": measured.meta.routing, "trace": measured.digest}
+        results["devices"] = []
         with atomic_folder(work.out, overwrite=work.overwrite) as folder:
             for devices in self.devices:
                 results["devices"].append(self._on(devices, trace, measured, folder, work))
@@ -72,20 +73,21 @@ class PlaceStep(Step):
         from moekit.placement.comparison import compare, compare_solvers
         from moekit.placement.simulation import place_trace
 
+        groups = self._routing_groups()
         placement = place_trace(
             trace,
             devices,
             solver=self.method,
             config=self.settings,
             nodes=self.nodes,
-            routing_groups=self._routing_groups(),
+            routing_groups=groups,
             seed=work.seed,
             progress=work.progress,
         )
         placement.save(folder / placement_file(devices))
         rows = compare(measured, {self.method: placement}).as_dicts()
         if self.compare:
-            options = {"nodes": self.nodes}
+            options = {"nodes": self.nodes, "routing_groups": groups}
             others = compare_solvers(
                 measured, (devices,), self.compare, planned_on=trace, seed=work.seed, options=options
             )
