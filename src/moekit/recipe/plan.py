@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,16 @@ def largest(numbers: Iterable[int | None]) -> int | None:
     return max((number for number in numbers if number is not None), default=None)
 
 
+def _most_at_once(parts: Sequence[Forecast]) -> int | None:
+    """Most bytes on disk while steps run one after the other: what a step needs only while it runs goes when it ends."""
+    kept, most = 0, None
+    for part in parts:
+        written = total(item.nbytes for item in part.writes) or 0
+        most = max(most or 0, kept + max(part.disk or 0, written))
+        kept += written
+    return most
+
+
 def merged(forecasts: Mapping[str, Forecast]) -> Forecast:
     """One forecast of steps that run one after the other: outputs add up, memory does not."""
     parts = list(forecasts.values())
@@ -109,7 +119,7 @@ def merged(forecasts: Mapping[str, Forecast]) -> Forecast:
     return Forecast(
         reads=tuple(outside.values()),
         writes=tuple(item for part in parts for item in part.writes),
-        disk=total(part.disk for part in parts),
+        disk=_most_at_once(parts),
         memory=largest(part.memory for part in parts),
         notes=tuple(f"{name}: {note}" for name, part in forecasts.items() for note in part.notes),
     )

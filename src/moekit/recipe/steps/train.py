@@ -54,7 +54,9 @@ class TrainStep(Step):
         model = model_item(self.model, sizes)
         texts = [text_item(item, sizes) for item in (self.text, self.heldout) if item]
         needed = None if model.nbytes is None else _TRAINING_FACTOR * model.nbytes
-        kept = None if needed is None or model.nbytes is None else needed + model.nbytes
+        # What was learnt, then the model; two checkpoints with both moments where any are kept.
+        copies = 2 if self.config(0).save_every is None else 8
+        kept = None if model.nbytes is None else copies * model.nbytes
         return Forecast((model, *texts), (Item(str(out), model.nbytes),), disk=kept, memory=needed)
 
     def run(self, work: Workplace) -> dict[str, Any]:
