@@ -99,8 +99,9 @@ def largest(numbers: Iterable[int | None]) -> int | None:
 
 
 def _most_at_once(parts: Sequence[Forecast]) -> int | None:
-    """Most bytes on disk while steps run one after the other: what a step needs only while it runs goes when it ends."""
-    kept, most = 0, None
+    """Most bytes on disk while steps run one after the other: scratch files of a step go when it ends."""
+    kept = 0
+    most: int | None = None
     for part in parts:
         written = total(item.nbytes for item in part.writes) or 0
         most = max(most or 0, kept + max(part.disk or 0, written))
