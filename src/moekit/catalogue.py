@@ -26,7 +26,12 @@ from moekit.errors import BadConfig
 ENTRY_POINT_GROUP = "moekit.methods"
 
 # Folders whose modules hold methods; each module is imported once, when the catalogue is first read.
-METHOD_PACKAGES = ("moekit.routing", "moekit.anatomy.convert", "moekit.placement.solvers")
+METHOD_PACKAGES = (
+    "moekit.routing",
+    "moekit.anatomy.convert",
+    "moekit.placement.solvers",
+    "moekit.parallel.dispatchers",
+)
 
 C = TypeVar("C", bound=type)
 

@@ -1,0 +1,20 @@
+"""Experts on several ranks: dispatchers, placements applied, checkpoints that any number of ranks opens."""
+
+from moekit._lazy import attach
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "Dispatcher": "dispatcher",
+        "ExpertLayout": "layout",
+        "ExpertShard": "sharding",
+        "Ranks": "ranks",
+        "Traffic": "traffic",
+        "expert_mesh": "ranks",
+        "expert_parallel": "sharding",
+        "expert_parameters": "sharding",
+        "gather_experts": "sharding",
+        "make_dispatcher": "sharding",
+        "shards": "sharding",
+    },
+)

@@ -1,0 +1,107 @@
+"""Compute shared experts while rows travel, in whichever order a family's block calls them.
+
+Some blocks call router, experts, shared experts: there the experts' stand-in computes the shared ones early and keeps
+the result until the block asks. Others call the shared experts first: there that call routes and dispatches first, and
+router and experts find their work begun. Either way the block computes the same numbers from the same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from moekit.anatomy import MoELayer
+from moekit.parallel.dispatcher import Dispatcher
+
+_Forward = Callable[..., Any]
+
+
+def _key(tensor: Tensor) -> tuple[int, int, int]:
+    """What names a tensor's contents however it is viewed: where it lies, how much, and how often it was written."""
+    return tensor.data_ptr(), tensor.numel(), tensor._version
+
+
+@dataclass(eq=False)
+class SharedOverlap:
+    """What one layer has under way.
+
+    Attributes:
+        router: its router, called early where the block begins with the shared experts.
+        dispatcher: of the layer.
+        shared: the shared experts.
+    """
+
+    router: nn.Module
+    dispatcher: Dispatcher
+    shared: tuple[nn.Module, ...]
+    _forwards: dict[int, _Forward] = field(default_factory=dict)
+    _results: dict[tuple[int, tuple[int, int, int]], Tensor] = field(default_factory=dict)
+    _routed: tuple[tuple[int, int, int], Any] | None = None
+    _flight: tuple[tuple[int, int, int], Any] | None = None
+    _begins_early: bool = True
+
+    def install(self) -> None:
+        """Wrap the forwards of router and shared experts."""
+        for number, module in enumerate(self.shared):
+            self._forwards[number] = module.forward
+            module.forward = self._shared_forward(number)
+        self._forwards[-1] = self.router.forward
+        self.router.forward = self._router_forward
+
+    def remove(self) -> None:
+        """Give them their own forwards back."""
+        for module in (*self.shared, self.router):
+            module.__dict__.pop("forward", None)
+
+    def take(self, x_NH: Tensor) -> Any:
+        """What was dispatched early for these tokens; None if nothing was."""
+        found, self._flight = self._flight, None
+        if found is None:
+            return None
+        if found[0] == _key(x_NH):
+            return found[1]
+        # The block gives its experts something else than its shared ones: never begin early again.
+        self._begins_early = False
+        return None
+
+    def compute_shared(self, hidden: Tensor) -> None:
+        """Run the shared experts now, for when the block asks."""
+        for number in range(len(self.shared)):
+            self._results[number, _key(hidden)] = self._forwards[number](hidden)
+
+    def _shared_forward(self, number: int) -> _Forward:
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            ready = self._results.pop((number, _key(hidden)), None)
+            if ready is not None:
+                return ready.view(*hidden.shape[:-1], ready.shape[-1])
+            if number == 0 and self._begins_early and self._flight is None:
+                self._begin(hidden)
+            return self._forwards[number](hidden, *args, **kwargs)
+
+        return forward
+
+    def _begin(self, hidden: Tensor) -> None:
+        """Route and dispatch before the shared experts are computed."""
+        x_NH = hidden.reshape(-1, hidden.shape[-1])
+        answer = self._forwards[-1](x_NH)
+        self._routed = (_key(x_NH), answer)
+        _, weights_NK, indices_NK = answer
+        self._flight = (_key(x_NH), self.dispatcher.dispatch(x_NH, indices_NK, weights_NK))
+
+    def _router_forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found, self._routed = self._routed, None
+        if found is not None and found[0] == _key(hidden):
+            return found[1]
+        return self._forwards[-1](hidden, *args, **kwargs)
+
+
+def overlap_shared(layer: MoELayer, dispatcher: Dispatcher) -> SharedOverlap | None:
+    """Install the overlap on a layer with shared experts; None where its router does not follow the contract."""
+    if layer.router is None:
+        return None
+    overlap = SharedOverlap(layer.router, dispatcher, layer.shared)
+    overlap.install()
+    return overlap

@@ -1,0 +1,107 @@
+"""Which ranks share experts, which share a node, and which hold equal experts: process groups from one mesh.
+
+Legend: W world size, R ranks that share the experts, M nodes among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moekit.errors import BadConfig
+
+COPIES, NODE, PLACE = "copies", "node", "place"
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Process groups of expert parallelism.
+
+    Attributes:
+        group: the R ranks among which the experts of a layer are dealt out.
+        across: of them, those with one's own place in every node; None where nodes are not told apart.
+        inside: of them, those of one's own node.
+        copies: ranks that own the same experts as this one; None if it is alone.
+    """
+
+    group: dist.ProcessGroup
+    across: dist.ProcessGroup | None = None
+    inside: dist.ProcessGroup | None = None
+    copies: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """R."""
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """Own place among the R."""
+        return dist.get_rank(self.group)
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Ranks:
+        """From a mesh: one dimension (all ranks share the experts), or dimensions called copies, node and place.
+
+        Raises:
+            BadConfig: other dimensions.
+        """
+        names = mesh.mesh_dim_names or ()
+        if mesh.ndim == 1:
+            return cls(mesh.get_group())
+        if set(names) - {COPIES, NODE, PLACE} or PLACE not in names:
+            raise BadConfig(
+                f"a mesh with dimensions {names or mesh.ndim} does not say which ranks share experts",
+                hint=f"name them {COPIES!r} (ranks with equal experts), {NODE!r} and {PLACE!r}; see expert_mesh()",
+            )
+        copies = mesh[COPIES].get_group() if COPIES in names and mesh[COPIES].size() > 1 else None
+        if NODE not in names:
+            return cls(mesh[PLACE].get_group(), copies=copies)
+        both = mesh[NODE, PLACE]._flatten()
+        return cls(both.get_group(), mesh[NODE].get_group(), mesh[PLACE].get_group(), copies)
+
+
+def expert_mesh(ranks: int | None = None, nodes: int = 1, device_type: str | None = None) -> DeviceMesh:
+    """A mesh over the whole world: copies x nodes x places.
+
+    Neighbouring ranks share the experts, and among them neighbouring ranks share a node, as torchrun numbers them.
+
+    Args:
+        ranks: R; all by default.
+        nodes: M among them.
+        device_type: "cpu" or "cuda"; what the default process group serves, by default.
+
+    Raises:
+        BadConfig: R does not divide the world, or M does not divide R.
+    """
+    if not dist.is_initialized():
+        raise BadConfig("there is no process group", hint="start under torchrun and call start_ranks() first")
+    world = dist.get_world_size()
+    size = ranks or world
+    if world % size:
+        raise BadConfig(f"{world} ranks cannot be dealt into groups of {size}", hint=f"--ep must divide {world}")
+    if size % nodes:
+        raise BadConfig(f"{size} ranks cannot stand in {nodes} nodes of equal size", hint="choose a divisor")
+    kind = device_type or ("cuda" if dist.get_backend() == "nccl" else "cpu")
+    return init_device_mesh(kind, (world // size, nodes, size // nodes), mesh_dim_names=(COPIES, NODE, PLACE))
+
+
+def node_count() -> int:
+    """Nodes of the whole world as torchrun told: world size over ranks of this node."""
+    import os
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return world // local if local and world % local == 0 else 1
+
+
+def device_of_rank() -> torch.device:
+    """Where this rank computes."""
+    import os
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")

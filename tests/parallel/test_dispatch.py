@@ -1,0 +1,82 @@
+"""Dispatchers between real ranks: identity, rows against the replay, and whole models against one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moekit.placement.replaying import replay
+from tests.parallel.pool import Pool
+
+DISPATCHERS = ["once-per-expert", "once-per-rank", "hierarchical", "all-gather"]
+
+
+def _choices(tokens: int, experts: int, top_k: int, seed: int, holes: bool) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
+    if holes and tokens:
+        chosen[torch.rand(chosen.shape, generator=generator) < 0.2] = experts
+    return chosen
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHERS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.sampled_from([1, 2, 4]),
+    tokens=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    experts=st.integers(4, 11),
+    top_k=st.integers(1, 4),
+    holes=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_identity_experts_return_the_input(
+    pool: Pool, dispatch: str, size: int, tokens: list[int], experts: int, top_k: int, holes: bool, seed: int
+) -> None:
+    if dispatch == "hierarchical" and size == 1:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    owner = torch.randint(size, (experts,), generator=generator).tolist()
+    indices = [_choices(n, experts, top_k, seed + rank, holes) for rank, n in enumerate(tokens[:size])]
+    answers = pool.run(size, "tests.parallel.jobs.identity", dispatch, owner, indices, seed)
+    for answer, chosen in zip(answers, indices, strict=True):
+        # A token without any expert gets nothing.
+        alive = (chosen < experts).any(1, keepdim=True)
+        torch.testing.assert_close(answer["y"], answer["x"] * alive, rtol=0, atol=1e-12)
+        torch.testing.assert_close(answer["grad"], torch.ones_like(answer["x"]) * alive, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dispatch", ["once-per-expert", "once-per-rank", "hierarchical"])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.sampled_from([2, 4]),
+    tokens=st.lists(st.integers(0, 12), min_size=4, max_size=4),
+    top_k=st.integers(1, 4),
+    seed=st.integers(0, 2**16),
+)
+def test_rows_of_the_collectives_are_those_of_the_replay(
+    pool: Pool, dispatch: str, size: int, tokens: list[int], top_k: int, seed: int
+) -> None:
+    experts = 9
+    owner = torch.randint(size, (experts,), generator=torch.Generator().manual_seed(seed)).tolist()
+    indices = [_choices(n, experts, top_k, seed + rank, False) for rank, n in enumerate(tokens[:size])]
+    answers = pool.run(size, "tests.parallel.jobs.identity", dispatch, owner, indices, seed)
+    home = torch.cat([torch.full((len(chosen),), rank) for rank, chosen in enumerate(indices)])
+    nodes = 2 if dispatch == "hierarchical" else 1
+    expected = replay(torch.cat(indices), owner, size, nodes=nodes, home=home)
+    for direction in ("forward", "backward"):
+        for way in ("dispatch", "combine"):
+            sent = [answer["rows"]["ranks"].get((direction, way), [0]) for answer in answers]
+            if dispatch == "hierarchical":
+                across = sum(
+                    count
+                    for rank, answer in enumerate(answers)
+                    for node, count in enumerate(answer["rows"]["nodes"].get((direction, way), [0]))
+                    if node != rank // (size // 2)
+                )
+                assert across == expected.across_per_node
+            elif dispatch == "once-per-rank":
+                assert sum(map(sum, sent)) == expected.rows_once_per_device
+            else:
+                assert sum(map(sum, sent)) == expected.rows_once_per_expert
