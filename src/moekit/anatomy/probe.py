@@ -111,6 +111,14 @@ def is_experts(module: nn.Module) -> bool:
     return len(stacked) >= 2 and hasattr(module, "down_proj")
 
 
+def experts_in_layer(experts: nn.Module) -> int:
+    """E of the whole layer, also where this module holds one rank's share of it."""
+    count = getattr(experts, "experts_in_layer", None)
+    down = experts.down_proj
+    assert isinstance(down, torch.Tensor)
+    return count if isinstance(count, int) else down.shape[0]
+
+
 def ask_router(router: nn.Module, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Call a router candidate without firing hooks or changing its mode; None unless it answers with the contract.
 
@@ -183,7 +191,7 @@ def _geometry(experts: nn.Module, top_k: int, shared_width: int) -> Geometry:
     width, hidden = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
     return Geometry(
         hidden=hidden,
-        experts=down.shape[0],
+        experts=experts_in_layer(experts),
         top_k=top_k,
         width=width,
         shared_width=shared_width,

@@ -9,14 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moekit.anatomy import MoELayer
+from moekit.errors import UnsupportedModel
 from moekit.parallel.dispatcher import Dispatcher
 
 _Forward = Callable[..., Any]
+
+
+def _own(module: nn.Module) -> _Forward:
+    """A module's forward as its class defines it now: a routing policy may come and go meanwhile."""
+    return partial(type(module).forward, module)
+
+
+class _Wrapped:
+    """A forward in place of a module's own; a copy of the module has its own again."""
+
+    def __init__(self, forward: _Forward, module: nn.Module) -> None:
+        self._forward, self._module = forward, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        return _own(memo[id(self._module)])
 
 
 def _key(tensor: Tensor) -> tuple[int, int, int]:
@@ -37,40 +58,54 @@ class SharedOverlap:
     router: nn.Module
     dispatcher: Dispatcher
     shared: tuple[nn.Module, ...]
-    _forwards: dict[int, _Forward] = field(default_factory=dict)
     _results: dict[tuple[int, tuple[int, int, int]], Tensor] = field(default_factory=dict)
     _routed: tuple[tuple[int, int, int], Any] | None = None
-    _flight: tuple[tuple[int, int, int], Any] | None = None
+    _flight: tuple[tuple[int, int, int], Any, Tensor] | None = None
     _begins_early: bool = True
 
     def install(self) -> None:
         """Wrap the forwards of router and shared experts."""
         for number, module in enumerate(self.shared):
-            self._forwards[number] = module.forward
-            module.forward = self._shared_forward(number)
-        self._forwards[-1] = self.router.forward
-        self.router.forward = self._router_forward
+            module.forward = _Wrapped(self._shared_forward(number), module)
+        self.router.forward = _Wrapped(self._router_forward, self.router)
 
     def remove(self) -> None:
         """Give them their own forwards back."""
         for module in (*self.shared, self.router):
             module.__dict__.pop("forward", None)
 
-    def take(self, x_NH: Tensor) -> Any:
-        """What was dispatched early for these tokens; None if nothing was."""
+    def take(self, x_NH: Tensor, weights_NK: Tensor) -> tuple[Any, Tensor | None]:
+        """What was dispatched early for these tokens, and a zero that ties the block's weights to the result.
+
+        Hooks on a router may hang losses on the weights it returns; what was dispatched early are the weights before.
+
+        Returns:
+            Nothing if nothing was dispatched early.
+
+        Raises:
+            UnsupportedModel: a hook changed the weights' values meanwhile.
+        """
         found, self._flight = self._flight, None
         if found is None:
-            return None
-        if found[0] == _key(x_NH):
-            return found[1]
-        # The block gives its experts something else than its shared ones: never begin early again.
-        self._begins_early = False
-        return None
+            return None, None
+        key, flight, early_NK = found
+        if key != _key(x_NH):
+            # The block gives its experts something else than its shared ones: never begin early again.
+            self._begins_early = False
+            return None, None
+        if weights_NK is early_NK:
+            return flight, None
+        if not torch.equal(weights_NK.detach().reshape(early_NK.shape), early_NK.detach()):
+            raise UnsupportedModel(
+                "a hook changes the router's weights, but tokens have left with the old ones",
+                hint="call expert_parallel(..., overlap=False)",
+            )
+        return flight, (weights_NK * 0).sum()
 
     def compute_shared(self, hidden: Tensor) -> None:
         """Run the shared experts now, for when the block asks."""
         for number in range(len(self.shared)):
-            self._results[number, _key(hidden)] = self._forwards[number](hidden)
+            self._results[number, _key(hidden)] = _own(self.shared[number])(hidden)
 
     def _shared_forward(self, number: int) -> _Forward:
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -79,23 +114,23 @@ class SharedOverlap:
                 return ready.view(*hidden.shape[:-1], ready.shape[-1])
             if number == 0 and self._begins_early and self._flight is None:
                 self._begin(hidden)
-            return self._forwards[number](hidden, *args, **kwargs)
+            return _own(self.shared[number])(hidden, *args, **kwargs)
 
         return forward
 
     def _begin(self, hidden: Tensor) -> None:
         """Route and dispatch before the shared experts are computed."""
         x_NH = hidden.reshape(-1, hidden.shape[-1])
-        answer = self._forwards[-1](x_NH)
+        answer = _own(self.router)(x_NH)
         self._routed = (_key(x_NH), answer)
         _, weights_NK, indices_NK = answer
-        self._flight = (_key(x_NH), self.dispatcher.dispatch(x_NH, indices_NK, weights_NK))
+        self._flight = (_key(x_NH), self.dispatcher.dispatch(x_NH, indices_NK, weights_NK), weights_NK)
 
     def _router_forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         found, self._routed = self._routed, None
         if found is not None and found[0] == _key(hidden):
             return found[1]
-        return self._forwards[-1](hidden, *args, **kwargs)
+        return _own(self.router)(hidden, *args, **kwargs)
 
 
 def overlap_shared(layer: MoELayer, dispatcher: Dispatcher) -> SharedOverlap | None:

@@ -176,7 +176,7 @@ def _shard(layer: MoELayer, layout: ExpertLayout, ranks: Ranks, dispatcher: Disp
             stacked.append(name)
             _replace(experts, name, tensor.detach().index_select(0, owned))
     own_forward = experts.forward
-    experts.num_experts = len(owned)
+    experts.num_experts, experts.experts_in_layer = len(owned), total
     # Without it transformers' grouped kernel leaves NaN where a slot has no expert.
     experts._is_expert_parallel = True
     shard = ExpertShard(layer.index, layer.experts_name, experts, layout, ranks, dispatcher, tuple(stacked))
@@ -188,12 +188,14 @@ def _shard(layer: MoELayer, layout: ExpertLayout, ranks: Ranks, dispatcher: Disp
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden, indices_NK, weights_NK = (given[name] for name in names)
         x_NH = hidden.reshape(-1, hidden.shape[-1])
-        flight = None if in_flight is None else in_flight.take(x_NH)
+        flight, tie = (None, None) if in_flight is None else in_flight.take(x_NH, weights_NK)
         if flight is None:
             flight = dispatcher.dispatch(x_NH, indices_NK.reshape(len(x_NH), -1), weights_NK.reshape(len(x_NH), -1))
             if in_flight is not None:
                 in_flight.compute_shared(hidden)
         summed: Tensor = dispatcher.combine(flight, own_forward)
+        if tie is not None:
+            summed = summed + tie
         return summed.to(hidden.dtype).view(hidden.shape)
 
     experts.forward = forward
@@ -216,7 +218,7 @@ def detach(model: nn.Module) -> None:
         if shard.undo is not None:
             shard.undo()
         del shard.experts.forward
-        del shard.experts._moekit_shard
+        del shard.experts._moekit_shard, shard.experts.experts_in_layer
         shard.experts.num_experts = shard.layout.experts
         shard.experts._is_expert_parallel = False
 

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from moekit.errors import BadConfig
 from moekit.routing.attach import active_policy
 from moekit.training.compute import resolve_precision
 from moekit.training.config import TrainConfig
+from moekit.training.distribution import Distribution
 from moekit.training.resume import STATE_FILE, checkpoints, remove_incomplete
 
 logger = logging.getLogger(__name__)
@@ -27,9 +29,17 @@ _WATCHING = {"save_every", "eval_every"}
 
 
 def run_identity(
-    model: PreTrainedModel, rows: TokenBatches, config: TrainConfig, steps: int, world: int = 1
-) -> dict[str, str | int]:
-    """What makes a run this run: model, routing policy, text, settings, processes. Equal identities may resume."""
+    model: PreTrainedModel,
+    rows: TokenBatches,
+    config: TrainConfig,
+    steps: int,
+    world: int = 1,
+    distribution: Distribution | None = None,
+) -> dict[str, Any]:
+    """What makes a run this run: model, routing policy, text, settings, processes. Equal identities may resume.
+
+    Where ranks share a model, another number of them may continue it, if each step keeps its rows.
+    """
     policy = active_policy(model)
     routing = hashlib.sha256()
     if policy is not None:
@@ -39,18 +49,27 @@ def run_identity(
                 routing.update(f"{layer} {name}".encode() + tensor.cpu().contiguous().numpy().tobytes())
     text = hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.document_RS.numpy().tobytes())
     precision = resolve_precision(config.precision, model.device)  # "auto" may mean something else elsewhere
-    settings = config.model_copy(update={"precision": precision}).model_dump_json(exclude=_WATCHING)
+    settings = config.model_copy(update={"precision": precision})
+    if distribution is not None:
+        return {
+            "routing": "stock" if policy is None else routing.hexdigest(),
+            "text": text.hexdigest(),
+            "settings": settings.model_dump_json(exclude=_WATCHING | {"batch", "accumulation"}),
+            "steps": steps,
+            "rows of a step": config.batch * config.accumulation * world,
+            **distribution.identity(),
+        }
     return {
         "model": live_fingerprint(model),
         "routing": "stock" if policy is None else routing.hexdigest(),
         "text": text.hexdigest(),
-        "settings": settings,
+        "settings": settings.model_dump_json(exclude=_WATCHING),
         "steps": steps,
         "processes": world,
     }
 
 
-def prepare_folder(output: Path, identity: dict[str, str | int], resume: bool) -> None:
+def prepare_folder(output: Path, identity: dict[str, Any], resume: bool) -> None:
     """Make sure that what lies in a folder is this run's, or nothing.
 
     Args:

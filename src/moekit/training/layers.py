@@ -44,6 +44,15 @@ class TrainedLayer:
         return self.layer.geometry.experts
 
 
+# Attribute of a model whose routers can no longer be asked.
+_KNOWN = "_moekit_trained_layers"
+
+
+def remember_layers(model: nn.Module) -> None:
+    """Find the layers now, for good: once parameters are dealt out to ranks (FSDP), a router alone does not answer."""
+    setattr(model, _KNOWN, trained_layers(model))
+
+
 @contextmanager
 def without_wrappers(model: nn.Module) -> Iterator[None]:
     """Take peft's wrappers off for a moment, so that blocks look as the family built them.
@@ -71,6 +80,9 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     Raises:
         UnsupportedModel: no MoE layer, or a router that does not follow the contract.
     """
+    known = getattr(model, _KNOWN, None)
+    if known is not None:
+        return [layer.layer for layer in known]
     with without_wrappers(model):
         layers = find_moe_layers(model)
     for layer in layers:
@@ -86,6 +98,9 @@ def trained_layers(model: nn.Module) -> list[TrainedLayer]:
     Raises:
         UnsupportedModel: no MoE layer, or a router that does not follow the contract.
     """
+    known: list[TrainedLayer] | None = getattr(model, _KNOWN, None)
+    if known is not None:
+        return known
     found = []
     for layer in moe_layers(model):
         scores: Scores = "softmax"

@@ -25,10 +25,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from moekit.checkpoint.atomic import atomic_write, is_disk_full
 from moekit.errors import BadCheckpoint, OutOfBudget
+from moekit.training.distribution import Distribution
 from moekit.training.layers import trained_layers
 
 MARK = "complete.json"
 STATE_FILE = "training.safetensors"
+# Folder of a checkpoint's weights and moments where ranks share a model.
+RANKS = "ranks"
+SCHEDULER_NAME = "scheduler.pt"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -153,6 +157,9 @@ class ExactResume:
     model: nn.Module
     args: TrainingArguments
     state: TrainerState
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    distribution: Distribution | None = None
     _only_changing = False
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -176,12 +183,30 @@ class ExactResume:
         if not self._only_changing or output_dir is None:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
-        if not self.args.should_save:
+        if self.distribution is not None or not self.args.should_save:
             return
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_changing(self.model, Path(output_dir))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.distribution is not None:
+            # Weights and moments together, each rank its own, in files that any number of ranks can open.
+            self.distribution.save(self.model, self.optimizer, Path(output_dir) / RANKS)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            return
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.distribution is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        self.distribution.load(self.model, self.optimizer, Path(checkpoint) / RANKS)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.distribution is not None:
+            return  # with the optimizer
         load_changing(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:

@@ -23,12 +23,14 @@ from moekit.errors import BadConfig
 from moekit.training.callback import MoECallback
 from moekit.training.compute import attention_for, checkpointed_activations, frozen_weights_in, resolve_precision
 from moekit.training.config import TrainConfig, TrainResult
+from moekit.training.distribution import Distribution
 from moekit.training.freeze import FreezeReport, train_only
 from moekit.training.head import sliced_cross_entropy
 from moekit.training.identity import RESULT_FILE, prepare_folder, run_identity
 from moekit.training.lora import add_lora, merge_lora
 from moekit.training.order import OrderedRows, row_order
 from moekit.training.resume import (
+    RANKS,
     STATE_FILE,
     CompleteCheckpoints,
     checkpoints,
@@ -56,6 +58,7 @@ def train(
     heldout: Sequence[Document] | TokenBatches | None = None,
     resume: bool = True,
     progress: Progress | None = None,
+    distribution: Distribution | None = None,
 ) -> TrainResult:
     """Train a model in place.
 
@@ -73,6 +76,7 @@ def train(
         heldout: text whose loss is taken every `eval_every` steps and at the end.
         resume: continue what is in `output`; False removes it and starts afresh.
         progress: told of each step.
+        distribution: how the model lies on ranks, if they share it (`moekit.parallel.data_parallel`); the same on each.
 
     Returns:
         Losses, tokens, seconds and routing figures.
@@ -87,7 +91,9 @@ def train(
     world = int(os.environ.get("WORLD_SIZE", "1"))
     steps = config.planned_steps(len(rows), world)
     order = row_order(len(rows), steps * config.batch * config.accumulation * world, config.seed)
-    identity = run_identity(model, rows, config, steps, world)
+    identity = run_identity(model, rows, config, steps, world, distribution)
+    if distribution is not None and config.lora is not None:
+        raise BadConfig("adapters cannot train while ranks share the experts", hint="train parts, or on one rank")
     with ExitStack() as stack:
         # Every rank finds the same files; the first alone holds the lock.
         if output is not None and int(os.environ.get("RANK", "0")) == 0:
@@ -95,7 +101,7 @@ def train(
             stack.enter_context(lock(Path(output)))
             prepare_folder(Path(output), identity, resume)
         stack.enter_context(_as_it_was(model))
-        run = _Run(model, config, rows, order, steps)
+        run = _Run(model, config, rows, order, steps, distribution)
         stack.enter_context(run.prepared())
         if output is None:  # Trainer wants a folder all the same
             return run.execute(Path(stack.enter_context(TemporaryDirectory())), held, keep=False, progress=progress)
@@ -155,9 +161,16 @@ class _Run:
     """One run on one model."""
 
     def __init__(
-        self, model: PreTrainedModel, config: TrainConfig, rows: TokenBatches, order: list[int], steps: int
+        self,
+        model: PreTrainedModel,
+        config: TrainConfig,
+        rows: TokenBatches,
+        order: list[int],
+        steps: int,
+        distribution: Distribution | None,
     ) -> None:
         self.base, self.config, self.rows, self.order, self.steps = model, config, rows, order, steps
+        self.distribution = distribution
         self.precision = resolve_precision(config.precision, model.device)
         self.model: PreTrainedModel | PeftModel = model
         self.report = FreezeReport(trained={}, frozen={})
@@ -197,7 +210,10 @@ class _Run:
         if not (output / RESULT_FILE).exists():
             return None
         result = TrainResult.model_validate_json((output / RESULT_FILE).read_text(encoding="utf-8"))
-        load_changing(self.model, output)
+        if self.distribution is not None:
+            self.distribution.load(self.model, None, output / RANKS)
+        else:
+            load_changing(self.model, output)
         return result
 
     def execute(
@@ -221,7 +237,16 @@ class _Run:
         ):
             rows = OrderedRows(self.rows, self.order)
             held = None if heldout is None else OrderedRows(heldout, range(len(heldout)))
-            trainer = RunTrainer(self.model, config, self.precision, args, rows, heldout=held, progress=progress)
+            trainer = RunTrainer(
+                self.model,
+                config,
+                self.precision,
+                args,
+                rows,
+                heldout=held,
+                progress=progress,
+                distribution=self.distribution,
+            )
             callback.install(trainer)
             trainer.add_callback(CompleteCheckpoints())
             try:
@@ -229,6 +254,8 @@ class _Run:
             finally:
                 callback.detach()
         result = self._result(trainer.state.log_history, callback, done)
+        if keep and self.distribution is not None:
+            self.distribution.save(self.model, None, folder / RANKS)
         if keep and trainer.is_world_process_zero():
             self._keep(folder, result)
         return result
@@ -268,11 +295,12 @@ class _Run:
 
     def _keep(self, output: Path, result: TrainResult) -> None:
         """Replace the checkpoints by what was learnt and the result; the latter's presence says that the run ended."""
-        scratch = output / "unfinished"
-        scratch.mkdir(exist_ok=True)
-        save_changing(self.model, scratch)
-        os.replace(scratch / STATE_FILE, output / STATE_FILE)
-        scratch.rmdir()
+        if self.distribution is None:
+            scratch = output / "unfinished"
+            scratch.mkdir(exist_ok=True)
+            save_changing(self.model, scratch)
+            os.replace(scratch / STATE_FILE, output / STATE_FILE)
+            scratch.rmdir()
         atomic_write(output / RESULT_FILE, result.model_dump_json(indent=1))
         for _, path in checkpoints(output):
             shutil.rmtree(path)

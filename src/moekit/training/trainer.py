@@ -25,6 +25,7 @@ from moekit._progress import Progress
 from moekit.errors import NumericFault
 from moekit.training.compute import Precision, compute_context
 from moekit.training.config import TrainConfig
+from moekit.training.distribution import Distribution
 from moekit.training.layers import trained_layers
 from moekit.training.order import collate
 from moekit.training.resume import ExactResume
@@ -118,6 +119,7 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         rows: rows of the whole run, in order.
         heldout: held-out rows for the loss every `eval_every` steps.
         progress: told of each step.
+        distribution: how the model lies on ranks, where more than data parallelism is at work.
     """
 
     def __init__(
@@ -130,9 +132,11 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         *,
         heldout: Dataset[dict[str, Tensor]] | None = None,
         progress: Progress | None = None,
+        distribution: Distribution | None = None,
     ) -> None:
         self.config = config
         self.precision = precision
+        self.distribution = distribution
         super().__init__(model, args, data_collator=collate, train_dataset=rows, eval_dataset=heldout)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
@@ -163,6 +167,22 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
                 group["params"] = [p for p in group["params"] if id(p) not in routers]
                 optimizer.add_param_group({**group, "params": mine, "lr": rate})
         return optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As ever; a model whose gradients are reduced already is not wrapped in DDP."""
+        super().create_accelerator_and_postprocess()
+        if self.distribution is not None and self.distribution.owns_data_parallel:
+            self.accelerator.prepare_model = lambda model, **_: model
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.distribution is None:
+            return super()._clip_grad_norm(model)
+        return self.distribution.clip_gradients(self.model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if self.distribution is not None and grad_norm is None:
+            grad_norm = self.distribution.clip_gradients(self.model, math.inf)
+        return super()._get_grad_norm(model, grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Not counted: walking all parameters at every step costs more than it tells."""
