@@ -5,6 +5,7 @@ Legend: W world size, R ranks that share the experts, M nodes among them.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -91,17 +92,13 @@ def expert_mesh(ranks: int | None = None, nodes: int = 1, device_type: str | Non
 
 def node_count() -> int:
     """Nodes of the whole world as torchrun told: world size over ranks of this node."""
-    import os
-
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     world = dist.get_world_size() if dist.is_initialized() else 1
     return world // local if local and world % local == 0 else 1
 
 
-def device_of_rank() -> torch.device:
+def device_of(mesh: DeviceMesh) -> torch.device:
     """Where this rank computes."""
-    import os
-
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
