@@ -123,7 +123,19 @@ def run_local(run: RunExperts, rows_QH: Tensor, local_QS: Tensor, weights_QS: Te
     weights_QS = weights_QS.masked_fill(none_QS, 0)
     if experts == 0:  # zeros that autograd knows where they come from
         return rows_QH * weights_QS.sum(-1, keepdim=True)
+    if len(rows_QH) and local_QS.shape[1] > 1:
+        return _run_pairs(run, rows_QH, local_QS, weights_QS, none_QS)
     if len(rows_QH):
         return run(rows_QH, local_QS, weights_QS)
     one_1S = torch.zeros(1, local_QS.shape[1], dtype=torch.int64, device=rows_QH.device)
     return run(rows_QH.sum(0, keepdim=True), one_1S, weights_QS.sum(0, keepdim=True))[:0]
+
+
+def _run_pairs(run: RunExperts, rows_QH: Tensor, local_QS: Tensor, weights_QS: Tensor, none_QS: Tensor) -> Tensor:
+    """Run experts on (row, expert) pairs: kernels gather a copy for every slot they are given, also for empty ones."""
+    row, slot = (~none_QS).nonzero(as_tuple=True)
+    one_P1, gate_P1 = local_QS[row, slot].unsqueeze(1), weights_QS[row, slot].unsqueeze(1)
+    if len(row) == 0:
+        return run(rows_QH[:1], local_QS[:1, :1] * 0, weights_QS[:1, :1])[:0].sum() + rows_QH * 0
+    out_PH = run(rows_QH.index_select(0, row), one_P1, gate_P1)
+    return torch.zeros_like(rows_QH, dtype=out_PH.dtype).index_add(0, row, out_PH)
