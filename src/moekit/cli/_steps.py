@@ -125,7 +125,7 @@ def carry_out(
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise BadConfig("the folder exists", file=out, hint="choose another one, or say --overwrite")
     # The same command finds the same folder, so that work which can resume does.
-    key = hash_of([type(ready).__name__, ready.model_dump(mode="json"), terminal.seed])[:16]
+    key = hash_of([type(ready).__name__, ready.identity(), terminal.seed])[:16]
     work = Workplace(
         out=out,
         scratch=out.parent / f".{out.name}.scratch-{key}",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from moekit.cli._command import build_command
+from moekit.cli._options import option_parameters, read_options
 from moekit.cli._terminal import Terminal
-from moekit.errors import BadData
+from moekit.errors import BadConfig, BadData
 
 PROMPTS = (
     "The most important thing about a good bridge is",
@@ -29,13 +32,22 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest continuation, in tokens")] = 48,
     device: Annotated[str, typer.Option(help="cpu, cuda, ..., or auto")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored")] = "auto",
+    **ranked: Any,
 ) -> None:
     """Continue prompts with a checkpoint, and show beside it what another one says; greedily, so it can be repeated."""
     texts = [*(prompt or ()), *_lines(prompts)] or list(PROMPTS)
     if terminal.dry_run:
         _foretell(terminal, [name for name in (model, other) if name is not None])
         return
-    first = _complete(terminal, model, texts, max_new_tokens, device, dtype)
+    from moekit.recipe.ranked import RankedOptions, ranks_of
+
+    options = RankedOptions(**read_options(RankedOptions, ranked))
+    options.check_ranks()
+    if options.ep > 1 and other is not None:
+        raise BadConfig("ranks share one model at a time", hint="leave the second checkpoint out, or --ep")
+    with ranks_of(options) as started:
+        share = None if started is None else partial(_share, options, started)
+        first = _complete(terminal, model, texts, max_new_tokens, device, dtype, share)
     if other is None:
         terminal.answer(**first.model_dump(mode="json"))
         for completion in first.completions:
@@ -55,11 +67,28 @@ def generate(
     terminal.say(f"given a's text, b chooses the same token at {both.agreement:.1%} of the positions")
 
 
-def _complete(terminal: Terminal, reference: str, texts: list[str], tokens: int, device: str, dtype: str) -> Any:
+def _share(options: Any, started: Any, model: Any, **facts: Any) -> None:
+    """Deal the experts out to ranks that all generate the same."""
+    from moekit.recipe.ranked import deal_out
+
+    deal_out(model, options, started, shared_batch=True, facts=facts)
+
+
+def _complete(
+    terminal: Terminal,
+    reference: str,
+    texts: list[str],
+    tokens: int,
+    device: str,
+    dtype: str,
+    share: Callable[..., None] | None = None,
+) -> Any:
     from moekit.evaluation import complete
     from moekit.recipe.inputs import open_model
 
     model, tokenizer = open_model(reference, device=device, dtype=dtype, progress=terminal.progress)
+    if share is not None:
+        share(model, prompts=texts, tokens=tokens, dtype=dtype)
     return complete(model, tokenizer, texts, max_new_tokens=tokens, name=reference, progress=terminal.progress)
 
 
@@ -82,5 +111,10 @@ def _foretell(terminal: Terminal, references: list[str]) -> None:
 
 def build() -> Any:
     """The command."""
-    examples = ["moekit generate ./moe ./routed --prompt 'Once upon a time' --max-new-tokens 32"]
-    return build_command(generate, examples=examples)
+    from moekit.recipe.ranked import RankedOptions
+
+    examples = [
+        "moekit generate ./moe ./routed --prompt 'Once upon a time' --max-new-tokens 32",
+        "torchrun --nproc-per-node 4 -m moekit generate ./moe --ep 4 --dispatch all-reduce",
+    ]
+    return build_command(generate, examples=examples, extra=option_parameters(RankedOptions, panel="Ranks"))

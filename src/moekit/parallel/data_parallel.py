@@ -60,7 +60,7 @@ class RankedTraining:
         world = dist.get_world_size()
         for parameter in own.values():
             if parameter.requires_grad:
-                parameter.register_hook(lambda grad: grad / world)
+                parameter.register_hook(lambda grad: grad / world)  # type: ignore[no-untyped-call]
         # Read by DistributedDataParallel: these it neither copies between ranks nor averages.
         model._ddp_params_and_buffers_to_ignore = [*own, *_own_buffers(model)]  # type: ignore[assignment]
         if self.data_parallel == "fsdp":

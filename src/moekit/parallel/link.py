@@ -17,6 +17,10 @@ from torch import Tensor
 from moekit.errors import PeerLost
 from moekit.parallel.traffic import Pass, Traffic, Way
 
+# torch 2.13 renames both.
+_ALL_GATHER: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(eq=False)
 class Link:
@@ -58,6 +62,18 @@ class Link:
                 f"an exchange between ranks failed: {str(error).splitlines()[0]}",
                 hint="a rank died, stalled, or ran other code than this one; its own last lines say why",
             ) from error
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Equal parts of all ranks, one after the other along the first dimension."""
+        whole = values.new_empty(len(values) * self.size, *values.shape[1:])
+        self.call(lambda: _ALL_GATHER(whole, values.contiguous(), group=self.group))
+        return whole
+
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        """The sum over ranks, of which each gets its part along the first dimension."""
+        own = values.new_empty(len(values) // self.size, *values.shape[1:])
+        self.call(lambda: _REDUCE_SCATTER(own, values.contiguous(), group=self.group))
+        return own
 
     def exchange_counts(self, counts_R: Tensor) -> PendingCounts:
         """Begin to tell every rank how many rows it will get."""

@@ -42,7 +42,7 @@ class _Wrapped:
 
 def _key(tensor: Tensor) -> tuple[int, int, int]:
     """What names a tensor's contents however it is viewed: where it lies, how much, and how often it was written."""
-    return tensor.data_ptr(), tensor.numel(), tensor._version
+    return tensor.data_ptr(), tensor.numel(), 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(eq=False)

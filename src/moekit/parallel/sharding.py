@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -231,20 +230,19 @@ def gather_experts(model: nn.Module) -> None:
     for shard in list(shards(model)):
         order = torch.cat([shard.layout.owned(rank) for rank in range(shard.layout.ranks)])
         for name in shard.stacked:
-            parts = _all_parts(getattr(shard.experts, name).detach(), shard)
+            parts = all_parts(getattr(shard.experts, name).detach(), shard)
             whole = parts.new_empty(shard.layout.experts, *parts.shape[1:])
             whole[order] = parts
             _replace(shard.experts, name, whole)
     detach(model)
 
 
-def _all_parts(own: Tensor, shard: ExpertShard) -> Tensor:
-    """A stacked tensor's slices of all ranks, rank after rank."""
-    layout, group = shard.layout, shard.ranks.group
+def all_parts(own: Tensor, shard: ExpertShard) -> Tensor:
+    """A stacked tensor's slices of all ranks, rank after rank; all ranks call it."""
+    layout = shard.layout
     # Gathering wants equal parts.
     padded = own.new_zeros(layout.most, *own.shape[1:])
     padded[: len(own)] = own
-    parts = own.new_empty(layout.ranks * layout.most, *own.shape[1:])
-    Link(group).call(lambda: dist.all_gather_into_tensor(parts, padded, group=group))
+    parts = Link(shard.ranks.group).all_gather(padded)
     starts = range(0, len(parts), layout.most)
     return torch.cat([parts[start : start + count] for start, count in zip(starts, layout.counts, strict=True)])

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -65,11 +64,9 @@ class SharedBatch(Dispatcher):
 
 def _join(part_MH: Tensor, tokens: int, link: Link) -> Tensor:
     share = -(-tokens // link.size)
-    part_MH = torch.nn.functional.pad(part_MH, (0, 0, 0, share - len(part_MH))).contiguous()
-    whole = part_MH.new_empty(share * link.size, part_MH.shape[1])
+    part_MH = torch.nn.functional.pad(part_MH, (0, 0, 0, share - len(part_MH)))
     link.traffic.sent("forward", "combine", [share] * link.size, part_MH.shape[1] * part_MH.element_size())
-    link.call(lambda: dist.all_gather_into_tensor(whole, part_MH, group=link.group))
-    return whole[:tokens]
+    return link.all_gather(part_MH)[:tokens]
 
 
 class _Share(Function):

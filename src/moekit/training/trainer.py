@@ -105,6 +105,8 @@ def training_arguments(config: TrainConfig, folder: Path, steps: int, device: to
         report_to=[],
         disable_tqdm=True,
         include_num_input_tokens_seen="no",
+        # Every weight takes part in every step; looking for those that don't walks the graph each time.
+        ddp_find_unused_parameters=False,
     )
 
 

@@ -92,17 +92,14 @@ def _padded(values: Tensor, rows: int, fill: float = 0) -> Tensor:
 
 
 def _all_gather(values: Tensor, link: Link, direction: Pass, way: Way) -> Tensor:
-    gathered = values.new_empty(len(values) * link.size, *values.shape[1:])
     link.traffic.sent(direction, way, [len(values)] * link.size, values.shape[1] * values.element_size())
-    link.call(lambda: dist.all_gather_into_tensor(gathered, values.contiguous(), group=link.group))
-    return gathered
+    return link.all_gather(values)
 
 
 def _reduce_scatter(values: Tensor, link: Link, direction: Pass, way: Way) -> Tensor:
-    own = values.new_empty(len(values) // link.size, *values.shape[1:])
-    link.traffic.sent(direction, way, [len(own)] * link.size, own.shape[1] * own.element_size())
-    link.call(lambda: dist.reduce_scatter_tensor(own, values.contiguous(), group=link.group))
-    return own
+    own = len(values) // link.size
+    link.traffic.sent(direction, way, [own] * link.size, values.shape[1] * values.element_size())
+    return link.reduce_scatter(values)
 
 
 class _Gather(Function):

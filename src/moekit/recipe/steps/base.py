@@ -105,6 +105,10 @@ class Step(BaseModel, ABC):
             BadConfig: naming the option and what was given.
         """
 
+    def identity(self) -> dict[str, Any]:
+        """What makes this the same piece of work when it is called again after a kill."""
+        return self.model_dump(mode="json")
+
     @abstractmethod
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """Say what the step would read, write and need, from file sizes and headers alone.

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from moekit.errors import BadConfig
-from moekit.recipe.inputs import model_item, open_model, read_text, text_item
+from moekit.recipe.inputs import is_first_rank, model_item, open_model, read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
+from moekit.recipe.ranked import RankedOptions, deal_out, ranks_of
 from moekit.recipe.results import COMPARISON, EVALUATION, load_evaluation
 from moekit.recipe.steps.base import ModelRef, PlanRef, QuestionsRef, ResultsRef, Step, TextRef, Workplace
 
+if TYPE_CHECKING:
+    from moekit.parallel.start import StartedRanks
 
-class EvaluateStep(Step):
+
+class EvaluateStep(RankedOptions, Step):
     """Measure a model on held-out text and on questions, and compare it with a baseline measured on the same."""
 
     use: Literal["evaluate"] = "evaluate"
@@ -34,6 +38,10 @@ class EvaluateStep(Step):
     device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
     dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
 
+    def check(self) -> None:
+        """Refuse impossible ranks."""
+        self.check_ranks()
+
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """Results are small; the model is in memory once."""
         model = model_item(self.model, sizes)
@@ -42,15 +50,24 @@ class EvaluateStep(Step):
 
     def run(self, work: Workplace) -> dict[str, Any]:
         """Measure, compare and write."""
+        self.check_ranks()
+        if self.text is None and not self.questions and not self.tasks:
+            raise BadConfig("there is nothing to measure", hint="give text, questions or tasks")
+        with ranks_of(self) as started:
+            return self._measure(work, started)
+
+    def _measure(self, work: Workplace, started: StartedRanks | None) -> dict[str, Any]:
         from moekit.checkpoint import atomic_folder
         from moekit.evaluation import Evaluation, choices, compare
 
-        if self.text is None and not self.questions and not self.tasks:
-            raise BadConfig("there is nothing to measure", hint="give text, questions or tasks")
         name = self.name or Path(self.model).name
         model, tokenizer = open_model(
             self.model, plan=self.plan, device=self.device, dtype=self.dtype, progress=work.progress
         )
+        if started is not None:
+            # All ranks measure the same and deal the tokens of each batch out between them; the first one writes.
+            asked = self.model_dump(mode="json", exclude={"placement", "device"})
+            deal_out(model, self, started, shared_batch=True, facts={**asked, "seed": work.seed})
         perplexity = self._perplexity(model, tokenizer, name, work) if self.text is not None else None
         tasks = ()
         if self.questions or self.tasks:
@@ -67,6 +84,8 @@ class EvaluateStep(Step):
         comparison = None
         if self.baseline is not None:
             comparison = compare(load_evaluation(self.baseline), evaluation, seed=work.seed)
+        if not is_first_rank():
+            return _figures(evaluation, comparison)
         with atomic_folder(work.out, overwrite=work.overwrite) as folder:
             (folder / EVALUATION).write_text(evaluation.model_dump_json(indent=1) + "\n")
             if comparison is not None:

@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 
 from moekit.errors import BadConfig
-from moekit.recipe.inputs import model_item, open_model, read_text, save_changed, text_item
+from moekit.recipe.inputs import is_first_rank, model_item, open_model, read_text, save_changed, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
+from moekit.recipe.ranked import RankedOptions, deal_out, ranks_of
 from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
 
 if TYPE_CHECKING:
+    from moekit.parallel.data_parallel import RankedTraining
+    from moekit.parallel.start import StartedRanks
     from moekit.training import TrainConfig
 
 # Weights, gradients and two moments of Adam, four bytes each, for weights that may be stored in two.
 _TRAINING_FACTOR = 8
 
 
-class TrainStep(Step):
+class TrainStep(RankedOptions, Step):
     """Train a model on text, under the routing policy that it carries or is given; a killed run resumes exactly."""
 
     use: Literal["train"] = "train"
@@ -29,11 +32,25 @@ class TrainStep(Step):
     split: Literal["train", "heldout"] | None = Field(default=None, description="part of the text to take")
     heldout: TextRef | None = Field(default=None, description="text whose loss is watched")
     device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
+    data_parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)"
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, balance_coef, ...: TrainConfig")
 
     def check(self) -> None:
         """Refuse impossible settings."""
         self.config(0)
+        self.check_ranks()
+
+    def identity(self) -> dict[str, Any]:
+        """Where ranks share the model, their number and way are none of it: others may go on with the run."""
+        told = self.model_dump(mode="json", exclude={"device"})
+        if self.ep == 1:
+            return told
+        for name in (*RankedOptions.model_fields, "data_parallel"):
+            del told[name]
+        told["settings"] = {k: v for k, v in told["settings"].items() if k not in ("batch", "accumulation")}
+        return told
 
     def config(self, seed: int) -> TrainConfig:
         """The run's knobs.
@@ -61,18 +78,59 @@ class TrainStep(Step):
 
     def run(self, work: Workplace) -> dict[str, Any]:
         """Train and save."""
+        self.check_ranks()
+        with ranks_of(self) as started:
+            return self._train(work, started)
+
+    def _train(self, work: Workplace, started: StartedRanks | None) -> dict[str, Any]:
         from moekit.training import train
 
         config = self.config(work.seed)
-        model, tokenizer = open_model(
-            self.model, plan=self.plan, device=self.device, dtype="float32", progress=work.progress
-        )
+        model, tokenizer = self._open(work)
+        distribution = None
+        if started is not None:
+            distribution = self._distribute(model, started, config.model_dump(mode="json"))
         documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
         heldout = None if self.heldout is None else read_text(self.heldout, seed=work.seed, progress=work.progress)
         result = train(
-            model, tokenizer, documents, config, output=work.scratch, heldout=heldout, progress=work.progress
+            model,
+            tokenizer,
+            documents,
+            config,
+            output=work.scratch,
+            heldout=heldout,
+            progress=work.progress,
+            distribution=distribution,
         )
+        if distribution is not None:
+            model = self._whole(model, work)
         scores = result.model_dump(mode="json", exclude={"history"})
         settings = {**config.model_dump(mode="json", exclude_defaults=True), "text": self.text}
         save_changed(model, tokenizer, work, parent=self.model, config=settings, scores=scores)
         return {**scores, "tokens_per_second": result.tokens_per_second, "final_loss": result.losses[-1]}
+
+    def _open(self, work: Workplace, device: str | None = None) -> tuple[Any, Any]:
+        return open_model(
+            self.model, plan=self.plan, device=device or self.device, dtype="float32", progress=work.progress
+        )
+
+    def _distribute(self, model: Any, started: StartedRanks, settings: dict[str, Any]) -> RankedTraining:
+        from moekit.checkpoint import fingerprint_model
+        from moekit.parallel.data_parallel import RankedTraining
+
+        facts = {"model": fingerprint_model(model)}
+        ranks = deal_out(model, self, started, shared_batch=False, facts=settings)
+        distribution = RankedTraining(ranks, self.data_parallel, facts)
+        distribution.prepare(model)
+        return distribution
+
+    def _whole(self, model: Any, work: Workplace) -> Any:
+        """A whole model with what the ranks have learnt, on the first; elsewhere the shared one."""
+        from moekit.parallel.gathering import gather_state
+
+        state = gather_state(model)
+        if not is_first_rank():
+            return model
+        whole, _ = self._open(work, "cpu")
+        whole.load_state_dict(state)
+        return whole
