@@ -8,15 +8,15 @@ block straight to every rank that needs it; a back-end may do otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class CollectiveBytes(TorchDispatchMode):
+class CollectiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums up the bytes that this rank's collectives send to other nodes.
 
     Attributes:
@@ -27,7 +27,7 @@ class CollectiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, per_node: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.per_node = per_node
         self.across = 0
         self.calls = 0
@@ -61,9 +61,9 @@ def _nbytes(tensor: Tensor) -> int:
 
 def _group(found: Any) -> dist.ProcessGroup:
     if isinstance(found, str):
-        return torch.distributed.distributed_c10d._resolve_process_group(found)  # type: ignore[arg-type]
-    group: dist.ProcessGroup = dist.ProcessGroup.unbox(found)
-    return group
+        resolve: Any = c10d._resolve_process_group  # type: ignore[attr-defined]
+        return cast(dist.ProcessGroup, resolve(found))
+    return dist.ProcessGroup.unbox(found)
 
 
 def _split(tensor: Tensor, splits: Sequence[int], group: dist.ProcessGroup) -> list[int]:

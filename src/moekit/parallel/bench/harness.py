@@ -1,16 +1,12 @@
-"""Start the ranks on their nodes, let everybody take turns in the same processes, and bring the numbers together.
+"""Let everybody take turns in the same processes on the same nodes, and bring the numbers together.
 
 Legend: R ranks.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import select
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,137 +19,23 @@ from typing import Any
 import torch
 
 from moekit._progress import Progress
-from moekit.errors import BadConfig, PeerLost
+from moekit.errors import BadConfig
 from moekit.parallel.bench import workload
 from moekit.parallel.bench.checks import exactness, load_of, own_bytes, rows_of
+from moekit.parallel.bench.crew import ANSWER_SECONDS, Crew, crew
 from moekit.parallel.bench.network import Network, name_rate, two_nodes
 from moekit.parallel.bench.peers.base import all_entries, peer_class
 from moekit.parallel.bench.result import BenchResult, Bytes, EntryResult, Timing, paired_ratio
 from moekit.parallel.bench.setting import BASELINE, Entry, Job
 from moekit.parallel.bench.workload import Workload
 
-START_SECONDS = 180.0
-ANSWER_SECONDS = 300.0
 # Of a collective across nodes, where the link is only modelled: half a millisecond, and bytes over the rate.
 ALPHA = 5e-4
+# Rounds that are measured however long they take, and of entries so many times slower than the baseline.
+FEW, SLOW = 5, 2.5
 
-
-@dataclass(eq=False)
-class Crew:
-    """The ranks, waiting for orders."""
-
-    processes: list[subprocess.Popen[str]]
-    answers: list[Any]
-    logs: list[Path]
-
-    def ask(self, what: str, seconds: float = ANSWER_SECONDS, **options: Any) -> list[Any]:
-        """Let all ranks do something; their answers in rank order.
-
-        Raises:
-            PeerLost: a rank failed, died or does not answer.
-        """
-        for process in self.processes:
-            assert process.stdin is not None
-            try:
-                process.stdin.write(json.dumps({"do": what, **options}) + "\n")
-                process.stdin.flush()
-            except BrokenPipeError:
-                continue  # its answer, or the lack of one, says why
-        return self.collect(seconds)
-
-    def collect(self, seconds: float) -> list[Any]:
-        """One answer of each rank."""
-        until = time.monotonic() + seconds
-        return [self._answer(rank, until) for rank in range(len(self.processes))]
-
-    def _answer(self, rank: int, until: float) -> Any:
-        ready, _, _ = select.select([self.answers[rank]], [], [], max(0.0, until - time.monotonic()))
-        line = self.answers[rank].readline() if ready else ""
-        if line:
-            answer = json.loads(line)
-            if "ok" in answer:
-                return answer["ok"]
-            raise PeerLost(f"rank {rank} of the bench failed: {answer['error'].strip()}")
-        what = "ended without an answer" if ready else "does not answer in time"
-        raise PeerLost(f"rank {rank} of the bench {what}", hint=_tail(self.logs[rank]))
-
-
-def _tail(log: Path, lines: int = 8) -> str:
-    text = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return "; ".join(text[-lines:]) or "it said nothing"
-
-
-@contextmanager
-def crew(job: Job, folder: Path, network: Network) -> Iterator[Crew]:
-    """Ranks that have read a job; they are gone afterwards."""
-    processes: list[subprocess.Popen[str]] = []
-    answers: list[Any] = []
-    logs = [folder / f"rank{rank}.log" for rank in range(job.setting.ranks)]
-    try:
-        for rank in range(job.setting.ranks):
-            node = rank // job.setting.per_node
-            read, write = os.pipe()
-            answers.append(os.fdopen(read))
-            with logs[rank].open("w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [
-                            *network.prefix(node),
-                            sys.executable,
-                            "-m",
-                            __package__ + ".workers",
-                            str(folder),
-                            str(write),
-                        ],
-                        stdin=subprocess.PIPE,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        text=True,
-                        pass_fds=(write,),
-                        env=_environment(job, rank, network),
-                    )
-                )
-            os.close(write)
-        team = Crew(processes, answers, logs)
-        team.collect(START_SECONDS)
-        yield team
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write('{"do": "quit"}\n')
-            process.stdin.flush()
-        for process in processes:
-            process.wait(20)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        _end(processes, answers)
-
-
-def _end(processes: Sequence[subprocess.Popen[str]], answers: Sequence[Any]) -> None:
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
-    for pipe in answers:
-        pipe.close()
-
-
-def _environment(job: Job, rank: int, network: Network) -> dict[str, str]:
-    node = rank // job.setting.per_node
-    return {
-        **os.environ,
-        **network.environment(node),
-        "RANK": str(rank),
-        "WORLD_SIZE": str(job.setting.ranks),
-        "LOCAL_RANK": str(rank % job.setting.per_node),
-        "LOCAL_WORLD_SIZE": str(job.setting.per_node),
-        "OMP_NUM_THREADS": "1",
-        "MOEKIT_BENCH_DEVICE": network.device(node),
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+# Round -> seconds of forward, and of forward and backward.
+Turns = dict[int, tuple[float, float]]
 
 
 @dataclass(eq=False)
@@ -200,18 +82,43 @@ class Bench:
             calls=max(part["calls"] for part in parts),
         )
 
-    def time(self, rate: float | None, rounds: int, seed: int) -> list[list[tuple[float, float]]]:
-        """Seconds of forward and of both, the slowest rank's, entry by entry and round by round."""
+    def time(self, rate: float | None, turns: Sequence[Sequence[int]], seed: int) -> dict[int, Turns]:
+        """Seconds of forward and of both, the slowest rank's, by entry and round.
+
+        Args:
+            rate: of the link.
+            turns: for each round, who takes part.
+            seed: of the order inside a round.
+        """
         self.network.shape(rate)
-        self.team.ask("time", rounds=1, seed=seed + 1)  # to warm up
-        answers = self.team.ask("time", seconds=ANSWER_SECONDS + 30 * rounds, rounds=rounds, seed=seed)
-        return [
-            [
-                (max(a[entry][turn][0] for a in answers), max(a[entry][turn][1] for a in answers))
-                for turn in range(rounds)
-            ]
-            for entry in range(len(self.job.entries))
-        ]
+        answers = self.team.ask("time", seconds=ANSWER_SECONDS + 30 * len(turns), turns=turns, seed=seed)
+        found: dict[int, Turns] = {}
+        for parts in zip(*answers, strict=True):
+            number, turn = parts[0][:2]
+            found.setdefault(number, {})[turn] = (max(p[2] for p in parts), max(p[3] for p in parts))
+        return found
+
+    def plan(self, rates: Sequence[float | None], rounds: int, seconds: float | None) -> list[list[int]]:
+        """Who takes part in each round, from one round at each rate, which warms up, too.
+
+        An entry that is much slower than the baseline takes part in few rounds: they suffice to say so.
+
+        Args:
+            rates: all of them.
+            rounds: wanted.
+            seconds: that all rounds at all rates may take; None for as long as they take.
+        """
+        entries = range(len(self.job.entries))
+        spent = dict.fromkeys(entries, 0.0)
+        for rate in rates:
+            for number, turns in self.time(rate, [list(entries)], self.work.setting.seed + 1).items():
+                spent[number] += turns[0][1]
+        base = self.job.entries.index(BASELINE) if BASELINE in self.job.entries else None
+        slow = {n for n in entries if base is not None and spent[n] > SLOW * spent[base]}
+        if seconds is not None:
+            seconds -= FEW * sum(spent[n] for n in slow)
+            rounds = max(FEW, min(rounds, int(seconds / sum(spent[n] for n in entries if n not in slow))))
+        return [[n for n in entries if n not in slow or turn < FEW] for turn in range(rounds)]
 
 
 @contextmanager
@@ -243,6 +150,7 @@ def run_bench(
     layouts: Mapping[str, Mapping[int, Sequence[int]]] | None = None,
     rates: Sequence[float | None] = (2e8, 1e9, None),
     rounds: int = 20,
+    minutes: float | None = None,
     shaped: bool | None = None,
     source: str = "one made-up layer",
     progress: Progress | None = None,
@@ -255,6 +163,7 @@ def run_bench(
         layouts: placement's name -> layer -> rank of each expert.
         rates: bits a second between nodes, None unshaped.
         rounds: of each rate; ratios want 20 or more.
+        minutes: take fewer rounds where these would be exceeded, and say so.
         shaped: use network namespaces; None where they can be made.
         source: where weights and choices come from.
         progress: told of every entry and rate.
@@ -278,9 +187,11 @@ def run_bench(
             checks[entry] = bench.check(number)
             if progress is not None:
                 progress.advance(note=entry.name)
-        times: dict[float | None, Any] = {}
+        left = None if minutes is None else minutes * 60 - (time.monotonic() - begun)
+        turns = bench.plan(rates, rounds, left)
+        times: dict[float | None, dict[int, Turns]] = {}
         for rate in rates:
-            times[rate] = bench.time(rate, rounds, work.setting.seed)
+            times[rate] = bench.time(rate, turns, work.setting.seed)
             if progress is not None:
                 progress.advance(note=name_rate(rate))
         if progress is not None:
@@ -300,45 +211,56 @@ def run_bench(
         shaped=network.shaped,
         reason=network.reason,
         rates=tuple(rates),
-        rounds=rounds,
+        rounds=len(turns),
         entries=tuple(found),
         machine=describe_machine(),
-        notes=_notes(found, network),
+        notes=_notes(found, network, len(turns), rounds),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.monotonic() - begun,
     )
 
 
 def _timing(
-    entry: Entry, taking: list[Entry], checks: dict[Entry, Any], turns: Any, rate: float | None, shaped: bool
+    entry: Entry,
+    taking: list[Entry],
+    checks: dict[Entry, Any],
+    times: dict[int, Turns],
+    rate: float | None,
+    shaped: bool,
 ) -> Timing:
     model = rate is not None and not shaped
 
-    def rounds(of: Entry, place: int) -> tuple[float, ...]:
+    def rounds(of: Entry, place: int, among: Turns) -> tuple[float, ...]:
         sent: Bytes = checks[of]["total" if place else "forward"]
         extra = 0.0
         if model and sent.counted is not None:
             assert rate is not None
             extra = sent.calls * ALPHA + max(sent.counted) * 8 / rate
-        return tuple((turn[place] + extra) * 1e3 for turn in turns[taking.index(of)])
+        turns = times[taking.index(of)]
+        return tuple((turns[number][place] + extra) * 1e3 for number in sorted(among))
 
+    own = times[taking.index(entry)]
     ratios = {}
-    base = BASELINE.model_copy(update={"routing": entry.routing})
-    if base in taking and entry != base:
+    if BASELINE in taking and entry != BASELINE:
         seed = taking.index(entry)
         ratios = {
-            "forward_ratio": paired_ratio(rounds(entry, 0), rounds(base, 0), seed),
-            "total_ratio": paired_ratio(rounds(entry, 1), rounds(base, 1), seed),
+            name: paired_ratio(rounds(entry, place, own), rounds(BASELINE, place, own), seed)
+            for place, name in enumerate(("forward_ratio", "total_ratio"))
         }
-    return Timing(rate=rate, modelled=model, forward=rounds(entry, 0), total=rounds(entry, 1), **ratios)
+    return Timing(rate=rate, modelled=model, forward=rounds(entry, 0, own), total=rounds(entry, 1, own), **ratios)
 
 
-def _notes(found: Sequence[EntryResult], network: Network) -> tuple[str, ...]:
+def _notes(found: Sequence[EntryResult], network: Network, taken: int, asked: int) -> tuple[str, ...]:
     notes = []
+    if taken < asked:
+        notes.append(f"For lack of time {taken} rounds were measured at each rate, not {asked}.")
+    few = [entry.name for entry in found if entry.timings and len(entry.timings[0].total) < taken]
+    if few:
+        notes.append(f"Much slower than the baseline, so in {FEW} rounds only: {', '.join(few)}.")
     if not network.shaped:
         notes.append(
-            f"The link is modelled ({network.reason}): times are those of the loopback plus {ALPHA * 1e3:g} ms for each "
-            "collective and the counted bytes over the rate."
+            f"The link is modelled ({network.reason}): {ALPHA * 1e3:g} ms for each collective and the counted bytes "
+            "over the rate were added to times on the loopback."
         )
     wrong = [entry.name for entry in found if entry.rows is not None and not entry.rows.alike]
     if wrong:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from moekit.errors import BadConfig, Interrupted
+from moekit.placement.topology import parse_bandwidth
 
 NODES = 2
 PREFIX = "moekit-ep"
@@ -32,18 +33,12 @@ _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
 
 def read_rate(text: str) -> float | None:
-    """Bits a second of `200Mbit/s`, `1 Gbit/s`, `50MB/s`; None for `none`, a link that is not slowed down.
+    """Bits a second of `200Mbit/s`, `1Gbit/s`, `50MB/s`; None for `none`, a link that is not slowed down.
 
     Raises:
         BadConfig: not a rate.
     """
-    word = text.strip().lower()
-    if word in {"none", "unshaped", "off"}:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)\s*(bit|b)(?:it)?(?:ps|/s)?", word)
-    if not found or float(found[1]) <= 0:
-        raise BadConfig(f"{text!r} is not a rate", hint="write 200Mbit/s, 1Gbit/s, 50MB/s (bytes), or none")
-    return float(found[1]) * _UNITS[found[2]] * (1 if found[3] == "bit" else 8)
+    return None if text.strip().lower() in {"none", "unshaped"} else parse_bandwidth(text) * 8
 
 
 def name_rate(rate: float | None) -> str:

@@ -28,24 +28,20 @@ def profile(step: Callable[[], Any], peers: Sequence[Peer], rounds: int) -> dict
     seconds: dict[str, float] = {}
     told = [peer.phases(seconds) for peer in peers]
     step()
-    for peer in peers:
-        for traffic in peer.traffic.values():
-            traffic.reset()
     seconds.clear()
     forward = total = 0.0
     for _ in range(rounds):
         first, both, _ = step()
         forward, total = forward + first, total + both
-    for peer in peers:
-        for traffic in peer.traffic.values():
-            for name, spent in traffic.seconds.items():
-                seconds[name] = seconds.get(name, 0.0) + spent
+    phases = {name: spent / rounds * 1e3 for name, spent in seconds.items()}
+    if any(told):
+        phases["the rest"] = total / rounds * 1e3 - sum(phases.values())
     with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as recorded:
         step()
     events = sorted(recorded.key_averages(), key=lambda e: -e.self_cpu_time_total)[:MOST]
     return {
         "forward": forward / rounds * 1e3,
         "total": total / rounds * 1e3,
-        "phases": {name: spent / rounds * 1e3 for name, spent in seconds.items()} if any(told) or seconds else {},
+        "phases": phases,
         "operations": [(e.key, e.self_cpu_time_total / 1e3, e.count) for e in events],
     }

@@ -77,7 +77,7 @@ class Runner:
         middle = time.perf_counter()
         if backward:
             for layer, y_NH in zip(reversed(self.layers), reversed(outputs), strict=True):
-                y_NH.backward(layer.grad_NH)
+                torch.autograd.backward(y_NH, layer.grad_NH)
         ended = time.perf_counter()
         return middle - started, ended - started, [y.detach() for y in outputs]
 
@@ -206,17 +206,22 @@ class Rank:
         dist.barrier()
         return count
 
-    def time(self, rounds: int, seed: int) -> list[list[tuple[float, float]]]:
-        """Seconds of forward and of both, entry by entry and round by round; the order changes every round."""
-        taken: list[list[tuple[float, float]]] = [[] for _ in self.runners]
-        order = list(range(len(self.runners)))
+    def time(self, turns: list[list[int]], seed: int) -> list[tuple[int, int, float, float]]:
+        """Entry, round, seconds of forward and of both; in each round the order is drawn anew.
+
+        Args:
+            turns: for each round, who takes part.
+            seed: of the order.
+        """
+        taken = []
         shuffle = random.Random(seed)
-        for _ in range(rounds):
+        for turn, numbers in enumerate(turns):
+            order = list(numbers)
             shuffle.shuffle(order)
             for number in order:
                 dist.barrier()
                 forward, total, _ = self.runners[number].step()
-                taken[number].append((forward, total))
+                taken.append((number, turn, forward, total))
         return taken
 
     def profile(self, number: int, rounds: int) -> dict[str, Any]:
@@ -243,7 +248,7 @@ def _commands() -> Callable[[], dict[str, Any]]:
         os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
-    return lambda: json.loads(lines.get())  # type: ignore[no-any-return]
+    return lambda: json.loads(lines.get())
 
 
 def main(folder: Path, answers: int) -> None:

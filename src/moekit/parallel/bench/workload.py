@@ -30,7 +30,7 @@ JOB, TENSORS, EXPERTS, REFERENCE, CONFIG = (
     "m",
 )
 # Added to a hot expert's score, whose noise is Gumbel: nearly nine tokens of ten choose each.
-HOT_SCORE = 3.5
+HOT_SCORE = 2.5
 
 Choices = tuple[Tensor, Tensor]
 
@@ -55,11 +55,11 @@ class Workload:
     choices: dict[str, dict[int, Choices]]
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def draw_hidden(self) -> None:
+        """Normal hidden states for all layers."""
         generator = torch.Generator().manual_seed(self.setting.seed + 1)
         tokens = self.setting.ranks * self.setting.tokens
-        for layer in self.layers:
-            self.hidden.setdefault(layer, torch.randn(tokens, self.setting.hidden, generator=generator))
+        self.hidden = {layer: torch.randn(tokens, self.setting.hidden, generator=generator) for layer in self.layers}
 
     def gradient(self, layer: int) -> Tensor:
         """What comes back into a layer's output: [N, H]."""
@@ -87,8 +87,9 @@ def make_layer(setting: Setting) -> Workload:
         name: torch.randn(tensor.shape, generator=generator) * tensor.shape[-1] ** -0.5
         for name, tensor in module.named_parameters()
     }
-    choices = draw_choices(setting, 0)
-    return Workload(setting, config, (0,), {0: experts}, {"": {0: choices}})
+    work = Workload(setting, config, (0,), {0: experts}, {"": {0: draw_choices(setting, 0)}})
+    work.draw_hidden()
+    return work
 
 
 def draw_choices(setting: Setting, layer: int) -> Choices:

@@ -120,12 +120,15 @@ def peer_class(name: str) -> type[Peer]:
     return found
 
 
+# Of ours, those whose rows depend on who owns what.
+MOVED = ("once-per-expert", "once-per-rank", "hierarchical")
+
+
 def all_entries(placements: Sequence[str] = (), routings: Sequence[str] = ("",)) -> tuple[Entry, ...]:
-    """Every way of every peer, the baseline first; ours again with each placement."""
+    """Every way of every peer, the baseline first; ours again with each placement and with other choices."""
     entries = [Entry(peer=name, variant=v) for name in PEERS for v in peer_class(name).variants()]
-    moved = [
-        Entry(peer="ours", variant=variant, placement=placement)
-        for placement in placements
-        for variant in ("once-per-expert", "once-per-rank", "hierarchical")
-    ]
-    return tuple(entry.model_copy(update={"routing": r}) for r in routings for entry in (*entries, *moved))
+    for routing in routings:
+        for placement in ("", *placements):
+            if routing or placement:
+                entries += [Entry(peer="ours", variant=v, placement=placement, routing=routing) for v in MOVED]
+    return tuple(entries)

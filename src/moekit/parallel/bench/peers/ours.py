@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moekit import catalogue
 from moekit.parallel.bench.peers.base import Material, ModulePeer
+from moekit.parallel.bench.phases import Clock, time_dispatcher, time_experts
 from moekit.parallel.bench.setting import Entry, Setting
 from moekit.parallel.dispatcher import Dispatcher
 from moekit.parallel.sharding import make_dispatcher
@@ -60,6 +61,13 @@ class Ours(ModulePeer):
     def traffic(self) -> dict[str, Traffic]:
         """See the base class."""
         return self._dispatcher.traffic
+
+    def phases(self, seconds: dict[str, float]) -> bool:
+        """See the base class."""
+        clock = Clock(seconds)
+        time_dispatcher(self._dispatcher, clock)
+        self._run = time_experts(self.experts, clock)
+        return True
 
 
 PEER = Ours

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moekit.parallel.bench.peers.base import Material, ModulePeer
+from moekit.parallel.bench.phases import Clock, time_experts
 from moekit.parallel.bench.setting import Entry, Setting
 
 _meshes: dict[int, DeviceMesh] = {}
@@ -58,6 +59,11 @@ class Transformers(ModulePeer):
         """See the base class."""
         y_NH: Tensor = self._forward(x_NH, indices_NK, weights_NK)
         return y_NH
+
+    def phases(self, seconds: dict[str, float]) -> bool:
+        """See the base class: its experts only; the rest is told by operation."""
+        self._forward.experts_forward = time_experts(self._forward.experts_forward, Clock(seconds))
+        return True
 
 
 PEER = Transformers

@@ -1,0 +1,140 @@
+"""The processes of a bench: started on their nodes, told what to do line by line, and gone at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moekit.errors import PeerLost
+from moekit.parallel.bench.network import Network
+from moekit.parallel.bench.setting import Job
+
+START_SECONDS = 180.0
+ANSWER_SECONDS = 300.0
+
+
+@dataclass(eq=False)
+class Crew:
+    """The ranks, waiting for orders."""
+
+    processes: list[subprocess.Popen[str]]
+    answers: list[Any]
+    logs: list[Path]
+
+    def ask(self, what: str, seconds: float = ANSWER_SECONDS, **options: Any) -> list[Any]:
+        """Let all ranks do something; their answers in rank order.
+
+        Raises:
+            PeerLost: a rank failed, died or does not answer.
+        """
+        for process in self.processes:
+            assert process.stdin is not None
+            try:
+                process.stdin.write(json.dumps({"do": what, **options}) + "\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                continue  # its answer, or the lack of one, says why
+        return self.collect(seconds)
+
+    def collect(self, seconds: float) -> list[Any]:
+        """One answer of each rank."""
+        until = time.monotonic() + seconds
+        return [self._answer(rank, until) for rank in range(len(self.processes))]
+
+    def _answer(self, rank: int, until: float) -> Any:
+        ready, _, _ = select.select([self.answers[rank]], [], [], max(0.0, until - time.monotonic()))
+        line = self.answers[rank].readline() if ready else ""
+        if line:
+            answer = json.loads(line)
+            if "ok" in answer:
+                return answer["ok"]
+            raise PeerLost(f"rank {rank} of the bench failed: {answer['error'].strip()}")
+        what = "ended without an answer" if ready else "does not answer in time"
+        raise PeerLost(f"rank {rank} of the bench {what}", hint=_tail(self.logs[rank]))
+
+
+def _tail(log: Path, lines: int = 8) -> str:
+    text = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return "; ".join(text[-lines:]) or "it said nothing"
+
+
+@contextmanager
+def crew(job: Job, folder: Path, network: Network) -> Iterator[Crew]:
+    """Ranks that have read a job; they are gone afterwards."""
+    processes: list[subprocess.Popen[str]] = []
+    answers: list[Any] = []
+    logs = [folder / f"rank{rank}.log" for rank in range(job.setting.ranks)]
+    try:
+        for rank in range(job.setting.ranks):
+            node = rank // job.setting.per_node
+            read, write = os.pipe()
+            answers.append(os.fdopen(read))
+            with logs[rank].open("w") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [
+                            *network.prefix(node),
+                            sys.executable,
+                            "-m",
+                            __package__ + ".workers",
+                            str(folder),
+                            str(write),
+                        ],
+                        stdin=subprocess.PIPE,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        pass_fds=(write,),
+                        env=_environment(job, rank, network),
+                    )
+                )
+            os.close(write)
+        team = Crew(processes, answers, logs)
+        team.collect(START_SECONDS)
+        yield team
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write('{"do": "quit"}\n')
+            process.stdin.flush()
+        for process in processes:
+            process.wait(20)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        _end(processes, answers)
+
+
+def _end(processes: Sequence[subprocess.Popen[str]], answers: Sequence[Any]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+    for pipe in answers:
+        pipe.close()
+
+
+def _environment(job: Job, rank: int, network: Network) -> dict[str, str]:
+    node = rank // job.setting.per_node
+    return {
+        **os.environ,
+        **network.environment(node),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(job.setting.ranks),
+        "LOCAL_RANK": str(rank % job.setting.per_node),
+        "LOCAL_WORLD_SIZE": str(job.setting.per_node),
+        "OMP_NUM_THREADS": "1",
+        "MOEKIT_BENCH_DEVICE": network.device(node),
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
