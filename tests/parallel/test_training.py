@@ -1,0 +1,74 @@
+"""Training with experts on ranks under torchrun, against one process with as many micro-batches; kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "train_script.py"
+STEPS = {"steps": 20, "balance_coef": 0.01, "z_coef": 0.001, "weight_decay": 0.1, "save_every": None}
+
+
+def run(folder: Path, ranks: int, settings: dict[str, Any], code: int = 0) -> dict[str, Any]:
+    """One training; its losses and weights."""
+    folder.mkdir(exist_ok=True)
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
+        launcher += ["--rdzv-endpoint", "127.0.0.1:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(SCRIPT), str(folder), json.dumps(settings)], env=environment, capture_output=True, timeout=200
+    )
+    assert (done.returncode == 0) == (code == 0), done.stderr.decode()[-3000:]
+    if code:
+        return {}
+    return json.loads((folder / "result.json").read_text()) | {"weights": torch.load(folder / "weights.pt")}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process that goes through the micro-batches of four one after the other."""
+    return run(tmp_path_factory.mktemp("alone"), 1, STEPS)
+
+
+def check(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    for name, weight in alone["weights"].items():
+        assert (found["weights"][name] - weight).norm() <= 1e-3 * weight.norm(), name
+
+
+@pytest.mark.parametrize("ways", [{"data_parallel": "ddp"}, {"data_parallel": "fsdp"}], ids=["ddp", "fsdp"])
+def test_twenty_steps_are_those_of_one_process(tmp_path: Path, alone: dict[str, Any], ways: dict[str, Any]) -> None:
+    check(run(tmp_path, 4, STEPS | ways), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ways",
+    [{"copies": 2}, {"dispatch": "hierarchical"}, {"dispatch": "all-gather"}, {"dispatch": "once-per-expert"}],
+    ids=["copies", "hierarchical", "all-gather", "once-per-expert"],
+)
+def test_twenty_steps_in_other_ways(tmp_path: Path, alone: dict[str, Any], ways: dict[str, Any]) -> None:
+    check(run(tmp_path, 4, STEPS | ways), alone)
+
+
+def test_a_run_killed_on_four_ranks_goes_on_with_two(tmp_path: Path) -> None:
+    settings = {"steps": 8, "balance_coef": 0.01, "save_every": 3, "copies": 1}
+    whole = run(tmp_path / "whole", 4, settings)
+    broken = tmp_path / "broken"
+    run(broken, 4, settings | {"stop": 4}, code=1)
+    assert (broken / "run" / "checkpoint-3").is_dir()
+    resumed = run(broken, 2, settings)
+    assert resumed["resumed"] == 3
+    assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    for name, weight in whole["weights"].items():
+        assert (resumed["weights"][name] - weight).norm() <= 1e-3 * weight.norm(), name
