@@ -14,7 +14,9 @@ __getattr__, __dir__ = attach(
         "expert_parallel": "sharding",
         "expert_parameters": "sharding",
         "gather_experts": "sharding",
+        "load_sharded": "sharded",
         "make_dispatcher": "sharding",
+        "save_sharded": "sharded",
         "shards": "sharding",
     },
 )
