@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,10 +126,28 @@ def test_copies_are_used_by_the_stated_rule(case, data) -> None:
         for expert in (e for e in token if e < len(placed)):
             copies = held[expert]
             near = [d for d in copies if node_of[d] == node_of[home]]
-            device = home if home in copies else near[0] if near else copies[number % len(copies)]
+            choice = near or copies
+            device = home if home in copies else choice[number % len(choice)]
             load[device] += 1
             used.add(device)
         rows += len(used)
     result = replay(torch.tensor(tokens), held, devices, torch.tensor(homes), nodes=nodes)
     assert result.load_D.tolist() == load
     assert result.rows_once_per_device == rows
+
+
+@settings(deadline=None, max_examples=100)
+@given(traces())
+def test_many_devices_are_counted_like_few(case) -> None:
+    """Sorting a token's choices finds what the token x device table finds."""
+    tokens, placed, devices, nodes, homes = case
+    with pytest.MonkeyPatch.context() as patch:
+        table = replay(torch.tensor(tokens), placed, devices, torch.tensor(homes), nodes=nodes)
+        patch.setattr("moekit.placement.replaying.DENSE_DEVICES", 0)
+        sorted_ = replay(torch.tensor(tokens), placed, devices, torch.tensor(homes), nodes=nodes)
+        away = replay(torch.tensor(tokens), placed, devices, nodes=nodes)
+    assert sorted_.as_dict() == table.as_dict()
+    for name in ("device_rows_DD", "node_rows_DD", "rows_D"):
+        assert torch.equal(getattr(sorted_, name), getattr(table, name))
+    assert away.device_rows_DD is None
+    assert away.rows_once_per_node == table.rows_once_per_node

@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from moekit.cli._steps import build_step_group
-from moekit.cli._terminal import Terminal
+from moekit.cli._terminal import Terminal, size
+
+# Other names of options, as people who think of ranks or of EPLB call them.
+_ALIASES = {"--devices": "--ranks", "--spare": "--spare-experts"}
+# More loads than fit into a line are told by their extremes.
+_MOST_LOADS = 16
 
 
 def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
@@ -26,19 +31,61 @@ def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
         ]
         proven = f"{part['proven_layers']} of {part['layers']} layers are proven optima"
         terminal.table(f"{part['devices']} devices ({proven})", columns, rows)
+        if part["spare"]:
+            slots = f"{part['spare']} expert slot{'s' if part['spare'] > 1 else ''} more"
+            terminal.say(f"+{part['spare']}: every device has {slots}, for copies of hot experts")
         if part["gain"] is not None:
             gain = part["gain"]
             terminal.say(
                 f"beyond placement alone: {gain['difference']:.4f} rows a token fewer "
                 f"[{gain['low']:.4f}, {gain['high']:.4f}], over {gain['documents']} documents"
             )
+        if part["predictions"]:
+            _show_predictions(terminal, part)
+
+
+def _show_predictions(terminal: Terminal, part: Mapping[str, Any]) -> None:
+    """Bytes and seconds by kind of link, and load per device."""
+    links = part["links"]
+    rows, nbytes = [], []
+    for found in part["predictions"]:
+        for name, price in found["sending"].items():
+            label = (found["placement"], name.removeprefix("once "))
+            both = [price["links"][kind] for kind in ("intra", "inter")]
+            times = [_seconds(link["seconds_out"] + link["seconds_back"]) for link in both]
+            rows.append((*label, *(link["rows"] for link in both), *times, _seconds(price["seconds"])))
+            nbytes.append((*label, *(size(link[f"bytes_{way}"]) for way in ("out", "back") for link in both)))
+    where = f"{part['devices']} devices in {links['nodes']} node{'s' if links['nodes'] > 1 else ''}"
+    once = ("placement", "sent once")
+    title = f"{where}: rows out, and time there and back; inside and across nodes"
+    terminal.table(title, (*once, "rows in", "across", "time in", "across", "in all"), rows)
+    title = f"bytes of these rows, {links['dtype']}, ids and weights included"
+    terminal.table(title, (*once, "out, in", "across", "back, in", "across"), nbytes)
+    loads = [
+        (found["placement"], found["imbalance"], found["worst_imbalance"], _loads(found["load"]))
+        for found in part["predictions"]
+    ]
+    terminal.table("choices computed by each device", ("placement", "max/mean", "worst layer", "load"), loads)
+
+
+def _loads(load: list[int]) -> str:
+    if len(load) <= _MOST_LOADS:
+        return " ".join(f"{count:,}" for count in load)
+    return f"{min(load):,} to {max(load):,}"
+
+
+def _seconds(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1 or unit == "us":
+            return f"{seconds * scale:.3g} {unit}" if seconds else "0"
+    raise AssertionError
 
 
 def build() -> Any:
     """The command."""
     from moekit.recipe.steps.place import PlaceStep
 
-    return build_step_group(
+    group = build_step_group(
         PlaceStep,
         "place",
         name="place",
@@ -48,3 +95,7 @@ def build() -> Any:
         example=lambda record: f"moekit place {record.name} ./trace ./placement --devices 2,4,8",
         show=_show,
     )
+    for command in group.commands.values():
+        for option in command.params:
+            option.opts += [_ALIASES[name] for name in option.opts if name in _ALIASES]
+    return group

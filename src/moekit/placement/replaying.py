@@ -22,10 +22,13 @@ import torch
 
 from moekit.errors import BadConfig, BadData
 from moekit.placement.result import ReplayResult
+from moekit.placement.sparse_rows import count_sparse
 from moekit.placement.topology import node_of_devices
 
-# Entries of the token x device table that a chunk may hold (1 byte each, a few copies).
+# Entries that a chunk's tables may hold.
 CHUNK_ENTRIES = 8_000_000
+# Above so many devices distinct devices are found by sorting a token's choices, below in a token x device table.
+DENSE_DEVICES = 32
 
 Home = torch.Tensor | Literal["round-robin"] | None
 Devices = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
@@ -61,7 +64,7 @@ def choose_copy(
 ) -> torch.Tensor:
     """Device that serves each choice, [N, K]; D where there is no expert.
 
-    With copies: the token's own device if it holds one, else one in its node, else the copies in turn by token number.
+    With copies: the token's own device if it holds one, else those in its node, else all, in turn by token number.
 
     Args:
         indices_NK: choices.
@@ -76,15 +79,17 @@ def choose_copy(
     if holder_ER.shape[1] == 1:
         device_NK = held_NKR[..., 0]
         return torch.where(device_NK < 0, devices, device_NK)
-    count_NK = (held_NKR >= 0).sum(dim=-1)
-    turn_N1 = (torch.arange(len(indices_NK)) + start)[:, None]
-    pick_NK = turn_N1 % count_NK.clamp(min=1)
+    eligible_NKR = held_NKR >= 0
     if home_N is not None:
         node_D = torch.tensor([*node_of_devices(devices, nodes), -1])
         at_home_NKR = held_NKR == home_N[:, None, None]
         in_node_NKR = node_D[held_NKR] == node_D[home_N][:, None, None]
         near_NKR = torch.where(at_home_NKR.any(-1, keepdim=True), at_home_NKR, in_node_NKR)
-        pick_NK = torch.where(near_NKR.any(-1), near_NKR.long().argmax(-1), pick_NK)
+        eligible_NKR = torch.where(near_NKR.any(-1, keepdim=True), near_NKR, eligible_NKR)
+    turn_N1 = (torch.arange(len(indices_NK)) + start)[:, None]
+    turn_NK = turn_N1 % eligible_NKR.sum(dim=-1).clamp(min=1)
+    # The eligible copy that as many come before as its turn says.
+    pick_NK = (eligible_NKR & (eligible_NKR.cumsum(-1) == turn_NK[..., None] + 1)).long().argmax(-1)
     device_NK = held_NKR.gather(-1, pick_NK[..., None])[..., 0]
     return torch.where(device_NK < 0, devices, device_NK)
 
@@ -155,6 +160,22 @@ def _hierarchical(
     return rows_DD
 
 
+def _count(
+    device_NK: torch.Tensor, home_N: torch.Tensor | None, node_D: torch.Tensor, nodes: int
+) -> tuple[int, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Rows once per node, rows each device receives, and with homes rows once per device and once per node [D, D]."""
+    devices = len(node_D)
+    if devices > DENSE_DEVICES:
+        return count_sparse(device_NK, home_N, node_D, nodes)
+    present_ND = presence(device_NK, devices)
+    node_NM = _by_node(present_ND, node_D, nodes)
+    device_DD = node_DD = None
+    if home_N is not None:
+        device_DD = _traffic(present_ND, home_N, devices)
+        node_DD = _hierarchical(present_ND, node_NM, home_N, node_D)
+    return int(node_NM.sum()), present_ND.sum(dim=0), device_DD, node_DD
+
+
 def _replay_chunk(
     indices_NK: torch.Tensor,
     holder_ER: torch.Tensor,
@@ -163,28 +184,25 @@ def _replay_chunk(
     home_N: torch.Tensor | None,
     start: int,
 ) -> ReplayResult:
-    node_D = torch.tensor(node_of_devices(devices, nodes))
     device_NK = choose_copy(indices_NK, holder_ER, devices, nodes, home_N, start)
-    present_ND = presence(device_NK, devices)
-    node_NM = _by_node(present_ND, node_D, nodes)
     load_D = torch.bincount(device_NK.flatten(), minlength=devices + 1)[:devices]
-    expert_DD = device_DD = node_DD = None
+    expert_DD = None
     if home_N is not None:
         pairs_NK = home_N[:, None] * (devices + 1) + device_NK
         table = torch.bincount(pairs_NK.flatten(), minlength=devices * (devices + 1))
         expert_DD = table.view(devices, devices + 1)[:, :devices].clone()
-        device_DD = _traffic(present_ND, home_N, devices)
-        node_DD = _hierarchical(present_ND, node_NM, home_N, node_D)
+    node_D = torch.tensor(node_of_devices(devices, nodes))
+    once_per_node, rows_D, device_DD, node_DD = _count(device_NK, home_N, node_D, nodes)
     return ReplayResult(
         tokens=len(indices_NK),
         devices=devices,
         nodes=nodes,
         rows_once_per_expert=int(load_D.sum()),
-        rows_once_per_device=int(present_ND.sum()),
-        rows_once_per_node=int(node_NM.sum()),
-        single=int(present_ND.any(dim=1).sum()),
+        rows_once_per_device=int(rows_D.sum()),
+        rows_once_per_node=once_per_node,
+        single=int((device_NK < devices).any(dim=1).sum()),
         load_D=load_D,
-        rows_D=present_ND.sum(dim=0),
+        rows_D=rows_D,
         expert_rows_DD=expert_DD,
         device_rows_DD=device_DD,
         node_rows_DD=node_DD,
@@ -221,7 +239,8 @@ def replay(
     holder_ER = holders(device_of_E, devices)
     chosen_NK = check_choices(indices_NK, len(holder_ER))
     home_N = _resolve_home(home, len(chosen_NK), devices, document_N)
-    step = max(1, CHUNK_ENTRIES // (devices + chosen_NK.shape[1]))
+    width = 4 * max(1, chosen_NK.shape[1]) * holder_ER.shape[1]
+    step = max(1, CHUNK_ENTRIES // (width + min(devices, DENSE_DEVICES)))
     total: ReplayResult | None = None
     for start in range(0, max(len(chosen_NK), 1), step):
         part = slice(start, start + step)

@@ -18,6 +18,8 @@ LinkClass = Literal["local", "intra", "inter"]
 LINK_CLASSES: tuple[LinkClass, LinkClass, LinkClass] = ("local", "intra", "inter")
 
 _RATE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([kKMGT]i?)?(B|[Bb]ytes?|[Bb]its?|b)(?:/s|ps)\s*")
+_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(ns|us|µs|ms|s)\s*")
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
 _PREFIX = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -46,6 +48,24 @@ def parse_bandwidth(text: str | float) -> float:
     if not 0 < rate < float("inf"):
         raise BadConfig(f"a bandwidth of {text!r} moves nothing", hint="give a positive rate, such as 50GB/s")
     return rate
+
+
+def parse_latency(text: str | None) -> tuple[float, float]:
+    """Seconds inside a node and across nodes, from "3us,10us"; a single one is used for both, None is none.
+
+    Raises:
+        BadConfig: not one or two durations with their unit.
+    """
+    if text is None:
+        return 0.0, 0.0
+    parts = text.split(",")
+    matches = [_TIME.fullmatch(part) for part in parts]
+    if len(parts) > 2 or not all(matches):
+        raise BadConfig(
+            f"{text!r} is no latency", hint="write it with its unit (ns, us, ms, s), inside a node and across: 3us,10us"
+        )
+    seconds = [float(match[1]) * _SECONDS[match[2]] for match in matches if match is not None]
+    return seconds[0], seconds[-1]
 
 
 class Topology(BaseModel):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from moekit.errors import BadConfig
 from moekit.recipe.inputs import model_item, model_location
 from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.results import REPLAY, placement_file
 from moekit.recipe.steps.base import ModelRef, PlacementRef, Step, TraceRef, Workplace
+
+if TYPE_CHECKING:
+    from moekit.placement import Placement, Topology
 
 
 class PlaceStep(Step):
@@ -32,11 +36,29 @@ class PlaceStep(Step):
     baseline: PlacementRef | None = Field(default=None, description="folder of another place step, of the free model")
     baseline_trace: TraceRef | None = Field(default=None, description="trace of the free model on the same documents")
     model: ModelRef | None = Field(default=None, description="write this model with its experts in device order")
+    bandwidth: str | None = Field(
+        default=None,
+        description="of a link inside a node, then across nodes, such as 900GB/s,50GB/s: predict bytes and seconds",
+    )
+    latency: str | None = Field(
+        default=None, description="before the first byte, inside a node, then across, such as 3us,10us"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="type of the hidden states that travel, for predicted bytes"
+    )
+    spare: int = Field(default=0, ge=0, description="expert slots of each device to fill with copies of hot experts")
+    copies: Literal["added", "eplb"] = Field(
+        default="added",
+        description="added: keep the solver's owners; eplb: choose owners, too, by load alone. Both are counted, "
+        "this one is written",
+    )
 
     def check(self) -> None:
         """Refuse an unknown solver and impossible options."""
         for name in {self.method, *self.compare} - {"auto"}:
             make("place", name, self.settings if name == self.method else {})
+        for devices in self.devices:
+            self._topology(devices)
 
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """Placements are small; a permuted model is as large as its parent."""
@@ -73,38 +95,85 @@ class PlaceStep(Step):
         from moekit.placement.comparison import compare, compare_solvers
         from moekit.placement.simulation import place_trace
 
-        groups = self._routing_groups()
+        options: dict[str, Any] = {"nodes": self.nodes, "routing_groups": self._routing_groups(), "seed": work.seed}
         placement = place_trace(
-            trace,
-            devices,
-            solver=self.method,
-            config=self.settings,
-            nodes=self.nodes,
-            routing_groups=groups,
-            seed=work.seed,
-            progress=work.progress,
+            trace, devices, solver=self.method, config=self.settings, progress=work.progress, **options
         )
+        placements = {self.method: placement, **self._with_copies(trace, placement, options["routing_groups"])}
+        # The one that is written comes last: later steps read it there.
+        *_, placement = placements.values()
         placement.save(folder / placement_file(devices))
-        rows = compare(measured, {self.method: placement}).as_dicts()
+        rows = compare(measured, placements).as_dicts()
         if self.compare:
-            options = {"nodes": self.nodes, "routing_groups": groups}
+            planned = {name: options[name] for name in ("nodes", "routing_groups")}
             others = compare_solvers(
-                measured, (devices,), self.compare, planned_on=trace, seed=work.seed, options=options
+                measured, (devices,), self.compare, planned_on=trace, seed=work.seed, options=planned
             )
             rows = [*others.as_dicts(), *rows]
         if self.model is not None:
             target = folder / f"model-{devices}"
             location = model_location(self.model, work.progress)
             place_checkpoint(location, placement, target, command=work.command, progress=work.progress)
+        topology = self._topology(devices)
+        if topology is not None:
+            others_placed = {name: place_trace(trace, devices, solver=name, **options) for name in self.compare}
+            placements = {**others_placed, **placements}
         return {
             "devices": devices,
             "placement": placement.hash,
             "solver": placement.solver,
+            "spare": self.spare,
             "proven_layers": len(placement.proven),
             "layers": len(placement.layers),
             "rows": rows,
             "gain": self._gain(devices, measured, placement, work.seed),
+            "links": None if topology is None else {**topology.model_dump(), "dtype": self.dtype},
+            "predictions": [] if topology is None else self._predictions(measured, placements, topology),
         }
+
+    def _topology(self, devices: int) -> Topology | None:
+        """Links to predict for; None where no bandwidth is given.
+
+        Raises:
+            BadConfig: an unreadable bandwidth or latency, more nodes than devices, or a latency alone.
+        """
+        from moekit.placement.topology import Topology, parse_latency
+
+        if self.bandwidth is None:
+            if self.latency is not None:
+                raise BadConfig("a latency alone predicts no time", hint="give the bandwidth, too: 900GB/s,50GB/s")
+            return None
+        return Topology.make(devices, self.nodes, self.bandwidth, latency=parse_latency(self.latency))
+
+    def _with_copies(self, trace: Any, placement: Placement, groups: int) -> dict[str, Placement]:
+        """By name; the one to be written last."""
+        if not self.spare:
+            return {}
+        from moekit.placement.spare import add_copies, place_by_load
+
+        counted = trace.require(["load"])
+        load = {layer: counted[layer]["load"] for layer in placement.layers}
+        added = add_copies(placement, load, self.spare)
+        by_load = place_by_load(
+            load,
+            placement.devices,
+            self.spare,
+            nodes=placement.nodes,
+            routing_groups=groups,
+            fingerprint=placement.fingerprint,
+            trace=placement.trace,
+        )
+        found = {f"{self.method}+{self.spare}": added, f"eplb+{self.spare}": by_load}
+        return found if self.copies == "eplb" else dict(reversed(found.items()))
+
+    def _predictions(self, measured: Any, placements: dict[str, Placement], topology: Topology) -> list[dict[str, Any]]:
+        from moekit.placement.sending import predict_sending
+
+        itemsize = 4 if self.dtype == "float32" else 2
+        return [
+            {"placement": name, **predict_sending(measured, placement, topology, itemsize=itemsize).as_dict()}
+            for name, placement in placements.items()
+        ]
 
     def _gain(self, devices: int, measured: Any, placement: Any, seed: int) -> dict[str, Any] | None:
         """What the constraint spares beyond placement alone, paired over documents."""
