@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from moekit.errors import MoekitError
 from moekit.placement import (
     Placement,
     Topology,
@@ -151,7 +152,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     needed = arguments.tokens_per_rank * arguments.steps
     return {
-        "trace": trace.meta.model,
+        "trace": trace.meta.model or str(arguments.trace),
         "trace_tokens": trace.meta.tokens,
         "repeated": [count for count in ranks if count * needed > trace.meta.tokens],
         "topology": topology.model_dump(),
@@ -189,7 +190,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random trace")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     arguments = parser.parse_args()
-    results = run(arguments)
+    try:
+        results = run(arguments)
+    except MoekitError as error:
+        parser.exit(error.exit_code, f"{error}\n")
     if arguments.json:
         print(json.dumps(results, indent=1))
     else:
