@@ -17,6 +17,7 @@ KINDS = {
     "convert": "Dense to MoE",
     "routing": "Routing policies",
     "place": "Placement solvers",
+    "dispatch": "Dispatchers between ranks",
 }
 
 

@@ -9,6 +9,7 @@ Legend: N tokens, K choices, H hidden size, E experts, L own experts.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from moekit.parallel.wire import Codec
 from moekit.placement import Placement
 
 DEFAULT = "once-per-rank"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -131,6 +134,8 @@ def expert_parallel(
 
 
 def _check_placement(placement: Placement, layers: list[MoELayer], ranks: Ranks) -> None:
+    if any(placement.replicas.values()):
+        logger.warning("the placement has copies of experts; ranks run each expert where its owner is")
     if placement.devices != ranks.size:
         raise BadConfig(
             f"the placement is for {placement.devices} devices, not for {ranks.size} ranks",
