@@ -102,7 +102,7 @@ class RankedTraining:
         """See `moekit.parallel.sharded.save_sharded`."""
         from moekit.parallel.sharded import save_sharded
 
-        save_sharded(model, folder, optimizer=_plain(optimizer))
+        save_sharded(model, folder, optimizer=_plain(optimizer), overwrite=True)
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
         """See `moekit.parallel.sharded.load_sharded`."""

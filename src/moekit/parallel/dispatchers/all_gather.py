@@ -44,6 +44,8 @@ class Gathered:
 class AllGather(Dispatcher):
     """Gather all ranks' tokens everywhere, run local experts on them, reduce-scatter the sums (Megatron's allgather).
 
+    It needs no counts of rows and no plan. Choose it for few ranks, where a token touches nearly all of them anyway.
+
     Attributes:
         link: the ranks.
     """
