@@ -5,11 +5,15 @@ from moekit._lazy import attach
 __getattr__, __dir__ = attach(
     __name__,
     {
+        "Departure": "pulse",
         "Dispatcher": "dispatcher",
         "ExpertLayout": "layout",
         "ExpertShard": "sharding",
+        "RankGone": "health",
         "Ranks": "ranks",
+        "StartedRanks": "start",
         "Traffic": "traffic",
+        "agree": "agreement",
         "expert_mesh": "ranks",
         "expert_parallel": "sharding",
         "expert_parameters": "sharding",
@@ -18,5 +22,6 @@ __getattr__, __dir__ = attach(
         "make_dispatcher": "sharding",
         "save_sharded": "sharded",
         "shards": "sharding",
+        "start_ranks": "start",
     },
 )
