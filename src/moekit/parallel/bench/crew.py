@@ -20,6 +20,8 @@ from moekit.parallel.bench.setting import Job
 
 START_SECONDS = 180.0
 ANSWER_SECONDS = 300.0
+# How often somebody looks whether all are alive.
+LOOK_SECONDS = 1.0
 
 
 @dataclass(eq=False)
@@ -48,18 +50,35 @@ class Crew:
     def collect(self, seconds: float) -> list[Any]:
         """One answer of each rank."""
         until = time.monotonic() + seconds
-        return [self._answer(rank, until) for rank in range(len(self.processes))]
+        found: dict[int, Any] = {}
+        while len(found) < len(self.processes):
+            waiting = {self.answers[rank]: rank for rank in range(len(self.processes)) if rank not in found}
+            ready, _, _ = select.select(list(waiting), [], [], LOOK_SECONDS)
+            for pipe in ready:
+                found[waiting[pipe]] = self._answer(waiting[pipe])
+            # A rank that waits for a dead one may never answer.
+            self._refuse_killed()
+            if not ready and time.monotonic() > until:
+                rank = min(waiting.values())
+                raise PeerLost(f"rank {rank} of the bench does not answer in time", hint=_tail(self.logs[rank]))
+        return [found[rank] for rank in range(len(self.processes))]
 
-    def _answer(self, rank: int, until: float) -> Any:
-        ready, _, _ = select.select([self.answers[rank]], [], [], max(0.0, until - time.monotonic()))
-        line = self.answers[rank].readline() if ready else ""
-        if line:
-            answer = json.loads(line)
-            if "ok" in answer:
-                return answer["ok"]
-            raise PeerLost(f"rank {rank} of the bench failed: {answer['error'].strip()}")
-        what = "ended without an answer" if ready else "does not answer in time"
-        raise PeerLost(f"rank {rank} of the bench {what}", hint=_tail(self.logs[rank]))
+    def _answer(self, rank: int) -> Any:
+        line = self.answers[rank].readline()
+        answer = json.loads(line) if line else {"error": "ended without an answer"}
+        if "ok" in answer:
+            return answer["ok"]
+        # Ranks that lose another one fail, too: what matters is who went first.
+        self._refuse_killed()
+        lines = answer["error"].strip().splitlines()
+        where = " | ".join(map(str.strip, lines[-6:-1])) or _tail(self.logs[rank])
+        raise PeerLost(f"rank {rank} of the bench failed: {lines[-1]}", hint=where)
+
+    def _refuse_killed(self) -> None:
+        for rank, process in enumerate(self.processes):
+            if (process.poll() or 0) < 0:
+                number = -(process.returncode or 0)
+                raise PeerLost(f"rank {rank} of the bench was ended by signal {number}", hint=_tail(self.logs[rank]))
 
 
 def _tail(log: Path, lines: int = 8) -> str:

@@ -117,7 +117,8 @@ class Bench:
         slow = {n for n in entries if base is not None and spent[n] > SLOW * spent[base]}
         if seconds is not None:
             seconds -= FEW * sum(spent[n] for n in slow)
-            rounds = max(FEW, min(rounds, int(seconds / sum(spent[n] for n in entries if n not in slow))))
+            possible = int(seconds / sum(spent[n] for n in entries if n not in slow))
+            rounds = min(rounds, max(FEW, possible))
         return [[n for n in entries if n not in slow or turn < FEW] for turn in range(rounds)]
 
 
