@@ -141,6 +141,13 @@ class _Lines(logging.StreamHandler[TextIO]):
     """Our own handler, recognisable so that it is never there twice."""
 
 
+class _ByLevel(logging.Formatter):
+    """`warning: ...` or `error: ...`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{'error' if record.levelno >= logging.ERROR else 'warning'}: {record.getMessage()}"
+
+
 def show_warnings() -> None:
     """Print warnings and log records of warning level as one line each on stderr."""
 
@@ -149,7 +156,7 @@ def show_warnings() -> None:
 
     warnings.showwarning = show
     handler = _Lines()
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setFormatter(_ByLevel())
     handler.setLevel(logging.WARNING)
     logger = logging.getLogger("moekit")
     logger.handlers = [other for other in logger.handlers if not isinstance(other, _Lines)] + [handler]

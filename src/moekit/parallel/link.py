@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moekit.errors import PeerLost
+from moekit.parallel.health import note
 from moekit.parallel.traffic import Pass, Traffic, Way
 
 # torch 2.13 renames both.
@@ -49,19 +50,29 @@ class Link:
         """R."""
         return len(self.members)
 
-    def call(self, collective: Callable[[], Any]) -> Any:
+    def call(self, collective: Callable[[], Any], *, begins: bool = True, ends: bool = True) -> Any:
         """Carry out a collective; what a backend throws when a peer is gone becomes our error.
+
+        Args:
+            collective: the call.
+            begins: whether it enters a collective, for those who watch this rank.
+            ends: whether the collective is over when it returns.
 
         Raises:
             PeerLost: a rank died, stalled or ran other code.
         """
+        if begins:
+            note()
         try:
-            return collective()
+            answer = collective()
         except (RuntimeError, dist.DistError) as error:
             raise PeerLost(
                 f"an exchange between ranks failed: {str(error).splitlines()[0]}",
                 hint="a rank died, stalled, or ran other code than this one; its own last lines say why",
             ) from error
+        if ends:
+            note(finished=True)
+        return answer
 
     def all_gather(self, values: Tensor) -> Tensor:
         """Equal parts of all ranks, one after the other along the first dimension."""
@@ -83,7 +94,9 @@ class Link:
             received_R.copy_(counts_R)
         else:
             self.traffic.counted([counts_R.element_size()] * self.size)
-            work = self.call(lambda: dist.all_to_all_single(received_R, counts_R, group=self.group, async_op=True))
+            work = self.call(
+                lambda: dist.all_to_all_single(received_R, counts_R, group=self.group, async_op=True), ends=False
+            )
         return PendingCounts(counts_R, received_R, work, self)
 
     def exchange_rows(
@@ -106,7 +119,8 @@ class Link:
             received_QB.copy_(packed_PB)
         else:
             work = self.call(
-                lambda: dist.all_to_all_single(received_QB, packed_PB, receive, send, group=self.group, async_op=True)
+                lambda: dist.all_to_all_single(received_QB, packed_PB, receive, send, group=self.group, async_op=True),
+                ends=False,
             )
         return PendingRows(packed_PB, received_QB, work, self, f"{direction} {way}")
 
@@ -124,7 +138,7 @@ class PendingCounts:
         """Rows for each rank, and from each."""
         started = time.perf_counter()
         if self.work is not None:
-            self.link.call(self.work.wait)
+            self.link.call(self.work.wait, begins=False)
         send, receive = torch.stack([self.sent_R, self.received_R]).tolist()
         self.link.traffic.spent("waiting for counts", time.perf_counter() - started)
         return send, receive
@@ -144,6 +158,6 @@ class PendingRows:
         """The rows, ordered by the rank they come from."""
         started = time.perf_counter()
         if self.work is not None:
-            self.link.call(self.work.wait)
+            self.link.call(self.work.wait, begins=False)
         self.link.traffic.spent(f"waiting for rows, {self.phase}", time.perf_counter() - started)
         return self.received_QB

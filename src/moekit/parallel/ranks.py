@@ -86,7 +86,7 @@ def expert_mesh(ranks: int | None = None, nodes: int = 1, device_type: str | Non
         raise BadConfig(f"{world} ranks cannot be dealt into groups of {size}", hint=f"--ep must divide {world}")
     if size % nodes:
         raise BadConfig(f"{size} ranks cannot stand in {nodes} nodes of equal size", hint="choose a divisor")
-    kind = device_type or ("cuda" if dist.get_backend() == "nccl" else "cpu")
+    kind = device_type or ("cuda" if "nccl" in dist.get_backend_config() else "cpu")
     return init_device_mesh(kind, (world // size, nodes, size // nodes), mesh_dim_names=(COPIES, NODE, PLACE))
 
 
