@@ -189,8 +189,8 @@ def _show(terminal: Terminal, result: BenchResult, rates: list[str]) -> None:
     rows = [
         (
             e.name,
-            None if e.forward is None else (across(e.forward) or 0) / 1024,
-            None if e.total is None else (across(e.total) or 0) / 1024,
+            None if e.forward is None else round((across(e.forward) or 0) / 1024),
+            None if e.total is None else round((across(e.total) or 0) / 1024),
             _percent(saved(e, result)),
             None if e.exactness is None else f"{e.exactness.share:.1%}",
             None if e.rows is None else e.rows.counted,

@@ -5,6 +5,7 @@ Legend: R ranks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from moekit.parallel.bench.workload import Workload
 # Of a collective across nodes, where the link is only modelled: half a millisecond, and bytes over the rate.
 ALPHA = 5e-4
 # Rounds that are measured however long they take, and of entries so many times slower than the baseline.
-FEW, SLOW = 5, 2.5
+FEW, SLOW = 5, 3.0
 
 # Round -> seconds of forward, and of forward and backward.
 Turns = dict[int, tuple[float, float]]
@@ -276,9 +278,13 @@ def describe_machine() -> dict[str, str]:
     if cpuinfo.exists():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return {
+    found = {
         "processor": model,
         "cores": str(os.cpu_count()),
         "system": platform.platform(terse=True),
         "torch": torch.__version__,
     }
+    for name in ("transformers", "deepspeed"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 from moekit.parallel.bench.network import name_rate
 from moekit.parallel.bench.result import BenchResult, Bytes, EntryResult, Ratio
 from moekit.report.data import BarsSection, Finding, KeyFigure, ReportData, TableSection, TextSection
@@ -169,15 +172,13 @@ def headline(result: BenchResult) -> Finding:
 
 
 def findings(result: BenchResult) -> tuple[Finding, ...]:
-    """Time at each rate, and who is not exact."""
+    """Time of those that send fewer bytes, at each rate, and who is not exact."""
     found = []
     for e in taking(result):
-        if e.entry.peer != "ours" or e.shared_batch:
-            continue
-        for rate in result.rates:
-            t = e.at(rate)
-            if t is not None and t.total_ratio is not None:
-                found.append(_time_finding(e, name_rate(rate), t.total_ratio, result.rounds))
+        share = saved(e, result)
+        if e.entry.peer == "ours" and not e.shared_batch and share is not None and share < 0:
+            ratios = [(name_rate(t.rate), t.total_ratio) for t in e.timings if t.total_ratio is not None]
+            found += [_time_finding(e.name, ratios, result.rounds)] if ratios else []
     for e in taking(result):
         if e.exactness is not None and e.exactness.share < 1:
             text = f"{e.name} computes {e.exactness.share:.1%} of the tokens exactly."
@@ -185,10 +186,18 @@ def findings(result: BenchResult) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def _time_finding(entry: EntryResult, rate: str, ratio: Ratio, rounds: int) -> Finding:
-    span = f"{ratio.median:.3f} of the time of transformers' all_to_all [{ratio.low:.3f}, {ratio.high:.3f}]"
-    status = "good" if ratio.high < 1 else "bad" if ratio.low > 1 else "neutral"
-    return Finding(text=f"{entry.name}, {rate}: {span}.", status=status, detail=f"{rounds} paired rounds")
+def _time_finding(name: str, ratios: Sequence[tuple[str, Ratio]], rounds: int) -> Finding:
+    spans = [f"{r.median:.3f} [{r.low:.3f}, {r.high:.3f}] at {rate}" for rate, r in ratios]
+    slower = any(r.low > 1 for _, r in ratios)
+    status: Literal["good", "neutral", "bad"] = "bad" if slower else "neutral"
+    if all(r.high < 1 for _, r in ratios):
+        status = "good"
+    text = f"{name} takes this share of the time of transformers' all_to_all: {', '.join(spans)}."
+    return Finding(text=text, status=status, detail=f"forward and backward, {rounds} paired rounds")
+
+
+def _peers(result: BenchResult) -> dict[str, str]:
+    return {name: result.machine[name] for name in ("deepspeed",) if name in result.machine}
 
 
 def report(result: BenchResult, command: str = "") -> ReportData:
@@ -208,6 +217,8 @@ def report(result: BenchResult, command: str = "") -> ReportData:
         figures=tuple(figures),
         sections=tuple(sections),
         run=describe_run(
-            commands=(command,) if command else (), seed=result.setting.seed, more={"took": f"{result.seconds:.0f} s"}
+            commands=(command,) if command else (),
+            seed=result.setting.seed,
+            more={"took": f"{result.seconds:.0f} s", "cores": result.machine.get("cores", "?"), **_peers(result)},
         ),
     )
