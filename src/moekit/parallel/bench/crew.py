@@ -68,8 +68,11 @@ class Crew:
         answer = json.loads(line) if line else {"error": "ended without an answer"}
         if "ok" in answer:
             return answer["ok"]
-        # Ranks that lose another one fail, too: what matters is who went first.
-        self._refuse_killed()
+        # Ranks that lose another one fail, too: what matters is who went first, which may take a moment to show.
+        until = time.monotonic() + LOOK_SECONDS
+        while time.monotonic() < until:
+            self._refuse_killed()
+            time.sleep(0.05)
         lines = answer["error"].strip().splitlines()
         where = " | ".join(map(str.strip, lines[-6:-1])) or _tail(self.logs[rank])
         raise PeerLost(f"rank {rank} of the bench failed: {lines[-1]}", hint=where)
