@@ -59,7 +59,7 @@ def test_a_rank_that_raises_tells_the_others_why(tmp_path: Path, victim: int) ->
 def test_a_rank_stuck_in_user_code_is_named_by_the_exchanges_it_did_not_enter(tmp_path: Path) -> None:
     with by_hand(tmp_path, "spin", 1, "before", MOEKIT_RANK_TIMEOUT="6") as job:
         assert job.wait() == [GONE, GONE, GONE]
-        _check_survivors(job, 1, 3, "lives but is behind: it has entered 5 exchanges")
+        _check_survivors(job, 1, 3, "lives but is behind: it has entered 15 exchanges")
         assert "(this one) was given up" in job.last_words(1) or "the store" in job.last_words(1)
 
 

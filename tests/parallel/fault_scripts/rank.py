@@ -18,7 +18,6 @@ from moekit.errors import BadData
 from moekit.parallel.agreement import agree
 from moekit.parallel.dispatcher import Options
 from moekit.parallel.dispatchers.once_per_rank import OncePerRank
-from moekit.parallel.health import note
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.ranks import Ranks
 from moekit.parallel.start import StartedRanks, start_ranks
@@ -67,14 +66,12 @@ def work(ranks: StartedRanks, fault: str, victim: int, when: str) -> None:
         wrong = fault if step == AT_STEP and ranks.rank == victim else ""
         if when == "before":
             _go_wrong(wrong)
-        note()
         x_NH = torch.randn(TOKENS, HIDDEN)
         indices_NK = torch.rand(TOKENS, EXPERTS).argsort(1)[:, :TOP_K]
         flight = dispatcher.dispatch(x_NH, indices_NK, torch.full((TOKENS, TOP_K), 1 / TOP_K))
         if when == "middle":
             _go_wrong(wrong)
         dispatcher.combine(flight, lambda rows_QH, ids_QS, weights_QS: rows_QH * weights_QS.sum(-1, keepdim=True))
-        note(finished=True)
         if when == "after":
             _go_wrong(wrong)
         if fault in ("none", "child") and step == AT_STEP:
