@@ -61,6 +61,19 @@ def test_twenty_steps_in_other_ways(tmp_path: Path, alone: dict[str, Any], ways:
     check(run(tmp_path, 4, STEPS | ways), alone)
 
 
+@pytest.mark.slow
+def test_two_hundred_steps_stray_no_further_than_another_order_of_sums(tmp_path: Path) -> None:
+    """fp32 training diverges by itself: what ranks add must be no more than twice that."""
+    settings = {**STEPS, "steps": 200}
+    plain, turned = (run(tmp_path / str(n), 1, settings | {"other_order": bool(n)}) for n in (0, 1))
+    ranks = run(tmp_path / "ranks", 4, settings)
+    gap, own = (
+        max(abs(a - b) for a, b in zip(other["losses"], plain["losses"], strict=True)) for other in (ranks, turned)
+    )
+    assert own > 0
+    assert gap <= 2 * own, f"{gap:.2e} against {own:.2e}"
+
+
 def test_a_run_killed_on_four_ranks_goes_on_with_two(tmp_path: Path) -> None:
     settings = {"steps": 8, "balance_coef": 0.01, "save_every": 3, "copies": 1}
     whole = run(tmp_path / "whole", 4, settings)

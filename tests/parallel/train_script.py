@@ -35,7 +35,8 @@ def main(out: Path, settings: dict[str, Any]) -> None:
     family, dispatch = settings.pop("family", "qwen2_moe"), settings.pop("dispatch", "once-per-rank")
     kind, copies = settings.pop("data_parallel", "ddp"), settings.pop("copies", 1)
     micro, stop = settings.pop("micro", 4), settings.pop("stop", None)
-    order = settings.pop("order", None)
+    if settings.pop("other_order", False):
+        _turn_micro_batches(2 * micro)
     model = build(family)
     config = TrainConfig(
         batch=2, accumulation=micro // world, seq_len=16, lr=1e-2, schedule="constant", warmup=0, **settings
@@ -52,8 +53,6 @@ def main(out: Path, settings: dict[str, Any]) -> None:
         distribution = RankedTraining(ranks, kind, {"model": "tiny"})
         distribution.prepare(model)
     text = rows(8 * micro, 16)
-    if order is not None:
-        text = rows(8 * micro, 16)
     if stop is not None:
         _stop_after(stop)
     result = train(
@@ -82,6 +81,20 @@ def main(out: Path, settings: dict[str, Any]) -> None:
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
     full = getattr(parameter, "full_tensor", None)
     return (full() if full is not None else parameter).detach().clone()
+
+
+def _turn_micro_batches(rows_of_step: int) -> None:
+    """Let each step go through its micro-batches of two rows backwards: the same sums in another order."""
+    from moekit.training import run
+
+    ordered = run.row_order
+
+    def turned(*args: Any) -> list[int]:
+        numbers = ordered(*args)
+        steps = [numbers[i : i + rows_of_step] for i in range(0, len(numbers), rows_of_step)]
+        return [row for step in steps for i in range(len(step) - 2, -1, -2) for row in step[i : i + 2]]
+
+    run.row_order = turned  # type: ignore[assignment]
 
 
 def _stop_after(step: int) -> None:
