@@ -80,3 +80,21 @@ def test_rows_of_the_collectives_are_those_of_the_replay(
                 assert sum(map(sum, sent)) == expected.rows_once_per_device
             else:
                 assert sum(map(sum, sent)) == expected.rows_once_per_expert
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHERS)
+@pytest.mark.parametrize(
+    "indices",
+    [
+        [[[0, 1]] * 5, [[0, 1]] * 3, [[0, 1]], [[0, 1]] * 2],
+        [[], [], [[3, 5]], []],
+        [[[7, 6]], [], [], [[0, 7]] * 4],
+    ],
+    ids=["two experts get everything", "one token in all", "ranks without tokens"],
+)
+def test_lopsided_batches(pool: Pool, dispatch: str, indices: list[list[list[int]]]) -> None:
+    chosen = [torch.tensor(rows, dtype=torch.int64).reshape(-1, 2) for rows in indices]
+    answers = pool.run(4, "tests.parallel.jobs.identity", dispatch, [0, 0, 1, 1, 2, 2, 3, 3], chosen, 1)
+    for answer in answers:
+        torch.testing.assert_close(answer["y"], answer["x"], rtol=0, atol=1e-12)
+        torch.testing.assert_close(answer["grad"], torch.ones_like(answer["x"]), rtol=0, atol=1e-12)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from moekit.anatomy import find_moe_layers
+from moekit.errors import BadConfig
 from moekit.placement import Placement
 from tests.families import EXPERTS, FAMILIES
 from tests.parallel.jobs import step, tiny
@@ -70,7 +73,7 @@ def test_logits_loss_and_gradients_are_those_of_one_process(pool: Pool, dispatch
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHERS)
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss", "mixtral", "glm4_moe", "olmoe"])
 def test_placements_and_constraints_change_nothing(pool: Pool, dispatch: str, family: str) -> None:
     answers = pool.run(
         4, "tests.parallel.jobs.model_step", family, dispatch, TOKENS, placement=_placement(4, family), policy=True
@@ -93,6 +96,31 @@ def test_eight_bits_on_the_way_out_are_close(pool: Pool) -> None:
         error = (answer["logits"] - whole["logits"][rank::2]).norm() / whole["logits"].norm()
         assert 0 < error < 0.02
         assert answer["traffic"][0]["ranks"][1] < exact[rank]["traffic"][0]["ranks"][1]
+
+
+def test_copies_of_experts_are_not_run_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    from moekit.parallel.sharding import _check_placement
+
+    placement = _placement(2, "olmoe").model_copy(update={"replicas": {0: {0: [1]}}})
+    layers = find_moe_layers(tiny("olmoe"))
+    _check_placement(placement, layers, SimpleNamespace(size=2))  # type: ignore[arg-type]
+    assert "copies" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"devices": 3}, "for 3 devices, not for 2 ranks"),
+        ({"layers": {0: [0, 1] * 4}}, "layer 1: the placement places 0 experts"),
+        ({"layers": {0: [0, 1] * 3, 1: [0, 1] * 3}, "experts": 6}, "places 6 experts, the layer has 8"),
+    ],
+)
+def test_a_placement_for_something_else_is_refused(change: dict[str, Any], words: str) -> None:
+    from moekit.parallel.sharding import _check_placement
+
+    placement = _placement(2, "olmoe").model_copy(update=change)
+    with pytest.raises(BadConfig, match=words):
+        _check_placement(placement, find_moe_layers(tiny("olmoe")), SimpleNamespace(size=2))  # type: ignore[arg-type]
 
 
 def test_experts_come_back_in_logical_order(pool: Pool) -> None:
