@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moekit.errors import BadConfig
 from moekit.parallel.autograd import apply
 from moekit.parallel.dispatcher import Dispatcher, Options, RunExperts
 from moekit.parallel.layout import ExpertLayout
@@ -35,8 +36,12 @@ class SharedBatch(Dispatcher):
 
     @classmethod
     def over(cls, layout: ExpertLayout, ranks: Ranks, options: Options) -> SharedBatch:
-        """Not of its own: it wraps another; see `sharing`."""
-        raise NotImplementedError
+        """It stands for no way of its own to send tokens: see `sharing`.
+
+        Raises:
+            BadConfig: always.
+        """
+        raise BadConfig("a shared batch needs a dispatcher to wrap", hint="SharedBatch.sharing(dispatcher, link)")
 
     @classmethod
     def sharing(cls, inner: Dispatcher, peers: Link) -> SharedBatch:

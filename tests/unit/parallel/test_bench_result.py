@@ -214,3 +214,17 @@ def test_a_modelled_link_is_called_so(tmp_path: Path) -> None:
     page = build(report(result(shaped=False)), tmp_path).read_text()
     assert "modelled" in page
     assert "arguments of collectives" in page
+
+
+def test_the_headline_is_about_the_same_choices() -> None:
+    found = result()
+    ours = found.entries[1]
+    assert ours.total is not None
+    constrained = ours.model_copy(
+        update={
+            "entry": OURS.model_copy(update={"routing": "T = 3"}),
+            "total": ours.total.model_copy(update={"sent": (100, 100)}),
+        }
+    )
+    other = found.model_copy(update={"entries": (*found.entries, constrained)})
+    assert headline(other).text.startswith("moekit once-per-rank sends 30.0% fewer bytes")
