@@ -76,6 +76,15 @@ def test_rows_of_the_collectives_are_those_of_the_replay(
                     if node != rank // (size // 2)
                 )
                 assert across == expected.across_per_node
+                inside = sum(
+                    count
+                    for rank, answer in enumerate(answers)
+                    for place, count in enumerate(answer["rows"]["ranks"].get((direction, way), [0]))
+                    if place != rank % (size // 2)
+                )
+                assert expected.node_rows_DD is not None
+                travelled = expected.node_rows_DD.sum() - expected.node_rows_DD.trace()
+                assert across + inside == travelled
             elif dispatch == "once-per-rank":
                 assert sum(map(sum, sent)) == expected.rows_once_per_device
             else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -54,9 +55,18 @@ class ExchangeDispatcher(Dispatcher):
 
     def combine(self, flight: Flight, run: RunExperts) -> Tensor:
         """See the base class."""
+        experts = self.layout.counts[self.link.rank]
+        return self.around(flight, partial(run_local, run, experts=experts))
+
+    def around(self, flight: Flight, answer: RunExperts) -> Tensor:
+        """Receive rows, have them answered, and bring the answers home.
+
+        Args:
+            flight: from `dispatch`.
+            answer: gets all rows as they came, or none, with slots that may be empty.
+        """
         rows_QH, weights_QS, local_QS = arrive(flight.x_NH, flight.weights_NK, flight.journey)
-        sums_QH = run_local(run, rows_QH, local_QS, weights_QS, self.layout.counts[self.link.rank])
-        return combine(sums_QH, flight.journey)
+        return combine(answer(rows_QH, local_QS, weights_QS), flight.journey)
 
     @property
     def traffic(self) -> dict[str, Traffic]:

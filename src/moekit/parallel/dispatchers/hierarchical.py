@@ -68,9 +68,10 @@ class Hierarchical(Dispatcher):
         """See the base class."""
 
         def node(rows_QH: Tensor, local_QS: Tensor, weights_QS: Tensor) -> Tensor:
-            return self._inner(rows_QH, local_QS, weights_QS, run)
+            none = self._inner.layout.experts
+            return self._inner(rows_QH, local_QS.clamp(max=none), weights_QS, run)
 
-        return self._outer.combine(flight, node)
+        return self._outer.around(flight, node)
 
     @property
     def traffic(self) -> dict[str, Traffic]:
