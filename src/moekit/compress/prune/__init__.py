@@ -1,0 +1,1 @@
+"""Which experts to drop: one file a method (`moekit methods prune`)."""

@@ -1,0 +1,1 @@
+"""Which weights to zero: one file a method (`moekit methods sparsify`)."""

@@ -1,0 +1,165 @@
+"""Give one decoder layer of an empty model its weights, and take them away again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from moekit.checkpoint.folder import Checkpoint, where
+from moekit.checkpoint.model import quiet_transformers
+from moekit.checkpoint.reading import TensorReader
+from moekit.errors import BadCheckpoint, UnsupportedModel
+from moekit.streaming.skeleton import empty_model
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The stack of decoder layers of a causal language model: what has `layers`, an embedding and a final norm.
+
+    Raises:
+        UnsupportedModel: no such module.
+    """
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps its decoder layers in no `layers` list",
+            hint="run it whole: it cannot be streamed layer by layer",
+        )
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+class LayerLoader:
+    """Loads decoder layers of a checkpoint one at a time, through transformers' own weight conversion.
+
+    Args:
+        checkpoint: opened and verified.
+        dtype: of the weights in memory; None as the config says.
+        device: where layers go.
+
+    Attributes:
+        model: the model; parameters that are not loaded lie on the meta device.
+        layers: number of decoder layers.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> None:
+        if "quantization_config" in checkpoint.config:
+            kind = checkpoint.config["quantization_config"].get("quant_method", "?")
+            raise UnsupportedModel(
+                f"the weights are quantized ({kind}), and layers are run in full precision here",
+                file=checkpoint.path,
+                hint="give the unquantized checkpoint; dropping experts alone (a plan made on it) works on quantized "
+                "weights too",
+            )
+        self.checkpoint = checkpoint
+        self.model = empty_model(checkpoint, dtype)
+        self.dtype: torch.dtype = dtype or self.model.config.dtype or torch.float32
+        self.device = torch.device(device)
+        self.decoder = decoder_of(self.model)
+        self.layers = len(self.decoder.layers)  # type: ignore[arg-type]
+        self._reader = TensorReader(checkpoint)
+        self._names: dict[int | None, list[str]] = {}
+        for name in checkpoint.tensors:
+            layer, _ = where(name)
+            self._names.setdefault(layer, []).append(name)
+        for buffer_name, buffer in list(self.decoder.named_buffers()):
+            if not buffer.is_meta and not buffer_name.startswith("layers."):
+                _set(self.decoder, buffer_name, buffer.to(self.device))
+
+    def names(self, index: int | None) -> list[str]:
+        """Names on disk of a decoder layer's tensors; None for those of no layer."""
+        return self._names.get(index, [])
+
+    def nbytes(self, index: int) -> int:
+        """Bytes of a decoder layer on disk."""
+        return sum(self.checkpoint.tensors[name].nbytes for name in self.names(index))
+
+    def load(self, index: int) -> nn.Module:
+        """Load a decoder layer; it stays until it is released.
+
+        Raises:
+            BadCheckpoint: tensors are missing or of a wrong shape.
+        """
+        layer: nn.Module = self.decoder.layers[index]  # type: ignore[index]
+        self._fill(self.names(index))
+        for name, buffer in list(layer.named_buffers()):
+            _set(layer, name, buffer.to(self.device))
+        empty = [name for name, tensor in layer.state_dict().items() if tensor.is_meta]
+        if empty:
+            raise BadCheckpoint(
+                f"{len(empty)} tensors of this layer did not get weights: {', '.join(empty[:8])}",
+                file=self.checkpoint.path,
+                layer=index,
+                hint="see `moekit check`",
+            )
+        return layer
+
+    def release(self, index: int) -> None:
+        """Forget a decoder layer's weights."""
+        layer: nn.Module = self.decoder.layers[index]  # type: ignore[index]
+        for name, parameter in list(layer.named_parameters()):
+            empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+            _set(layer, name, empty)
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """A decoder layer, for as long as it is needed."""
+        try:
+            yield self.load(index)
+        finally:
+            self.release(index)
+
+    def load_rest(self) -> None:
+        """Load what belongs to no decoder layer: embedding, final norm, head (tied or not)."""
+        self._fill(self.names(None))
+        self.model.tie_weights()
+
+    def release_rest(self) -> None:
+        """Forget embedding, final norm and head."""
+        for name, parameter in list(self.model.named_parameters()):
+            if where(name)[0] is None and not parameter.is_meta:
+                _set(self.model, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+
+    def _fill(self, names: Iterable[str]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        tensors = {name: self._reader.read(name) for name in names}
+        config = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=get_model_conversion_mapping(self.model),
+        )
+        with quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+        if info.mismatched_keys or info.conversion_errors:
+            wrong = [*map(str, info.mismatched_keys), *map(str, info.conversion_errors)]
+            raise BadCheckpoint(
+                f"{len(wrong)} tensors do not fit the model: {', '.join(wrong[:8])}",
+                file=self.checkpoint.path,
+                hint="see `moekit check`",
+            )
+        for name, parameter in self.model.named_parameters():
+            if not parameter.is_meta and parameter.requires_grad:
+                parameter.requires_grad_(False)
+
+    def close(self) -> None:
+        """Close the checkpoint's files."""
+        self._reader.close()
+
+
+def _set(root: nn.Module, name: str, tensor: torch.Tensor | nn.Parameter) -> None:
+    """Put a tensor in place of a parameter or buffer, by its path."""
+    path, _, last = name.rpartition(".")
+    module = root.get_submodule(path) if path else root
+    if last in module._parameters:
+        module._parameters[last] = tensor  # type: ignore[assignment]
+    else:
+        module._buffers[last] = tensor
