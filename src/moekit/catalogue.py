@@ -29,6 +29,8 @@ ENTRY_POINT_GROUP = "moekit.methods"
 METHOD_PACKAGES = (
     "moekit.routing",
     "moekit.anatomy.convert",
+    "moekit.compress.prune",
+    "moekit.compress.sparsify",
     "moekit.placement.solvers",
     "moekit.parallel.dispatchers",
 )
@@ -170,3 +172,15 @@ def get(kind: str, name: str) -> MethodRecord:
         f"no {kind} method is called {name!r}",
         hint=f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(names) or 'none'}",
     )
+
+
+def of(cls: type) -> MethodRecord:
+    """The record of a registered class.
+
+    Raises:
+        BadConfig: the class is not registered.
+    """
+    for record in _records.values():
+        if record.cls is cls:
+            return record
+    raise BadConfig(f"{cls.__name__} is not in the catalogue", hint="decorate it with @register(kind=..., name=...)")

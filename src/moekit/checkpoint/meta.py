@@ -9,7 +9,7 @@ from moekit.checkpoint.fingerprint import text_config
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from moekit.checkpoint.folder import Checkpoint
 
@@ -31,6 +31,44 @@ def _bounded(checkpoint: Checkpoint) -> None:
             )
 
 
+def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The transformers config of a checkpoint, its quantization left out.
+
+    Raises:
+        BadCheckpoint: the config contradicts itself.
+        UnsupportedModel: transformers has no causal language model of this type.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    _bounded(checkpoint)
+    remote = checkpoint.remote_code
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=remote
+        )
+    except Exception as error:  # a config can fail in as many ways as there are families
+        raise _no_model(checkpoint, error) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise UnsupportedModel(
+            f"transformers has no causal language model of type {checkpoint.config.get('model_type')!r}",
+            file=checkpoint.path / "config.json",
+            hint="moekit works on decoder-only language models",
+        )
+    return config
+
+
+def _no_model(checkpoint: Checkpoint, error: Exception) -> BadCheckpoint:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return BadCheckpoint(
+        f"no model can be built from this config: {reason}",
+        file=checkpoint.path / "config.json",
+        hint="compare it with the original's config",
+    )
+
+
 def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """Build the config's model without memory.
 
@@ -39,30 +77,15 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         UnsupportedModel: transformers has no causal language model of this type.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import AutoModelForCausalLM
 
-    _bounded(checkpoint)
-    path = checkpoint.path / "config.json"
-    remote = checkpoint.remote_code
+    config = model_config(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=remote)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or remote
-        if known:
-            with warnings.catch_warnings(), torch.device("meta"):
-                warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
-    except Exception as error:  # a config can fail in as many ways as there are families
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadCheckpoint(
-            f"no model can be built from this config: {reason}", file=path, hint="compare it with the original's config"
-        ) from error
-    if not known:
-        raise UnsupportedModel(
-            f"transformers has no causal language model of type {checkpoint.config.get('model_type')!r}",
-            file=path,
-            hint="moekit works on decoder-only language models",
-        )
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=checkpoint.remote_code
+            )
+    except Exception as error:
+        raise _no_model(checkpoint, error) from error
     return model

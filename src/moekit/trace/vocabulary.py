@@ -9,13 +9,18 @@ statistics in `needs` instead of running its own pass. A package may add its own
         "Sum of cubed gate weights."
         return seen.per_expert(seen.weights_NK**3)
 
-Letters of shapes: E experts, H hidden, D domains, V the three figures of a peak (value, channel, position).
+A family of statistics takes numbers in its name, as in `power(0,1,2)`; see `statistic_family`.
+
+Letters of shapes: E experts, H hidden, I expert width, D domains, B bins, V the three figures of a peak (value, channel,
+position).
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +31,7 @@ from moekit.errors import BadConfig
 from moekit.trace.observation import Observation
 
 # What must be seen of a forward pass. Choices (the expert indices) always are.
-Source = Literal["choices", "weights", "logits", "inputs", "outputs", "residual"]
+Source = Literal["choices", "weights", "logits", "inputs", "inner", "outputs", "residual", "shared", "stream"]
 # How the tensors of two sets of tokens combine. "peak": the row with the larger first column.
 Rule = Literal["sum", "max", "peak"]
 Measure = Callable[[Observation], Tensor]
@@ -83,6 +88,10 @@ class Statistic:
 
 
 _statistics: dict[str, Statistic] = {}
+_families: dict[str, Callable[..., Statistic]] = {}
+_MEMBER = re.compile(r"^(?P<family>\w+)\((?P<numbers>[-\d., ]*)\)$")
+# Modules whose import fills the vocabulary.
+_MODULES = ("moekit.trace.measures",)
 
 
 def statistic(
@@ -109,11 +118,36 @@ def statistic(
     return enter
 
 
-def known_statistics() -> dict[str, Statistic]:
-    """The whole vocabulary, by name."""
-    import moekit.trace.measures  # noqa: F401  (fills the vocabulary)
+def statistic_family(make: Callable[..., Statistic]) -> Callable[..., Statistic]:
+    """Enter a family of statistics: `make(*numbers)` gives the member whose name holds these numbers.
 
+    The function's name is the family's; the member's `name` must be `member_name(family, *numbers)`.
+    """
+    _families[make.__name__] = make
+    return make
+
+
+def member_name(family: str, *numbers: float) -> str:
+    """Name of a family's member: `power(0,1,2)`."""
+    return f"{family}({','.join(f'{number:g}' for number in numbers)})"
+
+
+def known_statistics() -> dict[str, Statistic]:
+    """The whole vocabulary, by name; families are left out."""
+    for module in _MODULES:
+        importlib.import_module(module)
     return dict(sorted(_statistics.items()))
+
+
+def _member(name: str) -> Statistic | None:
+    match = _MEMBER.match(name)
+    make = _families.get(match["family"]) if match else None
+    if match is None or make is None:
+        return None
+    try:
+        return make(*(float(number) for number in match["numbers"].split(",") if number.strip()))
+    except (TypeError, ValueError) as error:
+        raise BadConfig(f"the statistic {name!r} does not exist: {error}", hint="see its family's numbers") from error
 
 
 def get(name: str) -> Statistic:
@@ -125,6 +159,8 @@ def get(name: str) -> Statistic:
     known = known_statistics()
     if name in known:
         return known[name]
+    if (member := _member(name)) is not None:
+        return member
     near = difflib.get_close_matches(name, [*known, *GROUPS, *KEPT], n=3)
     raise BadConfig(
         f"no statistic is called {name!r}",
