@@ -40,7 +40,10 @@ def observation(seed: int, tokens: int, experts: int, top_k: int, hidden: int = 
         weights=torch.rand(tokens, top_k, generator=g),
         logits=real(tokens, experts),
         hidden=real(tokens, hidden),
+        inner=outputs_NKH[..., :2],
         outputs=outputs_NKH,
+        shared=real(tokens, hidden),
+        stream=real(tokens, hidden),
         residual=real(tokens, hidden),
         routed=real(tokens, hidden),
     )
@@ -48,14 +51,26 @@ def observation(seed: int, tokens: int, experts: int, top_k: int, hidden: int = 
 
 def part(seen: Observation, rows: slice) -> Observation:
     """Some tokens of an observation."""
-    names = ("domain", "position", "weights", "logits", "hidden", "outputs", "residual", "routed")
+    names = (
+        "domain",
+        "position",
+        "weights",
+        "logits",
+        "hidden",
+        "inner",
+        "outputs",
+        "shared",
+        "stream",
+        "residual",
+        "routed",
+    )
     cut = {name: getattr(seen, name)[rows] for name in names}
     return Observation(seen.experts, seen.indices_NK[rows], domains=seen.domains, **cut)
 
 
 def collect(*parts: Observation) -> LayerStatistics:
     """Statistics of some observations, one after the other."""
-    stats = LayerStatistics.empty(known_statistics().values(), parts[0].experts, 3, ("a", "b"))
+    stats = LayerStatistics.empty(known_statistics().values(), parts[0].experts, 3, ("a", "b"), width=2)
     for seen in parts:
         stats.update(seen)
     return stats
@@ -141,7 +156,21 @@ def test_relabelling_experts_relabels_statistics(seed: int, size: tuple[int, int
         place[seen.indices_NK],
         domains=seen.domains,
         logits=seen.logits[:, order],  # type: ignore[index]
-        **{n: getattr(moved, n) for n in ("domain", "position", "weights", "hidden", "outputs", "residual", "routed")},
+        **{
+            n: getattr(moved, n)
+            for n in (
+                "domain",
+                "position",
+                "weights",
+                "hidden",
+                "inner",
+                "outputs",
+                "shared",
+                "stream",
+                "residual",
+                "routed",
+            )
+        },
     )
     before, after = collect(seen), collect(moved)
     for name, entry in known_statistics().items():

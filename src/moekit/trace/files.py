@@ -62,7 +62,7 @@ def _expected(meta: TraceMeta) -> dict[str, tuple[str, tuple[int, ...]] | None]:
             names[f"layers.{layer}.indices"] = (kind, (meta.tokens, top_k))
         if meta.has_weights:
             names[f"layers.{layer}.weights"] = ("F16", (meta.tokens, top_k))
-        blank = LayerStatistics(experts, meta.hidden, meta.domains)
+        blank = LayerStatistics(experts, meta.hidden, meta.domains, width=meta.width_of(layer))
         for name in meta.statistics:
             entry = get(name)
             names[f"statistics.{layer}.{name}"] = ("I64" if entry.integer else "F64", blank.shape(entry))
@@ -121,5 +121,6 @@ def _statistics(meta: TraceMeta, tensors: dict[str, Tensor]) -> Statistics:
     layers = {}
     for layer, experts in zip(meta.layers, meta.experts, strict=True):
         values = {name: tensors[f"statistics.{layer}.{name}"] for name in meta.statistics}
-        layers[layer] = LayerStatistics(experts, meta.hidden, meta.domains, meta.tokens, values)
+        width = meta.width_of(layer)
+        layers[layer] = LayerStatistics(experts, meta.hidden, meta.domains, meta.tokens, values, width=width)
     return Statistics(layers)

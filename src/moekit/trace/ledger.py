@@ -77,7 +77,12 @@ class LayerLedger:
         geometry = self.layer.geometry
         if self._stats is None:
             self._stats = LayerStatistics.empty(
-                self._statistics, geometry.experts, geometry.hidden, domains, device=str(device)
+                self._statistics,
+                geometry.experts,
+                geometry.hidden,
+                domains,
+                width=geometry.width,
+                device=str(device),
             )
         self._stats = self._stats.with_domains(tuple(domains))
         return self._stats

@@ -260,6 +260,7 @@ class Recorder:
             experts=[layer.geometry.experts for layer in self._layers],
             top_k=[ledger.top_k for ledger in self._ledgers],
             hidden=self._layers[0].geometry.hidden,
+            widths=[layer.geometry.width for layer in self._layers],
             tokens=self._labels.tokens,
             has_choices=self._keep_choices,
             has_weights=self._keep_weights,

@@ -4,7 +4,7 @@ Sums run over tokens that are no padding. g is the gate weight that multiplies a
 of its output before gating. Scores of the pruning literature follow by division: EAN = output_norm, MAN = output_norm /
 load, REAP = gated_output_norm / load (arXiv:2510.13999), EASY-EP = turning_output_norm (arXiv:2504.06792).
 
-Legend: N tokens, K choices a token, E experts, H hidden, D domains.
+Legend: N tokens, n tokens of one expert, K choices a token, E experts, H hidden, I expert width, D domains.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekit.trace.observation import Observation, accumulate, widest
-from moekit.trace.vocabulary import statistic
+from moekit.trace.observation import Observation, Segment, accumulate, widest
+from moekit.trace.vocabulary import expert_statistic, statistic
 
 
 @statistic(shape="E", integer=True)
@@ -151,13 +151,16 @@ def gated_output_square(seen: Observation) -> Tensor:
     return seen.per_expert((seen.weights_NK * seen.output_norm_NK).square())
 
 
-@statistic(shape="EH", sources=("outputs",))
-def output_sum(seen: Observation) -> Tensor:
+@expert_statistic(shape="EH", sources=("outputs",))
+def output_sum(seen: Segment) -> Tensor:
     """Sum of the expert's outputs before gating, by channel."""
-    outputs_NKH = seen.outputs_NKH
-    total_EH = outputs_NKH.new_zeros(seen.experts + 1, outputs_NKH.shape[-1])
-    total_EH.index_add_(0, seen.indices_NK.flatten(), outputs_NKH.flatten(0, 1))
-    return total_EH[: seen.experts]
+    return seen.outputs_nH.sum(0)
+
+
+@expert_statistic(shape="EI", sources=("inner",))
+def inner_square(seen: Segment) -> Tensor:
+    """Sum of the squared inputs of the expert's down projection, by neuron (Wanda's norms are its roots)."""
+    return seen.inner_nI.square().sum(0)
 
 
 @statistic(shape="EV", sources=("outputs",), rule="peak")
@@ -166,7 +169,7 @@ def output_peak(seen: Observation) -> Tensor:
 
     An expert that was never chosen has value 0 and -1 for channel and position.
     """
-    value_NK, channel_NK = seen.outputs_NKH.abs().max(dim=-1)
+    value_NK, channel_NK = seen.output_peak_NK
     by_expert_NE = seen.spread(value_NK)
     value_E, token_E = by_expert_NE.max(dim=0)
     channel_E = seen.spread(channel_NK).gather(0, token_E[None]).squeeze(0)

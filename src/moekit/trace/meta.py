@@ -65,6 +65,7 @@ class TraceMeta(BaseModel):
         experts: E of each layer.
         top_k: K of each layer.
         hidden: H.
+        widths: I of each layer; empty where unknown.
         tokens: N.
         has_choices: whether each token's choices are kept.
         has_weights: whether their weights are kept too.
@@ -86,6 +87,7 @@ class TraceMeta(BaseModel):
     experts: list[int]
     top_k: list[int]
     hidden: int = Field(ge=1)
+    widths: list[int] = Field(default_factory=list)
     tokens: int = Field(ge=0)
     has_choices: bool
     has_weights: bool
@@ -99,6 +101,8 @@ class TraceMeta(BaseModel):
             raise ValueError("layers must be at least one, ascending and distinct")
         if not len(self.layers) == len(self.experts) == len(self.top_k):
             raise ValueError("layers, experts and top_k must be of one length")
+        if self.widths and len(self.widths) != len(self.layers):
+            raise ValueError("widths must be of each layer, or none")
         if any(e < 1 or e > 32767 or k < 1 or k > e for e, k in zip(self.experts, self.top_k, strict=True)):
             raise ValueError("every layer needs 1 to 32767 experts and 1 to E choices")
         if len(set(self.domains)) != len(self.domains):
@@ -114,6 +118,10 @@ class TraceMeta(BaseModel):
     def top_k_of(self, layer: int) -> int:
         """K of a layer."""
         return self.top_k[self._row(layer)]
+
+    def width_of(self, layer: int) -> int:
+        """I of a layer; 0 where unknown."""
+        return self.widths[self._row(layer)] if self.widths else 0
 
     def _row(self, layer: int) -> int:
         if layer not in self.layers:

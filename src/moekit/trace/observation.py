@@ -1,10 +1,11 @@
 """What is known about some tokens at one MoE layer; statistics are measured on it.
 
-Legend: N tokens, K choices a token, E experts, H hidden, D domains.
+Legend: N tokens, n tokens of one expert, K choices a token, E experts, H hidden, I expert width, D domains.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,9 +30,14 @@ class Observation:
         logits: router logits, [N, E].
         sigmoid: whether scores are sigmoids of the logits; else their softmax.
         hidden: what the experts saw, [N, H].
+        inner: input of the down projection of each chosen expert, [N, K, I]; zero where the choice is none.
         outputs: output of each chosen expert before gating, [N, K, H]; zero where the choice is none.
+        norms: norms of these outputs, [N, K], where the outputs themselves were not kept.
+        peaks: their largest absolute values and the channels of these, [N, K] each.
         residual: residual stream before the block, not normalised, [N, H].
         routed: what the routed experts add to it, gated and summed, [N, H].
+        shared: output of the shared experts, [N, H].
+        stream: residual stream after the decoder layer, [N, H].
     """
 
     experts: int
@@ -43,9 +49,14 @@ class Observation:
     logits: Tensor | None = None
     sigmoid: bool = False
     hidden: Tensor | None = None
+    inner: Tensor | None = None
     outputs: Tensor | None = None
+    norms: Tensor | None = None
+    peaks: tuple[Tensor, Tensor] | None = None
     residual: Tensor | None = None
     routed: Tensor | None = None
+    shared: Tensor | None = None
+    stream: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -97,8 +108,41 @@ class Observation:
     @cached_property
     def output_norm_NK(self) -> Tensor:
         """Euclidean norm of each chosen expert's output before gating."""
+        if self.norms is not None:
+            return self.norms
         norm_NK: Tensor = torch.linalg.vector_norm(self.outputs_NKH, dim=-1)
         return norm_NK
+
+    @cached_property
+    def output_peak_NK(self) -> tuple[Tensor, Tensor]:
+        """Largest absolute value of each chosen expert's output before gating, and its channel."""
+        if self.peaks is not None:
+            return self.peaks
+        value_NK, channel_NK = self.outputs_NKH.abs().max(dim=-1)
+        return value_NK, channel_NK
+
+    @cached_property
+    def shared_NH(self) -> Tensor:
+        """Output of the shared experts, fp32."""
+        return self._have(self.shared, "outputs of shared experts").float()
+
+    @cached_property
+    def stream_NH(self) -> Tensor:
+        """Residual stream after the decoder layer, fp32."""
+        return self._have(self.stream, "the residual stream after the layer").float()
+
+    def segments(self) -> Iterator[Segment]:
+        """What each expert saw and gave, expert by expert; experts that no token chose are left out."""
+        for expert in range(self.experts):
+            token_n, slot_n = (self.indices_NK == expert).nonzero(as_tuple=True)
+            if len(token_n):
+                yield Segment(
+                    expert,
+                    weights=None if self.weights is None else self.weights_NK[token_n, slot_n],
+                    hidden=None if self.hidden is None else self.hidden[token_n],
+                    inner=None if self.inner is None else self.inner[token_n, slot_n],
+                    outputs=None if self.outputs is None else self.outputs[token_n, slot_n],
+                )
 
     @cached_property
     def change_N(self) -> Tensor:
@@ -126,6 +170,51 @@ class Observation:
     def per_expert(self, values_NK: Tensor) -> Tensor:
         """Sum over tokens of a value of each choice, by expert: [E] fp64."""
         return accumulate(self.spread(values_NK), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """What one expert saw and gave.
+
+    Attributes:
+        expert: which one.
+        weights: gate weights of its n tokens, [n].
+        hidden: its inputs, [n, H].
+        inner: inputs of its down projection, [n, I].
+        outputs: its outputs before gating, [n, H].
+    """
+
+    expert: int
+    weights: Tensor | None = None
+    hidden: Tensor | None = None
+    inner: Tensor | None = None
+    outputs: Tensor | None = None
+
+    @staticmethod
+    def _have(value: Tensor | None, name: str) -> Tensor:
+        if value is None:
+            raise LookupError(f"{name} were not recorded: name them in the statistic's `sources`")
+        return value.float()
+
+    @property
+    def weights_n(self) -> Tensor:
+        """Gate weights, fp32."""
+        return self._have(self.weights, "weights")
+
+    @property
+    def hidden_nH(self) -> Tensor:
+        """Inputs, fp32."""
+        return self._have(self.hidden, "inputs")
+
+    @property
+    def inner_nI(self) -> Tensor:
+        """Inputs of the down projection, fp32."""
+        return self._have(self.inner, "inputs of the down projection")
+
+    @property
+    def outputs_nH(self) -> Tensor:
+        """Outputs before gating, fp32."""
+        return self._have(self.outputs, "outputs")
 
 
 def widest(device: torch.device) -> torch.dtype:

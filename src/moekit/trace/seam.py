@@ -55,29 +55,6 @@ def read_arguments(layer: MoELayer, args: Sequence[Any], kwargs: Mapping[str, An
     )
 
 
-def single_outputs(experts: Experts, hidden_TH: Tensor, index_TK: Tensor, count: int) -> Tensor:
-    """Output of each chosen expert before gating, computed for the tokens routed to it only.
-
-    Args:
-        experts: forward of the experts module.
-        hidden_TH: what the experts see.
-        index_TK: chosen experts, E means none.
-        count: E.
-
-    Returns:
-        [T, K, H]; zero where the choice is none.
-    """
-    rows, top_k = index_TK.shape
-    flat_P = index_TK.flatten()
-    real_P = (flat_P < count).nonzero().flatten()
-    one_P1 = hidden_TH.new_ones(len(real_P), 1)
-    result_PH = hidden_TH.new_zeros(rows * top_k, hidden_TH.shape[-1])
-    if len(real_P):
-        output_PH = experts(hidden_TH[real_P // top_k], flat_P[real_P][:, None], one_P1)
-        result_PH = result_PH.to(output_PH.dtype).index_copy(0, real_P, output_PH)
-    return result_PH.view(rows, top_k, -1)
-
-
 def uses_sigmoid(layer: MoELayer) -> bool:
     """Whether a router's scores are sigmoids rather than a softmax, told by the weights it gives.
 
@@ -145,10 +122,15 @@ def recorded_layers(model: nn.Module, wanted: Sequence[int] | None) -> list[MoEL
     return [layer for layer in layers if layer.index in set(wanted)]
 
 
+def decoder_layer(model: nn.Module, layer: MoELayer) -> nn.Module:
+    """The decoder layer around a block; the block itself where it stands in none."""
+    match = re.match(r"^(.*?\.\d+)(\.|$)", layer.name)
+    return model.get_submodule(match.group(1)) if match else layer.block
+
+
 def norms_before(model: nn.Module, layer: MoELayer) -> list[nn.Module]:
     """Norms of the decoder layer around a block: one of them makes what the experts see out of the residual stream."""
-    match = re.match(r"^(.*?\.\d+)(\.|$)", layer.name)
-    decoder = model.get_submodule(match.group(1)) if match else layer.block
+    decoder = decoder_layer(model, layer)
     norms = []
     for child in decoder.children():
         own = list(child.parameters())
@@ -159,8 +141,7 @@ def norms_before(model: nn.Module, layer: MoELayer) -> list[nn.Module]:
 
 def residual_scale(model: nn.Module, layer: MoELayer) -> float:
     """Factor on the block's output before it is added to the residual stream (Granite has one)."""
-    match = re.match(r"^(.*?\.\d+)(\.|$)", layer.name)
-    decoder = model.get_submodule(match.group(1)) if match else layer.block
+    decoder = decoder_layer(model, layer)
     scale = getattr(decoder, "residual_multiplier", 1.0)
     return float(scale) if isinstance(scale, (int, float)) else 1.0
 

@@ -1,6 +1,6 @@
 """Streaming statistics: one small tensor per name and layer, whatever the number of tokens.
 
-Legend: N tokens, K choices a token, E experts, H hidden, D domains.
+Legend: N tokens, K choices a token, E experts, H hidden, I expert width, D domains, B bins.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moekit.errors import BadData
-from moekit.trace.observation import Observation, widest
-from moekit.trace.vocabulary import Rule, Statistic, get
+from moekit.trace.observation import Observation, Segment, widest
+from moekit.trace.vocabulary import BINS, Rule, Statistic, get
 
 # Tokens handled at a time where a whole trace is counted: bounds memory and keeps fp32 counts exact.
 CHUNK_TOKENS = 16_384
@@ -60,7 +60,7 @@ def combine(rule: Rule, first: Tensor, second: Tensor) -> Tensor:
         case "max":
             return torch.maximum(first, second)
         case "peak":
-            return torch.where((second[:, :1] > first[:, :1]), second, first)
+            return torch.where(second[..., :1] > first[..., :1], second, first)
 
 
 class LayerStatistics(Mapping[str, Tensor]):
@@ -72,6 +72,7 @@ class LayerStatistics(Mapping[str, Tensor]):
         domains: names of the domains; axis D of statistics by domain follows them.
         tokens: N, tokens seen.
         values: name -> tensor.
+        width: I; 0 where no statistic counts neurons.
     """
 
     def __init__(
@@ -81,7 +82,10 @@ class LayerStatistics(Mapping[str, Tensor]):
         domains: Sequence[str] = (),
         tokens: int = 0,
         values: Mapping[str, Tensor] | None = None,
+        *,
+        width: int = 0,
     ) -> None:
+        self.width = width
         self.experts = experts
         self.hidden = hidden
         self.domains = tuple(domains)
@@ -108,24 +112,32 @@ class LayerStatistics(Mapping[str, Tensor]):
         hidden: int,
         domains: Sequence[str] = (),
         *,
+        width: int = 0,
         device: str = "cpu",
     ) -> LayerStatistics:
         """Statistics of no tokens."""
-        made = cls(experts, hidden, domains)
+        made = cls(experts, hidden, domains, width=width)
         for entry in statistics:
             made._values[entry.name] = made._zero(entry, torch.device(device))
         return made
 
     def shape(self, entry: Statistic) -> tuple[int, ...]:
         """Sizes of a statistic's axes at this layer."""
-        sizes = {"E": self.experts, "H": self.hidden, "D": len(self.domains), "V": 3}
+        sizes = {
+            "E": self.experts,
+            "H": self.hidden,
+            "I": self.width,
+            "D": len(self.domains),
+            "B": BINS,
+            "V": 3,
+        }
         return tuple(sizes[letter] for letter in entry.shape)
 
     def _zero(self, entry: Statistic, device: torch.device) -> Tensor:
         dtype = torch.int64 if entry.integer else widest(device)
         zero = torch.zeros(self.shape(entry), dtype=dtype, device=device)
         if entry.rule == "peak":
-            zero[:, 1:] = -1
+            zero[..., 1:] = -1
         return zero
 
     def with_domains(self, domains: tuple[str, ...]) -> LayerStatistics:
@@ -133,7 +145,7 @@ class LayerStatistics(Mapping[str, Tensor]):
         if domains == self.domains:
             return self
         target = [domains.index(name) for name in self.domains]
-        wider = LayerStatistics(self.experts, self.hidden, domains, self.tokens)
+        wider = LayerStatistics(self.experts, self.hidden, domains, self.tokens, width=self.width)
         for name, value in self._values.items():
             entry = get(name)
             if "D" in entry.shape:
@@ -148,12 +160,29 @@ class LayerStatistics(Mapping[str, Tensor]):
         """Measure some tokens without adding them."""
         # Autocast would round counts and sums to 8 bits.
         with torch.no_grad(), torch.autocast(seen.indices_NK.device.type, enabled=False):
-            return {entry.name: entry.measure(seen) for entry in statistics} if seen.tokens else {}
+            return {entry.name: self._measured(entry, seen) for entry in statistics} if seen.tokens else {}
+
+    def _measured(self, entry: Statistic, seen: Observation) -> Tensor:
+        if entry.of_expert is None:
+            return entry.measure(seen)
+        rows = self._zero(entry, seen.indices_NK.device)
+        for segment in seen.segments():
+            rows[segment.expert] = entry.of_expert(segment).to(rows.dtype)
+        return rows
 
     def add(self, measured: Mapping[str, Tensor]) -> None:
         """Add what `measure` returned."""
         for name, value in measured.items():
             self._values[name] = combine(get(name).rule, self._values[name], value.to(self._values[name].dtype))
+
+    def add_segment(self, seen: Segment, statistics: Iterable[Statistic]) -> None:
+        """Add what some tokens of one expert show to statistics that are measured expert by expert."""
+        with torch.no_grad():
+            for entry in statistics:
+                assert entry.of_expert is not None
+                rows = self._values[entry.name]
+                measured = entry.of_expert(seen).to(rows.dtype)
+                rows[seen.expert] = combine(entry.rule, rows[seen.expert], measured)
 
     def update(self, seen: Observation) -> None:
         """Measure some tokens and add them."""
@@ -174,7 +203,8 @@ class LayerStatistics(Mapping[str, Tensor]):
             )
         domains = tuple(dict.fromkeys((*self.domains, *other.domains)))
         left, right = self.with_domains(domains), other.with_domains(domains)
-        merged = LayerStatistics(self.experts, self.hidden, domains, self.tokens + other.tokens)
+        tokens = self.tokens + other.tokens
+        merged = LayerStatistics(self.experts, self.hidden, domains, tokens, width=max(self.width, other.width))
         for name, value in left._values.items():
             merged._values[name] = combine(get(name).rule, value, right._values[name])
         return merged
@@ -182,7 +212,7 @@ class LayerStatistics(Mapping[str, Tensor]):
     def to_cpu(self) -> LayerStatistics:
         """The same statistics in main memory."""
         values = {name: value.cpu() for name, value in self._values.items()}
-        return LayerStatistics(self.experts, self.hidden, self.domains, self.tokens, values)
+        return LayerStatistics(self.experts, self.hidden, self.domains, self.tokens, values, width=self.width)
 
     @property
     def load_E(self) -> Tensor:

@@ -200,7 +200,8 @@ class Trace:
             )
         have = {} if self.statistics is None else self.statistics[layer]
         values = {e.name: computed[e.name] if e in missing else have[e.name] for e in entries}
-        return LayerStatistics(experts, self.meta.hidden, self.meta.domains, self.meta.tokens, values)
+        width = self.meta.width_of(layer)
+        return LayerStatistics(experts, self.meta.hidden, self.meta.domains, self.meta.tokens, values, width=width)
 
     def select(self, *, domain: str | None = None, document: int | None = None, phase: int | None = None) -> Trace:
         """The trace of some tokens only; statistics that choices do not tell are dropped.

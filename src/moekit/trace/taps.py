@@ -10,7 +10,7 @@ Legend: T positions of a forward pass, N of them no padding, K choices a token, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,24 +19,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moekit.anatomy.probe import MoELayer
-from moekit.errors import UnsupportedModel
+from moekit.errors import BadData, UnsupportedModel
+from moekit.trace.each_expert import Figures, OneExpert, delegated, each_expert, plain_expert
 from moekit.trace.meta import index_dtype
-from moekit.trace.observation import Observation
+from moekit.trace.observation import Observation, Segment
 from moekit.trace.rows import Rows
 from moekit.trace.seam import (
     Experts,
+    decoder_layer,
     norms_before,
     read_arguments,
     residual_scale,
-    single_outputs,
     uses_sigmoid,
 )
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.tokens import TokenLabels
 from moekit.trace.vocabulary import Source, Statistic, sources_of
-
-# Elements of single experts' outputs held at a time (in fp32 64 MiB).
-CHUNK_ELEMENTS = 1 << 24
 
 
 class Pass:
@@ -65,6 +63,13 @@ class Pass:
             self._on[values.device] = self._kept.to(values.device)
         return values.index_select(0, self._on[values.device])
 
+    def put(self, values: Tensor | None, like_TH: Tensor) -> Tensor:
+        """Inverse of `keep`: rows of the N tokens among T positions, zeros at padding."""
+        assert values is not None
+        if self._kept is None:
+            return values
+        return torch.zeros_like(like_TH).index_copy_(0, self._kept.to(values.device), values)
+
 
 @dataclass
 class Staged:
@@ -87,12 +92,15 @@ class Staged:
 
 @dataclass
 class _Call:
-    """What the experts were called with in this pass: all positions, then tokens only."""
+    """What one layer showed in this pass so far: all positions, then tokens only."""
 
     hidden_TH: Tensor
     hidden_NH: Tensor
     index_NK: Tensor
     weights_NK: Tensor
+    figures: Figures | None = None
+    routed_TH: Tensor | None = None
+    shared_TH: Tensor | None = None
 
 
 class LayerTap:
@@ -107,14 +115,24 @@ class LayerTap:
     def __init__(self, model: nn.Module, layer: MoELayer, statistics: Sequence[Statistic]) -> None:
         self.layer = layer
         self.staged: Staged | None = None
-        self._statistics = list(statistics)
+        self._by_token = [s for s in statistics if s.of_expert is None]
+        self._by_expert = [s for s in statistics if s.of_expert is not None]
         self._sources: frozenset[Source] = sources_of(statistics)
+        self._decoder = decoder_layer(model, layer) if self._sources & {"stream", "shared"} else None
         self._norm_modules = norms_before(model, layer) if "residual" in self._sources else []
         self._scale = residual_scale(model, layer) if "residual" in self._sources else 1.0
         self._sigmoid = "logits" in self._sources and uses_sigmoid(layer)
+        self._one_by_one = bool(self._sources & {"outputs", "inner"})
+        if "shared" in self._sources and not layer.shared:
+            raise UnsupportedModel(
+                "there is no shared expert in this layer",
+                layer=layer.index,
+                hint="leave out statistics of shared experts",
+            )
         self._pass: Pass | None = None
         self._call: _Call | None = None
         self._logits: Tensor | None = None
+        self._shared: list[Tensor] = []
         self._norms: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, current: Pass | None) -> None:
@@ -122,6 +140,7 @@ class LayerTap:
         self._pass = current
         self.staged, self._call, self._logits = None, None, None
         self._norms.clear()
+        self._shared.clear()
 
     def hooks(self, *, on_experts: bool) -> Iterator[RemovableHandle]:
         """Install the hooks; `on_experts` False where the experts implementation sees the calls."""
@@ -134,22 +153,28 @@ class LayerTap:
             yield experts.register_forward_pre_hook(self._on_experts, with_kwargs=True)
         if "residual" in self._sources:
             yield experts.register_forward_hook(self._on_output)
+        if "shared" in self._sources:
+            for module in self.layer.shared:
+                yield module.register_forward_hook(self._on_shared)
+        if self._decoder is not None:
+            yield self._decoder.register_forward_hook(self._on_decoder)
 
     def implementation(self, chosen: Experts) -> Experts:
         """The experts' forward that records and delegates to `chosen`."""
+        one = plain_expert(self.layer.experts) or delegated(chosen)
 
         def forward(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
             if self._pass is None:
                 return chosen(hidden_TH, index_TK, weights_TK)
-            self._see(hidden_TH.detach(), index_TK, weights_TK.detach())
-            if "outputs" not in self._sources:
-                if "residual" not in self._sources:
-                    self._measure(None, None)
-                return chosen(hidden_TH, index_TK, weights_TK)
-            outputs_TKH = single_outputs(chosen, hidden_TH, index_TK, self.layer.geometry.experts)
-            output_TH = (outputs_TKH * weights_TK.unsqueeze(-1)).sum(dim=1).to(hidden_TH.dtype)
-            outputs_NKH = self._pass.keep(outputs_TKH.detach())
-            self._measure(lambda rows: outputs_NKH[rows], output_TH.detach())
+            call = self._see(hidden_TH.detach(), index_TK, weights_TK.detach())
+            if call is None or not self._one_by_one or torch.is_grad_enabled():
+                if call is not None and self._one_by_one:
+                    self._ask(call, plain_expert(self.layer.experts) or delegated(chosen))
+                output_TH = chosen(hidden_TH, index_TK, weights_TK)
+            else:
+                output_TH = self._pass.put(self._ask(call, one, add_up=True), hidden_TH)
+            if call is not None and "residual" not in self._sources and self._decoder is None:
+                self._measure()
             return output_TH
 
         return forward
@@ -166,15 +191,32 @@ class LayerTap:
         if self._pass is None:  # recomputation under activation checkpointing, say
             return
         hidden_TH, index_TK, weights_TK = read_arguments(self.layer, args, kwargs)
-        self._see(hidden_TH.detach(), index_TK, weights_TK.detach())
-        if "residual" not in self._sources:
-            self._measure(self._outputs_again, None)
+        call = self._see(hidden_TH.detach(), index_TK, weights_TK.detach())
+        if call is None:
+            return
+        if self._one_by_one:
+            # `forward`, not the module itself, whose hooks would see this call
+            self._ask(call, plain_expert(self.layer.experts) or delegated(self.layer.experts.forward))
+        if "residual" not in self._sources and self._decoder is None:
+            self._measure()
 
     def _on_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._pass is not None and self._call is not None:
-            self._measure(self._outputs_again, output.detach())
+            self._call.routed_TH = output.detach()
+            if self._decoder is None:
+                self._measure()
 
-    def _see(self, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> None:
+    def _on_shared(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._pass is not None:
+            made = output[0] if isinstance(output, tuple) else output
+            self._shared.append(made.detach().reshape(-1, made.shape[-1]))
+
+    def _on_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._pass is not None and self._call is not None:
+            made = output[0] if isinstance(output, tuple) else output
+            self._measure(stream_TH=made.detach().reshape(-1, made.shape[-1]))
+
+    def _see(self, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> _Call | None:
         assert self._pass is not None
         if self.staged is not None or index_TK.shape[0] != self._pass.positions:
             what = "twice" if self.staged is not None else f"on {index_TK.shape[0]} positions"
@@ -187,20 +229,56 @@ class LayerTap:
         small_NK = index_NK.to(index_dtype(self.layer.geometry.experts))
         if not self._pass.tokens:
             self.staged = Staged(small_NK, weights_NK, None, [])
-            return
+            return None
         extremes = torch.stack(torch.aminmax(index_NK)).long()
         self.staged = Staged(small_NK, weights_NK, extremes, [weights_NK.sum(dtype=torch.float32)])
-        if self._statistics:
+        if self._by_token or self._by_expert:
             self._call = _Call(hidden_TH, self._pass.keep(hidden_TH), index_NK.long(), weights_NK)
+        return self._call
 
-    def _outputs_again(self, rows: slice) -> Tensor:
-        assert self._call is not None
-        return single_outputs(
-            self.layer.experts.forward,  # not the module itself, whose hooks would see this call
-            self._call.hidden_NH[rows],
-            self._call.index_NK[rows],
-            self.layer.geometry.experts,
+    @torch.no_grad()
+    def _ask(self, call: _Call, one: OneExpert, *, add_up: bool = False) -> Tensor | None:
+        """Run the experts one by one; what only they show is measured on the way."""
+        geometry = self.layer.geometry
+        assert self._pass is not None
+        assert self.staged is not None
+        index_NK = call.index_NK
+        if int(index_NK.min()) < 0 or int(index_NK.max()) > geometry.experts:
+            raise BadData(f"the router chose an expert outside 0..{geometry.experts}", layer=self.layer.index)
+        kept: LayerStatistics | None = None
+        if self._by_expert:
+            kept = LayerStatistics.empty(
+                self._by_expert,
+                geometry.experts,
+                geometry.hidden,
+                self._pass.domains,
+                width=geometry.width,
+                device=str(index_NK.device),
+            )
+
+        def look(segment: Segment) -> None:
+            if "inner" in self._sources and segment.inner is None:
+                raise UnsupportedModel(
+                    f"{type(self.layer.experts).__name__} does not show the inputs of its down projections",
+                    layer=self.layer.index,
+                    hint="load the model unquantized, in one process, or leave out statistics of 'inner'",
+                )
+            assert kept is not None
+            kept.add_segment(segment, self._by_expert)
+
+        call.figures = each_expert(
+            one,
+            call.hidden_NH,
+            index_NK,
+            call.weights_NK,
+            geometry.experts,
+            look=look if kept is not None else None,
+            peaks="outputs" in self._sources and any(s.rule == "peak" for s in self._by_token),
+            add_up=add_up,
         )
+        if kept is not None:
+            self.staged.measured.append(dict(kept))
+        return call.figures.output_NH
 
     def _residual_TH(self, hidden_TH: Tensor) -> Tensor:
         for before, after in self._norms:
@@ -213,36 +291,36 @@ class LayerTap:
         )
 
     @torch.no_grad()
-    def _measure(self, outputs: Callable[[slice], Tensor] | None, routed_TH: Tensor | None) -> None:
+    def _measure(self, stream_TH: Tensor | None = None) -> None:
         call, self._call = self._call, None
-        if call is None or self._pass is None or self.staged is None:
+        if call is None or self._pass is None or self.staged is None or not self._by_token:
             return
-        self._call = call  # `outputs` reads it
-        parts: dict[str, Tensor] = {"hidden": call.hidden_NH, "weights": call.weights_NK}
+        parts: dict[str, Any] = {"hidden": call.hidden_NH, "weights": call.weights_NK}
         if "logits" in self._sources:
             assert self._logits is not None  # the router ran before its experts
             parts["logits"] = self._pass.keep(self._logits.reshape(-1, self._logits.shape[-1]))
             # -inf is legal: a router may forbid experts so. NaN and +inf are not.
             self.staged.checks.append(parts["logits"].clamp_min(-1.0).sum(dtype=torch.float32))
         if "residual" in self._sources:
-            assert routed_TH is not None
+            assert call.routed_TH is not None
             parts["residual"] = self._pass.keep(self._residual_TH(call.hidden_TH))
-            parts["routed"] = self._pass.keep(routed_TH) * self._scale
-        tokens, top_k = call.index_NK.shape
-        wide = "outputs" in self._sources
-        step = max(1, CHUNK_ELEMENTS // (top_k * call.hidden_NH.shape[1])) if wide else tokens
-        stats = LayerStatistics(self.layer.geometry.experts, self.layer.geometry.hidden, self._pass.domains)
-        for start in range(0, tokens, step):
-            rows = slice(start, min(start + step, tokens))
-            seen = Observation(
-                self.layer.geometry.experts,
-                call.index_NK[rows],
-                domains=len(self._pass.domains),
-                domain=self._pass.labels.domain_N[rows],
-                position=self._pass.labels.position_N[rows],
-                sigmoid=self._sigmoid,
-                outputs=outputs(rows) if wide and outputs is not None else None,
-                **{name: part[rows] for name, part in parts.items()},
-            )
-            self.staged.measured.append(stats.measure(seen, self._statistics))
-        self._call = None
+            parts["routed"] = self._pass.keep(call.routed_TH) * self._scale
+        if call.figures is not None:
+            parts["norms"] = call.figures.norm_NK
+            parts["peaks"] = call.figures.peaks
+        if "shared" in self._sources:
+            parts["shared"] = self._pass.keep(torch.stack(self._shared).sum(0))
+        if stream_TH is not None:
+            parts["stream"] = self._pass.keep(stream_TH)
+        geometry = self.layer.geometry
+        seen = Observation(
+            geometry.experts,
+            call.index_NK,
+            domains=len(self._pass.domains),
+            domain=self._pass.labels.domain_N,
+            position=self._pass.labels.position_N,
+            sigmoid=self._sigmoid,
+            **parts,
+        )
+        stats = LayerStatistics(geometry.experts, geometry.hidden, self._pass.domains, width=geometry.width)
+        self.staged.measured.append(stats.measure(seen, self._by_token))

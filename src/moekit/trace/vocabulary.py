@@ -11,8 +11,8 @@ statistics in `needs` instead of running its own pass. A package may add its own
 
 A family of statistics takes numbers in its name, as in `power(0,1,2)`; see `statistic_family`.
 
-Letters of shapes: E experts, H hidden, I expert width, D domains, B bins, V the three figures of a peak (value, channel,
-position).
+Letters of shapes: E experts, H hidden, I expert width, D domains, B bins, V the three figures of a peak (value,
+channel, position).
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
 from moekit.errors import BadConfig
-from moekit.trace.observation import Observation
+from moekit.trace.observation import Observation, Segment
 
 # What must be seen of a forward pass. Choices (the expert indices) always are.
 Source = Literal["choices", "weights", "logits", "inputs", "inner", "outputs", "residual", "shared", "stream"]
 # How the tensors of two sets of tokens combine. "peak": the row with the larger first column.
 Rule = Literal["sum", "max", "peak"]
 Measure = Callable[[Observation], Tensor]
+# Of a statistic that is measured expert by expert.
+MeasureExpert = Callable[[Segment], Tensor]
+# Bins of a histogram over [0, 1].
+BINS = 512
 
 # Not statistics, but legal among a method's needs: the trace must keep each token's choices, and their weights.
 KEPT = ("choices", "weights")
@@ -55,6 +59,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "output_sum",
         "output_peak",
     ),
+    "inner": ("load", "inner_square"),
     "residual": ("residual_change", "residual_max", "turning_output_norm"),
 }
 
@@ -71,6 +76,8 @@ class Statistic:
         integer: whether it counts (int64) or sums reals (fp64).
         doc: what it is, one sentence.
         measure: its value on some tokens.
+        of_expert: its row for one expert, where it is measured expert by expert: for what is too large to be held for
+            all choices at once.
     """
 
     name: str
@@ -80,11 +87,35 @@ class Statistic:
     integer: bool
     doc: str
     measure: Measure
+    of_expert: MeasureExpert | None = None
 
     @property
     def from_choices(self) -> bool:
         """Whether kept choices (with weights, if it reads them) suffice to compute it later."""
         return set(self.sources) <= {"choices", "weights"}
+
+
+def expert_statistic(
+    *, shape: str, sources: Sequence[Source], rule: Rule = "sum"
+) -> Callable[[MeasureExpert], MeasureExpert]:
+    """Enter a function that measures one expert's tokens; its result is the expert's row of a tensor [E, ...].
+
+    Raises:
+        BadConfig: another function already has this name.
+    """
+
+    def enter(of_expert: MeasureExpert) -> MeasureExpert:
+        def by_token(seen: Observation) -> Tensor:
+            raise TypeError(f"{of_expert.__name__} is measured expert by expert")
+
+        by_token.__name__, by_token.__doc__ = of_expert.__name__, of_expert.__doc__
+        by_token.__module__ = of_expert.__module__
+        statistic(shape=shape, sources=sources, rule=rule)(by_token)
+        entry = _statistics[of_expert.__name__]
+        _statistics[entry.name] = replace(entry, of_expert=of_expert)
+        return of_expert
+
+    return enter
 
 
 _statistics: dict[str, Statistic] = {}

@@ -8,7 +8,9 @@ from torch import nn
 
 from moekit.anatomy import find_moe_layers
 from moekit.trace import Recorder, record
-from moekit.trace.seam import single_outputs, uses_sigmoid
+from moekit.trace.each_expert import delegated, each_expert, plain_expert
+from moekit.trace.observation import Segment
+from moekit.trace.seam import uses_sigmoid
 from tests.families import EXPERTS, FAMILIES, HIDDEN, TOP_K, build, logits, tokens
 from tests.unit.trace.samples import Spy
 
@@ -17,7 +19,7 @@ BATCH = {
     "input_ids": torch.stack([IDS[0], torch.cat([IDS[1], torch.full((5,), 99)])]),
     "attention_mask": torch.tensor([[1] * 11, [1] * 6 + [0] * 5]),
 }
-GROUPS = ("basic", "gates", "inputs", "outputs", "router")
+GROUPS = ("basic", "gates", "inputs", "inner", "outputs", "router")
 
 
 def reference(family: str) -> dict[int, dict[str, torch.Tensor]]:
@@ -92,7 +94,7 @@ def test_experts_compute_routed_tokens_only(via: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(nn.functional, "linear", counting)
     record(model, [BATCH], statistics=("outputs",), via=via)
     forward, real = 22 * TOP_K * 2, 17 * TOP_K * 2  # positions of the pass, tokens that are no padding; two layers
-    assert sum(rows) == (forward + real if via == "hooks" else forward)
+    assert sum(rows) == (forward + real if via == "hooks" else real)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -200,16 +202,6 @@ def test_the_residual_stream_is_what_the_block_is_added_to(family: str, override
             torch.testing.assert_close(stats["residual_max"], h_NH.abs().max().double(), rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_in_chunks_equal_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once = record(build("mixtral"), [BATCH], statistics=(*GROUPS, "residual"))
-    monkeypatch.setattr("moekit.trace.taps.CHUNK_ELEMENTS", 3 * TOP_K * HIDDEN)
-    in_chunks = record(build("mixtral"), [BATCH], statistics=(*GROUPS, "residual"))
-    for name, value in at_once.tensors().items():
-        torch.testing.assert_close(
-            in_chunks.tensors()[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
 def test_identities_between_scores() -> None:
     trace = record(build("qwen3_moe", num_experts_per_tok=1), [BATCH], statistics=("outputs",))
     assert trace.statistics is not None
@@ -229,14 +221,50 @@ def test_identities_between_scores() -> None:
     assert torch.equal(twice[1]["load"], once[1]["load"])
 
 
-def test_no_expert_has_no_output() -> None:
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_one_expert_by_the_plain_formula_is_what_the_experts_module_gives(family: str) -> None:
+    layer = find_moe_layers(build(family))[0]
+    hidden_TH = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    plain, asked = plain_expert(layer.experts), delegated(layer.experts.forward)
+    assert plain is not None
+    with torch.no_grad():
+        for expert in range(EXPERTS):
+            inner_nI, output_nH = plain(expert, hidden_TH)
+            torch.testing.assert_close(output_nH, asked(expert, hidden_TH)[1], rtol=1e-5, atol=1e-6)
+            assert inner_nI is not None
+            assert inner_nI.shape == (5, layer.geometry.width)
+
+
+def test_no_expert_has_no_output_and_the_gated_sum_is_the_blocks() -> None:
     layer = find_moe_layers(build("mixtral"))[0]
     hidden_TH = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0))
     chosen_TK = torch.tensor([[0, EXPERTS], [EXPERTS, EXPERTS], [5, 1]])
+    weights_TK = torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
+    one = plain_expert(layer.experts)
+    assert one is not None
+    seen: list[Segment] = []
     with torch.no_grad():
-        outputs_TKH = single_outputs(layer.experts.forward, hidden_TH, chosen_TK, EXPERTS)
-        none_TKH = single_outputs(layer.experts.forward, hidden_TH[:1], chosen_TK[1:2], EXPERTS)
-    assert bool((outputs_TKH[chosen_TK == EXPERTS] == 0).all())
-    assert bool((outputs_TKH[chosen_TK < EXPERTS].abs().sum(-1) > 0).all())
-    assert none_TKH.shape == (1, 2, HIDDEN)
-    assert not none_TKH.any()
+        figures = each_expert(one, hidden_TH, chosen_TK, weights_TK, EXPERTS, look=seen.append, peaks=True, add_up=True)
+        layer.experts.config._experts_implementation = "eager"  # the one that skips what is no expert
+        expected_TH = layer.experts.forward(hidden_TH, chosen_TK, weights_TK)
+    assert [segment.expert for segment in seen] == [0, 1, 5]
+    assert bool((figures.norm_NK[chosen_TK == EXPERTS] == 0).all())
+    assert bool((figures.norm_NK[chosen_TK < EXPERTS] > 0).all())
+    assert figures.output_NH is not None
+    torch.testing.assert_close(figures.output_NH, expected_TH, rtol=1e-5, atol=1e-6)
+    assert not figures.output_NH[1].any()
+
+
+def test_inputs_of_the_down_projection_by_the_matrices() -> None:
+    model = build("qwen3_moe")
+    seen = Spy(model).run(IDS)
+    trace = record(model, [BATCH], statistics=("inner_square",))
+    assert trace.statistics is not None
+    for layer in find_moe_layers(model):
+        hidden_NH, chosen_NK, _ = seen[layer.index]
+        gate_EIH, up_EIH = layer.experts.gate_up_proj.detach().chunk(2, dim=1)
+        expected_EI = torch.zeros(EXPERTS, layer.geometry.width).double()
+        for x_H, row in zip(hidden_NH, chosen_NK.tolist(), strict=True):
+            for e in row:
+                expected_EI[e] += (nn.functional.silu(gate_EIH[e] @ x_H) * (up_EIH[e] @ x_H)).double() ** 2
+        torch.testing.assert_close(trace.statistics[layer.index]["inner_square"], expected_EI, rtol=1e-4, atol=1e-7)

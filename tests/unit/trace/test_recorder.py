@@ -149,7 +149,6 @@ def test_counting_in_many_small_steps_is_counting_at_once(monkeypatch: pytest.Mo
     batches = [tokens(2, 5, seed=i) for i in range(6)]
     at_once = record(model, batches, statistics=("basic", "gates"))
     monkeypatch.setattr("moekit.trace.ledger.FLUSH_TOKENS", 1)
-    monkeypatch.setattr("moekit.trace.taps.CHUNK_ELEMENTS", 1)
     same_trace(record(model, batches, statistics=("basic", "gates")), at_once)
 
 

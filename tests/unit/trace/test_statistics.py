@@ -193,7 +193,7 @@ def test_warnings_name_layers_and_experts() -> None:
 def test_every_statistic_is_documented_and_every_group_known() -> None:
     for entry in known_statistics().values():
         assert entry.doc.endswith("."), entry.name
-        assert set(entry.shape) <= set("EHDV")
+        assert set(entry.shape) <= set("EHIDBV")
     for group in GROUPS:
         assert resolve([group])
 
