@@ -1,4 +1,4 @@
-"""Read tensors of a checkpoint by plain file reads: unlike mapped files, nothing stays resident but what was asked for."""
+"""Read tensors by plain file reads: unlike with mapped files, nothing stays resident but what was asked for."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ class TensorReader:
         info = self.checkpoint.tensors.get(name)
         if info is None:
             layer, expert = where(name)
-            raise BadCheckpoint(
-                f"there is no tensor {name!r}", file=self.checkpoint.path, layer=layer, expert=expert
-            )
+            raise BadCheckpoint(f"there is no tensor {name!r}", file=self.checkpoint.path, layer=layer, expert=expert)
         dtype = _TORCH_DTYPES.get(info.dtype)
         if dtype is None:
             raise self._unreadable(info, f"torch has no dtype {info.dtype}")
@@ -78,7 +76,7 @@ class TensorReader:
     def _fill(self, tensor: torch.Tensor, info: TensorInfo, offset: int) -> None:
         if not tensor.numel():
             return
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(view):
             got = os.preadv(self._file(info.shard), [view[done : done + _PIECE_BYTES]], offset + done)

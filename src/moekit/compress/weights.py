@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class LayerWeights:
 
     def map(self, function: Callable[[Tensor], Tensor], *, router: bool = True) -> LayerWeights:
         """Apply a function to every tensor, expert axis first; the router's left as they are with `router=False`."""
-        changed = {
+        changed: dict[str, Any] = {
             f.name: None if (t := getattr(self, f.name)) is None else function(t)
             for f in dataclasses.fields(self)
             if f.name not in ("router", "others")

@@ -61,7 +61,7 @@ class LayerLoader:
         self.dtype: torch.dtype = dtype or self.model.config.dtype or torch.float32
         self.device = torch.device(device)
         self.decoder = decoder_of(self.model)
-        self.layers = len(self.decoder.layers)  # type: ignore[arg-type]
+        self.layers = len(self.stack)
         self._reader = TensorReader(checkpoint)
         self._names: dict[int | None, list[str]] = {}
         for name in checkpoint.tensors:
@@ -70,6 +70,17 @@ class LayerLoader:
         for buffer_name, buffer in list(self.decoder.named_buffers()):
             if not buffer.is_meta and not buffer_name.startswith("layers."):
                 _set(self.decoder, buffer_name, buffer.to(self.device))
+
+    @property
+    def stack(self) -> nn.ModuleList:
+        """The list of decoder layers."""
+        layers = self.decoder.layers
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def layer(self, index: int) -> nn.Module:
+        """A decoder layer, with or without weights."""
+        return self.stack[index]
 
     def names(self, index: int | None) -> list[str]:
         """Names on disk of a decoder layer's tensors; None for those of no layer."""
@@ -85,7 +96,7 @@ class LayerLoader:
         Raises:
             BadCheckpoint: tensors are missing or of a wrong shape.
         """
-        layer: nn.Module = self.decoder.layers[index]  # type: ignore[index]
+        layer = self.layer(index)
         self._fill(self.names(index))
         for name, buffer in list(layer.named_buffers()):
             _set(layer, name, buffer.to(self.device))
@@ -101,7 +112,7 @@ class LayerLoader:
 
     def release(self, index: int) -> None:
         """Forget a decoder layer's weights."""
-        layer: nn.Module = self.decoder.layers[index]  # type: ignore[index]
+        layer = self.layer(index)
         for name, parameter in list(layer.named_parameters()):
             empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
             _set(layer, name, empty)
@@ -146,7 +157,7 @@ class LayerLoader:
                 file=self.checkpoint.path,
                 hint="see `moekit check`",
             )
-        for name, parameter in self.model.named_parameters():
+        for parameter in self.model.parameters():
             if not parameter.is_meta and parameter.requires_grad:
                 parameter.requires_grad_(False)
 

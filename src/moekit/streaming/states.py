@@ -67,7 +67,7 @@ class States:
         if self._file is None:
             return self._kept[batch]
         tensor = torch.empty((*self.shapes[batch], self.hidden), dtype=self.dtype)
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+        view = _bytes(tensor)
         done = 0
         while done < len(view):
             got = os.preadv(self._file, [view[done:]], self._starts[batch] + done)
@@ -82,7 +82,7 @@ class States:
         if self._file is None:
             self._kept[batch] = states
             return
-        view = memoryview(states.contiguous().view(-1).view(torch.uint8).numpy()) if states.numel() else memoryview(b"")
+        view = _bytes(states.contiguous())
         done = 0
         while done < len(view):
             done += os.pwritev(self._file, [view[done:]], self._starts[batch] + done)
@@ -93,3 +93,9 @@ class States:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    data: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    return data if tensor.numel() else memoryview(b"")

@@ -56,7 +56,7 @@ class Walk:
     ) -> None:
         self.loader = loader
         self.batches = list(batches)
-        self.hidden = int(loader.model.get_input_embeddings().weight.shape[1])  # type: ignore[union-attr, operator]
+        self.hidden = int(loader.model.get_input_embeddings().weight.shape[1])
         self._folder = folder
         self._limit = limit
         self._answers_tuple = False
@@ -75,7 +75,7 @@ class Walk:
     @torch.no_grad()
     def run(self, index: int, number: int, hidden_BSH: Tensor) -> Tensor:
         """Output of the decoder layer `index`, which must be loaded, on the states of a batch: [B, S, H]."""
-        layer: nn.Module = self.loader.decoder.layers[index]  # type: ignore[index]
+        layer = self.loader.layer(index)
         return self._drive(index, self.batches[number], layer, hidden_BSH.to(self.loader.device))
 
     def _drive(self, index: int, batch: Inputs, layer: nn.Module | None, hidden_BSH: Tensor | None) -> Tensor:
@@ -113,7 +113,7 @@ class Walk:
     @contextlib.contextmanager
     def _patched(self, index: int, reached: Callable[..., Tensor]) -> Iterator[None]:
         """Layers before `index` pass their input on; the one at `index` is replaced by a stand-in that calls it."""
-        layers: Any = self.loader.decoder.layers
+        layers = self.loader.stack
         own = layers[index]
 
         def pass_on(given: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
@@ -136,7 +136,7 @@ class Walk:
         Args:
             hidden_BSH: gives the last layer's output for the rows that the model is about to be asked about.
         """
-        layers: Any = self.loader.decoder.layers
+        layers = self.loader.stack
 
         def give(given: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
             states = hidden_BSH().to(given.device)
@@ -155,7 +155,7 @@ class Walk:
 
     def moe(self, index: int) -> MoELayer | None:
         """The MoE block of a loaded decoder layer; None if the layer is dense."""
-        layer: nn.Module = self.loader.decoder.layers[index]  # type: ignore[index]
+        layer = self.loader.layer(index)
         prefix = next(name for name, module in self.loader.model.named_modules() if module is layer)
         for found in iterate_moe_layers(layer):
             return replace(
