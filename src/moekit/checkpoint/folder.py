@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import mmap
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Tensors up to this size are read whole where only some elements are asked for.
+_READ_WHOLE = 1 << 20
 
 
 def listed(names: list[str], limit: int = 20) -> str:
@@ -123,9 +126,9 @@ class Checkpoint:
 
     def _samples(self) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
         for shard in self.shards:
-            with self.map(shard) as data:
+            with (self.path / shard).open("rb", buffering=0) as file:
                 for info in self.of_shard(shard):
-                    yield info.name, info.dtype, info.shape, _sampled(data, info)
+                    yield info.name, info.dtype, info.shape, _sampled(file.fileno(), info)
 
     def of_shard(self, shard: str) -> list[TensorInfo]:
         """The tensors of one shard, in file order."""
@@ -197,13 +200,17 @@ def _unreadable(path: Path, name: str, error: Exception) -> BadCheckpoint:
     )
 
 
-def _sampled(data: mmap.mmap, info: TensorInfo) -> bytes:
+def _sampled(file: int, info: TensorInfo) -> bytes:
+    """The sampled elements' bytes, by plain reads: pages of a mapped file would count as resident memory."""
     if not info.nbytes:
         return b""
     bits = DTYPE_BITS[info.dtype]
     size, shape = (bits // 8, info.shape) if bits % 8 == 0 else (1, (info.nbytes,))
-    array = np.frombuffer(data, dtype=np.dtype(f"V{size}"), count=info.nbytes // size, offset=info.offsets[0])
-    return bytes(array[sample_positions(shape)].tobytes())
+    positions = sample_positions(shape)
+    if info.nbytes <= _READ_WHOLE:
+        array = np.frombuffer(os.pread(file, info.nbytes, info.offsets[0]), dtype=np.dtype(f"V{size}"))
+        return bytes(array[positions].tobytes())
+    return b"".join(os.pread(file, size, start) for start in (positions * size + info.offsets[0]).tolist())
 
 
 def read_tensors(path: Path) -> dict[str, TensorInfo]:

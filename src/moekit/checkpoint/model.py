@@ -21,7 +21,7 @@ from moekit.checkpoint.digest import config_digest, tensor_digests
 from moekit.checkpoint.experts import expert_counts
 from moekit.checkpoint.fingerprint import config_top_k, live_fingerprint, text_config
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
-from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record
+from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.safety import check_name, read_header
 from moekit.errors import BadCheckpoint, BadConfig
 
@@ -202,11 +202,13 @@ def seal(
     record: Record,
     *,
     extra_tensors: Mapping[str, torch.Tensor] | None = None,
+    digests: Mapping[str, TensorExpectation] | None = None,
     progress: Progress | None = None,
 ) -> Record:
     """Turn a folder of config and shards into a moekit checkpoint: verify it, hash it, write record and card.
 
-    For code that streams its own shards (see `ShardWriter`); call it inside `atomic_folder`.
+    For code that streams its own shards (see `ShardWriter`); call it inside `atomic_folder`. Tensors whose `digests`
+    were taken while they were written are not read again.
     """
     if extra_tensors:
         save_file({n: t.detach().cpu().contiguous() for n, t in extra_tensors.items()}, folder / TENSORS_FILE)
@@ -217,7 +219,7 @@ def seal(
     expectations = Expectations(
         experts=expert_counts(checkpoint.tensors),
         top_k=config_top_k(checkpoint.config),
-        tensors=tensor_digests(folder, checkpoint.tensors.values(), progress=progress),
+        tensors=_all_digests(checkpoint, digests or {}, progress),
         extra=tensor_digests(folder, extra),
         config=config_digest(checkpoint.config),
     )
@@ -227,6 +229,15 @@ def seal(
     full.write(folder)
     atomic_write(folder / CARD_FILE, render(full, checkpoint.config, licence_of(record.parent)))
     return full
+
+
+def _all_digests(
+    checkpoint: Checkpoint, known: Mapping[str, TensorExpectation], progress: Progress | None
+) -> dict[str, TensorExpectation]:
+    """Digests in file order; those of tensors that are not known are read."""
+    unknown = [info for name, info in checkpoint.tensors.items() if name not in known]
+    read = tensor_digests(checkpoint.path, unknown, progress=progress) if unknown else {}
+    return {name: known[name] if name in known else read[name] for name in checkpoint.tensors}
 
 
 def _absolute_parent(record: Record) -> dict[str, str]:

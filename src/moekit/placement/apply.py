@@ -8,7 +8,6 @@ Legend: E experts, D devices.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,12 @@ from moekit.anatomy.layout import find_expert_tensors
 from moekit.anatomy.permute import expert_counts, permute_checkpoint, permute_experts
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.atomic import atomic_folder
-from moekit.checkpoint.card import CARD_FILE
 from moekit.checkpoint.fingerprint import fingerprint_model, text_config
-from moekit.checkpoint.folder import INDEX_FILE, Checkpoint
-from moekit.checkpoint.hub import SMALL_FILES
+from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import read_extra_tensors, seal
-from moekit.checkpoint.record import RECORD_FILE, PolicyEntry, Record
-from moekit.checkpoint.safety import check_name
+from moekit.checkpoint.record import PolicyEntry, Record
 from moekit.checkpoint.shards import ShardWriter
+from moekit.checkpoint.small_files import copy_small_files
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.placement.plan import Placement
 from moekit.routing.attach import active_policy, attach_policy, detach_policy
@@ -167,15 +164,6 @@ def _permuted_policy(
     return {f"{_POLICY_PREFIX}.{layer}.{name}": t for layer, group in moved.items() for name, t in group.items()}
 
 
-def _copy_small_files(source: Path, target: Path) -> None:
-    """Config, tokenizer and licence; the weights' index, the record and the card are written anew."""
-    skipped = {INDEX_FILE, RECORD_FILE, CARD_FILE}
-    for pattern in SMALL_FILES:
-        for file in source.glob(pattern):
-            if file.name not in skipped:
-                shutil.copyfile(check_name(source, file.name), target / file.name)
-
-
 def place_checkpoint(
     source: str | Path | Checkpoint,
     placement: Placement,
@@ -226,7 +214,7 @@ def place_checkpoint(
         policy=entry,
     )
     with atomic_folder(target, overwrite=overwrite, need_bytes=checkpoint.nbytes) as temporary:
-        _copy_small_files(checkpoint.path, temporary)
+        copy_small_files(checkpoint.path, temporary)
         stream = permute_checkpoint(checkpoint.stream(), find_expert_tensors(shapes), counts, orders)
         with ShardWriter(temporary) as writer:
             for name, tensor in track(stream, "reordering experts", progress, len(shapes)):
