@@ -6,11 +6,12 @@ Legend: N tokens, K choices a token, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moekit.anatomy.probe import MoELayer
+from moekit.anatomy.probe import Geometry, MoELayer
 from moekit.errors import BadData, NumericFault, UnsupportedModel
 from moekit.trace.meta import DataEntry, index_dtype
 from moekit.trace.observation import Observation
@@ -158,9 +159,30 @@ class LayerLedger:
             self.weights = [torch.cat([empty.half(), *self.weights])]
         return self.indices[0], self.weights[0] if self._keep_weights else None
 
-    def statistics(self, domains: Sequence[str]) -> LayerStatistics:
-        """Statistics so far, in main memory."""
-        return self._open(torch.device("cpu"), domains).to_cpu()
+    def record(self, domains: Sequence[str]) -> LayerRecord:
+        """What was recorded so far, in main memory."""
+        indices, weights = self.choices() if self._keep_choices else (None, None)
+        statistics = self._open(torch.device("cpu"), domains).to_cpu()
+        return LayerRecord(self.layer.geometry, self.top_k, statistics, indices, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRecord:
+    """What was recorded of one layer.
+
+    Attributes:
+        geometry: of the layer.
+        top_k: K as seen.
+        statistics: of the layer.
+        indices: [N, K], where choices are kept.
+        weights: [N, K] fp16, where weights are kept.
+    """
+
+    geometry: Geometry
+    top_k: int
+    statistics: LayerStatistics
+    indices: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class LabelLedger:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,19 +22,17 @@ from transformers import PreTrainedModel
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.errors import BadConfig, BadData, MoekitError, UnsupportedModel
+from moekit.trace.assembly import assemble
 from moekit.trace.ledger import LabelLedger, LayerLedger
-from moekit.trace.meta import TraceMeta, tokenizer_hash
+from moekit.trace.meta import tokenizer_hash
 from moekit.trace.rows import Labels, RowCounter, RowSource, read_batch, rows_of_pass
 from moekit.trace.seam import chosen_implementation, recorded_layers, redirect, refuse_compiled, routing_of
-from moekit.trace.statistics import Statistics
 from moekit.trace.store import Trace
 from moekit.trace.taps import LayerTap, Pass
 from moekit.trace.vocabulary import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 Via = Literal["hooks", "experts"]
 
@@ -248,35 +245,12 @@ class Recorder:
         if any(ledger.top_k == 0 for ledger in self._ledgers):
             raise BadData("no forward pass was recorded", hint="run the model inside the `with` block")
         domains = list(self.counter.domains)
-        numbers = [layer.index for layer in self._layers]
-        statistics = None
-        if self._entries:
-            pairs = zip(numbers, self._ledgers, strict=True)
-            statistics = Statistics({number: ledger.statistics(domains) for number, ledger in pairs})
-        meta = TraceMeta(
-            **self._told,
-            data=self._labels.data(self._source, domains),
-            layers=numbers,
-            experts=[layer.geometry.experts for layer in self._layers],
-            top_k=[ledger.top_k for ledger in self._ledgers],
-            hidden=self._layers[0].geometry.hidden,
-            widths=[layer.geometry.width for layer in self._layers],
-            tokens=self._labels.tokens,
-            has_choices=self._keep_choices,
-            has_weights=self._keep_weights,
-            domains=domains,
-            statistics=[entry.name for entry in self._entries],
-            warnings=statistics.warnings if statistics is not None else [],
+        pairs = zip(self._layers, self._ledgers, strict=True)
+        return assemble(
+            {layer.index: ledger.record(domains) for layer, ledger in pairs},
+            self._labels,
+            domains,
+            names=[entry.name for entry in self._entries],
+            source=self._source,
+            told=self._told,
         )
-        for warning in meta.warnings:
-            logger.warning("%s", warning)
-        if not self._keep_choices:
-            return Trace(meta, statistics=statistics)
-        labels, order = self._labels.sorted()
-        indices, weights = {}, {}
-        for number, ledger in zip(numbers, self._ledgers, strict=True):
-            chosen, weighed = ledger.choices()
-            indices[number] = chosen if order is None else chosen[order]
-            if weighed is not None:
-                weights[number] = weighed if order is None else weighed[order]
-        return Trace(meta, labels, indices, weights, statistics)

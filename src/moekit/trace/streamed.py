@@ -1,0 +1,301 @@
+"""Record a checkpoint layer by layer, straight from disk: the model never lies in memory as a whole.
+
+All of the text passes through one decoder layer, its statistics are taken, its weights leave memory, and the states go
+on to the next. Work that is interrupted goes on at the layer it had come to.
+
+Legend: B rows, S positions, N tokens, K choices a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moekit._progress import Progress, track
+from moekit.anatomy.probe import Geometry, MoELayer
+from moekit.checkpoint.atomic import atomic_write
+from moekit.checkpoint.folder import Checkpoint
+from moekit.errors import BadConfig, BadData, UnsupportedModel
+from moekit.streaming.loader import LayerLoader
+from moekit.streaming.states import MEMORY_BYTES, States
+from moekit.streaming.walk import Inputs, Walk
+from moekit.trace.assembly import assemble
+from moekit.trace.ledger import LabelLedger, LayerLedger, LayerRecord
+from moekit.trace.meta import STOCK_ROUTING, tokenizer_hash
+from moekit.trace.rows import RowCounter, read_batch, rows_of_pass
+from moekit.trace.seam import chosen_implementation, redirect
+from moekit.trace.statistics import LayerStatistics
+from moekit.trace.store import Trace
+from moekit.trace.taps import LayerTap, Pass
+from moekit.trace.vocabulary import Statistic, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROGRESS = "progress.json"
+
+
+class Streamed:
+    """A text on its way through a checkpoint, one layer in memory at a time, and the books of what was seen.
+
+    Args:
+        checkpoint: opened and verified.
+        batches: as `moekit.trace.record` takes them.
+        statistics: names or groups of the vocabulary.
+        keep_choices: keep each token's choices.
+        weights: keep their gate weights too.
+        folder: where states and finished layers are kept, so that a run that was interrupted goes on; None for memory.
+        limit: bytes of states kept in memory where no folder is given.
+        dtype: of the weights in memory; None as stored.
+        device: where layers run.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        batches: Iterable[Any],
+        *,
+        statistics: Iterable[str] = ("basic",),
+        keep_choices: bool = False,
+        weights: bool = False,
+        folder: str | Path | None = None,
+        limit: int = MEMORY_BYTES,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+    ) -> None:
+        names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        self.checkpoint = checkpoint
+        self.entries = resolve(names)
+        self.keep_weights = weights or "weights" in names
+        self.keep_choices = keep_choices or "choices" in names or self.keep_weights
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.counter = RowCounter()
+        self.labels = LabelLedger(keep=self.keep_choices)
+        inputs, passes = [], []
+        for batch in batches:
+            ids_BS, labels = read_batch(batch)
+            if not ids_BS.numel() or not bool(labels.mask_BS.any()):
+                continue
+            rows = rows_of_pass(self.counter, {"input_ids": ids_BS}, labels)
+            inputs.append(Inputs(ids_BS, labels.mask_BS.long()))
+            passes.append(rows)
+        if not inputs:
+            raise BadData("the text holds no tokens but padding", hint="give a text that is not empty")
+        self.domains = list(self.counter.domains)
+        self.passes = [Pass(rows, self.domains) for rows in passes]
+        for current in self.passes:
+            self.labels.add(current.labels)
+        self.labels.flush()
+        self.loader = LayerLoader(checkpoint, dtype=dtype, device=device)
+        self._check_ids(inputs)
+        self.walk = Walk(self.loader, inputs, folder=self.folder, limit=limit)
+        self.records: dict[int, LayerRecord] = {}
+
+    def _check_ids(self, inputs: Sequence[Inputs]) -> None:
+        size = self.loader.model.get_input_embeddings().weight.shape[0]
+        largest = max(int(batch.input_ids.max()) for batch in inputs)
+        if largest >= size or min(int(batch.input_ids.min()) for batch in inputs) < 0:
+            raise BadConfig(
+                f"token id {largest} lies outside the model's {size} embeddings",
+                hint="tokenize with the tokenizer that belongs to the model",
+            )
+
+    def __enter__(self) -> Streamed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loader.close()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text, padding not counted."""
+        return self.labels.tokens
+
+    def run(self, progress: Progress | None = None) -> None:
+        """Take all layers' statistics."""
+        key = self._key()
+        done = self._resume(key)
+        states = [self.walk.new_states(f"states-{parity}") for parity in (0, 1)]
+        if done < 0:
+            self.loader.load_rest()
+            self.walk.embed(states[0])
+            self.loader.release_rest()
+        for index in track(range(done + 1, self.loader.layers), "calibrating", progress):
+            self._layer(index, states[index % 2], states[(index + 1) % 2])
+            self._note(key, index)
+        for side in states:
+            side.close()
+
+    def _layer(self, index: int, before: States, after: States) -> None:
+        with self.loader.loaded(index):
+            moe = self.walk.moe(index)
+            recording = contextlib.nullcontext(None) if moe is None else self.recording(moe)
+            with torch.no_grad(), recording as layer:
+                for number, current in enumerate(self.passes):
+                    if layer is not None:
+                        layer.tap.begin(current)
+                    after.put(number, self.walk.run(index, number, before.get(number)))
+                    if layer is not None:
+                        layer.take(current, self.domains)
+            if layer is not None:
+                self.records[index] = layer.ledger.record(self.domains)
+
+    @contextlib.contextmanager
+    def recording(self, moe: MoELayer) -> Iterator[_Recording]:
+        """See a loaded layer for as long as the block lasts."""
+        early: list[Statistic] = [entry for entry in self.entries if not entry.from_choices]
+        tap = LayerTap(self.loader.model, moe, early)
+        ledger = LayerLedger(moe, self.entries, keep_choices=self.keep_choices, keep_weights=self.keep_weights)
+        undo = None
+        try:
+            chosen = chosen_implementation(moe)
+            undo = redirect(self.loader.model, {moe.experts: tap.implementation(chosen)})
+        except UnsupportedModel:
+            pass  # experts outside transformers' interface are seen by hooks
+        handles = list(tap.hooks(on_experts=undo is None))
+        try:
+            yield _Recording(moe, tap, ledger)
+        finally:
+            tap.begin(None)
+            for handle in handles:
+                handle.remove()
+            if undo is not None:
+                undo()
+
+    def trace(
+        self, *, tokenizer: PreTrainedTokenizerBase | None = None, source: str = "", seed: int | None = None
+    ) -> Trace:
+        """What was recorded.
+
+        Raises:
+            UnsupportedModel: the model has no MoE layer.
+        """
+        if not self.records:
+            raise UnsupportedModel(
+                f"{type(self.loader.model).__name__} is not a Mixture of Experts", file=self.checkpoint.path
+            )
+        told = {
+            "model": str(self.checkpoint.path),
+            "fingerprint": self.checkpoint.fingerprint,
+            "routing": STOCK_ROUTING,
+            "tokenizer": tokenizer_hash(tokenizer) if tokenizer is not None else "",
+            "seed": seed,
+        }
+        names = [entry.name for entry in self.entries]
+        return assemble(self.records, self.labels, self.domains, names=names, source=source, told=told)
+
+    def _key(self) -> str:
+        digest = hashlib.sha256(self.checkpoint.fingerprint.encode())
+        settings = [[e.name for e in self.entries], self.keep_choices, self.keep_weights, str(self.loader.dtype)]
+        digest.update(json.dumps(settings).encode())
+        for batch in self.walk.batches:
+            digest.update(batch.input_ids.numpy().tobytes())
+            digest.update(batch.attention_mask.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _note(self, key: str, index: int) -> None:
+        if self.folder is None:
+            return
+        if index in self.records:
+            record = self.records[index]
+            tensors = {f"statistics.{n}": t.contiguous() for n, t in record.statistics.items()}
+            tensors |= {n: t for n in ("indices", "weights") if (t := getattr(record, n)) is not None}
+            about = {"geometry": json.dumps(asdict(record.geometry)), "top_k": str(record.top_k)}
+            save_file(tensors, self.folder / f"layer-{index}.safetensors", metadata=about)
+        atomic_write(self.folder / _PROGRESS, json.dumps({"key": key, "done": index}))
+
+    def _resume(self, key: str) -> int:
+        """The last layer that an interrupted run of the same work finished, its records read; -1 for none."""
+        if self.folder is None or not (self.folder / _PROGRESS).is_file():
+            return -1
+        noted = json.loads((self.folder / _PROGRESS).read_text())
+        if noted.get("key") != key:
+            return -1
+        done = int(noted["done"])
+        for index in range(done + 1):
+            file = self.folder / f"layer-{index}.safetensors"
+            if file.is_file():
+                self.records[index] = self._read(file)
+        return done
+
+    def _read(self, file: Path) -> LayerRecord:
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as opened:
+            about = opened.metadata()
+        geometry = Geometry(**json.loads(about["geometry"]))
+        tensors = load_file(file)
+        values = {n.removeprefix("statistics."): t for n, t in tensors.items() if n.startswith("statistics.")}
+        statistics = LayerStatistics(
+            geometry.experts, geometry.hidden, self.domains, self.tokens, values, width=geometry.width
+        )
+        return LayerRecord(geometry, int(about["top_k"]), statistics, tensors.get("indices"), tensors.get("weights"))
+
+
+class _Recording:
+    """One layer while it is seen."""
+
+    def __init__(self, moe: MoELayer, tap: LayerTap, ledger: LayerLedger) -> None:
+        self.moe = moe
+        self.tap = tap
+        self.ledger = ledger
+
+    def take(self, current: Pass, domains: Sequence[str]) -> None:
+        """Enter what the last pass showed."""
+        staged = self.tap.staged
+        self.tap.begin(None)
+        if staged is None:
+            raise UnsupportedModel("the experts did not show what they were given", layer=self.moe.index)
+        self.ledger.add(staged, domains)
+        self.ledger.flush(current.labels, domains)
+
+
+def record_streamed(
+    checkpoint: Checkpoint,
+    batches: Iterable[Any],
+    *,
+    statistics: Iterable[str] = ("basic",),
+    keep_choices: bool = False,
+    weights: bool = False,
+    folder: str | Path | None = None,
+    limit: int = MEMORY_BYTES,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    source: str = "",
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """Record what a checkpoint's routers choose and its experts do, in the memory of a few layers.
+
+    Arguments as in `Streamed` and `moekit.trace.record`.
+
+    Raises:
+        BadData: the batches hold no tokens but padding.
+        BadConfig: an unknown statistic, or a token id the model does not embed.
+        NumericFault: NaN or infinity in a router, with its layer.
+        UnsupportedModel: no MoE, quantized weights, or a statistic reads what this family does not show.
+    """
+    with Streamed(
+        checkpoint,
+        batches,
+        statistics=statistics,
+        keep_choices=keep_choices,
+        weights=weights,
+        folder=folder,
+        limit=limit,
+        dtype=dtype,
+        device=device,
+    ) as streamed:
+        streamed.run(progress)
+        return streamed.trace(tokenizer=tokenizer, source=source, seed=seed)

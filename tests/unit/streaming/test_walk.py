@@ -1,0 +1,109 @@
+"""Layers from disk one at a time give what the whole model gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moekit.checkpoint.folder import Checkpoint
+from moekit.errors import BadCheckpoint, UnsupportedModel
+from moekit.streaming import LayerLoader, States, Walk, empty_model
+from moekit.streaming.walk import Inputs
+from tests.checkpoints import edit_json, plain
+from tests.families import FAMILIES, HIDDEN, build, tokens
+
+IDS = tokens(3, 12, seed=8)
+MASK = torch.ones_like(IDS)
+MASK[1, 9:] = 0
+BATCHES = [Inputs(IDS[:2], MASK[:2]), Inputs(IDS[2:, :7], MASK[2:, :7])]
+
+
+def opened(folder: Path, family: str, fused: bool = False) -> Checkpoint:
+    checkpoint = Checkpoint.open(plain(folder, family, fused=fused))
+    checkpoint.verify()
+    return checkpoint
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_loaded_layer_holds_the_models_weights_and_leaves_again(family: str, fused: bool, tmp_path: Path) -> None:
+    loader = LayerLoader(opened(tmp_path / "m", family, fused))
+    expected = build(family).state_dict()
+    for index in range(loader.layers):
+        with loader.loaded(index) as layer:
+            for name, tensor in layer.state_dict().items():
+                (key,) = [k for k in expected if k.endswith(f".layers.{index}.{name}")]
+                assert torch.equal(tensor, expected[key]), key
+        assert all(p.is_meta for p in loader.layer(index).parameters())
+    loader.load_rest()
+    rest = {n: t for n, t in loader.model.state_dict().items() if ".layers." not in n}
+    assert rest
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in rest.items())
+    loader.release_rest()
+    assert all(p.is_meta for p in loader.model.parameters())
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_walking_gives_the_whole_models_logits(family: str, spilled: bool, tmp_path: Path) -> None:
+    loader = LayerLoader(opened(tmp_path / "m", family))
+    loader.load_rest()
+    walk = Walk(loader, BATCHES, limit=0 if spilled else 1 << 20)
+    states = walk.new_states("states")
+    walk.embed(states)
+    for index in range(loader.layers):
+        with loader.loaded(index):
+            moe = walk.moe(index)
+            assert moe is None or (moe.index == index and loader.model.get_submodule(moe.name) is moe.block)
+            for number in range(len(BATCHES)):
+                states.put(number, walk.run(index, number, states.get(number)))
+    model = build(family)
+    for number, batch in enumerate(BATCHES):
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        with torch.no_grad(), walk.finished_with(lambda n=number: states.get(n)):
+            logits = loader.model(**inputs).logits
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        real = batch.attention_mask.bool()
+        torch.testing.assert_close(logits[real], expected[real], rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_model_has_shapes_but_no_weights(tmp_path: Path) -> None:
+    model = empty_model(opened(tmp_path / "m", "qwen3_moe"))
+    expected = {name: tensor.shape for name, tensor in build("qwen3_moe").state_dict().items()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == expected
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert all(not buffer.is_meta for buffer in model.model.rotary_emb.buffers())
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path / "m", "mixtral")
+    del checkpoint.tensors["model.layers.1.input_layernorm.weight"]
+    with pytest.raises(BadCheckpoint, match=r"input_layernorm.weight") as caught:
+        LayerLoader(checkpoint).load(1)
+    assert caught.value.layer == 1
+
+
+def test_quantized_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
+    folder = plain(tmp_path / "m", "mixtral")
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "fp8"}))
+    with pytest.raises(UnsupportedModel, match="fp8"):
+        LayerLoader(Checkpoint.open(folder))
+
+
+def test_states_in_a_folder_outlive_the_object(tmp_path: Path) -> None:
+    shapes = [(2, 3), (1, 5)]
+    values = [torch.randn(*shape, HIDDEN) for shape in shapes]
+    first = States(shapes, HIDDEN, torch.float32, folder=tmp_path)
+    for number in (1, 0):
+        first.put(number, values[number])
+    first.close()
+    again = States(shapes, HIDDEN, torch.float32, folder=tmp_path)
+    assert all(torch.equal(again.get(number), value) for number, value in enumerate(values))
+    half = States(shapes, HIDDEN, torch.bfloat16, limit=0)
+    half.put(1, values[1])
+    assert torch.equal(half.get(1), values[1].bfloat16())
+    with pytest.raises(EOFError):
+        States(shapes, HIDDEN, torch.float32, limit=0).get(0)
