@@ -1,0 +1,76 @@
+"""The general family behind scores of one pass: sum of w^a g^b n^c, divided by count^d.
+
+Legend: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+import moekit.trace.power  # noqa: F401 - enters its family
+from moekit.anatomy.probe import Geometry
+from moekit.catalogue import register
+from moekit.compress.evidence import LayerEvidence
+from moekit.compress.prune.base import PruneMethod, ratio
+from moekit.trace.vocabulary import member_name
+
+
+@register(
+    name="power",
+    kind="prune",
+    needs=("load", "power(0,1,1)"),
+    changes="weights",
+    limits=("Another triple of token, gate and norm needs another pass; another count does not.",),
+)
+class Power(PruneMethod):
+    """Keep the experts with the largest sum of w^token g^gate n^norm over their tokens, divided by load^count.
+
+    g is the gate weight that multiplies the expert's output, n the norm of that output before gating, w = max(1 -
+    cos(h, h + y), 0) how much the routed output y turns the token's residual stream h (EASY-EP). Exponents (token,
+    gate, norm, count) of known scores: frequency (0,0,0,0), gate-mass (0,1,0,0), ean (0,0,1,0), man (0,0,1,1), msan
+    (0,0,2,1), weighted-ean (0,1,1,0), REAP on gates as they are (0,1,1,1), EASY-EP (1,1,1,0). Choose it to search
+    between them: a count of 0 rewards busy experts, 1 forgets how often an expert was chosen.
+    """
+
+    token: float = Field(default=0.0, ge=0, le=8, description="exponent a of the token's weight w")
+    gate: float = Field(default=1.0, ge=0, le=8, description="exponent b of the gate weight g")
+    norm: float = Field(default=1.0, ge=0, le=8, description="exponent c of the output norm n")
+    count: float = Field(default=1.0, ge=0, le=8, description="exponent d of the load that divides the sum")
+
+    @field_validator("token", "gate", "norm", "count")
+    @classmethod
+    def _short(cls, value: float) -> float:
+        # Exponents stand in the statistic's name, where all their digits must fit.
+        if round(value, 3) != value:
+            raise ValueError("an exponent has at most three decimals")
+        return value
+
+    @classmethod
+    def examples(cls, geometry: Geometry) -> Sequence[PruneMethod]:
+        """REAP's exponents, and EASY-EP's, which read the residual stream."""
+        return [cls(), cls(token=1, count=0)]
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Load and the family's member with these exponents."""
+        return ("load", member_name("power", self.token, self.gate, self.norm))
+
+    def score(self, evidence: LayerEvidence) -> Tensor:
+        """The sum over load^count of each expert, [E]; 0 where no token chose it."""
+        load, total = (evidence.statistics[name].double() for name in self.required)
+        return ratio(total, load**self.count)
+
+
+PRESETS: dict[str, Power] = {
+    "frequency": Power(token=0, gate=0, norm=0, count=0),
+    "gate-mass": Power(token=0, gate=1, norm=0, count=0),
+    "ean": Power(token=0, gate=0, norm=1, count=0),
+    "man": Power(token=0, gate=0, norm=1, count=1),
+    "msan": Power(token=0, gate=0, norm=2, count=1),
+    "weighted-ean": Power(token=0, gate=1, norm=1, count=0),
+    "reap": Power(token=0, gate=1, norm=1, count=1),
+    "easy-ep": Power(token=1, gate=1, norm=1, count=0),
+}

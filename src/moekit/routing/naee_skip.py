@@ -1,0 +1,98 @@
+"""NAEE's dynamic skipping: leave a token's second expert out where its weight is small (arXiv:2402.14800).
+
+Legend: T tokens, E experts, K choices a token (2 here), B bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from moekit.anatomy.probe import Geometry
+from moekit.catalogue import register
+from moekit.errors import BadConfig, BadData
+from moekit.routing.gate import Gate
+from moekit.routing.policy import PlanInputs, RoutingPolicy
+from moekit.trace.ratios import median
+
+
+@register(
+    name="naee-skip",
+    kind="routing",
+    paper="arXiv:2402.14800",
+    needs=("gate_ratio",),
+    changes="routing",
+    stock=False,
+    limits=(
+        "For models that choose two experts a token.",
+        "Saves time only where the experts' kernels skip choices of no expert.",
+    ),
+)
+class NAEESkip(RoutingPolicy):
+    """A token's second expert is skipped where its weight is below beta times the first expert's.
+
+    With w1 >= w2 the weights of a token's two experts, the second is skipped if w2 < beta w1, and the first gets the
+    weight the family would give it as the only choice: 1 where the family renormalises. beta is each layer's median of
+    w2 / w1 on the calibration text, so that about half the tokens need one expert only. Choose it to spend less time on
+    a top-2 model without changing its weights, after pruning or instead of it.
+    """
+
+    beta: float | None = Field(
+        default=None, ge=0, le=1, description="threshold for all layers; None takes each layer's median from the trace"
+    )
+
+    @classmethod
+    def examples(cls, geometry: Geometry) -> Sequence[RoutingPolicy]:
+        """Some tokens skip, and all do."""
+        return [cls(beta=0.5), cls(beta=1.0)]
+
+    def check(self, geometry: Geometry, layer: int) -> None:
+        """Refuse models that do not choose two experts a token."""
+        if geometry.top_k != 2:
+            raise BadConfig(
+                f"a token chooses {geometry.top_k} expert(s) here; skipping the second is defined for 2",
+                layer=layer,
+                hint="use the topk policy with a smaller top_k",
+            )
+
+    def plan(self, inputs: PlanInputs) -> dict[str, Tensor]:
+        """The layer's beta [E] fp32, the same for every expert; nothing where the knob gives it.
+
+        Raises:
+            BadData: the trace lacks the ratios, or no token chose two experts.
+        """
+        if self.beta is not None:
+            return {}
+        counts_B = inputs.statistics.get("gate_ratio")
+        if counts_B is None or not int(counts_B.sum()):
+            what = "has no ratios of gate weights" if counts_B is None else "holds no token with two experts"
+            raise BadData(
+                f"the trace {what}",
+                layer=inputs.layer,
+                hint="profile again with --statistics gate_ratio, or give beta",
+            )
+        return {"beta": torch.full((inputs.geometry.experts,), median(counts_B))}
+
+    def permute(self, tensors: Mapping[str, Tensor], order: Sequence[int]) -> dict[str, Tensor]:
+        """As they are: every expert has the layer's beta."""
+        return dict(tensors)
+
+    def route(
+        self, gate: Gate, logits_TE: Tensor, tensors: Mapping[str, Tensor], hidden_TH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Plain top-2, then skip; a skipped choice is expert E with weight 0."""
+        indices_TK = gate.choose(gate.selection(logits_TE))
+        weights_TK = gate.weigh(logits_TE, indices_TK)
+        # A selection bias may put the smaller weight first.
+        first_T1 = weights_TK.argmax(dim=1, keepdim=True)
+        largest_T1, second_T1 = weights_TK.gather(1, first_T1), weights_TK.gather(1, 1 - first_T1)
+        beta = tensors["beta"][:1] if self.beta is None else self.beta
+        skip_T1 = second_T1.float() < beta * largest_T1.float()
+        alone_T1 = gate.weigh(logits_TE, indices_TK.gather(1, first_T1))
+        stays_TK = torch.arange(2, device=first_T1.device) == first_T1
+        skipped_TK = torch.where(stays_TK, alone_T1, torch.zeros_like(alone_T1))
+        weights_TK = torch.where(skip_T1, skipped_TK, weights_TK)
+        return weights_TK, indices_TK.masked_fill(skip_T1 & ~stays_TK, logits_TE.shape[1])
