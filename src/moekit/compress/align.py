@@ -1,0 +1,141 @@
+"""Reorder an expert's neurons so that they lie beside their like in another expert.
+
+An expert computes the same whatever the order of its neurons, but a mean of two experts does not: neurons that do the
+same job must be averaged with each other (arXiv:2310.01334, section 3.1; arXiv:2209.04836).
+
+Legend: E experts, I expert width, H hidden, F numbers that make up a neuron (3H, or 2H without a gate).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from moekit.compress.weights import LayerWeights
+from moekit.errors import NumericFault, UnsupportedModel
+
+# Neurons at a time where costs are taken: keeps fp64 copies small.
+_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Which neuron goes where.
+
+    Attributes:
+        order_I: position j takes neuron order_I[j], int64.
+        cost: sum over neurons of the squared distance to their partners.
+        before: the same sum with neurons where they were; never below `cost`.
+    """
+
+    order_I: Tensor
+    cost: float
+    before: float
+
+
+def match_neurons(reference_IF: Tensor, member_IF: Tensor) -> Alignment:
+    """Find the order of the member's neurons that is nearest to the reference's.
+
+    Minimises sum_j ||reference_j - member_order(j)||^2 over all orders. Since squared norms do not depend on the order,
+    this is the assignment of the largest sum of products, for which one matrix [I, I] suffices; products are taken in
+    fp32 and sums of them solved in fp64.
+
+    Args:
+        reference_IF: neurons as vectors, such as `LayerWeights.neurons_EIF` gives.
+        member_IF: neurons to be reordered.
+
+    Returns:
+        The order, with its cost in fp64; the neurons' own order where none is cheaper.
+
+    Raises:
+        NumericFault: a neuron holds NaN or infinity.
+    """
+    product_II = reference_IF.float() @ member_IF.float().T
+    if not bool(product_II.isfinite().all()):
+        raise NumericFault(
+            "neurons hold NaN or infinity, or their products overflow", hint="look at the weights: `moekit check`"
+        )
+    # Rows come back ascending, so the columns are the order itself and not its inverse.
+    _, columns = linear_sum_assignment(product_II.cpu().numpy(), maximize=True)
+    order_I = torch.from_numpy(columns).to(torch.int64)
+    cost, before = _cost(reference_IF, member_IF, order_I), _cost(reference_IF, member_IF, None)
+    if cost >= before:
+        return Alignment(torch.arange(len(order_I)), before, before)
+    return Alignment(order_I, cost, before)
+
+
+def _cost(reference_IF: Tensor, member_IF: Tensor, order_I: Tensor | None) -> float:
+    total = 0.0
+    for start in range(0, len(reference_IF), _ROWS):
+        rows = slice(start, start + _ROWS)
+        partners_RF = member_IF[rows] if order_I is None else member_IF[order_I[rows].to(member_IF.device)]
+        total += float((reference_IF[rows].double() - partners_RF.double()).square().sum())
+    return total
+
+
+def single(weights: LayerWeights, expert: int) -> LayerWeights:
+    """One expert of a layer with its router row, E = 1; views, not copies."""
+    return weights.map(lambda t: t[expert : expert + 1])
+
+
+def align_experts(weights: LayerWeights, reference: int, member: int) -> Alignment:
+    """Find the order in which a member's neurons lie beside those of a reference expert of the same layer.
+
+    The cost of two neurons is the sum of the squared distances of their gate rows, up rows and down columns.
+
+    Args:
+        weights: of the layer.
+        reference: expert that stays as it is.
+        member: expert whose neurons are to be reordered.
+
+    Raises:
+        NumericFault: weights hold NaN or infinity; names the expert.
+    """
+    first_IF, second_IF = (single(weights, e).neurons_EIF()[0] for e in (reference, member))
+    try:
+        return match_neurons(first_IF, second_IF)
+    except NumericFault as fault:
+        broken = reference if not bool(first_IF.isfinite().all()) else member
+        raise NumericFault(fault.message, expert=broken, hint=fault.hint) from fault
+
+
+def permute_neurons(weights: LayerWeights, expert: int, order_I: Tensor) -> LayerWeights:
+    """One expert with its neurons reordered, E = 1: position j takes neuron order_I[j]; what it computes stays.
+
+    Rows of the gate and up projections move with their biases, and columns of the down projection; the bias of the down
+    projection and the router row belong to no neuron.
+
+    Args:
+        weights: of the layer.
+        expert: which expert.
+        order_I: a permutation of the neurons.
+
+    Raises:
+        UnsupportedModel: experts have tensors of which it is not known how neurons lie in them.
+    """
+    if weights.others:
+        raise UnsupportedModel(
+            f"neurons cannot be reordered: it is not known where they lie in {', '.join(sorted(weights.others))}",
+            expert=expert,
+            hint="merge without alignment (align=false)",
+        )
+    one = single(weights, expert)
+
+    def moved(tensor: Tensor | None, axis: int = 1) -> Tensor | None:
+        return None if tensor is None else tensor.index_select(axis, order_I.to(tensor.device))
+
+    up_EIH, down_EHI = moved(one.up_EIH), moved(one.down_EHI, axis=2)
+    assert up_EIH is not None
+    assert down_EHI is not None
+    return LayerWeights(
+        up_EIH=up_EIH,
+        down_EHI=down_EHI,
+        gate_EIH=moved(one.gate_EIH),
+        up_bias_EI=moved(one.up_bias_EI),
+        gate_bias_EI=moved(one.gate_bias_EI),
+        down_bias_EH=one.down_bias_EH,
+        router=one.router,
+    )
