@@ -1,0 +1,204 @@
+"""Patterns of tasks on disk: a folder of one model and method, to which tasks are added one by one.
+
+`patterns.json`, which a person can read, names the tasks; each has one .safetensors of 8 E bytes for the first layer's
+scores, 2 E (L-1) for the permutations, and 8 E (L-1) for the scores of the further layers where they are kept: for 58
+layers of 256 experts 31 KB, or 148 KB with them. Files are checked against the index before they are read.
+
+Legend: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from moekit.checkpoint.atomic import atomic_write, lock
+from moekit.checkpoint.safety import check_name, read_header, read_json
+from moekit.compress.patterns import Origin, Pattern, check_same
+from moekit.errors import BadCheckpoint, BadConfig, BadData
+from moekit.trace.meta import DataEntry
+
+INDEX_FILE = "patterns.json"
+MAX_INDEX_BYTES = 16 << 20
+_AGAIN = "make the pattern again, or copy the whole folder"
+
+
+class Entry(BaseModel):
+    """One task of a folder.
+
+    Attributes:
+        file: with its tensors.
+        sha256: of the file.
+        tokens: see `Pattern`.
+        data: see `Pattern`.
+        further: whether scores of further layers are kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    sha256: str
+    tokens: int = Field(ge=0)
+    data: tuple[DataEntry, ...] = ()
+    further: bool
+
+
+class Index(BaseModel):
+    """All tasks of a folder.
+
+    Attributes:
+        format: version of the files.
+        origin: model and method of all of them.
+        tasks: by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    origin: Origin
+    tasks: dict[str, Entry] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PatternStore:
+    """A folder of patterns of one model and method.
+
+    Attributes:
+        folder: made by the first `save`.
+        fingerprint: of the model they are wanted for; "" takes any.
+    """
+
+    folder: Path
+    fingerprint: str = ""
+
+    def index(self) -> Index:
+        """What the folder holds.
+
+        Raises:
+            BadData: no patterns here, damaged, or of another model.
+            UnsafeInput: an index too large or too deep.
+        """
+        file = self.folder / INDEX_FILE
+        if not file.is_file():
+            raise BadData("no patterns here", file=self.folder, hint="save one first")
+        try:
+            index = Index.model_validate(read_json(file, limit=MAX_INDEX_BYTES))
+        except BadCheckpoint as error:
+            raise BadData(f"damaged index: {error.message}", file=file, hint=_AGAIN) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise BadData(f"damaged index: {where}: {first['msg']}", file=file, hint=_AGAIN) from error
+        known = index.origin.fingerprint
+        if self.fingerprint and known and self.fingerprint != known:
+            raise BadData(
+                f"these patterns are of the model {known[:12]}, not of {self.fingerprint[:12]}",
+                file=file,
+                hint="make patterns of this model",
+            )
+        return index
+
+    def save(self, pattern: Pattern, *, overwrite: bool = False) -> Path:
+        """Add a task, whole or not at all; returns its file.
+
+        Raises:
+            BadConfig: the task is there already, or another process is writing.
+            BadData: the folder's patterns are of another model or method.
+            OutOfBudget: the disk is full; the folder is as it was.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock(self.folder):
+            fresh = not (self.folder / INDEX_FILE).exists()
+            index = Index(origin=pattern.origin) if fresh else self.index()
+            check_same(index.origin, pattern.origin, self.folder / INDEX_FILE)
+            old = index.tasks.get(pattern.task)
+            if old is not None and not overwrite:
+                raise BadConfig(
+                    f"there is a pattern of {pattern.task!r} already", file=self.folder, hint="say overwrite=True"
+                )
+            content = safetensors.torch.save(_tensors(pattern))
+            digest = hashlib.sha256(content).hexdigest()
+            # A name of its own for each content: until the index names the new file, the old one stays whole.
+            name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', pattern.task)[:60]}-{digest[:16]}.safetensors"
+            entry = Entry(
+                file=name,
+                sha256=digest,
+                tokens=pattern.tokens,
+                data=pattern.data,
+                further=pattern.further is not None,
+            )
+            tasks = {**index.tasks, pattern.task: entry}
+            atomic_write(self.folder / name, content)
+            changed = index.model_copy(update={"tasks": dict(sorted(tasks.items()))})
+            atomic_write(self.folder / INDEX_FILE, changed.model_dump_json(indent=2) + "\n")
+            if old is not None and old.file not in {e.file for e in tasks.values()}:
+                check_name(self.folder, old.file).unlink(missing_ok=True)
+        return self.folder / name
+
+    def load(self, task: str) -> Pattern:
+        """Read one task.
+
+        Raises:
+            BadData: no such task, damaged, or of another model.
+            UnsafeInput: a header that lies, or a name that leads out of the folder.
+        """
+        index = self.index()
+        if task not in index.tasks:
+            raise BadData(
+                f"no pattern of {task!r} here", file=self.folder, hint=f"there are: {', '.join(index.tasks) or 'none'}"
+            )
+        return self._read(task, index.tasks[task], index.origin)
+
+    def load_all(self) -> dict[str, Pattern]:
+        """Read all tasks; see `load`."""
+        index = self.index()
+        return {task: self._read(task, entry, index.origin) for task, entry in index.tasks.items()}
+
+    def _read(self, task: str, entry: Entry, origin: Origin) -> Pattern:
+        file = check_name(self.folder, entry.file)
+        try:
+            header = read_header(file)
+        except BadCheckpoint as error:
+            raise BadData(f"damaged pattern: {error.message}", file=file, hint=_AGAIN) from error
+        found = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
+        expected = _layout(origin, entry.further)
+        if found != expected:
+            raise BadData(f"damaged pattern: it holds {found}, not {expected}", file=file, hint=_AGAIN)
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise BadData("damaged pattern: it is not the file the index describes", file=file, hint=_AGAIN)
+        tensors = safetensors.torch.load(content)
+        permutations = tensors["permutations"].long()
+        straight = torch.arange(origin.experts).expand_as(permutations)
+        for row in (permutations.sort(dim=1).values != straight).any(dim=1).nonzero().flatten().tolist():
+            raise BadData(
+                "damaged pattern: its experts are no permutation", file=file, layer=origin.layers[row + 1], hint=_AGAIN
+            )
+        if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
+            raise BadData("damaged pattern: a score is not finite", file=file, hint=_AGAIN)
+        return Pattern(task, origin, entry.tokens, entry.data, tensors["first"], permutations, tensors.get("further"))
+
+
+def _tensors(pattern: Pattern) -> dict[str, Tensor]:
+    named = {"first": pattern.first_E, "permutations": pattern.permutations.to(torch.int16)}
+    if pattern.further is not None:
+        named["further"] = pattern.further
+    return {name: tensor.contiguous() for name, tensor in named.items()}
+
+
+def _layout(origin: Origin, further: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of a pattern's file."""
+    rest = (len(origin.layers) - 1, origin.experts)
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {
+        "first": ("F64", (origin.experts,)),
+        "permutations": ("I16", rest),
+    }
+    return layout | ({"further": ("F64", rest)} if further else {})
