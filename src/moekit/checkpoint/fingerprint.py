@@ -35,7 +35,7 @@ TORCH_NAMES = {
 }
 
 # Names that families give to K; the first present one counts.
-_TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_top_k", "num_experts_per_token", "top_k_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_top_k", "num_experts_per_token", "top_k_experts")
 _SIZE_KEYS = ("hidden_size", "num_hidden_layers")
 
 
@@ -60,7 +60,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def config_top_k(config: Mapping[str, Any]) -> int | None:
     """K, choices a token, by whichever name the family gives it."""
     inner = text_config(config)
-    found = next((inner[key] for key in _TOP_K_KEYS if isinstance(inner.get(key), int)), None)
+    found = next((inner[key] for key in TOP_K_KEYS if isinstance(inner.get(key), int)), None)
     return found
 
 

@@ -10,7 +10,7 @@ class LayerDecision(BaseModel):
 
     Attributes:
         keep: experts that stay, ascending; position in this list is their new number.
-        groups: for each kept expert all experts that go into it, itself among them; None where experts are only dropped.
+        groups: for each kept expert all experts that go into it, itself among them; None where the others are dropped.
         shares: for each kept expert the weights of its group's members; they sum to 1.
         figures: what else is worth telling, by name.
     """
@@ -27,7 +27,8 @@ class LayerDecision(BaseModel):
         if list(self.keep) != sorted(set(self.keep)) or not self.keep:
             raise ValueError("keep must be ascending, each expert once, and not empty")
         if self.groups is not None:
-            if len(self.groups) != len(self.keep) or any(k not in g for k, g in zip(self.keep, self.groups, strict=True)):
+            aligned = len(self.groups) == len(self.keep)
+            if not aligned or any(k not in g for k, g in zip(self.keep, self.groups, strict=True)):
                 raise ValueError("there must be one group for each kept expert, which is in it")
             members = [e for group in self.groups for e in group]
             if len(members) != len(set(members)):

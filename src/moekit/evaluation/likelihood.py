@@ -126,7 +126,7 @@ class Scorer:
         return self(windows[:half]) + self(windows[half:])
 
     def _score(self, windows: Sequence[Window]) -> list[Scores]:
-        ids_BS, mask_BS = _pad(windows, self.device)
+        ids_BS, mask_BS = pad(windows, self.device)
         inputs = {"input_ids": ids_BS, "attention_mask": mask_BS, "use_cache": False}
         sizes = [len(w.targets) for w in windows]
         row_M = torch.repeat_interleave(torch.tensor(sizes))
@@ -179,7 +179,8 @@ class Scorer:
         return logits_BSV
 
 
-def _pad(windows: Sequence[Window], device: torch.device) -> tuple[Tensor, Tensor]:
+def pad(windows: Sequence[Window], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids [B, S] of windows, padded on the right with zeros, and 1 where a token is [B, S]."""
     longest = max(len(w.inputs) for w in windows)
     ids_BS = torch.zeros(len(windows), longest, dtype=torch.int64)
     mask_BS = torch.zeros(len(windows), longest, dtype=torch.int64)

@@ -66,7 +66,7 @@ def attach_policy(layer: MoELayer, policy: RoutingPolicy, tensors: Mapping[str, 
         UnsupportedModel: the router or its gate does not follow the contract.
     """
     router = layer.require_router()
-    _detach(router)
+    _detach(layer, router)
     policy.check(layer.geometry, layer.index)
     for name, tensor in tensors.items():
         if layer.geometry.experts not in tensor.shape:
@@ -79,6 +79,7 @@ def attach_policy(layer: MoELayer, policy: RoutingPolicy, tensors: Mapping[str, 
     gate = Gate(identify_gate(layer), router)
     device = next(router.parameters()).device
     router.__class__ = _policy_class(type(router))
+    _let_choose_none(layer.experts, True)
     # Plain attributes: nn.Module must not register the policy or the gate (which points back at the router).
     for name, value in (
         ("_moekit_policy", policy),
@@ -91,9 +92,19 @@ def attach_policy(layer: MoELayer, policy: RoutingPolicy, tensors: Mapping[str, 
         router.register_buffer(_BUFFER + name, tensor.to(device), persistent=False)
 
 
-def _detach(router: nn.Module) -> None:
+def _let_choose_none(experts: nn.Module, wanted: bool) -> None:
+    """Make transformers' grouped kernel skip the index E: without this flag it leaves NaN there.
+
+    Experts that are spread over ranks keep it.
+    """
+    if hasattr(experts, "_is_expert_parallel") and not hasattr(experts, "experts_in_layer"):
+        object.__setattr__(experts, "_is_expert_parallel", wanted)
+
+
+def _detach(layer: MoELayer, router: nn.Module) -> None:
     if not isinstance(router, PolicyRouter):
         return
+    _let_choose_none(layer.experts, False)
     for name in [n for n in router._buffers if n.startswith(_BUFFER)]:
         delattr(router, name)
     router.__class__ = type(router)._moekit_stock  # type: ignore[attr-defined]
@@ -105,7 +116,7 @@ def detach_policy(model: nn.Module) -> None:
     """Give every layer its stock routing back."""
     for layer in find_moe_layers(model):
         if layer.router is not None:
-            _detach(layer.router)
+            _detach(layer, layer.router)
 
 
 def active_policy(model: nn.Module) -> tuple[RoutingPolicy, dict[int, dict[str, Tensor]]] | None:

@@ -155,17 +155,34 @@ class Walk:
 
     def moe(self, index: int) -> MoELayer | None:
         """The MoE block of a loaded decoder layer; None if the layer is dense."""
-        layer = self.loader.layer(index)
-        prefix = next(name for name, module in self.loader.model.named_modules() if module is layer)
-        for found in iterate_moe_layers(layer):
-            return replace(
-                found,
-                index=index,
-                name=f"{prefix}.{found.name}".rstrip("."),
-                router_name=f"{prefix}.{found.router_name}" if found.router_name else "",
-                experts_name=f"{prefix}.{found.experts_name}",
-            )
-        return None
+        return find_in_layer(self.loader, index)
+
+
+def find_in_layer(loader: LayerLoader, index: int) -> MoELayer | None:
+    """The MoE block of a loaded decoder layer, as it stands in the whole model; None if the layer is dense."""
+    layer = loader.layer(index)
+    prefix = next(name for name, module in loader.model.named_modules() if module is layer)
+    for found in iterate_moe_layers(layer):
+        return replace(
+            found,
+            index=index,
+            name=f"{prefix}.{found.name}".rstrip("."),
+            router_name=f"{prefix}.{found.router_name}" if found.router_name else "",
+            experts_name=f"{prefix}.{found.experts_name}",
+        )
+    return None
+
+
+def layer_of(loader: LayerLoader, index: int) -> MoELayer:
+    """Like `find_in_layer`, for a layer that must be one.
+
+    Raises:
+        UnsupportedModel: the layer is dense.
+    """
+    found = find_in_layer(loader, index)
+    if found is None:
+        raise UnsupportedModel("this decoder layer holds no routed experts", layer=index)
+    return found
 
 
 class _StandIn(nn.Module):

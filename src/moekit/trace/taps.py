@@ -41,6 +41,7 @@ class Pass:
     """The forward pass under way.
 
     Attributes:
+        mask_T: False at padding.
         positions: T.
         tokens: N.
         labels: of the N tokens, on the CPU.
@@ -48,7 +49,8 @@ class Pass:
     """
 
     def __init__(self, rows: Rows, domains: Sequence[str]) -> None:
-        self.positions = rows.mask_BS.numel()
+        self.mask_T = rows.mask_BS.flatten()
+        self.positions = self.mask_T.numel()
         self.labels: TokenLabels = rows.labels()
         self.tokens = len(self.labels)
         self.domains = tuple(domains)

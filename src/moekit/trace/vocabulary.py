@@ -122,7 +122,14 @@ _statistics: dict[str, Statistic] = {}
 _families: dict[str, Callable[..., Statistic]] = {}
 _MEMBER = re.compile(r"^(?P<family>\w+)\((?P<numbers>[-\d., ]*)\)$")
 # Modules whose import fills the vocabulary.
-_MODULES = ("moekit.trace.measures",)
+_MODULES = (
+    "moekit.trace.measures",
+    "moekit.trace.power",
+    "moekit.trace.renormalised",
+    "moekit.trace.ratios",
+    "moekit.trace.pools",
+    "moekit.trace.domain_outputs",
+)
 
 
 def statistic(

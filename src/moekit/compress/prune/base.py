@@ -98,7 +98,7 @@ class PruneMethod(BaseModel, ABC):
 
 
 def ratio(sum_E: Tensor, count_E: Tensor) -> Tensor:
-    """sum / count in fp64, 0 where nothing was counted."""
+    """Sum over count in fp64, 0 where nothing was counted."""
     sum_E, count_E = sum_E.double(), count_E.double()
     return torch.where(count_E > 0, sum_E / count_E.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 

@@ -1,0 +1,284 @@
+"""From statistics to a plan: score every layer, share the budget, decide.
+
+Legend: E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moekit import catalogue
+from moekit._progress import Progress, track
+from moekit.anatomy.layout import find_expert_tensors
+from moekit.anatomy.probe import Geometry, find_moe_layers
+from moekit.checkpoint.fingerprint import config_top_k
+from moekit.checkpoint.folder import Checkpoint
+from moekit.compress.budget import Budget, Sizes, bounds, check_count, total_count, uniform_count
+from moekit.compress.decision import LayerDecision
+from moekit.compress.evidence import LayerEvidence
+from moekit.compress.prune.base import PruneMethod
+from moekit.compress.prune.plan import LayerPlan, PlanFile, PrunePlan
+from moekit.compress.resize import Groups, read_block
+from moekit.compress.weights import LayerWeights
+from moekit.errors import BadConfig
+from moekit.streaming.loader import LayerLoader
+from moekit.streaming.skeleton import empty_model
+from moekit.streaming.walk import layer_of
+from moekit.trace.statistics import LayerStatistics
+from moekit.trace.store import Trace
+
+Protected = Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is asked for.
+
+    Attributes:
+        method: the method.
+        budget: what may stay.
+        top_k: choices a token makes afterwards; None as before.
+        groups: "free" or "equal"; see `PlanFile`.
+        seed: of everything random.
+        protected: decoder layer -> experts that stay whatever their score.
+    """
+
+    method: PruneMethod
+    budget: Budget
+    top_k: int | None = None
+    groups: Groups = "free"
+    seed: int = 0
+    protected: Protected | None = None
+
+
+class Evidences(Mapping[int, LayerEvidence]):
+    """Evidence of every layer, made anew each time it is asked for, so that no layer's weights stay in memory."""
+
+    def __init__(
+        self,
+        geometries: Mapping[int, Geometry],
+        statistics: Mapping[int, LayerStatistics],
+        request: Request,
+        read_weights: Callable[[int], LayerWeights] | None,
+    ) -> None:
+        self._geometries = geometries
+        self._statistics = statistics
+        self._request = request
+        self._read = read_weights
+
+    def __getitem__(self, layer: int) -> LayerEvidence:
+        read, protected = self._read, (self._request.protected or {}).get(layer, ())
+        return LayerEvidence(
+            layer,
+            self._geometries[layer],
+            self._statistics[layer],
+            None if read is None else lambda: read(layer),
+            self._request.seed,
+            frozenset(protected),
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._geometries)
+
+    def __len__(self) -> int:
+        return len(self._geometries)
+
+
+def geometries_of(checkpoint: Checkpoint) -> dict[int, Geometry]:
+    """Decoder layer -> sizes of its MoE block, from the config alone."""
+    return {layer.index: layer.geometry for layer in find_moe_layers(empty_model(checkpoint))}
+
+
+def sizes_of(checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: int | None = None) -> Sizes:
+    """What a budget is counted against."""
+    layout = find_expert_tensors(checkpoint.tensors)
+    bytes_of = dict.fromkeys(geometries, 0)
+    for tensors in layout.experts.values():
+        if tensors[0].layer in bytes_of:
+            bytes_of[tensors[0].layer] += sum(checkpoint.tensors[t.name].nbytes for t in tensors)
+    experts = {layer: geometry.experts for layer, geometry in geometries.items()}
+    choices = top_k or config_top_k(checkpoint.config) or max(g.top_k for g in geometries.values())
+    routed = sum(bytes_of.values())
+    each = {layer: nbytes // experts[layer] for layer, nbytes in bytes_of.items()}
+    return Sizes(experts, choices, each, checkpoint.nbytes - routed)
+
+
+def weights_reader(checkpoint: Checkpoint) -> Callable[[int], LayerWeights]:
+    """Reads one layer's routed experts and router from disk."""
+    loader = LayerLoader(checkpoint)
+
+    def read(layer: int) -> LayerWeights:
+        with loader.loaded(layer):
+            return read_block(layer_of(loader, layer))
+
+    return read
+
+
+def plan_pruning(
+    checkpoint: Checkpoint, trace: Trace | None, request: Request, progress: Progress | None = None
+) -> PrunePlan:
+    """Score every layer and decide.
+
+    Args:
+        checkpoint: what is to be pruned.
+        trace: of this checkpoint, with what the method needs; None for methods that need nothing.
+        request: method, budget and the rest.
+        progress: told layer by layer.
+
+    Raises:
+        BadData: the trace is of another model, or lacks what the method needs.
+        BadConfig: the budget is impossible.
+        NumericFault: a score is not finite; names layer and expert.
+    """
+    method = request.method
+    if method.searches:
+        raise BadConfig(
+            f"{catalogue.of(type(method)).name} decides by trying, which needs the model and the text",
+            hint="use moekit.compress.prune.search_pruning (moekit prune does)",
+        )
+    geometries = geometries_of(checkpoint)
+    statistics = needed_statistics(checkpoint, trace, method, geometries)
+    read = weights_reader(checkpoint) if method.reads_weights else None
+    evidence = Evidences(geometries, statistics, request, read)
+    scores = {layer: method.score(evidence[layer]) for layer in track(evidence, "scoring experts", progress)}
+    return decide(checkpoint, evidence, scores, request, statistics, trace)
+
+
+def needed_statistics(
+    checkpoint: Checkpoint, trace: Trace | None, method: PruneMethod, geometries: Mapping[int, Geometry]
+) -> dict[int, LayerStatistics]:
+    """What a method needs, of every layer.
+
+    Raises:
+        BadData: the trace is of another model, or lacks it.
+        BadConfig: there is no trace, and the method needs one.
+    """
+    if trace is None:
+        if method.required:
+            raise BadConfig(
+                f"{catalogue.of(type(method)).name} decides from {', '.join(method.required)}",
+                hint="give a text (--data) or a trace (--trace) of this model",
+            )
+        return {layer: LayerStatistics(g.experts, g.hidden, width=g.width) for layer, g in geometries.items()}
+    trace.check_model(checkpoint.fingerprint)
+    found = trace.require(method.required)
+    return {layer: found[layer] for layer in geometries}
+
+
+def decide(
+    checkpoint: Checkpoint,
+    evidence: Evidences,
+    scores: Mapping[int, Tensor],
+    request: Request,
+    statistics: Mapping[int, LayerStatistics],
+    trace: Trace | None,
+) -> PrunePlan:
+    """Share the budget by the scores and decide every layer."""
+    method = request.method
+    counts = count_layers(checkpoint, evidence, scores, request)
+    layers = {
+        layer: layer_plan(evidence[layer], scores[layer], method.decide(evidence[layer], scores[layer], counts[layer]))
+        for layer in evidence
+    }
+    return PrunePlan(plan_file(checkpoint, request, layers, trace), statistics)
+
+
+def count_layers(
+    checkpoint: Checkpoint, evidence: Evidences, scores: Mapping[int, Tensor], request: Request
+) -> dict[int, int]:
+    """Experts that each layer keeps.
+
+    Raises:
+        BadConfig: the budget is impossible, or protects more than may stay.
+    """
+    sizes = sizes_of(checkpoint, {layer: evidence[layer].geometry for layer in evidence}, request.top_k)
+    if request.budget.scope == "uniform":
+        counts = uniform_count(request.budget, sizes)
+    else:
+        least, most = bounds(request.budget, sizes)
+        counts = request.method.allocate(evidence, scores, total_count(request.budget, sizes), least, most)
+        for layer, count in counts.items():
+            check_count(count, sizes.experts[layer], sizes.top_k, layer)
+    for layer, count in counts.items():
+        protected = evidence[layer].protected
+        if len(protected) > count:
+            raise BadConfig(
+                f"{len(protected)} experts are protected, but {count} may stay",
+                layer=layer,
+                hint=f"keep at least {len(protected)}, or protect fewer",
+            )
+    return counts
+
+
+def layer_plan(evidence: LayerEvidence, scores_E: Tensor, decision: LayerDecision) -> LayerPlan:
+    """The readable part of what was decided for one layer."""
+    return LayerPlan(
+        experts=evidence.experts,
+        hidden=evidence.geometry.hidden,
+        width=evidence.geometry.width,
+        scores=tuple(scores_E.double().tolist()),
+        never_routed=tuple(evidence.statistics.never_routed),
+        decision=decision,
+    )
+
+
+def plan_file(
+    checkpoint: Checkpoint, request: Request, layers: Mapping[int, LayerPlan], trace: Trace | None
+) -> PlanFile:
+    """The readable part of a plan, with what a reader must know."""
+    record = catalogue.of(type(request.method))
+    warnings = [
+        f"layer {layer}: {len(plan.never_routed)} of {plan.experts} experts were never routed in the calibration text; "
+        f"they rank below all others, and {kept} of them stay"
+        for layer, plan in layers.items()
+        if plan.never_routed
+        for kept in [len(set(plan.never_routed) & set(plan.decision.keep))]
+    ]
+    meta = None if trace is None else trace.meta
+    if meta is not None and sum(entry.documents for entry in meta.data) == 1:
+        warnings.append("the calibration text is a single document: its experts may be those of that document alone")
+    return PlanFile(
+        method=record.name,
+        settings=request.method.model_dump(mode="json"),
+        budget=request.budget,
+        top_k=request.top_k,
+        groups=request.groups,
+        seed=request.seed,
+        model=str(checkpoint.path),
+        fingerprint=checkpoint.fingerprint,
+        trace="" if trace is None else trace.digest,
+        data=() if meta is None else tuple(meta.data),
+        tokens=0 if meta is None else meta.tokens,
+        domains=() if meta is None else tuple(meta.domains),
+        protected={layer: tuple(sorted(experts)) for layer, experts in (request.protected or {}).items()},
+        layers=dict(layers),
+        warnings=tuple(warnings),
+    )
+
+
+def redecide(plan: PrunePlan, checkpoint: Checkpoint, budget: Budget) -> PrunePlan:
+    """Another budget from the same scores, without a new pass over the text.
+
+    Raises:
+        BadConfig: another model, an impossible budget, or a method that decides by trying.
+    """
+    import torch
+
+    plan.check_model(checkpoint.fingerprint, checkpoint.path)
+    file, method = plan.file, plan.method
+    if method.searches:
+        raise BadConfig(
+            f"{file.method} decided by trying {file.budget.keep}: another budget needs another search",
+            hint="run moekit prune again",
+        )
+    request = Request(method, budget, file.top_k, file.groups, file.seed, file.protected)
+    geometries = geometries_of(checkpoint)
+    read = weights_reader(checkpoint) if method.reads_weights else None
+    evidence = Evidences(geometries, plan.statistics, request, read)
+    scores = {layer: torch.tensor(p.scores, dtype=torch.float64) for layer, p in file.layers.items()}
+    made = decide(checkpoint, evidence, scores, request, plan.statistics, None)
+    kept = {"trace": file.trace, "data": file.data, "tokens": file.tokens, "domains": file.domains}
+    return PrunePlan(made.file.model_copy(update=kept), plan.statistics)

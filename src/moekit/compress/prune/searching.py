@@ -1,0 +1,196 @@
+"""Methods that decide by trying: each layer is loaded, its block run on the calibration text with some experts only.
+
+Two chains of states walk the text: the unchanged model's, whose block outputs are the targets, and for sequential
+methods the one behind the pruned layers, whose block inputs the decisions are made on.
+
+Legend: T positions of a batch, N of them no padding, H hidden, M experts kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekit._progress import Progress, track
+from moekit.anatomy.probe import MoELayer
+from moekit.checkpoint.folder import Checkpoint
+from moekit.compress.budget import uniform_count
+from moekit.compress.decision import LayerDecision
+from moekit.compress.evidence import LayerEvidence
+from moekit.compress.prune.plan import LayerPlan, PrunePlan
+from moekit.compress.prune.planning import Request, geometries_of, layer_plan, plan_file, sizes_of
+from moekit.compress.resize import read_block, resized_block, resized_config
+from moekit.compress.weights import LayerWeights
+from moekit.errors import BadConfig, UnsupportedModel
+from moekit.streaming.states import States
+from moekit.trace.statistics import LayerStatistics
+from moekit.trace.store import Trace
+from moekit.trace.streamed import Streamed
+
+
+def search_pruning(
+    checkpoint: Checkpoint, trace: Trace, streamed: Streamed, request: Request, progress: Progress | None = None
+) -> PrunePlan:
+    """Let a searching method decide layer by layer.
+
+    Args:
+        checkpoint: what is to be pruned.
+        trace: of the same text, for the plan's account of it; with the load, which tells experts never routed.
+        streamed: the calibration text on its way through the checkpoint, not run yet or run already.
+        request: method, budget and the rest; the budget must be uniform.
+        progress: told layer by layer.
+
+    Raises:
+        BadConfig: the budget is impossible, or not uniform.
+        UnsupportedModel: a block does not stand alone, so it cannot be run alone.
+    """
+    if request.budget.scope != "uniform":
+        raise BadConfig("a search needs to know how many experts each layer keeps", hint="use a uniform budget")
+    geometries = geometries_of(checkpoint)
+    counts = uniform_count(request.budget, sizes_of(checkpoint, geometries, request.top_k))
+    search = _Search(streamed, request, counts, trace)
+    layers = search.run(progress)
+    statistics = {layer: LayerStatistics(g.experts, g.hidden, width=g.width) for layer, g in geometries.items()}
+    return PrunePlan(plan_file(checkpoint, request, layers, trace), statistics)
+
+
+class _Search:
+    def __init__(self, streamed: Streamed, request: Request, counts: dict[int, int], trace: Trace) -> None:
+        self.streamed = streamed
+        self.request = request
+        self.counts = counts
+        self.loads = trace.require(("load",))
+        self.walk = streamed.walk
+        self.masks = [current.mask_T for current in streamed.passes]
+
+    @torch.no_grad()
+    def run(self, progress: Progress | None) -> dict[int, LayerPlan]:
+        loader, found = self.streamed.loader, {}
+        plain = self.walk.new_states("search-plain")
+        pruned = self.walk.new_states("search-pruned") if self.request.method.sequential else None
+        loader.load_rest()
+        for states in (plain, pruned):
+            if states is not None:
+                self.walk.embed(states)
+        loader.release_rest()
+        for index in track(range(loader.layers), "searching", progress):
+            with loader.loaded(index):
+                moe = self.walk.moe(index)
+                if moe is None or index not in self.counts:
+                    self._advance(index, plain, pruned, None)
+                else:
+                    found[index] = self._layer(moe, plain, pruned)
+        for states in (plain, pruned):
+            if states is not None:
+                states.close()
+        return found
+
+    def _layer(self, moe: MoELayer, plain: States, pruned: States | None) -> LayerPlan:
+        index, weights = moe.index, read_block(moe)
+        dense = self._blocks(moe, plain, advance=True)
+        seen = dense if pruned is None else self._blocks(moe, pruned, advance=False)
+        inputs, targets = [call for call, _ in seen], [output for _, output in dense]
+        block = _Block(moe, weights, self.streamed.loader.model.config, self.request, inputs, targets, self.masks)
+        protected = frozenset((self.request.protected or {}).get(index, ()))
+        evidence = LayerEvidence(index, moe.geometry, self.loads[index], lambda: weights, self.request.seed, protected)
+        decision = self.request.method.search(evidence, block, self.counts[index])
+        if pruned is not None:
+            self._advance(index, None, pruned, block.changed(decision))
+        rise = decision.figures.get("rise", [])
+        scores = torch.tensor(rise if isinstance(rise, list) else [rise], dtype=torch.float64)
+        return layer_plan(evidence, scores, _readable(decision))
+
+    def _blocks(self, moe: MoELayer, states: States, *, advance: bool) -> list[tuple[_Call, Tensor]]:
+        """What the block is called with and gives on each batch; the states go on where asked for."""
+        found: list[tuple[_Call, Tensor]] = []
+
+        def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            found.append(((args, kwargs), _flat(output)))
+
+        handle = moe.block.register_forward_hook(see, with_kwargs=True)
+        try:
+            for number in range(len(states)):
+                after = self.walk.run(moe.index, number, states.get(number))
+                if advance:
+                    states.put(number, after)
+        finally:
+            handle.remove()
+        if len(found) != len(states):
+            raise UnsupportedModel(
+                "the experts stand in no block of their own, which could be run alone",
+                layer=moe.index,
+                hint="choose a method that decides from statistics (moekit methods prune)",
+            )
+        return found
+
+    def _advance(self, index: int, plain: States | None, pruned: States | None, block: nn.Module | None) -> None:
+        loader = self.streamed.loader
+        moe = self.walk.moe(index) if block is not None else None
+        parent: nn.Module | None = None
+        if moe is not None and block is not None:
+            path, _, last = moe.name.rpartition(".")
+            parent = loader.model.get_submodule(path)
+            setattr(parent, last, block)
+        try:
+            for states in (plain, pruned):
+                for number in range(len(states) if states is not None else 0):
+                    assert states is not None
+                    states.put(number, self.walk.run(index, number, states.get(number)))
+        finally:
+            if moe is not None and parent is not None:
+                setattr(parent, moe.name.rpartition(".")[2], moe.block)
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _flat(output: Any) -> Tensor:
+    made = output[0] if isinstance(output, tuple) else output
+    flat: Tensor = made.reshape(-1, made.shape[-1])
+    return flat
+
+
+def _readable(decision: LayerDecision) -> LayerDecision:
+    return decision.model_copy(update={"figures": {k: v for k, v in decision.figures.items() if k != "rise"}})
+
+
+class _Block:
+    """A layer's MoE block on the calibration inputs, with some experts only."""
+
+    def __init__(
+        self,
+        moe: MoELayer,
+        weights: LayerWeights,
+        config: Any,
+        request: Request,
+        inputs: Sequence[_Call],
+        targets: Sequence[Tensor],
+        masks: Sequence[Tensor],
+    ) -> None:
+        self._moe = moe
+        self._weights = weights
+        self._inputs = inputs
+        self._targets = [target[mask] for target, mask in zip(targets, masks, strict=True)]
+        self._masks = masks
+        self._config: Callable[[int], Any] = lambda count: resized_config(
+            config, count, top_k=request.top_k, groups=request.groups
+        )
+
+    def changed(self, decision: LayerDecision) -> nn.Module:
+        """The block with what a decision keeps."""
+        return self._with(decision.keep)
+
+    def _with(self, kept: Sequence[int]) -> nn.Module:
+        return resized_block(self._moe, self._config(len(kept)), self._weights.select(kept))
+
+    def loss(self, kept: Sequence[int]) -> float:
+        """Sum over batches of ||Z - Z'||_F over tokens that are no padding, in fp64."""
+        block = self._moe.block if len(kept) == self._weights.experts else self._with(kept)
+        total = 0.0
+        for (args, kwargs), target_NH, mask_T in zip(self._inputs, self._targets, self._masks, strict=True):
+            made_NH = _flat(block(*args, **kwargs))[mask_T]
+            total += float((target_NH.double() - made_NH.double()).norm())
+        return total

@@ -1,0 +1,366 @@
+"""Measure several changes of one checkpoint side by side, each layer read from disk once.
+
+All variants walk the same held-out text: a decoder layer is loaded, run as it is and with each variant's experts, and
+leaves memory. So a model larger than memory is compared with its pruned versions before any of them is written.
+
+Legend: B rows, S positions, T positions of a batch, H hidden, K choices, E experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from moekit._progress import Progress, track
+from moekit.anatomy.probe import MoELayer
+from moekit.checkpoint.folder import Checkpoint
+from moekit.compress.decision import LayerDecision
+from moekit.compress.resize import Groups, read_block, resized_block, resized_config
+from moekit.compress.weights import LayerWeights
+from moekit.errors import BadConfig
+from moekit.evaluation.documents import PerplexityResult
+from moekit.evaluation.likelihood import Scorer, Scores, pad
+from moekit.evaluation.windows import Corpus, TokenizedLike, Window, by_length, from_documents
+from moekit.streaming.loader import LayerLoader
+from moekit.streaming.states import MEMORY_BYTES, States
+from moekit.streaming.walk import Inputs, Walk
+from moekit.trace.seam import read_arguments
+
+Rewrite = Callable[[int, LayerWeights], LayerWeights]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A change of every MoE layer.
+
+    Attributes:
+        name: what to call it.
+        decisions: decoder layer -> which experts stay.
+        rewrite: (layer, all experts' weights) -> weights of what stays; None keeps those as they are.
+        top_k: choices a token makes; None as before.
+        groups: "free" or "equal"; see `moekit.compress.resize.resized_config`.
+    """
+
+    name: str
+    decisions: Mapping[int, LayerDecision]
+    rewrite: Rewrite | None = None
+    top_k: int | None = None
+    groups: Groups = "free"
+
+
+class VariantResult(BaseModel):
+    """What a variant costs.
+
+    Attributes:
+        name: of the variant.
+        perplexity: likelihood of each held-out document.
+        reconstruction: decoder layer -> ||Z' - Z|| / ||Z||, the block's output against the unchanged one on the
+            unchanged model's inputs.
+        lost_tokens: decoder layer -> share of tokens that had chosen an expert which is gone.
+        lost_choices: decoder layer -> share of choices of such experts.
+        experts: decoder layer -> experts that stay.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    perplexity: PerplexityResult
+    reconstruction: dict[int, float]
+    lost_tokens: dict[int, float]
+    lost_choices: dict[int, float]
+    experts: dict[int, int]
+
+
+@dataclass
+class _Layer:
+    """Sums over batches of what one variant does at one layer."""
+
+    block: nn.Module
+    keep: Tensor
+    difference: float = 0.0
+    lost_tokens: int = 0
+    lost_choices: int = 0
+
+
+@dataclass(eq=False)
+class _Track:
+    """One variant on its way."""
+
+    variant: Variant
+    states: States
+    layers: dict[int, _Layer] = field(default_factory=dict)
+    reconstruction: dict[int, float] = field(default_factory=dict)
+    lost_tokens: dict[int, float] = field(default_factory=dict)
+    lost_choices: dict[int, float] = field(default_factory=dict)
+
+
+class SideBySideWalk:
+    """Walks a corpus through the unchanged model and its variants.
+
+    Args:
+        checkpoint: opened and verified.
+        corpus: windows of the held-out text.
+        variants: what to compare.
+        batch_tokens: rows times longest row of a batch.
+        folder: where states go; None for memory up to `limit`, then a temporary file.
+        limit: bytes of states kept in memory.
+        dtype: of the weights in memory; None as stored.
+        device: where layers run.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        corpus: Corpus,
+        variants: Sequence[Variant],
+        *,
+        batch_tokens: int = 4096,
+        folder: Path | None = None,
+        limit: int = MEMORY_BYTES,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+    ) -> None:
+        if len({variant.name for variant in variants}) < len(variants):
+            raise BadConfig("two variants have one name", hint="give each its own")
+        self.corpus = corpus
+        self.groups = list(by_length(corpus.windows, batch_tokens))
+        self.loader = LayerLoader(checkpoint, dtype=dtype, device=device)
+        inputs = [Inputs(*pad(group, torch.device("cpu"))) for group in self.groups]
+        share = limit // (len(variants) + 1)
+        self.walk = Walk(self.loader, inputs, folder=folder, limit=share)
+        self.plain = self.walk.new_states("plain")
+        self.tracks = [_Track(v, self.walk.new_states(f"variant-{i}")) for i, v in enumerate(variants)]
+
+    @torch.no_grad()
+    def run(self, progress: Progress | None = None) -> None:
+        """Walk all layers."""
+        self.loader.load_rest()
+        self.walk.embed(self.plain)
+        for number in range(len(self.groups)):
+            for track_ in self.tracks:
+                track_.states.put(number, self.plain.get(number).clone())
+        for index in track(range(self.loader.layers), "comparing", progress):
+            with self.loader.loaded(index):
+                self._layer(index)
+
+    def _layer(self, index: int) -> None:
+        moe = self.walk.moe(index)
+        changed = [t for t in self.tracks if moe is not None and index in t.variant.decisions]
+        if moe is not None and changed:
+            weights = read_block(moe)
+            for track_ in changed:
+                track_.layers[index] = _change(track_.variant, moe, weights, self.loader.model.config)
+        norm = 0.0
+        tokens = choices = 0
+        for number, batch in enumerate(self.walk.batches):
+            mask_T = batch.attention_mask.bool().flatten()
+            with self._seen(moe) as seen:
+                self.plain.put(number, self.walk.run(index, number, self.plain.get(number)))
+            if moe is not None and changed:
+                output_TH = seen.output_TH[mask_T]
+                norm += float(output_TH.double().square().sum())
+                index_TK = seen.index_TK[mask_T]
+                tokens, choices = tokens + len(index_TK), choices + index_TK.numel()
+                for track_ in changed:
+                    _compare(track_.layers[index], seen, output_TH, index_TK, mask_T)
+        for track_ in changed:
+            layer = track_.layers[index]
+            track_.reconstruction[index] = (layer.difference / norm) ** 0.5 if norm else 0.0
+            track_.lost_tokens[index] = layer.lost_tokens / max(tokens, 1)
+            track_.lost_choices[index] = layer.lost_choices / max(choices, 1)
+        for track_ in self.tracks:
+            block = track_.layers.pop(index).block if track_ in changed else None
+            with _swapped(self.loader.model, moe, block):
+                for number in range(len(self.walk.batches)):
+                    track_.states.put(number, self.walk.run(index, number, track_.states.get(number)))
+
+    @contextlib.contextmanager
+    def _seen(self, moe: MoELayer | None) -> Iterator[_Seen]:
+        seen = _Seen(self.loader.device)
+        if moe is None:
+            yield seen
+            return
+        handles = [
+            moe.block.register_forward_hook(seen.on_block, with_kwargs=True),
+            moe.experts.register_forward_pre_hook(
+                lambda _m, args, kwargs: seen.on_experts(moe, args, kwargs), with_kwargs=True
+            ),
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def results(self) -> tuple[PerplexityResult, list[VariantResult]]:
+        """Likelihoods of the unchanged model and of each variant, with what each layer lost."""
+        plain = self._perplexity(self.plain, "unchanged")
+        found = [
+            VariantResult(
+                name=t.variant.name,
+                perplexity=self._perplexity(t.states, t.variant.name),
+                reconstruction=t.reconstruction,
+                lost_tokens=t.lost_tokens,
+                lost_choices=t.lost_choices,
+                experts={layer: len(d.keep) for layer, d in t.variant.decisions.items()},
+            )
+            for t in self.tracks
+        ]
+        return plain, found
+
+    def _perplexity(self, states: States, name: str) -> PerplexityResult:
+        scorer = _StreamedScorer(self.walk, self.groups, states)
+        tokens, nll = [0] * len(self.corpus.domains), [0.0] * len(self.corpus.domains)
+        for group in self.groups:
+            for window, scores in zip(group, scorer(group), strict=True):
+                tokens[window.document] += len(window.targets)
+                nll[window.document] += float(scores.nll_M.sum())
+        return PerplexityResult(domains=self.corpus.domains, tokens=tuple(tokens), nll=tuple(nll), model=name)
+
+    def close(self) -> None:
+        """Give files back."""
+        self.plain.close()
+        for track_ in self.tracks:
+            track_.states.close()
+        self.loader.close()
+
+
+class _Seen:
+    """What a block was given, chose and gave in one pass."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.output_TH = torch.zeros(0, device=device)
+        self.index_TK = torch.zeros(0, dtype=torch.int64, device=device)
+
+    def on_block(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.output_TH = _flat(output)
+
+    def on_experts(self, moe: MoELayer, args: Any, kwargs: dict[str, Any]) -> None:
+        _, self.index_TK, _ = read_arguments(moe, args, kwargs)
+
+
+def _flat(output: Any) -> Tensor:
+    made = output[0] if isinstance(output, tuple) else output
+    flat: Tensor = made.reshape(-1, made.shape[-1])
+    return flat
+
+
+def _change(variant: Variant, moe: MoELayer, weights: LayerWeights, config: Any) -> _Layer:
+    decision = variant.decisions[moe.index]
+    own = variant.rewrite
+    made = weights.select(decision.keep) if own is None else own(moe.index, weights)
+    resized = resized_config(config, len(decision.keep), top_k=variant.top_k, groups=variant.groups)
+    keep = torch.zeros(moe.geometry.experts + 1, dtype=torch.bool)
+    keep[list(decision.keep)] = True
+    keep[-1] = True  # no expert, no loss
+    return _Layer(resized_block(moe, resized, made), keep)
+
+
+def _compare(layer: _Layer, seen: _Seen, output_TH: Tensor, index_TK: Tensor, mask_T: Tensor) -> None:
+    changed_TH = _flat(layer.block(*seen.args, **seen.kwargs))[mask_T]
+    layer.difference += float((changed_TH.double() - output_TH.double()).square().sum())
+    gone_TK = ~layer.keep.to(index_TK.device)[index_TK.long()]
+    layer.lost_tokens += int(gone_TK.any(1).sum())
+    layer.lost_choices += int(gone_TK.sum())
+
+
+@contextlib.contextmanager
+def _swapped(model: nn.Module, moe: MoELayer | None, block: nn.Module | None) -> Iterator[None]:
+    if moe is None or block is None:
+        yield
+        return
+    path, _, last = moe.name.rpartition(".")
+    parent = model.get_submodule(path)
+    setattr(parent, last, block)
+    try:
+        yield
+    finally:
+        setattr(parent, last, moe.block)
+
+
+class _StreamedScorer(Scorer):
+    """Scores windows whose last hidden states are known already: only final norm and head run."""
+
+    def __init__(self, walk: Walk, groups: Sequence[Sequence[Window]], states: States) -> None:
+        super().__init__(walk.loader.model)
+        self._walk = walk
+        self._states = states
+        self._place = {id(window): (g, row) for g, group in enumerate(groups) for row, window in enumerate(group)}
+
+    def _score(self, windows: Sequence[Window]) -> list[Scores]:
+        longest = max(len(window.inputs) for window in windows)
+        read: dict[int, Tensor] = {}
+
+        def hidden_BSH() -> Tensor:
+            rows = []
+            for group, row in (self._place[id(window)] for window in windows):
+                if group not in read:
+                    read[group] = self._states.get(group)
+                rows.append(read[group][row, :longest])
+            return torch.stack(rows)
+
+        with self._walk.finished_with(hidden_BSH):
+            return super()._score(windows)
+
+
+def compare_variants(
+    checkpoint: Checkpoint,
+    documents: Sequence[TokenizedLike],
+    variants: Sequence[Variant],
+    *,
+    window: int = 512,
+    stride: int | None = None,
+    batch_tokens: int = 4096,
+    folder: Path | None = None,
+    limit: int = MEMORY_BYTES,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[PerplexityResult, list[VariantResult]]:
+    """Compare changes of a checkpoint on held-out text, in the memory of a few layers.
+
+    Args:
+        checkpoint: opened and verified.
+        documents: tokenized held-out documents.
+        variants: what to compare.
+        window: longest piece in tokens.
+        stride: tokens between windows; half a window by default.
+        batch_tokens: rows times longest row of a batch.
+        folder: where states go; None for memory up to `limit`, then a temporary file.
+        limit: bytes of states kept in memory.
+        dtype: of the weights in memory; None as stored.
+        device: where layers run.
+        progress: told layer by layer.
+
+    Returns:
+        The unchanged model's likelihoods, and each variant's results in the order given.
+
+    Raises:
+        BadData: no document has two tokens.
+        BadConfig: a variant is impossible for this model, or two have one name.
+    """
+    walk = SideBySideWalk(
+        checkpoint,
+        from_documents(documents, window, stride),
+        variants,
+        batch_tokens=batch_tokens,
+        folder=folder,
+        limit=limit,
+        dtype=dtype,
+        device=device,
+    )
+    try:
+        walk.run(progress)
+        return walk.results()
+    finally:
+        walk.close()
