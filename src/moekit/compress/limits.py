@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moekit.checkpoint.fingerprint import config_top_k, text_config
 from moekit.compress.decision import LayerDecision
 from moekit.errors import BadConfig
-
-Groups = Literal["free", "equal"]
 
 
 def check_layers(decisions: Mapping[int, LayerDecision], counts: Mapping[int, int], file: Path | None = None) -> None:

@@ -163,7 +163,7 @@ class Axes:
 
     def __init__(self, before: Layout, after: Layout | None) -> None:
         self._before, self._after = before, after
-        self._stems = {name.rpartition(".")[0] for name in before.live if self._differs(name)}
+        self._stems = {name.rpartition(".")[0] for name in before.live if self._differs(name) is not None}
 
     def _differs(self, name: str) -> int | None:
         if self._after is None:
