@@ -54,6 +54,11 @@ def _loading(record: Record) -> list[str]:
         "A stock Hugging Face folder: `AutoModelForCausalLM.from_pretrained` opens it without moekit and without "
         "remote code.",
     ]
+    if len(set(record.expectations.experts.values())) > 1:
+        lines[-1] = (
+            f"Layers hold different numbers of experts, as `{RECORD_FILE}` says: `moekit.load` opens the folder; "
+            "`AutoModelForCausalLM.from_pretrained`, which knows one number for all layers, does not."
+        )
     if record.policy:
         lines += [
             "",

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.checkpoint.fingerprint import disk_state_dict, text_config
-from moekit.checkpoint.meta import EXPERT_COUNT_KEYS, meta_model
+from moekit.checkpoint.meta import meta_model
 from moekit.checkpoint.safety import FLOAT_DTYPES, TensorInfo
+from moekit.checkpoint.uneven import EXPERT_COUNT_KEYS
 from moekit.errors import BadCheckpoint
 
 if TYPE_CHECKING:

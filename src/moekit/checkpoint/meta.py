@@ -6,14 +6,13 @@ import warnings
 from typing import TYPE_CHECKING
 
 from moekit.checkpoint.fingerprint import text_config
+from moekit.checkpoint.uneven import EXPERT_COUNT_KEYS, uneven_counts, with_counts
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from moekit.checkpoint.folder import Checkpoint
-
-EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def _bounded(checkpoint: Checkpoint) -> None:
@@ -79,13 +78,16 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = model_config(checkpoint)
-    try:
+    def build(config: PreTrainedConfig) -> PreTrainedModel:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=checkpoint.remote_code
-            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.remote_code)
+        return model
+
+    config = model_config(checkpoint)
+    try:
+        return with_counts(build(config), uneven_counts(checkpoint), build)
+    except BadCheckpoint:
+        raise
     except Exception as error:
         raise _no_model(checkpoint, error) from error
-    return model

@@ -23,6 +23,8 @@ from moekit.checkpoint.fingerprint import config_top_k, live_fingerprint, text_c
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.safety import check_name, read_header
+from moekit.checkpoint.skeleton import empty_model
+from moekit.checkpoint.uneven import live_counts, load_uneven, uneven_counts
 from moekit.errors import BadCheckpoint, BadConfig
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -98,6 +100,22 @@ def load(
     """
     checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
     checkpoint.verify()
+    if uneven_counts(checkpoint):
+        loaded = _load_uneven(checkpoint, dtype, device_map)
+    else:
+        loaded = _load_stock(checkpoint, dtype, device_map, allow_remote_code)
+    if device_map is None:
+        loaded.to(_auto_device() if device == "auto" else device)
+    loaded.eval()
+    stamp(loaded, checkpoint)
+    if policy and checkpoint.record is not None and checkpoint.record.policy is not None:
+        _restore(loaded, checkpoint.record, read_extra_tensors(checkpoint.path))
+    return loaded
+
+
+def _load_stock(
+    checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: Any, allow_remote_code: bool
+) -> PreTrainedModel:
     with quiet_transformers():
         loaded, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
@@ -110,12 +128,19 @@ def load(
         )
     _refuse_partial(checkpoint, info)
     assert isinstance(loaded, PreTrainedModel)
-    if device_map is None:
-        loaded.to(_auto_device() if device == "auto" else device)
-    loaded.eval()
-    stamp(loaded, checkpoint)
-    if policy and checkpoint.record is not None and checkpoint.record.policy is not None:
-        _restore(loaded, checkpoint.record, read_extra_tensors(checkpoint.path))
+    return loaded
+
+
+def _load_uneven(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: Any) -> PreTrainedModel:
+    if device_map is not None:
+        raise BadConfig(
+            "layers hold different numbers of experts, which device_map does not place",
+            file=checkpoint.path,
+            hint="load on one device",
+        )
+    with quiet_transformers():
+        loaded, empty = load_uneven(checkpoint, lambda: empty_model(checkpoint), dtype)
+    _refuse_partial(checkpoint, {"missing_keys": list(empty)})
     return loaded
 
 
@@ -194,6 +219,8 @@ def save(
             model.save_pretrained(temporary, max_shard_size=max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if counts := live_counts(model):
+            record = record.model_copy(update={"expectations": Expectations(experts=counts)})
         return seal(temporary, record, extra_tensors=extra_tensors, progress=progress)
 
 
@@ -214,6 +241,8 @@ def seal(
         save_file({n: t.detach().cpu().contiguous() for n, t in extra_tensors.items()}, folder / TENSORS_FILE)
         _index_single(folder)
     checkpoint = Checkpoint.open(folder)
+    # What the record expects of the layers says whether they may differ.
+    checkpoint.record = record
     checkpoint.verify()
     extra = read_header(folder / TENSORS_FILE).tensors.values() if extra_tensors else ()
     expectations = Expectations(

@@ -15,10 +15,12 @@ from moekit.checkpoint.expected import layout_of
 from moekit.checkpoint.experts import stacked_experts
 from moekit.checkpoint.fingerprint import config_top_k
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
-from moekit.checkpoint.meta import EXPERT_COUNT_KEYS, model_config
+from moekit.checkpoint.meta import model_config
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
+from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.small_files import small_files
+from moekit.checkpoint.uneven import EXPERT_COUNT_KEYS
 from moekit.compress.config_file import edited_config, renamed_experts, without_mtp
 from moekit.compress.decision import LayerDecision
 from moekit.compress.limits import check_even, check_groups, check_layers, check_top_k
@@ -26,7 +28,6 @@ from moekit.compress.output import Shard, lay_out
 from moekit.compress.resize import Groups, resized_config
 from moekit.compress.slices import Axes, Kept, expert_counts, is_mtp, kept_tensors
 from moekit.errors import BadConfig
-from moekit.streaming.skeleton import empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

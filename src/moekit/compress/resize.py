@@ -13,15 +13,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moekit.anatomy.permute import expert_axis
 from moekit.anatomy.probe import MoELayer
 from moekit.checkpoint.fingerprint import TOP_K_KEYS
-from moekit.checkpoint.meta import EXPERT_COUNT_KEYS
+from moekit.checkpoint.skeleton import empty_model
+from moekit.checkpoint.uneven import EXPERT_COUNT_KEYS
 from moekit.compress.weights import LayerWeights, from_live, to_live
 from moekit.errors import BadConfig, UnsupportedModel
-from moekit.streaming.skeleton import empty_model
 
 Groups = Literal["free", "equal"]
 
@@ -82,7 +82,7 @@ def _set_groups(text: Any, experts: int, groups: Groups) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _skeleton(kind: Callable[..., PreTrainedConfig], text: str) -> nn.Module:
+def _skeleton(kind: Callable[..., PreTrainedConfig], text: str) -> PreTrainedModel:
     return empty_model(kind(json.loads(text)))
 
 
@@ -94,7 +94,7 @@ def empty_block(config: PreTrainedConfig, name: str) -> nn.Module:
         name: module path of the block.
     """
     values = config.to_dict()
-    model = _skeleton(type(config).from_dict, json.dumps(values, sort_keys=True, default=str))
+    model: nn.Module = _skeleton(type(config).from_dict, json.dumps(values, sort_keys=True, default=str))
     # A copy of the module tree whose parameters stay on meta.
     block: nn.Module = copy.deepcopy(model.get_submodule(name))
     return block
@@ -164,7 +164,8 @@ def resized_block(layer: MoELayer, config: PreTrainedConfig, weights: LayerWeigh
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
             # One object for the whole model: which experts implementation runs is chosen there.
             module.config = config.get_text_config()
-    return made.train(layer.block.training)
+    made.train(layer.block.training)
+    return made
 
 
 def _put(root: nn.Module, name: str, value: Tensor) -> None:

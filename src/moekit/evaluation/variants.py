@@ -95,6 +95,7 @@ class _Track:
 
     variant: Variant
     states: States
+    parted: bool = False
     layers: dict[int, _Layer] = field(default_factory=dict)
     reconstruction: dict[int, float] = field(default_factory=dict)
     lost_tokens: dict[int, float] = field(default_factory=dict)
@@ -143,9 +144,6 @@ class SideBySideWalk:
         """Walk all layers."""
         self.loader.load_rest()
         self.walk.embed(self.plain)
-        for number in range(len(self.groups)):
-            for track_ in self.tracks:
-                track_.states.put(number, self.plain.get(number).clone())
         for index in track(range(self.loader.layers), "comparing", progress):
             with self.loader.loaded(index):
                 self._layer(index)
@@ -157,6 +155,7 @@ class SideBySideWalk:
             weights = read_block(moe)
             for track_ in changed:
                 track_.layers[index] = _change(track_.variant, moe, weights, self.loader.model.config)
+        self._part(index)
         norm = 0.0
         tokens = choices = 0
         for number, batch in enumerate(self.walk.batches):
@@ -175,11 +174,19 @@ class SideBySideWalk:
             track_.reconstruction[index] = (layer.difference / norm) ** 0.5 if norm else 0.0
             track_.lost_tokens[index] = layer.lost_tokens / max(tokens, 1)
             track_.lost_choices[index] = layer.lost_choices / max(choices, 1)
-        for track_ in self.tracks:
+        for track_ in (t for t in self.tracks if t.parted):
             block = track_.layers.pop(index).block if track_ in changed else None
             with _swapped(self.loader.model, moe, block):
                 for number in range(len(self.walk.batches)):
                     track_.states.put(number, self.walk.run(index, number, track_.states.get(number)))
+
+    def _part(self, index: int) -> None:
+        """Variants go the unchanged model's way up to the first layer that they change."""
+        for track_ in self.tracks:
+            if not track_.parted and index in track_.variant.decisions:
+                for number in range(len(self.groups)):
+                    track_.states.put(number, self.plain.get(number).clone())
+                track_.parted = True
 
     @contextlib.contextmanager
     def _seen(self, moe: MoELayer | None) -> Iterator[_Seen]:
@@ -205,7 +212,7 @@ class SideBySideWalk:
         found = [
             VariantResult(
                 name=t.variant.name,
-                perplexity=self._perplexity(t.states, t.variant.name),
+                perplexity=self._perplexity(t.states if t.parted else self.plain, t.variant.name),
                 reconstruction=t.reconstruction,
                 lost_tokens=t.lost_tokens,
                 lost_choices=t.lost_choices,

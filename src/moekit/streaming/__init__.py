@@ -8,6 +8,5 @@ __getattr__, __dir__ = attach(
         "LayerLoader": "loader",
         "States": "states",
         "Walk": "walk",
-        "empty_model": "skeleton",
     },
 )

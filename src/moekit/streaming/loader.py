@@ -12,8 +12,9 @@ from torch import nn
 from moekit.checkpoint.folder import Checkpoint, where
 from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.reading import TensorReader
+from moekit.checkpoint.skeleton import empty_model
+from moekit.checkpoint.uneven import fill
 from moekit.errors import BadCheckpoint, UnsupportedModel
-from moekit.streaming.skeleton import empty_model
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -137,26 +138,9 @@ class LayerLoader:
                 _set(self.model, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 
     def _fill(self, names: Iterable[str]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
         tensors = {name: self._reader.read(name) for name in names}
-        config = LoadStateDictConfig(
-            device_map={"": self.device},
-            dtype=self.dtype,
-            dtype_plan=self.model._get_dtype_plan(self.dtype),
-            weight_mapping=get_model_conversion_mapping(self.model),
-        )
         with quiet_transformers():
-            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
-        if info.mismatched_keys or info.conversion_errors:
-            wrong = [*map(str, info.mismatched_keys), *map(str, info.conversion_errors)]
-            raise BadCheckpoint(
-                f"{len(wrong)} tensors do not fit the model: {', '.join(wrong[:8])}",
-                file=self.checkpoint.path,
-                hint="see `moekit check`",
-            )
+            fill(self.model, tensors, dtype=self.dtype, device=self.device, file=self.checkpoint.path)
         for parameter in self.model.parameters():
             if not parameter.is_meta and parameter.requires_grad:
                 parameter.requires_grad_(False)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.skeleton import empty_model
 from moekit.errors import BadCheckpoint, UnsupportedModel
-from moekit.streaming import LayerLoader, States, Walk, empty_model
+from moekit.streaming import LayerLoader, States, Walk
 from moekit.streaming.walk import Inputs
 from tests.checkpoints import edit_json, plain
 from tests.families import FAMILIES, HIDDEN, build, tokens

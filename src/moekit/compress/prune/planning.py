@@ -16,6 +16,7 @@ from moekit.anatomy.layout import find_expert_tensors
 from moekit.anatomy.probe import Geometry, find_moe_layers
 from moekit.checkpoint.fingerprint import config_top_k
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.budget import Budget, Sizes, bounds, check_count, total_count, uniform_count
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
@@ -25,7 +26,6 @@ from moekit.compress.resize import Groups, read_block
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.streaming.loader import LayerLoader
-from moekit.streaming.skeleton import empty_model
 from moekit.streaming.walk import layer_of
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from moekit.checkpoint.meta import model_config
+from moekit.checkpoint.uneven import uneven_counts, with_counts
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +29,14 @@ def empty_model(source: Checkpoint | PreTrainedConfig, dtype: torch.dtype | None
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-    config = source if isinstance(source, PreTrainedConfig) else model_config(source)
-    remote = False if isinstance(source, PreTrainedConfig) else source.remote_code
-    kind = {} if dtype is None else {"dtype": dtype}
-    with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=remote, **kind)
-    return model.eval()
+    def build(config: PreTrainedConfig) -> PreTrainedModel:
+        remote = False if isinstance(source, PreTrainedConfig) else source.remote_code
+        kind = {} if dtype is None else {"dtype": dtype}
+        with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=remote, **kind)
+        return model.eval()
+
+    if isinstance(source, PreTrainedConfig):
+        return build(source)
+    return with_counts(build(model_config(source)), uneven_counts(source), build)

@@ -1,0 +1,156 @@
+"""Checkpoints whose layers hold different numbers of experts: the config names the largest, the record every layer's.
+
+Stock transformers knows one number for all layers and does not load them; `moekit.load` does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moekit.errors import BadCheckpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from moekit.checkpoint.folder import Checkpoint
+
+# The names that families give to E.
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def uneven_counts(checkpoint: Checkpoint) -> dict[int, int]:
+    """Decoder layer -> E, where the record says that layers differ; empty otherwise."""
+    counts = {} if checkpoint.record is None else checkpoint.record.expectations.experts
+    return dict(counts) if len(set(counts.values())) > 1 else {}
+
+
+def live_counts(model: nn.Module) -> dict[int, int]:
+    """Decoder layer -> E of a live model, where layers differ; empty otherwise."""
+    from moekit.checkpoint.folder import where
+
+    counts: dict[int, int] = {}
+    for name, module in model.named_modules():
+        layer, _ = where(f"{name}.")
+        down = module._parameters.get("down_proj")
+        if layer is not None and isinstance(getattr(module, "num_experts", None), int) and down is not None:
+            counts[layer] = down.shape[0]
+    return counts if len(set(counts.values())) > 1 else {}
+
+
+def with_counts(
+    model: PreTrainedModel, counts: Mapping[int, int], build: Callable[[PreTrainedConfig], PreTrainedModel]
+) -> PreTrainedModel:
+    """Give each decoder layer its own number of experts.
+
+    Args:
+        model: without weights, built from the config.
+        counts: decoder layer -> E.
+        build: makes such a model from a config.
+
+    Raises:
+        BadCheckpoint: a layer that the model does not have.
+    """
+    stated = _stated(model.config)
+    by_count: dict[int, list[int]] = {}
+    for layer, count in counts.items():
+        if count != stated:
+            by_count.setdefault(count, []).append(layer)
+    for count, layers in by_count.items():
+        config = copy.deepcopy(model.config)
+        for key in EXPERT_COUNT_KEYS:
+            if isinstance(config.get_text_config().to_dict().get(key), int):
+                setattr(config.get_text_config(), key, count)
+        other = build(config)
+        for layer in layers:
+            _exchange(model, other, layer)
+    return model
+
+
+def _stated(config: Any) -> int | None:
+    values = config.get_text_config().to_dict()
+    return next((values[key] for key in EXPERT_COUNT_KEYS if isinstance(values.get(key), int)), None)
+
+
+def _exchange(model: PreTrainedModel, other: PreTrainedModel, layer: int) -> None:
+    ours, theirs = (_stack(m) for m in (model, other))
+    if not 0 <= layer < len(ours):
+        raise BadCheckpoint("the record names a decoder layer that the config does not have", layer=layer)
+    ours[layer] = theirs[layer]
+    for module in ours[layer].modules():
+        if hasattr(module, "config"):
+            # One object for the whole model: which experts implementation runs is chosen there.
+            module.config = model.config.get_text_config()
+
+
+def _stack(model: Any) -> nn.ModuleList:
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise BadCheckpoint(
+            f"{type(model).__name__} keeps its decoder layers in no `layers` list, so they cannot differ",
+            hint="the record belongs to another model",
+        )
+    return layers
+
+
+def fill(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    file: Any = None,
+) -> None:
+    """Give parameters of an empty model their values, through transformers' own weight conversion.
+
+    Args:
+        model: parameters on meta.
+        tensors: by their names on disk.
+        dtype: of the parameters.
+        device: where they go.
+        file: for messages.
+
+    Raises:
+        BadCheckpoint: tensors of a wrong shape.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    config = LoadStateDictConfig(
+        device_map={"": torch.device(device)},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+    if info.mismatched_keys or info.conversion_errors:
+        wrong = [*map(str, info.mismatched_keys), *map(str, info.conversion_errors)]
+        raise BadCheckpoint(
+            f"{len(wrong)} tensors do not fit the model: {', '.join(wrong[:8])}", file=file, hint="see `moekit check`"
+        )
+
+
+def load_uneven(
+    checkpoint: Checkpoint, build: Callable[[], PreTrainedModel], dtype: str | torch.dtype
+) -> tuple[PreTrainedModel, Iterable[str]]:
+    """Load a checkpoint whose layers hold different numbers of experts.
+
+    Args:
+        checkpoint: opened and verified.
+        build: makes its model without weights, counts as the record says.
+        dtype: of the weights; "auto" keeps the config's.
+
+    Returns:
+        The model, and what did not get weights.
+    """
+    model = build()
+    wanted = model.config.dtype or torch.float32 if dtype == "auto" else dtype
+    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    fill(model, dict(checkpoint.stream()), dtype=wanted, file=checkpoint.path)
+    model.tie_weights()
+    return model, [name for name, tensor in model.state_dict().items() if tensor.is_meta]
