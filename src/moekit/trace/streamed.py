@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry, MoELayer
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROGRESS = "progress.json"
+# (layer with its weights, what was recorded of it) -> the block that the text goes on through
+Change = Callable[[MoELayer, LayerStatistics], nn.Module | None]
 
 
 class Streamed:
@@ -121,8 +124,14 @@ class Streamed:
         """Tokens of the text, padding not counted."""
         return self.labels.tokens
 
-    def run(self, progress: Progress | None = None) -> None:
-        """Take all layers' statistics."""
+    def run(self, progress: Progress | None = None, change: Change | None = None) -> None:
+        """Take all layers' statistics.
+
+        Args:
+            progress: told layer by layer.
+            change: given each MoE layer with its weights and what was recorded of it, makes the block that the text
+                passes through to the next layer instead; None lets it pass through the layer as it is.
+        """
         key = self._key()
         done = self._resume(key)
         states = [self.walk.new_states(f"states-{parity}") for parity in (0, 1)]
@@ -131,12 +140,12 @@ class Streamed:
             self.walk.embed(states[0])
             self.loader.release_rest()
         for index in track(range(done + 1, self.loader.layers), "calibrating", progress):
-            self._layer(index, states[index % 2], states[(index + 1) % 2])
+            self._layer(index, states[index % 2], states[(index + 1) % 2], change)
             self._note(key, index)
         for side in states:
             side.close()
 
-    def _layer(self, index: int, before: States, after: States) -> None:
+    def _layer(self, index: int, before: States, after: States, change: Change | None) -> None:
         with self.loader.loaded(index):
             moe = self.walk.moe(index)
             recording = contextlib.nullcontext(None) if moe is None else self.recording(moe)
@@ -147,8 +156,24 @@ class Streamed:
                     after.put(number, self.walk.run(index, number, before.get(number)))
                     if layer is not None:
                         layer.take(current, self.domains)
-            if layer is not None:
-                self.records[index] = layer.ledger.record(self.domains)
+            if layer is None or moe is None:
+                return
+            self.records[index] = layer.ledger.record(self.domains)
+            block = None if change is None else change(moe, self.records[index].statistics)
+            if block is not None:
+                self._pass_through(moe, block, before, after)
+
+    @torch.no_grad()
+    def _pass_through(self, moe: MoELayer, block: nn.Module, before: States, after: States) -> None:
+        """Let the text go on to the next layer through another block."""
+        path, _, last = moe.name.rpartition(".")
+        parent = self.loader.model.get_submodule(path)
+        setattr(parent, last, block)
+        try:
+            for number in range(len(self.passes)):
+                after.put(number, self.walk.run(moe.index, number, before.get(number)))
+        finally:
+            setattr(parent, last, moe.block)
 
     @contextlib.contextmanager
     def recording(self, moe: MoELayer) -> Iterator[_Recording]:
