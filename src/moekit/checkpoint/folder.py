@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import mmap
 import os
 import re
 from collections import defaultdict
@@ -133,12 +131,6 @@ class Checkpoint:
     def of_shard(self, shard: str) -> list[TensorInfo]:
         """The tensors of one shard, in file order."""
         return [info for info in self.tensors.values() if info.shard == shard]
-
-    @contextlib.contextmanager
-    def map(self, shard: str) -> Iterator[mmap.mmap]:
-        """Map a shard read-only."""
-        with (self.path / shard).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

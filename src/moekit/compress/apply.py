@@ -135,9 +135,10 @@ def _write(
         progress.start("writing", sum(tensor.spec.nbytes for tensor in work.kept))
     try:
         with Output(folder, work.shards, work.index, progress.advance if progress else None) as output:
-            for tensor in work.kept:
-                if tensor.layer in changed:
-                    continue
+            copied = [tensor for tensor in work.kept if tensor.layer not in changed]
+            for tensor, following in zip(copied, [*copied[1:], None], strict=True):
+                if following is not None and not following.scattered:
+                    output.announce(source / following.source.shard, following.ranges())
                 if tensor.scattered:
                     output.put(tensor.name, tensor.gather(work.checkpoint))
                 else:

@@ -183,27 +183,41 @@ class Output:
         if index is not None:
             (folder / INDEX_FILE).write_text(index)
 
-    def copy(self, name: str, source: Path, ranges: Iterable[tuple[int, int]]) -> None:
+    def copy(self, name: str, source: Path, ranges: Sequence[tuple[int, int]]) -> None:
         """Write a tensor that consists of byte ranges of a file.
 
         Raises:
             BadCheckpoint: the file ends before a range does.
         """
-        if source not in self._sources:
-            self._sources[source] = os.open(source, os.O_RDONLY)
-        file, info = self._sources[source], self._infos[name]
+        file, info = self._source(source), self._infos[name]
         digests = self._written[name] = _Digests(info)
         position = info.offsets[0]
-        for start, end in ranges:
+        pieces = [(at, min(at + _CHUNK, end)) for start, end in ranges for at in range(start, end, _CHUNK)]
+        for (start, end), following in zip(pieces, [*pieces[1:], None], strict=True):
+            if following is not None:
+                _announce(file, *following)
             while start < end:
                 number, buffer = self._free()
-                got = os.preadv(file, [buffer[: min(_CHUNK, end - start)]], start)
+                got = os.preadv(file, [buffer[: end - start]], start)
                 if not got:
                     raise BadCheckpoint("the file became shorter while it was read", file=source, hint="fetch it again")
                 self._busy[number] = self._pass(digests, buffer[:got], position)
                 start += got
                 position += got
         self._complete(info, position)
+
+    def announce(self, source: Path, ranges: Sequence[tuple[int, int]]) -> None:
+        """Say which bytes the next `copy` will read, so that the system fetches their first ones meanwhile."""
+        left = _CHUNK
+        for start, end in ranges:
+            if left > 0:
+                _announce(self._source(source), start, min(end, start + left))
+                left -= end - start
+
+    def _source(self, path: Path) -> int:
+        if path not in self._sources:
+            self._sources[path] = os.open(path, os.O_RDONLY)
+        return self._sources[path]
 
     def put(self, name: str, data: memoryview) -> None:
         """Write a tensor whose bytes are in memory."""
@@ -261,6 +275,11 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _announce(file: int, start: int, end: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 def _write(file: int, data: memoryview | bytes, position: int) -> None:
