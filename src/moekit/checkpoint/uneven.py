@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from moekit.checkpoint.fingerprint import text_config
 from moekit.errors import BadCheckpoint
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def with_counts(
     Raises:
         BadCheckpoint: a layer that the model does not have.
     """
-    stated = _stated(model.config)
+    stated = stated_experts(model.config.to_dict())
     by_count: dict[int, list[int]] = {}
     for layer, count in counts.items():
         if count != stated:
@@ -68,12 +69,22 @@ def with_counts(
         other = build(config)
         for layer in layers:
             _exchange(model, other, layer)
+    if by_count:
+        without_common_loss(model.config)
     return model
 
 
-def _stated(config: Any) -> int | None:
-    values = config.get_text_config().to_dict()
+def stated_experts(config: Mapping[str, Any]) -> int | None:
+    """E as a parsed config says it, by whichever name the family gives it."""
+    values = text_config(config)
     return next((values[key] for key in EXPERT_COUNT_KEYS if isinstance(values.get(key), int)), None)
+
+
+def without_common_loss(config: PreTrainedConfig) -> None:
+    """Switch the stock balance loss off: it stacks the routers' answers of all layers, which must be equally wide."""
+    text = config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False
 
 
 def _exchange(model: PreTrainedModel, other: PreTrainedModel, layer: int) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moekit.anatomy.probe import MoELayer, find_moe_layers
+from moekit.checkpoint.fingerprint import config_top_k
+from moekit.checkpoint.uneven import stated_experts, without_common_loss
 from moekit.compress.decision import LayerDecision
-from moekit.compress.limits import check_groups, check_layers
+from moekit.compress.limits import check_groups, check_layers, check_top_k
 from moekit.compress.resize import Groups, read_block, resized_block, resized_config
 from moekit.compress.rewriting import Rewrite
 from moekit.errors import BadConfig
@@ -30,7 +32,8 @@ def change_model(
 ) -> PreTrainedModel:
     """Drop or rewrite experts of a live model, in place.
 
-    Layers that keep different numbers of experts work too; what such a model is saved as, `moekit.load` opens.
+    Layers that keep different numbers of experts work too; what such a model is saved as, `moekit.load` opens. The
+    stock balance loss, which wants one number for all layers, is switched off for it (`output_router_logits`).
 
     Args:
         model: the model, with its stock routing.
@@ -48,13 +51,32 @@ def change_model(
         UnsupportedModel: a layer that cannot be resized. The model is as before.
     """
     layers = {layer.index: layer for layer in find_moe_layers(model)}
+    counts = {index: layer.geometry.experts for index, layer in layers.items()}
     _refuse_policy(layers)
-    check_layers(decisions, {index: layer.geometry.experts for index, layer in layers.items()})
+    check_layers(decisions, counts)
+    check_top_k(decisions, (config_top_k(model.config.to_dict()) or 1) if top_k is None else top_k)
     if groups == "equal":
-        counts = {index: layer.geometry.experts for index, layer in layers.items()}
         check_groups(decisions, counts, model.config.to_dict(), top_k)
+    dropped = any(len(decisions[index].keep) < count for index, count in counts.items())
     most = max(len(decision.keep) for decision in decisions.values())
-    config = resized_config(model.config, most, top_k=top_k, groups=groups)
+    config = resized_config(model.config, most, top_k=top_k, groups=groups, dropped=dropped)
+    blocks = _new_blocks(layers, decisions, rewrite, config)
+    if len({len(decision.keep) for decision in decisions.values()}) > 1:
+        without_common_loss(config)
+    for index, layer in layers.items():
+        path, _, last = layer.name.rpartition(".")
+        setattr(model.get_submodule(path), last, blocks[index])
+        _follow(blocks[index], model)
+    _adopt(model, config)
+    return model
+
+
+def _new_blocks(
+    layers: Mapping[int, MoELayer],
+    decisions: Mapping[int, LayerDecision],
+    rewrite: Rewrite | None,
+    config: PreTrainedConfig,
+) -> dict[int, nn.Module]:
     blocks: dict[int, nn.Module] = {}
     for index, layer in layers.items():
         decision, weights = decisions[index], read_block(layer)
@@ -63,16 +85,10 @@ def change_model(
             raise BadConfig(
                 f"the rewriting gave {made.experts} experts, the decision keeps {len(decision.keep)}", layer=index
             )
-        own = config
-        if made.experts != most:
-            own = resized_config(model.config, made.experts, top_k=top_k, groups=groups)
+        # The new config says already how tokens choose: only the number of experts is the layer's own.
+        own = resized_config(config, made.experts, groups="equal")
         blocks[index] = resized_block(layer, own, made)
-    for index, layer in layers.items():
-        path, _, last = layer.name.rpartition(".")
-        setattr(model.get_submodule(path), last, blocks[index])
-        _follow(blocks[index], model)
-    _adopt(model, config)
-    return model
+    return blocks
 
 
 def _refuse_policy(layers: Mapping[int, MoELayer]) -> None:
@@ -92,14 +108,14 @@ def _follow(block: nn.Module, model: PreTrainedModel) -> None:
             module.config = model.config.get_text_config()
 
 
-def _adopt(model: PreTrainedModel, config: object) -> None:
+def _adopt(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Set the model's config to another one's values, in place: many modules hold it."""
-    for own, new in ((model.config, config), (model.config.get_text_config(), config.get_text_config())):  # type: ignore[attr-defined]
+    for own, new in ((model.config, config), (model.config.get_text_config(), config.get_text_config())):
         for key, value in vars(new).items():
             if vars(own).get(key) != value and not isinstance(value, type(model.config)):
                 setattr(own, key, value)
     # Balance losses divide by the number of experts, which families keep on the model too.
-    text = model.config.get_text_config()
-    for name in ("num_experts", "num_experts_per_tok"):
-        if isinstance(getattr(model, name, None), int) and hasattr(text, name):
-            setattr(model, name, getattr(text, name))
+    values = config.to_dict()
+    for name, value in (("num_experts", stated_experts(values)), ("num_experts_per_tok", config_top_k(values))):
+        if isinstance(getattr(model, name, None), int) and value is not None:
+            setattr(model, name, value)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moekit.anatomy.permute import expert_axis
-from moekit.anatomy.probe import MoELayer
-from moekit.checkpoint.fingerprint import TOP_K_KEYS
+from moekit.anatomy.probe import MoELayer, iterate_moe_layers
+from moekit.checkpoint.fingerprint import TOP_K_KEYS, config_top_k
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.uneven import EXPERT_COUNT_KEYS
 from moekit.compress.weights import LayerWeights, from_live, to_live
@@ -27,7 +27,12 @@ Groups = Literal["free", "equal"]
 
 
 def resized_config(
-    config: PreTrainedConfig, experts: int, *, top_k: int | None = None, groups: Groups = "free"
+    config: PreTrainedConfig,
+    experts: int,
+    *,
+    top_k: int | None = None,
+    groups: Groups = "free",
+    dropped: bool | None = None,
 ) -> PreTrainedConfig:
     """A copy of a config with another number of experts.
 
@@ -37,9 +42,11 @@ def resized_config(
         top_k: choices a token from now on; None as before.
         groups: once experts are dropped, "free" lets tokens choose from all experts, "equal" keeps the router's limits
             to groups of neighbouring experts.
+        dropped: whether any layer of the model loses experts; None where all layers get the same number.
 
     Raises:
-        BadConfig: fewer experts than choices, or groups that do not divide them.
+        BadConfig: fewer experts than choices, a number of choices that the family's router does not make, or groups
+            that do not divide the experts or become too small for the router to score.
         UnsupportedModel: the config does not say how many experts there are.
     """
     made = copy.deepcopy(config)
@@ -58,32 +65,57 @@ def resized_config(
         if top_k is not None:
             setattr(text, key, top_k)
     chosen = int(getattr(text, choices[0])) if choices else 1
+    if chosen < 1:
+        raise BadConfig(f"a token cannot choose {chosen} experts", hint=f"choose 1 to {experts} (top_k)")
     if experts < chosen:
         raise BadConfig(
             f"{experts} experts would stay, but each token chooses {chosen}",
             hint=f"keep at least {chosen}, or let tokens choose fewer (top_k={experts})",
         )
-    if experts != before:
-        _set_groups(text, experts, groups)
+    if (experts != before) if dropped is None else dropped:
+        _set_groups(made, text, experts, groups)
+    if top_k is not None and top_k != (config_top_k(own) or 0):
+        _check_choices(made, top_k)
     return made
 
 
-def _set_groups(text: Any, experts: int, groups: Groups) -> None:
+def _check_choices(made: PreTrainedConfig, top_k: int) -> None:
+    """Refuse a number of choices that the config can say, but the router does not make (PhiMoE's are always two)."""
+    layer = next(iterate_moe_layers(_skeleton_of(made)), None)
+    if layer is not None and layer.router is not None and layer.geometry.top_k != top_k:
+        raise BadConfig(
+            f"this family's router always chooses {layer.geometry.top_k} experts, not {top_k}",
+            hint=f"keep at least {layer.geometry.top_k} experts, and leave top_k as it is",
+        )
+
+
+def _set_groups(made: PreTrainedConfig, text: Any, experts: int, groups: Groups) -> None:
     count = getattr(text, "n_group", None)
-    if not isinstance(count, int) or count <= 1:
+    if not isinstance(count, int) or count < 1:
         return
-    if groups == "free":
-        text.n_group = text.topk_group = 1
-    elif experts % count:
+    if groups == "free" and count > 1:
+        count = text.n_group = text.topk_group = 1
+    if experts % count:
         raise BadConfig(
             f"{experts} experts are not equally many in {count} routing groups",
             hint=f"keep a multiple of {count}, or route without groups (groups=free)",
+        )
+    if experts == count and any(layer.router is None for layer in iterate_moe_layers(_skeleton_of(made))):
+        # Some families score a group by its two best experts; asked on meta, their routers fail on smaller groups.
+        raise BadConfig(
+            "routing groups of a single expert would be left, too few for this family's router to score",
+            hint=f"keep at least {2 * count}" + ("" if count == 1 else ", or route without groups (groups=free)"),
         )
 
 
 @functools.lru_cache(maxsize=8)
 def _skeleton(kind: Callable[..., PreTrainedConfig], text: str) -> PreTrainedModel:
     return empty_model(kind(json.loads(text)))
+
+
+def _skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
+    values = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return _skeleton(type(config).from_dict, values)
 
 
 def empty_block(config: PreTrainedConfig, name: str) -> nn.Module:
@@ -93,10 +125,8 @@ def empty_block(config: PreTrainedConfig, name: str) -> nn.Module:
         config: of the model.
         name: module path of the block.
     """
-    values = config.to_dict()
-    model: nn.Module = _skeleton(type(config).from_dict, json.dumps(values, sort_keys=True, default=str))
     # A copy of the module tree whose parameters stay on meta.
-    block: nn.Module = copy.deepcopy(model.get_submodule(name))
+    block: nn.Module = copy.deepcopy(_skeleton_of(config).get_submodule(name))
     return block
 
 
@@ -158,7 +188,7 @@ def resized_block(layer: MoELayer, config: PreTrainedConfig, weights: LayerWeigh
                 layer=layer.index,
                 hint="the family sizes more by its experts than moekit knows: this cannot be resized",
             )
-        _put(made, name, value.to(old[name]) if name in new else value)
+        _put(made, name, value.to(old[name]) if name in new else value, old[name].requires_grad)
     _share_rest(made, layer.block)
     for module in made.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
@@ -168,12 +198,12 @@ def resized_block(layer: MoELayer, config: PreTrainedConfig, weights: LayerWeigh
     return made
 
 
-def _put(root: nn.Module, name: str, value: Tensor) -> None:
+def _put(root: nn.Module, name: str, value: Tensor, trained: bool = False) -> None:
     path, _, last = name.rpartition(".")
     module = root.get_submodule(path) if path else root
     if last in module._parameters:
         kept = isinstance(value, nn.Parameter)
-        module._parameters[last] = value if kept else nn.Parameter(value, requires_grad=value.requires_grad)  # type: ignore[assignment]
+        module._parameters[last] = value if kept else nn.Parameter(value, requires_grad=trained)  # type: ignore[assignment]
     else:
         module._buffers[last] = value
 
