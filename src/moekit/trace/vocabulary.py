@@ -129,6 +129,7 @@ _MODULES = (
     "moekit.trace.ratios",
     "moekit.trace.pools",
     "moekit.trace.domain_outputs",
+    "moekit.trace.gated_squares",
 )
 
 
