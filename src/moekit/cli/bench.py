@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from moekit.cli import _bench_prune
 from moekit.cli._command import build_command
 from moekit.cli._terminal import Terminal
 from moekit.errors import BadConfig
@@ -225,7 +226,7 @@ def _ratio(ratio: Ratio | None) -> str:
 def build() -> Any:
     """The command."""
     settings = {"help_option_names": ["-h", "--help"]}
-    text = "Measure ways to do the same side by side: bytes, exactness, time."
+    text = "Measure ways to do the same side by side: sending tokens, pruning."
     group = TyperGroup(
         name="bench", help=text, no_args_is_help=True, rich_markup_mode="rich", context_settings=settings
     )
@@ -239,4 +240,5 @@ def build() -> Any:
         ],
     )
     group.add_command(command, "ep")
+    group.add_command(_bench_prune.command(), "prune")
     return group

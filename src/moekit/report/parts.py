@@ -116,12 +116,14 @@ class Series(Part):
         points: in drawing order.
         connect: draw a line through them.
         markers: draw each point.
+        band: shade between the points' lower and upper ends, instead of a bar at each.
     """
 
     name: str
     points: tuple[Point, ...] = Field(min_length=1)
     connect: bool = True
     markers: bool = True
+    band: bool = False
 
 
 class Axis(Part):

@@ -111,14 +111,16 @@ def _references(frame: Frame, chart: LineChart, taken: list[Box]) -> Markup:
 
 
 def _series(frame: Frame, series: Series, index: int, chart: LineChart, taken: list[Box]) -> Markup:
-    parts = []
+    parts = [_band(frame, series, index)] if series.band else []
     if series.connect and len(series.points) > 1:
         way = "L".join(f"{frame.x(p.x):.1f} {frame.y(p.y):.1f}" for p in series.points)
         parts.append(tag("path", class_=f"line s{index % COLOURS}", d=f"M{way}"))
     within = (frame.left, frame.y.end - 8, frame.width, frame.y.start)
     for p in series.points:
         x, y = frame.x(p.x), frame.y(p.y)
-        inner = [tag("title", describe(p, chart, series.name)), _whiskers(frame, p, index)]
+        inner = [tag("title", describe(p, chart, series.name))]
+        if not series.band:
+            inner.append(_whiskers(frame, p, index))
         inner.append(
             marker(index, x, y)
             if series.markers
@@ -130,6 +132,14 @@ def _series(frame: Frame, series: Series, index: int, chart: LineChart, taken: l
         if found:
             parts.append(tag("text", p.label, class_="label", x=found[0], y=found[1]))
     return join(parts)
+
+
+def _band(frame: Frame, series: Series, index: int) -> Markup:
+    """What lies between the ends of the points' intervals; a point without one closes the band."""
+    above = [(frame.x(p.x), frame.y(p.y if p.y_high is None else p.y_high)) for p in series.points]
+    below = [(frame.x(p.x), frame.y(p.y if p.y_low is None else p.y_low)) for p in series.points]
+    way = "L".join(f"{x:.1f} {y:.1f}" for x, y in (*above, *reversed(below)))
+    return tag("path", class_=f"band f{index % COLOURS}", d=f"M{way}Z")
 
 
 def _whiskers(frame: Frame, point: Point, index: int) -> Markup:

@@ -17,7 +17,11 @@ __getattr__, __dir__ = attach(
         "generation_section": "evaluations",
         "headline": "c2r",
         "key_figures": "c2r",
+        "layers_section": "pruning",
         "load_section": "traces",
+        "pareto_sections": "pruning",
         "placement_section": "placements",
+        "ranking_section": "pruning",
+        "tasks_section": "pruning",
     },
 )

@@ -1,0 +1,272 @@
+"""`moekit bench prune`: all pruning methods on one model and text."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from moekit.cli._command import build_command
+from moekit.cli._options import parse_value
+from moekit.cli._terminal import Terminal
+from moekit.errors import BadConfig, BadData
+
+if TYPE_CHECKING:
+    from moekit.data import Document
+    from moekit.evaluation.pruning import PruneBenchResult, Ranking, RankRow, Setting
+
+# What a bench keeps between calls, inside its folder.
+WORK = "work"
+
+
+def prune(
+    terminal: Terminal,
+    model: Annotated[str, typer.Argument(help="MoE: folder or hub id", show_default=False)],
+    data: Annotated[
+        str, typer.Option(help="text that methods decide from: file, folder, source, mix or hub id", show_default=False)
+    ],
+    heldout: Annotated[
+        str | None,
+        typer.Option(help="text to measure on; by default a tenth of the data, kept apart", show_default=False),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="comma-separated, or all that are registered")] = "all",
+    keep: Annotated[
+        str, typer.Option(help="budgets, comma-separated: fractions of the experts, counts, or bytes such as 12GiB")
+    ] = "0.75,0.5",
+    seeds: Annotated[int, typer.Option(min=1, help="runs of random, and of other methods that draw numbers")] = 5,
+    domain: Annotated[
+        str | None,
+        typer.Option(help="tasks, comma-separated domains: methods also decide from each alone", show_default=False),
+    ] = None,
+    knobs: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.KNOB=VALUE", help="A knob of a method; may be repeated."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder of the page and of bench.json")] = Path("bench-prune"),
+    max_tokens: Annotated[int, typer.Option(min=2, help="tokens of data, at most")] = 65536,
+    heldout_tokens: Annotated[int, typer.Option(min=2, help="held-out tokens, at most")] = 32768,
+    search_tokens: Annotated[int, typer.Option(min=2, help="tokens for methods that decide by trying")] = 4096,
+    seq_len: Annotated[int, typer.Option(min=2, help="tokens a row; the model's limit if that is less")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows a pass")] = 4,
+    window: Annotated[int, typer.Option(min=2, help="longest context of the held-out text, in tokens")] = 512,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="choices a token from now on; as before", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="where layers run: cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="of layers in memory; auto: as the model is stored"),
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="forget what the folder holds")] = False,
+) -> None:
+    """Prune one model by every method at several sizes, measure what each costs, and rank them.
+
+    The text goes through the model once for all methods together; all pruned models walk the held-out text side by
+    side, and none is written. What was measured is kept in the folder: a run that was ended goes on, and another method
+    or size joins what is there. Methods of other packages take part by being installed.
+    """
+    setting = _setting(
+        methods=methods,
+        keep=keep,
+        knobs=knobs or [],
+        domains=_split(domain),
+        seeds=seeds,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        window=window,
+        search_tokens=search_tokens,
+        top_k=top_k,
+        seed=terminal.seed,
+    )
+    if terminal.dry_run:
+        _foretell(terminal, model, (data, heldout), out, setting)
+        return
+    _check_folder(out, overwrite)
+    result = _measure(terminal, setting, model, (data, heldout), (max_tokens, heldout_tokens), out, device, dtype)
+    page = _write(terminal, result, out)
+    _show(terminal, result)
+    terminal.answer(out=str(out), page=str(page), **result.model_dump(mode="json"))
+    terminal.say(f"wrote {out}")
+
+
+def _setting(*, methods: str, keep: str, knobs: Sequence[str], domains: list[str], **more: Any) -> Setting:
+    from pydantic import ValidationError
+
+    from moekit.cli._errors import config_error
+    from moekit.evaluation.pruning import Setting, default_entries
+
+    names = None if methods == "all" else _split(methods)
+    budgets = [parse_value(part, option="keep") for part in _split(keep)]
+    entries = default_entries(names, _by_method(knobs))
+    try:
+        return Setting(entries=entries, keep=tuple(budgets), domains=tuple(domains), **more)
+    except ValidationError as error:
+        raise config_error(error) from error
+
+
+def _by_method(knobs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for knob in knobs:
+        name, sign, value = knob.partition("=")
+        method, dot, option = name.partition(".")
+        if not sign or not dot or not option.isidentifier():
+            raise BadConfig(f"{knob!r} is no knob", hint="write METHOD.KNOB=VALUE, e.g. dern.alpha=0.4")
+        found.setdefault(method, {})[option] = parse_value(value, option=name)
+    return found
+
+
+def _split(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    """A folder that holds something else is left alone."""
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / WORK).is_dir():
+            raise BadConfig("the folder holds something else than a bench", file=out, hint="choose another one")
+        if overwrite:
+            shutil.rmtree(out / WORK)
+
+
+def _measure(
+    terminal: Terminal,
+    setting: Setting,
+    model: str,
+    texts: tuple[str, str | None],
+    tokens: tuple[int, int],
+    out: Path,
+    device: str,
+    dtype: str,
+) -> PruneBenchResult:
+    import torch
+
+    from moekit.evaluation.pruning import Subject, bench_pruning, take_tokens
+    from moekit.recipe.pruning import open_source
+
+    progress = terminal.progress
+    source = open_source(model, progress)
+    calibration, heldout = (
+        _read(terminal, *part) for part in ((texts[0], texts[1], "train"), (texts[1] or texts[0], texts[1], "heldout"))
+    )
+    if missing := [name for name in setting.domains if name not in {d.domain for d in heldout}]:
+        raise BadData(f"the held-out text has no domain {', '.join(missing)}", hint="measure on text of each task")
+    tokenizer = source.tokenizer()
+    subject = Subject(
+        source.checkpoint,
+        None if dtype == "auto" else getattr(torch, dtype),
+        device,
+        tokenizer,
+        texts[0] if texts[1] is not None else f"{texts[0]}[train]",
+    )
+    limits = {"seq_len": min(setting.seq_len, source.longest), "window": min(setting.window, source.longest)}
+    return bench_pruning(
+        subject,
+        take_tokens(calibration, tokenizer, tokens[0]),
+        take_tokens(heldout, tokenizer, tokens[1]),
+        setting.model_copy(update=limits),
+        out / WORK,
+        progress,
+    )
+
+
+def _read(terminal: Terminal, text: str, heldout: str | None, part: str) -> list[Document]:
+    """A text of its own as a whole; where there is one text for both, the part of it."""
+    from moekit.recipe.inputs import read_text
+
+    split = part if heldout is None else None
+    return read_text(text, split=split, seed=terminal.seed, progress=terminal.progress)
+
+
+def _foretell(terminal: Terminal, model: str, texts: tuple[str, str | None], out: Path, setting: Setting) -> None:
+    from moekit.recipe.inputs import model_item, text_item
+    from moekit.recipe.plan import Forecast, Item, Sizes
+
+    sizes = Sizes()
+    reads = (model_item(model, sizes), *(text_item(text, sizes) for text in texts if text is not None))
+    runs = len(setting.entries) - 1 + setting.seeds
+    count = runs * len(setting.keep) * (1 + len(setting.domains))
+    notes = (
+        f"{len(setting.entries)} methods, about {count} pruned models, none of them written",
+        "layers are read from disk one at a time: memory does not grow with their number",
+    )
+    terminal.forecast(
+        Forecast(reads, (Item(str(out), 16 << 20),), disk=16 << 20, memory=setting.memory_bytes, notes=notes)
+    )
+
+
+def _write(terminal: Terminal, result: PruneBenchResult, out: Path) -> Path:
+    from moekit.evaluation.pruning.result import FILE
+    from moekit.report import build as build_page
+    from moekit.report.sections.pruning import report
+
+    result.save(out / FILE)
+    page: Path = build_page(report(result, terminal.command), out)
+    return page
+
+
+def _show(terminal: Terminal, result: PruneBenchResult) -> None:
+    from moekit.report.sections.pruning import findings, headline
+
+    for ranking in result.rankings:
+        terminal.table(_title(ranking), _COLUMNS, [_row(row) for row in ranking.rows])
+    for skipped in result.skipped:
+        terminal.say(f"{skipped.name} took no part ({skipped.calibration}): {skipped.reason}")
+    for finding in (headline(result), *findings(result)):
+        terminal.say(finding.text)
+
+
+_COLUMNS = (
+    "method",
+    "seeds",
+    "loss",
+    "perplexity",
+    "rise",
+    "low",
+    "high",
+    "of random's rise avoided",
+    "against frequency",
+    "over seeds",
+    "output changed",
+    "seconds",
+)
+
+
+def _title(ranking: Ranking) -> str:
+    from moekit.report.sections.pruning import keep_name
+
+    decided = "" if ranking.calibration == "all" else f", decided from {ranking.calibration} alone"
+    measured = "" if ranking.text == "all" else f", on {ranking.text}"
+    return f"{keep_name(ranking.keep)}{decided}{measured}; unchanged {ranking.unchanged:.3f} nats a token"
+
+
+def _row(row: RankRow) -> tuple[Any, ...]:
+    rise, frequency = row.rise, row.against_frequency
+    return (
+        row.name,
+        row.seeds,
+        row.nll,
+        math.exp(min(row.nll, 690.0)),
+        *((None, None, None) if rise is None else (rise.mean, rise.low, rise.high)),
+        None if row.removed is None else f"{row.removed.mean:.0%}",
+        None if frequency is None else frequency.mean,
+        row.spread,
+        row.reconstruction,
+        row.seconds,
+    )
+
+
+def command() -> Any:
+    """The command."""
+    return build_command(
+        prune,
+        name="prune",
+        examples=[
+            "moekit bench prune ./moe --data ./text --out ./bench",
+            "moekit bench prune ./moe --data demo --methods reap,easy-ep,dern --keep 0.75,0.5 --set dern.alpha=0.4",
+            'moekit bench prune ./moe --data ./text --domain "python,man pages" --seeds 10 --out ./tasks',
+        ],
+    )

@@ -1,0 +1,327 @@
+"""All pruning methods side by side: what each costs at each size, ranked, and where it shows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from moekit.evaluation.pruning.ranking import NOT, mean_nll, part
+from moekit.evaluation.pruning.result import ALL, PruneBenchResult, PruneRun, Ranking, RankRow, Share
+from moekit.evaluation.pruning.setting import FREQUENCY, RANDOM, Keep
+from moekit.report.data import Finding, KeyFigure, LinesSection, ReportData, Section, TableSection, TextSection
+from moekit.report.markup import number
+from moekit.report.parts import Axis, Cell, Column, Interval, LineChart, Point, Series, Table
+from moekit.report.run_info import describe_run
+from moekit.report.sections.evaluations import interval
+
+# A chart tells so many lines apart, random's among them.
+LINES = 6
+LOSS = "loss, nats a token"
+
+
+def keep_name(keep: Keep) -> str:
+    """A budget in words: "50 % of the experts"."""
+    if isinstance(keep, str):
+        return keep
+    return f"{number(keep, 0, '%')} of the experts" if isinstance(keep, float) else f"{keep} experts a layer"
+
+
+def report(result: PruneBenchResult, command: str = "") -> ReportData:
+    """A page about a bench."""
+    sections: list[Section] = [*pareto_sections(result), ranking_section(result)]
+    if result.setting.domains:
+        sections.append(tasks_section(result))
+    layers = layers_section(result)
+    sections += [layers, how_section(result)] if layers is not None else [how_section(result)]
+    return ReportData(
+        title="Pruning methods, side by side",
+        subtitle=f"{max(result.experts.values())} experts in {len(result.experts)} layers, {result.top_k} a token",
+        headline=headline(result),
+        findings=findings(result),
+        figures=key_figures(result),
+        sections=tuple(sections),
+        run=describe_run(
+            commands=(command,) if command else (),
+            seed=result.setting.seed,
+            hashes={"model": result.fingerprint},
+            more={"took": f"{result.seconds:.0f} s", "the one pass": f"{result.calibration_seconds:.0f} s"},
+        ),
+    )
+
+
+def _whole(result: PruneBenchResult) -> list[Ranking]:
+    """Rankings of the whole text, smallest size first."""
+    found = [r for r in result.rankings if (r.calibration, r.text) == (ALL, ALL) and r.rows]
+    return sorted(found, key=lambda r: r.rows[0].bytes)
+
+
+def _order(result: PruneBenchResult) -> list[str]:
+    """Methods, the best at the smallest size first."""
+    return [row.name for ranking in _whole(result)[:1] for row in ranking.rows]
+
+
+def _random(result: PruneBenchResult) -> list[str]:
+    return [entry.name for entry in result.setting.entries if entry.method == RANDOM][:1]
+
+
+def _groups(result: PruneBenchResult) -> list[list[str]]:
+    """Methods as they share a chart: random, and the next best."""
+    control = _random(result)
+    others = [name for name in _order(result) if name not in control]
+    size = LINES - len(control)
+    return [control + others[i : i + size] for i in range(0, len(others), size)] or [control]
+
+
+def pareto_sections(result: PruneBenchResult) -> list[LinesSection]:
+    """Loss against the share of experts kept: a line for each method, random with a band."""
+    groups = _groups(result)
+    total = sum(result.experts.values())
+    found = []
+    for place, names in enumerate(groups):
+        series = [
+            Series(name=name, points=points, band=name in _random(result))
+            for name in names
+            if (points := _line(result, name, total))
+        ]
+        title = "What it costs to drop experts" + ("" if len(groups) == 1 else f", {place + 1} of {len(groups)}")
+        lead = (
+            "Lower is better, and the line that stays low to the left is the method to choose: it loses least as "
+            "experts go. The right end is the unchanged model. The band spans all seeds of random pruning, the line in "
+            "it is their mean; a method inside the band has learnt nothing."
+        )
+        more = "The same for the next methods in the ranking, with random pruning again."
+        if series:
+            chart = LineChart(
+                title=title, x=Axis(label="experts kept", unit="%"), y=Axis(label=LOSS), series=tuple(series)
+            )
+            found.append(LinesSection(title=title, lead=more if place else lead, charts=(chart,)))
+    return found
+
+
+def _line(result: PruneBenchResult, name: str, total: int) -> tuple[Point, ...]:
+    points = [Point(x=1.0, y=result.unchanged.overall.nll, label="unchanged")]
+    for keep in result.setting.keep:
+        runs = result.select(name, keep)
+        if not runs:
+            continue
+        each = [run.perplexity.overall.nll for run in runs]
+        several = len(each) > 1
+        points.append(
+            Point(
+                x=sum(runs[0].experts.values()) / total,
+                y=statistics.fmean(each),
+                y_low=min(each) if several else None,
+                y_high=max(each) if several else None,
+            )
+        )
+    return tuple(sorted(points, key=lambda p: p.x)) if len(points) > 1 else ()
+
+
+def ranking_section(result: PruneBenchResult) -> TableSection:
+    """All methods at each size, best first."""
+    tables = [_ranked(ranking, result) for ranking in reversed(_whole(result))]
+    return TableSection(
+        title="All methods, ranked",
+        lead="Best first. What counts is the rise over the unchanged model, document by document, and how much of the "
+        "rise of random pruning a method avoids: 100 % would be for free, 0 % is no better than chance.",
+        note="Intervals are 95 % over documents: they say what other text would give, not what another model would. "
+        "Rows are not corrected for their number. Methods that keep the same experts have equal rows.",
+        tables=tuple(tables) or (Table(columns=(Column(name="method"),), rows=()),),
+    )
+
+
+def _ranked(ranking: Ranking, result: PruneBenchResult) -> Table:
+    columns = (
+        Column(name="method"),
+        Column(name=LOSS, digits=3),
+        Column(name="perplexity", digits=2),
+        Column(name="rise", digits=3, signed=True, better="low", note="over the unchanged model, paired"),
+        Column(name="of random's rise avoided", unit="%", digits=0),
+        Column(name="against frequency", digits=3, signed=True, better="low", note="nats a token, paired"),
+        Column(name="over seeds", digits=3, note="standard deviation of the loss over seeds, where numbers are drawn"),
+        Column(name="output changed", unit="%", digits=0, note="||Z' - Z|| / ||Z|| of a layer's output, mean"),
+        Column(name="tokens that lost an expert", unit="%", digits=0, note="which they had chosen; mean over layers"),
+        Column(name="seconds", digits=1, note="to decide and to make new weights; the one pass for all not counted"),
+    )
+    size = ranking.rows[0].bytes
+    words = f"{keep_name(ranking.keep)}: {size / result.bytes:.0%} of the bytes; unchanged {ranking.unchanged:.3f}"
+    return Table(columns=columns, rows=tuple(_ranked_row(row) for row in ranking.rows), caption=words)
+
+
+def _ranked_row(row: RankRow) -> tuple[Cell, ...]:
+    loss: Cell = row.nll
+    if row.low is not None and row.high is not None:
+        loss = Interval(mean=row.nll, low=row.low, high=row.high)
+    return (
+        row.name if row.seeds == 1 else f"{row.name}, {row.seeds} seeds",
+        loss,
+        math.exp(min(row.nll, 690.0)),
+        interval(row.rise),
+        _share(row.removed),
+        interval(row.against_frequency),
+        row.spread,
+        row.reconstruction,
+        row.lost_tokens,
+        row.seconds,
+    )
+
+
+def _share(share: Share | None) -> Cell:
+    if share is None:
+        return None
+    if share.low is None or share.high is None:
+        return share.mean
+    return Interval(mean=share.mean, low=share.low, high=share.high)
+
+
+def tasks_section(result: PruneBenchResult) -> TableSection:
+    """For each task: methods that saw only its text against the same methods on all text."""
+    columns = (
+        Column(name="method"),
+        Column(name="own text, on the task", digits=3, note="decided from the task's text alone, measured on it"),
+        Column(name="all text, on the task", digits=3),
+        Column(name="gain", digits=3, signed=True, note="all text minus own text: what knowing the task is worth"),
+        Column(name="own text, elsewhere", digits=3, note="what it costs on all other domains"),
+        Column(name="all text, elsewhere", digits=3),
+    )
+    tables = []
+    for domain in result.setting.domains:
+        for keep in result.setting.keep:
+            rows: list[tuple[Cell, ...]] = []
+            for name in _order(result):
+                own, whole, off, spread = (
+                    mean_nll(result, name, keep, calibration, text)
+                    for text in (domain, NOT + domain)
+                    for calibration in (domain, ALL)
+                )
+                if own is not None and whole is not None:
+                    rows.append((name, own, whole, whole - own, off, spread))
+            base = part(result.unchanged, domain)
+            if any(base.tokens):
+                caption = f"{domain}, {keep_name(keep)}; unchanged {base.overall.nll:.3f} on the task"
+                rows.sort(key=lambda row: float(row[1]))  # type: ignore[arg-type]
+                tables.append(Table(columns=columns, rows=tuple(rows), caption=caption))
+    return TableSection(
+        title="For one task",
+        lead="A method that sees only the text of one task keeps that task's experts. It should cost less there, and "
+        f"more elsewhere. Loss in nats a token; {RANDOM} sees no text, so that its gain is zero.",
+        tables=tuple(tables) or (Table(columns=columns, rows=()),),
+    )
+
+
+def layers_section(result: PruneBenchResult) -> LinesSection | None:
+    """How much each layer's output changes; None where nothing was measured."""
+    names = _groups(result)[0]
+    charts = []
+    for ranking in reversed(_whole(result)):
+        series = [
+            Series(name=name, points=points)
+            for name in names
+            if (points := _by_layer(result.select(name, ranking.keep)))
+        ]
+        if series:
+            charts.append(
+                LineChart(
+                    title=keep_name(ranking.keep),
+                    x=Axis(label="decoder layer"),
+                    y=Axis(label="output changed, ||Z' - Z|| / ||Z||", zero=True),
+                    series=tuple(series),
+                )
+            )
+    if not charts:
+        return None
+    return LinesSection(
+        title="Where it shows, layer by layer",
+        lead="How far each layer's output moves when only its own experts are dropped, on held-out text: by random "
+        "pruning and by the best methods. A layer that stands out is one to keep whole.",
+        note="Each layer is given what the unchanged model gives it, so errors of layers below do not add up here; in "
+        "the losses above they do.",
+        charts=tuple(charts),
+    )
+
+
+def _by_layer(runs: Sequence[PruneRun]) -> tuple[Point, ...]:
+    layers = sorted(runs[0].reconstruction) if runs else []
+    return tuple(Point(x=layer, y=statistics.fmean(run.reconstruction[layer] for run in runs)) for layer in layers)
+
+
+def how_section(result: PruneBenchResult) -> TextSection:
+    """What was compared, for a reader who sees the page alone."""
+    told = []
+    for text in result.calibrations:
+        parts = ", ".join(f"{tokens:,} of {domain}" for domain, tokens in text.domains.items())
+        never = {layer: count for layer, count in text.never_routed.items() if count}
+        which = "all text" if text.name == ALL else f"the text of {text.name} alone"
+        line = f"Decided from {which}: {text.documents} documents, {text.tokens:,} tokens ({parts})."
+        if never:
+            most = max(never, key=lambda layer: never[layer])
+            line += f" In {len(never)} of {len(text.never_routed)} layers some experts were never chosen "
+            line += f"(most in layer {most}: {never[most]}); methods that count tokens rank them below all others."
+        told.append(line)
+    held = result.unchanged
+    paragraphs = (
+        "A router chooses a few of a layer's experts for each token. Pruning drops experts, and their rows of the "
+        "router; tokens that would have chosen them choose others. A method says which experts go, from what it saw of "
+        "the calibration text, which went through the model once for all methods together; some also rewrite what "
+        "stays. Nothing is trained afterwards.",
+        *told,
+        f"Measured on {held.overall.documents} held-out documents, {held.overall.tokens:,} tokens, in windows of "
+        f"{result.setting.window} tokens; all variants walked the same text side by side. {RANDOM} and other methods "
+        f"that draw numbers ran with {result.setting.seeds} seeds; {FREQUENCY} keeps the experts chosen most often.",
+        *(f"{s.name} took no part ({s.calibration}): {s.reason}" for s in result.skipped),
+    )
+    return TextSection(title="How to read this, and how it was measured", paragraphs=paragraphs)
+
+
+def headline(result: PruneBenchResult) -> Finding:
+    """The best method at the smallest size, against chance."""
+    rankings = _whole(result)
+    if not rankings:
+        return Finding(text="No method could be measured.", status="bad")
+    smallest = rankings[0]
+    best = smallest.rows[0]
+    random = next((row for row in smallest.rows if row.method == RANDOM), None)
+    if random is not None and random.rise is not None and random.rise.low <= 0:
+        text = f"Dropping experts at random costs nothing that shows at {keep_name(smallest.keep)}."
+        detail = "Where chance costs nothing no method can be told from it: keep fewer, or measure more text."
+        return Finding(text=text, status="bad", detail=detail)
+    rise = best.nll - smallest.unchanged
+    text = f"{best.name} loses least at {keep_name(smallest.keep)}: {rise:+.3f} nats a token"
+    if best.removed is not None:
+        text += f", {number(best.removed.mean, 0, '%')} less than random pruning loses"
+    better = best.against_random is not None and best.against_random.high < 0
+    detail = (
+        f"perplexity {math.exp(min(best.nll, 690.0)):.2f}, unchanged {math.exp(min(smallest.unchanged, 690.0)):.2f}"
+    )
+    return Finding(text=f"{text}.", status="good" if better else "neutral", detail=detail)
+
+
+def findings(result: PruneBenchResult) -> tuple[Finding, ...]:
+    """The best at each other size, who is no better than chance, and who took no part."""
+    found = []
+    for ranking in _whole(result)[1:]:
+        best = ranking.rows[0]
+        rise = best.nll - ranking.unchanged
+        found.append(Finding(text=f"{best.name} loses least at {keep_name(ranking.keep)}: {rise:+.3f} nats a token."))
+    for ranking in _whole(result):
+        poor = [r.name for r in ranking.rows if r.against_random is not None and r.against_random.high >= 0]
+        if poor:
+            words = f"No better than random pruning at {keep_name(ranking.keep)}: {', '.join(poor)}."
+            found.append(Finding(text=words, status="bad", detail="the interval of the paired difference reaches zero"))
+    if result.skipped:
+        names = ", ".join(dict.fromkeys(s.name for s in result.skipped))
+        found.append(Finding(text=f"Took no part: {names}.", status="bad", detail="the reasons are below"))
+    return tuple(found)
+
+
+def key_figures(result: PruneBenchResult) -> tuple[KeyFigure, ...]:
+    """How much was compared."""
+    names = {run.name for run in result.runs}
+    tokens = sum(text.tokens for text in result.calibrations if text.name == ALL)
+    return (
+        KeyFigure(label="methods compared", value=str(len(names)), note=f"{len(result.runs)} pruned models"),
+        KeyFigure(label="unchanged model", value=f"{result.unchanged.overall.perplexity:.2f}", note="perplexity"),
+        KeyFigure(label="decided from", value=f"{tokens:,}", note="tokens, in one pass for all"),
+        KeyFigure(label="measured on", value=f"{result.unchanged.overall.tokens:,}", note="held-out tokens"),
+    )

@@ -1,0 +1,184 @@
+"""`moekit bench prune` as a user calls it, and a method of another package that takes part by being installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from moekit.cli.main import main
+from moekit.evaluation.pruning import PruneBenchResult
+from tests.tiny import write_model, write_text
+
+ROOT = Path(__file__).resolve().parents[3]
+# The whole package: one file.
+PLUGIN = '''
+"""Keep the experts with the largest numbers."""
+import torch
+from moekit.catalogue import register
+from moekit.compress.prune.base import PruneMethod
+from pydantic import Field
+
+
+@register(name="latest", kind="prune", needs=("load",), changes="weights", limits=("Nobody needs it.",))
+class Latest(PruneMethod):
+    """Keep the experts with the largest numbers, or with the smallest if it is told to. It shows how another package
+    adds a method to moekit in one file; choose it for nothing."""
+
+    reverse: bool = Field(default=False, description="keep the smallest numbers instead")
+
+    def score(self, evidence):
+        order = torch.arange(evidence.experts, dtype=torch.float64)
+        return -order if self.reverse else order
+'''
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def moekit(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
+    """Call the command line in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*args: object) -> Done:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(["bench", "prune", *(str(arg) for arg in args)])
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err
+        assert isinstance(left.value.code, int)
+        return Done(left.value.code, told.out, told.err)
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    write_model(folder / "moe")
+    write_text(folder / "text")
+    write_text(folder / "heldout", documents=3)
+    return folder
+
+
+def options(made: Path, out: Path, *more: Any) -> list[Any]:
+    small = ["--seq-len", 32, "--window", 32, "--max-tokens", 600, "--heldout-tokens", 400]
+    return [made / "moe", "--data", made / "text", "--heldout", made / "heldout", "--out", out, *small, *more]
+
+
+def test_it_ranks_writes_a_page_and_goes_on_from_what_is_there(
+    moekit: Callable[..., Done], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = options(made, tmp_path / "b", "--methods", "reap,dern", "--domain", "sums", "--seeds", 2)
+    done = moekit(*asked, "--set", "dern.alpha=0.1")
+    assert done.code == 0, done.err
+    assert "50 % of the experts; unchanged" in done.out.replace("\N{NO-BREAK SPACE}", " ")
+    assert "decided from sums alone, on not sums" in done.out
+    result = PruneBenchResult.load(tmp_path / "b" / "bench.json")
+    assert {run.name for run in result.runs} == {"random", "frequency", "reap", "dern"}
+    assert len(result.select("random", 0.5)) == 2
+    assert result.select("dern", 0.5)[0].settings["alpha"] == 0.1
+    assert sum(c.tokens for c in result.calibrations if c.name == "all") <= 600
+    page = (tmp_path / "b" / "report.html").read_text()
+    assert 'http-equiv="Content-Security-Policy"' in page
+    assert json.loads((tmp_path / "b" / "report.json").read_text())["title"] == "Pruning methods, side by side"
+
+    from moekit.evaluation.pruning import calibration, measuring
+
+    together = []
+    own = measuring.compare_variants
+
+    def count(checkpoint: Any, heldout: Any, variants: Any, **more: Any) -> Any:
+        together.append(len(variants))
+        return own(checkpoint, heldout, variants, **more)
+
+    monkeypatch.setattr(measuring, "compare_variants", count)
+    monkeypatch.setattr(calibration, "record_streamed", lambda *_, **__: pytest.fail("the pass was made already"))
+    again = moekit(*asked, "--set", "dern.alpha=0.1", "--json")
+    assert again.code == 0, again.err
+    assert together == []
+    assert json.loads(again.out)["unchanged"] == result.unchanged.model_dump(mode="json")
+
+
+def test_what_cannot_be_is_refused_before_the_work(moekit: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+    for more, words in (
+        (("--methods", "reab"), "'reab'"),
+        (("--keep", "0.1"), "every token chooses 2"),
+        (("--keep", "lots"), "no count, no fraction and no size"),
+        (("--set", "alpha=1"), "METHOD.KNOB=VALUE"),
+        (("--methods", "reap", "--set", "dern.alpha=1"), "takes no part"),
+        (("--methods", "dern", "--set", "dern.beta=1"), "beta"),
+        (("--methods", "reap", "--domain", "poems"), "no domain poems"),
+    ):
+        done = moekit(*options(made, tmp_path / "b", *more))
+        assert done.code == 2, more
+        assert words in done.err, (more, done.err)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all my work")
+    done = moekit(*options(made, tmp_path / "mine", "--methods", "reap", "--overwrite"))
+    assert done.code == 2
+    assert "something else" in done.err
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_dry_run_says_how_much_it_is_and_writes_nothing(
+    moekit: Callable[..., Done], made: Path, tmp_path: Path
+) -> None:
+    done = moekit(*options(made, tmp_path / "b", "--methods", "reap", "--dry-run"))
+    assert done.code == 0, done.err
+    assert "3 methods, about 14 pruned models" in done.out
+    assert not (tmp_path / "b").exists()
+
+
+def test_one_text_is_parted_in_two(moekit: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+    write_text(tmp_path / "text", documents=20)
+    asked = [made / "moe", "--data", tmp_path / "text", "--out", tmp_path / "b", "--methods", "reap", "--keep", "0.5"]
+    done = moekit(*asked, "--seeds", 1, "--window", 64, "--seq-len", 64, "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    [calibration] = told["calibrations"]
+    assert calibration["documents"] + len(told["unchanged"]["nll"]) <= 40
+    assert 0 < len(told["unchanged"]["nll"]) < calibration["documents"]
+
+
+def test_a_method_of_another_package_in_one_file_takes_part(made: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    info = site / "latest_experts-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "latest_experts.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: latest-experts\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[moekit.methods]\nlatest = latest_experts\n")
+    paths = [str(site), str(ROOT / "src"), str(ROOT)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+    def run(*command: object) -> str:
+        words = [sys.executable, "-c", "from moekit.cli.main import main; main()", *map(str, command)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    records = {r["name"]: r for r in json.loads(run("methods", "prune", "--json"))["methods"]}
+    assert records["latest"]["origin"] == "latest_experts"
+    asked = options(made, tmp_path / "b", "--methods", "all", "--keep", "0.5", "--seeds", 1, "--json")
+    told = json.loads(run("bench", "prune", *asked))
+    assert set(records) == {run["name"] for run in told["runs"]} | {s["name"] for s in told["skipped"]}
+    [latest] = [run for run in told["runs"] if run["name"] == "latest"]
+    assert latest["settings"] == {"reverse": False}
+    assert latest["experts"] == {"0": 4, "1": 4}
+    other = options(made, tmp_path / "b", "--methods", "latest", "--keep", "0.5", "--seeds", 1, "--json")
+    turned = json.loads(run("bench", "prune", *other, "--set", "latest.reverse=true"))
+    [reverse] = [run for run in turned["runs"] if run["name"] == "latest"]
+    assert reverse["settings"] == {"reverse": True}
+    assert reverse["perplexity"]["nll"] != latest["perplexity"]["nll"]
