@@ -66,7 +66,8 @@ class Differences:
         return bool(self.missing or self.surplus or self.shapes or self.dtypes)
 
 
-def _renamer(model: PreTrainedModel, live: Mapping[str, Any]) -> Callable[[str], tuple[str, bool]]:
+def renamer(model: PreTrainedModel, live: Mapping[str, Any]) -> Callable[[str], tuple[str, bool]]:
+    """How transformers names a tensor on disk in the live model, and whether a converter gathers it from parts."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -85,7 +86,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     """Legal tensors of a model, which may lie on the meta device."""
     live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stock = {name: tuple(tensor.shape) for name, tensor in disk_state_dict(model).items()}
-    rename = _renamer(model, live)
+    rename = renamer(model, live)
     patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
     return Layout(
         stock=stock,

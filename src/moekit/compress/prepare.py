@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moekit.checkpoint.expected import layout_of
 from moekit.checkpoint.experts import stacked_experts
 from moekit.checkpoint.fingerprint import config_top_k
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
@@ -20,7 +19,7 @@ from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorE
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.small_files import small_files
-from moekit.checkpoint.uneven import EXPERT_COUNT_KEYS
+from moekit.checkpoint.uneven import EXPERT_COUNT_KEYS, without_common_loss
 from moekit.compress.config_file import edited_config, renamed_experts, without_mtp
 from moekit.compress.decision import LayerDecision
 from moekit.compress.limits import check_even, check_groups, check_layers, check_top_k
@@ -112,7 +111,7 @@ def prepare(
     config_path = checkpoint.path / CONFIG_FILE
     _refuse_policies(checkpoint)
     check_layers(decisions, counts, checkpoint.path)
-    check_top_k(decisions, top_k or config_top_k(checkpoint.config) or 1, config_path)
+    check_top_k(decisions, (config_top_k(checkpoint.config) or 1) if top_k is None else top_k, config_path)
     if stock_only:
         check_even(decisions, checkpoint.path)
     if groups == "equal":
@@ -123,12 +122,15 @@ def prepare(
     if mtp == "keep":
         _check_mtp(checkpoint, most)
     before = model_config(checkpoint)
-    after = resized_config(before, most, top_k=top_k, groups=groups)
+    dropped = any(len(decisions[layer].keep) < count for layer, count in counts.items())
+    after = resized_config(before, most, top_k=top_k, groups=groups, dropped=dropped)
+    if len({len(decision.keep) for decision in decisions.values()}) > 1:
+        without_common_loss(after)
     kept = kept_tensors(checkpoint, decisions, _axes(before, decisions, counts), mtp == "keep")
     shards, index = lay_out((tensor.spec for tensor in kept), max_shard_bytes)
     text = _config_text(checkpoint, before, after, decisions, bool(extra) and mtp == "drop")
-    dropped = len(extra) if mtp == "drop" else 0
-    return Work(checkpoint, decisions, counts, tuple(kept), tuple(shards), index, after, text, dropped)
+    dropped_mtp = len(extra) if mtp == "drop" else 0
+    return Work(checkpoint, decisions, counts, tuple(kept), tuple(shards), index, after, text, dropped_mtp)
 
 
 def plan_bytes(checkpoint: Checkpoint, decisions: Mapping[int, LayerDecision], **options: Any) -> int:
@@ -146,13 +148,13 @@ def plan_bytes(checkpoint: Checkpoint, decisions: Mapping[int, LayerDecision], *
 
 
 def _axes(before: PreTrainedConfig, decisions: Mapping[int, LayerDecision], counts: Mapping[int, int]) -> Axes:
-    """Compare the model's layout with that of one with another number of experts."""
+    """Compare the model's shapes with those of one with another number of experts."""
     other = copy.deepcopy(before)
     inner = other.get_text_config()
     for key in EXPERT_COUNT_KEYS:
         if isinstance(value := getattr(inner, key, None), int) and not isinstance(value, bool):
             setattr(inner, key, max(counts.values()) + 1)
-    return Axes(layout_of(empty_model(before)), layout_of(empty_model(other)))
+    return Axes(empty_model(before), empty_model(other))
 
 
 def _config_text(

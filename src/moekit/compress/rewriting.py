@@ -90,7 +90,8 @@ class Rewriter:
                 raise BadConfig(
                     f"the rewriting gave {new.experts} experts, the decision keeps {len(decision.keep)}", layer=index
                 )
-            config = resized_config(self._config, new.experts)
+            # The new config says already how tokens choose: only the number of experts is the layer's own.
+            config = resized_config(self._config, new.experts, groups="equal")
             block = resized_block(layer, config, new)
             return {f"{layer.name}.{name}": tensor for name, tensor in block.state_dict().items()}
 

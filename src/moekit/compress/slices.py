@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from moekit.anatomy.layout import parse_expert_tensor
 from moekit.anatomy.probe import decoder_index
 from moekit.checkpoint.digest import read_range
-from moekit.checkpoint.expected import Layout
+from moekit.checkpoint.expected import renamer
 from moekit.checkpoint.fingerprint import text_config
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
@@ -157,21 +158,28 @@ class Axes:
     """Knows along which axis a tensor on disk counts experts.
 
     Args:
-        before: layout of the model.
-        after: layout of the same model with another number of experts; None if no layer loses any.
+        before: the model, which may lie on the meta device.
+        after: the same model with another number of experts.
     """
 
-    def __init__(self, before: Layout, after: Layout | None) -> None:
-        self._before, self._after = before, after
-        self._stems = {name.rpartition(".")[0] for name in before.live if self._differs(name) is not None}
+    def __init__(self, before: PreTrainedModel, after: PreTrainedModel) -> None:
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in before.state_dict().items()}
+        others = {name: tuple(tensor.shape) for name, tensor in after.state_dict().items()}
+        self._rename = renamer(before, self._shapes)
+        self._axes = {
+            name: axis
+            for name, shape in self._shapes.items()
+            for axis, (size, other) in enumerate(zip(shape, others.get(name, shape), strict=True))
+            if size != other
+        }
+        self._stems = {name.rpartition(".")[0] for name in self._axes}
 
-    def _differs(self, name: str) -> int | None:
-        if self._after is None:
-            return None
-        old, new = _shape(name, self._before), _shape(name, self._after)
-        if old is None or new is None or len(old) != len(new):
-            return None
-        return next((axis for axis, (a, b) in enumerate(zip(old, new, strict=True)) if a != b), None)
+    def _live(self, name: str) -> str | None:
+        """The live tensor that one on disk becomes; None if it is unknown, or only a part of one."""
+        if name in self._shapes:
+            return name
+        target, gathered = self._rename(name)
+        return target if target in self._shapes and not gathered else None
 
     def of(self, info: TensorInfo, experts: int) -> int | None:
         """The axis of a tensor that counts experts; None if there is none.
@@ -183,7 +191,7 @@ class Axes:
         Raises:
             UnsupportedModel: it must count them, but its shape does not say how (packed routers).
         """
-        axis = self._differs(info.name)
+        axis = self._axes.get(self._live(info.name) or "")
         if axis is not None and len(info.shape) > axis and info.shape[axis] % experts == 0 and self._whole(info, axis):
             return axis
         parsed = parse_expert_tensor(info.name)
@@ -200,23 +208,12 @@ class Axes:
 
     def _belongs(self, name: str) -> bool:
         """Whether an unknown tensor (a scale, packed numbers) is part of a tensor that counts experts."""
-        known = _shape(name, self._before) is not None
-        target, _ = self._before.rename(name)
-        return not known and target.rpartition(".")[0] in self._stems
+        return self._live(name) is None and self._rename(name)[0].rpartition(".")[0] in self._stems
 
     @staticmethod
     def _whole(info: TensorInfo, axis: int) -> bool:
         """Whether parts along an axis begin at whole bytes."""
         return prod(info.shape[axis + 1 :]) * DTYPE_BITS[info.dtype] % 8 == 0
-
-
-def _shape(name: str, layout: Layout) -> tuple[int, ...] | None:
-    """Legal shape of a tensor on disk, by any of its names; None if it is unknown or gathered from parts."""
-    found = layout.stock.get(name) or layout.live.get(name)
-    if found is None:
-        target, gathered = layout.rename(name)
-        found = None if gathered else layout.live.get(target)
-    return found
 
 
 def kept_tensors(checkpoint: Checkpoint, decisions: Mapping[int, LayerDecision], axes: Axes, mtp: bool) -> list[Kept]:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import moekit
 from moekit.checking import check
 from moekit.checkpoint.digest import tensor_digests
 from moekit.checkpoint.folder import Checkpoint
@@ -401,6 +402,31 @@ def test_quantized_weights_are_not_rewritten(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"quantized \(fp8\)"):
         run(source, tmp_path / "out", decisions, rewrite=scaled(as_tuples(decisions)))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+# Layers that keep different numbers.
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "ernie4_5_moe"])
+def test_uneven_layers(family: str, fused: bool, tmp_path: Path) -> None:
+    source = plain(tmp_path / "source", family, fused=fused)
+    decisions = keeping(source, (1, 2, 4, 7), (0, 3, 5))
+    keep = as_tuples(decisions)
+    run(source, tmp_path / "out", decisions)
+    assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), keep))
+    report = check(tmp_path / "out")
+    assert report.ok, report.findings
+    assert torch.isfinite(logits(moekit.load(tmp_path / "out", device="cpu"))).all()
+    run(source, tmp_path / "scaled", decisions, rewrite=scaled(keep))
+    expected = {name: scaled_by_hand(name, t) for name, t in sliced(read_all(source), keep).items()}
+    assert_equal(read_all(tmp_path / "scaled"), expected)
+    # And on from there to layers that are equal again.
+    again = keeping(source, (0, 2, 3), (0, 1, 2))
+    run(tmp_path / "out", tmp_path / "even", again, stock_only=True)
+    both = keeping(source, (1, 4, 7), (0, 3, 5))
+    assert_equal(read_all(tmp_path / "even"), sliced(read_all(source), as_tuples(both)))
+    logits(AutoModelForCausalLM.from_pretrained(tmp_path / "even"))
 
 
 # What is refused, before the work.
