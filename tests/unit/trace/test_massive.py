@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from moekit.anatomy import find_moe_layers
+from moekit.checkpoint.folder import Checkpoint
 from moekit.errors import UnsupportedModel
 from moekit.trace import Observation, record
 from moekit.trace.massive import (
@@ -21,6 +23,8 @@ from moekit.trace.massive import (
     stream_peak,
     stream_ratio_peak,
 )
+from moekit.trace.streamed import record_streamed
+from tests.checkpoints import plain
 from tests.families import FAMILIES, HIDDEN, build, tokens
 
 NAMES = ("stream_peak", "stream_gain", "stream_magnitude", "stream_ratio_peak", "massive_tokens")
@@ -145,3 +149,17 @@ def test_halves_merge_to_the_whole_and_padding_is_not_seen() -> None:
 def test_a_layer_without_shared_experts_has_no_peak_of_them() -> None:
     with pytest.raises(UnsupportedModel, match="shared"):
         record(build("mixtral"), [tokens()], statistics=("shared_peak",))
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_streamed_from_disk_the_same(tmp_path: Path, family: str) -> None:
+    names = (*NAMES, "output_peak")
+    live = record(build(family), [tokens()], statistics=names).statistics
+    streamed = record_streamed(
+        Checkpoint.open(plain(tmp_path / "model", family)), [tokens()], statistics=names
+    ).statistics
+    assert live is not None
+    assert streamed is not None
+    for layer, stats in live.items():
+        for name in names:
+            torch.testing.assert_close(streamed[layer][name], stats[name], rtol=1e-5, atol=1e-5, msg=name)
