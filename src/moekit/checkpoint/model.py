@@ -139,7 +139,7 @@ def _load_uneven(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: A
             hint="load on one device",
         )
     with quiet_transformers():
-        loaded, empty = load_uneven(checkpoint, lambda: empty_model(checkpoint), dtype)
+        loaded, empty = load_uneven(checkpoint, lambda given: empty_model(checkpoint, given), dtype)
     _refuse_partial(checkpoint, {"missing_keys": list(empty)})
     return loaded
 
@@ -219,8 +219,7 @@ def save(
             model.save_pretrained(temporary, max_shard_size=max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        if counts := live_counts(model):
-            record = record.model_copy(update={"expectations": Expectations(experts=counts)})
+        record = record.model_copy(update={"expectations": Expectations(experts=live_counts(model))})
         return seal(temporary, record, extra_tensors=extra_tensors, progress=progress)
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from moekit.checkpoint.fingerprint import text_config
-from moekit.errors import BadCheckpoint
+from moekit.checkpoint.record import RECORD_FILE
+from moekit.errors import BadCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,9 +26,27 @@ EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "mo
 
 
 def uneven_counts(checkpoint: Checkpoint) -> dict[int, int]:
-    """Decoder layer -> E, where the record says that layers differ; empty otherwise."""
-    counts = {} if checkpoint.record is None else checkpoint.record.expectations.experts
-    return dict(counts) if len(set(counts.values())) > 1 else {}
+    """Decoder layer -> E, where the record says that layers differ; empty otherwise.
+
+    Raises:
+        BadCheckpoint: a number that the config, which names the largest, does not allow.
+    """
+    recorded = {} if checkpoint.record is None else checkpoint.record.expectations.experts
+    config = text_config(checkpoint.config)
+    layers, most = config.get("num_hidden_layers"), stated_experts(checkpoint.config)
+    # Multi-token-prediction layers follow the decoder layers on disk.
+    counts = {layer: n for layer, n in recorded.items() if not isinstance(layers, int) or layer < layers}
+    if len(set(counts.values())) <= 1:
+        return {}
+    for layer, count in counts.items():
+        if count < 1 or (most is not None and count > most):
+            raise BadCheckpoint(
+                f"the record says {count} experts, the config allows 1 to {most}",
+                file=checkpoint.path / RECORD_FILE,
+                layer=layer,
+                hint="restore the record and the config from a copy",
+            )
+    return counts
 
 
 def live_counts(model: nn.Module) -> dict[int, int]:
@@ -39,7 +58,8 @@ def live_counts(model: nn.Module) -> dict[int, int]:
         layer, _ = where(f"{name}.")
         down = module._parameters.get("down_proj")
         if layer is not None and isinstance(getattr(module, "num_experts", None), int) and down is not None:
-            counts[layer] = down.shape[0]
+            # A module that holds one rank's share says how many the layer has.
+            counts[layer] = getattr(module, "experts_in_layer", down.shape[0])
     return counts if len(set(counts.values())) > 1 else {}
 
 
@@ -147,21 +167,43 @@ def fill(
 
 
 def load_uneven(
-    checkpoint: Checkpoint, build: Callable[[], PreTrainedModel], dtype: str | torch.dtype
+    checkpoint: Checkpoint, build: Callable[[torch.dtype | None], PreTrainedModel], dtype: str | torch.dtype
 ) -> tuple[PreTrainedModel, Iterable[str]]:
     """Load a checkpoint whose layers hold different numbers of experts.
 
     Args:
         checkpoint: opened and verified.
-        build: makes its model without weights, counts as the record says.
+        build: makes its model of a dtype (None as the config says) without weights, counts as the record says.
         dtype: of the weights; "auto" keeps the config's.
 
     Returns:
         The model, and what did not get weights.
+
+    Raises:
+        UnsupportedModel: the weights are quantized.
     """
-    model = build()
-    wanted = model.config.dtype or torch.float32 if dtype == "auto" else dtype
-    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
-    fill(model, dict(checkpoint.stream()), dtype=wanted, file=checkpoint.path)
+    if "quantization_config" in checkpoint.config:
+        kind = checkpoint.config["quantization_config"].get("quant_method", "?")
+        raise UnsupportedModel(
+            f"layers hold different numbers of experts, and the weights are quantized ({kind}): transformers builds "
+            "quantized experts with one number for all layers",
+            file=checkpoint.path,
+            hint="prune all layers to one number, or give the unquantized checkpoint",
+        )
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+
+    from moekit.checkpoint.folder import where
+
+    given = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = build(given)
+    wanted = given or model.config.dtype or torch.float32
+    groups: dict[int | None, list[str]] = {}
+    for name in checkpoint.tensors:
+        groups.setdefault(where(name)[0], []).append(name)
+    for names in groups.values():  # one layer at a time is in memory twice
+        fill(model, {name: checkpoint.read(name) for name in names}, dtype=wanted, file=checkpoint.path)
     model.tie_weights()
+    if model.can_generate() and (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
     return model, [name for name, tensor in model.state_dict().items() if tensor.is_meta]
