@@ -191,14 +191,15 @@ class Axes:
         Raises:
             UnsupportedModel: it must count them, but its shape does not say how (packed routers).
         """
-        axis = self._axes.get(self._live(info.name) or "")
-        if axis is not None and len(info.shape) > axis and info.shape[axis] % experts == 0 and self._whole(info, axis):
+        live = self._live(info.name) or ""
+        axis = self._axes.get(live)
+        if axis is not None and self._fits(info, self._shapes[live], axis, experts):
             return axis
         parsed = parse_expert_tensor(info.name)
         counts = parsed is not None or axis is not None or self._belongs(info.name)
         if not counts or (parsed is not None and info.numel == 1):
             return None
-        if axis is None and info.shape[:1] == (experts,) and self._whole(info, 0):
+        if axis is None and info.shape[:1] == (experts,) and self._fits(info, info.shape, 0, experts):
             return 0
         raise UnsupportedModel(
             f"{info.name} of shape {list(info.shape)} and dtype {info.dtype} has no axis of {experts} experts to cut",
@@ -208,12 +209,18 @@ class Axes:
 
     def _belongs(self, name: str) -> bool:
         """Whether an unknown tensor (a scale, packed numbers) is part of a tensor that counts experts."""
-        return self._live(name) is None and self._rename(name)[0].rpartition(".")[0] in self._stems
+        path = self._rename(name)[0].split(".")
+        above = {".".join(path[:length]) for length in range(1, len(path))}
+        return self._live(name) is None and bool(above & self._stems)
 
     @staticmethod
-    def _whole(info: TensorInfo, axis: int) -> bool:
-        """Whether parts along an axis begin at whole bytes."""
-        return prod(info.shape[axis + 1 :]) * DTYPE_BITS[info.dtype] % 8 == 0
+    def _fits(info: TensorInfo, shape: tuple[int, ...], axis: int, experts: int) -> bool:
+        """Whether a tensor has the shape that is cut along an axis, and parts that begin at whole bytes."""
+        same = len(info.shape) == len(shape) and all(
+            n == axis or a == b for n, (a, b) in enumerate(zip(info.shape, shape, strict=True))
+        )
+        whole = prod(info.shape[axis + 1 :]) * DTYPE_BITS[info.dtype] % 8 == 0
+        return same and whole and info.shape[axis] % experts == 0
 
 
 def kept_tensors(checkpoint: Checkpoint, decisions: Mapping[int, LayerDecision], axes: Axes, mtp: bool) -> list[Kept]:

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -247,16 +247,26 @@ def test_four_bit_blocks(tmp_path: Path) -> None:
     assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), as_tuples(decisions)))
 
 
-def test_a_packed_router_is_refused(tmp_path: Path) -> None:
+def as_gptq(gate: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"gate.qweight": torch.zeros(gate.shape[1] // 8, gate.shape[0], dtype=torch.int32)}
+
+
+def as_four_bit_numbers(gate: torch.Tensor) -> dict[str, torch.Tensor]:
+    packed = torch.zeros(gate.numel() // 2, 1, dtype=torch.uint8)
+    return {"gate.weight": packed, "gate.weight.absmax": torch.zeros(gate.numel() // 64)}
+
+
+@pytest.mark.parametrize("pack", [as_gptq, as_four_bit_numbers])
+def test_a_packed_router_is_refused(pack: Callable, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", "qwen3_moe")
 
-    def pack(tensors: dict[str, torch.Tensor]) -> None:
-        gate = tensors.pop("model.layers.1.mlp.gate.weight")
-        tensors["model.layers.1.mlp.gate.qweight"] = torch.zeros(gate.shape[1] // 8, gate.shape[0], dtype=torch.int32)
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        packed = pack(tensors.pop("model.layers.1.mlp.gate.weight"))
+        tensors.update({f"model.layers.1.mlp.{name}": tensor for name, tensor in packed.items()})
 
-    edit_shard(source / "model.safetensors", pack)
-    edit_json(source / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"}))
-    with pytest.raises(UnsupportedModel, match=r"gate\.qweight.*no axis of 8 experts") as caught:
+    edit_shard(source / "model.safetensors", change)
+    edit_json(source / "config.json", lambda c: c.update(quantization_config={"quant_method": "x"}))
+    with pytest.raises(UnsupportedModel, match=r"gate\.(q?)weight.*no axis of 8 experts") as caught:
         run(source, tmp_path / "out", keeping(source, (0, 1)))
     assert caught.value.layer == 1
     assert not (tmp_path / "out").exists()
