@@ -24,6 +24,8 @@ COMMANDS: dict[str, str] = {
     "estimate": "Say what a model needs in memory, disk and time, before anything is downloaded.",
     "convert": "Turn a dense model into a MoE.",
     "profile": "Record what the routers choose on a text: a trace and its statistics.",
+    "prune": "Drop the experts a model needs least, with the proof of what that costs.",
+    "apply": "Carry a pruning plan out, with its own budget or another one.",
     "route": "Plan a routing policy from a trace and write the constrained model.",
     "place": "Decide which device holds which expert, and replay the trace to count the rows sent.",
     "train": "Train or fine-tune, with balance losses from the real selection and exact resume.",

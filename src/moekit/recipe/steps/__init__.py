@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from moekit.recipe.steps.apply import ApplyStep
 from moekit.recipe.steps.base import Step
 from moekit.recipe.steps.convert import ConvertStep
 from moekit.recipe.steps.data import DataStep
@@ -13,12 +14,23 @@ from moekit.recipe.steps.evaluate import EvaluateStep
 from moekit.recipe.steps.lab import LabStep
 from moekit.recipe.steps.place import PlaceStep
 from moekit.recipe.steps.profile import ProfileStep
+from moekit.recipe.steps.prune import PruneStep
 from moekit.recipe.steps.report import ReportStep
 from moekit.recipe.steps.route import RouteStep
 from moekit.recipe.steps.train import TrainStep
 
 AnyStep = Annotated[
-    DataStep | ConvertStep | LabStep | TrainStep | ProfileStep | RouteStep | PlaceStep | EvaluateStep | ReportStep,
+    DataStep
+    | ConvertStep
+    | LabStep
+    | TrainStep
+    | ProfileStep
+    | PruneStep
+    | ApplyStep
+    | RouteStep
+    | PlaceStep
+    | EvaluateStep
+    | ReportStep,
     Field(discriminator="use"),
 ]
 
@@ -29,6 +41,8 @@ STEPS: dict[str, type[Step]] = {
     "lab": LabStep,
     "train": TrainStep,
     "profile": ProfileStep,
+    "prune": PruneStep,
+    "apply": ApplyStep,
     "route": RouteStep,
     "place": PlaceStep,
     "evaluate": EvaluateStep,
