@@ -266,7 +266,9 @@ def _change(variant: Variant, moe: MoELayer, weights: LayerWeights, config: Any)
     decision = variant.decisions[moe.index]
     own = variant.rewrite
     made = weights.select(decision.keep) if own is None else own(moe.index, weights)
-    resized = resized_config(config, len(decision.keep), top_k=variant.top_k, groups=variant.groups)
+    resized = resized_config(
+        config, len(decision.keep), top_k=variant.top_k, groups=variant.groups, dropped=variant.drops
+    )
     keep = torch.zeros(moe.geometry.experts + 1, dtype=torch.bool)
     keep[list(decision.keep)] = True
     keep[-1] = True  # no expert, no loss

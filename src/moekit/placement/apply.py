@@ -24,7 +24,7 @@ from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.fingerprint import fingerprint_model, text_config
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import read_extra_tensors, seal
-from moekit.checkpoint.record import PolicyEntry, Record
+from moekit.checkpoint.record import Expectations, PolicyEntry, Record
 from moekit.checkpoint.shards import ShardWriter
 from moekit.checkpoint.small_files import copy_small_files
 from moekit.errors import BadConfig, UnsupportedModel
@@ -212,6 +212,7 @@ def place_checkpoint(
         config={"devices": placement.devices, "nodes": placement.nodes, "solver": placement.solver, "orders": orders},
         scores={"objective": placement.objective, "bound": placement.bound},
         policy=entry,
+        expectations=Expectations(experts=counts),
     )
     with atomic_folder(target, overwrite=overwrite, need_bytes=checkpoint.nbytes) as temporary:
         copy_small_files(checkpoint.path, temporary)

@@ -8,10 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import moekit
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import load, save
 from moekit.checkpoint.record import Record
+from moekit.compress.decision import LayerDecision
+from moekit.compress.live import change_model
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.placement.apply import apply_placement, permute_all, place_checkpoint, routing_groups
 from moekit.placement.plan import Placement
@@ -224,3 +227,15 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     place_checkpoint(tmp_path / "plain", a_placement(model), tmp_path / "plain", overwrite=True)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_layers_with_different_numbers_of_experts_are_placed(tmp_path: Path) -> None:
+    kept = {0: LayerDecision(keep=(0, 2, 5)), 1: LayerDecision(keep=(1, 2, 3, 4, 6, 7))}
+    moekit.save(change_model(build("mixtral"), kept), tmp_path / "uneven")
+    model = moekit.load(tmp_path / "uneven", dtype=torch.float32, device="cpu")
+    layers = {0: [1, 0, 1], 1: [1, 0, 0, 1, 0, 1]}
+    fingerprint = Checkpoint.open(tmp_path / "uneven").fingerprint
+    placement = Placement(fingerprint=fingerprint, devices=2, experts=6, layers=layers, solver="by hand")
+    place_checkpoint(tmp_path / "uneven", placement, tmp_path / "placed", equal=False)
+    placed = moekit.load(tmp_path / "placed", dtype=torch.float32, device="cpu")
+    torch.testing.assert_close(logits(placed), logits(model), atol=1e-5, rtol=1e-5)
