@@ -19,6 +19,7 @@ from moekit.compress.prune.base import PruneMethod
 from moekit.compress.prune.plan import make_method
 from moekit.compress.prune.planning import Request, geometries_of, plan_pruning
 from moekit.data.batches import TokenizedDocument, arrange
+from moekit.data.text import Document
 from moekit.errors import BadConfig, BadData, UnsupportedModel
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.pruning import Entry, PruneBenchResult, PruneRun, Setting, Subject, bench_pruning, rank
@@ -27,6 +28,7 @@ from moekit.evaluation.pruning import measuring as measuring_module
 from moekit.evaluation.pruning.calibration import calibrate
 from moekit.evaluation.pruning.ranking import all_rankings, part, removed
 from moekit.evaluation.pruning.setting import default_entries
+from moekit.evaluation.pruning.text import take_tokens
 from moekit.evaluation.variants import Variant, compare_variants
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain
@@ -345,3 +347,21 @@ def test_results_survive_the_disk(found: PruneBenchResult, tmp_path: Path) -> No
     (tmp_path / "bench.json").write_text("{}")
     with pytest.raises(BadData, match="no result of a pruning bench"):
         PruneBenchResult.load(tmp_path / "bench.json")
+
+
+def test_a_text_gives_what_is_wanted_from_its_whole_length(tokenizer: Any) -> None:
+    book = "\n\n".join(f"{chapter:05d} " * 100 for chapter in range(40))
+    letters = [Document(f"letter {i}. " * 20, "letters", str(i)) for i in range(30)]
+    taken = take_tokens([Document(book, "book", "b"), *letters], tokenizer, 4000)
+    sizes = {name: [len(d.ids) for d in taken if d.domain == name] for name in ("book", "letters")}
+    assert sum(sizes["book"]) == sum(sizes["letters"]) == 2000
+    assert len(sizes["book"]) == 8, "one book is cut into passages"
+    begun = [tokenizer.decode(d.ids).replace(" ", "")[:5] for d in taken if d.domain == "book"]
+    assert begun[0] == "00000"
+    assert begun[-1] >= "00037", "to the end of the book"
+    assert begun == sorted(begun)
+    assert [d.index for d in taken] == list(range(len(taken)))
+    few = take_tokens([Document("a b c", "x", "1"), Document("", "x", "2")], tokenizer, 1000)
+    assert [len(d.ids) for d in few] == [5], "no more than there is"
+    with pytest.raises(BadData, match="fewer than two tokens"):
+        take_tokens([Document("", "x", "1")], tokenizer, 100)

@@ -16,6 +16,7 @@ __getattr__, __dir__ = attach(
         "curve_section": "c2r",
         "generation_section": "evaluations",
         "headline": "c2r",
+        "inside_section": "pruning",
         "key_figures": "c2r",
         "layers_section": "pruning",
         "load_section": "traces",

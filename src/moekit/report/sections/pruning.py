@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from moekit.evaluation.pruning.ranking import NOT, mean_nll, part
 from moekit.evaluation.pruning.result import ALL, PruneBenchResult, PruneRun, Ranking, RankRow, Share
@@ -33,7 +33,7 @@ def report(result: PruneBenchResult, command: str = "") -> ReportData:
     if result.setting.domains:
         sections.append(tasks_section(result))
     layers = layers_section(result)
-    sections += [layers, how_section(result)] if layers is not None else [how_section(result)]
+    sections += [inside_section(result), *([layers] if layers is not None else []), how_section(result)]
     return ReportData(
         title="Pruning methods, side by side",
         subtitle=f"{max(result.experts.values())} experts in {len(result.experts)} layers, {result.top_k} a token",
@@ -120,51 +120,65 @@ def _line(result: PruneBenchResult, name: str, total: int) -> tuple[Point, ...]:
 
 def ranking_section(result: PruneBenchResult) -> TableSection:
     """All methods at each size, best first."""
-    tables = [_ranked(ranking, result) for ranking in reversed(_whole(result))]
+    columns = (
+        Column(name="method"),
+        Column(name=LOSS, digits=3),
+        Column(name="perplexity", digits=2),
+        Column(name="rise", digits=3, signed=True, better="low", note="over the unchanged model, nats a token, paired"),
+        Column(
+            name="avoided", unit="%", digits=0, note="share of random's rise; beyond 100 % is better than unchanged"
+        ),
+        Column(name="against frequency", digits=3, signed=True, better="low", note="nats a token, paired"),
+    )
     return TableSection(
         title="All methods, ranked",
         lead="Best first. What counts is the rise over the unchanged model, document by document, and how much of the "
         "rise of random pruning a method avoids: 100 % would be for free, 0 % is no better than chance.",
         note="Intervals are 95 % over documents: they say what other text would give, not what another model would. "
         "Rows are not corrected for their number. Methods that keep the same experts have equal rows.",
-        tables=tuple(tables) or (Table(columns=(Column(name="method"),), rows=()),),
+        tables=_tables(result, columns, _ranked_row),
     )
 
 
-def _ranked(ranking: Ranking, result: PruneBenchResult) -> Table:
+def inside_section(result: PruneBenchResult) -> TableSection:
+    """What changes inside, how far seeds differ, and what methods take."""
     columns = (
         Column(name="method"),
-        Column(name=LOSS, digits=3),
-        Column(name="perplexity", digits=2),
-        Column(name="rise", digits=3, signed=True, better="low", note="over the unchanged model, paired"),
-        Column(name="of random's rise avoided", unit="%", digits=0),
-        Column(name="against frequency", digits=3, signed=True, better="low", note="nats a token, paired"),
-        Column(name="over seeds", digits=3, note="standard deviation of the loss over seeds, where numbers are drawn"),
         Column(name="output changed", unit="%", digits=0, note="||Z' - Z|| / ||Z|| of a layer's output, mean"),
         Column(name="tokens that lost an expert", unit="%", digits=0, note="which they had chosen; mean over layers"),
+        Column(name="seeds", note="more than one where a method draws numbers"),
+        Column(name="spread over seeds", digits=3, note="standard deviation of the loss"),
         Column(name="seconds", digits=1, note="to decide and to make new weights; the one pass for all not counted"),
     )
-    size = ranking.rows[0].bytes
-    words = f"{keep_name(ranking.keep)}: {size / result.bytes:.0%} of the bytes; unchanged {ranking.unchanged:.3f}"
-    return Table(columns=columns, rows=tuple(_ranked_row(row) for row in ranking.rows), caption=words)
+    return TableSection(
+        title="What changes inside",
+        lead="Most methods work by keeping tokens' experts, or a layer's output, as they were. Where one ranks better "
+        "than these figures say, later layers made up for it.",
+        tables=_tables(result, columns, _inside_row),
+    )
+
+
+def _tables(
+    result: PruneBenchResult, columns: tuple[Column, ...], row: Callable[[RankRow], tuple[Cell, ...]]
+) -> tuple[Table, ...]:
+    found = []
+    for ranking in reversed(_whole(result)):
+        size = ranking.rows[0].bytes / result.bytes
+        words = f"{keep_name(ranking.keep)}: {number(size, 0, '%')} of the bytes; unchanged {ranking.unchanged:.3f}"
+        found.append(Table(columns=columns, rows=tuple(map(row, ranking.rows)), caption=words))
+        # What columns mean is said once.
+        columns = tuple(column.model_copy(update={"note": ""}) for column in columns)
+    return tuple(found) or (Table(columns=columns, rows=()),)
 
 
 def _ranked_row(row: RankRow) -> tuple[Cell, ...]:
-    loss: Cell = row.nll
-    if row.low is not None and row.high is not None:
-        loss = Interval(mean=row.nll, low=row.low, high=row.high)
-    return (
-        row.name if row.seeds == 1 else f"{row.name}, {row.seeds} seeds",
-        loss,
-        math.exp(min(row.nll, 690.0)),
-        interval(row.rise),
-        _share(row.removed),
-        interval(row.against_frequency),
-        row.spread,
-        row.reconstruction,
-        row.lost_tokens,
-        row.seconds,
-    )
+    name = row.name if row.seeds == 1 else f"{row.name}, {row.seeds} seeds"
+    perplexity = math.exp(min(row.nll, 690.0))
+    return (name, row.nll, perplexity, interval(row.rise), _share(row.removed), interval(row.against_frequency))
+
+
+def _inside_row(row: RankRow) -> tuple[Cell, ...]:
+    return (row.name, row.reconstruction, row.lost_tokens, row.seeds, row.spread, row.seconds)
 
 
 def _share(share: Share | None) -> Cell:
@@ -177,7 +191,7 @@ def _share(share: Share | None) -> Cell:
 
 def tasks_section(result: PruneBenchResult) -> TableSection:
     """For each task: methods that saw only its text against the same methods on all text."""
-    columns = (
+    columns: tuple[Column, ...] = (
         Column(name="method"),
         Column(name="own text, on the task", digits=3, note="decided from the task's text alone, measured on it"),
         Column(name="all text, on the task", digits=3),
@@ -185,7 +199,7 @@ def tasks_section(result: PruneBenchResult) -> TableSection:
         Column(name="own text, elsewhere", digits=3, note="what it costs on all other domains"),
         Column(name="all text, elsewhere", digits=3),
     )
-    tables = []
+    tables: list[Table] = []
     for domain in result.setting.domains:
         for keep in result.setting.keep:
             rows: list[tuple[Cell, ...]] = []
@@ -202,6 +216,7 @@ def tasks_section(result: PruneBenchResult) -> TableSection:
                 caption = f"{domain}, {keep_name(keep)}; unchanged {base.overall.nll:.3f} on the task"
                 rows.sort(key=lambda row: float(row[1]))  # type: ignore[arg-type]
                 tables.append(Table(columns=columns, rows=tuple(rows), caption=caption))
+                columns = tuple(column.model_copy(update={"note": ""}) for column in columns)
     return TableSection(
         title="For one task",
         lead="A method that sees only the text of one task keeps that task's experts. It should cost less there, and "
