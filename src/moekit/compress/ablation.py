@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moekit.anatomy.probe import MoELayer, find_moe_layers
+from moekit.compress.super_experts import SHARED
 from moekit.errors import BadConfig
 from moekit.trace.massive import is_massive
 from moekit.trace.observation import widest
 from moekit.trace.recorder import evaluating
 from moekit.trace.seam import decoder_layer, read_arguments, refuse_compiled, uses_sigmoid
 
-# (decoder layer, expert); expert -1 is all shared experts of the layer.
+# (decoder layer, expert); expert `SHARED` is all shared experts of the layer.
 Pair = tuple[int, int]
-SHARED = -1
 
 
 def _by_layer(model: nn.Module, pairs: Collection[Pair]) -> Iterator[tuple[MoELayer, set[int]]]:
@@ -50,8 +50,9 @@ def _by_layer(model: nn.Module, pairs: Collection[Pair]) -> Iterator[tuple[MoELa
 def without_experts(model: nn.Module, pairs: Collection[Pair]) -> Iterator[None]:
     """Skip some experts: a token that chooses one gets nothing from it, its other gates are not renormalised.
 
-    To the bit what zeroing their down projections (and biases) gives, on any experts implementation, but the weights
-    are not touched: the gates are zeroed on their way into the experts. Routers choose as before.
+    To the bit what zeroing their down projections (and biases) gives where their outputs are finite, on any experts
+    implementation; the weights are not touched, the gates are zeroed on their way into the experts. Routers choose as
+    before.
 
     Args:
         model: a MoE, eager; its logits are those of the whole model again afterwards.
@@ -111,7 +112,8 @@ def random_experts(
         BadConfig: there are not so many others.
     """
     generator = torch.Generator().manual_seed(seed)
-    others = [(layer, e) for layer in sorted(experts) for e in range(experts[layer]) if (layer, e) not in set(like)]
+    taken = set(like)
+    others = [(layer, e) for layer in sorted(experts) for e in range(experts[layer]) if (layer, e) not in taken]
     groups = [(len(like), others)]
     if same_layers:
         counts = Counter(layer for layer, _ in like)

@@ -27,6 +27,7 @@ from moekit.trace.statistics import LayerStatistics
 
 # What `find_super_experts` reads; `shared_peak` too, where layers have shared experts.
 NEEDS = ("output_peak", "stream_peak", "stream_gain", "stream_magnitude")
+# Number of a layer's shared experts, all together.
 SHARED = -1
 _SHOWN = 10
 

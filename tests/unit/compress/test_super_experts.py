@@ -14,8 +14,10 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moekit.anatomy import find_moe_layers
+from moekit.anatomy import Geometry, find_moe_layers
 from moekit.compress.ablation import without_experts
+from moekit.compress.evidence import LayerEvidence
+from moekit.compress.prune.base import keep_highest
 from moekit.compress.super_experts import (
     NEEDS,
     SHARED,
@@ -213,6 +215,16 @@ def test_a_report_survives_the_disk_and_knows_its_model(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"format": 1}')
     with pytest.raises(BadData, match="damaged report"):
         SuperExpertReport.load(tmp_path / "report.json")
+
+
+def test_pruners_keep_what_the_report_protects() -> None:
+    protected = find_super_experts(example(), **CODE).protected
+    worst_last = torch.arange(50, 0, -1).double()
+    stats = LayerStatistics(50, 4, tokens=9, values={"load": torch.ones(50, dtype=torch.int64)})
+    geometry = Geometry(4, 50, 2, 4, 0, True, False, False, True)
+    for layer, kept in ((0, (0, 1, 2)), (1, (0, 1, 7)), (2, (0, 1, 3))):
+        evidence = LayerEvidence(layer, geometry, stats, protected=protected.get(layer, frozenset()))
+        assert keep_highest(worst_last, 3, evidence) == kept
 
 
 PLANTED = {(1, 7): 1000.0, (2, 40): 600.0}
