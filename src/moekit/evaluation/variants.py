@@ -266,9 +266,9 @@ def _change(variant: Variant, moe: MoELayer, weights: LayerWeights, config: Any)
     decision = variant.decisions[moe.index]
     own = variant.rewrite
     made = weights.select(decision.keep) if own is None else own(moe.index, weights)
-    resized = resized_config(
-        config, len(decision.keep), top_k=variant.top_k, groups=variant.groups, dropped=variant.drops
-    )
+    # Where any layer loses experts, all of them give up routing groups, also one that keeps all of its own.
+    dropped = {len(d.keep) for d in variant.decisions.values()} != {moe.geometry.experts}
+    resized = resized_config(config, len(decision.keep), top_k=variant.top_k, groups=variant.groups, dropped=dropped)
     keep = torch.zeros(moe.geometry.experts + 1, dtype=torch.bool)
     keep[list(decision.keep)] = True
     keep[-1] = True  # no expert, no loss
