@@ -17,6 +17,7 @@ from moekit.recipe.steps.profile import ProfileStep
 from moekit.recipe.steps.prune import PruneStep
 from moekit.recipe.steps.report import ReportStep
 from moekit.recipe.steps.route import RouteStep
+from moekit.recipe.steps.sparsify import SparsifyStep
 from moekit.recipe.steps.train import TrainStep
 
 AnyStep = Annotated[
@@ -27,6 +28,7 @@ AnyStep = Annotated[
     | ProfileStep
     | PruneStep
     | ApplyStep
+    | SparsifyStep
     | RouteStep
     | PlaceStep
     | EvaluateStep
@@ -43,6 +45,7 @@ STEPS: dict[str, type[Step]] = {
     "profile": ProfileStep,
     "prune": PruneStep,
     "apply": ApplyStep,
+    "sparsify": SparsifyStep,
     "route": RouteStep,
     "place": PlaceStep,
     "evaluate": EvaluateStep,

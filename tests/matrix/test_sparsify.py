@@ -1,0 +1,142 @@
+"""Every method that zeroes single weights on every family: in memory, and from disk to disk, split and fused.
+
+A method of another package joins by being registered: its `examples` are tried here without a line of test code.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moekit import catalogue
+from moekit.anatomy import find_moe_layers
+from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.record import Record
+from moekit.compress.apply import apply
+from moekit.compress.live import change_model
+from moekit.compress.masks import zeros_in
+from moekit.compress.resize import read_block
+from moekit.compress.sparsify.base import SparsifyMethod
+from moekit.compress.sparsify.plan import SparsityPlan
+from moekit.compress.sparsify.sequential import Calibration, Request, plan_sparsity, zeros_of
+from tests.checkpoints import plain
+from tests.families import EXPERTS, FAMILIES, HIDDEN, WIDTH, build, logits, tokens
+
+METHODS = [record.name for record in catalogue.methods("sparsify")]
+TEXT = Calibration([tokens(4, 24, seed=21), tokens(2, 9, seed=22)])
+# Weights of the smallest comparison of any method: a row of the down projection.
+FEWEST = min(HIDDEN, WIDTH)
+
+_FOLDERS: dict[tuple[str, bool], Checkpoint] = {}
+
+
+@pytest.fixture
+def checkpoint(family: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A family's tiny checkpoint, written once; read-only."""
+    fused = bool(request.node.callspec.params.get("fused", False))
+    if (family, fused) not in _FOLDERS:
+        folder = plain(tmp_path_factory.mktemp(family) / "m", family, fused=fused)
+        _FOLDERS[family, fused] = Checkpoint.open(folder)
+    return _FOLDERS[family, fused]
+
+
+def examples(name: str, model: PreTrainedModel) -> list[SparsifyMethod]:
+    cls: type[SparsifyMethod] = catalogue.get("sparsify", name).cls
+    return list(cls.examples(find_moe_layers(model)[0].geometry))
+
+
+def plan_of(checkpoint: Checkpoint, method: SparsifyMethod, sparsity: float) -> SparsityPlan:
+    share = sparsity if method.fixed_sparsity is None else method.fixed_sparsity
+    return plan_sparsity(checkpoint, TEXT if method.required else None, Request(method, share))
+
+
+def matrices(model: PreTrainedModel) -> dict[tuple[int, str], torch.Tensor]:
+    """(layer, part) -> weights [E, R, C] of the experts."""
+    found = {}
+    for layer in find_moe_layers(model):
+        weights = read_block(layer)
+        parts = {"gate": weights.gate_EIH, "up": weights.up_EIH, "down": weights.down_EHI}
+        found |= {(layer.index, part): t for part, t in parts.items() if t is not None}
+    return found
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("name", METHODS)
+def test_no_zeros_change_no_bit(name: str, family: str, checkpoint: Checkpoint) -> None:
+    model = build(family)
+    stock = logits(model)
+    for method in examples(name, model):
+        if method.fixed_sparsity is not None:
+            continue
+        plan = plan_of(checkpoint, method, 0.0)
+        changed = change_model(copy.deepcopy(model), plan.decisions, zeros_of(plan, checkpoint))
+        assert torch.equal(logits(changed), stock), repr(method)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("name", METHODS)
+def test_a_sparse_folder_is_the_sparse_model(
+    name: str, family: str, fused: bool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model, method = build(family), examples(name, build(family))[0]
+    plan = plan_of(checkpoint, method, 0.6)
+    changed = change_model(copy.deepcopy(model), plan.decisions, zeros_of(plan, checkpoint))
+    zeros, target = zeros_of(plan, checkpoint), tmp_path / "out"
+    record = Record(command="a test")
+    apply(checkpoint, plan.decisions, target, rewrite=zeros, rewrite_full=True, record=record, mtp="keep")
+    opened = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    memory = changed.state_dict()
+    assert all(torch.equal(value, memory[key]) for key, value in opened.state_dict().items())
+    torch.testing.assert_close(logits(opened), logits(changed), rtol=1e-4, atol=1e-5)  # buffers may lie unaligned
+    assert not torch.equal(logits(opened), logits(model))
+    _check_zeros(matrices(opened), matrices(model), plan, zeros.count.zeros)
+    before = dict(model.state_dict())
+    for key, value in opened.state_dict().items():
+        if not key.endswith(("gate_up_proj", "up_proj", "down_proj")) or "shared" in key or ".experts." not in key:
+            assert torch.equal(value, before[key]), key
+
+
+def _check_zeros(
+    after: dict[tuple[int, str], Any], before: dict[tuple[int, str], Any], plan: SparsityPlan, told: int
+) -> None:
+    counted = 0
+    for (layer, part), found in after.items():
+        experts, rows, columns = found.shape
+        share, zero = plan.file.layers[layer].sparsity, found == 0
+        assert torch.equal(found[~zero], before[layer, part][~zero]), "what is left is what it was"
+        assert (before[layer, part] != 0).all()
+        # Where rows are compared each row has as many zeros; where matrices are, each matrix.
+        by_row, by_matrix = zeros_in(columns, share), zeros_in(rows * columns, share)
+        assert bool((zero.sum(-1) == by_row).all()) or bool((zero.sum((1, 2)) == by_matrix).all())
+        counted += int(zero.sum())
+        assert experts == EXPERTS
+    total = sum(found.numel() for found in after.values())
+    assert counted == told
+    assert counted / total == pytest.approx(plan.file.sparsity, abs=1 / FEWEST)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_gives_its_zeros_and_a_stored_plan_the_same(
+    name: str, family: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model = build(family)
+    for number, method in enumerate(examples(name, model)):
+        plan = plan_of(checkpoint, method, 0.5)
+        plan.save(tmp_path / f"{number}.json")
+        stored = SparsityPlan.load(tmp_path / f"{number}.json")
+        assert (stored.file, stored.hash) == (plan.file, plan.hash)
+        assert stored.method == method
+        zeros, again = zeros_of(plan, checkpoint), zeros_of(stored, checkpoint)
+        for layer in find_moe_layers(model):
+            weights = read_block(layer)
+            made, same = zeros(layer.index, weights), again(layer.index, weights)
+            assert torch.equal(made.down_EHI, same.down_EHI)
+            assert torch.equal(made.up_EIH, same.up_EIH)
+        assert zeros.count.sparsity == pytest.approx(0.5, abs=1 / FEWEST), repr(method)
