@@ -15,6 +15,8 @@ from moekit.cli.methods import page
 
 KINDS = {
     "convert": "Dense to MoE",
+    "prune": "Dropping and merging experts",
+    "sparsify": "Zeroing single weights",
     "routing": "Routing policies",
     "place": "Placement solvers",
     "dispatch": "Dispatchers between ranks",

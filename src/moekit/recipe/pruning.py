@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moekit.errors import BadConfig, BadData, OutOfBudget
+from moekit.errors import BadConfig, BadData, OutOfBudget, UnsupportedModel
 from moekit.recipe.inputs import load_tokenizer, model_location, read_text
 from moekit.recipe.methods import faults
 from moekit.recipe.plan import disk_bytes
@@ -250,6 +250,22 @@ def _counts(source: Source, request: Request) -> dict[int, int]:
         layer = min((layer for layer in counts if counts[layer] < room[layer]), key=lambda n: (counts[n], n))
         counts[layer] += 1
     return counts
+
+
+def check_runnable(source: Source) -> None:
+    """Refuse a proof where layers cannot be run.
+
+    Raises:
+        UnsupportedModel: the weights are quantized.
+    """
+    quantized = source.checkpoint.config.get("quantization_config")
+    if quantized is not None:
+        raise UnsupportedModel(
+            f"the weights are quantized ({quantized.get('quant_method', '?')}), and the proof runs layers in full "
+            "precision",
+            file=source.checkpoint.path,
+            hint="prove the same plan on the unquantized model, and say --no-proof here",
+        )
 
 
 def check_disk(out: Path, scratch: Path, output: int, between: int) -> None:

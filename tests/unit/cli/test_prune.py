@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from moekit.cli.main import main
 from moekit.trace.streamed import Streamed
+from tests.checkpoints import edit_json, edit_shard
 from tests.tiny import write_model, write_text
 
 
@@ -298,3 +299,38 @@ def test_methods_that_need_text_or_none(moekit: Moekit, made: Path, tmp_path: Pa
     assert_told(moekit(*bare, "--method", "random").err, "no text to prove the result on.*--no-proof")
     assert_told(moekit(*bare, "--method", "random", "--protect", "super").err, "super experts are found on text")
     assert moekit(*bare, "--method", "random", "--no-proof").code == 0
+
+
+def quantize(folder: Path) -> Path:
+    """Experts in fp8 with scales of blocks of 16 x 16."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in list(tensors.items()):
+            if "experts." in name:
+                rows, columns = -(-tensor.shape[0] // 16), -(-tensor.shape[1] // 16)
+                tensors[name.removesuffix(".weight") + ".weight_scale_inv"] = torch.ones(rows, columns)
+                tensors[name] = tensor.to(torch.float8_e4m3fn)
+
+    edit_shard(folder / "model.safetensors", change)
+    told = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": ["lm_head"]}
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=told))
+    return folder
+
+
+def test_a_quantized_copy_is_pruned_by_the_plan_of_the_original(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    copy = quantize(shutil.copytree(made / "moe", tmp_path / "fp8"))
+    command = ["apply", made / "p.json", "--model", copy, "-o", tmp_path / "out"]
+    assert_told(moekit(*command).err, "this plan was made for")
+    proof = moekit(*command, "--other-weights")
+    assert_told(proof.err, r"quantized \(fp8\), and the proof runs layers.*--no-proof")
+    done = moekit(*command, "--other-weights", "--no-proof", "--json")
+    assert done.code == 0, done.err
+    before, after = tensors(copy), tensors(tmp_path / "out")
+    for layer in done.json["layers"]:
+        for new, old in enumerate(layer["kept"]):
+            name = f"model.layers.{layer['layer']}.mlp.experts.{{}}.down_proj.weight"
+            assert torch.equal(after[name.format(new)].view(torch.uint8), before[name.format(old)].view(torch.uint8))
+    direct = moekit("prune", copy, "--method", "reap", "--keep", 4, "--data", made / "my-domain", "-o", tmp_path / "x")
+    assert_told(direct.err, "quantized")
+    free = ("--method", "random", "--keep", 4, "--no-proof", "-o", tmp_path / "free")
+    assert moekit("prune", copy, *free).code == 0

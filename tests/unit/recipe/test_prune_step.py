@@ -27,9 +27,12 @@ from moekit.recipe.schema import load_recipe
 from moekit.recipe.steps.apply import ApplyStep
 from moekit.recipe.steps.base import Workplace
 from moekit.recipe.steps.prune import PruneStep
+from moekit.recipe.variables import parse_overrides
 from moekit.trace.streamed import Streamed, record_streamed
 from tests.families import logits
 from tests.tiny import write_model, write_text
+
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -318,3 +321,18 @@ def test_a_recipe_plans_once_and_applies_several_budgets(made: Path, tmp_path: P
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert runner.run(recipe).ran == []
     assert not list((tmp_path / "run" / ".scratch").iterdir())
+
+
+def test_the_ready_recipe_runs_to_its_page(made: Path, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text", documents=24, repeats=12)
+    pairs = [f"model={made / 'moe'}", f"data={text}", "keep=[0.5, 6]", "random_seeds=2"]
+    recipe = load_recipe(RECIPES / "prune.yaml", parse_overrides(pairs), out=str(tmp_path / "run"))
+    done = runner.run(recipe).done
+    assert done["keep-0.5"].results["experts"]["after"] == 8
+    assert done["keep-6"].results["experts"]["after"] == 12
+    # The proof made before writing, and the evaluation of what was written, agree.
+    for k in ("0.5", "6"):
+        proof = done[f"keep-{k}"].results["proof"]["method"]["text"]["overall"]["difference"]["mean"]
+        after = done[f"after-{k}"].results["comparison"]["overall"]["difference"]["mean"]
+        assert proof == pytest.approx(after, abs=1e-4)
+    assert "keep 0.5" in (tmp_path / "run" / "report.html").read_text()

@@ -19,6 +19,7 @@ from moekit.recipe.pruning import (
     budget_of,
     bytes_between,
     check_disk,
+    check_runnable,
     foresee,
     heldout_of_plan,
     open_source,
@@ -91,6 +92,8 @@ class ApplyStep(WritingOptions, Step):
         refuse_uneven(request.budget, self.stock_only)
         tell_uneven(request.budget)
         outlook = foresee(source, request, plan.file.method, stock_only=self.stock_only, mtp=self.mtp)
+        if self.proof:
+            check_runnable(source)
         check_disk(work.out, work.scratch, outlook.nbytes, self._between(source, plan))
         heldout = self._heldout(plan, source, work)
         decided = Decided(source, request, self._decided(plan, source, request), plan.statistics)

@@ -22,6 +22,7 @@ from moekit.recipe.pruning import (
     budget_of,
     bytes_between,
     check_disk,
+    check_runnable,
     foresee,
     open_source,
     read_heldout,
@@ -127,6 +128,8 @@ class PruneStep(WritingOptions, Step):
         request = self._request(source, work.seed)
         tell_uneven(request.budget)
         outlook = self._foresee(source, request)
+        if self._proves:
+            check_runnable(source)
         if self.write == "model":
             check_disk(work.out, work.scratch, outlook.nbytes, self._between(source, outlook, request))
         rows, heldout = self._texts(source, work)
