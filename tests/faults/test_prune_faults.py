@@ -127,7 +127,6 @@ def test_a_killed_rewriting_run_goes_on_layer_by_layer(made: Path, tmp_path: Pat
     assert killed
 
 
-@pytest.mark.slow
 def test_a_search_that_is_killed(made: Path, tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
         told = ["prune", made / "moe", "--method", "naee", "--keep", 6, "--data", made / "text", "-o", out]
