@@ -130,6 +130,7 @@ _MODULES = (
     "moekit.trace.pools",
     "moekit.trace.domain_outputs",
     "moekit.trace.gated_squares",
+    "moekit.trace.massive",
 )
 
 

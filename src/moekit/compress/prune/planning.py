@@ -5,7 +5,7 @@ Legend: E experts, K choices a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,7 +30,7 @@ from moekit.streaming.walk import layer_of
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace
 
-Protected = Mapping[int, Sequence[int]]
+Protected = Mapping[int, Collection[int]]
 
 
 @dataclass(frozen=True)
