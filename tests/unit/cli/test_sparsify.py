@@ -18,6 +18,7 @@ from moekit.recipe import runner
 from moekit.recipe.schema import load_recipe
 from moekit.recipe.variables import parse_overrides
 from moekit.trace.streamed import Streamed
+from tests.checkpoints import edit_json
 from tests.families import EXPERTS, HIDDEN, WIDTH
 from tests.tiny import write_model, write_text
 
@@ -225,6 +226,15 @@ def test_text_and_parents_that_are_missing(moekit: Moekit, made: Path, tmp_path:
     assert moekit(*orphan, "--total", 0.5, "--original", made / "moe", "-o", tmp_path / "sparse").code == 0
     assert gone(tmp_path / "sparse") == pytest.approx(0.5, abs=1 / WIDTH)
     assert moekit(*orphan, "--sparsity", 0.5, "-o", tmp_path / "plain").code == 0, "only the total needs a parent"
+
+
+def test_quantized_weights_are_refused_before_any_work(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "moe", tmp_path / "quantized")
+    edit_json(tmp_path / "quantized" / "config.json", lambda c: c.update(quantization_config={"quant_method": "fp8"}))
+    command = ["sparsify", tmp_path / "quantized", "--method", "magnitude", "--sparsity", 0.5, "--no-proof"]
+    done = moekit(*command, "-o", tmp_path / "out")
+    assert (done.code, "quantized (fp8)" in done.err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["quantized"]
 
 
 def test_a_plan_of_another_model(moekit: Moekit, made: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from moekit.errors import BadConfig, MoekitError
+from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.recipe.inputs import model_item, read_text, rows_of, text_item
 from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
@@ -134,10 +134,11 @@ class SparsifyStep(Step):
         if model.nbytes is None or not (Path(reference).expanduser() / "config.json").is_file():
             return Forecast((model, *reads), (Item(str(out), model.nbytes),), disk=model.nbytes, notes=notes)
         source = open_source(reference)
-        if self.total is not None:
+        if self.from_plan is None:
             self._request(source, 0)
-        disk = source.nbytes + self._between(source)
-        return Forecast((model, *reads), (Item(str(out), source.nbytes),), disk=disk, memory=1 << 30, notes=notes)
+        nbytes = _foresee(source)
+        disk = nbytes + self._between(source)
+        return Forecast((model, *reads), (Item(str(out), nbytes),), disk=disk, memory=1 << 30, notes=notes)
 
     def run(self, work: Workplace) -> dict[str, Any]:
         """Refuse what is impossible, calibrate, decide, prove, write, check."""
@@ -147,8 +148,9 @@ class SparsifyStep(Step):
         if plan is not None:
             plan.check_model(source.checkpoint.fingerprint, source.checkpoint.path)
         request = None if plan is not None else self._request(source, work.seed)
+        nbytes = _foresee(source)
         if self.write == "model":
-            check_disk(work.out, work.scratch, source.nbytes, self._between(source))
+            check_disk(work.out, work.scratch, nbytes, self._between(source))
         heldout = self._heldout(source, plan, work)
         if request is not None:
             plan = self._plan(source, request, work)
@@ -265,6 +267,27 @@ class SparsifyStep(Step):
             logger.warning("the text of the plan cannot be read again: %s", error.message)
         logger.warning("there is no text to prove the result on, so nothing says what it costs: give --heldout TEXT")
         return None
+
+
+def _foresee(source: Source) -> int:
+    """Bytes of the result's files; refuses what cannot be written, before any work.
+
+    Raises:
+        UnsupportedModel: the weights are quantized, or experts cannot be told apart on disk.
+        BadConfig: the checkpoint carries a routing policy.
+    """
+    from moekit.compress.decision import LayerDecision
+    from moekit.compress.prepare import prepare
+
+    quantized = source.checkpoint.config.get("quantization_config")
+    if quantized is not None:
+        raise UnsupportedModel(
+            f"the weights are quantized ({quantized.get('quant_method', '?')}): zeros cannot be put into them",
+            file=source.checkpoint.path,
+            hint="give the unquantized checkpoint, and quantize what comes out",
+        )
+    decisions = {layer: LayerDecision(keep=tuple(range(g.experts))) for layer, g in source.geometries.items()}
+    return prepare(source.checkpoint, decisions, mtp="keep").nbytes
 
 
 def _fixed(share: float, total: float, removed: float, source: Source) -> float:
