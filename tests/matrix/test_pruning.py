@@ -116,7 +116,7 @@ def test_a_pruned_folder_is_the_pruned_model(
     assert generated.shape[1] > tokens(1).shape[1]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "mixtral"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_saved_plan_decides_again_as_it_would_have_decided(
     name: str, family: str, recorded: Recorded, tmp_path: Path
