@@ -109,9 +109,12 @@ def spectral_clusters(
         raise ValueError(f"{count} experts do not make {clusters} clusters")
     if clusters == count:
         return np.arange(count)
+    # Rounded, so that logits of another scale, or experts in another order, give the same numbers to the last bit.
+    similarity_EE = np.round(similarity_EE, 9)
     weights = affinity(similarity_EE)
-    # Random draws must meet the same expert whatever its number is: order experts by what they are.
-    order = np.lexsort(np.sort(weights, axis=1).T)
+    # Random draws must meet the same expert whatever its number is: order experts by what they are. Experts alone have
+    # no positive similarity, but their negative ones tell them apart.
+    order = np.lexsort(np.concatenate([np.sort(similarity_EE, axis=1), np.sort(weights, axis=1)], axis=1).T)
     connected = np.array([e for e in order if weights[e].any()], dtype=np.int64)
     alone = [e for e in order if not weights[e].any()]
     if importance_E is not None:

@@ -41,8 +41,9 @@ Moekit = Callable[..., Done]
 
 
 @pytest.fixture
-def moekit(capsys: pytest.CaptureFixture[str]) -> Iterator[Moekit]:
-    """Call the command line in this process."""
+def moekit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Moekit]:
+    """Call the command line in this process, on a terminal wide enough for its tables."""
+    monkeypatch.setenv("COLUMNS", "200")
     before = signal.getsignal(signal.SIGTERM)
 
     def call(*args: object) -> Done:

@@ -358,7 +358,7 @@ def test_a_text_gives_what_is_wanted_from_its_whole_length(tokenizer: Any) -> No
     assert len(sizes["book"]) == 8, "one book is cut into passages"
     begun = [tokenizer.decode(d.ids).replace(" ", "")[:5] for d in taken if d.domain == "book"]
     assert begun[0] == "00000"
-    assert begun[-1] >= "00037", "to the end of the book"
+    assert begun[-1] >= "00035", "to the last eighth of the book"
     assert begun == sorted(begun)
     assert [d.index for d in taken] == list(range(len(taken)))
     few = take_tokens([Document("a b c", "x", "1"), Document("", "x", "2")], tokenizer, 1000)
