@@ -5,10 +5,13 @@ own, and copies as many bytes with `dd ... conv=fsync`, in turns; the source is 
 Speed is bytes of the output by seconds, flushing to disk included; the ratio is ours by dd's, above 1 is faster than
 dd. Peak is VmHWM of the process that prunes, libraries included.
 
+Calibration is one streamed pass, in a process of its own, for what every method of one pass needs; its peak may be 3 GiB
+and two decoder layers.
+
 Everything is written below `--folder` and deleted on any exit: a process that outlives this one removes it even after
 kill -9.
 
-    python benchmarks/prune_large.py                 # 30 GiB, needs 46 GiB of disk
+    python benchmarks/prune_large.py                 # 31 GiB (30 GB and more), needs 48 GiB of disk
     python benchmarks/prune_large.py --gib 2 --rounds 3 --fused
 """
 
@@ -18,6 +21,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -32,6 +36,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from calibration_cost import needs as pass_statistics
 from transformers import MixtralConfig
 
 from moekit.checkpoint.atomic import atomic_folder
@@ -40,10 +45,13 @@ from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import ShardWriter
 from moekit.compress.apply import apply, plan_bytes
 from moekit.compress.decision import LayerDecision
+from moekit.trace.streamed import record_streamed
 
 EXPERTS, TOP_K, VOCABULARY = 8, 2, 32_000
 APPLY_PEAK_BYTES = 2 << 30
 APPLY_SPEED_OF_DD = 0.60
+CALIBRATION_BYTES = 3 << 30
+REACHED = {True: "reached", False: "missed"}
 # Numbers drawn; each tensor is a window of them that begins elsewhere: drawing 15 billion would take longest of all.
 DRAWN = 64 << 20
 
@@ -140,6 +148,34 @@ def status(what: str) -> int:
     return int(found[1]) * 1024
 
 
+def calibrate(source: Path, tokens: int, length: int) -> None:
+    """Take the statistics of all methods of one pass, and print figures as JSON."""
+    before = status("VmRSS")
+    ids = torch.randint(3, VOCABULARY, (tokens // length, length), generator=torch.Generator().manual_seed(0))
+    batches = ({"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids.split(8))
+    checkpoint = Checkpoint.open(source)
+    start = time.perf_counter()
+    record_streamed(checkpoint, batches, statistics=pass_statistics())
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak": status("VmHWM"), "before": before}))
+
+
+def calibration_figures(source: Path, tokens: int, length: int) -> None:
+    """Peak of calibration, against its bound."""
+    forget(source)
+    figures = in_a_process("calibrate", source, tokens, length)
+    parts: dict[str, int] = {}
+    for name, shape in tensors_of(MixtralConfig.from_pretrained(source), fused=False):
+        if found := re.match(r"model\.layers\.(\d+)\.", name):
+            parts[found[1]] = parts.get(found[1], 0) + 2 * math.prod(shape)
+    layer = max(parts.values())
+    bound, peak = CALIBRATION_BYTES + 2 * layer, figures["peak"]
+    print(
+        f"calibration: {tokens:,} tokens, {len(pass_statistics())} statistics in {figures['seconds']:.0f} s; peak "
+        f"resident {peak / 2**30:.2f} GiB ({figures['before'] / 2**30:.2f} GiB before the work, a layer is "
+        f"{layer / 2**30:.2f} GiB); at most {bound / 2**30:.2f} GiB: {REACHED[peak <= bound]}"
+    )
+
+
 def child(source: Path, target: Path) -> None:
     """Prune, and print figures as JSON."""
     before = status("VmRSS")
@@ -150,9 +186,9 @@ def child(source: Path, target: Path) -> None:
     print(json.dumps({"seconds": time.perf_counter() - start, "peak": status("VmHWM"), "before": before}))
 
 
-def prune(source: Path, target: Path) -> dict[str, float]:
-    """Prune in a process of its own; its figures."""
-    command = [sys.executable, __file__, "--child", str(source), str(target)]
+def in_a_process(*arguments: object) -> dict[str, float]:
+    """Do one part in a process of its own; its figures."""
+    command = [sys.executable, __file__, "--child", *map(str, arguments)]
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures: dict[str, float] = json.loads(told.stdout.splitlines()[-1])
     return figures
@@ -184,7 +220,7 @@ def apply_figures(root: Path, source: Path, rounds: int) -> None:
             if turn == "dd":
                 theirs.append(dd(source, root / "out", written))
             else:
-                ours.append(prune(source, root / "out"))
+                ours.append(in_a_process("apply", source, root / "out"))
             shutil.rmtree(root / "out")
             print(
                 f"  round {number + 1}, {turn}: {theirs[-1] if turn == 'dd' else ours[-1]['seconds']:.2f} s", flush=True
@@ -194,14 +230,13 @@ def apply_figures(root: Path, source: Path, rounds: int) -> None:
     peak = max(figures["peak"] for figures in ours)
     mib = written / 2**20
     print(f"apply: {mib:,.0f} MiB in {mine:.2f} s = {mib / mine:,.0f} MiB/s; dd: {dds:.2f} s = {mib / dds:,.0f} MiB/s")
-    reached = {True: "reached", False: "missed"}
     print(
         f"speed against dd: {dds / mine:.2f} (rounds {pairs[0]:.2f} to {pairs[-1]:.2f}); "
-        f"at least {APPLY_SPEED_OF_DD:.2f}: {reached[dds / mine >= APPLY_SPEED_OF_DD]}"
+        f"at least {APPLY_SPEED_OF_DD:.2f}: {REACHED[dds / mine >= APPLY_SPEED_OF_DD]}"
     )
     print(
         f"peak resident of apply: {peak / 2**20:,.0f} MiB ({ours[0]['before'] / 2**20:,.0f} MiB before the work); "
-        f"at most {APPLY_PEAK_BYTES / 2**20:,.0f} MiB: {reached[peak <= APPLY_PEAK_BYTES]}"
+        f"at most {APPLY_PEAK_BYTES / 2**20:,.0f} MiB: {REACHED[peak <= APPLY_PEAK_BYTES]}"
     )
 
 
@@ -218,14 +253,17 @@ def machine() -> str:
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=30.0, help="size of the checkpoint")
+    parser.add_argument("--gib", type=float, default=31.0, help="size of the checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fused", action="store_true", help="stacked experts instead of one tensor each")
     parser.add_argument("--folder", type=Path, default=Path("."), help="where to write")
-    parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(*arguments.child)
+        part, source, *rest = arguments.child
+        child(Path(source), Path(*rest)) if part == "apply" else calibrate(Path(source), *map(int, rest))
         return
     need, free = arguments.gib * 2**30 * 1.53, shutil.disk_usage(arguments.folder).free
     if need > free:
@@ -243,7 +281,7 @@ def main() -> None:
             f"{time.perf_counter() - start:.0f} s"
         )
         apply_figures(root, root / "source", arguments.rounds)
-        # Calibration: its peak resident memory over `root / "source"`, layer by layer, follows here.
+        calibration_figures(root / "source", arguments.tokens, arguments.length)
 
 
 if __name__ == "__main__":

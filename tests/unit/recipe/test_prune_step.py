@@ -336,3 +336,35 @@ def test_the_ready_recipe_runs_to_its_page(made: Path, tmp_path: Path) -> None:
         after = done[f"after-{k}"].results["comparison"]["overall"]["difference"]["mean"]
         assert proof == pytest.approx(after, abs=1e-4)
     assert "keep 0.5" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_prompts_are_answered_by_the_model_and_both_are_decided_on(made: Path, tmp_path: Path) -> None:
+    prompts = ["the old mill ", "12 + 7 = ", "a river ran ", "too long " * 60]
+    lines = [json.dumps({"text": text, "domain": "prose"}) for text in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    asked = step(made, data=tmp_path / "prompts.jsonl", heldout=made / "text", answers=6, write="plan", keep=5)
+    results = asked.run(place(tmp_path))
+    plan = PrunePlan.load(tmp_path / "out" / "plan.json")
+
+    model = AutoModelForCausalLM.from_pretrained(made / "moe").eval()
+    tokenizer = load_tokenizer(str(made / "moe"))
+    sequences = []
+    for text in prompts[:3]:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        sequences.append(model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0])
+    chosen = torch.zeros(8, dtype=torch.long)
+    model.model.layers[1].mlp.gate.register_forward_hook(
+        lambda _m, _a, given: chosen.add_(torch.bincount(given[2].flatten(), minlength=8))
+    )
+    with torch.no_grad():
+        model(torch.cat(sequences)[None, :])
+    assert plan.statistics[1]["load"].long().sum() == 2 * sum(map(len, sequences))
+    assert results["layers"][1]["kept"] == list(plan.decisions[1].keep)
+    torch.testing.assert_close(plan.statistics[1]["load"].long(), chosen)
+
+
+def test_without_prompts_nothing_can_be_answered(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="no prompts"):
+        step(made, data=None, trace=made / "trace", answers=4, proof=False).check()
+    with pytest.raises(BadConfig, match="leaves room"):
+        step(made, answers=128, write="plan", proof=False).run(place(tmp_path))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moekit.errors import BadConfig, MoekitError
+from moekit.recipe.answered import answered_rows, load_for_answers
 from moekit.recipe.inputs import model_item, read_text, rows_of, text_item
 from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
@@ -34,7 +35,7 @@ from moekit.recipe.steps.base import ModelRef, Step, TextRef, TraceRef, Workplac
 if TYPE_CHECKING:
     from moekit.compress.prune.plan import PrunePlan
     from moekit.compress.prune.planning import Request
-    from moekit.data import TokenBatches
+    from moekit.data import Document, TokenBatches
     from moekit.recipe.proof import HeldOut
     from moekit.trace import Trace
 
@@ -66,6 +67,13 @@ class PruneStep(WritingOptions, Step):
     protect: str | None = Field(
         default=None, description="experts that stay: super, layer:expert pairs such as 1:68,2:92, or a JSON file"
     )
+    answers: int | None = Field(
+        default=None,
+        ge=1,
+        description="take data as prompts: decide on each with the model's own answer of up to so many tokens behind it "
+        "(the whole model runs, not layer by layer)",
+    )
+    demonstrations: int = Field(default=25, ge=1, description="prompts of each domain that are answered")
     max_tokens: int | None = Field(default=65536, ge=1, description="tokens of data, at most, shared among documents")
     seq_len: int = Field(default=512, ge=2, description="tokens a row; the model's limit if that is less")
     batch_size: int = Field(default=8, ge=1, description="rows a pass")
@@ -86,6 +94,8 @@ class PruneStep(WritingOptions, Step):
         if self.data is None and self.trace is None and (method.searches or method.required):
             what = "runs layers on text" if method.searches else f"decides from {', '.join(method.required)}"
             raise BadConfig(f"{self.method} {what}", hint="give text (--data) or a trace (--trace) of this model")
+        if self.answers is not None and self.data is None:
+            raise BadConfig("there are no prompts to answer", hint="give prompts (--data), or leave --answers out")
         if self.protect == SUPER and self.data is None and self.trace is None:
             raise BadConfig("super experts are found on text", hint="give text (--data) or a trace that holds them")
         if self._proves and self.data is None and self.heldout is None:
@@ -107,7 +117,8 @@ class PruneStep(WritingOptions, Step):
         model = model_item(self.model, sizes)
         reads = [model, *(text_item(text, sizes) for text in (self.data, self.heldout) if text)]
         reads += [sizes.item(self.trace)] if self.trace else []
-        notes = ["layers are read from disk one at a time: memory does not grow with their number"]
+        notes = [] if self.answers is None else ["the whole model is loaded to answer the prompts"]
+        notes += ["layers are read from disk one at a time: memory does not grow with their number"]
         if self.scope == "global":
             notes.append("layers may keep different numbers of experts: the result loads through moekit.load only")
         if self.write == "plan":
@@ -119,6 +130,7 @@ class PruneStep(WritingOptions, Step):
         outlook = self._foresee(source, request)
         disk = outlook.nbytes + self._between(source, outlook, request)
         memory = 2 * max(_layer_bytes(source).values()) + (1 << 30)
+        memory = memory if self.answers is None else max(memory, source.nbytes + (1 << 30))
         return Forecast(tuple(reads), (Item(str(out), outlook.nbytes),), disk=disk, memory=memory, notes=tuple(notes))
 
     def run(self, work: Workplace) -> dict[str, Any]:
@@ -170,14 +182,27 @@ class PruneStep(WritingOptions, Step):
         rows = None
         if self.data is not None:
             documents = read_text(self.data, split=split, seed=work.seed, progress=work.progress)
-            length = min(self.seq_len, source.longest)
-            rows = rows_of(documents, source.tokenizer(), seq_len=length, max_tokens=self.max_tokens)
+            rows = self._rows(documents, source, work)
         if not self._proves:
             return rows, None
         if self.heldout is not None:
             return rows, read_heldout(self, self.heldout, None, source, work)
         assert self.data is not None
         return rows, read_heldout(self, self.data, "heldout", source, work)
+
+    def _rows(self, documents: list[Document], source: Source, work: Workplace) -> TokenBatches:
+        length = min(self.seq_len, source.longest)
+        if self.answers is None:
+            return rows_of(documents, source.tokenizer(), seq_len=length, max_tokens=self.max_tokens)
+        return answered_rows(
+            documents,
+            source,
+            work,
+            new_tokens=self.answers,
+            each=self.demonstrations,
+            seq_len=length,
+            load=lambda: load_for_answers(source, self.device, self.dtype),
+        )
 
     def _decide(self, source: Source, request: Request, rows: TokenBatches | None, work: Workplace) -> Decided:
         from moekit.compress.prune.planning import plan_pruning
