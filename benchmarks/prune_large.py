@@ -5,8 +5,8 @@ own, and copies as many bytes with `dd ... conv=fsync`, in turns; the source is 
 Speed is bytes of the output by seconds, flushing to disk included; the ratio is ours by dd's, above 1 is faster than
 dd. Peak is VmHWM of the process that prunes, libraries included.
 
-Calibration is one streamed pass, in a process of its own, for what every method of one pass needs; its peak may be 3 GiB
-and two decoder layers.
+Calibration is one streamed pass, in a process of its own, for what every method of one pass needs; its peak may be
+3 GiB and two decoder layers.
 
 Everything is written below `--folder` and deleted on any exit: a process that outlives this one removes it even after
 kill -9.
@@ -43,8 +43,8 @@ from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import ShardWriter
-from moekit.compress.apply import apply, plan_bytes
 from moekit.compress.decision import LayerDecision
+from moekit.compress.writing.apply import apply, plan_bytes
 from moekit.trace.streamed import record_streamed
 
 EXPERTS, TOP_K, VOCABULARY = 8, 2, 32_000

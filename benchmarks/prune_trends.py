@@ -23,13 +23,13 @@ from moekit.anatomy import find_moe_layers
 from moekit.compress import live
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.patterns import pattern_of
+from moekit.compress.patterns.pattern import pattern_of
+from moekit.compress.patterns.retrieval import query, retrieve
 from moekit.compress.prune.premoe import PreMoe
 from moekit.compress.prune.stun import Stun
 from moekit.compress.resize import read_block
-from moekit.compress.retrieval import query, retrieve
+from moekit.compress.sparsify.accounting import remaining_sparsity
 from moekit.compress.sparsify.wanda import Wanda
-from moekit.compress.sparsity import remaining_sparsity
 from moekit.compress.weights import LayerWeights
 from moekit.data import TokenBatches, TokenizedDocument
 from moekit.data.batches import arrange

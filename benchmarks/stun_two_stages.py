@@ -25,14 +25,14 @@ import torch
 
 from moekit import catalogue
 from moekit.checkpoint import Checkpoint, Record
-from moekit.compress.apply import apply
 from moekit.compress.budget import Budget
 from moekit.compress.prune import planning
 from moekit.compress.prune.rewriting import rewriter
+from moekit.compress.sparsify.accounting import remaining_sparsity
 from moekit.compress.sparsify.base import SparsifyMethod
 from moekit.compress.sparsify.lineage import expert_weights, find_original
 from moekit.compress.sparsify.sequential import Calibration, PlannedZeros, Request, plan_sparsity, zeros_of
-from moekit.compress.sparsity import remaining_sparsity
+from moekit.compress.writing.apply import apply
 from moekit.data import TokenizedDocument, load_text
 from moekit.data.batches import arrange
 from moekit.evaluation import Evaluation, compare

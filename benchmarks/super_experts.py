@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import moekit
 from moekit.anatomy import find_moe_layers
 from moekit.anatomy.convert import ActivationSplit, Residual
-from moekit.compress.ablation import (
+from moekit.compress.protect.ablation import (
     Pair,
     find_sinks,
     measure_sink_decay,
@@ -41,7 +41,7 @@ from moekit.compress.ablation import (
     sinks_mask,
     without_experts,
 )
-from moekit.compress.super_experts import NEEDS, SHARED, SuperExpertReport, find_super_experts
+from moekit.compress.protect.super_experts import NEEDS, SHARED, SuperExpertReport, find_super_experts
 from moekit.data import fetch, load_text, pack
 from moekit.trace import record
 from moekit.trace.each_expert import plain_expert

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.apply import apply
 from moekit.compress.budget import Budget
 from moekit.compress.prune.planning import Request, plan_pruning
 from moekit.compress.prune.reap import Reap
+from moekit.compress.writing.apply import apply
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain
 from tests.families import tokens

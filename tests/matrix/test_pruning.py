@@ -20,7 +20,6 @@ from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.apply import apply
 from moekit.compress.budget import Budget
 from moekit.compress.decision import LayerDecision
 from moekit.compress.live import change_model
@@ -29,6 +28,7 @@ from moekit.compress.prune.plan import PrunePlan
 from moekit.compress.prune.planning import Request, plan_pruning, redecide
 from moekit.compress.prune.rewriting import rewriter
 from moekit.compress.prune.searching import search_pruning
+from moekit.compress.writing.apply import apply
 from moekit.errors import BadConfig
 from moekit.routing.gate import identify_gate
 from moekit.trace import Trace
@@ -131,6 +131,7 @@ def test_a_saved_plan_decides_again_as_it_would_have_decided(
     straight = plan_of(recorded, method, Budget(keep=4))
     assert again.decisions == straight.decisions
     assert again.hash == straight.hash
+    assert again.file.warnings == straight.file.warnings
 
 
 def masked_reference(model: PreTrainedModel, keep: Mapping[int, set[int]]) -> Tensor:

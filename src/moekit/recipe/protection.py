@@ -49,7 +49,7 @@ def parse_protected(text: str, source: Source) -> dict[int, tuple[int, ...]]:
 
 def _read_protected(file: Path, source: Source) -> dict[int, set[int]]:
     from moekit.checkpoint.strictjson import read_json
-    from moekit.compress.super_experts import SuperExpertReport
+    from moekit.compress.protect.super_experts import SuperExpertReport
 
     hint = 'write super, pairs such as 1:68,2:92, or a JSON file {"1": [68], "2": [92]}'
     if not file.is_file():
@@ -67,7 +67,7 @@ def _read_protected(file: Path, source: Source) -> dict[int, set[int]]:
 
 def protection_needs(source: Source) -> tuple[str, ...]:
     """Statistics by which super experts are found."""
-    from moekit.compress.super_experts import NEEDS
+    from moekit.compress.protect.super_experts import NEEDS
 
     shared = any(geometry.shared_width for geometry in source.geometries.values())
     return (*NEEDS, "shared_peak") if shared else NEEDS
@@ -80,7 +80,7 @@ def super_experts(source: Source, trace: Trace) -> dict[int, tuple[int, ...]]:
         BadData: the trace does not hold what tells them.
     """
     from moekit.checkpoint.fingerprint import text_config
-    from moekit.compress.super_experts import find_super_experts
+    from moekit.compress.protect.super_experts import find_super_experts
 
     layers = text_config(source.checkpoint.config).get("num_hidden_layers")
     report = find_super_experts(

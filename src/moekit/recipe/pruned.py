@@ -78,28 +78,19 @@ def baseline(
 
 def warn_of(plan: PrunePlan) -> list[str]:
     """What a reader must know of a plan's data; also logged, in fewer words."""
-    lines, total, stay, seldom = [], 0, 0, 0
-    for layer, told in plan.file.layers.items():
-        if told.never_routed:
-            kept = len(set(told.never_routed) & set(told.decision.keep))
-            total, stay, seldom = total + len(told.never_routed), stay + kept, seldom + 1
-            lines.append(
-                f"layer {layer}: {len(told.never_routed)} of {told.experts} experts were never routed in the "
-                f"calibration text; they rank below all others, and {kept} of them stay"
-            )
-    if total:
+    unseen = {layer: told for layer, told in plan.file.layers.items() if told.never_routed}
+    if unseen:
         logger.warning(
             "%d experts in %d of %d layers were never routed in the calibration text; they rank below all others, and "
             "%d of them stay",
-            total,
-            seldom,
+            sum(len(told.never_routed) for told in unseen.values()),
+            len(unseen),
             len(plan.file.layers),
-            stay,
+            sum(len(set(told.never_routed) & set(told.decision.keep)) for told in unseen.values()),
         )
-    if sum(entry.documents for entry in plan.file.data) == 1:
-        lines.append("the calibration text is a single document: its experts may be those of that document alone")
-        logger.warning("%s", lines[-1])
-    return lines
+    for line in plan.file.warnings[len(unseen) :]:
+        logger.warning("%s", line)
+    return list(plan.file.warnings)
 
 
 @dataclass
@@ -168,7 +159,7 @@ def write_pruned(
     """
     from moekit.checking import check
     from moekit.checkpoint import Record, atomic_folder
-    from moekit.compress.apply import apply
+    from moekit.compress.writing.apply import apply
 
     file = decided.plan.file
     told = file.model_dump(mode="json", include={"method", "settings", "budget", "top_k", "groups", "data", "tokens"})

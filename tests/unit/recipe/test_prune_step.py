@@ -208,7 +208,7 @@ def test_protected_experts_stay(made: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(BadConfig, match="protected experts cannot be read"):
         step(made, write="plan", protect=str(file)).run(place(tmp_path, "bad.json"))
 
-    import moekit.compress.super_experts as module
+    import moekit.compress.protect.super_experts as module
 
     real = module.find_super_experts
 
@@ -236,7 +236,7 @@ def test_the_plan_is_that_of_the_library(made: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import moekit.compress.apply as engine
+    import moekit.compress.writing.apply as engine
     import moekit.recipe.proof as proof
     from moekit.compress.prune.dern import DERN
 
@@ -353,9 +353,11 @@ def test_prompts_are_answered_by_the_model_and_both_are_decided_on(made: Path, t
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         sequences.append(model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0])
     chosen = torch.zeros(8, dtype=torch.long)
-    model.model.layers[1].mlp.gate.register_forward_hook(
-        lambda _m, _a, given: chosen.add_(torch.bincount(given[2].flatten(), minlength=8))
-    )
+
+    def count(_module: Any, _args: Any, given: Any) -> None:
+        chosen.add_(torch.bincount(given[2].flatten(), minlength=8))
+
+    model.model.layers[1].mlp.gate.register_forward_hook(count)
     with torch.no_grad():
         model(torch.cat(sequences)[None, :])
     assert plan.statistics[1]["load"].long().sum() == 2 * sum(map(len, sequences))

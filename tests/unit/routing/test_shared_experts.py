@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 import moekit
 from moekit.anatomy import Geometry, MoELayer, find_moe_layers
-from moekit.compress.align import align_experts
-from moekit.compress.merging import merge_groups
+from moekit.compress.neurons.align import align_experts
+from moekit.compress.neurons.merging import merge_groups
 from moekit.compress.weights import LayerWeights, from_live, to_live
 from moekit.errors import BadConfig
 from moekit.routing import Gate, GateSpec, RoutingPlan, attach_policy, identify_gate

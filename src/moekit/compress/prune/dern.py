@@ -15,10 +15,10 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
+from moekit.compress.clustering.spherical_kmeans import spherical_kmeans
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod, ratio
-from moekit.compress.segments import (
+from moekit.compress.neurons.segments import (
     Compare,
     Nearest,
     Precision,
@@ -29,7 +29,7 @@ from moekit.compress.segments import (
     share_router_rows,
     write_segments,
 )
-from moekit.compress.spherical_kmeans import spherical_kmeans
+from moekit.compress.prune.base import PruneMethod, ratio
 from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault, UnsupportedModel
 

@@ -5,7 +5,7 @@ Legend: E experts, K choices a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,6 +27,7 @@ from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.walk import layer_of
+from moekit.trace.meta import DataEntry
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace
 
@@ -230,16 +231,8 @@ def plan_file(
 ) -> PlanFile:
     """The readable part of a plan, with what a reader must know."""
     record = catalogue.of(type(request.method))
-    warnings = [
-        f"layer {layer}: {len(plan.never_routed)} of {plan.experts} experts were never routed in the calibration text; "
-        f"they rank below all others, and {kept} of them stay"
-        for layer, plan in layers.items()
-        if plan.never_routed
-        for kept in [len(set(plan.never_routed) & set(plan.decision.keep))]
-    ]
     meta = None if trace is None else trace.meta
-    if meta is not None and sum(entry.documents for entry in meta.data) == 1:
-        warnings.append("the calibration text is a single document: its experts may be those of that document alone")
+    data = () if meta is None else tuple(meta.data)
     return PlanFile(
         method=record.name,
         settings=request.method.model_dump(mode="json"),
@@ -250,13 +243,27 @@ def plan_file(
         model=str(checkpoint.path),
         fingerprint=checkpoint.fingerprint,
         trace="" if trace is None else trace.digest,
-        data=() if meta is None else tuple(meta.data),
+        data=data,
         tokens=0 if meta is None else meta.tokens,
         domains=() if meta is None else tuple(meta.domains),
         protected={layer: tuple(sorted(experts)) for layer, experts in (request.protected or {}).items()},
         layers=dict(layers),
-        warnings=tuple(warnings),
+        warnings=_warnings(layers, data),
     )
+
+
+def _warnings(layers: Mapping[int, LayerPlan], data: Sequence[DataEntry]) -> tuple[str, ...]:
+    """What a reader of a plan must know."""
+    found = [
+        f"layer {layer}: {len(plan.never_routed)} of {plan.experts} experts were never routed in the calibration text; "
+        f"they rank below all others, and {kept} of them stay"
+        for layer, plan in layers.items()
+        if plan.never_routed
+        for kept in [len(set(plan.never_routed) & set(plan.decision.keep))]
+    ]
+    if sum(entry.documents for entry in data) == 1:
+        found.append("the calibration text is a single document: its experts may be those of that document alone")
+    return tuple(found)
 
 
 def redecide(plan: PrunePlan, checkpoint: Checkpoint, budget: Budget) -> PrunePlan:
@@ -281,4 +288,5 @@ def redecide(plan: PrunePlan, checkpoint: Checkpoint, budget: Budget) -> PrunePl
     scores = {layer: torch.tensor(p.scores, dtype=torch.float64) for layer, p in file.layers.items()}
     made = decide(checkpoint, evidence, scores, request, plan.statistics, None)
     kept = {"trace": file.trace, "data": file.data, "tokens": file.tokens, "domains": file.domains}
+    kept |= {"warnings": _warnings(made.file.layers, file.data)}
     return PrunePlan(made.file.model_copy(update=kept), plan.statistics)

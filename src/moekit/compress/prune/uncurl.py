@@ -19,12 +19,12 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.align import align_experts
+from moekit.compress.clustering.spectral import Array, Similarity, join_nearest, similarity, spectral_clusters
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.merging import member_shares, merge_groups
+from moekit.compress.neurons.align import align_experts
+from moekit.compress.neurons.merging import member_shares, merge_groups
 from moekit.compress.prune.base import PruneMethod
-from moekit.compress.spectral import Array, Similarity, join_nearest, similarity, spectral_clusters
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, NumericFault
 

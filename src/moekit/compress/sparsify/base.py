@@ -23,7 +23,7 @@ from torch import Tensor
 from moekit import catalogue
 from moekit.anatomy.probe import Geometry
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.masks import groups_of
+from moekit.compress.sparsify.masks import groups_of
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, MoekitError, NumericFault
 

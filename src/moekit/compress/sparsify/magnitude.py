@@ -14,8 +14,8 @@ from torch import Tensor
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.masks import UNSTRUCTURED, smallest
 from moekit.compress.sparsify.base import Part, SparsifyMethod, sparsity_of, valid_pattern
+from moekit.compress.sparsify.masks import UNSTRUCTURED, smallest
 
 
 @register(

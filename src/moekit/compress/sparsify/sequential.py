@@ -26,10 +26,10 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.planning import geometries_of, weights_reader
 from moekit.compress.resize import read_block, resized_block, resized_config
+from moekit.compress.sparsify.accounting import Count, count_zeros
 from moekit.compress.sparsify.base import SparsifyMethod, check_sparsity
 from moekit.compress.sparsify.lineage import expert_weights
 from moekit.compress.sparsify.plan import LayerShare, SparsityFile, SparsityPlan
-from moekit.compress.sparsity import Count, count_zeros
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.trace.meta import TraceMeta

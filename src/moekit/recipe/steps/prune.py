@@ -70,8 +70,8 @@ class PruneStep(WritingOptions, Step):
     answers: int | None = Field(
         default=None,
         ge=1,
-        description="take data as prompts: decide on each with the model's own answer of up to so many tokens behind it "
-        "(the whole model runs, not layer by layer)",
+        description="take data as prompts: decide on each with the model's own answer of up to so many tokens behind "
+        "it (the whole model runs, not layer by layer)",
     )
     demonstrations: int = Field(default=25, ge=1, description="prompts of each domain that are answered")
     max_tokens: int | None = Field(default=65536, ge=1, description="tokens of data, at most, shared among documents")

@@ -186,9 +186,9 @@ class SparsifyStep(Step):
         Raises:
             BadConfig: a total that cannot be met, or a parent that says how many weights there were is gone.
         """
+        from moekit.compress.sparsify.accounting import remaining_sparsity
         from moekit.compress.sparsify.lineage import expert_weights
         from moekit.compress.sparsify.sequential import Request
-        from moekit.compress.sparsity import remaining_sparsity
 
         method, original = self._method(), self._original(source)
         weights = None if original is None else original.weights
@@ -277,7 +277,7 @@ def _foresee(source: Source) -> int:
         BadConfig: the checkpoint carries a routing policy.
     """
     from moekit.compress.decision import LayerDecision
-    from moekit.compress.prepare import prepare
+    from moekit.compress.writing.prepare import prepare
 
     quantized = source.checkpoint.config.get("quantization_config")
     if quantized is not None:
@@ -296,7 +296,7 @@ def _fixed(share: float, total: float, removed: float, source: Source) -> float:
     Raises:
         BadConfig: it does not; names the total that it gives.
     """
-    from moekit.compress.sparsity import total_sparsity
+    from moekit.compress.sparsify.accounting import total_sparsity
 
     whole = total_sparsity(removed, share)
     inputs = max(max(g.hidden, g.width) for g in source.geometries.values())

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from moekit.anatomy import Geometry, find_moe_layers
-from moekit.compress.complete_linkage import complete_linkage
+from moekit.compress.clustering.complete_linkage import complete_linkage
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.stun import Stun, nearest_to_mean, normalised_coactivation, router_distances
 from moekit.compress.weights import LayerWeights, from_live

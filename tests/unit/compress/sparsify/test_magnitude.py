@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from moekit import catalogue
 from moekit.anatomy import Geometry, find_moe_layers
 from moekit.compress.evidence import LayerEvidence
+from moekit.compress.sparsify.accounting import count_zeros
 from moekit.compress.sparsify.base import SparsifyMethod
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.owl import OWL
 from moekit.compress.sparsify.wanda import Wanda
-from moekit.compress.sparsity import count_zeros
 from moekit.compress.weights import LayerWeights, from_live
 from moekit.errors import BadConfig, NumericFault
 from moekit.trace.statistics import LayerStatistics

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moekit.anatomy.probe import find_moe_layers
 from moekit.compress.answers import prompt_ids
-from moekit.compress.patterns import Pattern, score_layers
+from moekit.compress.patterns.pattern import Pattern, score_layers
 from moekit.compress.prune.base import PruneMethod
 from moekit.errors import BadConfig, BadData, NumericFault
 from moekit.trace.recorder import record

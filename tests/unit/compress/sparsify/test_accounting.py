@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from moekit.anatomy import Geometry
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.stun import Stun
+from moekit.compress.sparsify.accounting import Count, count_zeros, remaining_sparsity, total_sparsity
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.wanda import Wanda
-from moekit.compress.sparsity import Count, count_zeros, remaining_sparsity, total_sparsity
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.trace.statistics import LayerStatistics

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from moekit.anatomy import find_moe_layers
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.pattern_store import INDEX_FILE, PatternStore
-from moekit.compress.patterns import Pattern, generalist, keep_sets, make_pattern, pattern_of
+from moekit.compress.patterns.pattern import Pattern, generalist, keep_sets, make_pattern, pattern_of
+from moekit.compress.patterns.retrieval import query, retrieve
+from moekit.compress.patterns.store import INDEX_FILE, PatternStore
 from moekit.compress.prune.premoe import PreMoe
-from moekit.compress.retrieval import query, retrieve
 from moekit.errors import BadConfig, BadData, MoekitError, NumericFault, UnsafeInput, UnsupportedModel
 from moekit.trace import record
 from moekit.trace.meta import DataEntry
@@ -197,18 +197,18 @@ def test_a_task_is_replaced_only_if_asked(tmp_path: Path) -> None:
 
 
 def test_a_write_that_dies_leaves_the_old_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moekit.compress import pattern_store
+    from moekit.compress.patterns import store as module
 
     store = PatternStore(tmp_path)
     store.save(pattern())
-    write = pattern_store.atomic_write
+    write = module.atomic_write
 
     def dies(path: Path, data: bytes | str) -> None:
         if path.name == INDEX_FILE:
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(pattern_store, "atomic_write", dies)
+    monkeypatch.setattr(module, "atomic_write", dies)
     with pytest.raises(KeyboardInterrupt):
         store.save(pattern(scores=SCORES | {4: torch.arange(4.0)}), overwrite=True)
     same(store.load("maths"), pattern())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from moekit.compress.complete_linkage import complete_linkage
+from moekit.compress.clustering.complete_linkage import complete_linkage
 from moekit.errors import NumericFault
 
 LINE = torch.tensor([0.0, 1.0, 2.2, 10.0, 10.5], dtype=torch.float64)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moekit.anatomy.probe import MoELayer, find_moe_layers
-from moekit.compress.super_experts import SHARED
+from moekit.compress.protect.super_experts import SHARED
 from moekit.errors import BadConfig
 from moekit.trace.massive import is_massive
 from moekit.trace.observation import widest

@@ -22,10 +22,10 @@ from moekit.checkpoint.record import Expectations, Record, TensorExpectation
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.small_files import copy_small_files
 from moekit.compress.decision import LayerDecision
-from moekit.compress.output import Output
-from moekit.compress.prepare import Mtp, Work, plan_bytes, prepare
 from moekit.compress.resize import Groups
-from moekit.compress.rewriting import Rewrite, Rewriter
+from moekit.compress.writing.output import Output
+from moekit.compress.writing.prepare import Mtp, Work, plan_bytes, prepare
+from moekit.compress.writing.rewriting import Rewrite, Rewriter
 from moekit.errors import UnsupportedModel
 
 __all__ = ["apply", "plan_bytes"]

@@ -22,9 +22,9 @@ from moekit.checking import check
 from moekit.checkpoint.digest import tensor_digests
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import PolicyEntry, Record
-from moekit.compress.apply import apply, plan_bytes
 from moekit.compress.decision import LayerDecision
 from moekit.compress.weights import LayerWeights
+from moekit.compress.writing.apply import apply, plan_bytes
 from moekit.errors import BadCheckpoint, BadConfig, NumericFault, OutOfBudget, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.families import EXPERTS, FAMILIES, HIDDEN, TOP_K, WIDTH, build, logits
@@ -539,7 +539,7 @@ import re, sys
 from pathlib import Path
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.apply import apply
+from moekit.compress.writing.apply import apply
 from moekit.compress.decision import LayerDecision
 keep = (1, 3, 4, 6)
 def kilobytes(what):  # not ru_maxrss: a child begins with that of its parent

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moekit.anatomy import find_moe_layers
-from moekit.compress.ablation import (
+from moekit.compress.protect.ablation import (
     Pair,
     attention_sink_decay,
     find_sinks,
@@ -19,7 +19,7 @@ from moekit.compress.ablation import (
     sinks_mask,
     without_experts,
 )
-from moekit.compress.super_experts import SHARED
+from moekit.compress.protect.super_experts import SHARED
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.trace import record
 from tests.families import EXPERTS, FAMILIES, HIDDEN, build, logits, tokens

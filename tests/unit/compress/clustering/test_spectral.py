@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekit.compress.spectral import (
+from moekit.compress.clustering.spectral import (
     Array,
     affinity,
     embedding,
@@ -154,7 +154,7 @@ def test_equal_points_still_fill_every_cluster() -> None:
 
 def test_the_largest_cluster_is_split_at_its_outermost_member() -> None:
     # One centre far away takes nothing: of the five on the right, 9 and 8 leave.
-    from moekit.compress.spectral import _fill_empty
+    from moekit.compress.clustering.spectral import _fill_empty
 
     points = np.array([[0.0], [1.0], [4.0], [4.5], [5.0], [8.0], [9.0]])
     labels = _fill_empty(points, np.array([0, 0, 1, 1, 1, 1, 1]), 3)

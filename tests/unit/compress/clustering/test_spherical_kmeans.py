@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.compress.spherical_kmeans import spherical_kmeans, unit
+from moekit.compress.clustering.spherical_kmeans import spherical_kmeans, unit
 from moekit.errors import NumericFault
 
 # Two neurons of one expert and one of another, as gate | up | down, each of two numbers.

@@ -26,7 +26,7 @@ from moekit.checkpoint.fingerprint import text_config
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
 from moekit.compress.decision import LayerDecision
-from moekit.compress.output import Spec
+from moekit.compress.writing.output import Spec
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
 _SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")

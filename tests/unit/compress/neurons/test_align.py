@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.compress.align import align_experts, match_neurons, permute_neurons, single
+from moekit.compress.neurons.align import align_experts, match_neurons, permute_neurons, single
 from moekit.compress.weights import LayerWeights, outputs
 from moekit.errors import NumericFault, UnsupportedModel
 

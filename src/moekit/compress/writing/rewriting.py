@@ -15,8 +15,8 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.reading import TensorReader
 from moekit.compress.decision import LayerDecision
 from moekit.compress.resize import read_block, resized_block, resized_config
-from moekit.compress.slices import Kept
 from moekit.compress.weights import LayerWeights
+from moekit.compress.writing.slices import Kept
 from moekit.errors import BadConfig, NumericFault, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.walk import Walk

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moekit.compress.align import permute_neurons, single
+from moekit.compress.neurons.align import permute_neurons, single
 from moekit.compress.weights import LayerWeights
 
 RouterRows = Literal["mean", "representative"]

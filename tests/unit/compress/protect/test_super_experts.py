@@ -15,10 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moekit.anatomy import Geometry, find_moe_layers
-from moekit.compress.ablation import without_experts
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import keep_highest
-from moekit.compress.super_experts import (
+from moekit.compress.protect.ablation import without_experts
+from moekit.compress.protect.super_experts import (
     NEEDS,
     SHARED,
     SuperExpertReport,
@@ -26,6 +25,7 @@ from moekit.compress.super_experts import (
     forms_massive,
     profile_super_experts,
 )
+from moekit.compress.prune.base import keep_highest
 from moekit.errors import BadConfig, BadData, NumericFault
 from moekit.trace import LayerStatistics, record
 from moekit.trace.massive import stream_magnitude

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.checkpoint.safety import check_name, read_header, read_json
-from moekit.compress.patterns import Origin, Pattern, check_same
+from moekit.compress.patterns.pattern import Origin, Pattern, check_same
 from moekit.errors import BadCheckpoint, BadConfig, BadData
 from moekit.trace.meta import DataEntry
 

@@ -2,8 +2,8 @@
 
 A pattern is the score vector z of the first MoE layer and for each further layer l a permutation with
 perm_l[argsort(z)[rank]] = argsort(score_l)[rank], both descending (arXiv:2505.17639). So {perm_l[e] : e in top-M(z)} is
-the top M of layer l for every M: one file serves all budgets. `moekit.compress.pattern_store` keeps patterns on disk,
-`moekit.compress.retrieval` finds the one that a prompt belongs to.
+the top M of layer l for every M: one file serves all budgets. `moekit.compress.patterns.store` keeps patterns on disk,
+`moekit.compress.patterns.retrieval` finds the one that a prompt belongs to.
 
 Legend: L MoE layers, E experts, M experts kept.
 """

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moekit.compress.spherical_kmeans import unit
+from moekit.compress.clustering.spherical_kmeans import unit
 from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault
 

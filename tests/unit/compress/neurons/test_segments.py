@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moekit.compress.segments import (
+from moekit.compress.neurons.segments import (
     Compare,
     balanced,
     comparable,

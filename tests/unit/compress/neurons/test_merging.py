@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.compress.align import align_experts
-from moekit.compress.merging import member_shares, merge_groups
+from moekit.compress.neurons.align import align_experts
+from moekit.compress.neurons.merging import member_shares, merge_groups
 from moekit.compress.weights import LayerWeights, outputs
 
 

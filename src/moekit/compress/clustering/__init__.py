@@ -1,0 +1,1 @@
+"""Clusters of experts and of neurons."""

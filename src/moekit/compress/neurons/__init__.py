@@ -1,0 +1,1 @@
+"""Neurons of experts: matched, aligned, merged, recombined."""
