@@ -35,6 +35,7 @@ from prune_trends import (
     about_scores,
     about_stun,
     about_uncurl,
+    how_experts_differ,
     of_one_origin,
 )
 
@@ -114,6 +115,7 @@ def study(case: Case) -> list[Claim]:
     sizes = Checkpoint.open(case.subject.checkpoint.path).config
     tokens = [sum(len(d.ids) for d in text) for text in (case.calibration, case.heldout)]
     print(f"\n== {case.name}: {sizes.get('model_type')}, decided from {tokens[0]:,} tokens, unseen {tokens[1]:,}")
+    print(f"do experts differ? {how_experts_differ(case)}", flush=True)
     result = run(case, default_entries(), (0.75, HALF), case.tasks)
     result.save(case.folder / FILE)
     build_page(report(result), case.folder)

@@ -36,7 +36,7 @@ from moekit.data.batches import arrange
 from moekit.evaluation import perplexity_of_documents
 from moekit.evaluation.pruning import Entry, PruneBenchResult, Subject
 from moekit.evaluation.pruning.ranking import mean_nll
-from moekit.trace import record
+from moekit.trace import record, summarise
 
 # Scores from one pass that weigh by how often an expert is chosen; means over an expert's tokens are told apart.
 SCORES = (
@@ -266,6 +266,31 @@ def _evidence(model: Any, rows: TokenBatches, needs: Sequence[str]) -> dict[int,
 
 def _decide(model: Any, method: Any, seen: dict[int, LayerEvidence], keep: int) -> dict[int, LayerDecision]:
     return {at: method.decide(evidence, method.score(evidence), keep) for at, evidence in seen.items()}
+
+
+@torch.no_grad()
+def how_experts_differ(case: Case) -> str:
+    """What says that experts are not alike: their load, the domains they serve, their weights, and what they add."""
+    model = moekit.load(case.subject.checkpoint.path, device="cpu", dtype="float32", policy=False)
+    rows = arrange(case.heldout, case.options.seq_len)
+    routing = summarise(record(model, rows.batches(4), tokenizer=case.subject.tokenizer)).layers
+    apart = [layer.domains.normalised for layer in routing if layer.domains]
+    chance = [layer.domains.shuffled for layer in routing if layer.domains]
+    alike, before = [], perplexity_of_documents(model, case.heldout, window=case.options.seq_len).overall.nll
+    for layer in find_moe_layers(model):
+        down_EN = torch.stack([weight.flatten() for weight in layer.experts.down_proj])
+        down_EN = torch.nn.functional.normalize(down_EN, dim=1)
+        alike.append((down_EN @ down_EN.T).fill_diagonal_(-1).max().item())
+        for weight in layer.experts.down_proj:
+            weight.zero_()
+    after = perplexity_of_documents(model, case.heldout, window=case.options.seq_len).overall.nll
+    spread = [layer.load.cv for layer in routing]
+    domains = f"NMI with domains {min(apart):.3f}-{max(apart):.3f} (shuffled {max(chance):.3f}); " if apart else ""
+    return (
+        f"{len(routing)} MoE layers; load CV {min(spread):.2f}-{max(spread):.2f}; {domains}"
+        f"largest cosine of two experts' down projections {max(alike):.2f}; "
+        f"loss {before:.3f}, without any routed expert {after:.3f}"
+    )
 
 
 def about_tasks(result: PruneBenchResult, name: str, least: float) -> Claim:
