@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moekit.errors import MoekitError
-from moekit.parallel import sharded_storage
+from moekit.parallel.checkpoints import storage as sharded_storage
+from moekit.parallel.checkpoints.pieces import find_stacks, weights
+from moekit.parallel.checkpoints.sharded import load_sharded, save_sharded
+from moekit.parallel.checkpoints.states import optimizer_states
 from moekit.parallel.ranks import Ranks
-from moekit.parallel.sharded import load_sharded, save_sharded
-from moekit.parallel.sharded_pieces import find_stacks, weights
-from moekit.parallel.sharded_states import optimizer_states
 from moekit.parallel.sharding import expert_parallel, expert_parameters
 from moekit.placement import Placement
 from tests.parallel.jobs import tiny

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 import moekit
 from moekit.checkpoint import Checkpoint
 from moekit.errors import BadCheckpoint, BadConfig, UnsafeInput
-from moekit.parallel import load_sharded, reshard, save_sharded
-from moekit.parallel.sharded_index import INDEX_FILE, Index
+from moekit.parallel import load_sharded, save_sharded
+from moekit.parallel.checkpoints import reshard
+from moekit.parallel.checkpoints.index import INDEX_FILE, Index
 from moekit.placement import Placement
 from tests.checkpoints import edit_json, edit_shard
 from tests.families import EXPERTS, FAMILIES, build, logits
@@ -255,7 +256,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all(pool: Pool, tmp_path: Path, full
 
 
 def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moekit.parallel import sharded_storage
+    from moekit.parallel.checkpoints import storage as sharded_storage
 
     monkeypatch.setattr(sharded_storage.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     monkeypatch.setattr(sharded_storage, "write_shard", None)
@@ -266,7 +267,7 @@ def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path, monk
 
 
 def test_an_interrupt_stays_one_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moekit.parallel import sharded_storage
+    from moekit.parallel.checkpoints import storage as sharded_storage
 
     def interrupt(*args: object) -> int:
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moekit.errors import BadConfig
 from moekit.parallel import agree, start_ranks
-from moekit.parallel.start import current
+from moekit.parallel.launch.start import current
 from tests.parallel.launching import by_hand, torchrun
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -99,14 +99,14 @@ class RankedTraining:
         return norm
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
-        """See `moekit.parallel.sharded.save_sharded`."""
-        from moekit.parallel.sharded import save_sharded
+        """See `moekit.parallel.checkpoints.sharded.save_sharded`."""
+        from moekit.parallel.checkpoints.sharded import save_sharded
 
         save_sharded(model, folder, optimizer=_plain(optimizer), overwrite=True)
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
-        """See `moekit.parallel.sharded.load_sharded`."""
-        from moekit.parallel.sharded import load_sharded
+        """See `moekit.parallel.checkpoints.sharded.load_sharded`."""
+        from moekit.parallel.checkpoints.sharded import load_sharded
 
         load_sharded(model, folder, optimizer=_plain(optimizer))
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moekit.errors import PeerLost
-from moekit.parallel.health import note
+from moekit.parallel.launch.health import note
 from moekit.parallel.traffic import Pass, Traffic, Way
 
 # torch 2.13 renames both.

@@ -230,7 +230,8 @@ def detach(model: nn.Module) -> None:
 def gather_experts(model: nn.Module) -> None:
     """Undo `expert_parallel`: every rank gets all experts again, in logical order, and dispatchers go.
 
-    Needs memory for the whole model on every rank; a checkpoint is written without it (`moekit.parallel.sharded`).
+    Needs memory for the whole model on every rank; a checkpoint is written without it
+    (`moekit.parallel.checkpoints.sharded`).
     """
     for shard in list(shards(model)):
         order = torch.cat([shard.layout.owned(rank) for rank in range(shard.layout.ranks)])

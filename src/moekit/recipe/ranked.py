@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from moekit.errors import BadConfig
 
 if TYPE_CHECKING:
+    from moekit.parallel.launch.start import StartedRanks
     from moekit.parallel.ranks import Ranks
-    from moekit.parallel.start import StartedRanks
 
 
 class RankedOptions(BaseModel):
@@ -55,7 +55,7 @@ def ranks_of(options: RankedOptions) -> Iterator[StartedRanks | None]:
     if options.ep == 1:
         yield None
         return
-    from moekit.parallel.start import start_ranks
+    from moekit.parallel.launch.start import start_ranks
 
     with start_ranks() as started:
         yield started

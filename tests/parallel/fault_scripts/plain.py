@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from moekit.parallel.start import start_ranks
+from moekit.parallel.launch.start import start_ranks
 
 ranks = start_ranks()
 ones = torch.ones(2)

@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from moekit.cli._errors import explain, install_signals, show_warnings
 from moekit.errors import BadData
-from moekit.parallel.agreement import agree
 from moekit.parallel.dispatcher import Options
 from moekit.parallel.dispatchers.once_per_rank import OncePerRank
+from moekit.parallel.launch.agreement import agree
+from moekit.parallel.launch.start import StartedRanks, start_ranks
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.ranks import Ranks
-from moekit.parallel.start import StartedRanks, start_ranks
 
 EXPERTS, HIDDEN, TOP_K, TOKENS = 8, 16, 2, 32
 AT_STEP = 5

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moekit.cli.main import main
 from moekit.parallel import load_sharded, save_sharded
-from moekit.parallel.sharded_index import Index
+from moekit.parallel.checkpoints.index import Index
 from moekit.placement import Placement
 from tests.families import build, logits
 from tests.tiny import tokenizer

@@ -15,7 +15,7 @@ from moekit.recipe.results import COMPARISON, EVALUATION, load_evaluation
 from moekit.recipe.steps.base import ModelRef, PlanRef, QuestionsRef, ResultsRef, Step, TextRef, Workplace
 
 if TYPE_CHECKING:
-    from moekit.parallel.start import StartedRanks
+    from moekit.parallel.launch.start import StartedRanks
 
 
 class EvaluateStep(RankedOptions, Step):

@@ -15,7 +15,7 @@ from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
 
 if TYPE_CHECKING:
     from moekit.parallel.data_parallel import RankedTraining
-    from moekit.parallel.start import StartedRanks
+    from moekit.parallel.launch.start import StartedRanks
     from moekit.training import TrainConfig
 
 # Weights, gradients and two moments of Adam, four bytes each, for weights that may be stored in two.
@@ -126,7 +126,7 @@ class TrainStep(RankedOptions, Step):
 
     def _whole(self, model: Any, work: Workplace) -> Any:
         """A whole model with what the ranks have learnt, on the first; elsewhere the shared one."""
-        from moekit.parallel.gathering import gather_state
+        from moekit.parallel.checkpoints.gathering import gather_state
 
         state = gather_state(model)
         if not is_first_rank():

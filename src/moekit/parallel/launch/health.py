@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from moekit.errors import PeerLost
-from moekit.parallel.pulse import Beat, Departure, Kind, Notice, Pulses, counters
+from moekit.parallel.launch.pulse import Beat, Departure, Kind, Notice, Pulses, counters
 
 _log = logging.getLogger(__name__)
 

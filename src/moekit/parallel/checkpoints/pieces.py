@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.fingerprint import untied_state_dict
 from moekit.errors import BadConfig, UnsupportedModel
-from moekit.parallel.sharded_index import WEIGHTS, ExpertsEntry
+from moekit.parallel.checkpoints.index import WEIGHTS, ExpertsEntry
 from moekit.parallel.sharding import shards
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pydantic import BaseModel
 
 from moekit.errors import BadConfig
-from moekit.parallel.agreement import NotHeard, agree_through, compare, disagreement, name_ranks, statements
+from moekit.parallel.launch.agreement import NotHeard, agree_through, compare, disagreement, name_ranks, statements
 
 
 class _Config(BaseModel):

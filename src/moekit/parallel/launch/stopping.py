@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-from moekit.parallel.health import PATIENCE, Heartbeat
+from moekit.parallel.launch.health import PATIENCE, Heartbeat
 
 STOP_WITHIN = 3.0  # seconds to find out why SIGTERM came
 

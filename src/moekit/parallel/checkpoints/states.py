@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moekit.errors import BadConfig
-from moekit.parallel.sharded_files import TORCH_DTYPES
-from moekit.parallel.sharded_index import OPTIMIZER, Index
-from moekit.parallel.sharded_pieces import Pieces, Stack, rows, split
+from moekit.parallel.checkpoints.files import TORCH_DTYPES
+from moekit.parallel.checkpoints.index import OPTIMIZER, Index
+from moekit.parallel.checkpoints.pieces import Pieces, Stack, rows, split
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch.distributed.distributed_c10d import Store
 
 from moekit.errors import BadConfig, PeerLost
-from moekit.parallel import agreement
-from moekit.parallel.environment import Environment
+from moekit.parallel.launch import agreement
+from moekit.parallel.launch.environment import Environment
 
 
 class Meeting:

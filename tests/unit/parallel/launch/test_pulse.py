@@ -6,8 +6,8 @@ import pytest
 import torch.distributed as dist
 
 from moekit.errors import BadData, PeerLost
-from moekit.parallel.health import Heartbeat, RankGone, is_lost_peer
-from moekit.parallel.pulse import Beat, Departure, Pulses
+from moekit.parallel.launch.health import Heartbeat, RankGone, is_lost_peer
+from moekit.parallel.launch.pulse import Beat, Departure, Pulses
 
 
 def _hear(pulses: Pulses, now: float, **counts: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moekit.errors import BadConfig
-from moekit.parallel.environment import Environment, seconds
+from moekit.parallel.launch.environment import Environment, seconds
 
 FULL = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "9",

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from moekit.errors import BadCheckpoint, BadConfig, OutOfBudget
-from moekit.parallel.sharded_files import TORCH_DTYPES, Stored, dtype_name, shard_name, write_shard
-from moekit.parallel.sharded_index import Chunk, Entry, Index, stored_name
+from moekit.parallel.checkpoints.files import TORCH_DTYPES, Stored, dtype_name, shard_name, write_shard
+from moekit.parallel.checkpoints.index import Chunk, Entry, Index, stored_name
 
 
 class ShardsWriter(StorageWriter):

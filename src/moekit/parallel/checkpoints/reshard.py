@@ -27,9 +27,9 @@ from moekit.checkpoint.record import RECORD_FILE, TENSORS_FILE
 from moekit.checkpoint.safety import TensorInfo, check_name, read_json, refuse_remote_code
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.errors import BadConfig
+from moekit.parallel.checkpoints.files import Stored, read_chunk, read_whole, shard_name, write_shard
+from moekit.parallel.checkpoints.index import INDEX_FILE, WEIGHTS, Chunk, Entry, ExpertsEntry, Index, stored_name
 from moekit.parallel.layout import ExpertLayout
-from moekit.parallel.sharded_files import Stored, read_chunk, read_whole, shard_name, write_shard
-from moekit.parallel.sharded_index import INDEX_FILE, WEIGHTS, Chunk, Entry, ExpertsEntry, Index, stored_name
 from moekit.placement import Placement
 
 

@@ -22,12 +22,12 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.record import Record
 from moekit.errors import BadConfig
-from moekit.parallel.sharded_beside import write_beside
-from moekit.parallel.sharded_index import WEIGHTS, Index, refuse_other
-from moekit.parallel.sharded_peers import Peers
-from moekit.parallel.sharded_pieces import Pieces, Stack, find_stacks, unwrapped, weights
-from moekit.parallel.sharded_states import empty_states, group_settings, optimizer_states, restore_groups
-from moekit.parallel.sharded_storage import ShardsReader, ShardsWriter
+from moekit.parallel.checkpoints.beside import write_beside
+from moekit.parallel.checkpoints.index import WEIGHTS, Index, refuse_other
+from moekit.parallel.checkpoints.peers import Peers
+from moekit.parallel.checkpoints.pieces import Pieces, Stack, find_stacks, unwrapped, weights
+from moekit.parallel.checkpoints.states import empty_states, group_settings, optimizer_states, restore_groups
+from moekit.parallel.checkpoints.storage import ShardsReader, ShardsWriter
 from moekit.parallel.sharding import shards
 
 

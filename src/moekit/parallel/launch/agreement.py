@@ -199,7 +199,7 @@ def agree(timeout: float | None = None, **facts: Any) -> None:
         BadConfig: on every rank alike, naming the facts, the ranks that differ and both values.
         PeerLost: a rank did not say anything in time.
     """
-    from moekit.parallel.start import current
+    from moekit.parallel.launch.start import current
 
     ranks = current()
     if ranks is not None:

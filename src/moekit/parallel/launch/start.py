@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from moekit.errors import BadConfig, Interrupted, PeerLost
-from moekit.parallel import agreement
-from moekit.parallel.environment import (
+from moekit.parallel.launch import agreement
+from moekit.parallel.launch.environment import (
     STALL_AFTER,
     STALL_VARIABLE,
     TIMEOUT,
@@ -25,9 +25,9 @@ from moekit.parallel.environment import (
     Environment,
     seconds,
 )
-from moekit.parallel.health import Heartbeat, RankGone, is_lost_peer
-from moekit.parallel.meeting import Meeting
-from moekit.parallel.stopping import Terminations
+from moekit.parallel.launch.health import Heartbeat, RankGone, is_lost_peer
+from moekit.parallel.launch.meeting import Meeting
+from moekit.parallel.launch.stopping import Terminations
 
 LINGER = 30.0  # seconds that a rank with nothing more to do stays for others that work on
 FAREWELL = 3.0  # seconds that the holder of the store stays for ranks that have been told why it ends
@@ -77,7 +77,7 @@ class StartedRanks:
         return self.rank == 0 and not self.place.launcher_holds_store
 
     def agree(self, facts: Mapping[str, Any], timeout: float | None = None) -> None:
-        """See `moekit.parallel.agreement.agree`."""
+        """See `moekit.parallel.launch.agreement.agree`."""
         self._agreements += 1
         if self._store is None:
             return

@@ -18,7 +18,7 @@ from moekit.checkpoint.atomic import is_disk_full
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.header import DTYPE_BITS
 from moekit.errors import BadConfig, OutOfBudget
-from moekit.parallel.sharded_index import Chunk, Entry, Index, stored_name
+from moekit.parallel.checkpoints.index import Chunk, Entry, Index, stored_name
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype[6:]) for dtype, name in TORCH_NAMES.items()}
 

@@ -1,0 +1,1 @@
+"""Checkpoints of several ranks, which any number of ranks opens."""
