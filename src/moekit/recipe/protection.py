@@ -5,21 +5,23 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moekit.errors import BadCheckpoint, BadConfig
 
 if TYPE_CHECKING:
+    from moekit.compress.protect.report import SuperExpertReport
     from moekit.recipe.pruning import Source
     from moekit.trace import Trace
 
 logger = logging.getLogger(__name__)
 
 SUPER = "super"
+_STUDY = "super-experts.json"
 
 
 def parse_protected(text: str, source: Source) -> dict[int, tuple[int, ...]]:
-    """Experts that must stay, from `1:68,2:92`, a JSON file `{"1": [68], "2": [92]}`, or a report of super experts.
+    """Experts that must stay: `1:68,2:92`, a JSON file `{"1": [68], "2": [92]}`, or what `moekit super-experts` wrote.
 
     Raises:
         BadConfig: it cannot be read, or names what the model does not have.
@@ -49,13 +51,17 @@ def parse_protected(text: str, source: Source) -> dict[int, tuple[int, ...]]:
 
 def _read_protected(file: Path, source: Source) -> dict[int, set[int]]:
     from moekit.checkpoint.strictjson import read_json
-    from moekit.compress.protect.super_experts import SuperExpertReport
+    from moekit.compress.protect.report import SuperExpertReport
 
-    hint = 'write super, pairs such as 1:68,2:92, or a JSON file {"1": [68], "2": [92]}'
+    hint = 'write super, pairs such as 1:68,2:92, or a JSON file {"1": [68], "2": [92]}, or OUT of super-experts'
+    file = file / _STUDY if file.is_dir() else file
     if not file.is_file():
         raise BadConfig(f"{str(file)!r} names no protected experts", hint=hint)
     try:
         told = read_json(file)
+        # Which of the three it is, its own keys say: a plain mapping has nothing but numbers of layers.
+        if "kind" in told:
+            return _of_study(file, source)
         if "rule" in told:
             report = SuperExpertReport.load(file)
             report.check_model(source.checkpoint.fingerprint, file)
@@ -65,12 +71,48 @@ def _read_protected(file: Path, source: Source) -> dict[int, set[int]]:
         raise BadConfig(f"protected experts cannot be read: {error}", file=file, hint=hint) from error
 
 
+def _of_study(file: Path, source: Source) -> dict[int, set[int]]:
+    """What a study of super experts protects; it must be of this model."""
+    from moekit.evaluation.super_expert_study import SuperExpertStudy
+
+    study = SuperExpertStudy.load(file)
+    study.report.check_model(source.checkpoint.fingerprint, file)
+    if not study.protect:
+        logger.warning("%s protects no expert: %s", file, study.report.verdict)
+    return {layer: set(experts) for layer, experts in study.protect.items() if experts}
+
+
 def protection_needs(source: Source) -> tuple[str, ...]:
     """Statistics by which super experts are found."""
     from moekit.compress.protect.super_experts import NEEDS
 
-    shared = any(geometry.shared_width for geometry in source.geometries.values())
+    shared = all(geometry.shared_width for geometry in source.geometries.values())
     return (*NEEDS, "shared_peak") if shared else NEEDS
+
+
+def find_in_trace(source: Source, trace: Trace, **rule: Any) -> SuperExpertReport:
+    """The super experts that a trace of the model shows.
+
+    Args:
+        source: the model.
+        trace: with what tells them (`protection_needs`).
+        **rule: see `moekit.compress.protect.report.Rule`.
+
+    Raises:
+        BadData: the trace does not hold what tells them.
+        NumericFault: an output is infinite.
+    """
+    from moekit.checkpoint.fingerprint import text_config
+    from moekit.compress.protect.super_experts import find_super_experts
+
+    layers = text_config(source.checkpoint.config).get("num_hidden_layers")
+    return find_super_experts(
+        trace.require(protection_needs(source)),
+        decoder_layers=layers if isinstance(layers, int) else None,
+        model=source.location,
+        fingerprint=source.checkpoint.fingerprint,
+        **rule,
+    )
 
 
 def super_experts(source: Source, trace: Trace) -> dict[int, tuple[int, ...]]:
@@ -79,15 +121,6 @@ def super_experts(source: Source, trace: Trace) -> dict[int, tuple[int, ...]]:
     Raises:
         BadData: the trace does not hold what tells them.
     """
-    from moekit.checkpoint.fingerprint import text_config
-    from moekit.compress.protect.super_experts import find_super_experts
-
-    layers = text_config(source.checkpoint.config).get("num_hidden_layers")
-    report = find_super_experts(
-        trace.require(protection_needs(source)),
-        decoder_layers=layers if isinstance(layers, int) else None,
-        model=source.location,
-        fingerprint=source.checkpoint.fingerprint,
-    )
+    report = find_in_trace(source, trace)
     logger.warning("%s", report.verdict)
     return {layer: tuple(sorted(experts)) for layer, experts in report.protected.items()}

@@ -87,7 +87,7 @@ def test_version() -> None:
 
 def test_every_command_has_a_module() -> None:
     folder = Path(sys.modules["moekit.cli.main"].__file__ or "").parent
-    assert {file.stem for file in folder.glob("[a-z]*.py")} - {"main"} == set(COMMANDS)
+    assert {file.stem.replace("_", "-") for file in folder.glob("[a-z]*.py")} - {"main"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("statement", ["import moekit", "from moekit.cli.main import main; main(['--help'])"])

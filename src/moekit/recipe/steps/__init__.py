@@ -18,6 +18,7 @@ from moekit.recipe.steps.prune import PruneStep
 from moekit.recipe.steps.report import ReportStep
 from moekit.recipe.steps.route import RouteStep
 from moekit.recipe.steps.sparsify import SparsifyStep
+from moekit.recipe.steps.super_experts import SuperExpertsStep
 from moekit.recipe.steps.train import TrainStep
 
 AnyStep = Annotated[
@@ -26,6 +27,7 @@ AnyStep = Annotated[
     | LabStep
     | TrainStep
     | ProfileStep
+    | SuperExpertsStep
     | PruneStep
     | ApplyStep
     | SparsifyStep
@@ -43,6 +45,7 @@ STEPS: dict[str, type[Step]] = {
     "lab": LabStep,
     "train": TrainStep,
     "profile": ProfileStep,
+    "super-experts": SuperExpertsStep,
     "prune": PruneStep,
     "apply": ApplyStep,
     "sparsify": SparsifyStep,

@@ -9,15 +9,13 @@ import torch
 from torch import nn
 
 from moekit.anatomy import find_moe_layers
-from moekit.compress.protect.ablation import (
-    Pair,
+from moekit.compress.protect.ablation import Pair, random_control, random_experts, without_experts
+from moekit.compress.protect.sinks import (
     attention_sink_decay,
     find_sinks,
     measure_sink_decay,
-    random_experts,
     sink_router_scores,
     sinks_mask,
-    without_experts,
 )
 from moekit.compress.protect.super_experts import SHARED
 from moekit.errors import BadConfig, UnsupportedModel
@@ -156,6 +154,29 @@ def test_random_experts_run_out() -> None:
     assert len(random_experts({0: 3}, [(0, SHARED)], seed=0)) == 1
     with pytest.raises(BadConfig, match="2 other"):
         random_experts({0: 3}, [(0, 1), (0, 2)], seed=0)
+
+
+def test_controls_come_from_the_same_layers_where_there_are_so_many() -> None:
+    experts = {1: 8, 2: 3, 4: 8}
+    for seed in range(20):
+        # Of layer 2 one expert is left, so that one of the two comes from elsewhere.
+        like = [(1, 7), (2, 0), (2, 1)]
+        drawn = random_control(experts, (), like, seed=seed)
+        assert len(set(drawn)) == 3
+        assert not set(drawn) & set(like)
+        assert (2, 2) in drawn
+        assert sum(layer == 1 for layer, _ in drawn) >= 1
+        assert drawn == random_control(experts, (), like, seed=seed)
+        # Shared experts stand for shared ones, routed ones where those are too few.
+        drawn = random_control(experts, (1, 2), [(1, SHARED), (1, 3)], seed=seed)
+        assert (2, SHARED) in drawn
+        assert [layer for layer, e in drawn if e != SHARED] == [1]
+        lone = random_control(experts, (1,), [(1, SHARED)], seed=seed)
+        assert len(lone) == 1
+        assert lone[0][1] != SHARED
+    assert len({tuple(random_control(experts, (), [(1, 7)], seed=seed)) for seed in range(20)}) > 4
+    with pytest.raises(BadConfig, match="2 other experts are wanted, but there are 1"):
+        random_control({0: 3}, (), [(0, 1), (0, 2)], seed=0)
 
 
 def test_sink_decay_by_hand() -> None:
