@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "prune": "Drop the experts a model needs least, with the proof of what that costs.",
     "apply": "Carry a pruning plan out, with its own budget or another one.",
     "sparsify": "Zero the weights of experts that matter least, with the proof of what that costs.",
+    "pattern": "Keep what each task wants of the experts, to load only its experts later.",
     "route": "Plan a routing policy from a trace and write the constrained model.",
     "place": "Decide which device holds which expert, and replay the trace to count the rows sent.",
     "train": "Train or fine-tune, with balance losses from the real selection and exact resume.",

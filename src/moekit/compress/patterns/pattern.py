@@ -3,7 +3,13 @@
 A pattern is the score vector z of the first MoE layer and for each further layer l a permutation with
 perm_l[argsort(z)[rank]] = argsort(score_l)[rank], both descending (arXiv:2505.17639). So {perm_l[e] : e in top-M(z)} is
 the top M of layer l for every M: one file serves all budgets. `moekit.compress.patterns.store` keeps patterns on disk,
-`moekit.compress.patterns.retrieval` finds the one that a prompt belongs to.
+`moekit.compress.patterns.retrieval` finds the one that a prompt belongs to, `moekit.compress.patterns.loading` loads
+its experts alone.
+
+Ranks are not scores alone: an expert that no token of the task chose may score higher than one that was chosen (a
+chosen expert whose tokens all lie below PreMoe's threshold scores 0, one of negative logits less), and yet the text
+says nothing of it. So experts that no token chose rank behind all others, in every layer, whatever they score; a
+pattern keeps the ranks beside the scores, and how many experts of each layer were chosen at all.
 
 Legend: L MoE layers, E experts, M experts kept.
 """
@@ -13,25 +19,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from moekit import catalogue
-from moekit.anatomy.probe import Geometry, find_moe_layers
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
 from moekit.errors import BadConfig, BadData, NumericFault, UnsupportedModel
 from moekit.trace.meta import DataEntry
-from moekit.trace.statistics import LayerStatistics
-from moekit.trace.store import Trace
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MAX_EXPERTS = 32_767
+# Name of the pooled pattern; no task of its own.
+GENERALIST = "generalist"
 
 
 class Origin(BaseModel):
@@ -70,7 +69,9 @@ class Pattern:
         tokens: how many the scores are means over.
         data: the text they come from.
         first_E: scores of the first MoE layer, fp64.
+        order_E: experts of the first MoE layer by rank, best first, int64; those that no token chose come last.
         permutations: [L-1, E] int64, which expert of each further layer has the rank of expert e in the first.
+        chosen: of each layer, how many experts some token chose: those of the first ranks.
         further: scores of the further layers, [L-1, E] fp64; None where they were not kept.
     """
 
@@ -79,8 +80,21 @@ class Pattern:
     tokens: int
     data: tuple[DataEntry, ...]
     first_E: Tensor
+    order_E: Tensor
     permutations: Tensor
+    chosen: tuple[int, ...]
     further: Tensor | None = None
+
+    @property
+    def orders(self) -> Tensor:
+        """Experts of every layer by rank, best first, [L, E]."""
+        return torch.cat([self.order_E[None], self.permutations[:, self.order_E]])
+
+    @property
+    def never_routed(self) -> dict[int, list[int]]:
+        """Decoder layer -> experts that no token chose, ascending."""
+        rows = zip(self.origin.layers, self.orders, self.chosen, strict=True)
+        return {layer: sorted(order_E[count:].tolist()) for layer, order_E, count in rows}
 
     def scores(self, layers: int) -> Tensor:
         """Scores of the first `layers` MoE layers, [layers, E].
@@ -99,16 +113,12 @@ class Pattern:
         return torch.cat([self.first_E[None], self.further[: layers - 1]])
 
 
-def ranked(scores_E: Tensor) -> Tensor:
-    """Experts by falling score, [E] int64; of equal scores the lower number first."""
-    return scores_E.sort(descending=True, stable=True).indices
-
-
 def make_pattern(
     task: str,
     scores: Mapping[int, Tensor],
     *,
     tokens: int,
+    never_routed: Mapping[int, Collection[int]] | None = None,
     data: Sequence[DataEntry] = (),
     fingerprint: str = "",
     method: str = "",
@@ -121,6 +131,8 @@ def make_pattern(
         task: its name.
         scores: decoder layer -> [E].
         tokens: how many the scores are means over.
+        never_routed: decoder layer -> experts that no token chose; they rank behind all others. Of equal scores the
+            lower number ranks first.
         data: the text they come from.
         fingerprint: of the model.
         method: that scored.
@@ -148,65 +160,36 @@ def make_pattern(
             expert = int((~scores[layer].isfinite()).nonzero()[0])
             raise NumericFault("the score is not finite", layer=layer, expert=expert)
     table = torch.stack([scores[layer].detach().double().cpu() for layer in layers])
-    order_E = ranked(table[0])
+    unseen = [set((never_routed or {}).get(layer, ())) for layer in layers]
+    ranks = [_ranked(scores_E, missed) for scores_E, missed in zip(table, unseen, strict=True)]
     permutations = torch.empty(len(layers) - 1, table.shape[1], dtype=torch.int64)
-    for row, scores_E in zip(permutations, table[1:], strict=True):
-        row[order_E] = ranked(scores_E)
+    for row, order_E in zip(permutations, ranks[1:], strict=True):
+        row[ranks[0]] = order_E
+    experts = table.shape[1]
     origin = Origin(
-        fingerprint=fingerprint,
-        method=method,
-        knobs=dict(knobs or {}),
-        layers=tuple(layers),
-        experts=table.shape[1],
+        fingerprint=fingerprint, method=method, knobs=dict(knobs or {}), layers=tuple(layers), experts=experts
     )
-    return Pattern(task, origin, tokens, tuple(data), table[0], permutations, table[1:] if keep_further else None)
+    # Where no token chose any expert, none is behind another.
+    chosen = tuple(experts - len(missed) or experts for missed in unseen)
+    further = table[1:] if keep_further else None
+    return Pattern(task, origin, tokens, tuple(data), table[0], ranks[0], permutations, chosen, further)
 
 
-def score_layers(
-    method: PruneMethod, statistics: Mapping[int, LayerStatistics], geometries: Mapping[int, Geometry]
-) -> dict[int, Tensor]:
-    """Score layers by a method that looks at statistics alone: decoder layer -> [E].
-
-    Raises:
-        BadData: statistics of a layer that the model has not.
-    """
-    if strange := sorted(set(statistics) - set(geometries)):
-        raise BadData("the model has no such MoE layer", layer=strange[0], hint="trace the model itself")
-    return {layer: method.score(LayerEvidence(layer, geometries[layer], found)) for layer, found in statistics.items()}
-
-
-def pattern_of(
-    task: str, model: PreTrainedModel, trace: Trace, method: PruneMethod, *, further: bool = True
-) -> Pattern:
-    """A pattern from a trace of the task's text.
-
-    Args:
-        task: its name.
-        model: that was traced.
-        trace: with the statistics the method needs.
-        method: scores from statistics alone, such as `PreMoe()`.
-        further: see `make_pattern`.
-
-    Raises:
-        BadData: the trace lacks statistics.
-    """
-    geometries = {layer.index: layer.geometry for layer in find_moe_layers(model)}
-    return make_pattern(
-        task,
-        score_layers(method, trace.require(method.required), geometries),
-        tokens=trace.meta.tokens,
-        data=trace.meta.data,
-        fingerprint=trace.meta.fingerprint,
-        method=catalogue.of(type(method)).name,
-        knobs=method.model_dump(mode="json"),
-        keep_further=further,
-    )
+def _ranked(scores_E: Tensor, unseen: Collection[int]) -> Tensor:
+    """Experts by falling score, [E] int64, those unseen last; of equal ones the lower number first."""
+    lowered_E = scores_E.clone()
+    if len(unseen) < len(scores_E):
+        lowered_E[sorted(unseen)] = float("-inf")
+    return lowered_E.sort(descending=True, stable=True).indices
 
 
 def keep_sets(
     pattern: Pattern, keep: int, *, protected: Mapping[int, Collection[int]] | None = None
 ) -> dict[int, list[int]]:
     """Which experts of each layer to load for a task: decoder layer -> ascending experts.
+
+    For every budget an expert that no token of the task chose is kept only where all that were chosen are, unless it is
+    protected.
 
     Args:
         pattern: of the task.
@@ -219,10 +202,8 @@ def keep_sets(
     experts = pattern.origin.experts
     if not 1 <= keep <= experts:
         raise BadConfig(f"{keep} experts of {experts}", hint=f"keep 1 to {experts} a layer")
-    order_E = ranked(pattern.first_E)
     sets = {}
-    for number, layer in enumerate(pattern.origin.layers):
-        order = (pattern.permutations[number - 1][order_E] if number else order_E).tolist()
+    for layer, order in zip(pattern.origin.layers, pattern.orders.tolist(), strict=True):
         always = set((protected or {}).get(layer, ()))
         if len(always) > keep or not always <= set(order):
             raise BadConfig(
@@ -235,8 +216,10 @@ def keep_sets(
     return sets
 
 
-def generalist(patterns: Sequence[Pattern], task: str = "generalist") -> Pattern:
+def generalist(patterns: Sequence[Pattern], task: str = GENERALIST) -> Pattern:
     """One pattern of several tasks: their sums over tokens added, then divided by all tokens (not a union of top sets).
+
+    Never routed is what no task's text chose.
 
     For scores that are means over all tokens, as PreMoe's. An adaptive threshold stays each task's own; to have one for
     all, merge the traces instead.
@@ -253,10 +236,12 @@ def generalist(patterns: Sequence[Pattern], task: str = "generalist") -> Pattern
     if not tokens:
         raise BadData("the patterns to pool are of no tokens", hint="record some text of each task")
     pooled = sum((p.scores(len(origin.layers)) * p.tokens for p in patterns), torch.zeros(())) / tokens
+    missed = [pattern.never_routed for pattern in patterns]
     return make_pattern(
         task,
         dict(zip(origin.layers, pooled, strict=True)),
         tokens=tokens,
+        never_routed={layer: set.intersection(*(set(m[layer]) for m in missed)) for layer in origin.layers},
         data=[entry for pattern in patterns for entry in pattern.data],
         fingerprint=origin.fingerprint,
         method=origin.method,

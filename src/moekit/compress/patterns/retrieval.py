@@ -14,9 +14,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from moekit._progress import Progress
 from moekit.anatomy.probe import find_moe_layers
+from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.answers import prompt_ids
-from moekit.compress.patterns.pattern import Pattern, score_layers
+from moekit.compress.patterns.pattern import Pattern
+from moekit.compress.patterns.recording import GroupedText
+from moekit.compress.patterns.scoring import score_layers
 from moekit.compress.prune.base import PruneMethod
 from moekit.errors import BadConfig, BadData, NumericFault
 from moekit.trace.recorder import record
@@ -65,6 +69,46 @@ def query(
     )
     scores = score_layers(method, trace.require(method.required), geometries)
     return torch.stack([scores[layer].double().cpu() for layer in geometries])
+
+
+def queries_from_disk(
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    *,
+    method: PruneMethod,
+    layers: int = 1,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[Tensor]:
+    """Score prompts as `query` does, reading no more of a checkpoint than its first layers, one at a time.
+
+    Args:
+        checkpoint: opened and verified.
+        prompts: token ids of each.
+        method: the one that scored the patterns.
+        layers: how many MoE layers from the first.
+        dtype: of the weights in memory; None as stored.
+        device: where layers run.
+        progress: told layer by layer.
+
+    Returns:
+        For each prompt [layers, E] fp64.
+
+    Raises:
+        BadConfig: the model has fewer MoE layers, or does not embed a token.
+        BadData: no prompts, or an empty one.
+        UnsupportedModel: quantized weights.
+    """
+    if not prompts or not all(prompts):
+        raise BadData("a prompt has no tokens, or there is none", hint="leave empty prompts out")
+    texts = {str(number): [torch.tensor([list(ids)])] for number, ids in enumerate(prompts)}
+    reading = GroupedText(checkpoint, texts, statistics=method.required, layers=layers, dtype=dtype, device=device)
+    found = []
+    for statistics in reading.run(progress).values():
+        scores = score_layers(method, statistics, reading.geometries)
+        found.append(torch.stack([scores[layer].double().cpu() for layer in sorted(scores)]))
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Patterns of tasks on disk: a folder of one model and method, to which tasks are added one by one.
 
-`patterns.json`, which a person can read, names the tasks; each has one .safetensors of 8 E bytes for the first layer's
-scores, 2 E (L-1) for the permutations, and 8 E (L-1) for the scores of the further layers where they are kept: for 58
-layers of 256 experts 31 KB, or 148 KB with them. Files are checked against the index before they are read.
+`patterns.json`, which a person can read, names the tasks; each has one .safetensors of 10 E bytes for the first layer's
+scores and ranks, 2 E (L-1) for the permutations, 2 L for how many experts were chosen, and 8 E (L-1) for the scores of
+the further layers where they are kept: for 58 layers of 256 experts 32 KB, or 149 KB with them. Files are checked
+against the index before they are read.
 
 Legend: L MoE layers, E experts.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -114,34 +116,47 @@ class PatternStore:
             BadData: the folder's patterns are of another model or method.
             OutOfBudget: the disk is full; the folder is as it was.
         """
+        return self.save_all([pattern], overwrite=[pattern.task] if overwrite else [])[0]
+
+    def save_all(self, patterns: Sequence[Pattern], *, overwrite: Collection[str] = ()) -> list[Path]:
+        """Add tasks, all of them or none; returns their files.
+
+        Args:
+            patterns: of distinct tasks.
+            overwrite: tasks that may be replaced.
+
+        Raises:
+            BadConfig, BadData, OutOfBudget: see `save`.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock(self.folder):
             fresh = not (self.folder / INDEX_FILE).exists()
-            index = Index(origin=pattern.origin) if fresh else self.index()
-            check_same(index.origin, pattern.origin, self.folder / INDEX_FILE)
-            old = index.tasks.get(pattern.task)
-            if old is not None and not overwrite:
-                raise BadConfig(
-                    f"there is a pattern of {pattern.task!r} already", file=self.folder, hint="say overwrite=True"
-                )
-            content = safetensors.torch.save(_tensors(pattern))
-            digest = hashlib.sha256(content).hexdigest()
-            # A name of its own for each content: until the index names the new file, the old one stays whole.
-            name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', pattern.task)[:60]}-{digest[:16]}.safetensors"
-            entry = Entry(
-                file=name,
-                sha256=digest,
-                tokens=pattern.tokens,
-                data=pattern.data,
-                further=pattern.further is not None,
-            )
-            tasks = {**index.tasks, pattern.task: entry}
-            atomic_write(self.folder / name, content)
+            index = Index(origin=patterns[0].origin) if fresh else self.index()
+            tasks = dict(index.tasks)
+            for pattern in patterns:
+                check_same(index.origin, pattern.origin, self.folder / INDEX_FILE)
+                if pattern.task in index.tasks and pattern.task not in overwrite:
+                    raise BadConfig(
+                        f"there is a pattern of {pattern.task!r} already",
+                        file=self.folder,
+                        hint="choose another name, or overwrite it",
+                    )
+            for pattern in patterns:
+                tasks[pattern.task] = self._write(pattern)
             changed = index.model_copy(update={"tasks": dict(sorted(tasks.items()))})
             atomic_write(self.folder / INDEX_FILE, changed.model_dump_json(indent=2) + "\n")
-            if old is not None and old.file not in {e.file for e in tasks.values()}:
-                check_name(self.folder, old.file).unlink(missing_ok=True)
-        return self.folder / name
+            for gone in {e.file for e in index.tasks.values()} - {e.file for e in tasks.values()}:
+                check_name(self.folder, gone).unlink(missing_ok=True)
+        return [self.folder / tasks[pattern.task].file for pattern in patterns]
+
+    def _write(self, pattern: Pattern) -> Entry:
+        content = safetensors.torch.save(_tensors(pattern))
+        digest = hashlib.sha256(content).hexdigest()
+        # A name of its own for each content: until the index names the new file, the old one stays whole.
+        name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', pattern.task)[:60]}-{digest[:16]}.safetensors"
+        atomic_write(self.folder / name, content)
+        further = pattern.further is not None
+        return Entry(file=name, sha256=digest, tokens=pattern.tokens, data=pattern.data, further=further)
 
     def load(self, task: str) -> Pattern:
         """Read one task.
@@ -175,20 +190,40 @@ class PatternStore:
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != entry.sha256:
             raise BadData("damaged pattern: it is not the file the index describes", file=file, hint=_AGAIN)
-        tensors = safetensors.torch.load(content)
-        permutations = tensors["permutations"].long()
-        straight = torch.arange(origin.experts).expand_as(permutations)
-        for row in (permutations.sort(dim=1).values != straight).any(dim=1).nonzero().flatten().tolist():
-            raise BadData(
-                "damaged pattern: its experts are no permutation", file=file, layer=origin.layers[row + 1], hint=_AGAIN
-            )
-        if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
-            raise BadData("damaged pattern: a score is not finite", file=file, hint=_AGAIN)
-        return Pattern(task, origin, entry.tokens, entry.data, tensors["first"], permutations, tensors.get("further"))
+        return _pattern(task, entry, origin, safetensors.torch.load(content), file)
+
+
+def _pattern(task: str, entry: Entry, origin: Origin, tensors: dict[str, Tensor], file: Path) -> Pattern:
+    """The pattern that a file's tensors make.
+
+    Raises:
+        BadData: they contradict each other.
+    """
+    order_E, permutations = tensors["order"].long(), tensors["permutations"].long()
+    rows = torch.cat([order_E[None], permutations])
+    straight = torch.arange(origin.experts).expand_as(rows)
+    for row in (rows.sort(dim=1).values != straight).any(dim=1).nonzero().flatten().tolist():
+        raise BadData(
+            "damaged pattern: its experts are no permutation", file=file, layer=origin.layers[row], hint=_AGAIN
+        )
+    if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
+        raise BadData("damaged pattern: a score is not finite", file=file, hint=_AGAIN)
+    chosen = tuple(tensors["chosen"].tolist())
+    if not all(1 <= count <= origin.experts for count in chosen):
+        raise BadData(f"damaged pattern: {chosen} experts were chosen", file=file, hint=_AGAIN)
+    first_E, further = tensors["first"], tensors.get("further")
+    if bool((first_E[order_E[: chosen[0]]].diff() > 0).any()):
+        raise BadData("damaged pattern: ranks and scores contradict each other", file=file, hint=_AGAIN)
+    return Pattern(task, origin, entry.tokens, entry.data, first_E, order_E, permutations, chosen, further)
 
 
 def _tensors(pattern: Pattern) -> dict[str, Tensor]:
-    named = {"first": pattern.first_E, "permutations": pattern.permutations.to(torch.int16)}
+    named = {
+        "first": pattern.first_E,
+        "order": pattern.order_E.to(torch.int16),
+        "permutations": pattern.permutations.to(torch.int16),
+        "chosen": torch.tensor(pattern.chosen, dtype=torch.int16),
+    }
     if pattern.further is not None:
         named["further"] = pattern.further
     return {name: tensor.contiguous() for name, tensor in named.items()}
@@ -199,6 +234,8 @@ def _layout(origin: Origin, further: bool) -> dict[str, tuple[str, tuple[int, ..
     rest = (len(origin.layers) - 1, origin.experts)
     layout: dict[str, tuple[str, tuple[int, ...]]] = {
         "first": ("F64", (origin.experts,)),
+        "order": ("I16", (origin.experts,)),
         "permutations": ("I16", rest),
+        "chosen": ("I16", (len(origin.layers),)),
     }
     return layout | ({"further": ("F64", rest)} if further else {})

@@ -12,6 +12,7 @@ from moekit.recipe.steps.convert import ConvertStep
 from moekit.recipe.steps.data import DataStep
 from moekit.recipe.steps.evaluate import EvaluateStep
 from moekit.recipe.steps.lab import LabStep
+from moekit.recipe.steps.pattern import PatternStep
 from moekit.recipe.steps.place import PlaceStep
 from moekit.recipe.steps.profile import ProfileStep
 from moekit.recipe.steps.prune import PruneStep
@@ -31,6 +32,7 @@ AnyStep = Annotated[
     | PruneStep
     | ApplyStep
     | SparsifyStep
+    | PatternStep
     | RouteStep
     | PlaceStep
     | EvaluateStep
@@ -49,6 +51,7 @@ STEPS: dict[str, type[Step]] = {
     "prune": PruneStep,
     "apply": ApplyStep,
     "sparsify": SparsifyStep,
+    "pattern": PatternStep,
     "route": RouteStep,
     "place": PlaceStep,
     "evaluate": EvaluateStep,

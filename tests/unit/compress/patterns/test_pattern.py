@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from moekit.anatomy import find_moe_layers
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.patterns.pattern import Pattern, generalist, keep_sets, make_pattern, pattern_of
+from moekit.compress.patterns.pattern import Pattern, generalist, keep_sets, make_pattern
 from moekit.compress.patterns.retrieval import query, retrieve
+from moekit.compress.patterns.scoring import pattern_of
 from moekit.compress.patterns.store import INDEX_FILE, PatternStore
 from moekit.compress.prune.premoe import PreMoe
 from moekit.errors import BadConfig, BadData, MoekitError, NumericFault, UnsafeInput, UnsupportedModel

@@ -1,0 +1,86 @@
+"""`moekit pattern`: what each task wants of a model's experts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moekit.cli._command import build_command
+from moekit.cli._options import option_parameters, read_options
+from moekit.cli._steps import carry_out
+from moekit.cli._terminal import Terminal, size
+from moekit.errors import BadConfig
+
+# Fields that the command line gives in another way.
+_ELSEWHERE = ("id", "use", "seed", "settings", "existing")
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def _call(terminal: Terminal, **values: Any) -> None:
+    from moekit.compress.patterns.store import INDEX_FILE
+    from moekit.recipe.steps.pattern import PatternStep
+    from moekit.recipe.variables import parse_overrides
+
+    out, overwrite, knobs = values.pop("out"), values.pop("overwrite"), values.pop("knobs")
+    given = {**read_options(PatternStep, values), "existing": "replace" if overwrite else "add"}
+    if knobs:
+        given["settings"] = parse_overrides(knobs)
+    if out.exists() and not (out / INDEX_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise BadConfig("there is something else here, and no patterns", file=out, hint="choose another folder")
+    # The folder stays: tasks are added to it.
+    carry_out(terminal, PatternStep, given, out, True, _show)
+
+
+def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
+    settings = ", ".join(f"{key}={value}" for key, value in results["settings"].items() if value is not None)
+    terminal.say(f"{results['method']} ({settings})" if settings else results["method"])
+    rows = [
+        (
+            made["task"],
+            made["documents"],
+            made["tokens"],
+            sum(len(experts) for experts in made["never_routed"].values()),
+            size(made["bytes"]),
+        )
+        for made in results["made"]
+    ]
+    title = f"patterns of {results['experts']} experts in {len(results['layers'])} layers"
+    terminal.table(title, ("task", "documents", "tokens", "never routed", "on disk"), rows)
+    terminal.say(f"tasks here: {', '.join(results['tasks'])}")
+
+
+def _parameters() -> list[inspect.Parameter]:
+    from moekit.recipe.steps.pattern import PatternStep
+
+    out = typer.Option("--out", "-o", help="Folder of patterns; tasks are added to it.", show_default=False)
+    overwrite = typer.Option("--overwrite", help="Replace tasks that the folder holds already.")
+    knobs = typer.Option("--set", metavar="KNOB=VALUE", help="A knob of the method; may be repeated.")
+    own = option_parameters(PatternStep, without=_ELSEWHERE, arguments=("model",), panel=None)
+    return [
+        own[0],
+        inspect.Parameter("out", _KEYWORD, annotation=Annotated[Path, out]),
+        inspect.Parameter("overwrite", _KEYWORD, default=False, annotation=Annotated[bool, overwrite]),
+        *own[1:],
+        inspect.Parameter("knobs", _KEYWORD, default=None, annotation=Annotated[list[str] | None, knobs]),
+    ]
+
+
+def build() -> Any:
+    """The command."""
+    return build_command(
+        _call,
+        name="pattern",
+        help="Record what the routers make of each task's text and keep the ranks of all experts: a few hundred "
+        "kilobytes a task, which serve every budget. moekit generate --patterns then loads the experts of a prompt's "
+        "task alone.",
+        extra=_parameters(),
+        examples=[
+            "moekit pattern ./moe --task maths --data my-maths/ -o ./patterns",
+            "moekit pattern ./moe --data my-domains/ --generalist -o ./patterns",
+            "moekit pattern ./moe --task maths --method reap --data my-maths/ -o ./by-reap",
+        ],
+    )
