@@ -17,7 +17,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.budget import Budget
 from moekit.compress.prune.planning import Request, plan_pruning
-from moekit.compress.prune.reap import Reap
+from moekit.compress.prune.reap import REAP
 from moekit.compress.writing.apply import apply
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain
@@ -32,7 +32,7 @@ KEPT, NEW = 5, 12
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_a_pruned_folder_opens_in_llama_cpp(family: str, tmp_path: Path) -> None:
-    checkpoint, method = Checkpoint.open(plain(tmp_path / "whole", family)), Reap()
+    checkpoint, method = Checkpoint.open(plain(tmp_path / "whole", family)), REAP()
     trace = record_streamed(checkpoint, [tokens(4, 24, seed=21)], statistics=("load", *method.required))
     plan = plan_pruning(checkpoint, trace, Request(method, Budget(keep=KEPT)))
     apply(checkpoint, plan.decisions, tmp_path / "out", record=Record(command="a test"))

@@ -20,13 +20,16 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     page = (ROOT / "docs" / "add-a-method.md").read_text()
     blocks = dict(re.findall(r'```\w+ title="([\w.]+)"\n(.*?)```', page, flags=re.DOTALL))
     folder = tmp_path_factory.mktemp("site")
-    (folder / "coolest.py").write_text(blocks["coolest.py"])
+    for name in ("coolest.py", "surest.py"):
+        (folder / name).write_text(blocks[name])
     found = re.search(r'entry-points\."(.+?)"\]\n(\w+) = "(\w+)"', blocks["pyproject.toml"])
+    second = re.search(r'`(\w+) = "(\w+)"`', page)
     assert found is not None
+    assert second is not None
     info = folder / "coolest-0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: coolest\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text(f"[{found[1]}]\n{found[2]} = {found[3]}\n")
+    (info / "entry_points.txt").write_text(f"[{found[1]}]\n{found[2]} = {found[3]}\n{second[1]} = {second[2]}\n")
     return folder
 
 
@@ -66,6 +69,31 @@ def test_the_matrix_runs_it_on_every_family(package: Path) -> None:
     some = "coolest and (olmoe or deepseek_v3)"
     passed = run(package, "-m", "pytest", "tests/matrix", "-v", "-p", "no:cacheprovider", "-k", some)
     assert re.search(r"\b4 passed", passed), passed
+    assert "failed" not in passed
+
+
+def test_a_pruning_method_prunes_and_takes_part(package: Path, tmp_path: Path) -> None:
+    from tests.tiny import write_model, write_text
+
+    write_model(tmp_path / "moe", "qwen3_moe")
+    write_text(tmp_path / "text", documents=20)
+    page = (ROOT / "docs" / "add-a-method.md").read_text()
+    prune, bench = re.findall(r"^moekit ((?:bench )?prune .*)$", page, flags=re.MULTILINE)
+    pruned = json.loads(run(package, *CLI, *prune.split(), "--json", folder=tmp_path))
+    assert pruned["method"] == "surest"
+    assert all(len(layer["kept"]) == 4 for layer in pruned["layers"])
+    benched = json.loads(run(package, *CLI, *bench.split(), "--json", folder=tmp_path))
+    assert {"surest", "random", "frequency"} <= {r["name"] for r in benched["runs"]}
+
+
+def test_the_matrix_runs_a_pruning_method_on_every_family(package: Path) -> None:
+    from tests.families import FAMILIES
+
+    listed = run(package, "-m", "pytest", "tests/matrix", "--collect-only", "-p", "no:cacheprovider", "-k", "surest")
+    for family in FAMILIES:
+        assert re.search(rf"surest.*{family}|{family}.*surest", listed), family
+    passed = run(package, "-m", "pytest", "tests/matrix", "-v", "-p", "no:cacheprovider", "-k", "surest and mixtral")
+    assert "passed" in passed
     assert "failed" not in passed
 
 
