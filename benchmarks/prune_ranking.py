@@ -1,9 +1,9 @@
 """Do pruning methods rank as their papers, and our first measurements, say? On a converted MoE and one from scratch.
 
-    python benchmarks/prune_ranking.py [--model runs/demo/moe] [--lab runs/lab/moe] [--tokens 16384] [--out FOLDER]
+    python benchmarks/prune_ranking.py [--model runs/prune-demo/moe] [--lab runs/lab/moe] [--tokens 16384] [--out FOLDER]
 
-`make demo` makes the first (SmolLM2 turned into a MoE and trained; see recipes/c2r-demo.yaml); `moekit run
-recipes/lab-moe.yaml data=TEXT` makes the second (a MoE trained from scratch on several domains, an hour on two cores).
+`moekit run recipes/prune-demo.yaml` makes the first (SmolLM2 turned into a MoE, of which experts and routers are trained
+on text of five domains); `moekit run recipes/lab-moe.yaml data=TEXT` makes the second (a MoE trained from scratch on several domains, an hour on two cores).
 A model that is not there is left out. Every method runs at 75 % and 50 % of the experts, decided from all of the text
 and from each of some domains alone, random with five seeds, measured on unseen text; then the variants that single
 claims are about, at a half and a quarter. Prints the rankings and, for each method, whether its trend holds, with the
@@ -140,7 +140,7 @@ def study(case: Case) -> list[Claim]:
 def main() -> None:
     """Study the models that are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("runs/demo/moe"), help="a converted MoE")
+    parser.add_argument("--model", type=Path, default=Path("runs/prune-demo/moe"), help="a converted MoE")
     parser.add_argument("--data", help="its calibration text (default: text/train.jsonl beside it)")
     parser.add_argument("--heldout", help="its unseen text (default: text/heldout.jsonl beside it)")
     parser.add_argument("--lab", type=Path, default=Path("runs/lab/moe"), help="a MoE trained from scratch")
