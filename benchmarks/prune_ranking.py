@@ -1,9 +1,10 @@
 """Do pruning methods rank as their papers, and our first measurements, say? On a converted MoE and one from scratch.
 
-    python benchmarks/prune_ranking.py [--model runs/prune-demo/moe] [--lab runs/lab/moe] [--tokens 16384] [--out FOLDER]
+    python benchmarks/prune_ranking.py [--model runs/prune-demo/moe] [--lab runs/lab/moe] [--out FOLDER]
 
-`moekit run recipes/prune-demo.yaml` makes the first (SmolLM2 turned into a MoE, of which experts and routers are trained
-on text of five domains); `moekit run recipes/lab-moe.yaml data=TEXT` makes the second (a MoE trained from scratch on several domains, an hour on two cores).
+`moekit run recipes/prune-demo.yaml` makes the first: SmolLM2 turned into a MoE, of which experts and routers are
+trained on text of five domains. `moekit run recipes/lab-moe.yaml data=TEXT` makes the second: a MoE trained from
+scratch on several domains, an hour on two cores.
 A model that is not there is left out. Every method runs at 75 % and 50 % of the experts, decided from all of the text
 and from each of some domains alone, random with five seeds, measured on unseen text; then the variants that single
 claims are about, at a half and a quarter. Prints the rankings and, for each method, whether its trend holds, with the
