@@ -5,9 +5,9 @@
 
 SmolLM2 has massive activations of its own. As a MoE whose experts are cut from the dense networks ("split") they must
 lie in routed experts, as one whose dense networks stay beside new experts ("shared") in shared ones; both compute
-exactly what the dense model does. Prints the report, the tokens that are sinks, the neurons that carry them, max |H| by
-layer with and without the super experts, the decay of attention sinks, and perplexity on held-out text: whole, without
-the super experts, and without as many others drawn at random (mean and spread over seeds). Minutes on two cores.
+exactly what the dense model does. Prints what `moekit super-experts` prints, then what other rules find, largest |H| by
+layer with and without the super experts, the tokens that are sinks, the neurons that carry them, and the decay of
+attention sinks. Minutes on two cores.
 
 Legend: R rows, S positions, H hidden, I width of an expert.
 """
@@ -15,13 +15,10 @@ Legend: R rows, S positions, H hidden, I width of an expert.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import math
 import platform
-import random
-import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,55 +29,100 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import moekit
 from moekit.anatomy import find_moe_layers
 from moekit.anatomy.convert import ActivationSplit, Residual
-from moekit.compress.protect.ablation import Pair, random_experts, without_experts
+from moekit.cli._terminal import Terminal
+from moekit.cli.super_experts import show
+from moekit.compress.protect.ablation import Pair, without_experts
+from moekit.compress.protect.report import SHARED
 from moekit.compress.protect.sinks import find_sinks, measure_sink_decay, sink_router_scores, sinks_mask
-from moekit.compress.protect.super_experts import NEEDS, SHARED, SuperExpertReport, find_super_experts
-from moekit.data import fetch, load_text, pack
-from moekit.trace import record
+from moekit.compress.protect.streams import StreamedProfile, layer_streams
+from moekit.data import TokenBatches, TokenizedDocument, fetch, load_text, pack
+from moekit.evaluation.super_expert_study import SuperExpertStudy
+from moekit.evaluation.super_experts import check_super_experts
+from moekit.recipe.protection import find_in_trace, protection_needs
+from moekit.recipe.pruning import Source, open_source
+from moekit.recipe.steps.super_experts import told_of
+from moekit.trace import Trace
 from moekit.trace.each_expert import plain_expert
 from moekit.trace.seam import read_arguments
 
+# The paper's code, and its text.
+RULES: tuple[dict[str, Any], ...] = ({"forming": "first-75"}, {"scope": "model"})
 
-def rows_of(data: str, split: str, tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> Tensor:
-    """Rows of each domain in equal numbers, unpadded, [R, S]."""
+
+def rows_of(data: str, split: str, tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> TokenBatches:
+    """Rows of each domain in equal numbers."""
     documents = load_text(data, split=split, limit_bytes=400_000)
-    domains = dict.fromkeys(d.domain for d in documents)
-    each = max(rows // len(domains), 1)
-    parts = [pack([d for d in documents if d.domain == name], tokenizer, length).input_ids[:each] for name in domains]
-    return torch.cat(parts).long()
+    whole = pack(documents, tokenizer, length)
+    each = max(rows // len(whole.domains), 1)
+    full_R = (whole.document_RS >= 0).all(dim=1)
+    chosen: list[int] = []
+    for domain in range(len(whole.domains)):
+        chosen += (full_R & (whole.domain_RS[:, 0] == domain)).nonzero().flatten()[:each].tolist()
+    return TokenBatches(whole.input_ids[chosen], whole.document_RS[chosen], whole.domain_RS[chosen], whole.domains)
 
 
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, ids_RS: Tensor) -> float:
-    """On rows of equal length."""
-    return math.exp(statistics.fmean(float(model(row[None], labels=row[None]).loss) for row in ids_RS))
+def look(source: Source, rows: TokenBatches) -> tuple[Trace, StreamedProfile]:
+    """One pass over the text, layer by layer from disk."""
+    names = (*protection_needs(source), "massive_tokens", "stream_ratio_peak")
+    streamed = StreamedProfile(source.checkpoint, rows.batches(2), moe_layers=source.geometries, statistics=names)
+    with streamed:
+        streamed.run()
+        return streamed.trace(), streamed
 
 
-@contextlib.contextmanager
-def streams(model: PreTrainedModel) -> Iterator[list[tuple[float, int, int, float]]]:
-    """Largest |value| after each decoder layer, dense ones too, its channel, its position, and the median."""
-    found: list[tuple[float, int, int, float]] = []
-
-    def look(module: nn.Module, args: Any, output: Any) -> None:
-        size_RSH = (output[0] if isinstance(output, tuple) else output).abs()
-        place = int(size_RSH.argmax())
-        hidden, length = size_RSH.shape[2], size_RSH.shape[1]
-        found.append((float(size_RSH.max()), place % hidden, place // hidden % length, float(size_RSH.median())))
-
-    hooks = [layer.register_forward_hook(look) for layer in model.get_decoder().layers]
-    try:
-        with torch.no_grad():
-            yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+def documents_of(rows: TokenBatches) -> list[TokenizedDocument]:
+    """Each row as a document of its own, to measure likelihood on."""
+    domains = [rows.domains[int(number)] for number in rows.domain_RS[:, 0]]
+    return [
+        TokenizedDocument(ids.tolist(), name, n)
+        for n, (ids, name) in enumerate(zip(rows.input_ids, domains, strict=True))
+    ]
 
 
-def largest(model: PreTrainedModel, ids_RS: Tensor, pairs: list[Pair]) -> list[tuple[float, int, int, float]]:
-    """`streams` without some experts."""
-    with streams(model) as found, without_experts(model, pairs):
-        model(ids_RS, use_cache=False)
-    return found
+def study(source: Source, seen: TokenBatches, heldout: TokenBatches, seeds: int) -> SuperExpertStudy:
+    """What `moekit super-experts` does; where none is found the experts of the largest outputs are skipped instead."""
+    start = time.perf_counter()
+    trace, streamed = look(source, seen)
+    report = find_in_trace(source, trace)
+    print(f"{report.tokens} tokens in {time.perf_counter() - start:.0f} s")
+    by_code, by_text = (find_in_trace(source, trace, **rule).pairs for rule in RULES)
+    print(f"first 75 % of the layers for those that form: {by_code}; all maxima compared: {by_text}")
+    found = trace.require(("massive_tokens", "stream_ratio_peak"))
+    told = ", ".join(f"{n}: {float(s['stream_ratio_peak'][0]):.0f}" for n, s in found.items())
+    tokens = sum(int(s["massive_tokens"]) for s in found.values())
+    print(f"largest |H| over the median of its own token, by layer: {told}\n(massive by that: {tokens} tokens)")
+    pairs = report.pairs or [(c.layer, c.expert) for c in report.others[:3]]
+    if not report.pairs:
+        print("no super experts: the three largest outputs are skipped in their place")
+    documents, geometries = documents_of(heldout), source.geometries
+    length = heldout.input_ids.shape[1]
+    check = check_super_experts(
+        source.checkpoint, documents, pairs, geometries=geometries, draws=seeds, window=length, source="held-out rows"
+    )
+    streams = layer_streams(trace.require(protection_needs(source)), streamed.dense, streamed.apart)
+    return SuperExpertStudy.of(report, streams, check=check)
+
+
+def examine(name: str, folder: Path, given: argparse.Namespace) -> None:
+    """All tables of one model."""
+    print(f"\n=== {name}", flush=True)
+    source = open_source(str(folder))
+    tokenizer = source.tokenizer()
+    seen = rows_of(given.data, "train", tokenizer, given.rows, given.length)
+    heldout = rows_of(given.data, "heldout", tokenizer, given.rows, given.length)
+    found = study(source, seen, heldout, given.seeds)
+    show(Terminal(), told_of(found, folder) | {"protect": {}})  # nothing was written that prune could read
+    assert found.check is not None
+    print("\nlargest |H| after each layer, held-out rows: " + ", ".join(found.check.largest))
+    for n, values in enumerate(zip(*(part.values() for part in found.check.largest.values()), strict=True)):
+        print(f"{n:>6}" + "".join(f"{value:11.1f}" for value in values))
+    model = moekit.load(folder).float().eval()
+    model.set_experts_implementation("eager")
+    some = heldout.input_ids[:: max(len(heldout) // 2, 1)].long()
+    for told in found.streams:
+        if told.origin in ("dense", "layer"):
+            print(f"layer {told.layer}, dense: {'; '.join(carriers(model, some, told.layer, None))}")
+    print_sinks(model, tokenizer, some, found)
 
 
 @torch.no_grad()
@@ -124,72 +166,8 @@ def carriers(model: PreTrainedModel, ids_RS: Tensor, layer: int, expert: int | N
     ]
 
 
-def print_report(report: SuperExpertReport, seconds: float) -> None:
-    """Verdict and the largest maxima."""
-    compared = [n for n, layer in report.layers.items() if layer.compared]
-    print(
-        f"{report.verdict}\n{report.tokens} tokens in {seconds:.0f} s; compared: layers {compared[0]} to "
-        f"{compared[-1]}, P{report.rule.percentile:g} {report.percentile:.1f} (room for {report.room}), largest "
-        f"{report.largest:.1f}; forming: {[n for n, layer in report.layers.items() if layer.forms] or 'none'}"
-    )
-    head = f"{'layer':>6}{'expert':>8}{'max |out|':>12}{'channel':>9}{'position':>9}{'/ P':>8}{'/ ratio':>9}"
-    print(f"{'':6}{head}  forms")
-    for mark, candidates in (("super", report.found), ("", report.others[:6])):
-        for c in candidates:
-            name = "shared" if c.expert == SHARED else str(c.expert)
-            over = "".join(
-                f"{'-' if x is None else format(x, '.2f'):>{w}}" for x, w in ((c.over_percentile, 8), (c.over_ratio, 9))
-            )
-            print(f"{mark:6}{c.layer:>6}{name:>8}{c.value:12.1f}{c.channel:>9}{c.position:>9}{over}  {c.forms}")
-
-
-def print_streams(model: PreTrainedModel, ids_RS: Tensor, pairs: list[Pair]) -> None:
-    """Max |H| by layer, and who carries the steps."""
-    moe = {layer.index: layer for layer in find_moe_layers(model)}
-    whole, without = largest(model, ids_RS, []), largest(model, ids_RS, pairs)
-    print(f"\n{'layer':>6}{'':>7}{'max |H|':>11}{'channel':>9}{'position':>9}{'median':>9}{'without':>11}")
-    for n, ((value, channel, position, median), after) in enumerate(zip(whole, without, strict=True)):
-        kind = "moe" if n in moe else "dense"
-        print(f"{n:>6}{kind:>7}{value:11.1f}{channel:>9}{position:>9}{median:9.2f}{after[0]:11.1f}")
-    steps = [n for n in range(1, len(whole)) if whole[n][0] > max(2 * whole[n - 1][0], 100, 1000 * whole[n][3])]
-    steps = [n for n in steps if n not in moe]
-    for n in steps:
-        print(f"layer {n}, dense: {'; '.join(carriers(model, ids_RS, n, None))}")
-
-
-def others(model: PreTrainedModel, pairs: list[Pair], seed: int, how: str) -> list[Pair]:
-    """As many others."""
-    if how == "shared":
-        rest = [layer.index for layer in find_moe_layers(model) if layer.shared and (layer.index, SHARED) not in pairs]
-        return [(n, SHARED) for n in random.Random(seed).sample(rest, len(pairs))]
-    experts = {layer.index: layer.geometry.experts for layer in find_moe_layers(model)}
-    return random_experts(experts, pairs, seed=seed, same_layers=how == "same layers")
-
-
-def print_perplexities(model: PreTrainedModel, ids_RS: Tensor, report: SuperExpertReport, seeds: int) -> None:
-    """Whole, without super experts, without as many others."""
-    pairs = report.pairs
-    print(f"\n{'skipped':40}{'perplexity':>22}")
-    print(f"{'nothing':40}{perplexity(model, ids_RS):22.2f}")
-    if not pairs:
-        # Nothing to skip: the experts of the largest outputs instead.
-        pairs = [(c.layer, c.expert) for c in report.others[:3]]
-        print("(no super experts: the three largest outputs in their place)")
-    with without_experts(model, pairs):
-        print(f"{', '.join(f'{n}:{e}' for n, e in pairs):40}{perplexity(model, ids_RS):22.2f}")
-    kinds = ["anywhere", "same layers"] + (["shared"] if all(e == SHARED for _, e in pairs) else [])
-    for how in kinds:
-        found = []
-        for seed in range(seeds):
-            with without_experts(model, others(model, pairs, seed, how)):
-                found.append(perplexity(model, ids_RS))
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
-        name = f"{len(pairs)} others at random, {how}"
-        print(f"{name:40}{f'{statistics.fmean(found):.2f} +- {spread:.2f}':>22}   {min(found):.2f} to {max(found):.2f}")
-
-
 def print_sinks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids_RS: Tensor, report: SuperExpertReport
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids_RS: Tensor, study: SuperExpertStudy
 ) -> None:
     """Which tokens carry massive activations, and what of the attention to them is left."""
     sinks = find_sinks(model, ids_RS)
@@ -197,6 +175,7 @@ def print_sinks(
     for s in sinks[:12]:
         place = f"{s.row:>5}{s.position:>5}  {tokenizer.decode([s.token])!r:14}"
         print(f"{place}{s.layer:>4}{s.channel:>6}{s.value:12.1f}")
+    report = study.report
     for layer, expert in report.pairs:
         print(f"layer {layer}, {expert}: {'; '.join(carriers(model, ids_RS, layer, expert))}")
     if not sinks or not report.pairs:
@@ -207,35 +186,24 @@ def print_sinks(
     decay = measure_sink_decay(model, ids_RS, report.pairs, mask)
     print("sink decay by layer: " + " ".join(f"{n}:{value:.2f}" for n, value in decay.items()))
     print("max |H| after the layer when each of the largest is skipped alone:")
-    whole = largest(model, ids_RS, [])
     for c in (*report.found, *report.others[:4]):
-        alone = largest(model, ids_RS, [(c.layer, c.expert)])[c.layer][0]
-        print(f"  layer {c.layer}, {c.expert}: {whole[c.layer][0]:.1f} -> {alone:.1f}")
+        whole, alone = (largest_after(model, ids_RS, c.layer, gone) for gone in ([], [(c.layer, c.expert)]))
+        print(f"  layer {c.layer}, {c.expert}: {whole:.1f} -> {alone:.1f}")
 
 
-def examine(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: argparse.Namespace) -> None:
-    """All tables of one model."""
-    print(f"\n=== {name}", flush=True)
-    model.set_experts_implementation("eager")
-    seen = rows_of(given.data, "train", tokenizer, given.rows, given.length)
-    heldout = rows_of(given.data, "heldout", tokenizer, given.rows, given.length)
-    start = time.perf_counter()
-    shared = ("shared_peak",) if all(layer.shared for layer in find_moe_layers(model)) else ()
-    trace = record(model, seen.split(2), statistics=(*NEEDS, *shared, "massive_tokens", "stream_ratio_peak"))
-    assert trace.statistics is not None
-    size = {"decoder_layers": model.config.num_hidden_layers}
-    report = find_super_experts(trace.statistics, **size)
-    print_report(report, time.perf_counter() - start)
-    by_code = find_super_experts(trace.statistics, forming="first-75", **size).pairs
-    by_text = find_super_experts(trace.statistics, scope="model", **size).pairs
-    print(f"first 75 % of the layers for those that form: {by_code}; all maxima compared: {by_text}")
-    told = ", ".join(f"{n}: {float(s['stream_ratio_peak'][0]):.0f}" for n, s in trace.statistics.items())
-    tokens = sum(int(s["massive_tokens"]) for s in trace.statistics.values())
-    print(f"largest |H| over the median of its own token, by layer: {told}\n(massive by that: {tokens} tokens)")
-    some = heldout[:: max(len(heldout) // 2, 1)]
-    print_streams(model, some, report.pairs)
-    print_sinks(model, tokenizer, some, report)
-    print_perplexities(model, heldout, report, given.seeds)
+@torch.no_grad()
+def largest_after(model: PreTrainedModel, ids_RS: Tensor, layer: int, gone: list[Pair]) -> float:
+    """Largest |value| after a decoder layer without some experts."""
+    found: list[float] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(float((output[0] if isinstance(output, tuple) else output).abs().max()))
+
+    hook = model.get_decoder().layers[layer].register_forward_hook(keep)
+    with without_experts(model, gone):
+        model(ids_RS, use_cache=False)
+    hook.remove()
+    return max(found)
 
 
 def main() -> None:
@@ -251,19 +219,21 @@ def main() -> None:
     given = parser.parse_args()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if given.model:
-        tokenizer = AutoTokenizer.from_pretrained(given.model)
-        examine(str(given.model), moekit.load(given.model).float().eval(), tokenizer, given)
+        examine(str(given.model), given.model, given)
         return
     folder = fetch("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    calibration = rows_of(given.data, "train", tokenizer, 4, given.length)
-    if given.way != "shared":
-        split = ActivationSplit(experts=given.experts, top_k=given.experts, router="zero")
-        examine(f"split into {given.experts}, all chosen", split.convert(dense, calibration), tokenizer, given)
-    if given.way != "split":
-        beside = Residual(experts=given.experts, top_k=4, width=64, router="random")
-        examine("dense networks as shared experts", beside.convert(dense), tokenizer, given)
+    with tempfile.TemporaryDirectory() as made:
+        if given.way != "shared":
+            split = ActivationSplit(experts=given.experts, top_k=given.experts, router="zero")
+            calibration = rows_of(given.data, "train", tokenizer, 4, given.length).calibration
+            moekit.save(split.convert(dense, calibration), Path(made) / "split", tokenizer=tokenizer)
+            examine(f"split into {given.experts}, all chosen", Path(made) / "split", given)
+        if given.way != "split":
+            beside = Residual(experts=given.experts, top_k=4, width=64, router="random")
+            moekit.save(beside.convert(dense), Path(made) / "shared", tokenizer=tokenizer)
+            examine("dense networks as shared experts", Path(made) / "shared", given)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def _call(terminal: Terminal, **values: Any) -> None:
 def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
     """Print what was found, where the massive activations are, and whether the model breaks."""
     _show_streams(terminal, results["streams"])
-    _show_experts(terminal, results["report"])
+    _show_experts(terminal, results["report"], results["room"])
     if results["check"] is not None:
         _show_check(terminal, results["check"])
     terminal.say(results["verdict"])
@@ -70,7 +70,7 @@ def made_by(told: Mapping[str, Any]) -> str | None:
     return _MADE_BY.get(told["origin"], str(told["origin"]))
 
 
-def _show_experts(terminal: Terminal, report: Mapping[str, Any]) -> None:
+def _show_experts(terminal: Terminal, report: Mapping[str, Any], room: int) -> None:
     rows = [
         (
             "super" if mark else "",
@@ -90,9 +90,9 @@ def _show_experts(terminal: Terminal, report: Mapping[str, Any]) -> None:
     columns = ("", "layer", "expert", "largest |output|", "channel", "position", "/ percentile", "/ share", "forms")
     terminal.table("experts of the largest outputs", columns, rows)
     terminal.say(
-        f"a super expert exceeds percentile {rule['percentile']:g} ({report['percentile']:.4g}) and {rule['ratio']:g} "
-        f"of the largest ({report['largest']:.4g}), in a layer that forms a massive activation; {report['tokens']:,} "
-        "tokens"
+        f"a super expert exceeds percentile {rule['percentile']:g} ({report['percentile']:.4g}; at most {room} can) "
+        f"and {rule['ratio']:g} of the largest ({report['largest']:.4g}), in a layer that forms a massive activation; "
+        f"{report['tokens']:,} tokens"
     )
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.errors import BadConfig, BadData
+from moekit.evaluation.super_expert_study import KIND as STUDY
+from moekit.evaluation.super_expert_study import SuperExpertStudy
 from moekit.placement import Placement
 from moekit.recipe.results import load_comparison, load_replay, placement_file
 from moekit.report.data import Finding, KeyFigure, LinesSection, ReportData, Section, TableSection
@@ -16,6 +18,7 @@ from moekit.report.run_info import describe_run
 from moekit.report.sections.c2r import Curve, CurvePoint, curve_findings, curve_section, headline, key_figures
 from moekit.report.sections.evaluations import comparison_section, relative
 from moekit.report.sections.placements import PlacementRow, placement_section
+from moekit.report.sections.super_experts import super_expert_finding, super_expert_sections
 from moekit.report.sections.traces import Coactivations, by_layer_section, coactivation_section, load_section
 from moekit.trace import Trace, summarise
 
@@ -45,14 +48,21 @@ def report_data(step: ReportStep, work: Workplace) -> ReportData:
         sections.append(placement_section(_placement_rows(step), note=_REPLAY_NOTE))
     if step.traces:
         sections += _trace_sections(step)
+    studies = _studies(step, work)
+    for name, study in studies.items():
+        sections += super_expert_sections(study, name if len(studies) > 1 else "")
     if work.finished:
         sections.append(_steps_section(list(work.finished.values())))
-    first = headline(curves) if curves else _plain_headline(comparisons, step)
+    found = [super_expert_finding(study) for study in studies.values()]
+    if not curves and not comparisons and not step.traces and found:
+        first, *found = found
+    else:
+        first = headline(curves) if curves else _plain_headline(comparisons, step)
     return ReportData(
         title=step.title,
         subtitle=step.subtitle,
         headline=first,
-        findings=curve_findings(curves) if curves else (),
+        findings=(*(curve_findings(curves) if curves else ()), *found),
         figures=key_figures(curves) if curves else _figures(comparisons),
         sections=tuple(sections),
         run=describe_run(commands=[work.command], seed=work.seed, hashes=_hashes(step)),
@@ -63,6 +73,15 @@ _REPLAY_NOTE = (
     "Rows are counted by replaying the trace token by token: rows sent per token and layer, the token's own device "
     "included. Random placements are averaged over seeds."
 )
+
+
+def _studies(step: ReportStep, work: Workplace) -> dict[str, SuperExpertStudy]:
+    """Studies of super experts: those named, then all others of the run."""
+    named = {Path(folder).name: Path(folder) for folder in step.super_experts}
+    known = {folder.resolve() for folder in named.values()}
+    others = (done for done in work.finished.values() if done.use == STUDY and done.folder.resolve() not in known)
+    folders = {**named, **{done.id: done.folder for done in others}}
+    return {name: SuperExpertStudy.load(folder) for name, folder in folders.items()}
 
 
 def _curves(step: ReportStep) -> list[Curve]:

@@ -28,12 +28,18 @@ class ReportStep(Step):
     constrained: tuple[PlacementRef, ...] = Field(default=(), description="place steps of constrained models")
     costs: tuple[ResultsRef, ...] = Field(default=(), description="evaluate steps, one for each of `constrained`")
     evaluations: tuple[ResultsRef, ...] = Field(default=(), description="evaluate steps with a baseline, for tables")
+    super_experts: tuple[ResultsRef, ...] = Field(
+        default=(),
+        description="super-experts steps, for a chart and tables; others of the run are shown, too, but only those "
+        "named here make the page anew when they change",
+    )
     publish: bool = Field(default=False, description="put the page and its numbers beside the step folders, too")
     strict: bool = Field(default=True, description="fail if the page finds that a measurement shows nothing")
 
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """A page is a few MiB at most."""
         names = (*self.traces, *((self.free,) if self.free else ()), *self.constrained, *self.costs, *self.evaluations)
+        names += self.super_experts
         reads = tuple(sizes.item(name) for name in dict.fromkeys(names))
         return Forecast(reads, (Item(str(out), 4 << 20),), disk=4 << 20, memory=256 << 20)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,12 +27,10 @@ from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
 if TYPE_CHECKING:
     from moekit.compress.protect.report import SuperExpertReport
     from moekit.compress.protect.streams import LayerStream
-    from moekit.data import TokenBatches
+    from moekit.data import TokenBatches, TokenizedDocument
     from moekit.evaluation.super_expert_study import SuperExpertStudy
     from moekit.evaluation.super_experts import SuperExpertCheck
     from moekit.recipe.proof import HeldOut
-
-logger = logging.getLogger(__name__)
 
 # A report is small: some hundred bytes a layer, and a number for each expert.
 _FILE_BYTES = 1 << 20
@@ -132,19 +131,21 @@ class SuperExpertsStep(Step):
 
     def _texts(self, source: Source, work: Workplace) -> tuple[TokenBatches, HeldOut | None]:
         """Rows to look at and text to check on; both are read before any work, as either may turn out empty."""
-        from moekit.data import pack
+        from moekit.data.batches import arrange, pad_id_of, tokenize
 
         kept_apart = self.proof and self.heldout is None
         documents = read_text(self.data, split="train" if kept_apart else None, seed=work.seed, progress=work.progress)
         each = None if self.max_tokens is None else max(1, -(-self.max_tokens // len(documents)))
-        # Sinks stand at the beginning of a text: each document begins a row, and none sees another one.
+        tokenizer = source.tokenizer()
+        # Sinks stand at the beginning of a text: each document begins a row, as texts of this model do.
+        found = _begun(tokenize(documents, tokenizer, each, progress=work.progress), tokenizer)
         length = min(self.seq_len, source.longest)
-        rows = pack(documents, source.tokenizer(), length, pad=True, max_tokens_per_doc=each, progress=work.progress)
+        rows = arrange(found, length, pad=True, pad_id=pad_id_of(tokenizer))
         if not self.proof:
             return rows, None
-        if self.heldout is not None:
-            return rows, read_heldout(self._options, self.heldout, None, source, work)
-        return rows, read_heldout(self._options, self.data, "heldout", source, work)
+        text, split = (self.data, "heldout") if self.heldout is None else (self.heldout, None)
+        heldout = read_heldout(self._options, text, split, source, work)
+        return rows, dataclasses.replace(heldout, documents=_begun(heldout.documents, tokenizer))
 
     def _look(
         self, source: Source, rows: TokenBatches, work: Workplace
@@ -194,6 +195,14 @@ class SuperExpertsStep(Step):
         return f"{name}[train]" if self.proof and self.heldout is None else name
 
 
+def _begun(documents: Sequence[TokenizedDocument], tokenizer: Any) -> list[TokenizedDocument]:
+    """The documents, each behind what the tokenizer puts before a text, such as a token of its beginning."""
+    plain, usual = (list(tokenizer("a", add_special_tokens=told)["input_ids"]) for told in (False, True))
+    starts = (n for n in range(len(usual)) if usual[n : n + len(plain)] == plain)
+    before = usual[: next(starts, 0)]
+    return [dataclasses.replace(document, ids=[*before, *document.ids]) for document in documents]
+
+
 def _largest_layer(source: Source) -> int:
     """Bytes of the routed experts of the layer that has most of them."""
     from moekit.compress.prune.planning import sizes_of
@@ -212,4 +221,11 @@ def told_of(study: SuperExpertStudy, file: Path) -> dict[str, Any]:
     told = study.model_dump(mode="json", exclude={"kind": True, "format": True, "report": {"format", "layers"}})
     forms = [layer for layer, profile in study.report.layers.items() if profile.forms]
     check = None if study.check is None else study.check.verdict
-    return {**told, "verdict": study.report.verdict, "check_verdict": check, "forms": forms, "file": str(file)}
+    return {
+        **told,
+        "verdict": study.report.verdict,
+        "check_verdict": check,
+        "forms": forms,
+        "room": study.report.room,
+        "file": str(file),
+    }

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import nn
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel
 
 from moekit.anatomy import Geometry, find_moe_layers
 from moekit.compress.evidence import LayerEvidence
@@ -31,6 +30,7 @@ from moekit.trace import LayerStatistics, record
 from moekit.trace.massive import stream_magnitude
 from moekit.trace.observation import Observation
 from tests.families import build, tokens
+from tests.planted import PLANTED, plant, random_model, text
 
 CODE = {"scope": "first-75", "forming": "first-75"}
 PAPER = {"scope": "model", "forming": "first-75"}
@@ -225,53 +225,6 @@ def test_pruners_keep_what_the_report_protects() -> None:
     for layer, kept in ((0, (0, 1, 2)), (1, (0, 1, 7)), (2, (0, 1, 3))):
         evidence = LayerEvidence(layer, geometry, stats, protected=protected.get(layer, frozenset()))
         assert keep_highest(worst_last, 3, evidence) == kept
-
-
-PLANTED = {(1, 7): 1000.0, (2, 40): 600.0}
-
-
-def text(seed: int, first: int = 1) -> torch.Tensor:
-    ids = torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(seed))
-    ids[:, 0] = first
-    return ids
-
-
-def random_model(seed: int) -> Qwen3MoeForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=128,
-        hidden_size=64,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_experts=64,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-    )
-    model = Qwen3MoeForCausalLM(config).eval()
-    for layer in find_moe_layers(model):  # transformers leaves some of these as they come
-        for tensor in (layer.require_router().weight, *layer.experts.parameters()):
-            nn.init.normal_(tensor, std=0.02)
-    return model
-
-
-@torch.no_grad()
-def plant(model: PreTrainedModel) -> None:
-    """Let one expert answer the first token with one huge value, in one layer after the other."""
-    for (index, expert), size in PLANTED.items():
-        layer = {layer.index: layer for layer in find_moe_layers(model)}[index]
-        inputs: list[torch.Tensor] = []
-        hook = layer.experts.register_forward_pre_hook(lambda m, args, kept=inputs: kept.append(args[0]))
-        model(input_ids=text(0)[:1], use_cache=False)
-        hook.remove()
-        h_H = inputs[0].reshape(-1, 64)[0]
-        layer.require_router().weight[expert] += 3 * h_H / h_H.norm()
-        gate_I, up_I = (layer.experts.gate_up_proj[expert] @ h_H).chunk(2)
-        a_I = nn.functional.silu(gate_I) * up_I
-        layer.experts.down_proj[expert, 5 + index] += size * a_I / a_I.norm() ** 2
 
 
 @contextmanager
