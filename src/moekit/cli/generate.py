@@ -1,4 +1,4 @@
-"""`moekit generate`: the same prompts through two checkpoints, side by side."""
+"""`moekit generate`: the same prompts through two checkpoints, side by side, or through a task's experts alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from moekit.cli._command import build_command
+from moekit.cli._errors import config_error
+from moekit.cli._generate_tasks import generate_by_task
 from moekit.cli._options import option_parameters, read_options
 from moekit.cli._terminal import Terminal
 from moekit.errors import BadConfig, BadData
@@ -32,16 +35,30 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest continuation, in tokens")] = 48,
     device: Annotated[str, typer.Option(help="cpu, cuda, ..., or auto")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored")] = "auto",
-    **ranked: Any,
+    **rest: Any,
 ) -> None:
-    """Continue prompts with a checkpoint, and show beside it what another one says; greedily, so it can be repeated."""
+    """Continue prompts with a checkpoint, and show beside it what another one says; greedily, so it can be repeated.
+
+    With --patterns only the experts of each prompt's task are read from disk.
+    """
+    from moekit.recipe.ranked import RankedOptions, ranks_of
+    from moekit.recipe.tasks import TaskOptions
+
     texts = [*(prompt or ()), *_lines(prompts)] or list(PROMPTS)
+    tasks = _options(TaskOptions, {name: rest.pop(name) for name in TaskOptions.model_fields})
+    tasks.check_tasks()
+    options = _options(RankedOptions, rest)
+    if tasks.patterns is not None:
+        if other is not None or options.ep > 1:
+            raise BadConfig(
+                "a task's experts are loaded for one model, by one process",
+                hint="leave the second checkpoint and --ep out",
+            )
+        generate_by_task(terminal, tasks, model, texts, max_new_tokens, device, dtype)
+        return
     if terminal.dry_run:
         _foretell(terminal, [name for name in (model, other) if name is not None])
         return
-    from moekit.recipe.ranked import RankedOptions, ranks_of
-
-    options = RankedOptions(**read_options(RankedOptions, ranked))
     options.check_ranks()
     if options.ep > 1 and other is not None:
         raise BadConfig("ranks share one model at a time", hint="leave the second checkpoint out, or --ep")
@@ -65,6 +82,18 @@ def generate(
         terminal.say(f"> {pair.prompt}   ({where})\n  a: {pair.a.strip()}\n  b: {pair.b.strip()}\n")
     terminal.say(f"a is {both.a}, b is {both.b}: {both.identical:.0%} of the prompts continued alike;")
     terminal.say(f"given a's text, b chooses the same token at {both.agreement:.1%} of the positions")
+
+
+def _options(cls: Any, given: dict[str, Any]) -> Any:
+    """Options of a group, checked.
+
+    Raises:
+        BadConfig: an impossible value.
+    """
+    try:
+        return cls(**read_options(cls, given))
+    except ValidationError as error:
+        raise config_error(error) from error
 
 
 def _share(options: Any, started: Any, model: Any, **facts: Any) -> None:
@@ -112,9 +141,12 @@ def _foretell(terminal: Terminal, references: list[str]) -> None:
 def build() -> Any:
     """The command."""
     from moekit.recipe.ranked import RankedOptions
+    from moekit.recipe.tasks import TaskOptions
 
     examples = [
         "moekit generate ./moe ./routed --prompt 'Once upon a time' --max-new-tokens 32",
         "torchrun --nproc-per-node 4 -m moekit generate ./moe --ep 4 --dispatch all-reduce",
+        "moekit generate ./moe --patterns ./patterns --keep 0.5 --prompt 'What is 12 times 7?'",
     ]
-    return build_command(generate, examples=examples, extra=option_parameters(RankedOptions, panel="Ranks"))
+    extra = [*option_parameters(TaskOptions, panel="Tasks"), *option_parameters(RankedOptions, panel="Ranks")]
+    return build_command(generate, examples=examples, extra=extra)

@@ -365,3 +365,88 @@ def test_a_trace_of_another_model_makes_no_pattern() -> None:
     with pytest.raises(BadData) as caught:
         pattern_of("text", build("qwen3_moe"), trace, PreMoe())
     assert caught.value.layer == 2
+
+
+def test_what_no_token_chose_ranks_behind_all_that_was_chosen(tmp_path: Path) -> None:
+    # Expert 0 scores best in layer 1 and 3 ties with 1 in layer 2, but no token chose them.
+    scores = {1: torch.tensor([9.0, -1.0, 2.0, 0.0]), 2: torch.tensor([1.0, 0.0, 5.0, 0.0])}
+    made = make_pattern("maths", scores, tokens=4, never_routed={1: [0], 2: [0, 3]})
+    assert made.orders.tolist() == [[2, 3, 1, 0], [2, 1, 0, 3]]
+    assert made.chosen == (3, 2)
+    assert made.never_routed == {1: [0], 2: [0, 3]}
+    assert made.first_E.tolist() == [9.0, -1.0, 2.0, 0.0]  # what prompts are compared with stays as it was
+    assert [keep_sets(made, keep) for keep in (1, 2, 3, 4)] == [
+        {1: [2], 2: [2]},
+        {1: [2, 3], 2: [1, 2]},
+        {1: [1, 2, 3], 2: [0, 1, 2]},
+        {1: [0, 1, 2, 3], 2: [0, 1, 2, 3]},
+    ]
+    assert keep_sets(made, 2, protected={1: [0]})[1] == [0, 2]
+    PatternStore(tmp_path).save(made)
+    same(PatternStore(tmp_path).load("maths"), made)
+    # Pooled, an expert that any of the tasks chose was chosen.
+    other = make_pattern("code", {1: torch.zeros(4), 2: torch.ones(4)}, tokens=4, never_routed={1: [1], 2: [0]})
+    assert generalist([made, other]).never_routed == {1: [], 2: [0]}
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers=st.integers(1, 4), experts=st.integers(2, 9), seed=st.integers(0, 2**31))
+def test_for_every_budget_the_chosen_go_first(layers: int, experts: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(layers, experts, generator=generator).round()
+    unseen = torch.rand(layers, experts, generator=generator) < 0.4
+    missed = {layer: row.nonzero().flatten().tolist() for layer, row in enumerate(unseen)}
+    made = make_pattern("maths", dict(enumerate(table)), tokens=1, never_routed=missed)
+    for keep in range(1, experts + 1):
+        for layer, kept in keep_sets(made, keep).items():
+            lost = set(range(experts)) - set(kept)
+            if len(missed[layer]) < experts:
+                assert not set(kept) & set(missed[layer]) or lost <= set(missed[layer])
+
+
+@pytest.mark.parametrize("knobs", [{}, {"token_score": "tcess", "pool": 1, "threshold": None}, {"threshold": 0.9}])
+def test_unchosen_experts_of_a_model_come_last(knobs: dict[str, Any]) -> None:
+    model, method = build("deepseek_v3"), PreMoe(**knobs)
+    trace = record(model, [tokens(1, 3)], statistics=method.required)
+    made = pattern_of("text", model, trace, method)
+    load = trace.require(("load",))
+    tied = 0
+    for layer, statistics in load.items():
+        unseen = set(statistics.never_routed)
+        assert unseen
+        assert made.never_routed[layer] == sorted(unseen)
+        scores = made.scores(2)[made.origin.layers.index(layer)]
+        tied += sum(bool(scores[u] >= scores[c]) for u in unseen for c in set(range(EXPERTS)) - unseen)
+        for keep in range(1, EXPERTS + 1):
+            assert not set(keep_sets(made, keep)[layer]) & unseen or keep > EXPERTS - len(unseen)
+    assert tied  # by scores alone some would have come first
+
+
+@pytest.mark.parametrize("name", ["naee", "dern", "uncurl", "wanda-expert", "random", "stun"])
+def test_methods_that_give_no_ranks(name: str) -> None:
+    from moekit import catalogue
+    from moekit.compress.patterns.scoring import check_method
+
+    with pytest.raises(BadConfig, match=name) as caught:
+        check_method(catalogue.get("prune", name).cls())
+    assert "premoe" in str(caught.value.hint)
+
+
+def test_ranks_that_contradict_the_scores(tmp_path: Path) -> None:
+    PatternStore(tmp_path).save(pattern())
+    rewrite(tmp_path, order=torch.tensor([3, 0, 2, 1], dtype=torch.int16))
+    with pytest.raises(BadData, match="contradict"):
+        PatternStore(tmp_path).load("maths")
+    rewrite(tmp_path, chosen=torch.tensor([4, 0, 4], dtype=torch.int16))
+    with pytest.raises(BadData, match=r"were chosen|contradict"):
+        PatternStore(tmp_path).load("maths")
+
+
+def test_several_tasks_are_added_together_or_not_at_all(tmp_path: Path) -> None:
+    store = PatternStore(tmp_path)
+    store.save(pattern("maths"))
+    with pytest.raises(BadConfig, match="'maths'"):
+        store.save_all([pattern("code"), pattern("maths")])
+    assert list(store.index().tasks) == ["maths"]
+    assert len(store.save_all([pattern("code"), pattern("maths")], overwrite=["maths"])) == 2
+    assert list(store.load_all()) == ["code", "maths"]
