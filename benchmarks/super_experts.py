@@ -111,7 +111,8 @@ def examine(name: str, folder: Path, given: argparse.Namespace) -> None:
     seen = rows_of(given.data, "train", tokenizer, given.rows, given.length)
     heldout = rows_of(given.data, "heldout", tokenizer, given.rows, given.length)
     found = study(source, seen, heldout, given.seeds)
-    show(Terminal(), told_of(found, folder) | {"protect": {}})  # nothing was written that prune could read
+    # No file was written that prune could be told of.
+    show(Terminal(), told_of(found, folder) | {"protect": {}})
     assert found.check is not None
     print("\nlargest |H| after each layer, held-out rows: " + ", ".join(found.check.largest))
     for n, values in enumerate(zip(*(part.values() for part in found.check.largest.values()), strict=True)):

@@ -39,6 +39,8 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
         terminal.say(results["check_verdict"])
     if results["protect"]:
         terminal.say(f"to keep them: moekit prune ... --protect {results['file']}")
+    elif any(told["expert"] == _SHARED for told in results["report"]["found"]):
+        terminal.say("shared experts need no protection: no method drops them")
 
 
 def _show_streams(terminal: Terminal, streams: list[Mapping[str, Any]]) -> None:

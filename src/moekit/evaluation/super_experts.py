@@ -97,7 +97,7 @@ class SuperExpertCheck(_Frozen):
         count = f"{len(self.pairs)} super expert{'s' if len(self.pairs) > 1 else ''}"
         figures = (
             f"perplexity {told.a.perplexity:.4g} becomes {told.b.perplexity:.4g}{_ratio(told)}; without as many others "
-            f"it is {others.a.perplexity:.4g} (mean of {len(self.controls)} draws)"
+            f"it is {others.a.perplexity:.4g} ({_draws(len(self.controls))})"
         )
         heads = {
             "breaks": f"without its {count} the model breaks",
@@ -117,6 +117,10 @@ def _text(comparison: Comparison) -> DomainComparison:
 def _ratio(part: DomainComparison) -> str:
     gap = part.difference
     return "" if gap is None else f" (x {gap.ratio:.4g}, 95 % interval {gap.ratio_low:.4g} to {gap.ratio_high:.4g})"
+
+
+def _draws(count: int) -> str:
+    return "one draw" if count == 1 else f"mean of {count} draws"
 
 
 def judge(without: Comparison, against: Comparison) -> Outcome:

@@ -78,7 +78,7 @@ def _of_study(file: Path, source: Source) -> dict[int, set[int]]:
     study = SuperExpertStudy.load(file)
     study.report.check_model(source.checkpoint.fingerprint, file)
     if not study.protect:
-        logger.warning("%s protects no expert: %s", file, study.report.verdict)
+        logger.warning("%s protects no routed expert; %s", file, study.report.verdict)
     return {layer: set(experts) for layer, experts in study.protect.items() if experts}
 
 

@@ -157,7 +157,7 @@ def test_none_found_is_a_full_answer(made: Path, tmp_path: Path, caplog: pytest.
     assert not any(s.massive for s in study.streams)
     with caplog.at_level(logging.WARNING):
         assert parse_protected(str(tmp_path / "out"), open_source(str(made / "none"))) == {}
-    assert "protects no expert" in caplog.text
+    assert "protects no routed expert; no super expert" in caplog.text
 
 
 def test_without_a_proof_all_of_the_text_is_looked_at(made: Path, tmp_path: Path) -> None:

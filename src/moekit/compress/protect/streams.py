@@ -199,7 +199,6 @@ def layer_streams(
         NumericFault: a value is infinite.
     """
     found: list[LayerStream] = []
-    below = False
     for index, stats in sorted({**dense, **moe}.items()):
         value, channel, position = stats["stream_peak"].tolist()
         if not math.isfinite(value):
@@ -211,29 +210,27 @@ def layer_streams(
         massive = bool(is_massive(torch.tensor(value), median))
         origin: Origin = ""
         expert: int | None = None
-        if massive and forms_massive(gain, median):
-            origin, expert = ("dense" if index in apart else "layer", None)
-            if index in moe:
-                origin, expert = _maker(stats, int(gain_channel))
+        if massive and not forms_massive(gain, median):
+            origin = "passed on" if found and found[-1].massive else "attention"
+        elif massive and index in moe:
+            origin, expert = _maker(stats, int(gain_channel))
         elif massive:
-            origin = "passed on" if below else "attention"
-        below = massive
-        found.append(
-            LayerStream(
-                layer=index,
-                kind="moe" if index in moe else "dense",
-                value=value,
-                channel=int(channel),
-                position=int(position),
-                median=median,
-                gain=gain,
-                gain_channel=int(gain_channel),
-                gain_position=int(gain_position),
-                massive=massive,
-                origin=origin,
-                expert=expert,
-            )
+            origin = "dense" if index in apart else "layer"
+        told = LayerStream(
+            layer=index,
+            kind="moe" if index in moe else "dense",
+            value=value,
+            channel=int(channel),
+            position=int(position),
+            median=median,
+            gain=gain,
+            gain_channel=int(gain_channel),
+            gain_position=int(gain_position),
+            massive=massive,
+            origin=origin,
+            expert=expert,
         )
+        found.append(told)
     return tuple(found)
 
 
