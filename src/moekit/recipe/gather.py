@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.errors import BadConfig, BadData
-from moekit.evaluation.super_expert_study import KIND as STUDY
-from moekit.evaluation.super_expert_study import SuperExpertStudy
 from moekit.placement import Placement
-from moekit.recipe.results import load_comparison, load_replay, placement_file
+from moekit.recipe.results import load_comparison, load_replay, load_studies, placement_file
 from moekit.report.data import Finding, KeyFigure, LinesSection, ReportData, Section, TableSection
 from moekit.report.parts import Column, Interval, Table
 from moekit.report.run_info import describe_run
@@ -48,7 +46,7 @@ def report_data(step: ReportStep, work: Workplace) -> ReportData:
         sections.append(placement_section(_placement_rows(step), note=_REPLAY_NOTE))
     if step.traces:
         sections += _trace_sections(step)
-    studies = _studies(step, work)
+    studies = load_studies(step.super_experts, work.finished.values())
     for name, study in studies.items():
         sections += super_expert_sections(study, name if len(studies) > 1 else "")
     if work.finished:
@@ -73,15 +71,6 @@ _REPLAY_NOTE = (
     "Rows are counted by replaying the trace token by token: rows sent per token and layer, the token's own device "
     "included. Random placements are averaged over seeds."
 )
-
-
-def _studies(step: ReportStep, work: Workplace) -> dict[str, SuperExpertStudy]:
-    """Studies of super experts: those named, then all others of the run."""
-    named = {Path(folder).name: Path(folder) for folder in step.super_experts}
-    known = {folder.resolve() for folder in named.values()}
-    others = (done for done in work.finished.values() if done.use == STUDY and done.folder.resolve() not in known)
-    folders = {**named, **{done.id: done.folder for done in others}}
-    return {name: SuperExpertStudy.load(folder) for name, folder in folders.items()}
 
 
 def _curves(step: ReportStep) -> list[Curve]:

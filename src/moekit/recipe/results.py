@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from moekit.errors import BadData
 
 if TYPE_CHECKING:
     from moekit.evaluation import Comparison, Evaluation
+    from moekit.evaluation.super_expert_study import SuperExpertStudy
+    from moekit.recipe.steps.base import Finished
 
 EVALUATION = "evaluation.json"
 COMPARISON = "comparison.json"
@@ -69,3 +72,21 @@ def load_comparison(folder: str | Path) -> Comparison:
     except (OSError, ValueError) as error:
         raise BadData("no comparison here", file=file, hint="give the evaluate step a baseline") from error
     return found
+
+
+def load_studies(named: Sequence[str], finished: Iterable[Finished]) -> dict[str, SuperExpertStudy]:
+    """Name of a step -> its study of super experts: those named, then all others of the run.
+
+    Args:
+        named: folders of super-experts steps.
+        finished: steps of the run that are done.
+
+    Raises:
+        BadData: nothing there, or damaged.
+    """
+    from moekit.evaluation.super_expert_study import KIND, SuperExpertStudy
+
+    folders = {Path(folder).name: Path(folder) for folder in named}
+    known = {folder.resolve() for folder in folders.values()}
+    folders |= {d.id: d.folder for d in finished if d.use == KIND and d.folder.resolve() not in known}
+    return {name: SuperExpertStudy.load(folder) for name, folder in folders.items()}
