@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -137,7 +136,7 @@ class TaskModels:
         self.reference = reference
         self.source: Source = open_source(reference, progress)
         fingerprint = "" if options.other_weights else self.source.checkpoint.fingerprint
-        self.store: PatternStore = PatternStore(Path(str(options.patterns)).expanduser(), fingerprint)
+        self.store: PatternStore = PatternStore(str(options.patterns), fingerprint)
         self.patterns: dict[str, Pattern] = self.store.load_all()
         if not self.patterns:
             raise BadData("the folder holds no patterns", file=self.store.folder, hint="moekit pattern makes them")

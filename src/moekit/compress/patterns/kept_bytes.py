@@ -22,7 +22,7 @@ _PIECE_BYTES = 1 << 30
 
 
 class KeptBytes:
-    """Reads what stays of a checkpoint, tensor by tensor, from several threads; a context manager.
+    """Reads what stays of a checkpoint, tensor by tensor, in any order and by any thread; a context manager.
 
     Args:
         work: what stays.

@@ -9,9 +9,11 @@ Legend: E experts, K choices a token, M experts kept.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,8 @@ def load_task(
 ) -> PreTrainedModel:
     """Load a model that holds only a task's experts; its logits are those of the folder that `apply` would write.
 
-    Memory is that of the kept experts and of what every token uses; from disk nothing else is read. A hub model is
-    downloaded whole, as by `moekit.load`.
+    Memory is that of the kept experts and of what every token uses, and while it is loaded one layer of it more; from
+    disk nothing else is read. A hub model is downloaded whole, as by `moekit.load`.
 
     Args:
         model: folder, hub id, or an opened and verified checkpoint.
@@ -151,7 +153,7 @@ def _load(work: Work, source: KeptBytes, dtype: str | torch.dtype, device_map: A
             file=work.checkpoint.path,
             hint="write the smaller folder instead (moekit prune), and load that",
         )
-    with quiet_transformers():
+    with quiet_transformers(), _in_turn():
         loaded, told = (kind[0] if isinstance(kind, tuple) else kind).from_pretrained(
             None,
             config=_config(work),
@@ -167,6 +169,20 @@ def _load(work: Work, source: KeptBytes, dtype: str | torch.dtype, device_map: A
     if loaded.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():
         loaded.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return loaded
+
+
+@contextlib.contextmanager
+def _in_turn() -> Iterator[None]:
+    """Let transformers read what it is about to convert, not all of it ahead: that would be in memory twice."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _config(work: Work) -> PreTrainedConfig:

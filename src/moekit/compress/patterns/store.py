@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -69,17 +68,17 @@ class Index(BaseModel):
     tasks: dict[str, Entry] = Field(default_factory=dict)
 
 
-@dataclass(frozen=True)
 class PatternStore:
     """A folder of patterns of one model and method.
 
-    Attributes:
+    Args:
         folder: made by the first `save`.
         fingerprint: of the model they are wanted for; "" takes any.
     """
 
-    folder: Path
-    fingerprint: str = ""
+    def __init__(self, folder: str | Path, fingerprint: str = "") -> None:
+        self.folder = Path(folder).expanduser()
+        self.fingerprint = fingerprint
 
     def index(self) -> Index:
         """What the folder holds.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +177,27 @@ def test_a_routing_policy_is_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     with pytest.raises(BadConfig, match="routing policy"):
         load_task(checkpoint, pattern(checkpoint), 4)
+
+
+def test_tensors_are_read_when_they_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more in memory than what is loaded already and the layer at work."""
+    checkpoint = Checkpoint.open(plain(tmp_path / "m", "qwen3_moe", num_hidden_layers=4))
+    made = make_pattern("maths", dict.fromkeys(range(4), SCORES[0]), tokens=1)
+    ahead: list[int] = []
+    open_now: set[int] = set()
+    stock = KeptBytes.read
+
+    def read(self: KeptBytes, kept: Any) -> torch.Tensor:
+        tensor = stock(self, kept)
+        if "experts" in kept.name:
+            open_now.add(number := len(ahead))
+            weakref.finalize(tensor, open_now.discard, number)
+            ahead.append(len(open_now))
+        return tensor
+
+    monkeypatch.setattr(KeptBytes, "read", read)
+    load_task(checkpoint, made, 4, device="cpu")
+    assert len(ahead) == 4 * 4 * 3
+    # Gate and up projections of a layer become one tensor, so eight are open together.
+    assert max(ahead) <= 12
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
