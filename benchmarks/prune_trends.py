@@ -23,8 +23,8 @@ from moekit.anatomy import find_moe_layers
 from moekit.compress import live
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.patterns.pattern import pattern_of
 from moekit.compress.patterns.retrieval import query, retrieve
+from moekit.compress.patterns.scoring import pattern_of
 from moekit.compress.prune.premoe import PreMoe
 from moekit.compress.prune.stun import Stun
 from moekit.compress.resize import read_block
@@ -52,6 +52,7 @@ SCORES = (
 )
 OUTPUTS = ("ean", "weighted-ean", "reap")
 HALF, QUARTER = 0.5, 0.25
+SEQUENCE = 128
 UNCHANGED_BY_ALPHA = "dern, alpha .6"
 EXTRAS = (
     Entry(method="random", label="random"),
@@ -325,7 +326,7 @@ def about_easy_ep(case: Case, result: PruneBenchResult) -> Iterator[Claim]:
         "easy-ep",
         "five sequences of a task choose the half that all of its text chooses, to 0.85 (chance 0.5)",
         told,
-        bool(overlaps) and statistics.fmean(overlaps.values()) >= 0.85,
+        statistics.fmean(overlaps.values()) >= 0.85 if overlaps else None,
     )
 
 
@@ -335,12 +336,17 @@ def localisation(case: Case) -> dict[str, float]:
     method = catalogue.get("prune", "easy-ep").cls()
     found = {}
     for task in case.tasks:
-        own = [d for d in case.calibration if d.domain == task]
-        if len(own) < 12:
+        own = [
+            TokenizedDocument(d.ids[begin : begin + SEQUENCE], d.domain, d.index)
+            for d in case.calibration
+            if d.domain == task
+            for begin in range(0, len(d.ids) - SEQUENCE + 1, SEQUENCE)
+        ]
+        if len(own) < 15:
             continue
         sets = []
-        for some in (own[:: max(1, len(own) // 5)][:5], own):
-            seen = _evidence(model, arrange(some, case.options.seq_len), ("load", *method.required))
+        for some in (own[:: len(own) // 5][:5], own):
+            seen = _evidence(model, arrange(some, SEQUENCE), ("load", *method.required))
             sets.append(_decide(model, method, seen, find_moe_layers(model)[0].geometry.experts // 2))
         shares = [len(set(sets[0][at].keep) & set(sets[1][at].keep)) / len(sets[1][at].keep) for at in sets[0]]
         found[task] = statistics.fmean(shares)
