@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--lab-data", default="six-domains", help="the text it was trained on, of which a part is kept")
     parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens")
     parser.add_argument("--heldout-tokens", type=int, default=16384, help="unseen tokens, at most")
-    parser.add_argument("--search-tokens", type=int, default=1024, help="tokens on which naee tries subsets")
+    parser.add_argument("--search-tokens", type=int, default=4096, help="tokens on which naee tries subsets")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a row and a window")
     parser.add_argument("--seeds", type=int, default=5, help="of random")
     parser.add_argument("--tasks", type=int, default=3, help="domains taken as tasks, at most")
