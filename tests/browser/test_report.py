@@ -30,7 +30,8 @@ def browser():
 
     with sync_playwright() as driver:
         # The page is our own, and containers rarely let a browser make its sandbox.
-        made = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        options = ["--no-sandbox", "--disable-dev-shm-usage"]
+        made = driver.chromium.launch(executable_path=BROWSER, args=options, timeout=120_000)
         yield made
         made.close()
 

@@ -28,8 +28,14 @@ KILLS = 10
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and text; and everything a run imports, so that its processes only work."""
-    for name in ("cli.prune", "compress.apply", "compress.prune.searching", "evaluation.variants", "checking.whole"):
-        importlib.import_module(f"moekit.{name}")
+    for name in (
+        "moekit.cli.prune",
+        "moekit.compress.writing.apply",
+        "moekit.compress.prune.searching",
+        "moekit.evaluation.variants",
+        "moekit.checking.whole",
+    ):
+        importlib.import_module(name)
     catalogue.load_all()
     folder = tmp_path_factory.mktemp("made")
     write_model(folder / "moe", "qwen3_moe", num_hidden_layers=3)
