@@ -46,7 +46,9 @@ def prune(
         list[str] | None,
         typer.Option("--set", metavar="METHOD.KNOB=VALUE", help="A knob of a method; may be repeated."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="folder of the page and of bench.json")] = Path("bench-prune"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder of the page and of bench.json")] = Path(
+        "bench-prune"
+    ),
     max_tokens: Annotated[int, typer.Option(min=2, help="tokens of data, at most")] = 65536,
     heldout_tokens: Annotated[int, typer.Option(min=2, help="held-out tokens, at most")] = 32768,
     search_tokens: Annotated[int, typer.Option(min=2, help="tokens for methods that decide by trying")] = 4096,

@@ -27,7 +27,7 @@ def ep(
     model: Annotated[
         str | None, typer.Argument(help="MoE whose experts are measured; a made-up layer without", show_default=False)
     ] = None,
-    out: Annotated[Path, typer.Option(help="folder of the page and of bench.json")] = Path("bench-ep"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder of the page and of bench.json")] = Path("bench-ep"),
     trace: Annotated[
         str | None,
         typer.Option(help="traces whose choices are sent, comma-separated; further ones, such as C2R's, by ours alone"),
