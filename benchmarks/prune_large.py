@@ -230,11 +230,12 @@ def apply_figures(root: Path, source: Path, rounds: int) -> None:
     peak = max(figures["peak"] for figures in ours)
     mib = written / 2**20
     print(f"apply: {mib:,.0f} MiB in {mine:.2f} s = {mib / mine:,.0f} MiB/s; dd: {dds:.2f} s = {mib / dds:,.0f} MiB/s")
-    # Of each round, not of all: a shared disk's speed drifts by more than what is measured.
-    ratio = statistics.median(pairs)
+    # Both, and the worse one judges: on a shared disk whose speed drifts they can differ a lot.
+    of_medians, of_rounds = dds / mine, statistics.median(pairs)
     print(
-        f"speed against dd: {ratio:.2f}, median of rounds {', '.join(f'{pair:.2f}' for pair in pairs)}; "
-        f"at least {APPLY_SPEED_OF_DD:.2f}: {REACHED[ratio >= APPLY_SPEED_OF_DD]}"
+        f"speed against dd: {of_medians:.2f} by medians of seconds, {of_rounds:.2f} by the median round (rounds "
+        f"{', '.join(f'{pair:.2f}' for pair in pairs)}); at least {APPLY_SPEED_OF_DD:.2f}: "
+        f"{REACHED[min(of_medians, of_rounds) >= APPLY_SPEED_OF_DD]}"
     )
     print(
         f"peak resident of apply: {peak / 2**20:,.0f} MiB ({ours[0]['before'] / 2**20:,.0f} MiB before the work); "
