@@ -36,9 +36,10 @@ from moekit.compress.writing.apply import apply
 from moekit.data import TokenizedDocument, load_text
 from moekit.data.batches import arrange
 from moekit.evaluation import Evaluation, compare
+from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.pruning import take_tokens
-from moekit.evaluation.variants import Variant, compare_variants
+from moekit.evaluation.variants import compare_variants
 from moekit.recipe.inputs import load_tokenizer
 from moekit.trace import Trace
 from moekit.trace.streamed import record_streamed

@@ -39,7 +39,7 @@ from moekit.data import TokenBatches, TokenizedDocument, fetch, load_text, pack
 from moekit.evaluation.super_expert_study import SuperExpertStudy
 from moekit.evaluation.super_experts import check_super_experts
 from moekit.recipe.protection import find_in_trace, protection_needs
-from moekit.recipe.pruning import Source, open_source
+from moekit.recipe.source import Source, open_source
 from moekit.recipe.steps.super_experts import told_of
 from moekit.trace import Trace
 from moekit.trace.each_expert import plain_expert

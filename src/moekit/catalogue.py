@@ -16,11 +16,14 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from moekit._validation import faults
 from moekit.errors import BadConfig
 
 ENTRY_POINT_GROUP = "moekit.methods"
@@ -172,6 +175,25 @@ def get(kind: str, name: str) -> MethodRecord:
         f"no {kind} method is called {name!r}",
         hint=f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(names) or 'none'}",
     )
+
+
+def make(kind: str, name: str, knobs: Mapping[str, Any]) -> Any:
+    """A method, made from its name and knobs.
+
+    Args:
+        kind: its family.
+        name: in the catalogue.
+        knobs: fields of its class.
+
+    Raises:
+        BadConfig: no such method, or a knob that is unknown or out of bounds: names each with what was given.
+    """
+    cls: Any = get(kind, name).cls
+    try:
+        return cls(**knobs)
+    except ValidationError as error:
+        hint = f"its options: {', '.join(cls.model_fields) or 'none'}"
+        raise BadConfig(f"{kind} {name}: {faults(error)}", hint=hint) from error
 
 
 def of(cls: type) -> MethodRecord:

@@ -6,9 +6,10 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 import moekit
+from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.safety import check_name, read_json
 from moekit.errors import BadCheckpoint
@@ -124,15 +125,8 @@ class Record(_Frozen):
                 file=path,
                 hint="upgrade moekit, or delete moekit.json to use the folder as a plain model",
             )
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise BadCheckpoint(
-                f"the record is damaged at {'.'.join(map(str, first['loc'])) or 'the top'}: {first['msg']}",
-                file=path,
-                hint="restore it from a copy, or delete it to use the folder as a plain model",
-            ) from None
+        hint = "restore it from a copy, or delete it to use the folder as a plain model"
+        return parse(cls, value, what="record", file=path, hint=hint, kind=BadCheckpoint)
 
     def write(self, folder: str | Path) -> None:
         """Write the record into a folder, whole or not at all."""

@@ -147,7 +147,7 @@ def _measure(
     import torch
 
     from moekit.evaluation.pruning import Subject, bench_pruning, take_tokens
-    from moekit.recipe.pruning import open_source
+    from moekit.recipe.source import open_source
 
     progress = terminal.progress
     source = open_source(model, progress)

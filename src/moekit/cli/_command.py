@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
-from moekit.cli._options import option_parameters, read_options
+from moekit.cli._options import keyword_parameter, option_parameters, read_options
 from moekit.cli._terminal import Terminal
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ _EVERYWHERE = "Everywhere"
 def _common() -> list[inspect.Parameter]:
     def flag(name: str, kind: Any, default: Any, *names: str, text: str) -> inspect.Parameter:
         option = typer.Option(*names, help=text, rich_help_panel=_EVERYWHERE)
-        return inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
-        )
+        return keyword_parameter(name, kind, option, default)
 
     return [
         flag(

@@ -40,18 +40,10 @@ def config_error(error: ValidationError, where: str = "") -> BadConfig:
         error: pydantic's list of faults.
         where: what was being read, such as the name of a method.
     """
-    lines = []
-    for fault in error.errors(include_url=False):
-        path = ".".join(str(part) for part in fault["loc"]) or "value"
-        given = "" if fault["type"] in ("missing", "extra_forbidden") else f" (given: {_short(fault.get('input'))})"
-        lines.append(f"{path}: {fault['msg']}{given}")
+    from moekit._validation import faults
+
     head = f"{where}: " if where else ""
-    return BadConfig(head + "; ".join(lines), hint="--help lists every option with its unit and bounds")
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return BadConfig(head + faults(error), hint="--help lists every option with its unit and bounds")
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -13,6 +13,8 @@ import yaml
 
 from moekit.errors import BadConfig
 
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
 
 def fields_of(cls: type) -> dict[str, Any]:
     """The pydantic fields of a method's class, or none."""
@@ -55,15 +57,25 @@ def option_parameters(
         required = field.is_required()
         annotation: Any = Annotated[kind if required else typing.Optional[kind], option]  # noqa: UP045
         default = inspect.Parameter.empty if required else None
-        parameters.append(
-            inspect.Parameter(safe, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        )
+        parameters.append(inspect.Parameter(safe, _KEYWORD, default=default, annotation=annotation))
     return parameters
+
+
+def keyword_parameter(name: str, kind: Any, option: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    """A parameter of a command that is no field of a class.
+
+    Args:
+        name: of the parameter.
+        kind: its type.
+        option: typer's option or argument.
+        default: its value where it is not given; without one it must be given.
+    """
+    return inspect.Parameter(name, _KEYWORD, default=default, annotation=Annotated[kind, option])
 
 
 def _argument(name: str, field: Any) -> inspect.Parameter:
     annotation: Any = Annotated[str, typer.Argument(help=describe(field), show_default=False)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+    return inspect.Parameter(name, _KEYWORD, annotation=annotation)
 
 
 def read_options(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:

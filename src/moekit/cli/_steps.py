@@ -6,14 +6,14 @@ import inspect
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from pydantic import ValidationError
 
 from moekit.cli._command import build_command, build_method_group
 from moekit.cli._errors import config_error
-from moekit.cli._options import option_parameters, read_options
+from moekit.cli._options import keyword_parameter, option_parameters, read_options
 from moekit.cli._terminal import Terminal, is_first_rank
 from moekit.errors import BadConfig, MoekitError
 
@@ -24,17 +24,14 @@ if TYPE_CHECKING:
 # Fields that the command line gives in another way.
 _ELSEWHERE = ("id", "use", "seed", "method", "settings")
 
+OVERWRITE = typer.Option("--overwrite", help="Replace OUT, at the very end, if it is there.")
+
 Show = Callable[[Terminal, Mapping[str, Any]], None]
 
 
 def _out_parameters(what: str) -> list[inspect.Parameter]:
-    out = Annotated[Path, typer.Argument(help=what, show_default=False)]
-    overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, at the very end, if it is there.")]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return [
-        inspect.Parameter("out", keyword, annotation=out),
-        inspect.Parameter("overwrite", keyword, default=False, annotation=overwrite),
-    ]
+    out = typer.Argument(help=what, show_default=False)
+    return [keyword_parameter("out", Path, out), keyword_parameter("overwrite", bool, OVERWRITE, False)]
 
 
 def build_step_command(

@@ -5,30 +5,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from moekit.cli._command import build_command
-from moekit.cli._options import option_parameters, read_options
+from moekit.cli._compression import knobs_parameter, say_method, settings_of
+from moekit.cli._options import keyword_parameter, option_parameters, read_options
 from moekit.cli._steps import carry_out
 from moekit.cli._terminal import Terminal, size
 from moekit.errors import BadConfig
 
 # Fields that the command line gives in another way.
 _ELSEWHERE = ("id", "use", "seed", "settings", "existing")
-_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def _call(terminal: Terminal, **values: Any) -> None:
     from moekit.compress.patterns.store import INDEX_FILE
     from moekit.recipe.steps.pattern import PatternStep
-    from moekit.recipe.variables import parse_overrides
 
     out, overwrite, knobs = values.pop("out"), values.pop("overwrite"), values.pop("knobs")
-    given = {**read_options(PatternStep, values), "existing": "replace" if overwrite else "add"}
-    if knobs:
-        given["settings"] = parse_overrides(knobs)
+    given = {**read_options(PatternStep, values), **settings_of(knobs)}
+    given["existing"] = "replace" if overwrite else "add"
     if out.exists() and not (out / INDEX_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise BadConfig("there is something else here, and no patterns", file=out, hint="choose another folder")
     # The folder stays: tasks are added to it.
@@ -36,8 +34,7 @@ def _call(terminal: Terminal, **values: Any) -> None:
 
 
 def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
-    settings = ", ".join(f"{key}={value}" for key, value in results["settings"].items() if value is not None)
-    terminal.say(f"{results['method']} ({settings})" if settings else results["method"])
+    say_method(terminal, results)
     rows = [
         (
             made["task"],
@@ -58,14 +55,13 @@ def _parameters() -> list[inspect.Parameter]:
 
     out = typer.Option("--out", "-o", help="Folder of patterns; tasks are added to it.", show_default=False)
     overwrite = typer.Option("--overwrite", help="Replace tasks that the folder holds already.")
-    knobs = typer.Option("--set", metavar="KNOB=VALUE", help="A knob of the method; may be repeated.")
     own = option_parameters(PatternStep, without=_ELSEWHERE, arguments=("model",), panel=None)
     return [
         own[0],
-        inspect.Parameter("out", _KEYWORD, annotation=Annotated[Path, out]),
-        inspect.Parameter("overwrite", _KEYWORD, default=False, annotation=Annotated[bool, overwrite]),
+        keyword_parameter("out", Path, out),
+        keyword_parameter("overwrite", bool, overwrite, False),
         *own[1:],
-        inspect.Parameter("knobs", _KEYWORD, default=None, annotation=Annotated[list[str] | None, knobs]),
+        knobs_parameter(),
     ]
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from moekit.cli._command import build_command
-from moekit.cli._options import option_parameters, read_options
-from moekit.cli._steps import carry_out
+from moekit.cli._compression import ratio_of
+from moekit.cli._options import keyword_parameter, option_parameters, read_options
+from moekit.cli._steps import OVERWRITE, carry_out
 from moekit.cli._terminal import Terminal
 
 # Fields that the command line gives in another way.
@@ -109,27 +109,19 @@ def _show_check(terminal: Terminal, check: Mapping[str, Any]) -> None:
     rows: list[tuple[Any, ...]] = [("unchanged", None, parts[0]["a"]["perplexity"], None, None, None)]
     for (name, pairs, _), part in zip(told, parts, strict=True):
         listed = " ".join(f"{layer}:{_name(expert)}" for layer, expert in pairs)
-        rows.append((name, listed, part["b"]["perplexity"], *_ratio(part["difference"])))
+        rows.append((name, listed, part["b"]["perplexity"], *ratio_of(part["difference"])))
     against = check["against"]["overall"]
-    rows.append(("super, against others", None, None, *_ratio(against["difference"])))
+    rows.append(("super, against others", None, None, *ratio_of(against["difference"])))
     first = parts[0]["a"]
     title = f"held-out text ({first['documents']} documents, {first['tokens']:,} tokens), 95 % intervals"
     terminal.table(title, ("model", "skipped", "perplexity", "x", "low", "high"), rows)
-
-
-def _ratio(difference: Mapping[str, Any] | None) -> tuple[Any, Any, Any]:
-    if difference is None:
-        return (None, None, None)
-    return (difference["ratio"], difference["ratio_low"], difference["ratio_high"])
 
 
 def build() -> Any:
     """The command."""
     from moekit.recipe.steps.super_experts import SuperExpertsStep
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the report.", show_default=False)]
-    overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, at the very end, if it is there.")]
+    out = typer.Option("--out", "-o", help="Folder of the report.", show_default=False)
     own = option_parameters(SuperExpertsStep, without=_ELSEWHERE, arguments=("model",), panel=None)
     return build_command(
         _call,
@@ -139,8 +131,8 @@ def build() -> Any:
         "super-experts.json is what moekit prune --protect takes.",
         extra=[
             own[0],
-            inspect.Parameter("out", keyword, annotation=out),
-            inspect.Parameter("overwrite", keyword, default=False, annotation=overwrite),
+            keyword_parameter("out", Path, out),
+            keyword_parameter("overwrite", bool, OVERWRITE, False),
             *own[1:],
         ],
         examples=[

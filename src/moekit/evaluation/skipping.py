@@ -23,8 +23,9 @@ from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.decision import LayerDecision
 from moekit.compress.protect.ablation import Pair, by_layer, skipped
 from moekit.errors import BadConfig
+from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import PerplexityResult
-from moekit.evaluation.variants import SideBySideWalk, Variant
+from moekit.evaluation.variants import SideBySideWalk
 from moekit.evaluation.windows import Corpus, TokenizedLike, from_documents
 from moekit.streaming.states import States
 

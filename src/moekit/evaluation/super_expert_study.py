@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write
 from moekit.compress.protect.report import SuperExpertReport
 from moekit.compress.protect.streams import LayerStream
@@ -75,10 +76,7 @@ class SuperExpertStudy(BaseModel):
         """
         path = Path(path) / STUDY_FILE if Path(path).is_dir() else Path(path)
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            raw = path.read_bytes()
         except OSError as error:
             raise BadData("there is no report here", file=path, hint="`moekit super-experts` writes one") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BadData(f"damaged report: {where}: {first['msg']}", file=path, hint="find them again") from error
+        return parse(cls, raw, what="report", file=path, hint="find them again")

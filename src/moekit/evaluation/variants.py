@@ -8,51 +8,25 @@ Legend: B rows, S positions, T positions of a batch, H hidden, K choices, E expe
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekit._progress import Progress, track
-from moekit.anatomy.probe import MoELayer
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.decision import LayerDecision
-from moekit.compress.resize import Groups, read_block, resized_block, resized_config
-from moekit.compress.weights import LayerWeights
+from moekit.compress.resize import read_block
 from moekit.errors import BadConfig
+from moekit.evaluation.changes import ChangedLayer, Variant, changed_layer, compare_layer, swapped, watched
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.likelihood import Scorer, Scores, pad
 from moekit.evaluation.windows import Corpus, TokenizedLike, Window, by_length, from_documents
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.states import MEMORY_BYTES, States
 from moekit.streaming.walk import Inputs, Walk
-from moekit.trace.seam import read_arguments
-
-Rewrite = Callable[[int, LayerWeights], LayerWeights]
-
-
-@dataclass(frozen=True, eq=False)
-class Variant:
-    """A change of every MoE layer.
-
-    Attributes:
-        name: what to call it.
-        decisions: decoder layer -> which experts stay.
-        rewrite: (layer, all experts' weights) -> weights of what stays; None keeps those as they are.
-        top_k: choices a token makes; None as before.
-        groups: "free" or "equal"; see `moekit.compress.resize.resized_config`.
-    """
-
-    name: str
-    decisions: Mapping[int, LayerDecision]
-    rewrite: Rewrite | None = None
-    top_k: int | None = None
-    groups: Groups = "free"
 
 
 class VariantResult(BaseModel):
@@ -78,17 +52,6 @@ class VariantResult(BaseModel):
     experts: dict[int, int]
 
 
-@dataclass
-class _Layer:
-    """Sums over batches of what one variant does at one layer."""
-
-    block: nn.Module
-    keep: Tensor
-    difference: float = 0.0
-    lost_tokens: int = 0
-    lost_choices: int = 0
-
-
 @dataclass(eq=False)
 class _Track:
     """One variant on its way."""
@@ -96,7 +59,7 @@ class _Track:
     variant: Variant
     states: States
     parted: bool = False
-    layers: dict[int, _Layer] = field(default_factory=dict)
+    layers: dict[int, ChangedLayer] = field(default_factory=dict)
     reconstruction: dict[int, float] = field(default_factory=dict)
     lost_tokens: dict[int, float] = field(default_factory=dict)
     lost_choices: dict[int, float] = field(default_factory=dict)
@@ -154,13 +117,13 @@ class SideBySideWalk:
         if moe is not None and changed:
             weights = read_block(moe)
             for track_ in changed:
-                track_.layers[index] = _change(track_.variant, moe, weights, self.loader.model.config)
+                track_.layers[index] = changed_layer(track_.variant, moe, weights, self.loader.model.config)
         self._part(index)
         norm = 0.0
         tokens = choices = 0
         for number, batch in enumerate(self.walk.batches):
             mask_T = batch.attention_mask.bool().flatten()
-            with self._seen(moe) as seen:
+            with watched(moe, self.loader.device) as seen:
                 self.plain.put(number, self.walk.run(index, number, self.plain.get(number)))
             if moe is not None and changed:
                 output_TH = seen.output_TH[mask_T]
@@ -168,7 +131,7 @@ class SideBySideWalk:
                 index_TK = seen.index_TK[mask_T]
                 tokens, choices = tokens + len(index_TK), choices + index_TK.numel()
                 for track_ in changed:
-                    _compare(track_.layers[index], seen, output_TH, index_TK, mask_T)
+                    compare_layer(track_.layers[index], seen, output_TH, index_TK, mask_T)
         for track_ in changed:
             layer = track_.layers[index]
             track_.reconstruction[index] = (layer.difference / norm) ** 0.5 if norm else 0.0
@@ -176,7 +139,7 @@ class SideBySideWalk:
             track_.lost_choices[index] = layer.lost_choices / max(choices, 1)
         for track_ in (t for t in self.tracks if t.parted):
             block = track_.layers.pop(index).block if track_ in changed else None
-            with _swapped(self.loader.model, moe, block):
+            with swapped(self.loader.model, moe, block):
                 for number in range(len(self.walk.batches)):
                     track_.states.put(number, self.walk.run(index, number, track_.states.get(number)))
 
@@ -187,24 +150,6 @@ class SideBySideWalk:
                 for number in range(len(self.groups)):
                     track_.states.put(number, self.plain.get(number).clone())
                 track_.parted = True
-
-    @contextlib.contextmanager
-    def _seen(self, moe: MoELayer | None) -> Iterator[_Seen]:
-        seen = _Seen(self.loader.device)
-        if moe is None:
-            yield seen
-            return
-        handles = [
-            moe.block.register_forward_hook(seen.on_block, with_kwargs=True),
-            moe.experts.register_forward_pre_hook(
-                lambda _m, args, kwargs: seen.on_experts(moe, args, kwargs), with_kwargs=True
-            ),
-        ]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def results(self) -> tuple[PerplexityResult, list[VariantResult]]:
         """Likelihoods of the unchanged model and of each variant, with what each layer lost."""
@@ -237,64 +182,6 @@ class SideBySideWalk:
         for track_ in self.tracks:
             track_.states.close()
         self.loader.close()
-
-
-class _Seen:
-    """What a block was given, chose and gave in one pass."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-        self.output_TH = torch.zeros(0, device=device)
-        self.index_TK = torch.zeros(0, dtype=torch.int64, device=device)
-
-    def on_block(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        self.args, self.kwargs = args, kwargs
-        self.output_TH = _flat(output)
-
-    def on_experts(self, moe: MoELayer, args: Any, kwargs: dict[str, Any]) -> None:
-        _, self.index_TK, _ = read_arguments(moe, args, kwargs)
-
-
-def _flat(output: Any) -> Tensor:
-    made = output[0] if isinstance(output, tuple) else output
-    flat: Tensor = made.reshape(-1, made.shape[-1])
-    return flat
-
-
-def _change(variant: Variant, moe: MoELayer, weights: LayerWeights, config: Any) -> _Layer:
-    decision = variant.decisions[moe.index]
-    own = variant.rewrite
-    made = weights.select(decision.keep) if own is None else own(moe.index, weights)
-    # Where any layer loses experts, all of them give up routing groups, also one that keeps all of its own.
-    dropped = {len(d.keep) for d in variant.decisions.values()} != {moe.geometry.experts}
-    resized = resized_config(config, len(decision.keep), top_k=variant.top_k, groups=variant.groups, dropped=dropped)
-    keep = torch.zeros(moe.geometry.experts + 1, dtype=torch.bool)
-    keep[list(decision.keep)] = True
-    keep[-1] = True  # no expert, no loss
-    return _Layer(resized_block(moe, resized, made), keep)
-
-
-def _compare(layer: _Layer, seen: _Seen, output_TH: Tensor, index_TK: Tensor, mask_T: Tensor) -> None:
-    changed_TH = _flat(layer.block(*seen.args, **seen.kwargs))[mask_T]
-    layer.difference += float((changed_TH.double() - output_TH.double()).square().sum())
-    gone_TK = ~layer.keep.to(index_TK.device)[index_TK.long()]
-    layer.lost_tokens += int(gone_TK.any(1).sum())
-    layer.lost_choices += int(gone_TK.sum())
-
-
-@contextlib.contextmanager
-def _swapped(model: nn.Module, moe: MoELayer | None, block: nn.Module | None) -> Iterator[None]:
-    if moe is None or block is None:
-        yield
-        return
-    path, _, last = moe.name.rpartition(".")
-    parent = model.get_submodule(path)
-    setattr(parent, last, block)
-    try:
-        yield
-    finally:
-        setattr(parent, last, moe.block)
 
 
 class _StreamedScorer(Scorer):

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.safety import read_json
 from moekit.errors import BadCheckpoint, BadConfig, BadData
@@ -156,11 +157,4 @@ class Placement(BaseModel):
             raise BadData(f"damaged placement: {error.message}", file=path, hint="place again") from error
         if isinstance(value.get("format"), int) and value["format"] > FORMAT:
             raise BadData("a newer moekit wrote this placement", file=path, hint="upgrade moekit")
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BadData(
-                f"damaged placement{f' at {where}' if where else ''}: {first['msg']}", file=path, hint="place again"
-            ) from None
+        return parse(cls, value, what="placement", file=path, hint="place again")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from moekit import catalogue
 from moekit._progress import Progress, track
@@ -29,14 +28,7 @@ def make_solver(name: str, config: Mapping[str, Any] | None = None) -> Solver:
     Raises:
         BadConfig: unknown name or knobs it refuses.
     """
-    cls = catalogue.get("place", name).cls
-    try:
-        solver = cls(**(config or {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or name
-        raise BadConfig(f"{name}: {where}: {first['msg']}", hint=f"see `moekit methods {name}`") from error
-    assert isinstance(solver, Solver)
+    solver: Solver = catalogue.make("place", name, config or {})
     return solver
 
 

@@ -11,7 +11,7 @@ from moekit.errors import BadConfig
 
 if TYPE_CHECKING:
     from moekit.data import Document, TokenBatches, TokenizedDocument
-    from moekit.recipe.pruning import Source
+    from moekit.recipe.source import Source
     from moekit.recipe.steps.base import Workplace
 
 logger = logging.getLogger(__name__)

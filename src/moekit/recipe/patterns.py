@@ -12,7 +12,7 @@ from moekit.errors import BadData
 if TYPE_CHECKING:
     from moekit.compress.patterns.pattern import Pattern
     from moekit.data import Document, TokenizedDocument
-    from moekit.recipe.pruning import Source
+    from moekit.recipe.source import Source
     from moekit.trace.meta import DataEntry
 
     # Task -> its documents.

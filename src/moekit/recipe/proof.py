@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moekit.evaluation.changes import Variant
 from moekit.evaluation.comparison import Comparison, Evaluation, compare
-from moekit.evaluation.variants import Variant, VariantResult, compare_variants
+from moekit.evaluation.variants import VariantResult, compare_variants
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.recipe.artefacts import hash_of
-from moekit.recipe.pruning import Source, WritingOptions
+from moekit.recipe.pruning import WritingOptions
+from moekit.recipe.source import Source
 
 if TYPE_CHECKING:
     from moekit.checking import CheckReport
@@ -129,7 +130,7 @@ def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, PrunePl
 
 def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, work: Workplace) -> Proof:
     """Measure a plan against its baselines on held-out text."""
-    from moekit.evaluation.variants import Variant
+    from moekit.evaluation.changes import Variant
     from moekit.recipe.proof import prove
 
     file = decided.plan.file

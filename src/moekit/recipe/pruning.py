@@ -1,4 +1,4 @@
-"""What the steps that drop experts share: options, the source opened, refusing early, held-out text.
+"""What the steps that drop experts share: options, refusing early, held-out text.
 
 Legend: E experts.
 """
@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moekit.errors import BadConfig, BadData, OutOfBudget, UnsupportedModel
-from moekit.recipe.inputs import load_tokenizer, model_location, read_text
-from moekit.recipe.methods import faults
+from moekit._validation import faults
+from moekit.errors import BadConfig, BadData, OutOfBudget
+from moekit.recipe.inputs import read_text
 from moekit.recipe.plan import disk_bytes
+from moekit.recipe.source import Source
 
 if TYPE_CHECKING:
-    from moekit.anatomy.probe import Geometry
-    from moekit.checkpoint import Checkpoint
     from moekit.compress.budget import Budget
     from moekit.compress.decision import LayerDecision
     from moekit.compress.prune.plan import PrunePlan
@@ -66,71 +65,6 @@ class WritingOptions(BaseModel):
         import torch
 
         return None if self.dtype == "auto" else getattr(torch, self.dtype)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model that is to be pruned, opened and verified; no weight has been read.
-
-    Attributes:
-        checkpoint: the folder.
-        geometries: decoder layer -> sizes of its MoE block.
-        parent: what the record of the result names.
-    """
-
-    checkpoint: Checkpoint
-    geometries: dict[int, Geometry]
-    parent: str
-
-    @property
-    def location(self) -> str:
-        """Where the tokenizer lies."""
-        return str(self.checkpoint.path)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return int(self.checkpoint.nbytes)
-
-    def tokenizer(self) -> Any:
-        """Its tokenizer.
-
-        Raises:
-            BadCheckpoint: it cannot be loaded.
-            BadConfig: it has ids that the model does not embed.
-        """
-        from moekit.checkpoint import check_tokenizer
-
-        tokenizer = load_tokenizer(self.location)
-        check_tokenizer(self.checkpoint.config, tokenizer)
-        return tokenizer
-
-    @property
-    def longest(self) -> int:
-        """Positions the model knows; a large number where it does not say."""
-        from moekit.checkpoint.fingerprint import text_config
-
-        known = text_config(self.checkpoint.config).get("max_position_embeddings")
-        return known if isinstance(known, int) and known > 1 else 1 << 20
-
-
-def open_source(reference: str, progress: Any = None) -> Source:
-    """Open a model and find its MoE layers.
-
-    Raises:
-        BadCheckpoint: damaged, or not what its config says.
-        UnsupportedModel: no Mixture of Experts.
-    """
-    from moekit.checkpoint import Checkpoint
-    from moekit.compress.prune.planning import geometries_of
-
-    location = model_location(reference, progress)
-    local = Path(location).expanduser()
-    # Plans and records name it: they are read from other working folders too.
-    parent = str(local.resolve()) if local.is_dir() else location
-    checkpoint = Checkpoint.open(parent)
-    checkpoint.verify()
-    return Source(checkpoint, geometries_of(checkpoint), parent)
 
 
 def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Budget:
@@ -250,22 +184,6 @@ def _counts(source: Source, request: Request) -> dict[int, int]:
         layer = min((layer for layer in counts if counts[layer] < room[layer]), key=lambda n: (counts[n], n))
         counts[layer] += 1
     return counts
-
-
-def check_runnable(source: Source) -> None:
-    """Refuse a proof where layers cannot be run.
-
-    Raises:
-        UnsupportedModel: the weights are quantized.
-    """
-    quantized = source.checkpoint.config.get("quantization_config")
-    if quantized is not None:
-        raise UnsupportedModel(
-            f"the weights are quantized ({quantized.get('quant_method', '?')}), and the proof runs layers in full "
-            "precision",
-            file=source.checkpoint.path,
-            hint="prove the same plan on the unquantized model, and say --no-proof here",
-        )
 
 
 def check_disk(out: Path, scratch: Path, output: int, between: int) -> None:

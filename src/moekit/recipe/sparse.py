@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from moekit.checkpoint import Record
     from moekit.compress.sparsify.plan import SparsityPlan
     from moekit.compress.sparsify.sequential import PlannedZeros
-    from moekit.evaluation.variants import Variant
+    from moekit.evaluation.changes import Variant
     from moekit.recipe.proof import HeldOut, Proof
-    from moekit.recipe.pruning import Source
+    from moekit.recipe.source import Source
     from moekit.recipe.steps.base import Workplace
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _prove(plan: SparsityPlan, source: Source, heldout: HeldOut, machine: Machin
 
 def _variant(plan: SparsityPlan, source: Source) -> Variant:
     from moekit.compress.sparsify.sequential import zeros_of
-    from moekit.evaluation.variants import Variant
+    from moekit.evaluation.changes import Variant
 
     return Variant(plan.file.method, plan.decisions, zeros_of(plan, source.checkpoint))
 

@@ -13,7 +13,8 @@ from moekit.errors import BadConfig, BadData, UnsupportedModel
 from moekit.recipe.inputs import model_item, own_device
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.protection import SUPER, parse_protected
-from moekit.recipe.pruning import Source, budget_of, open_source
+from moekit.recipe.pruning import budget_of
+from moekit.recipe.source import Source, open_source
 
 if TYPE_CHECKING:
     from moekit._progress import Progress

@@ -14,11 +14,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from moekit import catalogue
 from moekit._progress import Progress, track
+from moekit._validation import parse
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.safety import read_header
@@ -107,10 +108,7 @@ class RoutingPlan:
         file = folder / PLAN_FILE
         if not file.is_file():
             raise BadData("no routing plan here", file=folder, hint="`moekit route` writes one")
-        try:
-            header = PlanHeader.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            raise BadData(f"damaged routing plan: {error.errors()[0]['msg']}", file=file) from error
+        header = parse(PlanHeader, file.read_bytes(), what="routing plan", file=file, hint="plan the routing again")
         read_header(folder / PLAN_TENSORS)
         parts: dict[str, dict[int, dict[str, Tensor]]] = {"layers": {}, "scores": {}}
         for key, tensor in safetensors.torch.load_file(folder / PLAN_TENSORS).items():
@@ -176,14 +174,7 @@ def make_policy(name: str, config: Mapping[str, Any]) -> RoutingPolicy:
     Raises:
         BadConfig: unknown name, or knobs it refuses.
     """
-    cls = catalogue.get("routing", name).cls
-    try:
-        policy = cls(**config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or name
-        raise BadConfig(f"{name}: {where}: {first['msg']}", hint=f"see `moekit route {name} --help`") from error
-    assert isinstance(policy, RoutingPolicy)
+    policy: RoutingPolicy = catalogue.make("routing", name, config)
     return policy
 
 

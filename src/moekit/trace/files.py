@@ -6,9 +6,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
+from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.safety import TensorInfo, read_header
 from moekit.errors import BadCheckpoint, BadData
@@ -44,13 +44,7 @@ def read_meta(folder: Path) -> TraceMeta:
         raise BadData("no trace here", file=folder, hint="`moekit profile` records one")
     if file.stat().st_size > MAX_META_BYTES:
         raise BadData(f"{file.stat().st_size} bytes are too many for a trace's description", file=file, hint=_AGAIN)
-    try:
-        return TraceMeta.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        what = f"{where}: {first['msg']}" if where else first["msg"]
-        raise BadData(f"damaged trace: {what}", file=file, hint=_AGAIN) from error
+    return parse(TraceMeta, file.read_bytes(), what="trace", file=file, hint=_AGAIN)
 
 
 def _expected(meta: TraceMeta) -> dict[str, tuple[str, tuple[int, ...]] | None]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from moekit.cli.main import main
 from moekit.evaluation.pruning import PruneBenchResult
+from tests.commands import Moekit
 from tests.tiny import write_model, write_text
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,30 +38,6 @@ class Latest(PruneMethod):
 '''
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def moekit(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
-    """Call the command line in this process."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*args: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main(["bench", "prune", *(str(arg) for arg in args)])
-        told = capsys.readouterr()
-        assert "Traceback" not in told.err
-        assert isinstance(left.value.code, int)
-        return Done(left.value.code, told.out, told.err)
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
@@ -74,12 +48,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(made: Path, out: Path, *more: Any) -> list[Any]:
+    model = ["bench", "prune", made / "moe", "--data", made / "text", "--heldout", made / "heldout", "--out", out]
     small = ["--seq-len", 32, "--window", 32, "--max-tokens", 600, "--heldout-tokens", 400]
-    return [made / "moe", "--data", made / "text", "--heldout", made / "heldout", "--out", out, *small, *more]
+    return [*model, *small, *more]
 
 
 def test_it_ranks_writes_a_page_and_goes_on_from_what_is_there(
-    moekit: Callable[..., Done], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = options(made, tmp_path / "b", "--methods", "reap,dern", "--domain", "sums", "--seeds", 2)
     done = moekit(*asked, "--set", "dern.alpha=0.1")
@@ -112,7 +87,7 @@ def test_it_ranks_writes_a_page_and_goes_on_from_what_is_there(
     assert json.loads(again.out)["unchanged"] == result.unchanged.model_dump(mode="json")
 
 
-def test_what_cannot_be_is_refused_before_the_work(moekit: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_before_the_work(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     for more, words in (
         (("--methods", "reab"), "'reab'"),
         (("--keep", "0.1"), "every token chooses 2"),
@@ -133,18 +108,17 @@ def test_what_cannot_be_is_refused_before_the_work(moekit: Callable[..., Done], 
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_dry_run_says_how_much_it_is_and_writes_nothing(
-    moekit: Callable[..., Done], made: Path, tmp_path: Path
-) -> None:
+def test_a_dry_run_says_how_much_it_is_and_writes_nothing(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit(*options(made, tmp_path / "b", "--methods", "reap", "--dry-run"))
     assert done.code == 0, done.err
     assert "3 methods, about 14 pruned models" in done.out
     assert not (tmp_path / "b").exists()
 
 
-def test_one_text_is_parted_in_two(moekit: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+def test_one_text_is_parted_in_two(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     write_text(tmp_path / "text", documents=20)
-    asked = [made / "moe", "--data", tmp_path / "text", "--out", tmp_path / "b", "--methods", "reap", "--keep", "0.5"]
+    data = ("--data", tmp_path / "text", "--out", tmp_path / "b")
+    asked = ["bench", "prune", made / "moe", *data, "--methods", "reap", "--keep", "0.5"]
     done = moekit(*asked, "--seeds", 1, "--window", 64, "--seq-len", 64, "--json")
     assert done.code == 0, done.err
     told = json.loads(done.out)
@@ -172,13 +146,13 @@ def test_a_method_of_another_package_in_one_file_takes_part(made: Path, tmp_path
     records = {r["name"]: r for r in json.loads(run("methods", "prune", "--json"))["methods"]}
     assert records["latest"]["origin"] == "latest_experts"
     asked = options(made, tmp_path / "b", "--methods", "all", "--keep", "0.5", "--seeds", 1, "--json")
-    told = json.loads(run("bench", "prune", *asked))
+    told = json.loads(run(*asked))
     assert set(records) == {run["name"] for run in told["runs"]} | {s["name"] for s in told["skipped"]}
     [latest] = [run for run in told["runs"] if run["name"] == "latest"]
     assert latest["settings"] == {"reverse": False}
     assert latest["experts"] == {"0": 4, "1": 4}
     other = options(made, tmp_path / "b", "--methods", "latest", "--keep", "0.5", "--seeds", 1, "--json")
-    turned = json.loads(run("bench", "prune", *other, "--set", "latest.reverse=true"))
+    turned = json.loads(run(*other, "--set", "latest.reverse=true"))
     [reverse] = [run for run in turned["runs"] if run["name"] == "latest"]
     assert reverse["settings"] == {"reverse": True}
     assert reverse["perplexity"]["nll"] != latest["perplexity"]["nll"]

@@ -5,46 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moekit.cli.main import COMMANDS, main
+from tests.commands import Moekit
 from tests.tiny import write_model, write_text
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, object]:
-        found: dict[str, object] = json.loads(self.out)
-        return found
-
-
-@pytest.fixture
-def moekit(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
-    """Call the command line in this process."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*args: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main([str(arg) for arg in args])
-        told = capsys.readouterr()
-        assert "Traceback" not in told.err
-        assert isinstance(left.value.code, int)
-        return Done(left.value.code, told.out, told.err)
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_has_an_example_and_the_common_options(moekit: Callable[..., Done], name: str) -> None:
+def test_help_has_an_example_and_the_common_options(moekit: Moekit, name: str) -> None:
     done = moekit(name, "--help")
     assert done.code == 0
     if "Commands" in done.out:  # a group: look at its first command
@@ -77,14 +46,14 @@ def test_help_has_an_example_and_the_common_options(moekit: Callable[..., Done],
         assert option in done.out
 
 
-def test_profile_says_what_it_saw(moekit: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+def test_profile_says_what_it_saw(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit("profile", made / "moe", tmp_path / "t", "--text", made / "text", "--max-tokens", 200, "--json")
     assert done.code == 0
     assert done.json["tokens"] <= 240  # type: ignore[operator]
     assert done.json["domains"] == ["prose", "sums"]
 
 
-def test_place_counts_rows(moekit: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+def test_place_counts_rows(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit("place", "exact", made / "trace", tmp_path / "p", "--devices", "2", "--json")
     (part,) = done.json["devices"]  # type: ignore[misc]
     rows = {row["name"]: row for row in part["rows"]}
@@ -93,7 +62,7 @@ def test_place_counts_rows(moekit: Callable[..., Done], made: Path, tmp_path: Pa
     assert part["proven_layers"] == part["layers"] == 2
 
 
-def test_a_routed_model_is_restored_checked_and_undone(moekit: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+def test_a_routed_model_is_restored_checked_and_undone(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     import moekit as library
     from moekit.routing import active_policy
     from tests.families import logits
@@ -112,7 +81,7 @@ def test_a_routed_model_is_restored_checked_and_undone(moekit: Callable[..., Don
     assert active_policy(library.load(tmp_path / "routed.undone", device="cpu")) is not None
 
 
-def test_train_evaluate_and_generate(moekit: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+def test_train_evaluate_and_generate(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     moe, text = made / "moe", made / "text"
     knobs = ("--steps", 2, "--seq-len", 32, "--lr", "1e-3", "--balance-coef", "0.01", "--plan", made / "plan")
     trained = moekit("train", moe, tmp_path / "tuned", "--text", text, *knobs, "--json")
@@ -133,7 +102,7 @@ def test_train_evaluate_and_generate(moekit: Callable[..., Done], made: Path, tm
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
 
 
-def test_the_same_seed_trains_the_same_model(moekit: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+def test_the_same_seed_trains_the_same_model(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         options = ("--text", made / "text", "--steps", 2, "--seq-len", 32, "--seed", seed)
         assert moekit("train", made / "moe", tmp_path / name, *options).code == 0
@@ -142,13 +111,13 @@ def test_the_same_seed_trains_the_same_model(moekit: Callable[..., Done], made: 
     assert first != other
 
 
-def test_estimate_reads_headers_alone(moekit: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+def test_estimate_reads_headers_alone(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(made / "moe", tmp_path / "m")
     done = moekit("estimate", folder, "--json")
     assert (done.json["experts"], done.json["top_k"], done.json["moe_layers"]) == (8, 2, 2)
 
 
-def test_a_dry_run_writes_nothing(moekit: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "out", made / "text"
     for command in (
         ("profile", made / "moe", out, "--text", text),
@@ -193,7 +162,7 @@ def damaged(made: Path, tmp_path: Path, how: str) -> Path:
     [("truncated", 2), ("lying-header", 3), ("pickle-only", 3), ("outside-name", 3), ("remote-code", 2)],
 )
 def test_damaged_models_are_refused_by_every_command_that_opens_them(
-    moekit: Callable[..., Done], made: Path, tmp_path: Path, how: str, code: int
+    moekit: Moekit, made: Path, tmp_path: Path, how: str, code: int
 ) -> None:
     folder, text = damaged(made, tmp_path, how), made / "text"
     for command in (("profile", folder, tmp_path / "out", "--text", text), ("generate", folder, "-p", "x")):
@@ -239,7 +208,7 @@ def test_damaged_models_are_refused_by_every_command_that_opens_them(
     ],
 )
 def test_bad_input_is_one_message(
-    moekit: Callable[..., Done], made: Path, tmp_path: Path, command: str, code: int, words: str
+    moekit: Moekit, made: Path, tmp_path: Path, command: str, code: int, words: str
 ) -> None:
     places = {name: made / name.lower() for name in ("MOE", "TEXT", "TRACE")} | {"OUT": tmp_path / "out"}
     if "OTHER" in command:
@@ -262,7 +231,7 @@ def test_bad_input_is_one_message(
 
 
 def test_a_full_disk_is_exit_code_4(
-    moekit: Callable[..., Done], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
 
@@ -276,9 +245,7 @@ def test_a_full_disk_is_exit_code_4(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_training_that_left_experts_silent_is_kept_and_said(
-    moekit: Callable[..., Done], made: Path, tmp_path: Path
-) -> None:
+def test_a_training_that_left_experts_silent_is_kept_and_said(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).save_pretrained(tmp_path / "dense")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from moekit.cli.main import main
+from tests.commands import Moekit
 from tests.planted import write_planted
 from tests.tiny import write_text
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.out)
-        return found
-
-
-Moekit = Callable[..., Done]
-
-
-@pytest.fixture
-def moekit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Moekit]:
-    """Call the command line in this process, on a terminal wide enough for its tables."""
-    monkeypatch.setenv("COLUMNS", "200")
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*args: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main([str(arg) for arg in args])
-        told = capsys.readouterr()
-        assert "Traceback" not in told.err
-        assert isinstance(left.value.code, int)
-        return Done(left.value.code, told.out, told.err)
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")

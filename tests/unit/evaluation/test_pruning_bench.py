@@ -21,6 +21,7 @@ from moekit.compress.prune.planning import Request, geometries_of, plan_pruning
 from moekit.data.batches import TokenizedDocument, arrange
 from moekit.data.text import Document
 from moekit.errors import BadConfig, BadData, UnsupportedModel
+from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.pruning import Entry, PruneBenchResult, PruneRun, Setting, Subject, bench_pruning, rank
 from moekit.evaluation.pruning import calibration as calibration_module
@@ -29,7 +30,7 @@ from moekit.evaluation.pruning.calibration import calibrate
 from moekit.evaluation.pruning.ranking import all_rankings, part, removed
 from moekit.evaluation.pruning.setting import default_entries
 from moekit.evaluation.pruning.text import take_tokens
-from moekit.evaluation.variants import Variant, compare_variants
+from moekit.evaluation.variants import compare_variants
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain
 from tests.families import tokens

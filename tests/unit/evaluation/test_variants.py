@@ -18,8 +18,9 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.decision import LayerDecision
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
+from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import perplexity_of_documents
-from moekit.evaluation.variants import Variant, VariantResult, compare_variants
+from moekit.evaluation.variants import VariantResult, compare_variants
 from tests.checkpoints import plain
 from tests.families import EXPERTS, build, tokens
 

@@ -24,8 +24,8 @@ from moekit.recipe import runner
 from moekit.recipe.inputs import load_tokenizer, read_text
 from moekit.recipe.plan import Sizes
 from moekit.recipe.protection import parse_protected
-from moekit.recipe.pruning import open_source
 from moekit.recipe.schema import load_recipe
+from moekit.recipe.source import open_source
 from moekit.recipe.steps.base import Workplace
 from moekit.recipe.steps.prune import PruneStep
 from moekit.recipe.steps.super_experts import SuperExpertsStep

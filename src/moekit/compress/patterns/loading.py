@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from moekit._progress import Progress
+from moekit._validation import faults
 from moekit.checkpoint.folder import Checkpoint, listed
 from moekit.checkpoint.model import quiet_transformers
 from moekit.compress.budget import Budget, uniform_count
@@ -140,7 +141,7 @@ def _budget(keep: int | float | str) -> Budget:
         return Budget(keep=keep)
     except ValidationError as error:
         raise BadConfig(
-            f"{keep!r} is no budget: {error.errors()[0]['msg']}",
+            f"{keep!r} is no budget: {faults(error, most=1)}",
             hint="keep a number of experts from 1 up, a fraction such as 0.5, or bytes such as 12GiB",
         ) from error
 

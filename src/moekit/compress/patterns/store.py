@@ -18,9 +18,10 @@ from typing import Literal
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.checkpoint.safety import check_name, read_header, read_json
 from moekit.compress.patterns.pattern import Origin, Pattern, check_same
@@ -91,13 +92,10 @@ class PatternStore:
         if not file.is_file():
             raise BadData("no patterns here", file=self.folder, hint="save one first")
         try:
-            index = Index.model_validate(read_json(file, limit=MAX_INDEX_BYTES))
+            value = read_json(file, limit=MAX_INDEX_BYTES)
         except BadCheckpoint as error:
             raise BadData(f"damaged index: {error.message}", file=file, hint=_AGAIN) from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BadData(f"damaged index: {where}: {first['msg']}", file=file, hint=_AGAIN) from error
+        index = parse(Index, value, what="index", file=file, hint=_AGAIN)
         known = index.origin.fingerprint
         if self.fingerprint and known and self.fingerprint != known:
             raise BadData(

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write
 from moekit.errors import BadConfig, BadData
 
@@ -185,10 +186,7 @@ class SuperExpertReport(BaseModel):
             BadData: not there, or damaged.
         """
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            raw = Path(path).read_bytes()
         except OSError as error:
             raise BadData("there is no report here", file=path, hint="profile the model's super experts") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BadData(f"damaged report: {where}: {first['msg']}", file=path, hint="profile again") from error
+        return parse(cls, raw, what="report", file=path, hint="profile again")

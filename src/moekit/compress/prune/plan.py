@@ -14,22 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field
 
 from moekit import catalogue
-from moekit.checkpoint.atomic import atomic_write
-from moekit.checkpoint.safety import read_header
+from moekit.compress import plan_files
 from moekit.compress.budget import Budget
 from moekit.compress.decision import LayerDecision
 from moekit.compress.prune.base import PruneMethod
 from moekit.compress.resize import Groups
-from moekit.errors import BadCheckpoint, BadConfig, BadData
 from moekit.trace.meta import DataEntry
 from moekit.trace.statistics import LayerStatistics
-
-MAX_PLAN_BYTES = 256 << 20
 
 
 class LayerPlan(BaseModel):
@@ -131,23 +125,11 @@ class PrunePlan:
         Raises:
             BadConfig: naming both fingerprints.
         """
-        if fingerprint != self.file.fingerprint:
-            raise BadConfig(
-                f"this plan was made for {self.file.model} ({self.file.fingerprint[:12]}), not for {fingerprint[:12]}",
-                file=where or None,
-                hint="make a plan for this model: scores of one say nothing of another",
-            )
+        plan_files.check_model(self.file.model, self.file.fingerprint, fingerprint, where)
 
     def save(self, path: str | Path) -> None:
         """Write `path` (JSON) and the statistics beside it; the JSON comes last and names a whole plan."""
-        path = Path(path)
-        flat = {
-            f"{layer}.{name}": tensor.contiguous()
-            for layer, named in self.statistics.items()
-            for name, tensor in named.items()
-        }
-        atomic_write(_beside(path), safetensors.torch.save(flat))
-        atomic_write(path, self.file.model_dump_json(indent=1) + "\n")
+        plan_files.write_plan(Path(path), self.file, self.statistics)
 
     @classmethod
     def load(cls, path: str | Path) -> PrunePlan:
@@ -158,43 +140,13 @@ class PrunePlan:
             UnsafeInput: a header that lies.
         """
         path = Path(path)
-        if not path.is_file():
-            raise BadData("there is no plan here", file=path, hint="`moekit prune --plan FILE` writes one")
-        if path.stat().st_size > MAX_PLAN_BYTES:
-            raise BadData(f"{path.stat().st_size} bytes are too many for a plan", file=path)
-        try:
-            file = PlanFile.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BadData(f"damaged plan: {where}: {first['msg']}", file=path, hint="make it again") from error
-        return cls(file, _read_statistics(_beside(path), file))
-
-
-def _beside(path: Path) -> Path:
-    return path.with_suffix(".safetensors")
-
-
-def _read_statistics(path: Path, file: PlanFile) -> dict[int, LayerStatistics]:
-    try:
-        read_header(path)
-    except (BadCheckpoint, OSError) as error:
-        raise BadData(
-            f"the statistics of the plan are missing or damaged: {error}",
-            file=path,
-            hint="keep the .safetensors file beside the .json file of a plan",
-        ) from error
-    named: dict[int, dict[str, Tensor]] = {layer: {} for layer in file.layers}
-    for key, tensor in safetensors.torch.load_file(path).items():
-        layer, _, name = key.partition(".")
-        if not layer.isdigit() or int(layer) not in named:
-            raise BadData(f"damaged plan: a tensor {key!r} that no layer of it has", file=path, hint="make it again")
-        named[int(layer)][name] = tensor
-    made: dict[int, LayerStatistics] = {}
-    for number, values in named.items():
-        plan = file.layers[number]
-        made[number] = LayerStatistics(plan.experts, plan.hidden, file.domains, file.tokens, values, width=plan.width)
-    return made
+        file = plan_files.read_plan(PlanFile, path, command="moekit prune")
+        named = plan_files.read_statistics(path, file.layers)
+        statistics = {
+            layer: LayerStatistics(told.experts, told.hidden, file.domains, file.tokens, named[layer], width=told.width)
+            for layer, told in file.layers.items()
+        }
+        return cls(file, statistics)
 
 
 def make_method(name: str, settings: Mapping[str, Any]) -> PruneMethod:
@@ -203,12 +155,5 @@ def make_method(name: str, settings: Mapping[str, Any]) -> PruneMethod:
     Raises:
         BadConfig: unknown name, or knobs it refuses.
     """
-    cls = catalogue.get("prune", name).cls
-    try:
-        method = cls(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or name
-        raise BadConfig(f"{name}: {where}: {first['msg']}", hint=f"see `moekit methods {name}`") from error
-    assert isinstance(method, PruneMethod)
+    method: PruneMethod = catalogue.make("prune", name, settings)
     return method

@@ -15,19 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field
 
 from moekit import catalogue
-from moekit.checkpoint.atomic import atomic_write
-from moekit.checkpoint.safety import read_header
+from moekit.compress import plan_files
 from moekit.compress.decision import LayerDecision
 from moekit.compress.sparsify.base import SparsifyMethod
-from moekit.errors import BadCheckpoint, BadConfig, BadData
 from moekit.trace.meta import DataEntry
 from moekit.trace.statistics import LayerStatistics
-
-MAX_PLAN_BYTES = 256 << 20
 
 
 class LayerShare(BaseModel):
@@ -120,7 +115,7 @@ class SparsityPlan:
         """sha256 over method, knobs, shares and statistics: plans with equal hashes change a model alike."""
         told = self.file.model_dump(mode="json", include={"method", "settings", "seed", "layers"})
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-        digest.update(safetensors.torch.save(self._tensors()))
+        digest.update(safetensors.torch.save(plan_files.flatten(self.statistics)))
         return digest.hexdigest()
 
     def check_model(self, fingerprint: str, where: str | Path = "") -> None:
@@ -129,25 +124,11 @@ class SparsityPlan:
         Raises:
             BadConfig: naming both fingerprints.
         """
-        if fingerprint != self.file.fingerprint:
-            raise BadConfig(
-                f"this plan was made for {self.file.model} ({self.file.fingerprint[:12]}), not for {fingerprint[:12]}",
-                file=where or None,
-                hint="make a plan for this model: what one model's experts see says nothing of another's",
-            )
+        plan_files.check_model(self.file.model, self.file.fingerprint, fingerprint, where)
 
     def save(self, path: str | Path) -> None:
         """Write `path` (JSON) and the statistics beside it; the JSON comes last and names a whole plan."""
-        path = Path(path)
-        atomic_write(path.with_suffix(".safetensors"), safetensors.torch.save(self._tensors()))
-        atomic_write(path, self.file.model_dump_json(indent=1) + "\n")
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{layer}.{name}": tensor.contiguous()
-            for layer, named in self.statistics.items()
-            for name, tensor in named.items()
-        }
+        plan_files.write_plan(Path(path), self.file, self.statistics)
 
     @classmethod
     def load(cls, path: str | Path) -> SparsityPlan:
@@ -158,40 +139,14 @@ class SparsityPlan:
             UnsafeInput: a header that lies.
         """
         path = Path(path)
-        if not path.is_file():
-            raise BadData("there is no plan here", file=path, hint="`moekit sparsify --plan FILE` writes one")
-        if path.stat().st_size > MAX_PLAN_BYTES:
-            raise BadData(f"{path.stat().st_size} bytes are too many for a plan", file=path)
-        try:
-            file = SparsityFile.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            hint = "make it again; plans of `moekit prune` are carried out by `moekit apply`"
-            what = f"no plan of sparsity, or a damaged one: {place}: {first['msg']}"
-            raise BadData(what, file=path, hint=hint) from error
-        return cls(file, _read_statistics(path.with_suffix(".safetensors"), file))
-
-
-def _read_statistics(path: Path, file: SparsityFile) -> dict[int, LayerStatistics]:
-    try:
-        read_header(path)
-    except (BadCheckpoint, OSError) as error:
-        raise BadData(
-            f"the statistics of the plan are missing or damaged: {error}",
-            file=path,
-            hint="keep the .safetensors file beside the .json file of a plan",
-        ) from error
-    named: dict[int, dict[str, Tensor]] = {layer: {} for layer in file.layers}
-    for key, tensor in safetensors.torch.load_file(path).items():
-        layer, _, name = key.partition(".")
-        if not layer.isdigit() or int(layer) not in named:
-            raise BadData(f"damaged plan: a tensor {key!r} that no layer of it has", file=path, hint="make it again")
-        named[int(layer)][name] = tensor
-    return {
-        layer: LayerStatistics(told.experts, told.hidden, (), file.tokens, named[layer], width=told.width)
-        for layer, told in file.layers.items()
-    }
+        hint = "make it again; plans of `moekit prune` are carried out by `moekit apply`"
+        file = plan_files.read_plan(SparsityFile, path, command="moekit sparsify", hint=hint)
+        named = plan_files.read_statistics(path, file.layers)
+        statistics = {
+            layer: LayerStatistics(told.experts, told.hidden, (), file.tokens, named[layer], width=told.width)
+            for layer, told in file.layers.items()
+        }
+        return cls(file, statistics)
 
 
 def make_method(name: str, settings: Mapping[str, Any]) -> SparsifyMethod:
@@ -200,12 +155,5 @@ def make_method(name: str, settings: Mapping[str, Any]) -> SparsifyMethod:
     Raises:
         BadConfig: unknown name, or knobs it refuses.
     """
-    cls = catalogue.get("sparsify", name).cls
-    try:
-        method = cls(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or name
-        raise BadConfig(f"{name}: {where}: {first['msg']}", hint=f"see `moekit methods {name}`") from error
-    assert isinstance(method, SparsifyMethod)
+    method: SparsifyMethod = catalogue.make("sparsify", name, settings)
     return method

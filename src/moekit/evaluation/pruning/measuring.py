@@ -8,20 +8,22 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from moekit._progress import Progress
+from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write
 from moekit.compress.budget import Sizes
 from moekit.compress.weights import LayerWeights
 from moekit.data.batches import TokenizedDocument
-from moekit.errors import BadData, MoekitError
+from moekit.errors import MoekitError
+from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.pruning.calibration import Subject
 from moekit.evaluation.pruning.deciding import Candidate, mean_figures
 from moekit.evaluation.pruning.result import Skipped
 from moekit.evaluation.pruning.setting import Setting
-from moekit.evaluation.variants import Variant, VariantResult, compare_variants
+from moekit.evaluation.variants import VariantResult, compare_variants
 
 # More at a time read the checkpoint fewer times, fewer lose less when a run is ended.
 MOST_TOGETHER = 16
@@ -136,10 +138,7 @@ class Measuring:
         file = self.folder / f"{key}.json"
         if not file.is_file():
             return None
-        try:
-            return Measured.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            raise BadData(f"damaged result: {error}", file=file, hint="delete it; it will be measured again") from error
+        return parse(Measured, file.read_bytes(), what="result", file=file, hint="delete it; it will be measured again")
 
     def _groups(self, candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
         """As many at a time as their changed layers leave room for."""

@@ -12,9 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 import moekit
+from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.header import DTYPE_BITS
@@ -127,15 +128,7 @@ class Index(_Frozen):
         value = read_json(path, limit=MAX_INDEX_BYTES)
         if isinstance(value.get("format"), int) and value["format"] > FORMAT:
             raise BadCheckpoint("a newer moekit wrote this", file=path, hint="upgrade moekit")
-        try:
-            index = cls.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise BadCheckpoint(
-                f"the index is damaged at {'.'.join(map(str, first['loc'])) or 'the top'}: {first['msg']}",
-                file=path,
-                hint="take an earlier checkpoint",
-            ) from None
+        index = parse(cls, value, what="index", file=path, hint="take an earlier checkpoint", kind=BadCheckpoint)
         index.check_experts(path)
         index._check_files(folder)
         return index

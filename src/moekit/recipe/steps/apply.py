@@ -14,19 +14,17 @@ from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.pruned import Decided, finish, in_groups, warn_of
 from moekit.recipe.pruning import (
     PLAN_FILE,
-    Source,
     WritingOptions,
     budget_of,
     bytes_between,
     check_disk,
-    check_runnable,
     foresee,
     heldout_of_plan,
-    open_source,
     read_heldout,
     refuse_uneven,
     tell_uneven,
 )
+from moekit.recipe.source import Source, check_runnable, open_source
 from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from moekit import catalogue
 from moekit.recipe.inputs import model_item, open_model, read_text, rows_of, save_changed, text_item
-from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
 
@@ -28,7 +28,7 @@ class ConvertStep(Step):
 
     def check(self) -> None:
         """Refuse an unknown method and impossible options."""
-        make("convert", self.method, self.settings)
+        catalogue.make("convert", self.method, self.settings)
 
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """The MoE is at least as large as the dense model; how much larger, the conversion's options decide."""
@@ -46,7 +46,7 @@ class ConvertStep(Step):
         """Convert and save."""
         from moekit.anatomy import find_moe_layers
 
-        conversion = make("convert", self.method, self.settings)
+        conversion = catalogue.make("convert", self.method, self.settings)
         model, tokenizer = open_model(self.model, device="cpu", dtype=self.dtype, progress=work.progress)
         calibration = None
         if self.text is not None:

@@ -37,7 +37,7 @@ class LabStep(Step):
         Raises:
             BadConfig: an unknown or impossible setting.
         """
-        from moekit.recipe.methods import faults
+        from moekit._validation import faults
         from moekit.training import LabConfig
 
         try:

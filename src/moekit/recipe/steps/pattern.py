@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from moekit import catalogue
 from moekit.errors import BadConfig
 from moekit.recipe.inputs import model_item, read_text, text_item
-from moekit.recipe.methods import make
 from moekit.recipe.patterns import account, largest_layer, texts_of_tasks, warn_of
 from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.pruning import Source, bytes_between, check_disk, open_source
+from moekit.recipe.pruning import bytes_between, check_disk
+from moekit.recipe.source import Source, open_source
 from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class PatternStep(Step):
         from moekit.compress.patterns.pattern import GENERALIST
         from moekit.compress.patterns.scoring import check_method
 
-        check_method(make("prune", self.method, self.settings))
+        check_method(catalogue.make("prune", self.method, self.settings))
         if self.task == GENERALIST:
             raise BadConfig(
                 f"{GENERALIST!r} is the name of all tasks together", hint="choose another one, or --generalist"
@@ -100,7 +101,7 @@ class PatternStep(Step):
 
         self.check()
         source = open_source(self.model, work.progress)
-        method = make("prune", self.method, self.settings)
+        method = catalogue.make("prune", self.method, self.settings)
         texts = self._texts(source, work)
         self._refuse_known(work.out, source, method, texts)
         check_disk(work.out, work.scratch, _STORE_BYTES, self._between(source, len(texts)))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from moekit import catalogue
 from moekit.errors import BadConfig
 from moekit.recipe.inputs import model_item, model_location
-from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.results import REPLAY, placement_file
 from moekit.recipe.steps.base import ModelRef, PlacementRef, Step, TraceRef, Workplace
@@ -56,7 +56,7 @@ class PlaceStep(Step):
     def check(self) -> None:
         """Refuse an unknown solver and impossible options."""
         for name in {self.method, *self.compare} - {"auto"}:
-            make("place", name, self.settings if name == self.method else {})
+            catalogue.make("place", name, self.settings if name == self.method else {})
         for devices in self.devices:
             self._topology(devices)
 

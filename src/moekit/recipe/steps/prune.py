@@ -8,28 +8,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from moekit import catalogue
 from moekit.errors import BadConfig, MoekitError
 from moekit.recipe.answered import answered_rows, load_for_answers
 from moekit.recipe.inputs import model_item, read_text, rows_of, text_item
-from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.protection import SUPER, parse_protected, protection_needs, super_experts
 from moekit.recipe.pruned import Decided, finish, in_groups, told_of_plan, warn_of
 from moekit.recipe.pruning import (
     PLAN_FILE,
     Outlook,
-    Source,
     WritingOptions,
     budget_of,
     bytes_between,
     check_disk,
-    check_runnable,
     foresee,
-    open_source,
     read_heldout,
     refuse_uneven,
     tell_uneven,
 )
+from moekit.recipe.source import Source, check_runnable, open_source
 from moekit.recipe.steps.base import ModelRef, Step, TextRef, TraceRef, Workplace
 
 if TYPE_CHECKING:
@@ -82,7 +80,7 @@ class PruneStep(WritingOptions, Step):
 
     def check(self) -> None:
         """Refuse an unknown method, impossible knobs and budgets, and a run without what it needs."""
-        method = make("prune", self.method, self.settings)
+        method = catalogue.make("prune", self.method, self.settings)
         budget = budget_of(self.keep, self.scope, self.least, self.most)
         refuse_uneven(budget, self.stock_only)
         if budget.scope == "global" and method.searches:
@@ -157,7 +155,7 @@ class PruneStep(WritingOptions, Step):
     def _request(self, source: Source, seed: int) -> Request:
         from moekit.compress.prune.planning import Request
 
-        method = make("prune", self.method, self.settings)
+        method = catalogue.make("prune", self.method, self.settings)
         budget = budget_of(self.keep, self.scope, self.least, self.most)
         named = self.protect is not None and self.protect != SUPER
         protected = parse_protected(str(self.protect), source) if named else None

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from moekit import catalogue
 from moekit.recipe.inputs import model_item, open_model, save_changed
-from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.steps.base import ModelRef, PlacementRef, Step, TraceRef, Workplace
 
@@ -26,7 +26,7 @@ class RouteStep(Step):
 
     def check(self) -> None:
         """Refuse an unknown method and impossible options."""
-        make("routing", self.method, self.settings)
+        catalogue.make("routing", self.method, self.settings)
 
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """A plan is small; a model is as large as its parent."""
@@ -45,7 +45,7 @@ class RouteStep(Step):
         from moekit.trace import Trace
 
         record = catalogue.get("routing", self.method)
-        policy = make("routing", self.method, self.settings)
+        policy = catalogue.make("routing", self.method, self.settings)
         model, tokenizer = open_model(self.model, progress=work.progress)
         fingerprint = fingerprint_model(model)
         statistics = trace_hash = None

@@ -8,19 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
+from moekit import catalogue
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.recipe.inputs import model_item, read_text, rows_of, text_item
-from moekit.recipe.methods import make
 from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.pruning import (
-    PLAN_FILE,
-    Source,
-    WritingOptions,
-    bytes_between,
-    check_disk,
-    open_source,
-    read_heldout,
-)
+from moekit.recipe.pruning import PLAN_FILE, WritingOptions, bytes_between, check_disk, read_heldout
+from moekit.recipe.source import Source, open_source
 from moekit.recipe.sparse import Machine, finish, told_of, warn_of
 from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
 
@@ -172,7 +165,7 @@ class SparsifyStep(Step):
         return WritingOptions(dtype=self.dtype).torch_dtype
 
     def _method(self) -> SparsifyMethod:
-        method: SparsifyMethod = make("sparsify", str(self.method), self.settings)
+        method: SparsifyMethod = catalogue.make("sparsify", str(self.method), self.settings)
         return method
 
     def _stored(self) -> SparsityPlan:

@@ -13,15 +13,8 @@ from moekit.errors import BadConfig
 from moekit.recipe.inputs import model_item, read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.protection import find_in_trace, protection_needs
-from moekit.recipe.pruning import (
-    Source,
-    WritingOptions,
-    bytes_between,
-    check_disk,
-    check_runnable,
-    open_source,
-    read_heldout,
-)
+from moekit.recipe.pruning import WritingOptions, bytes_between, check_disk, read_heldout
+from moekit.recipe.source import Source, check_runnable, open_source
 from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
 
 if TYPE_CHECKING:

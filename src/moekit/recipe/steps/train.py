@@ -58,7 +58,7 @@ class TrainStep(RankedOptions, Step):
         Raises:
             BadConfig: an unknown or impossible one.
         """
-        from moekit.recipe.methods import faults
+        from moekit._validation import faults
         from moekit.training import TrainConfig
 
         try:

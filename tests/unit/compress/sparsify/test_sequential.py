@@ -275,7 +275,7 @@ def test_damaged_plans(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="no plan here"):
         SparsityPlan.load(tmp_path / "q.json")
     (tmp_path / "q.json").write_text('{"format": 1, "method": "reap"}')
-    with pytest.raises(BadData, match="no plan of sparsity") as other:
+    with pytest.raises(BadData, match="plan of `moekit sparsify`: sparsity: Field required") as other:
         SparsityPlan.load(tmp_path / "q.json")
     assert "moekit apply" in str(other.value.hint)
     (tmp_path / "p.safetensors").rename(tmp_path / "gone.safetensors")

@@ -1,0 +1,111 @@
+"""How plans lie on disk: a JSON file that a person can read, and a safetensors file of the same name beside it.
+
+The second holds statistics, one tensor for each layer and name, so that a plan can be carried out without the text it
+was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors.torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from moekit._validation import parse
+from moekit.checkpoint.atomic import atomic_write
+from moekit.checkpoint.safety import read_header
+from moekit.errors import BadCheckpoint, BadConfig, BadData
+
+MAX_PLAN_BYTES = 256 << 20
+_AGAIN = "make it again"
+
+F = TypeVar("F", bound=BaseModel)
+
+
+def beside(path: Path) -> Path:
+    """The file of a plan's statistics."""
+    return path.with_suffix(".safetensors")
+
+
+def flatten(statistics: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Statistics by names of tensors on disk."""
+    return {
+        f"{layer}.{name}": tensor.contiguous() for layer, named in statistics.items() for name, tensor in named.items()
+    }
+
+
+def write_plan(path: Path, file: BaseModel, statistics: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Write both files; the JSON comes last and names a whole plan."""
+    atomic_write(beside(path), safetensors.torch.save(flatten(statistics)))
+    atomic_write(path, file.model_dump_json(indent=1) + "\n")
+
+
+def read_plan(cls: type[F], path: Path, *, command: str, hint: str = _AGAIN) -> F:
+    """The readable part of a plan.
+
+    Args:
+        cls: what it should be.
+        path: of the JSON file.
+        command: that writes such plans, for messages.
+        hint: the way out of a damaged one.
+
+    Raises:
+        BadData: missing, too large, damaged, or another kind of plan.
+    """
+    if not path.is_file():
+        raise BadData("there is no plan here", file=path, hint=f"`{command} --plan FILE` writes one")
+    if path.stat().st_size > MAX_PLAN_BYTES:
+        raise BadData(f"{path.stat().st_size} bytes are too many for a plan", file=path)
+    return parse(cls, path.read_bytes(), what=f"plan of `{command}`", file=path, hint=hint)
+
+
+def read_statistics(path: Path, layers: Iterable[int]) -> dict[int, dict[str, Tensor]]:
+    """Decoder layer -> statistics by name.
+
+    Args:
+        path: of the JSON file.
+        layers: that the plan speaks of.
+
+    Raises:
+        BadData: missing, damaged, or of other layers.
+        UnsafeInput: a header that lies.
+    """
+    file = beside(path)
+    try:
+        read_header(file)
+    except (BadCheckpoint, OSError) as error:
+        raise BadData(
+            f"the statistics of the plan are missing or damaged: {error}",
+            file=file,
+            hint="keep the .safetensors file beside the .json file of a plan",
+        ) from error
+    named: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+    for key, tensor in safetensors.torch.load_file(file).items():
+        layer, _, name = key.partition(".")
+        if not layer.isdigit() or int(layer) not in named:
+            raise BadData(f"damaged plan: a tensor {key!r} that no layer of it has", file=file, hint=_AGAIN)
+        named[int(layer)][name] = tensor
+    return named
+
+
+def check_model(made_for: str, fingerprint: str, actual: str, where: str | Path) -> None:
+    """Refuse another model than the one that a plan was made for.
+
+    Args:
+        made_for: that model, for people.
+        fingerprint: of that model.
+        actual: fingerprint of the model at hand.
+        where: the plan's file, or "".
+
+    Raises:
+        BadConfig: naming both fingerprints.
+    """
+    if fingerprint != actual:
+        raise BadConfig(
+            f"this plan was made for {made_for} ({fingerprint[:12]}), not for {actual[:12]}",
+            file=where or None,
+            hint="make a plan for this model: what one model's experts see says nothing of another's",
+        )

@@ -1,0 +1,150 @@
+"""A change of a model's MoE layers, and what it does to one layer beside the layer as it is.
+
+Legend: T positions of a batch, H hidden, K choices, E experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekit.anatomy.probe import MoELayer
+from moekit.compress.decision import LayerDecision
+from moekit.compress.resize import Groups, resized_block, resized_config
+from moekit.compress.weights import LayerWeights
+from moekit.trace.seam import read_arguments
+
+Rewrite = Callable[[int, LayerWeights], LayerWeights]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A change of every MoE layer.
+
+    Attributes:
+        name: what to call it.
+        decisions: decoder layer -> which experts stay.
+        rewrite: (layer, all experts' weights) -> weights of what stays; None keeps those as they are.
+        top_k: choices a token makes; None as before.
+        groups: "free" or "equal"; see `moekit.compress.resize.resized_config`.
+    """
+
+    name: str
+    decisions: Mapping[int, LayerDecision]
+    rewrite: Rewrite | None = None
+    top_k: int | None = None
+    groups: Groups = "free"
+
+
+@dataclass
+class ChangedLayer:
+    """One variant's block of one layer, and sums over batches of what it does.
+
+    Attributes:
+        block: that runs in the layer's place.
+        keep: whether an expert stays, and True behind the last for choices of no expert: [E + 1].
+        difference: squared distance from the unchanged block's outputs.
+        lost_tokens: tokens that had chosen an expert which is gone.
+        lost_choices: choices of such experts.
+    """
+
+    block: nn.Module
+    keep: Tensor
+    difference: float = 0.0
+    lost_tokens: int = 0
+    lost_choices: int = 0
+
+
+class Seen:
+    """What a block was given, chose and gave in one pass."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.output_TH = torch.zeros(0, device=device)
+        self.index_TK = torch.zeros(0, dtype=torch.int64, device=device)
+
+    def on_block(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Keep what went into the block and came out."""
+        self.args, self.kwargs = args, kwargs
+        self.output_TH = _flat(output)
+
+    def on_experts(self, moe: MoELayer, args: Any, kwargs: dict[str, Any]) -> None:
+        """Keep which experts the tokens chose."""
+        _, self.index_TK, _ = read_arguments(moe, args, kwargs)
+
+
+@contextlib.contextmanager
+def watched(moe: MoELayer | None, device: torch.device) -> Iterator[Seen]:
+    """See what a block is given, chooses and gives; nothing where there is none."""
+    seen = Seen(device)
+    if moe is None:
+        yield seen
+        return
+    handles = [
+        moe.block.register_forward_hook(seen.on_block, with_kwargs=True),
+        moe.experts.register_forward_pre_hook(
+            lambda _m, args, kwargs: seen.on_experts(moe, args, kwargs), with_kwargs=True
+        ),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _flat(output: Any) -> Tensor:
+    made = output[0] if isinstance(output, tuple) else output
+    flat: Tensor = made.reshape(-1, made.shape[-1])
+    return flat
+
+
+def changed_layer(variant: Variant, moe: MoELayer, weights: LayerWeights, config: Any) -> ChangedLayer:
+    """A variant's block beside the unchanged one.
+
+    Args:
+        variant: the change.
+        moe: the layer as it is.
+        weights: of all its experts.
+        config: the unchanged model's.
+    """
+    decision = variant.decisions[moe.index]
+    own = variant.rewrite
+    made = weights.select(decision.keep) if own is None else own(moe.index, weights)
+    # Where any layer loses experts, all of them give up routing groups, also one that keeps all of its own.
+    dropped = {len(d.keep) for d in variant.decisions.values()} != {moe.geometry.experts}
+    resized = resized_config(config, len(decision.keep), top_k=variant.top_k, groups=variant.groups, dropped=dropped)
+    keep = torch.zeros(moe.geometry.experts + 1, dtype=torch.bool)
+    keep[list(decision.keep)] = True
+    keep[-1] = True  # no expert, no loss
+    return ChangedLayer(resized_block(moe, resized, made), keep)
+
+
+def compare_layer(layer: ChangedLayer, seen: Seen, output_TH: Tensor, index_TK: Tensor, mask_T: Tensor) -> None:
+    """Run a variant's block on what the unchanged one saw, and add up how they differ."""
+    changed_TH = _flat(layer.block(*seen.args, **seen.kwargs))[mask_T]
+    layer.difference += float((changed_TH.double() - output_TH.double()).square().sum())
+    gone_TK = ~layer.keep.to(index_TK.device)[index_TK.long()]
+    layer.lost_tokens += int(gone_TK.any(1).sum())
+    layer.lost_choices += int(gone_TK.sum())
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, moe: MoELayer | None, block: nn.Module | None) -> Iterator[None]:
+    """Put a block in a layer's place while this lasts; nothing where there is none."""
+    if moe is None or block is None:
+        yield
+        return
+    path, _, last = moe.name.rpartition(".")
+    parent = model.get_submodule(path)
+    setattr(parent, last, block)
+    try:
+        yield
+    finally:
+        setattr(parent, last, moe.block)
