@@ -218,7 +218,7 @@ def about_stun(case: Case, result: PruneBenchResult, extra: PruneBenchResult) ->
         yield Claim(
             "stun",
             f"{total:.0%} of the experts' weights gone: some experts first, then Wanda, beats Wanda alone by {least}, "
-            "and too many experts lose",
+            "and experts alone, or nearly, lose",
             f"Wanda alone {alone:.3f}; then Wanda after {told}",
             alone - inner[best] >= least and inner[most] > inner[best],
         )
@@ -226,21 +226,25 @@ def about_stun(case: Case, result: PruneBenchResult, extra: PruneBenchResult) ->
 
 @torch.no_grad()
 def two_stages(case: Case) -> dict[tuple[int, float], float]:
-    """(experts kept, share of the experts' weights gone) -> loss, with Wanda on what is left."""
+    """(experts kept, share of the experts' weights gone) -> loss, with Wanda on what is left, if anything has to go."""
     model = moekit.load(case.subject.checkpoint.path, device="cpu", dtype="float32", policy=False)
     rows = arrange(case.calibration, case.options.seq_len)
     method, wanda = Stun(), Wanda()
     needs = sorted({"load", *method.required, *wanda.required})
-    experts = find_moe_layers(model)[0].geometry.experts
+    geometry = find_moe_layers(model)[0].geometry
+    experts, top_k = geometry.experts, geometry.top_k
     found: dict[tuple[int, float], float] = {}
-    for keep in (experts, experts * 7 // 8, experts * 3 // 4, experts * 5 // 8):
+    for keep in range(experts, 0, -max(experts // 8, 1)):
+        totals = [total for total in (0.5, 0.65) if 1 - keep / experts <= total]
+        if not totals or keep < top_k:
+            break
         small = copy.deepcopy(model)
         if keep < experts:
             decisions = _decide(small, method, _evidence(small, rows, needs), keep)
             small = live.change_model(small, decisions)
         seen = _evidence(small, rows, needs)
         whole = {at: LayerDecision(keep=tuple(range(keep))) for at in seen}
-        for total in (0.5, 0.65):
+        for total in totals:
             share = remaining_sparsity(total, 1 - keep / experts)
             rewrite = partial(_sparsified, wanda, seen, share)
             sparse = live.change_model(copy.deepcopy(small), whole, rewrite)

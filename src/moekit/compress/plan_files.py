@@ -1,17 +1,19 @@
 """How plans lie on disk: a JSON file that a person can read, and a safetensors file of the same name beside it.
 
 The second holds statistics, one tensor for each layer and name, so that a plan can be carried out without the text it
-was made from.
+was made from. The first names the second by its digest: a kill between the two files of a plan that replaces another
+leaves a pair that is refused, and never old decisions with new statistics.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import safetensors.torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moekit._validation import parse
@@ -22,7 +24,20 @@ from moekit.errors import BadCheckpoint, BadConfig, BadData
 MAX_PLAN_BYTES = 256 << 20
 _AGAIN = "make it again"
 
-F = TypeVar("F", bound=BaseModel)
+
+class ReadablePart(BaseModel):
+    """What every plan's JSON file holds.
+
+    Attributes:
+        statistics_sha256: of the file beside it; filled in as both are written.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    statistics_sha256: str = ""
+
+
+F = TypeVar("F", bound=ReadablePart)
 
 
 def beside(path: Path) -> Path:
@@ -37,9 +52,11 @@ def flatten(statistics: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]
     }
 
 
-def write_plan(path: Path, file: BaseModel, statistics: Mapping[int, Mapping[str, Tensor]]) -> None:
+def write_plan(path: Path, file: ReadablePart, statistics: Mapping[int, Mapping[str, Tensor]]) -> None:
     """Write both files; the JSON comes last and names a whole plan."""
-    atomic_write(beside(path), safetensors.torch.save(flatten(statistics)))
+    written = safetensors.torch.save(flatten(statistics))
+    file = file.model_copy(update={"statistics_sha256": hashlib.sha256(written).hexdigest()})
+    atomic_write(beside(path), written)
     atomic_write(path, file.model_dump_json(indent=1) + "\n")
 
 
@@ -62,15 +79,16 @@ def read_plan(cls: type[F], path: Path, *, command: str, hint: str = _AGAIN) -> 
     return parse(cls, path.read_bytes(), what=f"plan of `{command}`", file=path, hint=hint)
 
 
-def read_statistics(path: Path, layers: Iterable[int]) -> dict[int, dict[str, Tensor]]:
+def read_statistics(path: Path, layers: Iterable[int], sha256: str) -> dict[int, dict[str, Tensor]]:
     """Decoder layer -> statistics by name.
 
     Args:
         path: of the JSON file.
         layers: that the plan speaks of.
+        sha256: of the statistics that it was written with.
 
     Raises:
-        BadData: missing, damaged, or of other layers.
+        BadData: missing, damaged, of another plan, or of other layers.
         UnsafeInput: a header that lies.
     """
     file = beside(path)
@@ -82,6 +100,13 @@ def read_statistics(path: Path, layers: Iterable[int]) -> dict[int, dict[str, Te
             file=file,
             hint="keep the .safetensors file beside the .json file of a plan",
         ) from error
+    with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+            raise BadData(
+                f"these are not the statistics that {path.name} was written with",
+                file=file,
+                hint="one of the two files was replaced, or writing them was interrupted; make the plan again",
+            )
     named: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
     for key, tensor in safetensors.torch.load_file(file).items():
         layer, _, name = key.partition(".")

@@ -48,7 +48,7 @@ class LayerPlan(BaseModel):
     decision: LayerDecision
 
 
-class PlanFile(BaseModel):
+class PlanFile(plan_files.ReadablePart):
     """The readable part of a plan.
 
     Attributes:
@@ -71,8 +71,6 @@ class PlanFile(BaseModel):
         warnings: what a reader must know.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     format: int = 1
     method: str
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -86,7 +84,7 @@ class PlanFile(BaseModel):
     data: tuple[DataEntry, ...] = ()
     tokens: int = 0
     domains: tuple[str, ...] = ()
-    protected: dict[int, tuple[int, ...]] = {}
+    protected: dict[int, tuple[int, ...]] = Field(default_factory=dict)
     layers: dict[int, LayerPlan]
     warnings: tuple[str, ...] = ()
 
@@ -141,7 +139,7 @@ class PrunePlan:
         """
         path = Path(path)
         file = plan_files.read_plan(PlanFile, path, command="moekit prune")
-        named = plan_files.read_statistics(path, file.layers)
+        named = plan_files.read_statistics(path, file.layers, file.statistics_sha256)
         statistics = {
             layer: LayerStatistics(told.experts, told.hidden, file.domains, file.tokens, named[layer], width=told.width)
             for layer, told in file.layers.items()

@@ -47,7 +47,7 @@ class LayerShare(BaseModel):
     figures: dict[str, float | list[float]] = {}
 
 
-class SparsityFile(BaseModel):
+class SparsityFile(plan_files.ReadablePart):
     """The readable part of a plan.
 
     Attributes:
@@ -67,8 +67,6 @@ class SparsityFile(BaseModel):
         layers: decoder layer -> what it is to become.
         warnings: what a reader must know.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = 1
     method: str
@@ -141,7 +139,7 @@ class SparsityPlan:
         path = Path(path)
         hint = "make it again; plans of `moekit prune` are carried out by `moekit apply`"
         file = plan_files.read_plan(SparsityFile, path, command="moekit sparsify", hint=hint)
-        named = plan_files.read_statistics(path, file.layers)
+        named = plan_files.read_statistics(path, file.layers, file.statistics_sha256)
         statistics = {
             layer: LayerStatistics(told.experts, told.hidden, (), file.tokens, named[layer], width=told.width)
             for layer, told in file.layers.items()

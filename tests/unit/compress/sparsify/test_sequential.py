@@ -278,6 +278,10 @@ def test_damaged_plans(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="plan of `moekit sparsify`: sparsity: Field required") as other:
         SparsityPlan.load(tmp_path / "q.json")
     assert "moekit apply" in str(other.value.hint)
+    plan_sparsity(checkpoint, Calibration([tokens(2, 20, seed=9)]), Request(Wanda(), 0.5)).save(tmp_path / "new.json")
+    (tmp_path / "new.safetensors").replace(tmp_path / "p.safetensors")
+    with pytest.raises(BadData, match=r"not the statistics that p\.json was written with"):
+        SparsityPlan.load(tmp_path / "p.json")
     (tmp_path / "p.safetensors").rename(tmp_path / "gone.safetensors")
     with pytest.raises(BadData, match="missing or damaged"):
         SparsityPlan.load(tmp_path / "p.json")
