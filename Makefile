@@ -8,8 +8,11 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # One thread per test worker: two workers with one thread each beat one worker with two.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
+# Benchmarks of what another run leaves, one of 50 GB, and a part of another one.
+APART := ep_calibrate ep_demo lab_moe prune_large prune_ranking prune_trends replay_check stun_two_stages
+
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-all demo bench docs serve-docs clean
+.PHONY: help install lint format test test-all test-engines demo bench docs serve-docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -48,8 +51,13 @@ test-all: $(VENV)/.dev ## all tests, the slow ones too
 demo: $(VENV)/.run ## the whole way on a real model: runs/demo/report.html
 	$(BIN)/moekit run recipes/c2r-demo.yaml
 
-bench: $(VENV)/.dev ## every benchmark, printed
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+test-engines: $(VENV)/.dev ## pruned models in llama.cpp, which is compiled first
+	$(PIP) -e '.[engines]'
+	$(THREADS) $(BIN)/python -m pytest tests/matrix/test_llama_cpp.py
+
+bench: $(VENV)/.dev ## every benchmark that needs no run before it and no 50 GB of disk
+	@for file in $(filter-out $(APART:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
+	  echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 docs: $(VENV)/.dev ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet

@@ -1,6 +1,6 @@
 """How methods rank on a model of 1.3 M parameters whose experts are badly balanced, and on one of a single origin.
 
-Trains both in a quarter of an hour on one core, on bytes of Python, C headers and manual pages: a Qwen3-MoE from
+Trains both in a quarter of an hour on one core, ranks as long, on bytes of Python, C headers and manual pages: a Qwen3-MoE from
 scratch (4 layers, width 96, 16 experts of 64 neurons, top-2) without a balance loss, and the same upcycled: a dense
 model trained for 700 steps, its FFN copied into 16 experts with their neurons in another order, trained for 500 more.
 Then `prune_ranking.py`'s rankings and claims on each. There, claims about experts of one origin (DERN's recombination,
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=6_000_000, help="of text for training, shared by the domains")
     parser.add_argument("--steps", type=int, default=1600, help="of the model from scratch, 2,304 tokens each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=24 * 128, help="calibration tokens")
+    parser.add_argument("--tokens", type=int, default=3 * 24 * 128, help="calibration tokens, shared by the domains")
     parser.add_argument("--heldout-tokens", type=int, default=18_000, help="unseen tokens, at most")
     parser.add_argument("--search-tokens", type=int, default=1024, help="tokens on which naee tries subsets")
     parser.add_argument("--seeds", type=int, default=6, help="of random")
