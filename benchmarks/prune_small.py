@@ -3,8 +3,8 @@
 Trains both in a quarter of an hour on one core and ranks as long, on bytes of Python, C headers and manual pages: a
 Qwen3-MoE from scratch (4 layers, width 96, 16 experts of 64 neurons, top-2) without a balance loss, and the same
 upcycled: a dense model trained for 700 steps, its FFN copied into 16 experts with their neurons in another order,
-trained for 500 more. Then `prune_ranking.py`'s rankings and claims on each. There, claims about experts of one origin (DERN's
-recombination, UNCURL's alignment) have something to speak of, and what a model's balance does to scores shows.
+trained for 500 more. Then `prune_ranking.py`'s rankings and claims on each. There, claims about experts of one origin
+(DERN's recombination, UNCURL's alignment) have something to speak of, and what a model's balance does to scores shows.
 
     python benchmarks/prune_small.py [--out runs/prune-small]
 
