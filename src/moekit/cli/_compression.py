@@ -49,17 +49,15 @@ def write_model_or_plan(terminal: Terminal, step: type[Step], values: dict[str, 
     if plan is None and out is None:
         raise BadConfig("nothing says what to write", hint="-o OUT for a model, --plan FILE for a plan, or both")
     if plan is not None:
-        _check_plan_file(Path(plan), overwrite)
+        _check_plan_file(Path(plan))
     if out is None:
         given["write"], out = "plan", Path(given.pop("plan"))
     carry_out(terminal, step, given, out, overwrite, show)
 
 
-def _check_plan_file(file: Path, overwrite: bool) -> None:
+def _check_plan_file(file: Path) -> None:
     if file.suffix != ".json":
         raise BadConfig(f"a plan is a .json file, not {file.name!r}", hint=f"--plan {file.name}.json")
-    if file.exists() and not overwrite:
-        raise BadConfig("the file exists", file=file, hint="choose another one, or say --overwrite")
 
 
 def say_method(terminal: Terminal, results: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ def understand(error: BaseException) -> Explanation:
         text, _, _ = str(error).partition("\n  -> ")
         return Explanation(type(error).__name__, text, error.hint, error.exit_code)
     if isinstance(error, KeyboardInterrupt):
-        hint = "nothing is half-written; the same command starts over, `moekit run` goes on"
+        hint = "nothing is half-written; the same command goes on where what it had done was kept, or starts over"
         return Explanation("Interrupted", "interrupted", hint, INTERRUPTED)
     if _out_of_memory(error):
         hint = "use a smaller batch or sequence, or a machine with more memory; `moekit estimate` says what is needed"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,25 +106,41 @@ def carry_out(
     """Run one step outside a recipe, or say what it would do.
 
     Raises:
-        BadConfig: an option is impossible, or OUT exists.
+        BadConfig: an option is impossible, OUT exists, is read, or is being written by the same command.
     """
-    from moekit.recipe.artefacts import hash_of
+    from moekit.recipe.outputs import refuse_harm
     from moekit.recipe.plan import Sizes
-    from moekit.recipe.steps.base import Workplace
 
     try:
         ready = step(**values)
     except ValidationError as error:
         raise config_error(error) from error
     ready.check()
+    refuse_harm(ready, out)
     if terminal.dry_run:
         terminal.forecast(ready.forecast(out, Sizes()))
         return
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
-        raise BadConfig("the folder exists", file=out, hint="choose another one, or say --overwrite")
-    # The same command finds the same folder, so that work which can resume does.
-    key = hash_of([type(ready).__name__, ready.identity(), terminal.seed])[:16]
-    work = Workplace(
+        what = "file" if out.is_file() else "folder"
+        raise BadConfig(f"the {what} exists", file=out, hint="choose another one, or say --overwrite")
+    work = _workplace(terminal, ready, out, overwrite)
+    with _alone(work):
+        _refuse_further(ready, work)
+        results = _run(ready, work)
+    terminal.answer(out=str(out), **results)
+    show(terminal, results)
+    terminal.say(f"wrote {out}")
+
+
+def _workplace(terminal: Terminal, ready: Step, out: Path, overwrite: bool) -> Workplace:
+    """The same command on the same inputs finds the same scratch folder, so that work which can resume does."""
+    from moekit import __version__
+    from moekit.recipe.artefacts import hash_of, reference_hash
+    from moekit.recipe.steps.base import Workplace
+
+    inputs = [reference_hash(reference) for _, reference in ready.inputs()]
+    key = hash_of([type(ready).__name__, ready.identity(), terminal.seed, inputs, __version__])[:16]
+    return Workplace(
         out=out,
         scratch=out.parent / f".{out.name}.scratch-{key}",
         seed=terminal.seed,
@@ -131,10 +148,29 @@ def carry_out(
         command=terminal.command,
         overwrite=overwrite,
     )
-    results = _run(ready, work)
-    terminal.answer(out=str(out), **results)
-    show(terminal, results)
-    terminal.say(f"wrote {out}")
+
+
+@contextmanager
+def _alone(work: Workplace) -> Iterator[None]:
+    """Two starts of one command would write into one scratch folder; the ranks of one start may."""
+    from moekit.checkpoint.atomic import lock
+
+    if not is_first_rank():
+        yield
+        return
+    work.out.parent.mkdir(parents=True, exist_ok=True)
+    # Not the scratch folder itself: steps may lock that for their own writers.
+    with lock(work.scratch.with_name(f"{work.scratch.name}-start")):
+        yield
+
+
+def _refuse_further(ready: Step, work: Workplace) -> None:
+    """Files beside OUT may be there only if an interrupted run of the same command wrote them."""
+    if work.overwrite or work.scratch.exists():
+        return
+    for file in ready.further_outputs():
+        if file.exists():
+            raise BadConfig("the file exists", file=file, hint="choose another one, or say --overwrite")
 
 
 def _run(step: Step, work: Workplace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,18 @@ def artefact_hash(path: str | Path) -> str | None:
     if path.is_dir():
         return hash_of([[name, file.stat().st_size, _content(file)] for name, file in _files(path)])
     return None
+
+
+def local_parts(reference: str) -> list[Path]:
+    """What a reference names that lies here: a file, a folder, or those of a mix (`a+b`)."""
+    parts = [reference] if os.path.exists(os.path.expanduser(reference)) else reference.split("+")
+    paths = [os.path.expanduser(part.strip()) for part in parts if part.strip()]
+    return [Path(path) for path in paths if os.path.exists(path)]
+
+
+def reference_hash(reference: str) -> list[str | None]:
+    """sha256 of each part of a reference that lies here; empty where all of it comes from elsewhere."""
+    return [artefact_hash(path) for path in local_parts(reference)]
 
 
 def listing(path: str | Path) -> list[list[Any]]:

@@ -40,11 +40,11 @@ def parse_protected(text: str, source: Source) -> dict[int, tuple[int, ...]]:
                 f"experts of layer {number} are protected, which holds no routed experts",
                 hint=f"layers with experts: {min(geometries)} to {max(geometries)}",
             )
-        if max(experts) >= geometries[number].experts:
+        if missing := sorted(experts - set(range(geometries[number].experts))):
             raise BadConfig(
                 f"a protected expert is not there: experts are 0 to {geometries[number].experts - 1}",
                 layer=number,
-                expert=max(experts),
+                expert=missing[-1],
             )
     return {layer: tuple(sorted(experts)) for layer, experts in sorted(pairs.items())}
 
@@ -66,9 +66,16 @@ def _read_protected(file: Path, source: Source) -> dict[int, set[int]]:
             report = SuperExpertReport.load(file)
             report.check_model(source.checkpoint.fingerprint, file)
             return {layer: set(experts) for layer, experts in report.protected.items()}
-        return {int(layer): {int(e) for e in experts} for layer, experts in told.items() if experts}
+        return {int(layer): _numbers(layer, experts) for layer, experts in told.items() if experts}
     except (BadCheckpoint, ValueError, TypeError) as error:
         raise BadConfig(f"protected experts cannot be read: {error}", file=file, hint=hint) from error
+
+
+def _numbers(layer: str, experts: Any) -> set[int]:
+    # JSON's true would pass for 1, and a text for a list of its digits.
+    if not isinstance(experts, list) or not all(type(expert) is int for expert in experts):
+        raise ValueError(f"layer {layer} names {experts!r}, which is no list of numbers of experts")
+    return set(experts)
 
 
 def _of_study(file: Path, source: Source) -> dict[int, set[int]]:

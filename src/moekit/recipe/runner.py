@@ -23,7 +23,8 @@ from moekit import __version__
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.errors import BadConfig, MoekitError
-from moekit.recipe.artefacts import artefact_hash, hash_of, listing
+from moekit.recipe.artefacts import artefact_hash, hash_of, listing, reference_hash
+from moekit.recipe.outputs import refuse_harm
 from moekit.recipe.plan import Forecast, Sizes
 from moekit.recipe.schema import Recipe
 from moekit.recipe.steps import AnyStep
@@ -176,7 +177,7 @@ def step_key(recipe: Recipe, step: AnyStep, ready: AnyStep, done: Mapping[str, M
     used = [name for reference in step_references(step.model_dump()) for name in matching(reference, done)]
     inside = {str(recipe.folder / name) for name in used}
     outside = {
-        value: artefact_hash(value)
+        value: reference_hash(value)
         for _, value in ready.inputs()
         if not any(value == root or value.startswith(root + "/") for root in inside)
     }
@@ -196,6 +197,8 @@ def _carry_out(
     recipe: Recipe, step: AnyStep, key: str, done: Mapping[str, Marker], progress: Progress | None
 ) -> Marker:
     folder = recipe.folder
+    with _named(step.id):
+        refuse_harm(step, folder / step.id)
     marker_file = folder / MARKERS / f"{step.id}.json"
     marker_file.unlink(missing_ok=True)
     scratch = folder / SCRATCH / f"{step.id}-{key[:16]}"

@@ -199,6 +199,92 @@ def test_outputs_that_are_in_the_way(moekit: Moekit, made: Path, tmp_path: Path)
     assert "nothing says where to write" in moekit("apply", made / "p.json").err
 
 
+def test_what_is_read_is_not_replaced(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    for name in ("moe", "my-domain"):
+        shutil.copytree(made / name, tmp_path / "all" / name)
+    here = tmp_path / "all"
+    before = sorted(path for path in here.rglob("*"))
+    for *options, told in (
+        ["-o", here / "moe", "would replace"],
+        ["-o", here, "would replace"],
+        ["-o", here / "my-domain", "would replace"],
+        ["-o", here / "my-domain" / "half", "lies in"],
+        ["-o", tmp_path / "out", "--plan", here / "moe" / "p.json", "lies in"],
+        ["--plan", here / "moe" / "config.json", "lies in"],
+    ):
+        done = moekit(*prune(here, *options, "--overwrite"))
+        assert done.code == 2
+        assert_told(done.err, f"this {told} .*, which is read")
+    for out in (made / "half", made / "moe"):
+        done = moekit("apply", made / "p.json", "--model", out, "-o", out, "--overwrite")
+        assert done.code == 2
+        assert_told(done.err, "this would replace")
+    assert sorted(path for path in here.rglob("*")) == before
+
+
+def test_the_same_command_twice_at_once(
+    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moekit.cli import _steps
+
+    monkeypatch.setattr("moekit.checkpoint.atomic.LOCK_WAIT_SECONDS", 0.0)
+    command, real, seconds = prune(made, "-o", tmp_path / "out"), _steps._run, []
+
+    def run(*given: Any) -> dict[str, Any]:
+        seconds.append(moekit(*command))
+        return real(*given)
+
+    monkeypatch.setattr(_steps, "_run", run)
+    assert moekit(*command).code == 0
+    assert [done.code for done in seconds] == [2]
+    assert_told(seconds[0].err, "process [0-9]+ is writing this folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupted_run_that_wrote_its_plan_goes_on(
+    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    command = prune(made, "-o", tmp_path / "out", "--plan", tmp_path / "p.json")
+    with monkeypatch.context() as patched:
+        patched.setattr("moekit.recipe.steps.prune.finish", interrupted)
+        assert moekit(*command).code == 130
+    assert (tmp_path / "p.json").exists()
+    assert not (tmp_path / "out").exists()
+    done = moekit(*prune(made, "-o", tmp_path / "out2", "--plan", tmp_path / "p.json"))
+    assert done.code == 2
+    assert_told(done.err, "the file exists")
+    assert moekit(*command).code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p.json", "p.safetensors"]
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_inputs(
+    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    protect = tmp_path / "protect.json"
+    command = prune(made, "-o", tmp_path / "out", "--protect", protect)
+    free = moekit(*prune(made, "-o", tmp_path / "free", "--json")).json["layers"][0]["kept"]
+    protect.write_text(json.dumps({"0": free[:1]}))
+    with monkeypatch.context() as patched:
+        patched.setattr("moekit.recipe.steps.prune.finish", interrupted)
+        assert moekit(*command).code == 130
+    lost = [expert for expert in range(8) if expert not in free]
+    protect.write_text(json.dumps({"0": lost}))
+    assert set(moekit(*command, "--json").json["layers"][0]["kept"]) == set(lost)
+
+
+def test_a_device_that_is_not_here(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    done = moekit(*prune(made, "-o", tmp_path / "out", "--device", "nonsense"))
+    assert done.code == 2
+    assert_told(done.err, "device 'nonsense' cannot be used")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_is_too_small_is_told_first(
     moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

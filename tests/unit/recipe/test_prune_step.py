@@ -204,8 +204,12 @@ def test_protected_experts_stay(made: Path, tmp_path: Path, monkeypatch: pytest.
     file = tmp_path / "protect.json"
     file.write_text(json.dumps({str(layer): [expert] for layer, expert in worst.items()}))
     assert kept(step(made, write="plan", protect=str(file)).run(place(tmp_path, "file.json"))) == by_pairs
-    file.write_text("[1]")
-    with pytest.raises(BadConfig, match="protected experts cannot be read"):
+    for wrong in ("[1]", '{"0": "12"}', '{"0": [1.7]}', '{"0": [true]}', '{"0": 3}'):
+        file.write_text(wrong)
+        with pytest.raises(BadConfig, match="protected experts cannot be read"):
+            step(made, write="plan", protect=str(file)).run(place(tmp_path, "bad.json"))
+    file.write_text('{"0": [-1]}')
+    with pytest.raises(BadConfig, match="a protected expert is not there: experts are 0 to 7"):
         step(made, write="plan", protect=str(file)).run(place(tmp_path, "bad.json"))
 
     import moekit.compress.protect.super_experts as module

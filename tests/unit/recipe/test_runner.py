@@ -73,6 +73,24 @@ def test_changed_input_and_touched_output_run_again(recipe: Recipe, tmp_path: Pa
     assert runner.run(recipe).ran == ["second"]
 
 
+def test_a_changed_part_of_a_mix_runs_again(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text(TEXT * 200)
+    mixed = changed(recipe, 0, source=f"{tmp_path / 'text.txt'} + {tmp_path / 'more.txt'}")
+    assert runner.run(mixed).ran == ["first", "second"]
+    assert runner.run(mixed).ran == []
+    (tmp_path / "more.txt").write_text(TEXT * 300)
+    assert "first" in runner.run(mixed).ran
+
+
+def test_a_step_does_not_replace_what_it_reads(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "run" / "first").mkdir(parents=True)
+    (tmp_path / "run" / "first" / "a.txt").write_text(TEXT * 200)
+    for source in ("first", "."):
+        with pytest.raises(BadConfig, match=r"step 'first': this (would replace|lies in)"):
+            runner.run(changed(recipe, 0, source=str(tmp_path / "run" / source)))
+    assert (tmp_path / "run" / "first" / "a.txt").is_file()
+
+
 def test_another_seed_runs_again_and_a_steps_own_seed_holds(recipe: Recipe) -> None:
     own = changed(recipe, 0, seed=3)
     runner.run(own)

@@ -20,7 +20,7 @@ class Reads:
     """Marks a field whose value names something that the step reads.
 
     Attributes:
-        kind: "model", "text", "trace", "plan", "placement", "results" or "questions".
+        kind: "model", "text", "trace", "plan", "placement", "results", "questions" or "experts".
     """
 
     kind: str
@@ -38,6 +38,7 @@ TraceRef = Annotated[_Text, Reads("trace")]
 PlanRef = Annotated[_Text, Reads("plan")]
 PlacementRef = Annotated[_Text, Reads("placement")]
 ResultsRef = Annotated[_Text, Reads("results")]
+ExpertsRef = Annotated[_Text, Reads("experts")]
 QuestionsRef = Annotated[_Text, Reads("questions")]
 
 
@@ -97,6 +98,10 @@ class Step(BaseModel, ABC):
             if kinds and value:
                 found += [(kinds[0], item) for item in (value if isinstance(value, tuple | list) else [value])]
         return found
+
+    def further_outputs(self) -> tuple[Path, ...]:
+        """Files that the step writes beside its folder."""
+        return ()
 
     def check(self) -> None:
         """Refuse what cannot work, before any step runs.

@@ -15,7 +15,7 @@ from moekit.recipe.inputs import model_item, read_text, text_item
 from moekit.recipe.patterns import account, largest_layer, texts_of_tasks, warn_of
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.pruning import bytes_between, check_disk
-from moekit.recipe.source import Source, open_source
+from moekit.recipe.source import Source, check_device, open_source
 from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class PatternStep(Step):
 
     def check(self) -> None:
         """Refuse an unknown method, one that gives no ranks, and a task of the generalist's name."""
+        check_device(self.device)
         from moekit.compress.patterns.pattern import GENERALIST
         from moekit.compress.patterns.scoring import check_method
 

@@ -27,8 +27,8 @@ from moekit.recipe.pruning import (
     refuse_uneven,
     tell_uneven,
 )
-from moekit.recipe.source import Source, check_runnable, open_source
-from moekit.recipe.steps.base import ModelRef, Step, TextRef, TraceRef, Workplace
+from moekit.recipe.source import Source, check_device, check_runnable, open_source
+from moekit.recipe.steps.base import ExpertsRef, ModelRef, Step, TextRef, TraceRef, Workplace
 
 if TYPE_CHECKING:
     from moekit.compress.prune.plan import PrunePlan
@@ -62,7 +62,7 @@ class PruneStep(WritingOptions, Step):
     groups: Literal["free", "equal"] = Field(
         default="free", description="routing groups: lift the router's limits to them, or keep equally many of each"
     )
-    protect: str | None = Field(
+    protect: ExpertsRef | None = Field(
         default=None, description="experts that stay: super, layer:expert pairs such as 1:68,2:92, or a JSON file"
     )
     answers: int | None = Field(
@@ -78,8 +78,13 @@ class PruneStep(WritingOptions, Step):
     plan: str | None = Field(default=None, description="also write scores and decision to this file")
     write: Literal["model", "plan"] = Field(default="model", description="write the smaller model, or the plan alone")
 
+    def further_outputs(self) -> tuple[Path, ...]:
+        """The plan, where it is written beside a model."""
+        return () if self.plan is None else (Path(self.plan),)
+
     def check(self) -> None:
         """Refuse an unknown method, impossible knobs and budgets, and a run without what it needs."""
+        check_device(self.device)
         method = catalogue.make("prune", self.method, self.settings)
         budget = budget_of(self.keep, self.scope, self.least, self.most)
         refuse_uneven(budget, self.stock_only)
@@ -225,7 +230,7 @@ class PruneStep(WritingOptions, Step):
             streamed.run(work.progress)
             trace = streamed.trace(tokenizer=source.tokenizer(), source=self._origin(), seed=work.seed)
             request = self._protected(request, source, trace)
-            known = _known_plan(work, trace)
+            known = _known_plan(work, trace, request)
             if known is not None:
                 plan = known
             elif request.method.searches:
@@ -270,7 +275,7 @@ def _layer_bytes(source: Source) -> dict[int, int]:
     return {layer: each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items()}
 
 
-def _known_plan(work: Workplace, trace: Trace) -> PrunePlan | None:
+def _known_plan(work: Workplace, trace: Trace, request: Request) -> PrunePlan | None:
     """The plan that an interrupted run of the same work had come to."""
     from moekit.compress.prune.plan import PrunePlan
 
@@ -279,7 +284,9 @@ def _known_plan(work: Workplace, trace: Trace) -> PrunePlan | None:
         plan = PrunePlan.load(file) if file.is_file() else None
     except MoekitError:
         return None
-    return plan if plan is not None and plan.file.trace == trace.digest else None
+    if plan is None or plan.file.trace != trace.digest or plan.file.protected != (request.protected or {}):
+        return None
+    return plan
 
 
 def _save_plan(plan: PrunePlan, work: Workplace) -> None:

@@ -13,7 +13,7 @@ from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.recipe.inputs import model_item, read_text, rows_of, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.pruning import PLAN_FILE, WritingOptions, bytes_between, check_disk, read_heldout
-from moekit.recipe.source import Source, open_source
+from moekit.recipe.source import Source, check_device, open_source
 from moekit.recipe.sparse import Machine, finish, told_of, warn_of
 from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
 
@@ -82,8 +82,13 @@ class SparsifyStep(Step):
         found = settings.get("pattern")
         return settings | {"pattern": f"{found // 60}:{found % 60}"} if type(found) is int else settings
 
+    def further_outputs(self) -> tuple[Path, ...]:
+        """The plan, where it is written beside a model."""
+        return () if self.plan is None else (Path(self.plan),)
+
     def check(self) -> None:
         """Refuse an unknown method, impossible knobs and shares, and a run without what it needs."""
+        check_device(self.device)
         if self.from_plan is not None:
             given = [name for name in _DECIDED if getattr(self, name)]
             if given or self.write == "plan":

@@ -14,7 +14,7 @@ from moekit.recipe.inputs import model_item, read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.protection import find_in_trace, protection_needs
 from moekit.recipe.pruning import WritingOptions, bytes_between, check_disk, read_heldout
-from moekit.recipe.source import Source, check_runnable, open_source
+from moekit.recipe.source import Source, check_device, check_runnable, open_source
 from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class SuperExpertsStep(Step):
 
     def check(self) -> None:
         """Refuse held-out text that nothing would be measured on."""
+        check_device(self.device)
         if self.heldout is not None and not self.proof:
             raise BadConfig("there is held-out text, but no check", hint="leave --heldout or --no-proof out")
 
