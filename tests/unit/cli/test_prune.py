@@ -215,8 +215,8 @@ def test_what_is_read_is_not_replaced(moekit: Moekit, made: Path, tmp_path: Path
         done = moekit(*prune(here, *options, "--overwrite"))
         assert done.code == 2
         assert_told(done.err, f"this {told} .*, which is read")
-    for out in (made / "half", made / "moe"):
-        done = moekit("apply", made / "p.json", "--model", out, "-o", out, "--overwrite")
+    for model in (["--model", made / "moe"], []):
+        done = moekit("apply", made / "p.json", *model, "-o", made / "moe", "--overwrite")
         assert done.code == 2
         assert_told(done.err, "this would replace")
     assert sorted(path for path in here.rglob("*")) == before

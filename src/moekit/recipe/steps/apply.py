@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ from moekit.recipe.pruning import (
     refuse_uneven,
     tell_uneven,
 )
-from moekit.recipe.source import Source, check_runnable, open_source
+from moekit.recipe.source import Source, check_device, check_runnable, open_source
 from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
 
 if TYPE_CHECKING:
@@ -57,8 +58,17 @@ class ApplyStep(WritingOptions, Step):
         default=False, description="accept a model of the same shape and other weights, such as a quantized copy"
     )
 
+    def inputs(self) -> list[tuple[str, str]]:
+        """The plan's own model, too, where no other is given."""
+        found = super().inputs()
+        if self.model is None and _plan_path(self.plan).is_file():
+            with contextlib.suppress(MoekitError):  # told where the plan is read
+                found.append(("model", self._load().file.model))
+        return found
+
     def check(self) -> None:
         """Refuse an impossible budget."""
+        check_device(self.device)
         if self.keep is None and (self.scope or self.least or self.most):
             raise BadConfig("scope, least and most are about another budget", hint="give --keep as well")
         if self.keep is not None:
