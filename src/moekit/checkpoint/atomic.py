@@ -156,9 +156,36 @@ def _escape(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
+def check_apart(target: Path, source: Path) -> None:
+    """Refuse to write over what is read, over a folder that holds it, or into it.
+
+    Args:
+        target: what is to be written.
+        source: what is read.
+
+    Raises:
+        BadConfig: naming both.
+    """
+    real, read = Path(os.path.realpath(target)), Path(os.path.realpath(source))
+    if real == read or real in read.parents:
+        raise BadConfig(
+            f"this would replace {source}, which is read", file=target, hint="choose another place to write to"
+        )
+    if read in real.parents:
+        raise BadConfig(
+            f"this lies in {source}, which is read", file=target, hint="choose a place beside it to write to"
+        )
+
+
 def _check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise BadConfig("a file of this name is in the way", file=target, hint="choose another output folder")
+    if os.path.ismount(target):
+        raise BadConfig(
+            "this is a mount point, which no finished folder can be swapped into",
+            file=target,
+            hint=f"write to a folder inside it, such as {target / 'out'}",
+        )
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from moekit.checkpoint.experts import expert_counts, is_expert_tensor
 from moekit.checkpoint.fingerprint import config_top_k, text_config
 from moekit.checkpoint.folder import CONFIG_FILE, read_tensors
-from moekit.checkpoint.hub import looks_like_hub_id
+from moekit.checkpoint.hub import first_line, looks_like_hub_id, network_errors
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo, check_name, read_json
 from moekit.errors import BadCheckpoint, BadConfig
 
@@ -79,16 +79,17 @@ class _Headers:
 
 def _hub_headers(model: str, revision: str | None, token: str | None) -> _Headers:
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
+    from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError
 
+    errors: tuple[type[Exception], ...] = (*network_errors(), HFValidationError)
     try:
         config = hf_hub_download(model, CONFIG_FILE, revision=revision, token=token)
         metadata = HfApi(token=token).get_safetensors_metadata(model, revision=revision)
     except NotASafetensorsRepoError as error:
         raise BadCheckpoint(f"{model!r} has no safetensors weights", hint="see `moekit check`") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except errors as error:
         raise BadCheckpoint(
-            f"{model!r} is no local folder, and the hub does not tell its sizes: {str(error).splitlines()[0]}",
+            f"{model!r} is no local folder, and the hub does not tell its sizes: {first_line(error)}",
             hint="check the name, the network and, for a gated model, the token (hf auth login)",
         ) from error
     tensors = {

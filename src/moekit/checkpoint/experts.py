@@ -12,12 +12,22 @@ _SPLIT = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts\.(\d+)\.")
 # Stacked experts: [E, ..] tensors of at least three axes, named so by transformers or by Granite.
 _STACKED = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?(?:experts\.\w+|(?:in|out)put_linear\.weight)$")
 
+# Stacks of multi-token prediction beside the decoder's, numbered from 0 again.
+_MTP = re.compile(r"(?:^|\.)mtp(?:[._]|$)")
+
+
+def in_mtp_stack(name: str) -> bool:
+    """Whether a tensor belongs to a stack of multi-token-prediction layers beside the decoder's."""
+    return bool(_MTP.search(name))
+
 
 def expert_counts(tensors: Mapping[str, TensorInfo]) -> dict[int, int]:
     """Decoder layer -> routed experts that have tensors."""
     split: dict[int, set[int]] = defaultdict(set)
     stacked: dict[int, int] = {}
     for name, info in tensors.items():
+        if in_mtp_stack(name):
+            continue
         if match := _SPLIT.search(name):
             split[int(match.group(1))].add(int(match.group(2)))
         elif (match := _STACKED.search(name)) and len(info.shape) >= 3:

@@ -35,7 +35,7 @@ TORCH_NAMES = {
 }
 
 # Names that families give to K; the first present one counts.
-TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_top_k", "num_experts_per_token", "top_k_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_top_k", "num_experts_per_token", "top_k_experts", "moe_topk")
 _SIZE_KEYS = ("hidden_size", "num_hidden_layers")
 
 
@@ -62,6 +62,14 @@ def config_top_k(config: Mapping[str, Any]) -> int | None:
     inner = text_config(config)
     found = next((inner[key] for key in TOP_K_KEYS if isinstance(inner.get(key), int)), None)
     return found
+
+
+def config_groups(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Groups of neighbouring experts that a router chooses among first, and how many it takes; (1, 1) without."""
+    inner = text_config(config)
+    groups = next((inner[key] for key in ("n_group", "num_expert_group") if isinstance(inner.get(key), int)), 1) or 1
+    allowed = inner.get("topk_group")
+    return groups, allowed if isinstance(allowed, int) and allowed > 0 else 1
 
 
 def _geometry(config: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moekit.checkpoint.experts import in_mtp_stack
 from moekit.checkpoint.fingerprint import combine, sample_positions
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.safety import (
@@ -44,8 +45,8 @@ def listed(names: list[str], limit: int = 20) -> str:
 
 
 def where(name: str) -> tuple[int | None, int | None]:
-    """Decoder layer and expert that a tensor name belongs to."""
-    layer = re.search(r"\.layers\.(\d+)\.|^layers\.(\d+)\.", name)
+    """Decoder layer and expert that a tensor name belongs to; layers of a multi-token-prediction stack are none."""
+    layer = None if in_mtp_stack(name) else re.search(r"\.layers\.(\d+)\.|^layers\.(\d+)\.", name)
     expert = re.search(r"\.experts\.(\d+)\.", name)
     return (
         int(layer.group(1) or layer.group(2)) if layer else None,

@@ -40,9 +40,23 @@ def resolve(
     return _download(str(model), revision, token, local_files_only)
 
 
+def network_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises where there is no network: its errors are those of whichever HTTP client it uses."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (HfHubHTTPError, OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
+
+
+def first_line(error: Exception) -> str:
+    """The error's first words; its name if it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def _download(model: str, revision: str | None, token: str | None, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    errors: tuple[type[Exception], ...] = (*network_errors(), HFValidationError, LocalEntryNotFoundError)
 
     def fetch(patterns: list[str], commit: str | None) -> Path:
         try:
@@ -56,9 +70,9 @@ def _download(model: str, revision: str | None, token: str | None, local_files_o
                     ignore_patterns=_SKIPPED if patterns is SMALL_FILES else None,
                 )
             )
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        except errors as error:
             raise BadCheckpoint(
-                f"{model!r} is no local folder, and the hub does not give it: {str(error).splitlines()[0]}",
+                f"{model!r} is no local folder, and the hub does not give it: {first_line(error)}",
                 hint="check the name, the network and, for a gated model, the token (hf auth login)",
             ) from error
 

@@ -152,6 +152,21 @@ def total_count(budget: Budget, sizes: Sizes) -> int:
     return min(count, sum(sizes.experts.values()))
 
 
+def check_total(total: int, least: int, most: int, sizes: Sizes) -> None:
+    """Refuse a number of experts of all layers that bounds of each layer do not allow.
+
+    Raises:
+        BadConfig: naming what they allow.
+    """
+    lowest = sum(min(least, experts) for experts in sizes.experts.values())
+    highest = sum(min(most, experts) for experts in sizes.experts.values())
+    if not lowest <= total <= highest:
+        raise BadConfig(
+            f"{total} experts of all layers cannot stay where each layer keeps {least} to {most}",
+            hint=f"with these bounds {lowest} to {highest} can",
+        )
+
+
 def bounds(budget: Budget, sizes: Sizes) -> tuple[int, int]:
     """Fewest and most that a layer keeps with the scope "global".
 

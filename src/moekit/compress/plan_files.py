@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import safetensors
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -23,6 +24,8 @@ from moekit.errors import BadCheckpoint, BadConfig, BadData
 
 MAX_PLAN_BYTES = 256 << 20
 _AGAIN = "make it again"
+# In the header of statistics, so that no other file is taken for one and overwritten.
+_MARK = {"moekit": "statistics of a plan"}
 
 
 class ReadablePart(BaseModel):
@@ -53,11 +56,29 @@ def flatten(statistics: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]
 
 
 def write_plan(path: Path, file: ReadablePart, statistics: Mapping[int, Mapping[str, Tensor]]) -> None:
-    """Write both files; the JSON comes last and names a whole plan."""
-    written = safetensors.torch.save(flatten(statistics))
+    """Write both files; the JSON comes last and names a whole plan.
+
+    Raises:
+        BadConfig: the name does not end in .json, or weights lie where the statistics would.
+    """
+    if path.suffix != ".json":
+        raise BadConfig(f"a plan is a .json file, not {path.name!r}", file=path, hint=f"write to {path.name}.json")
+    if beside(path).exists() and not _is_ours(beside(path)):
+        raise BadConfig(
+            "a file that is no plan's statistics is in the way", file=beside(path), hint="give the plan another name"
+        )
+    written = safetensors.torch.save(flatten(statistics), metadata=_MARK)
     file = file.model_copy(update={"statistics_sha256": hashlib.sha256(written).hexdigest()})
     atomic_write(beside(path), written)
     atomic_write(path, file.model_dump_json(indent=1) + "\n")
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            return bool((opened.metadata() or {}).get("moekit") == _MARK["moekit"])
+    except (safetensors.SafetensorError, OSError):
+        return False
 
 
 def read_plan(cls: type[F], path: Path, *, command: str, hint: str = _AGAIN) -> F:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from moekit.errors import BadConfig
+from moekit.checkpoint.atomic import check_apart
 from moekit.recipe.artefacts import local_parts
 from moekit.recipe.steps.base import Step
 
@@ -20,15 +19,7 @@ def refuse_harm(step: Step, out: Path) -> None:
     Raises:
         BadConfig: naming both.
     """
-    sources = {Path(os.path.realpath(path)): path for _, reference in step.inputs() for path in local_parts(reference)}
     for target in (out, *step.further_outputs()):
-        real = Path(os.path.realpath(target))
-        for source, named in sources.items():
-            if real == source or real in source.parents:
-                raise BadConfig(
-                    f"this would replace {named}, which is read", file=target, hint="choose another place to write to"
-                )
-            if source in real.parents:
-                raise BadConfig(
-                    f"this lies in {named}, which is read", file=target, hint="choose a place beside it to write to"
-                )
+        for _, reference in step.inputs():
+            for source in local_parts(reference):
+                check_apart(target, source)

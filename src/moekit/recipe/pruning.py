@@ -153,7 +153,13 @@ def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mt
     work = prepare(
         source.checkpoint, decisions, top_k=request.top_k, groups=request.groups, mtp=mtp, stock_only=stock_only
     )
-    return Outlook(counts, work.nbytes, sum(tensor.spec.nbytes for tensor in work.kept))
+    tensors, limit = sum(tensor.spec.nbytes for tensor in work.kept), request.budget.max_bytes
+    if mtp == "keep" and limit is not None and tensors > limit:
+        raise BadConfig(
+            f"{tensors:,} bytes would be written, more than {limit:,}, as multi-token-prediction layers stay, too",
+            hint="say --mtp drop, or allow more",
+        )
+    return Outlook(counts, work.nbytes, tensors)
 
 
 def _any_decision(experts: int, keep: int, groups: int) -> LayerDecision:
@@ -165,7 +171,7 @@ def _any_decision(experts: int, keep: int, groups: int) -> LayerDecision:
 
 
 def _counts(source: Source, request: Request) -> dict[int, int]:
-    from moekit.compress.budget import bounds, total_count, uniform_count
+    from moekit.compress.budget import bounds, check_total, total_count, uniform_count
     from moekit.compress.prune.planning import sizes_of
 
     sizes = sizes_of(source.checkpoint, source.geometries, request.top_k)
@@ -173,13 +179,9 @@ def _counts(source: Source, request: Request) -> dict[int, int]:
         return uniform_count(request.budget, sizes)
     least, most = bounds(request.budget, sizes)
     total = total_count(request.budget, sizes)
+    check_total(total, least, most, sizes)
     counts = {layer: min(least, experts) for layer, experts in sizes.experts.items()}
     room = {layer: min(most, experts) for layer, experts in sizes.experts.items()}
-    if not sum(counts.values()) <= total <= sum(room.values()):
-        raise BadConfig(
-            f"{total} experts of all layers cannot stay where each layer keeps {least} to {most}",
-            hint=f"with these bounds {sum(counts.values())} to {sum(room.values())} can",
-        )
     while total > sum(counts.values()):
         layer = min((layer for layer in counts if counts[layer] < room[layer]), key=lambda n: (counts[n], n))
         counts[layer] += 1

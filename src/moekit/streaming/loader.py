@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moekit.checkpoint.experts import in_mtp_stack
 from moekit.checkpoint.folder import Checkpoint, where
 from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.reading import TensorReader
@@ -66,6 +67,8 @@ class LayerLoader:
         self._reader = TensorReader(checkpoint)
         self._names: dict[int | None, list[str]] = {}
         for name in checkpoint.tensors:
+            if in_mtp_stack(name):
+                continue
             layer, _ = where(name)
             self._names.setdefault(layer, []).append(name)
         for buffer_name, buffer in list(self.decoder.named_buffers()):

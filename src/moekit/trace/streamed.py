@@ -224,8 +224,12 @@ class Streamed:
         settings = [[e.name for e in self.entries], self.keep_choices, self.keep_weights, str(self.loader.dtype)]
         digest.update(json.dumps(settings).encode())
         for batch in self.walk.batches:
+            digest.update(json.dumps(list(batch.input_ids.shape)).encode())
             digest.update(batch.input_ids.numpy().tobytes())
             digest.update(batch.attention_mask.numpy().tobytes())
+        digest.update(json.dumps(list(self.domains)).encode())
+        for current in self.passes:
+            digest.update(current.labels.domain_N.numpy().tobytes())
         return digest.hexdigest()
 
     def _note(self, key: str, index: int) -> None:

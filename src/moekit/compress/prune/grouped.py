@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moekit.anatomy.probe import Geometry
-from moekit.checkpoint.fingerprint import text_config
+from moekit.checkpoint.fingerprint import config_groups
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.base import PruneMethod, ranking
 from moekit.compress.prune.plan import LayerPlan, PrunePlan
@@ -24,8 +24,7 @@ def routing_groups(config: Mapping[str, Any]) -> int:
     Args:
         config: parsed config.json.
     """
-    groups = text_config(config).get("n_group") or 1
-    return groups if isinstance(groups, int) else 1
+    return config_groups(config)[0]
 
 
 def check_grouping(method: PruneMethod, name: str, keep: Mapping[int, int], groups: int) -> None:

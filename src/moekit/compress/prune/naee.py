@@ -137,7 +137,8 @@ class NAEE(PruneMethod):
             return value
 
         exhaustive = self._exhaustive(math.comb(experts - len(fixed), keep - len(fixed)), evidence.layer)
-        rise = rises(loss, experts)
+        # With all of them there is nothing to choose, and a token may need as many.
+        rise = rises(loss, experts) if keep < experts else [0.0] * experts
         kept = (best_subset if exhaustive else greedy_subset)(loss, experts, keep, fixed)
         figures: dict[str, float | list[float]] = {"loss": loss(kept), "rise": rise}
         return LayerDecision(keep=kept, figures=figures | {"evaluations": float(loss.cache_info().misses)})

@@ -89,6 +89,9 @@ class PlanFile(plan_files.ReadablePart):
     warnings: tuple[str, ...] = ()
 
 
+_DECIDING = {"fingerprint", "method", "settings", "top_k", "groups", "seed", "protected", "layers"}
+
+
 class PrunePlan:
     """Decisions, and the statistics behind them.
 
@@ -113,8 +116,8 @@ class PrunePlan:
 
     @property
     def hash(self) -> str:
-        """sha256 over method, knobs and decisions: plans with equal hashes change a model alike."""
-        told = self.file.model_dump(mode="json", include={"method", "settings", "top_k", "groups", "seed", "layers"})
+        """sha256 over model, method, knobs, protection and decisions: plans with equal hashes change a model alike."""
+        told = self.file.model_dump(mode="json", include=_DECIDING)
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def check_model(self, fingerprint: str, where: str | Path = "") -> None:

@@ -17,14 +17,15 @@ from moekit.anatomy.probe import Geometry, find_moe_layers
 from moekit.checkpoint.fingerprint import config_top_k
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.skeleton import empty_model
-from moekit.compress.budget import Budget, Sizes, bounds, check_count, total_count, uniform_count
+from moekit.compress.budget import Budget, Sizes, bounds, check_count, check_total, total_count, uniform_count
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.base import PruneMethod
 from moekit.compress.prune.plan import LayerPlan, PlanFile, PrunePlan
 from moekit.compress.resize import Groups, read_block
 from moekit.compress.weights import LayerWeights
-from moekit.errors import BadConfig
+from moekit.compress.writing.slices import is_mtp
+from moekit.errors import BadConfig, BadData
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.walk import layer_of
 from moekit.trace.meta import DataEntry
@@ -94,17 +95,19 @@ def geometries_of(checkpoint: Checkpoint) -> dict[int, Geometry]:
 
 
 def sizes_of(checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: int | None = None) -> Sizes:
-    """What a budget is counted against."""
+    """What a budget is counted against; multi-token-prediction layers are left out, as they are when it is written."""
+    left_out = is_mtp(checkpoint)
     layout = find_expert_tensors(checkpoint.tensors)
     bytes_of = dict.fromkeys(geometries, 0)
     for tensors in layout.experts.values():
-        if tensors[0].layer in bytes_of:
+        if tensors[0].layer in bytes_of and not left_out(tensors[0].name):
             bytes_of[tensors[0].layer] += sum(checkpoint.tensors[t.name].nbytes for t in tensors)
     experts = {layer: geometry.experts for layer, geometry in geometries.items()}
     choices = top_k or config_top_k(checkpoint.config) or max(g.top_k for g in geometries.values())
     routed = sum(bytes_of.values())
     each = {layer: nbytes // experts[layer] for layer, nbytes in bytes_of.items()}
-    return Sizes(experts, choices, each, checkpoint.nbytes - routed)
+    others = sum(info.nbytes for name, info in checkpoint.tensors.items() if not left_out(name)) - routed
+    return Sizes(experts, choices, each, others)
 
 
 def weights_reader(checkpoint: Checkpoint) -> Callable[[int], LayerWeights]:
@@ -166,6 +169,12 @@ def needed_statistics(
         return {layer: LayerStatistics(g.experts, g.hidden, width=g.width) for layer, g in geometries.items()}
     trace.check_model(checkpoint.fingerprint)
     found = trace.require(method.required)
+    if missing := sorted(geometries.keys() - found.keys()):
+        raise BadData(
+            f"the trace holds nothing of {len(missing)} of {len(geometries)} MoE layers",
+            layer=missing[0],
+            hint="record all layers",
+        )
     return {layer: found[layer] for layer in geometries}
 
 
@@ -193,14 +202,20 @@ def count_layers(
     """Experts that each layer keeps.
 
     Raises:
-        BadConfig: the budget is impossible, or protects more than may stay.
+        BadConfig: the budget is impossible, or protects more than may stay, or what is not there.
     """
+    for layer, experts in (request.protected or {}).items():
+        there = evidence[layer].experts if layer in evidence else 0
+        if missing := [expert for expert in experts if not 0 <= expert < there]:
+            raise BadConfig(f"a protected expert is not there: of {there}", layer=layer, expert=missing[0])
     sizes = sizes_of(checkpoint, {layer: evidence[layer].geometry for layer in evidence}, request.top_k)
     if request.budget.scope == "uniform":
         counts = uniform_count(request.budget, sizes)
     else:
         least, most = bounds(request.budget, sizes)
-        counts = request.method.allocate(evidence, scores, total_count(request.budget, sizes), least, most)
+        total = total_count(request.budget, sizes)
+        check_total(total, least, most, sizes)
+        counts = request.method.allocate(evidence, scores, total, least, most)
         for layer, count in counts.items():
             check_count(count, sizes.experts[layer], sizes.top_k, layer)
     for layer, count in counts.items():

@@ -1,7 +1,8 @@
 """Methods that decide by trying: each layer is loaded, its block run on the calibration text with some experts only.
 
 Two chains of states walk the text: the unchanged model's, whose block outputs are the targets, and for sequential
-methods the one behind the pruned layers, whose block inputs the decisions are made on.
+methods the one behind the pruned layers, whose block inputs the decisions are made on. What a block gets and gives lies
+where the states lie, so that memory holds one batch of it.
 
 Legend: T positions of a batch, N of them no padding, H hidden, M experts kept.
 """
@@ -71,6 +72,7 @@ class _Search:
         loader, found = self.streamed.loader, {}
         plain = self.walk.new_states("search-plain")
         pruned = self.walk.new_states("search-pruned") if self.request.method.sequential else None
+        self.calls, self.targets = _Calls(self.walk.new_states("search-inputs")), self.walk.new_states("search-targets")
         loader.load_rest()
         for states in (plain, pruned):
             if states is not None:
@@ -83,17 +85,18 @@ class _Search:
                     self._advance(index, plain, pruned, None)
                 else:
                     found[index] = self._layer(moe, plain, pruned)
-        for states in (plain, pruned):
+        for states in (plain, pruned, self.calls.states, self.targets):
             if states is not None:
                 states.close()
         return found
 
     def _layer(self, moe: MoELayer, plain: States, pruned: States | None) -> LayerPlan:
         index, weights = moe.index, read_block(moe)
-        dense = self._blocks(moe, plain, advance=True)
-        seen = dense if pruned is None else self._blocks(moe, pruned, advance=False)
-        inputs, targets = [call for call, _ in seen], [output for _, output in dense]
-        block = _Block(moe, weights, self.streamed.loader.model.config, self.request, inputs, targets, self.masks)
+        self._see(moe, plain, targets=True)
+        if pruned is not None:
+            self._see(moe, pruned, targets=False)
+        config = self.streamed.loader.model.config
+        block = _Block(moe, weights, config, self.request, self.calls, self.targets, self.masks)
         protected = frozenset((self.request.protected or {}).get(index, ()))
         evidence = LayerEvidence(index, moe.geometry, self.loads[index], lambda: weights, self.request.seed, protected)
         decision = self.request.method.search(evidence, block, self.counts[index])
@@ -103,28 +106,30 @@ class _Search:
         scores = torch.tensor(rise if isinstance(rise, list) else [rise], dtype=torch.float64)
         return layer_plan(evidence, scores, _readable(decision))
 
-    def _blocks(self, moe: MoELayer, states: States, *, advance: bool) -> list[tuple[_Call, Tensor]]:
-        """What the block is called with and gives on each batch; the states go on where asked for."""
-        found: list[tuple[_Call, Tensor]] = []
+    def _see(self, moe: MoELayer, states: States, *, targets: bool) -> None:
+        """Keep what the block is called with on each batch; of the unchanged model also what it gives, and go on."""
+        seen: list[int] = []
 
         def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            found.append(((args, kwargs), _flat(output)))
+            whole = self.calls.keep(number, args, kwargs)
+            seen.extend([number] * whole)
+            if targets:
+                self.targets.put(number, _flat(output).reshape(*states.shapes[number], states.hidden).to(states.dtype))
 
         handle = moe.block.register_forward_hook(see, with_kwargs=True)
         try:
             for number in range(len(states)):
                 after = self.walk.run(moe.index, number, states.get(number))
-                if advance:
+                if targets:
                     states.put(number, after)
         finally:
             handle.remove()
-        if len(found) != len(states):
+        if seen != list(range(len(states))):
             raise UnsupportedModel(
                 "the experts stand in no block of their own, which could be run alone",
                 layer=moe.index,
                 hint="choose a method that decides from statistics (moekit methods prune)",
             )
-        return found
 
     def _advance(self, index: int, plain: States | None, pruned: States | None, block: nn.Module | None) -> None:
         loader = self.streamed.loader
@@ -144,7 +149,43 @@ class _Search:
                 setattr(parent, moe.name.rpartition(".")[2], moe.block)
 
 
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
+class _Calls:
+    """What a block was called with on each batch, its hidden states apart from the rest.
+
+    Args:
+        states: where hidden states are kept.
+    """
+
+    def __init__(self, states: States) -> None:
+        self.states = states
+        self._rest: dict[int, tuple[list[Any], dict[str, Any], int | str, torch.Size]] = {}
+
+    def keep(self, number: int, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Keep a call; False if no argument holds the hidden states of the whole batch."""
+        rows, length = self.states.shapes[number]
+        rest, named = list(args), dict(kwargs)
+        given: list[tuple[int | str, Any]] = [*enumerate(rest), *named.items()]
+        for key, value in given:
+            if isinstance(value, Tensor) and value.numel() == rows * length * self.states.hidden:
+                self.states.put(number, value.reshape(rows, length, -1).to(self.states.dtype))
+                if isinstance(key, int):
+                    rest[key] = None
+                else:
+                    named[key] = None
+                self._rest[number] = (rest, named, key, value.shape)
+                return True
+        return False
+
+    def get(self, number: int, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments and keywords of a call."""
+        rest, named, key, shape = self._rest[number]
+        rest, named = list(rest), dict(named)
+        hidden = self.states.get(number).to(device).reshape(shape)
+        if isinstance(key, int):
+            rest[key] = hidden
+        else:
+            named[key] = hidden
+        return rest, named
 
 
 def _flat(output: Any) -> Tensor:
@@ -166,14 +207,14 @@ class _Block:
         weights: LayerWeights,
         config: Any,
         request: Request,
-        inputs: Sequence[_Call],
-        targets: Sequence[Tensor],
+        calls: _Calls,
+        targets: States,
         masks: Sequence[Tensor],
     ) -> None:
         self._moe = moe
         self._weights = weights
-        self._inputs = inputs
-        self._targets = [target[mask] for target, mask in zip(targets, masks, strict=True)]
+        self._calls = calls
+        self._targets = targets
         self._masks = masks
         self._config: Callable[[int], Any] = lambda count: resized_config(
             config, count, top_k=request.top_k, groups=request.groups
@@ -189,8 +230,10 @@ class _Block:
     def loss(self, kept: Sequence[int]) -> float:
         """Sum over batches of ||Z - Z'||_F over tokens that are no padding, in fp64."""
         block = self._moe.block if len(kept) == self._weights.experts else self._with(kept)
-        total = 0.0
-        for (args, kwargs), target_NH, mask_T in zip(self._inputs, self._targets, self._masks, strict=True):
+        device, total = self._weights.up_EIH.device, 0.0
+        for number, mask_T in enumerate(self._masks):
+            args, kwargs = self._calls.get(number, device)
             made_NH = _flat(block(*args, **kwargs))[mask_T]
+            target_NH = self._targets.get(number).to(device).flatten(0, 1)[mask_T]
             total += float((target_NH.double() - made_NH.double()).norm())
         return total

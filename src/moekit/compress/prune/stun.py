@@ -58,7 +58,7 @@ def nearest_to_mean(weights: LayerWeights, cluster: Sequence[int]) -> int:
     name="stun",
     kind="prune",
     paper="arXiv:2409.06211",
-    needs=("gated_output_norm",),
+    needs=("load", "gated_output_norm"),
     changes="weights",
     limits=(
         "Routers without one matrix of a row for each expert are refused.",
@@ -103,7 +103,7 @@ class Stun(PruneMethod):
     def required(self) -> tuple[str, ...]:
         """What the knobs ask for: nothing with the paper's, (1, 0) and "nearest"."""
         counts = ("coactivation",) if self.coactivation else ()
-        return (*counts, "gated_output_norm") if self.representative == "saliency" else counts
+        return (*counts, "load", "gated_output_norm") if self.representative == "saliency" else counts
 
     def distances(self, evidence: LayerEvidence) -> Tensor:
         """d_ij between experts, [E, E] fp64, the diagonal 0.

@@ -58,7 +58,9 @@ def find_original(checkpoint: Checkpoint, named: str | Path | None = None) -> Or
                 hint="it must have the same layers and expert sizes, and at least as many experts in each",
             )
         return Original(before.path, expert_weights(found))
-    while (parent := _parent(checkpoint)) is not None:
+    seen = {checkpoint.path.resolve()}
+    while (parent := _parent(checkpoint)) is not None and parent.path.resolve() not in seen:
+        seen.add(parent.path.resolve())
         try:
             before_parent = _geometries(parent)
         except UnsupportedModel:  # the dense model that the first MoE was made from

@@ -16,6 +16,7 @@ from moekit.catalogue import register
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.sparsify.base import Part, SparsifyMethod, sparsity_of, valid_pattern
 from moekit.compress.sparsify.masks import UNSTRUCTURED, smallest
+from moekit.errors import NumericFault
 
 
 def statistics_of(gated: bool) -> tuple[str, str, str]:
@@ -40,6 +41,13 @@ def input_norms(evidence: LayerEvidence, part: Part, expert: int, *, gated: bool
     if not tokens:
         return None
     squares_C = evidence.statistics[inner if part == "down" else outer][expert].double()
+    if not bool(squares_C.isfinite().all()):
+        raise NumericFault(
+            f"the inputs of its {part} projection sum up to {float(squares_C[~squares_C.isfinite()][0])}",
+            layer=evidence.layer,
+            expert=expert,
+            hint="calibrate in a wider format (--dtype float32 or bfloat16), or see `moekit check`",
+        )
     return (squares_C / tokens).sqrt().float()
 
 

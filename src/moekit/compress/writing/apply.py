@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from moekit._progress import Progress
-from moekit.checkpoint.atomic import atomic_folder
+from moekit.checkpoint.atomic import atomic_folder, check_apart
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
 from moekit.checkpoint.model import seal
@@ -80,6 +80,13 @@ def apply(
         NumericFault: the rewriting gave NaN or infinity.
         OutOfBudget: not enough disk; said before the work.
     """
+    check_apart(Path(target), checkpoint.path)
+    if checkpoint.remote_code:
+        raise UnsupportedModel(
+            "a model whose code comes with its repository cannot be written again",
+            file=checkpoint.path,
+            hint="use a family that transformers knows",
+        )
     work = prepare(
         checkpoint,
         decisions,

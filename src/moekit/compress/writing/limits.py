@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moekit.checkpoint.fingerprint import config_top_k, text_config
+from moekit.checkpoint.fingerprint import config_groups, config_top_k
 from moekit.compress.decision import LayerDecision
 from moekit.errors import BadConfig
 
@@ -117,9 +117,8 @@ def check_groups(
     Raises:
         BadConfig: naming the layer and what each group would keep.
     """
-    values = text_config(config)
-    groups, allowed = values.get("n_group") or 1, values.get("topk_group") or 1
-    if not isinstance(groups, int) or groups <= 1:
+    groups, allowed = config_groups(config)
+    if groups <= 1:
         return
     chosen = top_k or config_top_k(config) or 1
     for layer, decision in decisions.items():
@@ -132,12 +131,11 @@ def check_groups(
                 layer=layer,
                 hint='keep equally many of each group, or route without groups (groups="free")',
             )
-        if kept[0] * int(allowed) < chosen:
+        if kept[0] * allowed < chosen:
             raise BadConfig(
-                f"a token may choose from {allowed} groups, which would hold {kept[0] * int(allowed)} experts, fewer "
+                f"a token may choose from {allowed} groups, which would hold {kept[0] * allowed} experts, fewer "
                 f"than the {chosen} it chooses",
                 file=file,
                 layer=layer,
-                hint=f"keep at least {-(-chosen // int(allowed))} of each group, or route without groups "
-                '(groups="free")',
+                hint=f'keep at least {-(-chosen // allowed)} of each group, or route without groups (groups="free")',
             )

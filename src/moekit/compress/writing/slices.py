@@ -22,6 +22,7 @@ from moekit.anatomy.layout import parse_expert_tensor
 from moekit.anatomy.probe import decoder_index
 from moekit.checkpoint.digest import read_range
 from moekit.checkpoint.expected import renamer
+from moekit.checkpoint.experts import in_mtp_stack
 from moekit.checkpoint.fingerprint import text_config
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
@@ -30,7 +31,6 @@ from moekit.compress.writing.output import Spec
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
 _SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
-_MTP = re.compile(r"(?:^|\.)mtp(?:[._]|$)")
 _LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers\.)(?P<layer>\d+)\.")
 
 
@@ -106,7 +106,7 @@ def is_mtp(checkpoint: Checkpoint) -> Callable[[str], bool]:
     def tells(name: str) -> bool:
         match = _LAYER.match(name)
         beyond = match and match["stack"] in stacks and isinstance(layers, int) and int(match["layer"]) >= layers
-        return bool(beyond or _MTP.search(name))
+        return bool(beyond) or in_mtp_stack(name)
 
     return tells
 
