@@ -105,9 +105,9 @@ class PerplexityResult(BaseModel):
             tokens=int(tokens_N.sum()),
             nll=mean,
             standard_error=error,
-            perplexity=_exp(mean),
-            low=None if margin is None else _exp(mean - margin),
-            high=None if margin is None else _exp(mean + margin),
+            perplexity=bounded_exp(mean),
+            low=None if margin is None else bounded_exp(mean - margin),
+            high=None if margin is None else bounded_exp(mean + margin),
         )
 
     def save(self, path: str | Path) -> None:
@@ -140,9 +140,9 @@ def ratio_standard_error(total_N: np.ndarray[Any, Any], size_N: np.ndarray[Any, 
     return float(math.sqrt(n / (n - 1) * float(residual_N @ residual_N)) / size_N.sum())
 
 
-def _exp(value: float) -> float:
-    # Beyond this exp() overflows, and a perplexity of 1e300 says the same.
-    return math.exp(min(value, 690.0))
+def bounded_exp(value: float) -> float:
+    """exp(value), held between 1e-300 and 1e300: beyond that it overflows, and such a number says the same."""
+    return math.exp(max(-690.0, min(value, 690.0)))
 
 
 def perplexity(

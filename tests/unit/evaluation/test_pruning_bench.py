@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -314,10 +315,10 @@ def test_rankings_by_hand() -> None:
     assert reap.against_frequency.mean == pytest.approx((78 - 110) / 60)
     assert frequency.against_frequency is None
     assert (reap.reconstruction, reap.lost_tokens, reap.seconds) == (0.5, 0.25, 3.0)
-    assert reap.removed.low is not None
-    assert reap.removed.high is not None
-    # Document by document reap removes 1 - 2/30, 1 - 6/60 and 1 - 10/30: the share of any resample lies between.
-    assert 1 - 10 / 30 - 1e-9 <= reap.removed.low <= reap.removed.mean <= reap.removed.high <= 1 - 2 / 30 + 1e-9
+    # Three documents: Student's interval. Residuals 2 - 0.15 * 30, 6 - 0.15 * 60 and 10 - 0.15 * 30 have squares of sum
+    # 45.5; t with 2 degrees of freedom is 4.302653. No resample goes beyond the single documents' shares.
+    margin = 4.302653 * math.sqrt(3 / 2 * 45.5) / 120
+    assert (reap.removed.low, reap.removed.high) == pytest.approx((0.85 - margin, 0.85 + margin), abs=1e-6)
 
 
 def test_rankings_of_a_task_look_at_its_domain_and_at_the_rest() -> None:

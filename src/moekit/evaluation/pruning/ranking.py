@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from moekit.evaluation.documents import PerplexityResult
-from moekit.evaluation.pairs import PairedDifference, paired
+from moekit.evaluation.documents import PerplexityResult, ratio_standard_error
+from moekit.evaluation.pairs import PairedDifference, paired, widened
 from moekit.evaluation.pruning.result import ALL, PruneBenchResult, PruneRun, Ranking, RankRow, Share
 from moekit.evaluation.pruning.setting import FREQUENCY, RANDOM, Keep
 
@@ -140,7 +140,7 @@ def removed(
 ) -> Share | None:
     """Share of random pruning's rise that a method does not have: 1 - (method - unchanged) / (random - unchanged).
 
-    The interval is the percentile bootstrap over documents.
+    The interval is the percentile bootstrap over documents, and of few no narrower than Student's; see `pairs`.
 
     Returns:
         The share; None where random pruning raises nothing.
@@ -157,8 +157,10 @@ def removed(
     above_R = own_rise_N[draws_RN].sum(1)
     if (below_R <= 0).any():
         return Share(mean=mean, low=None, high=None)
-    low, high = np.quantile(1 - above_R / below_R, (0.025, 0.975))
-    return Share(mean=mean, low=float(low), high=float(high))
+    low, high = (float(q) for q in np.quantile(1 - above_R / below_R, (0.025, 0.975)))
+    error = ratio_standard_error(own_rise_N, rise_N) or 0.0
+    low, high = widened((low, high), mean, error, len(rise_N))
+    return Share(mean=mean, low=low, high=high)
 
 
 def mean_nll(result: PruneBenchResult, name: str, keep: Keep, calibration: str = ALL, text: str = ALL) -> float | None:
