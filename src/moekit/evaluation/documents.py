@@ -59,6 +59,7 @@ class PerplexityResult(BaseModel):
         tokens: scored tokens of each document; 0 for a document of one token.
         nll: summed negative log likelihood of each document's scored tokens, nats.
         model: what was measured, for people.
+        digests: of each document's token ids; empty where the documents are not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,12 +68,25 @@ class PerplexityResult(BaseModel):
     tokens: tuple[int, ...]
     nll: tuple[float, ...] = Field(description="nats, summed over the document's scored tokens")
     model: str = ""
+    digests: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _same_length(self) -> PerplexityResult:
         if not len(self.domains) == len(self.tokens) == len(self.nll):
             raise ValueError("domains, tokens and nll must be of one length")
+        if len(self.digests) not in (0, len(self.domains)):
+            raise ValueError("there must be a digest for each document, or none")
         return self
+
+    def only(self, chosen: Sequence[int]) -> PerplexityResult:
+        """Some of the documents, by number."""
+        return PerplexityResult(
+            domains=tuple(self.domains[i] for i in chosen),
+            tokens=tuple(self.tokens[i] for i in chosen),
+            nll=tuple(self.nll[i] for i in chosen),
+            model=self.model,
+            digests=tuple(self.digests[i] for i in chosen) if self.digests else (),
+        )
 
     @property
     def overall(self) -> DomainPerplexity:
@@ -231,4 +245,6 @@ def _measure(
     finally:
         if progress is not None:
             progress.finish()
-    return PerplexityResult(domains=corpus.domains, tokens=tuple(tokens), nll=tuple(nll), model=name)
+    return PerplexityResult(
+        domains=corpus.domains, tokens=tuple(tokens), nll=tuple(nll), model=name, digests=corpus.digests
+    )

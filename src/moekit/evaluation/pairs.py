@@ -113,7 +113,7 @@ def paired(
     Raises:
         BadData: fewer than two pairs, or not the same units.
         NumericFault: NaN or infinity.
-        BadConfig: a level outside (0, 1).
+        BadConfig: a level outside (0, 1), or results of different text.
     """
     if not 0 < level < 1:
         raise BadConfig(f"a confidence level of {level} is none", hint="choose one between 0 and 1, such as 0.95")
@@ -202,12 +202,21 @@ def check_same_text(a: PerplexityResult, b: PerplexityResult) -> None:
     """Refuse to pair results of different text.
 
     Raises:
-        BadData: the documents differ in number, domain or tokens.
+        BadConfig: the documents differ in number, domain, tokens or ids, or one result does not tell its text.
     """
     if a.domains != b.domains or a.tokens != b.tokens:
-        raise BadData(
+        raise BadConfig(
             f"the two models were measured on different text: {len(a.domains)} documents with {sum(a.tokens)} tokens "
             f"against {len(b.domains)} with {sum(b.tokens)}",
+            hint="evaluate both with the same data, limits and tokenizer",
+        )
+    if bool(a.digests) != bool(b.digests):
+        raise BadConfig("one of the two results does not say which text it is of", hint="evaluate both again")
+    if a.digests != b.digests:
+        number = next(i for i, (x, y) in enumerate(zip(a.digests, b.digests, strict=True)) if x != y)
+        raise BadConfig(
+            f"the two models were measured on different text: document {number} of domain {a.domains[number]} differs, "
+            "though there are as many tokens",
             hint="evaluate both with the same data, limits and tokenizer",
         )
 

@@ -170,10 +170,19 @@ def test_bad_pairs_are_refused():
         paired([1.0, 2.0], [1.0, float("nan")])
     with pytest.raises(BadConfig):
         paired([1.0, 2.0], [1.0, 2.0], level=95)
-    with pytest.raises(BadData, match="different text"):
+    with pytest.raises(BadConfig, match="different text"):
         paired(result([1.0, 1.0], [2, 2]), result([1.0, 1.0], [2, 3]))
     with pytest.raises(BadData, match="another one"):
         paired(result([1.0, 1.0], [2, 2]), [1.0, 2.0])
+
+
+def test_other_text_of_the_same_domains_and_sizes_is_refused():
+    one = result([1.0, 1.0], [2, 2]).model_copy(update={"digests": ("a", "b")})
+    assert paired(one, one).mean == 0
+    with pytest.raises(BadConfig, match="different text"):
+        paired(one, one.model_copy(update={"digests": ("a", "c")}))
+    with pytest.raises(BadConfig, match="which text"):
+        paired(one, one.model_copy(update={"digests": ()}))
 
 
 def test_mcnemar_by_hand():

@@ -25,7 +25,7 @@ def mean_over_seeds(runs: Sequence[PruneRun]) -> PerplexityResult:
     """Each document's likelihood, averaged over runs with several seeds."""
     first = runs[0].perplexity
     nll = np.mean([run.perplexity.nll for run in runs], axis=0)
-    return PerplexityResult(domains=first.domains, tokens=first.tokens, nll=tuple(nll.tolist()), model=runs[0].name)
+    return first.model_copy(update={"nll": tuple(nll.tolist()), "model": runs[0].name})
 
 
 def part(result: PerplexityResult, text: str) -> PerplexityResult:
@@ -33,13 +33,7 @@ def part(result: PerplexityResult, text: str) -> PerplexityResult:
     if text == ALL:
         return result
     name, inside = (text.removeprefix(NOT), not text.startswith(NOT))
-    chosen = [i for i, domain in enumerate(result.domains) if (domain == name) == inside]
-    return PerplexityResult(
-        domains=tuple(result.domains[i] for i in chosen),
-        tokens=tuple(result.tokens[i] for i in chosen),
-        nll=tuple(result.nll[i] for i in chosen),
-        model=result.model,
-    )
+    return result.only([i for i, domain in enumerate(result.domains) if (domain == name) == inside])
 
 
 def rank(result: PruneBenchResult, keep: Keep, calibration: str = ALL, text: str = ALL) -> Ranking | None:
