@@ -337,10 +337,34 @@ def test_rankings_of_a_task_look_at_its_domain_and_at_the_rest() -> None:
     assert part(result.unchanged, "not b").tokens == (10, 30)
 
 
-def test_nothing_is_removed_from_a_rise_that_is_none() -> None:
+def test_nothing_is_removed_from_a_rise_that_is_none_or_does_not_show() -> None:
     base = text((10.0, 30.0, 20.0))
     assert removed(base, base, base) is None
     assert removed(base, text((9.0, 29.0, 20.0)), base) is None
+    # A rise of 10 in one document of three: its interval reaches far below zero.
+    assert removed(base, text((20.0, 30.0, 20.0)), base) is None
+    assert removed(base, text((20.0, 60.0, 41.0)), base) is not None
+    one = PerplexityResult(domains=("a",), tokens=(10,), nll=(10.0,))
+    assert removed(one, one.model_copy(update={"nll": (20.0,)}), one) is None, "one document tells no interval"
+
+
+def test_one_expert_is_not_all_of_them() -> None:
+    runs = [
+        made(name, nll, keep=keep)
+        for keep, nll in ((1, (30.0, 90.0, 60.0)), (1.0, (10.0, 30.0, 20.0)))
+        for name in ("random", "frequency")
+    ]
+    result = by_hand(*runs)
+    result = result.model_copy(update={"setting": result.setting.model_copy(update={"keep": (1, 1.0)})})
+    result = result.model_copy(update={"rankings": all_rankings(result)})
+    result = PruneBenchResult.model_validate_json(result.model_dump_json())
+    for keep, loss in ((1, 3.0), (1.0, 1.0)):
+        [run] = result.select("frequency", keep)
+        assert type(run.keep) is type(keep)
+        ranking = result.ranking(keep)
+        assert ranking is not None
+        assert type(ranking.keep) is type(keep)
+        assert [(row.seeds, row.nll) for row in ranking.rows] == [(1, loss)] * 2
 
 
 def test_results_survive_the_disk(found: PruneBenchResult, tmp_path: Path) -> None:

@@ -183,6 +183,14 @@ def test_where_chance_costs_nothing_the_headline_says_so() -> None:
     assert "costs nothing" in quiet.text
 
 
+def test_no_share_of_chance_is_told_where_the_method_itself_loses_nothing() -> None:
+    told = headline(made({"random": 1.0, "frequency": 0.5, "reap": -0.4}))
+    assert told.text.startswith("reap loses least")
+    assert "-0.4" in told.text
+    assert "random pruning" not in told.text
+    assert "random pruning" in headline(made()).text
+
+
 def test_the_page_needs_nothing_else_and_says_how_it_was_made(result: PruneBenchResult, tmp_path) -> None:
     page = Page(to_html(report(result, "moekit bench prune ./moe --data ./text")))
     links = [a.get("href", "") for a in page.every("a")]

@@ -14,7 +14,7 @@ import numpy as np
 from moekit.evaluation.documents import PerplexityResult, ratio_standard_error
 from moekit.evaluation.pairs import PairedDifference, paired, widened
 from moekit.evaluation.pruning.result import ALL, PruneBenchResult, PruneRun, Ranking, RankRow, Share
-from moekit.evaluation.pruning.setting import FREQUENCY, RANDOM, Keep
+from moekit.evaluation.pruning.setting import FREQUENCY, RANDOM, Keep, same_keep
 
 RESAMPLES = 1999
 NOT = "not "
@@ -51,7 +51,7 @@ def rank(result: PruneBenchResult, keep: Keep, calibration: str = ALL, text: str
     unchanged = part(result.unchanged, text)
     grouped: dict[str, list[PruneRun]] = {}
     for run in result.runs:
-        if run.keep == keep and run.calibration == calibration:
+        if same_keep(run.keep, keep) and run.calibration == calibration:
             grouped.setdefault(run.name, []).append(run)
     if not grouped or not any(unchanged.tokens):
         return None
@@ -137,15 +137,14 @@ def removed(
     The interval is the percentile bootstrap over documents, and of few no narrower than Student's; see `pairs`.
 
     Returns:
-        The share; None where random pruning raises nothing.
+        The share; None where random pruning raises nothing that shows: a share of noise says nothing.
     """
+    chance = _paired(unchanged, random, seed)
+    if chance is None or chance.low <= 0:
+        return None
     _, base_N, random_N, own_N = _columns(unchanged, random, method)
     rise_N, own_rise_N = random_N - base_N, own_N - base_N
-    if rise_N.sum() <= 0:
-        return None
     mean = float(1 - own_rise_N.sum() / rise_N.sum())
-    if len(rise_N) < 2:
-        return Share(mean=mean, low=None, high=None)
     draws_RN = np.random.default_rng(seed).integers(0, len(rise_N), (RESAMPLES, len(rise_N)))
     below_R = rise_N[draws_RN].sum(1)
     above_R = own_rise_N[draws_RN].sum(1)

@@ -14,7 +14,7 @@ from moekit.checkpoint.atomic import atomic_write
 from moekit.errors import BadData
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.pairs import PairedDifference
-from moekit.evaluation.pruning.setting import Keep, Setting
+from moekit.evaluation.pruning.setting import Keep, Setting, same_keep
 
 FILE = "bench.json"
 # Calibration and text that are not a single domain's.
@@ -135,7 +135,8 @@ class RankRow(BaseModel):
         rise: paired difference to the unchanged model; None with a single document.
         against_random: paired difference to the mean of the random runs; None without any.
         against_frequency: paired difference to pruning by frequency.
-        removed: 1 - rise / rise of random: 1 costs nothing, 0 is as bad as chance.
+        removed: 1 - rise / rise of random: 1 costs nothing, 0 is as bad as chance; None where random's rise does not
+            show, or for random itself.
         reconstruction: mean over layers and seeds.
         lost_tokens: mean over layers and seeds.
         seconds: to decide and to make new weights, mean over seeds.
@@ -230,13 +231,13 @@ class PruneBenchResult(BaseModel):
 
     def ranking(self, keep: Keep, calibration: str = ALL, text: str = ALL) -> Ranking | None:
         """One of the rankings, if it was made."""
-        key = (keep, calibration, text)
-        return next((r for r in self.rankings if (r.keep, r.calibration, r.text) == key), None)
+        found = (r for r in self.rankings if same_keep(r.keep, keep))
+        return next((r for r in found if (r.calibration, r.text) == (calibration, text)), None)
 
     def select(self, name: str, keep: Keep, calibration: str = ALL) -> tuple[PruneRun, ...]:
         """Runs of one method at one budget, a run for each seed."""
-        key = (name, keep, calibration)
-        return tuple(run for run in self.runs if (run.name, run.keep, run.calibration) == key)
+        found = (run for run in self.runs if same_keep(run.keep, keep))
+        return tuple(run for run in found if (run.name, run.calibration) == (name, calibration))
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""

@@ -126,7 +126,10 @@ def ranking_section(result: PruneBenchResult) -> TableSection:
         Column(name="perplexity", digits=2),
         Column(name="rise", digits=3, signed=True, better="low", note="over the unchanged model, nats a token, paired"),
         Column(
-            name="avoided", unit="%", digits=0, note="share of random's rise; beyond 100 % is better than unchanged"
+            name="avoided",
+            unit="%",
+            digits=0,
+            note="share of random's rise, where that shows; beyond 100 % is better than unchanged",
         ),
         Column(name="against frequency", digits=3, signed=True, better="low", note="nats a token, paired"),
     )
@@ -303,7 +306,7 @@ def headline(result: PruneBenchResult) -> Finding:
         return Finding(text=text, status="bad", detail=detail)
     rise = best.nll - smallest.unchanged
     text = f"{best.name} loses least at {keep_name(smallest.keep)}: {rise:+.3f} nats a token"
-    if best.removed is not None:
+    if best.removed is not None and rise > 0:
         text += f", {number(best.removed.mean, 0, '%')} less than random pruning loses"
     better = best.against_random is not None and best.against_random.high < 0
     detail = (
