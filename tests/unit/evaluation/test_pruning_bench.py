@@ -28,6 +28,7 @@ from moekit.evaluation.pruning import Entry, PruneBenchResult, PruneRun, Setting
 from moekit.evaluation.pruning import calibration as calibration_module
 from moekit.evaluation.pruning import measuring as measuring_module
 from moekit.evaluation.pruning.calibration import calibrate
+from moekit.evaluation.pruning.joining import joined
 from moekit.evaluation.pruning.ranking import all_rankings, part, removed
 from moekit.evaluation.pruning.setting import default_entries
 from moekit.evaluation.pruning.text import take_tokens
@@ -319,6 +320,33 @@ def test_rankings_by_hand() -> None:
     # 45.5; t with 2 degrees of freedom is 4.302653. No resample goes beyond the single documents' shares.
     margin = 4.302653 * math.sqrt(3 / 2 * 45.5) / 120
     assert (reap.removed.low, reap.removed.high) == pytest.approx((0.85 - margin, 0.85 + margin), abs=1e-6)
+
+
+def test_runs_join_by_name_budget_seed_and_knobs() -> None:
+    low, high = (30.0, 90.0, 40.0), (50.0, 90.0, 60.0)
+    earlier = by_hand(
+        made("random", low, keep=1.0), made("random", high, keep=1.0, seed=1), made("reap", low, keep=1.0)
+    )
+    new = by_hand(made("random", high, keep=1), made("random", high, keep=1.0), made("ean", low, keep=1.0))
+    settings = (
+        Setting(entries=(Entry(method="random"), Entry(method="reap")), keep=(1.0,), domains=("a",), seeds=2),
+        Setting(entries=(Entry(method="random"), Entry(method="ean")), keep=(1, 1.0), domains=("b",), seeds=1),
+    )
+    earlier, new = (r.model_copy(update={"setting": s}) for r, s in zip((earlier, new), settings, strict=True))
+    both = joined(earlier, new)
+    assert [(r.name, repr(r.keep), r.seed) for r in both.runs] == [
+        ("random", "1.0", 1),
+        ("reap", "1.0", 0),
+        ("random", "1", 0),
+        ("random", "1.0", 0),
+        ("ean", "1.0", 0),
+    ]
+    assert both.runs[3].perplexity.nll == high, "what was asked for again"
+    assert [repr(keep) for keep in both.setting.keep] == ["1.0", "1"]
+    assert (both.setting.domains, both.setting.seeds) == (("a", "b"), 2)
+    knobs = (Entry(method="reap", settings={"x": 1}, label="reap"),)
+    other = new.model_copy(update={"setting": new.setting.model_copy(update={"entries": knobs})})
+    assert "reap" not in {run.name for run in joined(earlier, other).runs}
 
 
 def test_rankings_of_a_task_look_at_its_domain_and_at_the_rest() -> None:

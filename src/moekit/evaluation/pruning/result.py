@@ -202,13 +202,15 @@ class PruneBenchResult(BaseModel):
         bytes: of its weights.
         setting: what was asked for.
         source: where the text came from.
+        text: digest of what methods decided from and were measured on.
+        dtype: of the weights in memory.
         calibrations: the texts that methods decided from.
         calibration_seconds: of the one pass that took all statistics.
         unchanged: likelihood of each held-out document under the unchanged model.
         runs: all that was measured.
         rankings: at each budget, calibration and text.
         skipped: methods that took no part.
-        seconds: of the last call, in all.
+        seconds: of the last call, in all; the others' runs joined it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -221,6 +223,8 @@ class PruneBenchResult(BaseModel):
     bytes: int
     setting: Setting
     source: str = ""
+    text: str = ""
+    dtype: str = ""
     calibrations: tuple[Calibration, ...]
     calibration_seconds: float
     unchanged: PerplexityResult

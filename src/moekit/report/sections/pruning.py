@@ -57,8 +57,8 @@ def _whole(result: PruneBenchResult) -> list[Ranking]:
 
 
 def _order(result: PruneBenchResult) -> list[str]:
-    """Methods, the best at the smallest size first."""
-    return [row.name for ranking in _whole(result)[:1] for row in ranking.rows]
+    """Methods, the best at the smallest size first, then those that were run at other sizes alone."""
+    return list(dict.fromkeys(row.name for ranking in _whole(result) for row in ranking.rows))
 
 
 def _random(result: PruneBenchResult) -> list[str]:
@@ -215,7 +215,7 @@ def tasks_section(result: PruneBenchResult) -> TableSection:
                 if own is not None and whole is not None:
                     rows.append((name, own, whole, whole - own, off, spread))
             base = part(result.unchanged, domain)
-            if any(base.tokens):
+            if rows and any(base.tokens):
                 caption = f"{domain}, {keep_name(keep)}; unchanged {base.overall.nll:.3f} on the task"
                 rows.sort(key=lambda row: float(row[1]))  # type: ignore[arg-type]
                 tables.append(Table(columns=columns, rows=tuple(rows), caption=caption))
