@@ -213,7 +213,7 @@ def _write(terminal: Terminal, result: PruneBenchResult, out: Path) -> Path:
 
 
 def _show(terminal: Terminal, result: PruneBenchResult) -> None:
-    from moekit.report.sections.pruning import findings, headline
+    from moekit.report.sections.pruning_findings import findings, headline
 
     for ranking in result.rankings:
         terminal.table(_title(ranking), _COLUMNS, [_row(row) for row in ranking.rows])
@@ -240,7 +240,7 @@ _COLUMNS = (
 
 
 def _title(ranking: Ranking) -> str:
-    from moekit.report.sections.pruning import keep_name
+    from moekit.report.sections.pruning_findings import keep_name
 
     decided = "" if ranking.calibration == "all" else f", decided from {ranking.calibration} alone"
     measured = "" if ranking.text == "all" else f", on {ranking.text}"

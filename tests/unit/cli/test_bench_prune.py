@@ -244,6 +244,15 @@ def test_one_text_is_parted_in_two(moekit: Moekit, made: Path, tmp_path: Path) -
     assert 0 < len(told["unchanged"]["nll"]) < calibration["documents"]
 
 
+def test_one_long_text_is_told_on_the_terminal(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    write_text(tmp_path / "text", documents=1, repeats=500)
+    asked = small(made, tmp_path / "b", "--methods", "reap")
+    asked[asked.index("--heldout") + 1] = tmp_path / "text"
+    done = moekit(*asked, "--heldout-tokens", 2400)
+    assert done.code == 0, done.err
+    assert done.says(r"sums: \d+ passages of 1 document: intervals are too narrow")
+
+
 def test_a_method_of_another_package_in_one_file_takes_part(made: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     info = site / "latest_experts-1.0.dist-info"

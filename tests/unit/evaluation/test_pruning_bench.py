@@ -31,7 +31,7 @@ from moekit.evaluation.pruning.calibration import calibrate
 from moekit.evaluation.pruning.joining import joined
 from moekit.evaluation.pruning.ranking import all_rankings, part, removed
 from moekit.evaluation.pruning.setting import default_entries
-from moekit.evaluation.pruning.text import take_tokens
+from moekit.evaluation.pruning.text import Passage, count, take_tokens
 from moekit.evaluation.variants import compare_variants
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain
@@ -161,6 +161,20 @@ def test_what_was_measured_is_not_measured_again(
     assert again.unchanged == first.unchanged
     assert [(r.name, r.perplexity) for r in again.runs] == [(r.name, r.perplexity) for r in first.runs]
     assert [row.nll for r in again.rankings for row in r.rows] == [row.nll for r in first.rankings for row in r.rows]
+
+
+def test_passages_are_not_told_as_documents(subject: Subject, tmp_path: Path) -> None:
+    def pieces(documents: list[TokenizedDocument]) -> list[TokenizedDocument]:
+        return [Passage(d.ids, d.domain, d.index, 0) if d.domain == "low" else d for d in documents]
+
+    asked = setting(keep=(0.5,), seeds=1, domains=("high",))
+    result = bench_pruning(subject, pieces(CALIBRATION), pieces(HELDOUT), asked, tmp_path)
+    [cut] = result.cuts
+    assert (cut.domain, cut.passages, cut.documents) == ("low", 3, 1)
+    whole, high = result.calibrations
+    assert (whole.documents, whole.passages) == (4, 6)
+    assert (high.documents, high.passages) == (3, None)
+    assert bench_pruning(subject, CALIBRATION, HELDOUT, asked, tmp_path).cuts == ()
 
 
 def test_another_heldout_text_is_measured_anew(subject: Subject, tmp_path: Path) -> None:
@@ -415,6 +429,8 @@ def test_a_text_gives_what_is_wanted_from_its_whole_length(tokenizer: Any) -> No
     assert begun[-1] >= "00035", "to the last eighth of the book"
     assert begun == sorted(begun)
     assert [d.index for d in taken] == list(range(len(taken)))
+    assert {cut.domain: (cut.passages, cut.documents) for cut in count(taken)} == {"book": (8, 1), "letters": (10, 10)}
+    assert [cut.words for cut in count(taken) if cut.is_cut] == ["8 passages of 1 document"]
     few = take_tokens([Document("a b c", "x", "1"), Document("", "x", "2")], tokenizer, 1000)
     assert [len(d.ids) for d in few] == [5], "no more than there is"
     with pytest.raises(BadData, match="fewer than two tokens"):

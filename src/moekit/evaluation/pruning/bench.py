@@ -16,6 +16,7 @@ from moekit.evaluation.pruning.measuring import Measuring
 from moekit.evaluation.pruning.ranking import all_rankings
 from moekit.evaluation.pruning.result import PruneBenchResult, PruneRun
 from moekit.evaluation.pruning.setting import Setting
+from moekit.evaluation.pruning.text import count
 
 
 def bench_pruning(
@@ -73,6 +74,7 @@ def bench_pruning(
         calibrations=tuple(calibrated.describe(name) for name in calibrated.traces),
         calibration_seconds=calibrated.seconds,
         unchanged=unchanged,
+        cuts=tuple(cut for cut in count(heldout) if cut.is_cut),
         runs=_runs(candidates, measuring, decider),
         skipped=(*decider.skipped, *measuring.skipped),
     )

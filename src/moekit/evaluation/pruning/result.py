@@ -22,6 +22,32 @@ ALL = "all"
 MAX_BYTES = 1 << 30
 
 
+class Cut(BaseModel):
+    """How much of a domain's text stands by itself: passages of one document resemble each other.
+
+    Attributes:
+        domain: its name.
+        passages: texts that count as units.
+        documents: that they are of.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    domain: str
+    passages: int
+    documents: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a document gave more than one unit."""
+        return self.passages > self.documents
+
+    @property
+    def words(self) -> str:
+        """Such as "5 passages of 1 document"."""
+        return f"{self.passages} passages of {self.documents} document{'' if self.documents == 1 else 's'}"
+
+
 class Calibration(BaseModel):
     """A text that methods decided from.
 
@@ -29,6 +55,7 @@ class Calibration(BaseModel):
         name: "all", or the one domain it is of.
         domains: tokens of each domain.
         documents: how many.
+        passages: that they were cut into; None where they were not.
         never_routed: decoder layer -> experts that no token chose.
     """
 
@@ -37,6 +64,7 @@ class Calibration(BaseModel):
     name: str
     domains: dict[str, int]
     documents: int
+    passages: int | None = None
     never_routed: dict[int, int]
 
     @property
@@ -172,7 +200,7 @@ class Ranking(BaseModel):
         calibration: the text they decided from: "all" or a domain.
         text: what they were measured on: "all", a domain, or "not " and a domain.
         unchanged: nll of the unchanged model there.
-        documents: held-out documents there.
+        documents: held-out documents, or passages of them, there.
         rows: by nll.
     """
 
@@ -206,7 +234,8 @@ class PruneBenchResult(BaseModel):
         dtype: of the weights in memory.
         calibrations: the texts that methods decided from.
         calibration_seconds: of the one pass that took all statistics.
-        unchanged: likelihood of each held-out document under the unchanged model.
+        unchanged: likelihood of each held-out document, or passage of one, under the unchanged model.
+        cuts: held-out domains whose documents were cut into passages, which make their intervals too narrow.
         runs: all that was measured.
         rankings: at each budget, calibration and text.
         skipped: methods that took no part.
@@ -228,6 +257,7 @@ class PruneBenchResult(BaseModel):
     calibrations: tuple[Calibration, ...]
     calibration_seconds: float
     unchanged: PerplexityResult
+    cuts: tuple[Cut, ...] = ()
     runs: tuple[PruneRun, ...]
     rankings: tuple[Ranking, ...] = ()
     skipped: tuple[Skipped, ...] = ()
