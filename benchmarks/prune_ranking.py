@@ -100,11 +100,11 @@ def print_rankings(result: PruneBenchResult) -> None:
         )
         for place, row in enumerate(ranking.rows, 1):
             rise = "" if row.rise is None else f" [{row.rise.low:+.3f}, {row.rise.high:+.3f}]"
-            share = "" if row.removed is None else f", {row.removed.mean:.0%} of random's rise avoided"
+            share = "-" if row.removed is None else f"{row.removed.mean:.0%}"
             spread = "" if row.spread is None else f", spread over {row.seeds} seeds {row.spread:.3f}"
             print(
-                f"{place:>3} {row.name:<24} {row.nll:.3f} {row.nll - ranking.unchanged:+.3f}{rise}{share}{spread}, "
-                f"output changed {row.reconstruction:.0%}"
+                f"{place:>3} {row.name:<24} {row.nll:.3f} {row.nll - ranking.unchanged:+.3f}{rise}, "
+                f"{share} of random's rise avoided{spread}, output changed {row.reconstruction:.0%}"
             )
     for skipped in result.skipped:
         print(f"    {skipped.name} took no part ({skipped.calibration}): {skipped.reason}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,9 +18,6 @@ from moekit.errors import BadConfig, BadData
 if TYPE_CHECKING:
     from moekit.data import Document
     from moekit.evaluation.pruning import PruneBenchResult, Ranking, RankRow, Setting
-
-# What a bench keeps between calls, inside its folder.
-WORK = "work"
 
 
 def prune(
@@ -69,7 +66,7 @@ def prune(
 
     The text goes through the model once for all methods together; all pruned models walk the held-out text side by
     side, and none is written. What was measured is kept in the folder: a run that was ended goes on, and another method
-    or size joins what is there. Methods of other packages take part by being installed.
+    or size of the same model and text joins what is there. Methods of other packages take part by being installed.
     """
     setting = _setting(
         methods=methods,
@@ -87,9 +84,10 @@ def prune(
     if terminal.dry_run:
         _foretell(terminal, model, (data, heldout), out, setting)
         return
-    _check_folder(out, overwrite)
-    result = _measure(terminal, setting, model, (data, heldout), (max_tokens, heldout_tokens), out, device, dtype)
-    page = _write(terminal, result, out)
+    with _held(out):
+        tokens = (max_tokens, heldout_tokens)
+        result = _measure(terminal, setting, model, (data, heldout), tokens, out, device, dtype, overwrite)
+        page = _write(terminal, result, out)
     _show(terminal, result)
     terminal.answer(out=str(out), page=str(page), **result.model_dump(mode="json"))
     terminal.say(f"wrote {out}")
@@ -125,13 +123,17 @@ def _split(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def _check_folder(out: Path, overwrite: bool) -> None:
-    """A folder that holds something else is left alone."""
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / WORK).is_dir():
-            raise BadConfig("the folder holds something else than a bench", file=out, hint="choose another one")
-        if overwrite:
-            shutil.rmtree(out / WORK)
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The folder, if it is a bench's or new; nobody else writes it meanwhile."""
+    from moekit.checkpoint.atomic import lock
+    from moekit.evaluation.pruning.folder import check_folder
+
+    target = out.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with lock(target):
+        check_folder(out)
+        yield
 
 
 def _measure(
@@ -143,10 +145,12 @@ def _measure(
     out: Path,
     device: str,
     dtype: str,
+    overwrite: bool,
 ) -> PruneBenchResult:
     import torch
 
     from moekit.evaluation.pruning import Subject, bench_pruning, take_tokens
+    from moekit.evaluation.pruning.folder import WORK, earlier_result, forget
     from moekit.recipe.source import open_source
 
     progress = terminal.progress
@@ -165,14 +169,12 @@ def _measure(
         texts[0] if texts[1] is not None else f"{texts[0]}[train]",
     )
     limits = {"seq_len": min(setting.seq_len, source.longest), "window": min(setting.window, source.longest)}
-    return bench_pruning(
-        subject,
-        take_tokens(calibration, tokenizer, tokens[0]),
-        take_tokens(heldout, tokenizer, tokens[1]),
-        setting.model_copy(update=limits),
-        out / WORK,
-        progress,
-    )
+    taken = [take_tokens(text, tokenizer, most) for text, most in zip((calibration, heldout), tokens, strict=True)]
+    # Not before all else is known to be in order: a mistyped option costs nobody a result.
+    if overwrite:
+        forget(out)
+    earlier = earlier_result(out)
+    return bench_pruning(subject, *taken, setting.model_copy(update=limits), out / WORK, progress, earlier=earlier)
 
 
 def _read(terminal: Terminal, text: str, heldout: str | None, part: str) -> list[Document]:
@@ -211,7 +213,7 @@ def _write(terminal: Terminal, result: PruneBenchResult, out: Path) -> Path:
 
 
 def _show(terminal: Terminal, result: PruneBenchResult) -> None:
-    from moekit.report.sections.pruning import findings, headline
+    from moekit.report.sections.pruning_findings import findings, headline
 
     for ranking in result.rankings:
         terminal.table(_title(ranking), _COLUMNS, [_row(row) for row in ranking.rows])
@@ -238,7 +240,7 @@ _COLUMNS = (
 
 
 def _title(ranking: Ranking) -> str:
-    from moekit.report.sections.pruning import keep_name
+    from moekit.report.sections.pruning_findings import keep_name
 
     decided = "" if ranking.calibration == "all" else f", decided from {ranking.calibration} alone"
     measured = "" if ranking.text == "all" else f", on {ranking.text}"

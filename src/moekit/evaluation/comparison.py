@@ -108,7 +108,8 @@ def compare(a: Evaluation, b: Evaluation, seed: int = 0) -> Comparison:
         seed: of the bootstraps and sign flips.
 
     Raises:
-        BadData: nothing in common, or measured on different text or questions.
+        BadData: nothing in common, or different questions.
+        BadConfig: measured on different text.
     """
     overall: DomainComparison | None = None
     domains: list[DomainComparison] = []
@@ -140,12 +141,7 @@ def compare(a: Evaluation, b: Evaluation, seed: int = 0) -> Comparison:
 
 def _text(a: PerplexityResult, b: PerplexityResult, name: str, chosen: Sequence[int], seed: int) -> DomainComparison:
     some_a, some_b = (
-        PerplexityResult(
-            domains=tuple(name for _ in chosen),
-            tokens=tuple(r.tokens[i] for i in chosen),
-            nll=tuple(r.nll[i] for i in chosen),
-        )
-        for r in (a, b)
+        r.only(chosen).model_copy(update={"domains": tuple(name for _ in chosen), "model": ""}) for r in (a, b)
     )
     [of_a], [of_b] = some_a.per_domain(), some_b.per_domain()
     difference = paired(some_a, some_b, seed) if of_a.documents > 1 else None

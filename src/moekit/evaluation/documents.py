@@ -59,6 +59,7 @@ class PerplexityResult(BaseModel):
         tokens: scored tokens of each document; 0 for a document of one token.
         nll: summed negative log likelihood of each document's scored tokens, nats.
         model: what was measured, for people.
+        digests: of each document's token ids; empty where the documents are not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,12 +68,25 @@ class PerplexityResult(BaseModel):
     tokens: tuple[int, ...]
     nll: tuple[float, ...] = Field(description="nats, summed over the document's scored tokens")
     model: str = ""
+    digests: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _same_length(self) -> PerplexityResult:
         if not len(self.domains) == len(self.tokens) == len(self.nll):
             raise ValueError("domains, tokens and nll must be of one length")
+        if len(self.digests) not in (0, len(self.domains)):
+            raise ValueError("there must be a digest for each document, or none")
         return self
+
+    def only(self, chosen: Sequence[int]) -> PerplexityResult:
+        """Some of the documents, by number."""
+        return PerplexityResult(
+            domains=tuple(self.domains[i] for i in chosen),
+            tokens=tuple(self.tokens[i] for i in chosen),
+            nll=tuple(self.nll[i] for i in chosen),
+            model=self.model,
+            digests=tuple(self.digests[i] for i in chosen) if self.digests else (),
+        )
 
     @property
     def overall(self) -> DomainPerplexity:
@@ -105,9 +119,9 @@ class PerplexityResult(BaseModel):
             tokens=int(tokens_N.sum()),
             nll=mean,
             standard_error=error,
-            perplexity=_exp(mean),
-            low=None if margin is None else _exp(mean - margin),
-            high=None if margin is None else _exp(mean + margin),
+            perplexity=bounded_exp(mean),
+            low=None if margin is None else bounded_exp(mean - margin),
+            high=None if margin is None else bounded_exp(mean + margin),
         )
 
     def save(self, path: str | Path) -> None:
@@ -140,9 +154,9 @@ def ratio_standard_error(total_N: np.ndarray[Any, Any], size_N: np.ndarray[Any, 
     return float(math.sqrt(n / (n - 1) * float(residual_N @ residual_N)) / size_N.sum())
 
 
-def _exp(value: float) -> float:
-    # Beyond this exp() overflows, and a perplexity of 1e300 says the same.
-    return math.exp(min(value, 690.0))
+def bounded_exp(value: float) -> float:
+    """exp(value), held between 1e-300 and 1e300: beyond that it overflows, and such a number says the same."""
+    return math.exp(max(-690.0, min(value, 690.0)))
 
 
 def perplexity(
@@ -231,4 +245,6 @@ def _measure(
     finally:
         if progress is not None:
             progress.finish()
-    return PerplexityResult(domains=corpus.domains, tokens=tuple(tokens), nll=tuple(nll), model=name)
+    return PerplexityResult(
+        domains=corpus.domains, tokens=tuple(tokens), nll=tuple(nll), model=name, digests=corpus.digests
+    )

@@ -228,7 +228,7 @@ def _summed_up(
 def _mean_of(results: Sequence[PerplexityResult]) -> PerplexityResult:
     """The likelihood of each document, averaged."""
     nll = tuple(statistics.fmean(each) for each in zip(*(result.nll for result in results), strict=True))
-    return PerplexityResult(domains=results[0].domains, tokens=results[0].tokens, nll=nll, model=RANDOM)
+    return results[0].model_copy(update={"nll": nll, "model": RANDOM})
 
 
 class _Known:

@@ -174,7 +174,10 @@ class SideBySideWalk:
             for window, scores in zip(group, scorer(group), strict=True):
                 tokens[window.document] += len(window.targets)
                 nll[window.document] += float(scores.nll_M.sum())
-        return PerplexityResult(domains=self.corpus.domains, tokens=tuple(tokens), nll=tuple(nll), model=name)
+        corpus = self.corpus
+        return PerplexityResult(
+            domains=corpus.domains, tokens=tuple(tokens), nll=tuple(nll), model=name, digests=corpus.digests
+        )
 
     def close(self) -> None:
         """Give files back."""

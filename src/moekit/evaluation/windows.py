@@ -8,6 +8,8 @@ Legend: B rows, S tokens in a row.
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,10 +81,26 @@ class Window:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Windows of several documents, with the domain of each document."""
+    """Windows of several documents, with the domain of each document and a digest of its token ids."""
 
     windows: tuple[Window, ...]
     domains: tuple[str, ...]
+    digests: tuple[str, ...]
+
+
+class TextDigest:
+    """sha256 over the token ids of a document that may come in pieces; 64 bits of it tell documents apart."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def add(self, ids: Sequence[int]) -> TextDigest:
+        """The next piece."""
+        self._sha256.update(array("q", ids).tobytes())
+        return self
+
+    def __str__(self) -> str:
+        return self._sha256.hexdigest()[:16]
 
 
 def slide(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -124,11 +142,13 @@ def from_documents(documents: Iterable[TokenizedLike], window: int, stride: int 
         )
     windows: list[Window] = []
     domains: list[str] = []
+    digests: list[TextDigest] = []
     for number, document in enumerate(documents):
         domains.append(document.domain)
         ids = document.ids
+        digests.append(TextDigest().add(ids))
         windows += [Window.of(ids[begin:end], first, number) for begin, end, first in slide(len(ids), window, stride)]
-    return _checked(windows, domains)
+    return _checked(windows, domains, digests)
 
 
 def from_batches(batches: Iterable[BatchLike], domains: Sequence[str] | None = None) -> Corpus:
@@ -147,6 +167,7 @@ def from_batches(batches: Iterable[BatchLike], domains: Sequence[str] | None = N
     windows: list[Window] = []
     number_of: dict[int, int] = {}
     names: list[str] = []
+    digests: list[TextDigest] = []
     for batch in batches:
         known = batch.domains if domains is None else domains
         document_BS = batch.document_BS.masked_fill(batch.attention_mask == 0, -1)
@@ -161,9 +182,12 @@ def from_batches(batches: Iterable[BatchLike], domains: Sequence[str] | None = N
                 if key not in number_of:
                     number_of[key] = len(names)
                     names.append(known[domain])
-                if end - begin > 1:
-                    windows.append(Window.of(ids_S[begin:end].tolist(), 1, number_of[key]))
-    return _checked(windows, names)
+                    digests.append(TextDigest())
+                ids = ids_S[begin:end].tolist()
+                digests[number_of[key]].add(ids)
+                if len(ids) > 1:
+                    windows.append(Window.of(ids, 1, number_of[key]))
+    return _checked(windows, names, digests)
 
 
 def _runs(document_S: Tensor) -> Iterator[tuple[int, int]]:
@@ -177,7 +201,7 @@ def _runs(document_S: Tensor) -> Iterator[tuple[int, int]]:
             yield begin, end
 
 
-def _checked(windows: list[Window], domains: list[str]) -> Corpus:
+def _checked(windows: list[Window], domains: list[str], digests: list[TextDigest]) -> Corpus:
     if not domains:
         raise BadData("there is no text to evaluate on", hint="give at least one document of two tokens or more")
     if not windows:
@@ -185,7 +209,7 @@ def _checked(windows: list[Window], domains: list[str]) -> Corpus:
             f"none of the {len(domains)} documents has two tokens, so there is no next token to predict",
             hint="give longer documents",
         )
-    return Corpus(tuple(windows), tuple(domains))
+    return Corpus(tuple(windows), tuple(domains), tuple(map(str, digests)))
 
 
 def by_length(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:

@@ -268,6 +268,11 @@ def _plain_headline(comparisons: Sequence[Comparison], step: ReportStep) -> Find
         if change is not None:
             text = f"Against {comparison.a}, the perplexity of {comparison.b} changes by {change.mean:+.1%} "
             return Finding(text=f"{text}({change.low:+.1%} to {change.high:+.1%}, 95 %, paired over documents).")
+    for comparison in comparisons:
+        if comparison.overall is not None:
+            a, b = (part.perplexity for part in (comparison.overall.a, comparison.overall.b))
+            text = f"From {comparison.a} to {comparison.b} perplexity {a:.2f} becomes {b:.2f}"
+            return Finding(text=f"{text}; one document gives no interval.")
     if step.traces:
         return _routing_finding(Trace.load(step.traces[0]))
     return Finding(text=f"{step.title}: nothing was compared.")

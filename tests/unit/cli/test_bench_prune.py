@@ -108,6 +108,123 @@ def test_what_cannot_be_is_refused_before_the_work(moekit: Moekit, made: Path, t
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+def small(made: Path, out: Path, *more: Any) -> list[Any]:
+    return options(made, out, "--keep", "0.5", "--seeds", 1, *more)
+
+
+def listed(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_only_what_a_bench_wrote_is_forgotten(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    (out / "work" / "trace-of-thought").mkdir(parents=True)
+    (out / "work" / "thesis.txt").write_text("all my work")
+    (out / "bench.json").write_text('{"wood": "oak"}')
+    for more in ((), ("--overwrite",)):
+        done = moekit(*small(made, out, "--methods", "reap", *more))
+        assert done.code == 2
+        assert "something else" in done.err
+    assert (out / "work" / "thesis.txt").read_text() == "all my work"
+    (tmp_path / "file").write_text("x")
+    assert moekit(*small(made, tmp_path / "file", "--methods", "reap")).code == 2
+
+    bench = tmp_path / "bench"
+    assert moekit(*small(made, bench, "--methods", "reap,naee")).code == 0
+    first = listed(bench / "work")
+    kinds = {name.split("-")[0] for name in first}
+    assert kinds == {"trace", "measured", "search", ".moekit"}
+    (bench / "work" / "notes.txt").write_text("mine, too")
+    (bench / "work" / "trace-of-thought").mkdir()
+    (bench / "thesis.txt").write_text("all my work")
+    done = moekit(*small(made, bench, "--methods", "premoe", "--overwrite", "--seq-len", 16, "--window", 16))
+    assert done.code == 0, done.err
+    assert first & listed(bench / "work") == {".moekit-bench"}
+    assert {"notes.txt", "trace-of-thought"} <= listed(bench / "work")
+    assert (bench / "thesis.txt").exists()
+    assert {run.name for run in PruneBenchResult.load(bench / "bench.json").runs} == {"random", "frequency", "premoe"}
+
+
+def test_a_bench_that_was_ended_before_it_had_a_result_goes_on(
+    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moekit.evaluation.pruning import measuring
+
+    def dies(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    asked = small(made, tmp_path / "b", "--methods", "reap")
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "compare_variants", dies)
+        assert moekit(*asked).code == 130
+    assert not (tmp_path / "b" / "bench.json").exists()
+    done = moekit(*asked)
+    assert done.code == 0, done.err
+
+
+def test_what_is_there_is_not_lost_when_the_next_call_cannot_start(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    assert moekit(*small(made, out, "--methods", "reap")).code == 0
+    kept = (out / "bench.json").read_bytes()
+    assert moekit(*small(made, out, "--methods", "reap", "--overwrite", "--domain", "poems")).code == 2
+    assert (out / "bench.json").read_bytes() == kept
+
+
+def test_two_benches_do_not_write_one_folder_at_once(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    from moekit.checkpoint.atomic import lock
+
+    with lock(tmp_path / "b"):
+        done = moekit(*small(made, tmp_path / "b", "--methods", "reap"))
+    assert done.code == 2
+    assert f"process {os.getpid()} is writing" in done.err
+    assert not (tmp_path / "b").exists()
+
+
+def test_another_method_or_size_joins_what_is_there(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    assert moekit(*small(made, out, "--methods", "reap,dern")).code == 0
+    first = PruneBenchResult.load(out / "bench.json")
+    done = moekit(*options(made, out, "--methods", "easy-ep,dern", "--keep", "0.75,0.5", "--set", "dern.alpha=0.1"))
+    assert done.code == 0, done.err
+    both = PruneBenchResult.load(out / "bench.json")
+    assert both.select("reap", 0.5)[0].perplexity == first.select("reap", 0.5)[0].perplexity
+    assert len(both.select("random", 0.5)) == len(both.select("random", 0.75)) == 5
+    assert both.setting.keep == (0.5, 0.75)
+    assert [entry.name for entry in both.setting.entries] == ["random", "frequency", "reap", "dern", "easy-ep"]
+    assert {run.settings["alpha"] for run in both.runs if run.name == "dern"} == {0.1}, "the knobs asked for last"
+    half, more = both.ranking(0.5), both.ranking(0.75)
+    assert half is not None
+    assert more is not None
+    assert {row.name for row in half.rows} == {"random", "frequency", "reap", "dern", "easy-ep"}
+    assert {row.name for row in more.rows} == {"random", "frequency", "dern", "easy-ep"}
+    assert "reap" in (out / "report.html").read_text()
+
+
+def test_another_text_model_or_window_does_not_join(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    assert moekit(*small(made, out, "--methods", "reap")).code == 0
+    kept = (out / "bench.json").read_bytes()
+    write_model(tmp_path / "other", seed=7)
+    for more, words in (
+        (("--max-tokens", 300), "other text"),
+        (("--heldout-tokens", 200), "other text"),
+        (("--window", 16), "window 32 instead of 16"),
+        (("--dtype", "bfloat16"), "bfloat16"),
+    ):
+        done = moekit(*small(made, out, "--methods", "premoe", *more))
+        assert done.code == 2, more
+        assert words in done.err, (more, done.err)
+        assert "--overwrite" in done.err
+    asked = small(made, out, "--methods", "premoe")
+    asked[2] = tmp_path / "other"
+    done = moekit(*asked)
+    assert done.code == 2
+    assert "another model" in done.err
+    assert (out / "bench.json").read_bytes() == kept
+    assert moekit(*asked, "--overwrite").code == 0
+    assert "reap" not in {run.name for run in PruneBenchResult.load(out / "bench.json").runs}
+
+
 def test_a_dry_run_says_how_much_it_is_and_writes_nothing(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit(*options(made, tmp_path / "b", "--methods", "reap", "--dry-run"))
     assert done.code == 0, done.err
@@ -125,6 +242,15 @@ def test_one_text_is_parted_in_two(moekit: Moekit, made: Path, tmp_path: Path) -
     [calibration] = told["calibrations"]
     assert calibration["documents"] + len(told["unchanged"]["nll"]) <= 40
     assert 0 < len(told["unchanged"]["nll"]) < calibration["documents"]
+
+
+def test_one_long_text_is_told_on_the_terminal(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    write_text(tmp_path / "text", documents=1, repeats=500)
+    asked = small(made, tmp_path / "b", "--methods", "reap")
+    asked[asked.index("--heldout") + 1] = tmp_path / "text"
+    done = moekit(*asked, "--heldout-tokens", 2400)
+    assert done.code == 0, done.err
+    assert done.says(r"sums: \d+ passages of 1 document: intervals are too narrow")
 
 
 def test_a_method_of_another_package_in_one_file_takes_part(made: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moekit.errors import BadData
+from moekit.errors import BadConfig, BadData
 from moekit.evaluation.comparison import Evaluation, compare
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.questions import Metric, TaskResult
@@ -70,7 +70,7 @@ def test_the_normalised_metric_goes_first_and_fractions_have_no_mcnemar():
 def test_other_text_or_questions_are_refused():
     a = Evaluation(name="a", perplexity=text(1.0, 1.0, 1.0, 1.0), tasks=(task("x", [1, 0]),))
     other = text(1.0, 1.0, 1.0, 1.0, tokens=(10, 10, 20, 21, 0))
-    with pytest.raises(BadData, match="different text"):
+    with pytest.raises(BadConfig, match="different text"):
         compare(a, Evaluation(name="b", perplexity=other))
     with pytest.raises(BadData, match="different questions of x"):
         compare(a, Evaluation(name="b", tasks=(task("x", [1, 0], questions="others"),)))

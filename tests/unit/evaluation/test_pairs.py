@@ -72,6 +72,64 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     assert alone / runs > 0.5, "an effect of 0.4 spreads is found more often than not with 40 pairs"
 
 
+@pytest.mark.parametrize("n", [2, 4, 8, 16])
+def test_few_units_are_covered_as_often_as_is_said(n):
+    rng = np.random.default_rng(n)
+    runs, covered = 250, 0
+    for run in range(runs):
+        size = rng.integers(200, 400, n).astype(float)
+        a = rng.normal(3.0, 0.5, n)
+        interval = paired(a, a + 0.02 + rng.normal(0, 0.05, n), run, weights=size, resamples=199)
+        covered += interval.low <= 0.02 <= interval.high
+    # Three standard errors of 250 draws below 0.95.
+    assert covered / runs >= 0.908
+
+
+def test_three_units_have_the_interval_of_student_by_hand():
+    # Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t with 2 degrees of freedom 4.302653.
+    difference = paired([0.0, 0.0, 0.0], [1.0, 2.0, 3.0])
+    margin = 4.302653 / math.sqrt(3)
+    assert (difference.low, difference.high) == pytest.approx((2 - margin, 2 + margin), abs=1e-5)
+    assert not difference.excludes_zero
+    narrower = paired([0.0, 0.0, 0.0], [1.0, 2.0, 3.0], level=0.9)
+    assert narrower.high == pytest.approx(2 + 2.919986 / math.sqrt(3), abs=1e-5)
+
+
+def test_few_weighted_units_have_the_error_of_a_ratio():
+    a, b, size = [0.0, 0.0, 0.0], [1.0, 2.0, 4.0], [1, 1, 2]
+    difference = paired(a, b, weights=size)
+    # Mean (1 + 2 + 8) / 4 = 2.75; residuals -1.75, -0.75, 2.5 of variance sum 9.875, times 3 / 2, over 4.
+    margin = 4.302653 * math.sqrt(1.5 * 9.875) / 4
+    assert (difference.low, difference.high) == pytest.approx((2.75 - margin, 2.75 + margin), abs=1e-5)
+
+
+def test_an_interval_of_student_that_holds_zero_has_no_small_p_value():
+    rng = np.random.default_rng(5)
+    for n in (6, 7, 10, 19):
+        for run in range(40):
+            found = paired(np.zeros(n), 0.5 + rng.standard_t(3, n), run, resamples=199)
+            if abs(found.mean) < stats.t.ppf(0.975, n - 1) * found.standard_error:
+                assert not found.excludes_zero
+                assert found.p_value >= 0.05, n
+
+
+def test_many_units_keep_the_bootstrap_alone():
+    rng = np.random.default_rng(6)
+    skewed = rng.exponential(1.0, 30)
+    found = paired(np.zeros(30), skewed)
+    margin = stats.t.ppf(0.975, 29) * found.standard_error
+    assert found.low > found.mean - margin, "skewed to the right: less room below"
+
+
+def test_losses_beyond_what_exp_can_hold_give_a_finite_ratio():
+    low, high = result([10.0, 20.0], [10, 10]), result([9000.0, 9500.0], [10, 10])
+    up, down = paired(low, high), paired(high, low)
+    assert up.ratio == math.exp(690)
+    assert down.ratio == math.exp(-690)
+    for found in (up, down):
+        assert all(math.isfinite(r) for r in (found.ratio, found.ratio_low, found.ratio_high))
+
+
 def test_p_values_are_uniform_without_an_effect():
     rng = np.random.default_rng(2)
     p = [sign_flip(rng.normal(0, 1, 12), resamples=999, seed=i) for i in range(300)]
@@ -112,10 +170,19 @@ def test_bad_pairs_are_refused():
         paired([1.0, 2.0], [1.0, float("nan")])
     with pytest.raises(BadConfig):
         paired([1.0, 2.0], [1.0, 2.0], level=95)
-    with pytest.raises(BadData, match="different text"):
+    with pytest.raises(BadConfig, match="different text"):
         paired(result([1.0, 1.0], [2, 2]), result([1.0, 1.0], [2, 3]))
     with pytest.raises(BadData, match="another one"):
         paired(result([1.0, 1.0], [2, 2]), [1.0, 2.0])
+
+
+def test_other_text_of_the_same_domains_and_sizes_is_refused():
+    one = result([1.0, 1.0], [2, 2]).model_copy(update={"digests": ("a", "b")})
+    assert paired(one, one).mean == 0
+    with pytest.raises(BadConfig, match="different text"):
+        paired(one, one.model_copy(update={"digests": ("a", "c")}))
+    with pytest.raises(BadConfig, match="which text"):
+        paired(one, one.model_copy(update={"digests": ()}))
 
 
 def test_mcnemar_by_hand():

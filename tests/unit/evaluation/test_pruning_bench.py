@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +28,10 @@ from moekit.evaluation.pruning import Entry, PruneBenchResult, PruneRun, Setting
 from moekit.evaluation.pruning import calibration as calibration_module
 from moekit.evaluation.pruning import measuring as measuring_module
 from moekit.evaluation.pruning.calibration import calibrate
+from moekit.evaluation.pruning.joining import joined
 from moekit.evaluation.pruning.ranking import all_rankings, part, removed
 from moekit.evaluation.pruning.setting import default_entries
-from moekit.evaluation.pruning.text import take_tokens
+from moekit.evaluation.pruning.text import Passage, count, take_tokens
 from moekit.evaluation.variants import compare_variants
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain
@@ -159,6 +161,20 @@ def test_what_was_measured_is_not_measured_again(
     assert again.unchanged == first.unchanged
     assert [(r.name, r.perplexity) for r in again.runs] == [(r.name, r.perplexity) for r in first.runs]
     assert [row.nll for r in again.rankings for row in r.rows] == [row.nll for r in first.rankings for row in r.rows]
+
+
+def test_passages_are_not_told_as_documents(subject: Subject, tmp_path: Path) -> None:
+    def pieces(documents: list[TokenizedDocument]) -> list[TokenizedDocument]:
+        return [Passage(d.ids, d.domain, d.index, 0) if d.domain == "low" else d for d in documents]
+
+    asked = setting(keep=(0.5,), seeds=1, domains=("high",))
+    result = bench_pruning(subject, pieces(CALIBRATION), pieces(HELDOUT), asked, tmp_path)
+    [cut] = result.cuts
+    assert (cut.domain, cut.passages, cut.documents) == ("low", 3, 1)
+    whole, high = result.calibrations
+    assert (whole.documents, whole.passages) == (4, 6)
+    assert (high.documents, high.passages) == (3, None)
+    assert bench_pruning(subject, CALIBRATION, HELDOUT, asked, tmp_path).cuts == ()
 
 
 def test_another_heldout_text_is_measured_anew(subject: Subject, tmp_path: Path) -> None:
@@ -314,10 +330,37 @@ def test_rankings_by_hand() -> None:
     assert reap.against_frequency.mean == pytest.approx((78 - 110) / 60)
     assert frequency.against_frequency is None
     assert (reap.reconstruction, reap.lost_tokens, reap.seconds) == (0.5, 0.25, 3.0)
-    assert reap.removed.low is not None
-    assert reap.removed.high is not None
-    # Document by document reap removes 1 - 2/30, 1 - 6/60 and 1 - 10/30: the share of any resample lies between.
-    assert 1 - 10 / 30 - 1e-9 <= reap.removed.low <= reap.removed.mean <= reap.removed.high <= 1 - 2 / 30 + 1e-9
+    # Three documents: Student's interval. Residuals 2 - 0.15 * 30, 6 - 0.15 * 60 and 10 - 0.15 * 30 have squares of sum
+    # 45.5; t with 2 degrees of freedom is 4.302653. No resample goes beyond the single documents' shares.
+    margin = 4.302653 * math.sqrt(3 / 2 * 45.5) / 120
+    assert (reap.removed.low, reap.removed.high) == pytest.approx((0.85 - margin, 0.85 + margin), abs=1e-6)
+
+
+def test_runs_join_by_name_budget_seed_and_knobs() -> None:
+    low, high = (30.0, 90.0, 40.0), (50.0, 90.0, 60.0)
+    earlier = by_hand(
+        made("random", low, keep=1.0), made("random", high, keep=1.0, seed=1), made("reap", low, keep=1.0)
+    )
+    new = by_hand(made("random", high, keep=1), made("random", high, keep=1.0), made("ean", low, keep=1.0))
+    settings = (
+        Setting(entries=(Entry(method="random"), Entry(method="reap")), keep=(1.0,), domains=("a",), seeds=2),
+        Setting(entries=(Entry(method="random"), Entry(method="ean")), keep=(1, 1.0), domains=("b",), seeds=1),
+    )
+    earlier, new = (r.model_copy(update={"setting": s}) for r, s in zip((earlier, new), settings, strict=True))
+    both = joined(earlier, new)
+    assert [(r.name, repr(r.keep), r.seed) for r in both.runs] == [
+        ("random", "1.0", 1),
+        ("reap", "1.0", 0),
+        ("random", "1", 0),
+        ("random", "1.0", 0),
+        ("ean", "1.0", 0),
+    ]
+    assert both.runs[3].perplexity.nll == high, "what was asked for again"
+    assert [repr(keep) for keep in both.setting.keep] == ["1.0", "1"]
+    assert (both.setting.domains, both.setting.seeds) == (("a", "b"), 2)
+    knobs = (Entry(method="reap", settings={"x": 1}, label="reap"),)
+    other = new.model_copy(update={"setting": new.setting.model_copy(update={"entries": knobs})})
+    assert "reap" not in {run.name for run in joined(earlier, other).runs}
 
 
 def test_rankings_of_a_task_look_at_its_domain_and_at_the_rest() -> None:
@@ -336,10 +379,34 @@ def test_rankings_of_a_task_look_at_its_domain_and_at_the_rest() -> None:
     assert part(result.unchanged, "not b").tokens == (10, 30)
 
 
-def test_nothing_is_removed_from_a_rise_that_is_none() -> None:
+def test_nothing_is_removed_from_a_rise_that_is_none_or_does_not_show() -> None:
     base = text((10.0, 30.0, 20.0))
     assert removed(base, base, base) is None
     assert removed(base, text((9.0, 29.0, 20.0)), base) is None
+    # A rise of 10 in one document of three: its interval reaches far below zero.
+    assert removed(base, text((20.0, 30.0, 20.0)), base) is None
+    assert removed(base, text((20.0, 60.0, 41.0)), base) is not None
+    one = PerplexityResult(domains=("a",), tokens=(10,), nll=(10.0,))
+    assert removed(one, one.model_copy(update={"nll": (20.0,)}), one) is None, "one document tells no interval"
+
+
+def test_one_expert_is_not_all_of_them() -> None:
+    runs = [
+        made(name, nll, keep=keep)
+        for keep, nll in ((1, (30.0, 90.0, 60.0)), (1.0, (10.0, 30.0, 20.0)))
+        for name in ("random", "frequency")
+    ]
+    result = by_hand(*runs)
+    result = result.model_copy(update={"setting": result.setting.model_copy(update={"keep": (1, 1.0)})})
+    result = result.model_copy(update={"rankings": all_rankings(result)})
+    result = PruneBenchResult.model_validate_json(result.model_dump_json())
+    for keep, loss in ((1, 3.0), (1.0, 1.0)):
+        [run] = result.select("frequency", keep)
+        assert type(run.keep) is type(keep)
+        ranking = result.ranking(keep)
+        assert ranking is not None
+        assert type(ranking.keep) is type(keep)
+        assert [(row.seeds, row.nll) for row in ranking.rows] == [(1, loss)] * 2
 
 
 def test_results_survive_the_disk(found: PruneBenchResult, tmp_path: Path) -> None:
@@ -362,6 +429,8 @@ def test_a_text_gives_what_is_wanted_from_its_whole_length(tokenizer: Any) -> No
     assert begun[-1] >= "00035", "to the last eighth of the book"
     assert begun == sorted(begun)
     assert [d.index for d in taken] == list(range(len(taken)))
+    assert {cut.domain: (cut.passages, cut.documents) for cut in count(taken)} == {"book": (8, 1), "letters": (10, 10)}
+    assert [cut.words for cut in count(taken) if cut.is_cut] == ["8 passages of 1 document"]
     few = take_tokens([Document("a b c", "x", "1"), Document("", "x", "2")], tokenizer, 1000)
     assert [len(d.ids) for d in few] == [5], "no more than there is"
     with pytest.raises(BadData, match="fewer than two tokens"):

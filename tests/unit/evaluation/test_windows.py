@@ -37,6 +37,16 @@ def test_a_document_shorter_than_the_window_is_one_window():
     assert [pairs(w) for w in corpus.windows] == [[((7,), 8), ((7, 8), 9)]]
 
 
+def test_each_document_has_a_digest_of_its_ids_however_it_is_read():
+    docs = [TokenizedDocument(ids, "x", i) for i, ids in enumerate([[5, 6, 7], [5, 6, 7], [5, 6, 8], [9]])]
+    digests = from_documents(docs, window=4).digests
+    assert digests[0] == digests[1]
+    assert len({*digests}) == 3
+    assert from_documents(docs, window=2).digests == digests
+    # Rows of four cut the second document, and it is put together again.
+    assert from_batches(batches(docs[:3], batch_size=2, seq_len=4, pad_id=99)).digests == digests[:3]
+
+
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (8, 8), (8, 0)])
 def test_windows_without_context_are_refused(window, stride):
     with pytest.raises(BadConfig, match="without any context"):

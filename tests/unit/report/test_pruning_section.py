@@ -12,13 +12,11 @@ import pytest
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.pruning import Entry, PruneBenchResult, PruneRun, Setting
 from moekit.evaluation.pruning.ranking import all_rankings
-from moekit.evaluation.pruning.result import Calibration, Skipped
+from moekit.evaluation.pruning.result import Calibration, Cut, Skipped
 from moekit.report.charts.lines import line_chart
 from moekit.report.page import build, to_html
 from moekit.report.parts import Axis, Interval, LineChart, Point, Series
 from moekit.report.sections.pruning import (
-    findings,
-    headline,
     inside_section,
     layers_section,
     pareto_sections,
@@ -26,6 +24,7 @@ from moekit.report.sections.pruning import (
     report,
     tasks_section,
 )
+from moekit.report.sections.pruning_findings import findings, headline
 from tests.unit.report.test_page import HOSTILE, Page
 
 DOMAINS = ("prose",) * 6 + ("sums",) * 6
@@ -181,6 +180,32 @@ def test_where_chance_costs_nothing_the_headline_says_so() -> None:
     quiet = headline(made({"random": -0.2, "frequency": -0.3, "reap": -0.4}))
     assert quiet.status == "bad"
     assert "costs nothing" in quiet.text
+
+
+def test_no_share_of_chance_is_told_where_the_method_itself_loses_nothing() -> None:
+    told = headline(made({"random": 1.0, "frequency": 0.5, "reap": -0.4}))
+    assert told.text.startswith("reap loses least")
+    assert "-0.4" in told.text
+    assert "random pruning" not in told.text
+    assert "random pruning" in headline(made()).text
+
+
+def test_passages_of_one_document_are_told_and_judge_nothing(result: PruneBenchResult) -> None:
+    one = result.model_copy(update={"cuts": (Cut(domain="prose", passages=6, documents=1),)})
+    words = "prose: 6 passages of 1 document: intervals are too narrow."
+    assert words in [f.text for f in findings(one)]
+    assert headline(one).text == headline(result).text
+    assert {headline(one).status, *(f.status for f in findings(one) if "no part" not in f.text)} == {"neutral"}
+    page = Page(to_html(report(one)))
+    told = " ".join(found for _, found in page.texts)
+    assert "12 held-out documents and passages (prose: 6 passages of 1 document)" in told
+    assert words in told
+    some = result.model_copy(update={"cuts": (Cut(domain="prose", passages=6, documents=3),)})
+    assert "prose: 6 passages of 3 documents: intervals are too narrow." in [f.text for f in findings(some)]
+    assert headline(some).status == "good"
+    text, *others = result.calibrations
+    cut = result.model_copy(update={"calibrations": (text.model_copy(update={"passages": 31}), *others)})
+    assert "20 documents, cut into 31 passages" in " ".join(x for _, x in Page(to_html(report(cut))).texts)
 
 
 def test_the_page_needs_nothing_else_and_says_how_it_was_made(result: PruneBenchResult, tmp_path) -> None:

@@ -10,10 +10,13 @@ from moekit._progress import Progress
 from moekit.data.batches import TokenizedDocument
 from moekit.evaluation.pruning.calibration import Subject, calibrate
 from moekit.evaluation.pruning.deciding import Candidate, Decider
+from moekit.evaluation.pruning.folder import mark
+from moekit.evaluation.pruning.joining import check_joins, dtype_name, joined, text_digest
 from moekit.evaluation.pruning.measuring import Measuring
 from moekit.evaluation.pruning.ranking import all_rankings
 from moekit.evaluation.pruning.result import PruneBenchResult, PruneRun
 from moekit.evaluation.pruning.setting import Setting
+from moekit.evaluation.pruning.text import count
 
 
 def bench_pruning(
@@ -23,6 +26,8 @@ def bench_pruning(
     setting: Setting,
     folder: str | Path,
     progress: Progress | None = None,
+    *,
+    earlier: PruneBenchResult | None = None,
 ) -> PruneBenchResult:
     """Prune one model by all methods, at all budgets and with all seeds, and measure what each costs.
 
@@ -36,15 +41,20 @@ def bench_pruning(
         setting: methods, budgets, seeds, tasks.
         folder: where statistics and results are kept.
         progress: told layer by layer.
+        earlier: what earlier calls found; its runs join the result.
 
     Raises:
-        BadConfig: an impossible budget, an unknown method, or knobs it refuses.
+        BadConfig: an impossible budget, an unknown method, knobs it refuses, or `earlier` is of another model, text or
+            setting.
         BadData: a text is empty or lacks a task's domain.
         UnsupportedModel: no MoE, or quantized weights.
     """
     start = time.perf_counter()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, text, dtype = Path(folder), text_digest(calibration, heldout), dtype_name(subject.dtype)
+    if earlier is not None:
+        fingerprint = subject.checkpoint.fingerprint
+        check_joins(earlier, fingerprint=fingerprint, text=text, dtype=dtype, setting=setting, folder=folder)
+    mark(folder)
     decider = Decider(subject, setting)
     calibrated = calibrate(subject, calibration, setting, decider.statistics, folder, progress)
     candidates = decider.decide(calibrated, folder, progress)
@@ -59,12 +69,16 @@ def bench_pruning(
         bytes=checkpoint.nbytes,
         setting=setting,
         source=subject.text,
+        text=text,
+        dtype=dtype,
         calibrations=tuple(calibrated.describe(name) for name in calibrated.traces),
         calibration_seconds=calibrated.seconds,
         unchanged=unchanged,
+        cuts=tuple(cut for cut in count(heldout) if cut.is_cut),
         runs=_runs(candidates, measuring, decider),
         skipped=(*decider.skipped, *measuring.skipped),
     )
+    result = result if earlier is None else joined(earlier, result)
     rankings = all_rankings(result)
     return result.model_copy(update={"rankings": rankings, "seconds": time.perf_counter() - start})
 

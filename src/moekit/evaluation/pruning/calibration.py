@@ -22,8 +22,9 @@ from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.folder import Checkpoint
 from moekit.data.batches import TokenBatches, TokenizedDocument, arrange
 from moekit.errors import BadData
-from moekit.evaluation.pruning.result import ALL, Calibration
+from moekit.evaluation.pruning.result import ALL, Calibration, Cut
 from moekit.evaluation.pruning.setting import Setting
+from moekit.evaluation.pruning.text import count
 from moekit.trace.store import Trace
 from moekit.trace.streamed import Streamed, record_streamed
 
@@ -56,11 +57,13 @@ class Calibrated:
 
     Attributes:
         traces: "all", and each task's domain -> statistics.
+        cuts: domain -> how many documents its text is of.
         rows: the same names -> the text itself, for methods that decide by trying.
         seconds: of the pass, whenever it was made.
     """
 
     traces: Mapping[str, Trace]
+    cuts: Mapping[str, Cut]
     rows: Mapping[str, TokenBatches]
     seconds: float
 
@@ -70,11 +73,13 @@ class Calibrated:
         domains: dict[str, int] = {}
         for entry in trace.meta.data:
             domains[entry.domain] = domains.get(entry.domain, 0) + entry.tokens
+        cuts = [self.cuts[domain] for domain in domains]
         statistics = trace.require(("load",))
         return Calibration(
             name=name,
             domains=domains,
-            documents=sum(entry.documents for entry in trace.meta.data),
+            documents=sum(cut.documents for cut in cuts),
+            passages=sum(cut.passages for cut in cuts) if any(cut.is_cut for cut in cuts) else None,
             never_routed={layer: len(statistics[layer].never_routed) for layer in statistics},
         )
 
@@ -122,7 +127,8 @@ def calibrate(
     traces = {ALL: Trace.merge([trace for trace, _ in found.values()]), **traces}
     everything = arrange([d for part in parts for name in part for d in by_domain[name]], setting.seq_len)
     texts = {ALL: everything, **{name: rows[name,] for name in setting.domains}}
-    return Calibrated(traces, texts, sum(seconds for _, seconds in found.values()))
+    cuts = {cut.domain: cut for cut in count(documents)}
+    return Calibrated(traces, cuts, texts, sum(seconds for _, seconds in found.values()))
 
 
 def _record(

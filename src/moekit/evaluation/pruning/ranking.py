@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from moekit.evaluation.documents import PerplexityResult
-from moekit.evaluation.pairs import PairedDifference, paired
+from moekit.evaluation.documents import PerplexityResult, ratio_standard_error
+from moekit.evaluation.pairs import PairedDifference, paired, widened
 from moekit.evaluation.pruning.result import ALL, PruneBenchResult, PruneRun, Ranking, RankRow, Share
-from moekit.evaluation.pruning.setting import FREQUENCY, RANDOM, Keep
+from moekit.evaluation.pruning.setting import FREQUENCY, RANDOM, Keep, same_keep
 
 RESAMPLES = 1999
 NOT = "not "
@@ -25,7 +25,7 @@ def mean_over_seeds(runs: Sequence[PruneRun]) -> PerplexityResult:
     """Each document's likelihood, averaged over runs with several seeds."""
     first = runs[0].perplexity
     nll = np.mean([run.perplexity.nll for run in runs], axis=0)
-    return PerplexityResult(domains=first.domains, tokens=first.tokens, nll=tuple(nll.tolist()), model=runs[0].name)
+    return first.model_copy(update={"nll": tuple(nll.tolist()), "model": runs[0].name})
 
 
 def part(result: PerplexityResult, text: str) -> PerplexityResult:
@@ -33,13 +33,7 @@ def part(result: PerplexityResult, text: str) -> PerplexityResult:
     if text == ALL:
         return result
     name, inside = (text.removeprefix(NOT), not text.startswith(NOT))
-    chosen = [i for i, domain in enumerate(result.domains) if (domain == name) == inside]
-    return PerplexityResult(
-        domains=tuple(result.domains[i] for i in chosen),
-        tokens=tuple(result.tokens[i] for i in chosen),
-        nll=tuple(result.nll[i] for i in chosen),
-        model=result.model,
-    )
+    return result.only([i for i, domain in enumerate(result.domains) if (domain == name) == inside])
 
 
 def rank(result: PruneBenchResult, keep: Keep, calibration: str = ALL, text: str = ALL) -> Ranking | None:
@@ -57,7 +51,7 @@ def rank(result: PruneBenchResult, keep: Keep, calibration: str = ALL, text: str
     unchanged = part(result.unchanged, text)
     grouped: dict[str, list[PruneRun]] = {}
     for run in result.runs:
-        if run.keep == keep and run.calibration == calibration:
+        if same_keep(run.keep, keep) and run.calibration == calibration:
             grouped.setdefault(run.name, []).append(run)
     if not grouped or not any(unchanged.tokens):
         return None
@@ -140,25 +134,26 @@ def removed(
 ) -> Share | None:
     """Share of random pruning's rise that a method does not have: 1 - (method - unchanged) / (random - unchanged).
 
-    The interval is the percentile bootstrap over documents.
+    The interval is the percentile bootstrap over documents, and of few no narrower than Student's; see `pairs`.
 
     Returns:
-        The share; None where random pruning raises nothing.
+        The share; None where random pruning raises nothing that shows: a share of noise says nothing.
     """
+    chance = _paired(unchanged, random, seed)
+    if chance is None or chance.low <= 0:
+        return None
     _, base_N, random_N, own_N = _columns(unchanged, random, method)
     rise_N, own_rise_N = random_N - base_N, own_N - base_N
-    if rise_N.sum() <= 0:
-        return None
     mean = float(1 - own_rise_N.sum() / rise_N.sum())
-    if len(rise_N) < 2:
-        return Share(mean=mean, low=None, high=None)
     draws_RN = np.random.default_rng(seed).integers(0, len(rise_N), (RESAMPLES, len(rise_N)))
     below_R = rise_N[draws_RN].sum(1)
     above_R = own_rise_N[draws_RN].sum(1)
     if (below_R <= 0).any():
         return Share(mean=mean, low=None, high=None)
-    low, high = np.quantile(1 - above_R / below_R, (0.025, 0.975))
-    return Share(mean=mean, low=float(low), high=float(high))
+    low, high = (float(q) for q in np.quantile(1 - above_R / below_R, (0.025, 0.975)))
+    error = ratio_standard_error(own_rise_N, rise_N) or 0.0
+    low, high = widened((low, high), mean, error, len(rise_N))
+    return Share(mean=mean, low=low, high=high)
 
 
 def mean_nll(result: PruneBenchResult, name: str, keep: Keep, calibration: str = ALL, text: str = ALL) -> float | None:

@@ -14,12 +14,38 @@ from moekit.checkpoint.atomic import atomic_write
 from moekit.errors import BadData
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.pairs import PairedDifference
-from moekit.evaluation.pruning.setting import Keep, Setting
+from moekit.evaluation.pruning.setting import Keep, Setting, same_keep
 
 FILE = "bench.json"
 # Calibration and text that are not a single domain's.
 ALL = "all"
 MAX_BYTES = 1 << 30
+
+
+class Cut(BaseModel):
+    """How much of a domain's text stands by itself: passages of one document resemble each other.
+
+    Attributes:
+        domain: its name.
+        passages: texts that count as units.
+        documents: that they are of.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    domain: str
+    passages: int
+    documents: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a document gave more than one unit."""
+        return self.passages > self.documents
+
+    @property
+    def words(self) -> str:
+        """Such as "5 passages of 1 document"."""
+        return f"{self.passages} passages of {self.documents} document{'' if self.documents == 1 else 's'}"
 
 
 class Calibration(BaseModel):
@@ -29,6 +55,7 @@ class Calibration(BaseModel):
         name: "all", or the one domain it is of.
         domains: tokens of each domain.
         documents: how many.
+        passages: that they were cut into; None where they were not.
         never_routed: decoder layer -> experts that no token chose.
     """
 
@@ -37,6 +64,7 @@ class Calibration(BaseModel):
     name: str
     domains: dict[str, int]
     documents: int
+    passages: int | None = None
     never_routed: dict[int, int]
 
     @property
@@ -135,7 +163,8 @@ class RankRow(BaseModel):
         rise: paired difference to the unchanged model; None with a single document.
         against_random: paired difference to the mean of the random runs; None without any.
         against_frequency: paired difference to pruning by frequency.
-        removed: 1 - rise / rise of random: 1 costs nothing, 0 is as bad as chance.
+        removed: 1 - rise / rise of random: 1 costs nothing, 0 is as bad as chance; None where random's rise does not
+            show, or for random itself.
         reconstruction: mean over layers and seeds.
         lost_tokens: mean over layers and seeds.
         seconds: to decide and to make new weights, mean over seeds.
@@ -171,7 +200,7 @@ class Ranking(BaseModel):
         calibration: the text they decided from: "all" or a domain.
         text: what they were measured on: "all", a domain, or "not " and a domain.
         unchanged: nll of the unchanged model there.
-        documents: held-out documents there.
+        documents: held-out documents, or passages of them, there.
         rows: by nll.
     """
 
@@ -201,13 +230,16 @@ class PruneBenchResult(BaseModel):
         bytes: of its weights.
         setting: what was asked for.
         source: where the text came from.
+        text: digest of what methods decided from and were measured on.
+        dtype: of the weights in memory.
         calibrations: the texts that methods decided from.
         calibration_seconds: of the one pass that took all statistics.
-        unchanged: likelihood of each held-out document under the unchanged model.
+        unchanged: likelihood of each held-out document, or passage of one, under the unchanged model.
+        cuts: held-out domains whose documents were cut into passages, which make their intervals too narrow.
         runs: all that was measured.
         rankings: at each budget, calibration and text.
         skipped: methods that took no part.
-        seconds: of the last call, in all.
+        seconds: of the last call, in all; the others' runs joined it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -220,9 +252,12 @@ class PruneBenchResult(BaseModel):
     bytes: int
     setting: Setting
     source: str = ""
+    text: str = ""
+    dtype: str = ""
     calibrations: tuple[Calibration, ...]
     calibration_seconds: float
     unchanged: PerplexityResult
+    cuts: tuple[Cut, ...] = ()
     runs: tuple[PruneRun, ...]
     rankings: tuple[Ranking, ...] = ()
     skipped: tuple[Skipped, ...] = ()
@@ -230,13 +265,13 @@ class PruneBenchResult(BaseModel):
 
     def ranking(self, keep: Keep, calibration: str = ALL, text: str = ALL) -> Ranking | None:
         """One of the rankings, if it was made."""
-        key = (keep, calibration, text)
-        return next((r for r in self.rankings if (r.keep, r.calibration, r.text) == key), None)
+        found = (r for r in self.rankings if same_keep(r.keep, keep))
+        return next((r for r in found if (r.calibration, r.text) == (calibration, text)), None)
 
     def select(self, name: str, keep: Keep, calibration: str = ALL) -> tuple[PruneRun, ...]:
         """Runs of one method at one budget, a run for each seed."""
-        key = (name, keep, calibration)
-        return tuple(run for run in self.runs if (run.name, run.keep, run.calibration) == key)
+        found = (run for run in self.runs if same_keep(run.keep, keep))
+        return tuple(run for run in found if (run.name, run.calibration) == (name, calibration))
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""

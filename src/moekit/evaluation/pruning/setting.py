@@ -19,6 +19,11 @@ Keep = int | float | str
 RANDOM, FREQUENCY = "random", "frequency"
 
 
+def same_keep(a: Keep, b: Keep) -> bool:
+    """Whether two budgets are one: 1 is one expert and 1.0 all of them, although Python holds them for equal."""
+    return type(a) is type(b) and a == b
+
+
 class Entry(BaseModel):
     """One method with its knobs.
 

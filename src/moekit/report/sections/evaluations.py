@@ -47,8 +47,9 @@ def comparison_section(
         if c.tasks:
             tables.append(_tasks(c))
     meaning = (
-        "Intervals are 95 % bootstrap intervals over documents or questions, differences paired; they tell what other "
-        "text would give, not what another training seed would. Rows are not corrected for their number."
+        "Intervals are 95 % bootstrap intervals over documents or questions, of fewer than 20 no narrower than "
+        "Student's, differences paired; they tell what other text would give, not what another training seed would. "
+        "Rows are not corrected for their number."
     )
     return TableSection(title=title, lead=lead, note=f"{note} {meaning}".strip(), tables=tuple(tables))
 

@@ -7,24 +7,18 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from moekit.evaluation.pruning.ranking import NOT, mean_nll, part
-from moekit.evaluation.pruning.result import ALL, PruneBenchResult, PruneRun, Ranking, RankRow, Share
-from moekit.evaluation.pruning.setting import FREQUENCY, RANDOM, Keep
-from moekit.report.data import Finding, KeyFigure, LinesSection, ReportData, Section, TableSection, TextSection
+from moekit.evaluation.pruning.result import ALL, Calibration, PruneBenchResult, PruneRun, RankRow, Share
+from moekit.evaluation.pruning.setting import FREQUENCY, RANDOM
+from moekit.report.data import LinesSection, ReportData, Section, TableSection, TextSection
 from moekit.report.markup import number
 from moekit.report.parts import Axis, Cell, Column, Interval, LineChart, Point, Series, Table
 from moekit.report.run_info import describe_run
 from moekit.report.sections.evaluations import interval
+from moekit.report.sections.pruning_findings import findings, headline, keep_name, key_figures, whole
 
 # A chart tells so many lines apart, random's among them.
 LINES = 6
 LOSS = "loss, nats a token"
-
-
-def keep_name(keep: Keep) -> str:
-    """A budget in words: "50 % of the experts"."""
-    if isinstance(keep, str):
-        return keep
-    return f"{number(keep, 0, '%')} of the experts" if isinstance(keep, float) else f"{keep} experts a layer"
 
 
 def report(result: PruneBenchResult, command: str = "") -> ReportData:
@@ -50,15 +44,9 @@ def report(result: PruneBenchResult, command: str = "") -> ReportData:
     )
 
 
-def _whole(result: PruneBenchResult) -> list[Ranking]:
-    """Rankings of the whole text, smallest size first."""
-    found = [r for r in result.rankings if (r.calibration, r.text) == (ALL, ALL) and r.rows]
-    return sorted(found, key=lambda r: r.rows[0].bytes)
-
-
 def _order(result: PruneBenchResult) -> list[str]:
-    """Methods, the best at the smallest size first."""
-    return [row.name for ranking in _whole(result)[:1] for row in ranking.rows]
+    """Methods, the best at the smallest size first, then those that were run at other sizes alone."""
+    return list(dict.fromkeys(row.name for ranking in whole(result) for row in ranking.rows))
 
 
 def _random(result: PruneBenchResult) -> list[str]:
@@ -126,7 +114,10 @@ def ranking_section(result: PruneBenchResult) -> TableSection:
         Column(name="perplexity", digits=2),
         Column(name="rise", digits=3, signed=True, better="low", note="over the unchanged model, nats a token, paired"),
         Column(
-            name="avoided", unit="%", digits=0, note="share of random's rise; beyond 100 % is better than unchanged"
+            name="avoided",
+            unit="%",
+            digits=0,
+            note="share of random's rise, where that shows; beyond 100 % is better than unchanged",
         ),
         Column(name="against frequency", digits=3, signed=True, better="low", note="nats a token, paired"),
     )
@@ -162,7 +153,7 @@ def _tables(
     result: PruneBenchResult, columns: tuple[Column, ...], row: Callable[[RankRow], tuple[Cell, ...]]
 ) -> tuple[Table, ...]:
     found = []
-    for ranking in reversed(_whole(result)):
+    for ranking in reversed(whole(result)):
         size = ranking.rows[0].bytes / result.bytes
         words = f"{keep_name(ranking.keep)}: {number(size, 0, '%')} of the bytes; unchanged {ranking.unchanged:.3f}"
         found.append(Table(columns=columns, rows=tuple(map(row, ranking.rows)), caption=words))
@@ -212,7 +203,7 @@ def tasks_section(result: PruneBenchResult) -> TableSection:
                 if own is not None and whole is not None:
                     rows.append((name, own, whole, whole - own, off, spread))
             base = part(result.unchanged, domain)
-            if any(base.tokens):
+            if rows and any(base.tokens):
                 caption = f"{domain}, {keep_name(keep)}; unchanged {base.overall.nll:.3f} on the task"
                 rows.sort(key=lambda row: float(row[1]))  # type: ignore[arg-type]
                 tables.append(Table(columns=columns, rows=tuple(rows), caption=caption))
@@ -229,7 +220,7 @@ def layers_section(result: PruneBenchResult) -> LinesSection | None:
     """How much each layer's output changes; None where nothing was measured."""
     names = _groups(result)[0]
     charts = []
-    for ranking in reversed(_whole(result)):
+    for ranking in reversed(whole(result)):
         series = [
             Series(name=name, points=points)
             for name in names
@@ -268,20 +259,23 @@ def how_section(result: PruneBenchResult) -> TextSection:
         parts = ", ".join(f"{tokens:,} of {domain}" for domain, tokens in text.domains.items())
         never = {layer: count for layer, count in text.never_routed.items() if count}
         which = "all text" if text.name == ALL else f"the text of {text.name} alone"
-        line = f"Decided from {which}: {text.documents} documents, {text.tokens:,} tokens ({parts})."
+        line = f"Decided from {which}: {_documents(text)}, {text.tokens:,} tokens ({parts})."
         if never:
             most = max(never, key=lambda layer: never[layer])
             line += f" In {len(never)} of {len(text.never_routed)} layers some experts were never chosen "
             line += f"(most in layer {most}: {never[most]}); methods that count tokens rank them below all others."
         told.append(line)
     held = result.unchanged
+    units = f"{held.overall.documents} held-out documents"
+    if result.cuts:
+        units += f" and passages ({'; '.join(f'{cut.domain}: {cut.words}' for cut in result.cuts)})"
     paragraphs = (
         "A router chooses a few of a layer's experts for each token. Pruning drops experts, and their rows of the "
         "router; tokens that would have chosen them choose others. A method says which experts go, from what it saw of "
         "the calibration text, which went through the model once for all methods together; some also rewrite what "
         "stays. Nothing is trained afterwards.",
         *told,
-        f"Measured on {held.overall.documents} held-out documents, {held.overall.tokens:,} tokens, in windows of "
+        f"Measured on {units}, {held.overall.tokens:,} tokens, in windows of "
         f"{result.setting.window} tokens; all variants walked the same text side by side. {RANDOM} and other methods "
         f"that draw numbers ran with {result.setting.seeds} seeds; {FREQUENCY} keeps the experts chosen most often.",
         *(f"{s.name} took no part ({s.calibration}): {s.reason}" for s in result.skipped),
@@ -289,54 +283,6 @@ def how_section(result: PruneBenchResult) -> TextSection:
     return TextSection(title="How to read this, and how it was measured", paragraphs=paragraphs)
 
 
-def headline(result: PruneBenchResult) -> Finding:
-    """The best method at the smallest size, against chance."""
-    rankings = _whole(result)
-    if not rankings:
-        return Finding(text="No method could be measured.", status="bad")
-    smallest = rankings[0]
-    best = smallest.rows[0]
-    random = next((row for row in smallest.rows if row.method == RANDOM), None)
-    if random is not None and random.rise is not None and random.rise.low <= 0:
-        text = f"Dropping experts at random costs nothing that shows at {keep_name(smallest.keep)}."
-        detail = "Where chance costs nothing no method can be told from it: keep fewer, or measure more text."
-        return Finding(text=text, status="bad", detail=detail)
-    rise = best.nll - smallest.unchanged
-    text = f"{best.name} loses least at {keep_name(smallest.keep)}: {rise:+.3f} nats a token"
-    if best.removed is not None:
-        text += f", {number(best.removed.mean, 0, '%')} less than random pruning loses"
-    better = best.against_random is not None and best.against_random.high < 0
-    detail = (
-        f"perplexity {math.exp(min(best.nll, 690.0)):.2f}, unchanged {math.exp(min(smallest.unchanged, 690.0)):.2f}"
-    )
-    return Finding(text=f"{text}.", status="good" if better else "neutral", detail=detail)
-
-
-def findings(result: PruneBenchResult) -> tuple[Finding, ...]:
-    """The best at each other size, who is no better than chance, and who took no part."""
-    found = []
-    for ranking in _whole(result)[1:]:
-        best = ranking.rows[0]
-        rise = best.nll - ranking.unchanged
-        found.append(Finding(text=f"{best.name} loses least at {keep_name(ranking.keep)}: {rise:+.3f} nats a token."))
-    for ranking in _whole(result):
-        poor = [r.name for r in ranking.rows if r.against_random is not None and r.against_random.high >= 0]
-        if poor:
-            words = f"No better than random pruning at {keep_name(ranking.keep)}: {', '.join(poor)}."
-            found.append(Finding(text=words, status="bad", detail="the interval of the paired difference reaches zero"))
-    if result.skipped:
-        names = ", ".join(dict.fromkeys(s.name for s in result.skipped))
-        found.append(Finding(text=f"Took no part: {names}.", status="bad", detail="the reasons are below"))
-    return tuple(found)
-
-
-def key_figures(result: PruneBenchResult) -> tuple[KeyFigure, ...]:
-    """How much was compared."""
-    names = {run.name for run in result.runs}
-    tokens = sum(text.tokens for text in result.calibrations if text.name == ALL)
-    return (
-        KeyFigure(label="methods compared", value=str(len(names)), note=f"{len(result.runs)} pruned models"),
-        KeyFigure(label="unchanged model", value=f"{result.unchanged.overall.perplexity:.2f}", note="perplexity"),
-        KeyFigure(label="decided from", value=f"{tokens:,}", note="tokens, in one pass for all"),
-        KeyFigure(label="measured on", value=f"{result.unchanged.overall.tokens:,}", note="held-out tokens"),
-    )
+def _documents(text: Calibration) -> str:
+    cut = "" if text.passages is None else f", cut into {text.passages} passages"
+    return f"{text.documents} documents{cut}"

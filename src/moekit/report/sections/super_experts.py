@@ -167,7 +167,8 @@ def _checked(check: SuperExpertCheck, suffix: str) -> TableSection:
         note=f"{check.without.overall.a.documents} held-out documents, {check.tokens:,} tokens, in windows of "
         f"{check.window}. A token that chooses a skipped expert gets nothing from it; routers choose as before. Others "
         "are drawn in the same layers where there are so many. A model breaks where the intervals lie above "
-        f"× {BREAKS:g}, and against others above × 1: 95 % bootstrap intervals over documents, paired.",
+        f"× {BREAKS:g}, and against others above × 1: 95 % bootstrap intervals over documents, paired; of "
+        "fewer than 20 no narrower than Student's.",
         tables=(Table(columns=columns, rows=tuple(rows)),),
     )
 
