@@ -5,7 +5,7 @@ import shutil
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.hub import looks_like_hub_id
@@ -115,3 +115,15 @@ def test_offline_is_said_plainly(monkeypatch):
 )
 def test_what_looks_like_a_hub_id(model, expected):
     assert looks_like_hub_id(model) is expected
+
+
+def test_a_network_that_is_down_is_told(monkeypatch):
+    # The client's own errors, with no message, are no OSError.
+    client = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+
+    def down(*_, **__):
+        raise client("")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", down)
+    with pytest.raises(BadCheckpoint, match=f"the hub does not give it: {client.__name__}"):
+        Checkpoint.open("org/name")

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
@@ -96,6 +97,11 @@ class NAEE(PruneMethod):
         default="layerwise", description="inputs of a layer: the dense model's, or those behind the pruned layers"
     )
     most_subsets: int = Field(default=500, ge=1, description="subsets a layer that auto still tries one by one")
+
+    @classmethod
+    def examples(cls, geometry: Geometry) -> Sequence[PruneMethod]:
+        """Both modes."""
+        return [cls(), cls(mode="progressive")]
 
     @property
     def sequential(self) -> bool:

@@ -95,7 +95,7 @@ def test_the_largest_gated_output_stays_by_default() -> None:
 def test_statistics_asked_for_follow_the_knobs() -> None:
     assert NEAREST.required == ()
     assert Stun().required == ("load", "gated_output_norm")
-    assert Stun(coactivation=0.5).required == ("coactivation", "gated_output_norm")
+    assert Stun(coactivation=0.5).required == ("coactivation", "load", "gated_output_norm")
     assert Stun(representative="nearest", router_distance=0, coactivation=1).required == ("coactivation",)
     assert resolve(Stun(coactivation=0.5).required)
     with pytest.raises(KeyError):

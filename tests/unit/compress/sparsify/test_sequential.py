@@ -302,3 +302,22 @@ def test_every_method_says_how_it_is_called() -> None:
     assert expert_weights({layer.index: layer.geometry for layer in find_moe_layers(build("mixtral"))}) == (
         2 * EXPERTS * 3 * HIDDEN * WIDTH
     )
+
+
+def test_the_same_tokens_in_other_rows_are_measured_anew(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path / "m")
+    ids = tokens(1, 32)
+    plans = [
+        plan_sparsity(checkpoint, Calibration([ids.view(shape)], folder), Request(Wanda(), 0.5))
+        for shape, folder in (((2, 16), tmp_path / "f"), ((8, 4), tmp_path / "f"), ((8, 4), None))
+    ]
+    first, resumed, fresh = (plan.statistics[1]["input_square"] for plan in plans)
+    assert torch.allclose(resumed, fresh)
+    assert not torch.allclose(first, fresh)
+
+
+def test_a_model_that_names_itself_as_its_parent(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path / "m")
+    record = Record(command="a test", parent=str(tmp_path / "m"), parent_fingerprint=checkpoint.fingerprint)
+    (tmp_path / "m" / "moekit.json").write_text(record.model_dump_json())
+    assert find_original(Checkpoint.open(tmp_path / "m")).path == tmp_path / "m"

@@ -10,6 +10,7 @@ from moekit.compress.evidence import LayerEvidence
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.wanda import Wanda, input_norms
 from moekit.compress.weights import LayerWeights
+from moekit.errors import NumericFault
 from moekit.trace.observation import Observation
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import resolve
@@ -141,3 +142,12 @@ def test_channels_that_are_always_zero_go_first() -> None:
     weights = LayerWeights(up_EIH=torch.tensor([[[9.0, 1.0, 2.0, 3.0]]]), down_EHI=torch.ones(1, 4, 1))
     seen = given(load=[2], input_square=[[0.0, 1.0, 1.0, 1.0]], inner_square=[[0.0]])
     assert Wanda().transform(weights, seen, 0.5).up_EIH.tolist() == [[[0, 0, 2, 3]]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_inputs_that_are_no_numbers_are_named(bad: float) -> None:
+    weights = LayerWeights(up_EIH=W, down_EHI=torch.ones(1, 3, 2))
+    seen = given(load=[1], input_square=[[1.0, bad, 4.0]], inner_square=[[1.0, 1.0]])
+    with pytest.raises(NumericFault) as fault:
+        Wanda().transform(weights, seen, 1 / 3)
+    assert (fault.value.layer, fault.value.expert) == (2, 0)

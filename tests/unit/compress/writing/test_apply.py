@@ -569,3 +569,23 @@ def test_memory_does_not_grow_with_the_model(how: str, bound: int, tmp_path: Pat
     told = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     print(how, int(told.stdout.split()[-1]) / 2**20)
     assert int(told.stdout.split()[-1]) < bound  # buffers are 32 MiB
+
+
+def test_the_source_and_what_holds_it_are_not_replaced(tmp_path: Path) -> None:
+    source = tmp_path / "models" / "base"
+    build("qwen3_moe").save_pretrained(source)
+    checkpoint = Checkpoint.open(source)
+    decisions = {layer: LayerDecision(keep=(0, 1, 2, 3)) for layer in (0, 1)}
+    for target in (source, tmp_path / "models", source / "half"):
+        with pytest.raises(BadConfig, match="which is read"):
+            apply(checkpoint, decisions, target, record=Record(command="a test"), overwrite=True)
+    Checkpoint.open(source).verify()
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path / "m")
+    decisions = {layer: LayerDecision(keep=(0, 1, 2, 3)) for layer in (0, 1)}
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "out")
+    with pytest.raises(BadConfig, match="mount point"):
+        apply(Checkpoint.open(tmp_path / "m"), decisions, tmp_path / "out", record=Record(command="a test"))
