@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 import yaml
+from pydantic_core import PydanticUndefined
 
 from moekit.errors import BadConfig
 
@@ -127,7 +128,7 @@ def describe(field: Any) -> str:
         parts.append(f"({', '.join(bounds)})")
     if not field.is_required():
         default = field.get_default(call_default_factory=False)
-        if default is not None:
+        if default is not None and default is not PydanticUndefined:  # with a factory, what it makes says little
             parts.append(f"(default: {default})")
     return " ".join(part for part in parts if part)
 
@@ -142,7 +143,8 @@ def type_name(annotation: Any) -> str:
     if origin is Annotated:
         return type_name(typing.get_args(annotation)[0])
     if origin is not None:
-        return str(annotation).replace("typing.", "")
+        inner = ", ".join("..." if a is Ellipsis else type_name(a) for a in typing.get_args(annotation))
+        return f"{getattr(origin, '__name__', origin)}[{inner}]"
     return getattr(annotation, "__name__", str(annotation))
 
 

@@ -43,7 +43,11 @@ def load_hub(spec: str) -> Iterator[tuple[str, str]]:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
         columns = rows.column_names or list(next(iter(rows)))
     except Exception as error:  # the library raises dozens of kinds, of several packages
-        raise BadData(f"the data set {spec!r} cannot be had: {type(error).__name__}: {error}", hint=hint) from error
+        raise BadData(
+            f"{spec!r} is no file or folder here, and as a data set of the hub it cannot be had: "
+            f"{type(error).__name__}: {error}",
+            hint=hint,
+        ) from error
     field = next((f for f in TEXT_FIELDS if f in columns), None)
     if field is None:
         raise BadData(f"{spec!r} has no field {' / '.join(TEXT_FIELDS)}; it has {', '.join(columns)}", hint=hint)

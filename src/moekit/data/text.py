@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,10 @@ def load_text(
     return chosen
 
 
+# name, org/name, either with :config
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
 def _load_part(spec: str, progress: Progress | None) -> Iterator[Document]:
     if not spec:
         raise BadData("no text is named", hint="give a file, a folder, or a source of `moekit data list`")
@@ -100,7 +105,7 @@ def _load_part(spec: str, progress: Progress | None) -> Iterator[Document]:
         yield from _load_folder(path)
     elif path.exists():
         yield from _load_file(path, path.stem)
-    elif path.suffix in SUFFIXES or path.is_absolute() or spec.startswith((".", "~")):
+    elif path.suffix in SUFFIXES or path.is_absolute() or spec.startswith((".", "~")) or not _HUB_NAME.fullmatch(spec):
         raise BadData("there is no such file or folder", file=spec, hint="give an existing path")
     else:
         from moekit.data.hub import load_hub

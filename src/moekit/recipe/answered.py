@@ -20,9 +20,9 @@ FILE = "answers.json"
 
 
 def answered_rows(
-    documents: list[Document], source: Source, work: Workplace, *, new_tokens: int, each: int, seq_len: int, load: Any
+    documents: list[Document], source: Source, work: Workplace, *, new_tokens: int, each: int, load: Any
 ) -> TokenBatches:
-    """Let the model answer some documents of each domain, and lay prompts and answers out in rows.
+    """Let the model answer some documents of each domain, and lay each prompt with its answer out in a row of its own.
 
     Args:
         documents: prompts.
@@ -30,7 +30,6 @@ def answered_rows(
         work: seed, progress, and where answers are kept for a run that goes on.
         new_tokens: longest answer.
         each: prompts of each domain, the longest that fit.
-        seq_len: tokens a row.
         load: opens the whole model, if answers are still wanted.
 
     Raises:
@@ -38,17 +37,18 @@ def answered_rows(
         BadData: an empty prompt.
     """
     from moekit.compress.answers import answer_tokens
-    from moekit.data.batches import arrange
+    from moekit.data.batches import arrange, pad_id_of
 
     file = work.scratch / FILE
     found = _read(file)
+    tokenizer = source.tokenizer()
     if found is None:
-        tokenizer = source.tokenizer()
         prompts = _fitting(documents, tokenizer, source.longest - new_tokens, each, work.seed)
         model = load()
         found = answer_tokens(model, tokenizer, prompts, max_new_tokens=new_tokens, progress=work.progress)
         _write(file, found)
-    return arrange(found, seq_len)
+    # In gapless rows answers would follow other prompts, and be cut off from their own.
+    return arrange(found, max(len(answered.ids) for answered in found), pad=True, pad_id=pad_id_of(tokenizer))
 
 
 def load_for_answers(source: Source, device: str, dtype: str) -> Any:

@@ -213,6 +213,16 @@ def rows_of(
     return pack(documents, tokenizer, seq_len, max_tokens_per_doc=per_document, progress=progress)
 
 
+def calibration_rows(
+    documents: list[Document], tokenizer: Any, *, seq_len: int, max_tokens: int | None, progress: Progress | None = None
+) -> TokenBatches:
+    """Lay at most `max_tokens` of a text out in rows, an equal share of each domain (`moekit.data.shares`)."""
+    from moekit.data.batches import arrange
+    from moekit.data.shares import take_shares
+
+    return arrange(take_shares(documents, tokenizer, max_tokens, progress=progress), seq_len)
+
+
 def model_item(reference: str, sizes: Sizes) -> Item:
     """A model with its bytes on disk: measured, forecast, or read from the hub's headers without a download."""
     known = sizes.of(Path(reference).expanduser())

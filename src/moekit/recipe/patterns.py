@@ -37,7 +37,7 @@ def texts_of_tasks(
         BadData: a task of fewer than two tokens, or a domain of the generalist's name.
     """
     from moekit.compress.patterns.pattern import GENERALIST
-    from moekit.data import tokenize
+    from moekit.data.shares import take_shares
 
     groups: dict[str, list[Document]] = {}
     for document in documents:
@@ -50,9 +50,8 @@ def texts_of_tasks(
         )
     found: Texts = {}
     for name, group in groups.items():
-        each = None if max_tokens is None else max(1, -(-max_tokens // len(group)))
         try:
-            found[name] = tokenize(group, tokenizer, each)
+            found[name] = take_shares(group, tokenizer, max_tokens)
         except BadData as error:
             raise BadData(f"task {name!r}: {error.message}", file=reference, hint=error.hint) from error
     return found

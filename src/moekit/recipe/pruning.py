@@ -44,7 +44,7 @@ class WritingOptions(BaseModel):
 
     proof: bool = Field(default=True, description="measure what it costs, against frequency and random pruning")
     proof_tokens: int | None = Field(
-        default=32768, ge=2, description="held-out tokens, at most, shared among the documents"
+        default=32768, ge=2, description="held-out tokens, at most, an equal share of each domain"
     )
     window: int | None = Field(
         default=None, ge=2, description="longest context of the proof in tokens (default: the model's, ≤ 1024)"
@@ -235,13 +235,12 @@ def read_heldout(options: WritingOptions, reference: str, split: Any, source: So
     Raises:
         BadData: there is none, or no document has two tokens.
     """
-    from moekit.data import tokenize
+    from moekit.data.shares import take_shares
     from moekit.recipe.proof import HeldOut
 
     documents = read_text(reference, split=split, seed=work.seed, progress=work.progress)
-    each = None if options.proof_tokens is None else max(2, options.proof_tokens // len(documents))
     try:
-        tokenized = tokenize(documents, source.tokenizer(), each)
+        tokenized = take_shares(documents, source.tokenizer(), options.proof_tokens)
     except BadData:  # fewer than two tokens in all
         tokenized = []
     if not any(len(document.ids) > 1 for document in tokenized):

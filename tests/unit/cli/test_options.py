@@ -11,6 +11,7 @@ from moekit.cli._command import build_command
 from moekit.cli._options import describe, option_parameters, parse_value, read_options, type_name
 from moekit.cli._terminal import Terminal
 from moekit.errors import BadConfig
+from tests.commands import Moekit
 
 
 class Knobs(BaseModel):
@@ -73,3 +74,10 @@ def test_type_names() -> None:
 def test_a_value_that_is_no_yaml() -> None:
     with pytest.raises(BadConfig, match="--layers"):
         parse_value("[1, ", option="layers")
+
+
+def test_a_method_with_a_mapping_is_described_in_words(moekit: Moekit) -> None:
+    told = moekit("methods", "prune", "--markdown").out
+    assert "| `domain_weights` | dict[str, float] |" in told
+    assert "Undefined" not in told
+    assert "FieldInfo" not in told

@@ -333,9 +333,14 @@ def test_models_that_cannot_be_pruned(moekit: Moekit, made: Path, tmp_path: Path
 
 
 def test_a_plan_of_another_model(moekit: Moekit, made: Path, tmp_path: Path) -> None:
-    done = moekit("apply", made / "p.json", "--model", made / "other", "-o", tmp_path / "out")
+    for more in ([], ["--dry-run"]):
+        done = moekit("apply", made / "p.json", "--model", made / "other", "-o", tmp_path / "out", *more)
+        assert done.code == 2
+        assert_told(done.err, "this plan was made for .*moe.*not for")
+    done = moekit(
+        "apply", made / "p.json", "--keep", "0.5", "--scope", "global", "--stock-only", "-o", "x", "--dry-run"
+    )
     assert done.code == 2
-    assert_told(done.err, "this plan was made for .*moe.*not for")
     shape = moekit("apply", made / "p.json", "--model", made / "grouped", "--other-weights", "-o", tmp_path / "out")
     assert_told(shape.err, "a model of another shape")
     # The same shape may be asked for, as for a quantized copy.

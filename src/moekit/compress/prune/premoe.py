@@ -29,7 +29,7 @@ from moekit.trace.vocabulary import BINS, member_name
     limits=(
         "Sees router logits only, as the model's own precision gives them: blind to how large an expert's output is.",
         f"The threshold is exact to 1/{BINS}: experts whose share lies less than that below it may count.",
-        "token_score=tcess adds signed logits: a chosen expert of negative logits ranks below one never chosen.",
+        "token_score=tcess adds signed logits: a chosen expert of negative logits ranks below a chosen one of score 0.",
     ),
 )
 class PreMoe(PruneMethod):

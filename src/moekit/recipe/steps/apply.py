@@ -85,7 +85,9 @@ class ApplyStep(WritingOptions, Step):
         if model.nbytes is None or not (Path(reference).expanduser() / "config.json").is_file():
             return Forecast((*reads, model), (Item(str(out), model.nbytes),), disk=model.nbytes)
         source = open_source(reference)
+        plan = self._fitting(plan, source)
         request = self._request(plan)
+        refuse_uneven(request.budget, self.stock_only)
         nbytes = foresee(source, request, plan.file.method, stock_only=self.stock_only, mtp=self.mtp).nbytes
         disk = nbytes + self._between(source, plan)
         return Forecast((*reads, model), (Item(str(out), nbytes),), disk=disk, memory=1 << 30)

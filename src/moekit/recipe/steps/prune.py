@@ -11,7 +11,7 @@ from pydantic import Field
 from moekit import catalogue
 from moekit.errors import BadConfig, MoekitError
 from moekit.recipe.answered import answered_rows, load_for_answers
-from moekit.recipe.inputs import model_item, read_text, rows_of, text_item
+from moekit.recipe.inputs import calibration_rows, model_item, read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.protection import SUPER, parse_protected, protection_needs, super_experts
 from moekit.recipe.pruned import Decided, finish, in_groups, told_of_plan, warn_of
@@ -72,8 +72,14 @@ class PruneStep(WritingOptions, Step):
         "it (the whole model runs, not layer by layer)",
     )
     demonstrations: int = Field(default=25, ge=1, description="prompts of each domain that are answered")
-    max_tokens: int | None = Field(default=65536, ge=1, description="tokens of data, at most, shared among documents")
-    seq_len: int = Field(default=512, ge=2, description="tokens a row; the model's limit if that is less")
+    max_tokens: int | None = Field(
+        default=65536, ge=1, description="tokens of data, at most, shared by its domains; answered prompts count apart"
+    )
+    seq_len: int = Field(
+        default=512,
+        ge=2,
+        description="tokens a row, the model's limit if that is less; a prompt and its answer are one",
+    )
     batch_size: int = Field(default=8, ge=1, description="rows a pass")
     plan: str | None = Field(default=None, description="also write scores and decision to this file")
     write: Literal["model", "plan"] = Field(default="model", description="write the smaller model, or the plan alone")
@@ -194,16 +200,15 @@ class PruneStep(WritingOptions, Step):
         return rows, read_heldout(self, self.data, "heldout", source, work)
 
     def _rows(self, documents: list[Document], source: Source, work: Workplace) -> TokenBatches:
-        length = min(self.seq_len, source.longest)
         if self.answers is None:
-            return rows_of(documents, source.tokenizer(), seq_len=length, max_tokens=self.max_tokens)
+            length = min(self.seq_len, source.longest)
+            return calibration_rows(documents, source.tokenizer(), seq_len=length, max_tokens=self.max_tokens)
         return answered_rows(
             documents,
             source,
             work,
             new_tokens=self.answers,
             each=self.demonstrations,
-            seq_len=length,
             load=lambda: load_for_answers(source, self.device, self.dtype),
         )
 

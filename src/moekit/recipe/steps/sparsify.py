@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from moekit import catalogue
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
-from moekit.recipe.inputs import model_item, read_text, rows_of, text_item
+from moekit.recipe.inputs import calibration_rows, model_item, read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.pruning import PLAN_FILE, WritingOptions, bytes_between, check_disk, read_heldout
 from moekit.recipe.source import Source, check_device, open_source
@@ -55,7 +55,7 @@ class SparsifyStep(Step):
     heldout: TextRef | None = Field(
         default=None, description="text to prove the result on; by default a tenth of data, which is kept apart for it"
     )
-    max_tokens: int | None = Field(default=65536, ge=1, description="tokens of data, at most, shared among documents")
+    max_tokens: int | None = Field(default=65536, ge=1, description="tokens of data, at most, shared by its domains")
     seq_len: int = Field(default=512, ge=2, description="tokens a row; the model's limit if that is less")
     batch_size: int = Field(default=8, ge=1, description="rows a pass")
     plan: str | None = Field(default=None, description="also write what was decided to this file")
@@ -65,7 +65,7 @@ class SparsifyStep(Step):
     write: Literal["model", "plan"] = Field(default="model", description="write the sparse model, or the plan alone")
     proof: bool = Field(default=True, description="measure what it costs, against magnitudes at the same sparsity")
     proof_tokens: int | None = Field(
-        default=32768, ge=2, description="held-out tokens, at most, shared among the documents"
+        default=32768, ge=2, description="held-out tokens, at most, an equal share of each domain"
     )
     window: int | None = Field(
         default=None, ge=2, description="longest context of the proof in tokens (default: the model's, ≤ 1024)"
@@ -242,7 +242,7 @@ class SparsifyStep(Step):
         split = "train" if self.heldout is None else None
         documents = read_text(str(self.data), split=split, seed=work.seed, progress=work.progress)
         length = min(self.seq_len, source.longest)
-        return rows_of(documents, tokenizer, seq_len=length, max_tokens=self.max_tokens)
+        return calibration_rows(documents, tokenizer, seq_len=length, max_tokens=self.max_tokens)
 
     def _origin(self) -> str:
         """How the plan names its text: the part in brackets tells that the rest was kept apart."""

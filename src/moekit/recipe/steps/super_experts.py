@@ -55,7 +55,7 @@ class SuperExpertsStep(Step):
         default="gain",
         description="layers that form massive activations: those whose block adds one, or the first 75 %",
     )
-    max_tokens: int | None = Field(default=65536, ge=1, description="tokens of data, at most, shared among documents")
+    max_tokens: int | None = Field(default=65536, ge=1, description="tokens of data, at most, shared by its domains")
     seq_len: int = Field(default=512, ge=2, description="tokens a row; the model's limit if that is less")
     batch_size: int = Field(default=8, ge=1, description="rows a pass")
     proof: bool = Field(
@@ -63,7 +63,7 @@ class SuperExpertsStep(Step):
     )
     random_seeds: int = Field(default=5, ge=1, le=100, description="draws of as many others")
     proof_tokens: int | None = Field(
-        default=32768, ge=2, description="held-out tokens, at most, shared among the documents"
+        default=32768, ge=2, description="held-out tokens, at most, an equal share of each domain"
     )
     window: int | None = Field(
         default=None, ge=2, description="longest context of the check in tokens (default: the model's, ≤ 1024)"
@@ -125,14 +125,14 @@ class SuperExpertsStep(Step):
 
     def _texts(self, source: Source, work: Workplace) -> tuple[TokenBatches, HeldOut | None]:
         """Rows to look at and text to check on; both are read before any work, as either may turn out empty."""
-        from moekit.data.batches import arrange, pad_id_of, tokenize
+        from moekit.data.batches import arrange, pad_id_of
+        from moekit.data.shares import take_shares
 
         kept_apart = self.proof and self.heldout is None
         documents = read_text(self.data, split="train" if kept_apart else None, seed=work.seed, progress=work.progress)
-        each = None if self.max_tokens is None else max(1, -(-self.max_tokens // len(documents)))
         tokenizer = source.tokenizer()
         # Sinks stand at the beginning of a text: each document begins a row, as texts of this model do.
-        found = _begun(tokenize(documents, tokenizer, each, progress=work.progress), tokenizer)
+        found = _begun(take_shares(documents, tokenizer, self.max_tokens, progress=work.progress), tokenizer)
         length = min(self.seq_len, source.longest)
         rows = arrange(found, length, pad=True, pad_id=pad_id_of(tokenizer))
         if not self.proof:
