@@ -55,8 +55,15 @@ def test_other_text_fields_and_configurations(asked: list[tuple[object, ...]]) -
     assert asked[0][:2] == ("someone/code", "python")
 
 
+@pytest.mark.parametrize("spec", ["my-domian/", "two words", "a/b/c", "org//name"])
+def test_what_is_no_name_is_not_looked_for(spec: str, asked: list[tuple[object, ...]]) -> None:
+    with pytest.raises(BadData, match="there is no such file or folder"):
+        load_text(spec)
+    assert asked == []
+
+
 def test_troubles_are_named(asked: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadData, match=r"'someone/none' cannot be had: ConnectionError: cannot reach"):
+    with pytest.raises(BadData, match=r"'someone/none' is no file.* cannot be had: ConnectionError: cannot reach"):
         load_text("someone/none")
     with pytest.raises(BadData, match="has no field text"):
         load_text("someone/images")
