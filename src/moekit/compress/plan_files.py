@@ -33,11 +33,13 @@ class ReadablePart(BaseModel):
 
     Attributes:
         statistics_sha256: of the file beside it; filled in as both are written.
+        text_sha256: of the files that the text was read from; "" where they are not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     statistics_sha256: str = ""
+    text_sha256: str = ""
 
 
 F = TypeVar("F", bound=ReadablePart)

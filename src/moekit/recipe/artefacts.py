@@ -42,6 +42,12 @@ def reference_hash(reference: str) -> list[str | None]:
     return [artefact_hash(path) for path in local_parts(reference)]
 
 
+def text_hash(reference: str | None) -> str:
+    """sha256 over all local parts of a text; "" where it has none."""
+    found = reference_hash(reference) if reference else []
+    return hash_of(found) if found else ""
+
+
 def listing(path: str | Path) -> list[list[Any]]:
     """Names and sizes of all files: what tells cheaply that an output is still as it was written."""
     path = Path(path)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moekit._validation import faults
 from moekit.errors import BadConfig, BadData, OutOfBudget
+from moekit.recipe.artefacts import text_hash
 from moekit.recipe.inputs import read_text
 from moekit.recipe.plan import disk_bytes
 from moekit.recipe.source import Source
@@ -251,6 +252,25 @@ def read_heldout(options: WritingOptions, reference: str, split: Any, source: So
         )
     window = options.window or min(1024, source.longest)
     return HeldOut(reference if split is None else f"{reference}[{split}]", tokenized, window)
+
+
+def check_unchanged(text: str, sha256: str) -> None:
+    """Refuse to prove on what was kept apart of a text that has changed: it may have been decided on.
+
+    Args:
+        text: that was decided on.
+        sha256: of its files then.
+
+    Raises:
+        BadConfig: they are others now.
+    """
+    now = text_hash(text)
+    if now and sha256 and now != sha256:
+        raise BadConfig(
+            "the text of this plan has changed, so what was kept apart of it is not known any more",
+            file=text,
+            hint="give --heldout TEXT, or say --no-proof",
+        )
 
 
 def heldout_of_plan(plan: PrunePlan) -> str | None:

@@ -350,6 +350,18 @@ def test_a_plan_of_another_model(moekit: Moekit, made: Path, tmp_path: Path) -> 
     assert "give --keep as well" in moekit("apply", made / "p.json", "--scope", "global", "-o", tmp_path / "x").err
 
 
+def test_text_that_changed_since_the_plan_proves_nothing(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "my-domain", tmp_path / "text")
+    command = ["prune", made / "moe", "--method", "reap", "--keep", 4, "--data", tmp_path / "text"]
+    assert moekit(*command, "--plan", tmp_path / "p.json").code == 0
+    file = next((tmp_path / "text").rglob("*.txt"))
+    file.write_text(file.read_text() + " and more of it")
+    done = moekit("apply", tmp_path / "p.json", "-o", tmp_path / "out")
+    assert done.code == 2
+    assert_told(done.err, "the text of this plan has changed.*--heldout")
+    assert moekit("apply", tmp_path / "p.json", "-o", tmp_path / "out", "--no-proof").code == 0
+
+
 def test_methods_that_need_text_or_none(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     bare = ["prune", made / "moe", "--keep", "4", "-o", tmp_path / "out"]
     assert_told(moekit(*bare, "--method", "reap").err, "reap decides from load.*--data")

@@ -19,6 +19,7 @@ from moekit.recipe.pruning import (
     budget_of,
     bytes_between,
     check_disk,
+    check_unchanged,
     foresee,
     heldout_of_plan,
     read_heldout,
@@ -172,6 +173,8 @@ class ApplyStep(WritingOptions, Step):
         if self.heldout is not None:
             return read_heldout(self, self.heldout, None, source, work)
         known = heldout_of_plan(plan)
+        if known is not None:
+            check_unchanged(known, plan.file.text_sha256)
         try:
             if known is not None:
                 return read_heldout(self, known, "heldout", source, work)

@@ -11,6 +11,7 @@ from pydantic import Field
 from moekit import catalogue
 from moekit.errors import BadConfig, MoekitError
 from moekit.recipe.answered import answered_rows, load_for_answers
+from moekit.recipe.artefacts import text_hash
 from moekit.recipe.inputs import calibration_rows, model_item, read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.protection import SUPER, parse_protected, protection_needs, super_experts
@@ -265,6 +266,7 @@ class PruneStep(WritingOptions, Step):
         layers = in_groups(source, plan)
         if layers != plan.file.layers:
             plan = PrunePlan(plan_file(source.checkpoint, request, layers, trace), plan.statistics)
+        plan = PrunePlan(plan.file.model_copy(update={"text_sha256": text_hash(self.data)}), plan.statistics)
         try:
             counted = {} if trace is None else dict(trace.require(("load",)))
         except MoekitError:

@@ -10,9 +10,10 @@ from pydantic import Field, field_validator
 
 from moekit import catalogue
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
+from moekit.recipe.artefacts import text_hash
 from moekit.recipe.inputs import calibration_rows, model_item, read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.pruning import PLAN_FILE, WritingOptions, bytes_between, check_disk, read_heldout
+from moekit.recipe.pruning import PLAN_FILE, WritingOptions, bytes_between, check_disk, check_unchanged, read_heldout
 from moekit.recipe.source import Source, check_device, open_source
 from moekit.recipe.sparse import Machine, finish, told_of, warn_of
 from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
@@ -236,7 +237,9 @@ class SparsifyStep(Step):
             )
         plan = plan_sparsity(source.checkpoint, text, request, work.progress)
         kept = _named(self.data) if self.data is not None and self.heldout is None else ""
-        return SparsityPlan(plan.file.model_copy(update={"kept_apart": kept}), plan.statistics)
+        return SparsityPlan(
+            plan.file.model_copy(update={"kept_apart": kept, "text_sha256": text_hash(self.data)}), plan.statistics
+        )
 
     def _rows(self, source: Source, tokenizer: Any, work: Workplace) -> TokenBatches:
         split = "train" if self.heldout is None else None
@@ -258,6 +261,7 @@ class SparsifyStep(Step):
             return read_heldout(options, self.heldout, None, source, work)
         if plan is None:
             return read_heldout(options, str(self.data), "heldout", source, work)
+        check_unchanged(plan.file.kept_apart, plan.file.text_sha256)
         try:
             if plan.file.kept_apart:
                 return read_heldout(options, plan.file.kept_apart, "heldout", source, work)
