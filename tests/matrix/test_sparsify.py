@@ -131,7 +131,8 @@ def test_every_setting_gives_its_zeros_and_a_stored_plan_the_same(
         plan = plan_of(checkpoint, method, 0.5)
         plan.save(tmp_path / f"{number}.json")
         stored = SparsityPlan.load(tmp_path / f"{number}.json")
-        assert (stored.file, stored.hash) == (plan.file, plan.hash)
+        read = stored.file.model_copy(update={"statistics_sha256": ""})  # filled in as it is written
+        assert (read, stored.hash) == (plan.file, plan.hash)
         assert stored.method == method
         zeros, again = zeros_of(plan, checkpoint), zeros_of(stored, checkpoint)
         for layer in find_moe_layers(model):
