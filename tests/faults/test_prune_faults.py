@@ -7,10 +7,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,8 @@ def assert_absent_or_complete(out: Path) -> None:
         assert report.ok, report.findings
 
 
-def survives(
-    command: Callable[[Path], list[str]], folder: Path, moments: Callable[[float], list[float]]
-) -> tuple[int, list[str]]:
-    """Kill runs at the moments given and finish each; how many were at work, and what the kills left."""
+def survives(command: Callable[[Path], list[str]], folder: Path, shares: Sequence[float]) -> list[str]:
+    """Kill runs at shares of the time that a whole one takes, and finish each; what the kills left."""
     whole = folder / "whole"
     answer = folder / "answer.json"
     finish(command(whole), answer)  # the first one also warms the disk
@@ -97,10 +96,14 @@ def survives(
     began = time.monotonic()
     told = finish(command(folder / "again"), answer)
     lasts = time.monotonic() - began
-    killed, left = 0, []
-    for number, moment in enumerate(moments(lasts)):
+    left: list[str] = []
+    for number, share in enumerate(shares):
         out = folder / f"out-{number}"
-        killed += kill_at(moment, command(out), answer)
+        # On a busy machine one run may last half as long as another: a kill that came too late is tried earlier.
+        while not kill_at(share * lasts, command(out), answer):
+            assert check(out).ok
+            shutil.rmtree(out)
+            lasts *= 0.8
         assert_absent_or_complete(out)
         left += [path.name for path in folder.glob(f".out-{number}.*")]
         complete = out.exists()
@@ -110,7 +113,7 @@ def survives(
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert check(out).ok
         assert not list(folder.glob(f".out-{number}.*"))
-    return killed, left
+    return left
 
 
 def test_a_run_that_is_killed_ten_times(made: Path, tmp_path: Path) -> None:
@@ -119,8 +122,7 @@ def test_a_run_that_is_killed_ten_times(made: Path, tmp_path: Path) -> None:
         return [*map(str, told), "--seq-len", "64", "--json"]
 
     generator = random.Random(0)
-    killed, left = survives(command, tmp_path, lambda lasts: [generator.uniform(0, lasts) for _ in range(KILLS)])
-    assert killed >= KILLS - 2
+    left = survives(command, tmp_path, [generator.uniform(0, 1) for _ in range(KILLS)])
     assert any("scratch" in name for name in left), "no kill hit the work: the test shows nothing"
 
 
@@ -129,8 +131,7 @@ def test_a_killed_rewriting_run_goes_on_layer_by_layer(made: Path, tmp_path: Pat
         told = ["prune", made / "moe", "--method", "dern", "--keep", 0.5, "--data", made / "text", "-o", out]
         return [*map(str, told), "--set", "alpha=0.0", "--seq-len", "64", "--json"]
 
-    killed, _ = survives(command, tmp_path, lambda lasts: [0.6 * lasts, 0.9 * lasts])
-    assert killed
+    survives(command, tmp_path, [0.6, 0.9])
 
 
 def test_a_search_that_is_killed(made: Path, tmp_path: Path) -> None:
@@ -138,5 +139,4 @@ def test_a_search_that_is_killed(made: Path, tmp_path: Path) -> None:
         told = ["prune", made / "moe", "--method", "naee", "--keep", 6, "--data", made / "text", "-o", out]
         return [*map(str, told), "--max-tokens", "400", "--seq-len", "64", "--json"]
 
-    killed, _ = survives(command, tmp_path, lambda lasts: [share * lasts for share in (0.3, 0.6, 0.9)])
-    assert killed
+    survives(command, tmp_path, [0.3, 0.6, 0.9])
