@@ -589,3 +589,13 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "out")
     with pytest.raises(BadConfig, match="mount point"):
         apply(Checkpoint.open(tmp_path / "m"), decisions, tmp_path / "out", record=Record(command="a test"))
+
+
+def test_a_model_with_code_of_its_own_is_refused_before_the_work(tmp_path: Path) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path / "m")
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    checkpoint.remote_code = True
+    decisions = {layer: LayerDecision(keep=(0, 1, 2, 3)) for layer in (0, 1)}
+    with pytest.raises(UnsupportedModel, match="code comes with its repository"):
+        apply(checkpoint, decisions, tmp_path / "out", record=Record(command="a test"))
+    assert not (tmp_path / "out").exists()
