@@ -24,8 +24,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import moekit
-from moekit.anatomy.convert.residual import Residual
 from moekit.checkpoint import Checkpoint, Record
+from moekit.convert.methods.residual import Residual
 from moekit.placement import Placement, place_checkpoint
 
 CHUNK = 16 << 20

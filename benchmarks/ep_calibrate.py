@@ -16,8 +16,8 @@ import json
 import statistics
 from pathlib import Path
 
-from moekit.parallel.bench.network import name_rate
-from moekit.parallel.bench.result import BenchResult
+from moekit.bench.dispatch.network import name_rate
+from moekit.bench.dispatch.result import BenchResult
 from moekit.placement import fit_link
 
 

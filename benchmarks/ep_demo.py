@@ -15,11 +15,11 @@ import argparse
 from pathlib import Path
 
 import moekit
-from moekit.parallel.bench.harness import run_bench
-from moekit.parallel.bench.network import name_rate, read_rate
-from moekit.parallel.bench.result import BenchResult, EntryResult, paired_ratio
-from moekit.parallel.bench.setting import BASELINE, Entry, Setting
-from moekit.parallel.bench.sources import make_source
+from moekit.bench.dispatch.harness import run_bench
+from moekit.bench.dispatch.network import name_rate, read_rate
+from moekit.bench.dispatch.result import BenchResult, EntryResult, paired_ratio
+from moekit.bench.dispatch.setting import BASELINE, Entry, Setting
+from moekit.bench.dispatch.sources import make_source
 from moekit.placement import Placement, place_trace
 from moekit.recipe.results import load_comparison
 from moekit.report.sections.evaluations import relative

@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moekit.parallel.bench.harness import run_bench, start
-from moekit.parallel.bench.network import name_rate, read_rate
-from moekit.parallel.bench.peers.base import all_entries, peer_class
-from moekit.parallel.bench.result import BenchResult, Ratio
-from moekit.parallel.bench.setting import BASELINE, Entry, Setting
-from moekit.parallel.bench.workload import Workload, make_layer
+from moekit.bench.dispatch.competitors.base import all_entries, peer_class
+from moekit.bench.dispatch.harness import run_bench, start
+from moekit.bench.dispatch.network import name_rate, read_rate
+from moekit.bench.dispatch.result import BenchResult, Ratio
+from moekit.bench.dispatch.setting import BASELINE, Entry, Setting
+from moekit.bench.dispatch.workload import Workload, make_layer
 
 
 def show(rows: list[list[str]]) -> None:

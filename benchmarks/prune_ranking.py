@@ -40,9 +40,7 @@ from prune_trends import (
     of_one_origin,
 )
 
-from moekit.checkpoint import Checkpoint
-from moekit.data import load_text
-from moekit.evaluation.pruning import (
+from moekit.bench.pruning import (
     Entry,
     PruneBenchResult,
     Setting,
@@ -51,7 +49,9 @@ from moekit.evaluation.pruning import (
     default_entries,
     take_tokens,
 )
-from moekit.evaluation.pruning.result import FILE
+from moekit.bench.pruning.result import FILE
+from moekit.checkpoint import Checkpoint
+from moekit.data import load_text
 from moekit.recipe.inputs import load_tokenizer
 from moekit.report import build as build_page
 from moekit.report.sections.pruning import report

@@ -20,11 +20,11 @@ import torch
 import moekit
 from moekit import catalogue
 from moekit.anatomy import find_moe_layers
+from moekit.bench.pruning import Entry, PruneBenchResult, Subject
+from moekit.bench.pruning.ranking import mean_nll
 from moekit.compress import live
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.patterns.retrieval import query, retrieve
-from moekit.compress.patterns.scoring import pattern_of
 from moekit.compress.prune.premoe import PreMoe
 from moekit.compress.prune.stun import Stun
 from moekit.compress.resize import read_block
@@ -34,8 +34,8 @@ from moekit.compress.weights import LayerWeights
 from moekit.data import TokenBatches, TokenizedDocument
 from moekit.data.batches import arrange
 from moekit.evaluation import perplexity_of_documents
-from moekit.evaluation.pruning import Entry, PruneBenchResult, Subject
-from moekit.evaluation.pruning.ranking import mean_nll
+from moekit.serving.expert_sets.retrieval import query, retrieve
+from moekit.serving.expert_sets.scoring import pattern_of
 from moekit.trace import record, summarise
 
 # Scores from one pass that weigh by how often an expert is chosen; means over an expert's tokens are told apart.

@@ -24,21 +24,21 @@ from pathlib import Path
 import torch
 
 from moekit import catalogue
+from moekit.bench.pruning import take_tokens
 from moekit.checkpoint import Checkpoint, Record
 from moekit.compress.budget import Budget
+from moekit.compress.engine.apply import apply
 from moekit.compress.prune import planning
 from moekit.compress.prune.rewriting import rewriter
 from moekit.compress.sparsify.accounting import remaining_sparsity
 from moekit.compress.sparsify.base import SparsifyMethod
 from moekit.compress.sparsify.lineage import expert_weights, find_original
 from moekit.compress.sparsify.sequential import Calibration, PlannedZeros, Request, plan_sparsity, zeros_of
-from moekit.compress.writing.apply import apply
 from moekit.data import TokenizedDocument, load_text
 from moekit.data.batches import arrange
 from moekit.evaluation import Evaluation, compare
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import PerplexityResult
-from moekit.evaluation.pruning import take_tokens
 from moekit.evaluation.variants import compare_variants
 from moekit.recipe.inputs import load_tokenizer
 from moekit.trace import Trace

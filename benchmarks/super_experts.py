@@ -28,14 +28,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import moekit
 from moekit.anatomy import find_moe_layers
-from moekit.anatomy.convert import ActivationSplit, Residual
 from moekit.cli._terminal import Terminal
 from moekit.cli.super_experts import show
-from moekit.compress.protect.ablation import Pair, without_experts
-from moekit.compress.protect.report import SHARED
-from moekit.compress.protect.sinks import find_sinks, measure_sink_decay, sink_router_scores, sinks_mask
-from moekit.compress.protect.streams import StreamedProfile, layer_streams
+from moekit.convert import ActivationSplit, Residual
 from moekit.data import TokenBatches, TokenizedDocument, fetch, load_text, pack
+from moekit.diagnose.super_experts.ablation import Pair, without_experts
+from moekit.diagnose.super_experts.attention_sinks import find_sinks, measure_sink_decay, sink_router_scores, sinks_mask
+from moekit.diagnose.super_experts.massive_activations import StreamedProfile, layer_streams
+from moekit.diagnose.super_experts.report import SHARED
 from moekit.evaluation.super_expert_study import SuperExpertStudy
 from moekit.evaluation.super_experts import check_super_experts
 from moekit.recipe.protection import find_in_trace, protection_needs

@@ -33,7 +33,7 @@ from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.base import PruneMethod
 from moekit.data import Document, TokenBatches, load_text, pack
 from moekit.routing import attach_policy
-from moekit.routing.shared_experts import MemberGates, share_rows
+from moekit.routing.methods.merge_redirect import MemberGates, share_rows
 from moekit.trace import Statistics, record
 from moekit.training import LabConfig, TrainConfig, build_lab_model, train, train_tokenizer
 

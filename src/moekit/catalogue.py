@@ -30,8 +30,8 @@ ENTRY_POINT_GROUP = "moekit.methods"
 
 # Folders whose modules hold methods; each module is imported once, when the catalogue is first read.
 METHOD_PACKAGES = (
-    "moekit.routing",
-    "moekit.anatomy.convert",
+    "moekit.routing.methods",
+    "moekit.convert.methods",
     "moekit.compress.prune",
     "moekit.compress.sparsify",
     "moekit.placement.solvers",

@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and text; and everything a run imports, so that its processes only work."""
     for name in (
         "moekit.cli.prune",
-        "moekit.compress.writing.apply",
+        "moekit.compress.engine.apply",
         "moekit.compress.prune.searching",
         "moekit.evaluation.variants",
         "moekit.checking.whole",

@@ -79,7 +79,7 @@ def tiny(family: str, policy: bool = False, overrides: dict[str, Any] | None = N
     if policy:
         from moekit.anatomy import find_moe_layers
         from moekit.routing import plan_routing
-        from moekit.routing.c2r import C2R
+        from moekit.routing.methods.c2r import C2R
 
         layers = find_moe_layers(model)
         generator = torch.Generator().manual_seed(0)

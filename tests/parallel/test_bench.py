@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from moekit.bench.dispatch import network
+from moekit.bench.dispatch.checks import replays
+from moekit.bench.dispatch.competitors.base import all_entries
+from moekit.bench.dispatch.harness import run_bench, start
+from moekit.bench.dispatch.result import BenchResult
+from moekit.bench.dispatch.setting import BASELINE, Entry, Job, Setting
+from moekit.bench.dispatch.workload import Workload, make_layer
 from moekit.cli.main import main
 from moekit.errors import PeerLost
-from moekit.parallel.bench import network
-from moekit.parallel.bench.checks import replays
-from moekit.parallel.bench.harness import run_bench, start
-from moekit.parallel.bench.peers.base import all_entries
-from moekit.parallel.bench.result import BenchResult
-from moekit.parallel.bench.setting import BASELINE, Entry, Job, Setting
-from moekit.parallel.bench.workload import Workload, make_layer
 
 REASON = network.why_not()
 SMALL = Setting(tokens=48, hidden=32, experts=8, width=24, top_k=3)

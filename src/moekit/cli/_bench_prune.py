@@ -16,8 +16,8 @@ from moekit.cli._terminal import Terminal
 from moekit.errors import BadConfig, BadData
 
 if TYPE_CHECKING:
+    from moekit.bench.pruning import PruneBenchResult, Ranking, RankRow, Setting
     from moekit.data import Document
-    from moekit.evaluation.pruning import PruneBenchResult, Ranking, RankRow, Setting
 
 
 def prune(
@@ -96,8 +96,8 @@ def prune(
 def _setting(*, methods: str, keep: str, knobs: Sequence[str], domains: list[str], **more: Any) -> Setting:
     from pydantic import ValidationError
 
+    from moekit.bench.pruning import Setting, default_entries
     from moekit.cli._errors import config_error
-    from moekit.evaluation.pruning import Setting, default_entries
 
     names = None if methods == "all" else _split(methods)
     budgets = [parse_value(part, option="keep") for part in _split(keep)]
@@ -126,8 +126,8 @@ def _split(text: str | None) -> list[str]:
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
     """The folder, if it is a bench's or new; nobody else writes it meanwhile."""
+    from moekit.bench.pruning.folder import check_folder
     from moekit.checkpoint.atomic import lock
-    from moekit.evaluation.pruning.folder import check_folder
 
     target = out.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +149,8 @@ def _measure(
 ) -> PruneBenchResult:
     import torch
 
-    from moekit.evaluation.pruning import Subject, bench_pruning, take_tokens
-    from moekit.evaluation.pruning.folder import WORK, earlier_result, forget
+    from moekit.bench.pruning import Subject, bench_pruning, take_tokens
+    from moekit.bench.pruning.folder import WORK, earlier_result, forget
     from moekit.recipe.source import open_source
 
     progress = terminal.progress
@@ -203,7 +203,7 @@ def _foretell(terminal: Terminal, model: str, texts: tuple[str, str | None], out
 
 
 def _write(terminal: Terminal, result: PruneBenchResult, out: Path) -> Path:
-    from moekit.evaluation.pruning.result import FILE
+    from moekit.bench.pruning.result import FILE
     from moekit.report import build as build_page
     from moekit.report.sections.pruning import report
 

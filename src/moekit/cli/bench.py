@@ -14,9 +14,9 @@ from moekit.cli._terminal import Terminal
 from moekit.errors import BadConfig
 
 if TYPE_CHECKING:
-    from moekit.parallel.bench.result import BenchResult, Ratio
-    from moekit.parallel.bench.setting import Entry, Setting
-    from moekit.parallel.bench.sources import Source
+    from moekit.bench.dispatch.result import BenchResult, Ratio
+    from moekit.bench.dispatch.setting import Entry, Setting
+    from moekit.bench.dispatch.sources import Source
 
 # Beyond it a bench is cut short by fewer rounds, and says so.
 MINUTES = 9.0
@@ -59,7 +59,7 @@ def ep(
     Ranks stand in two nodes; all take turns in the same processes, with the same weights, tokens and choices. The page
     shows bytes between nodes, exactness against one process, rows against the replay, and paired times.
     """
-    from moekit.parallel.bench.network import name_rate, read_rate
+    from moekit.bench.dispatch.network import name_rate, read_rate
 
     rates = [read_rate(text) for text in rate.split(",")]
     tokens = tokens or (512 if model is None else 256)
@@ -69,7 +69,7 @@ def ep(
         return
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise BadConfig("the folder is not empty", file=out, hint="choose another one, or say --overwrite")
-    from moekit.parallel.bench.harness import run_bench
+    from moekit.bench.dispatch.harness import run_bench
 
     source = _source(terminal, setting, model, trace, placement, layers)
     result = run_bench(
@@ -94,8 +94,8 @@ def _setting(
 ) -> Setting:
     from pydantic import ValidationError
 
+    from moekit.bench.dispatch.setting import Setting
     from moekit.cli._errors import config_error
-    from moekit.parallel.bench.setting import Setting
 
     try:
         return Setting(
@@ -128,7 +128,7 @@ def _foretell(terminal: Terminal, model: str | None, out: Path, setting: Setting
 def _source(
     terminal: Terminal, setting: Setting, model: str | None, trace: str | None, placement: str | None, layers: int
 ) -> Source:
-    from moekit.parallel.bench.sources import make_source
+    from moekit.bench.dispatch.sources import make_source
     from moekit.placement import Placement
     from moekit.trace import Trace
 
@@ -158,8 +158,8 @@ def _placement_name(path: str) -> str:
 
 
 def _entries(source: Source, only: str | None) -> list[Entry]:
-    from moekit.parallel.bench.peers.base import all_entries
-    from moekit.parallel.bench.setting import BASELINE
+    from moekit.bench.dispatch.competitors.base import all_entries
+    from moekit.bench.dispatch.setting import BASELINE
 
     entries = all_entries(list(source.layouts), list(source.work.choices))
     if only is None:
@@ -173,8 +173,8 @@ def _entries(source: Source, only: str | None) -> list[Entry]:
 
 
 def _write(terminal: Terminal, result: BenchResult, out: Path) -> Path:
+    from moekit.bench.dispatch.result import FILE
     from moekit.checkpoint import atomic_write
-    from moekit.parallel.bench.result import FILE
     from moekit.report import build as build_page
     from moekit.report.sections.dispatch import report
 

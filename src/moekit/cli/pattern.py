@@ -21,8 +21,8 @@ _ELSEWHERE = ("id", "use", "seed", "settings", "existing")
 
 
 def _call(terminal: Terminal, **values: Any) -> None:
-    from moekit.compress.patterns.store import INDEX_FILE
     from moekit.recipe.steps.pattern import PatternStep
+    from moekit.serving.expert_sets.store import INDEX_FILE
 
     out, overwrite, knobs = values.pop("out"), values.pop("overwrite"), values.pop("knobs")
     given = {**read_options(PatternStep, values), **settings_of(knobs)}

@@ -2,7 +2,7 @@
 
 A token that chooses a skipped expert gets nothing from it: to the bit what zeroing its down projection gives, but no
 weight is copied, so that memory is that of one layer however many sets there are, and shared experts can be skipped as
-well (`moekit.compress.protect.ablation`).
+well (`moekit.diagnose.super_experts.ablation`).
 
 Legend: B rows, S positions, H hidden.
 """
@@ -21,7 +21,7 @@ from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.decision import LayerDecision
-from moekit.compress.protect.ablation import Pair, by_layer, skipped
+from moekit.diagnose.super_experts.ablation import Pair, by_layer, skipped
 from moekit.errors import BadConfig
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import PerplexityResult

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write
-from moekit.compress.protect.report import SuperExpertReport
-from moekit.compress.protect.streams import LayerStream
+from moekit.diagnose.super_experts.massive_activations import LayerStream
+from moekit.diagnose.super_experts.report import SuperExpertReport
 from moekit.errors import BadData
 from moekit.evaluation.super_experts import SuperExpertCheck
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moekit.checkpoint.atomic import atomic_write
-from moekit.compress.protect.ablation import Pair, random_control
+from moekit.diagnose.super_experts.ablation import Pair, random_control
 from moekit.evaluation.comparison import Comparison, DomainComparison, Evaluation, compare
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.skipping import UNCHANGED, Ablation, AblationResult, compare_without

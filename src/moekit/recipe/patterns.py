@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from moekit.errors import BadData
 
 if TYPE_CHECKING:
-    from moekit.compress.patterns.pattern import Pattern
     from moekit.data import Document, TokenizedDocument
     from moekit.recipe.source import Source
+    from moekit.serving.expert_sets.expert_set import Pattern
     from moekit.trace.meta import DataEntry
 
     # Task -> its documents.
@@ -36,8 +36,8 @@ def texts_of_tasks(
     Raises:
         BadData: a task of fewer than two tokens, or a domain of the generalist's name.
     """
-    from moekit.compress.patterns.pattern import GENERALIST
     from moekit.data.shares import take_shares
+    from moekit.serving.expert_sets.expert_set import GENERALIST
 
     groups: dict[str, list[Document]] = {}
     for document in documents:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moekit.errors import BadCheckpoint, BadConfig
 
 if TYPE_CHECKING:
-    from moekit.compress.protect.report import SuperExpertReport
+    from moekit.diagnose.super_experts.report import SuperExpertReport
     from moekit.recipe.source import Source
     from moekit.trace import Trace
 
@@ -51,7 +51,7 @@ def parse_protected(text: str, source: Source) -> dict[int, tuple[int, ...]]:
 
 def _read_protected(file: Path, source: Source) -> dict[int, set[int]]:
     from moekit.checkpoint.strictjson import read_json
-    from moekit.compress.protect.report import SuperExpertReport
+    from moekit.diagnose.super_experts.report import SuperExpertReport
 
     hint = 'write super, pairs such as 1:68,2:92, or a JSON file {"1": [68], "2": [92]}, or OUT of super-experts'
     file = file / _STUDY if file.is_dir() else file
@@ -91,7 +91,7 @@ def _of_study(file: Path, source: Source) -> dict[int, set[int]]:
 
 def protection_needs(source: Source) -> tuple[str, ...]:
     """Statistics by which super experts are found."""
-    from moekit.compress.protect.super_experts import NEEDS
+    from moekit.diagnose.super_experts.finding import NEEDS
 
     shared = all(geometry.shared_width for geometry in source.geometries.values())
     return (*NEEDS, "shared_peak") if shared else NEEDS
@@ -103,14 +103,14 @@ def find_in_trace(source: Source, trace: Trace, **rule: Any) -> SuperExpertRepor
     Args:
         source: the model.
         trace: with what tells them (`protection_needs`).
-        **rule: see `moekit.compress.protect.report.Rule`.
+        **rule: see `moekit.diagnose.super_experts.report.Rule`.
 
     Raises:
         BadData: the trace does not hold what tells them.
         NumericFault: an output is infinite.
     """
     from moekit.checkpoint.fingerprint import text_config
-    from moekit.compress.protect.super_experts import find_super_experts
+    from moekit.diagnose.super_experts.finding import find_super_experts
 
     layers = text_config(source.checkpoint.config).get("num_hidden_layers")
     return find_super_experts(

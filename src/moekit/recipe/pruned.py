@@ -160,7 +160,7 @@ def write_pruned(
     """
     from moekit.checking import check
     from moekit.checkpoint import Record, atomic_folder
-    from moekit.compress.writing.apply import apply
+    from moekit.compress.engine.apply import apply
 
     file = decided.plan.file
     told = file.model_dump(mode="json", include={"method", "settings", "budget", "top_k", "groups", "data", "tokens"})

@@ -131,8 +131,8 @@ def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mt
         BadConfig: the budget against the choices a token makes, routing groups, protected experts, a routing policy.
         BadCheckpoint, UnsupportedModel: experts that cannot be told apart on disk.
     """
+    from moekit.compress.engine.prepare import prepare
     from moekit.compress.prune.grouped import check_grouping, routing_groups
-    from moekit.compress.writing.prepare import prepare
 
     counts = _counts(source, request)
     groups = routing_groups(source.checkpoint.config) if request.groups == "equal" else 1

@@ -104,7 +104,7 @@ def _write(
     """Write the sparse model; it takes its name once it has been checked."""
     from moekit.checking import check
     from moekit.checkpoint import Record, atomic_folder
-    from moekit.compress.writing.apply import apply
+    from moekit.compress.engine.apply import apply
 
     told = {"method", "settings", "sparsity", "total", "original", "weights", "data", "tokens"}
     record = Record(

@@ -18,10 +18,10 @@ from moekit.recipe.source import Source, open_source
 
 if TYPE_CHECKING:
     from moekit._progress import Progress
-    from moekit.compress.patterns.pattern import Pattern
-    from moekit.compress.patterns.store import PatternStore
-    from moekit.compress.writing.prepare import Work
+    from moekit.compress.engine.prepare import Work
     from moekit.evaluation.generation import Completion
+    from moekit.serving.expert_sets.expert_set import Pattern
+    from moekit.serving.expert_sets.store import PatternStore
 
 
 class TaskOptions(BaseModel):
@@ -130,7 +130,7 @@ class TaskModels:
     def __init__(
         self, options: TaskOptions, reference: str, *, device: str, dtype: str, progress: Progress | None = None
     ) -> None:
-        from moekit.compress.patterns.store import PatternStore
+        from moekit.serving.expert_sets.store import PatternStore
 
         options.check_tasks()
         self.options = options
@@ -150,7 +150,7 @@ class TaskModels:
 
     def plan(self, task: str) -> Work:
         """What would be read for a task."""
-        from moekit.compress.patterns.loading import plan_task
+        from moekit.serving.expert_sets.loading import plan_task
 
         return plan_task(self.source.checkpoint, self.patterns[task], self._budget, **self._choice)
 
@@ -174,8 +174,8 @@ class TaskModels:
             BadConfig: more layers than there are.
             UnsupportedModel: the weights are quantized.
         """
-        from moekit.compress.patterns.pattern import GENERALIST
-        from moekit.compress.patterns.retrieval import retrieve
+        from moekit.serving.expert_sets.expert_set import GENERALIST
+        from moekit.serving.expert_sets.retrieval import retrieve
 
         if self.options.task is not None:
             return [Assigned(prompt, self.options.task) for prompt in prompts]
@@ -202,8 +202,8 @@ class TaskModels:
     def _scores(self, prompts: Sequence[str]) -> list[Any]:
         import torch
 
-        from moekit.compress.patterns.retrieval import queries_from_disk
         from moekit.compress.prune.plan import make_method
+        from moekit.serving.expert_sets.retrieval import queries_from_disk
 
         if "quantization_config" in self.source.checkpoint.config:
             raise UnsupportedModel(
@@ -238,8 +238,8 @@ class TaskModels:
             tokens: longest continuation.
             tell: told each task before it is loaded, and what is read for it.
         """
-        from moekit.compress.patterns.loading import load_task
         from moekit.evaluation import complete
+        from moekit.serving.expert_sets.loading import load_task
 
         tokenizer = self.source.tokenizer()
         done: dict[int, Answered] = {}

@@ -16,8 +16,8 @@ __getattr__, __dir__ = attach(
         "attach_policy": "attach",
         "make_policy": "plan",
         "detach_policy": "attach",
-        "C2R": "c2r",
-        "TopK": "topk",
-        "partner_lists": "c2r",
+        "C2R": "methods.c2r",
+        "TopK": "methods.topk",
+        "partner_lists": "methods.c2r",
     },
 )

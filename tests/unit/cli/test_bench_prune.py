@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moekit.evaluation.pruning import PruneBenchResult
+from moekit.bench.pruning import PruneBenchResult
 from tests.commands import Moekit
 from tests.tiny import write_model, write_text
 
@@ -70,7 +70,7 @@ def test_it_ranks_writes_a_page_and_goes_on_from_what_is_there(
     assert 'http-equiv="Content-Security-Policy"' in page
     assert json.loads((tmp_path / "b" / "report.json").read_text())["title"] == "Pruning methods, side by side"
 
-    from moekit.evaluation.pruning import calibration, measuring
+    from moekit.bench.pruning import calibration, measuring
 
     together = []
     own = measuring.compare_variants
@@ -148,7 +148,7 @@ def test_only_what_a_bench_wrote_is_forgotten(moekit: Moekit, made: Path, tmp_pa
 def test_a_bench_that_was_ended_before_it_had_a_result_goes_on(
     moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moekit.evaluation.pruning import measuring
+    from moekit.bench.pruning import measuring
 
     def dies(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt

@@ -13,11 +13,11 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.cli.main import main
 from moekit.compress.decision import LayerDecision
-from moekit.compress.patterns import loading
-from moekit.compress.patterns.pattern import keep_sets
-from moekit.compress.patterns.store import INDEX_FILE, PatternStore
-from moekit.compress.writing.apply import apply
+from moekit.compress.engine.apply import apply
 from moekit.evaluation import complete
+from moekit.serving.expert_sets import loading
+from moekit.serving.expert_sets.expert_set import keep_sets
+from moekit.serving.expert_sets.store import INDEX_FILE, PatternStore
 from moekit.streaming.loader import LayerLoader
 from tests.checkpoints import edit_json
 from tests.commands import Moekit

@@ -23,8 +23,8 @@ from moekit.compress.live import change_model
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.routing.attach import attach_policy
-from moekit.routing.c2r import C2R, partner_lists
 from moekit.routing.gate import Gate, identify_gate
+from moekit.routing.methods.c2r import C2R, partner_lists
 from tests.families import EXPERTS, FAMILIES, build, logits, tokens
 
 KEEP = (0, 1, 3, 5, 6)

@@ -13,6 +13,14 @@ import torch
 from torch import Tensor
 
 from moekit import catalogue
+from moekit.bench.pruning import Entry, PruneBenchResult, PruneRun, Setting, Subject, bench_pruning, rank
+from moekit.bench.pruning import calibration as calibration_module
+from moekit.bench.pruning import measuring as measuring_module
+from moekit.bench.pruning.calibration import calibrate
+from moekit.bench.pruning.joining import joined
+from moekit.bench.pruning.ranking import all_rankings, part, removed
+from moekit.bench.pruning.setting import default_entries
+from moekit.bench.pruning.text import Passage, count, take_tokens
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget import Budget
 from moekit.compress.evidence import LayerEvidence
@@ -24,14 +32,6 @@ from moekit.data.text import Document
 from moekit.errors import BadConfig, BadData, UnsupportedModel
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import PerplexityResult
-from moekit.evaluation.pruning import Entry, PruneBenchResult, PruneRun, Setting, Subject, bench_pruning, rank
-from moekit.evaluation.pruning import calibration as calibration_module
-from moekit.evaluation.pruning import measuring as measuring_module
-from moekit.evaluation.pruning.calibration import calibrate
-from moekit.evaluation.pruning.joining import joined
-from moekit.evaluation.pruning.ranking import all_rankings, part, removed
-from moekit.evaluation.pruning.setting import default_entries
-from moekit.evaluation.pruning.text import Passage, count, take_tokens
 from moekit.evaluation.variants import compare_variants
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain

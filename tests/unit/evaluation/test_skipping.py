@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.protect.ablation import Pair
-from moekit.compress.protect.report import SHARED
 from moekit.data import TokenizedDocument
+from moekit.diagnose.super_experts.ablation import Pair
+from moekit.diagnose.super_experts.report import SHARED
 from moekit.errors import BadConfig
 from moekit.evaluation import perplexity_of_documents
 from moekit.evaluation.skipping import UNCHANGED, Ablation, compare_without

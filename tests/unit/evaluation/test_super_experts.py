@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.unit.diagnose.super_experts.test_super_experts import CODE, example
 
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.protect.report import SHARED, SuperExpertReport
-from moekit.compress.protect.super_experts import find_super_experts
 from moekit.compress.prune.planning import geometries_of
+from moekit.diagnose.super_experts.finding import find_super_experts
+from moekit.diagnose.super_experts.report import SHARED, SuperExpertReport
 from moekit.errors import BadConfig, BadData
 from moekit.evaluation import Comparison, Evaluation, PerplexityResult, compare, perplexity_of_documents
 from moekit.evaluation.super_expert_study import STUDY_FILE, SuperExpertStudy
 from moekit.evaluation.super_experts import RANDOM, SuperExpertCheck, check_super_experts, judge
 from tests.families import build
-from tests.unit.compress.protect.test_super_experts import CODE, example
 from tests.unit.evaluation.test_skipping import documents, zeroed
 
 TOKENS = tuple(range(40, 60))

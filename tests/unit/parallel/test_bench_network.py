@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
+from moekit.bench.dispatch import network
 from moekit.errors import BadConfig
-from moekit.parallel.bench import network
 
 REASON = network.why_not()
 needs_namespaces = pytest.mark.skipif(REASON is not None, reason=f"no network namespaces here: {REASON}")
@@ -101,7 +101,7 @@ while peer.recv(1 << 16):
 """
 SEND = """
 import socket, sys, time
-from moekit.parallel.bench.network import sent_bytes
+from moekit.bench.dispatch.network import sent_bytes
 before = sent_bytes("v0")
 begun = time.monotonic()
 with socket.create_connection(("10.77.0.2", 5001)) as peer:
@@ -145,7 +145,7 @@ def test_an_exception_leaves_nothing_behind() -> None:
 
 HOLD = """
 import time
-from moekit.parallel.bench.network import two_nodes
+from moekit.bench.dispatch.network import two_nodes
 with two_nodes(shaped=True):
     print("made", flush=True)
     time.sleep(60)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from moekit.parallel.bench.checks import exactness, load_of, own_bytes, rows_of
-from moekit.parallel.bench.result import (
+from moekit.bench.dispatch.checks import exactness, load_of, own_bytes, rows_of
+from moekit.bench.dispatch.result import (
     FILE,
     BenchResult,
     Bytes,
@@ -18,8 +18,8 @@ from moekit.parallel.bench.result import (
     Timing,
     paired_ratio,
 )
-from moekit.parallel.bench.setting import BASELINE, Entry, Job, Setting
-from moekit.parallel.bench.workload import Workload, make_layer
+from moekit.bench.dispatch.setting import BASELINE, Entry, Job, Setting
+from moekit.bench.dispatch.workload import Workload, make_layer
 from moekit.report import build
 from moekit.report.sections.dispatch import findings, headline, report, saved
 

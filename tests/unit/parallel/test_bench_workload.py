@@ -4,11 +4,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from moekit.errors import BadConfig, BadData
-from moekit.parallel.bench.peers.base import all_entries
-from moekit.parallel.bench.setting import BASELINE, Entry, Setting
-from moekit.parallel.bench.sources import make_source
-from moekit.parallel.bench.workload import (
+from moekit.bench.dispatch.competitors.base import all_entries
+from moekit.bench.dispatch.setting import BASELINE, Entry, Setting
+from moekit.bench.dispatch.sources import make_source
+from moekit.bench.dispatch.workload import (
     HOT_SCORE,
     Workload,
     draw_choices,
@@ -19,6 +18,7 @@ from moekit.parallel.bench.workload import (
     reference,
     spread,
 )
+from moekit.errors import BadConfig, BadData
 from moekit.placement import Placement
 from moekit.trace import Trace, record
 from tests.families import EXPERTS, FAMILIES, HIDDEN, TOP_K, WIDTH, build

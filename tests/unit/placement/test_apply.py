@@ -20,7 +20,7 @@ from moekit.placement.apply import apply_placement, permute_all, place_checkpoin
 from moekit.placement.plan import Placement
 from moekit.placement.planning import place
 from moekit.routing.attach import active_policy
-from moekit.routing.c2r import C2R, partner_lists
+from moekit.routing.methods.c2r import C2R, partner_lists
 from moekit.routing.plan import RoutingPlan, plan_routing
 from moekit.routing.restore import policy_entry
 from tests.families import EXPERTS, FAMILIES, build, logits

@@ -12,9 +12,6 @@ import torch
 
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.skeleton import empty_model
-from moekit.compress.patterns.pattern import GENERALIST, Pattern, generalist
-from moekit.compress.patterns.scoring import pattern_of
-from moekit.compress.patterns.store import PatternStore
 from moekit.compress.prune.plan import make_method
 from moekit.data import pack
 from moekit.errors import BadConfig, BadData
@@ -23,6 +20,9 @@ from moekit.recipe.inputs import load_tokenizer, read_text
 from moekit.recipe.schema import load_recipe
 from moekit.recipe.steps.base import Workplace
 from moekit.recipe.steps.pattern import PatternStep
+from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern, generalist
+from moekit.serving.expert_sets.scoring import pattern_of
+from moekit.serving.expert_sets.store import PatternStore
 from moekit.streaming.loader import LayerLoader
 from moekit.trace.streamed import record_streamed
 from tests.tiny import write_model, write_text

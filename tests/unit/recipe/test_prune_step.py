@@ -212,7 +212,7 @@ def test_protected_experts_stay(made: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(BadConfig, match="a protected expert is not there: experts are 0 to 7"):
         step(made, write="plan", protect=str(file)).run(place(tmp_path, "bad.json"))
 
-    import moekit.compress.protect.super_experts as module
+    import moekit.diagnose.super_experts.finding as module
 
     real = module.find_super_experts
 
@@ -240,7 +240,7 @@ def test_the_plan_is_that_of_the_library(made: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import moekit.compress.writing.apply as engine
+    import moekit.compress.engine.apply as engine
     import moekit.recipe.proof as proof
     from moekit.compress.prune.dern import DERN
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.protect.report import SuperExpertReport
 from moekit.data import tokenize
+from moekit.diagnose.super_experts.report import SuperExpertReport
 from moekit.errors import BadConfig, BadData
 from moekit.evaluation import perplexity_of_documents
 from moekit.evaluation.super_expert_study import STUDY_FILE, SuperExpertStudy

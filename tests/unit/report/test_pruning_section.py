@@ -9,10 +9,10 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+from moekit.bench.pruning import Entry, PruneBenchResult, PruneRun, Setting
+from moekit.bench.pruning.ranking import all_rankings
+from moekit.bench.pruning.result import Calibration, Cut, Skipped
 from moekit.evaluation.documents import PerplexityResult
-from moekit.evaluation.pruning import Entry, PruneBenchResult, PruneRun, Setting
-from moekit.evaluation.pruning.ranking import all_rankings
-from moekit.evaluation.pruning.result import Calibration, Cut, Skipped
 from moekit.report.charts.lines import line_chart
 from moekit.report.page import build, to_html
 from moekit.report.parts import Axis, Interval, LineChart, Point, Series

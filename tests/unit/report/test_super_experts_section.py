@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tests.unit.diagnose.super_experts.test_super_experts import CODE, example
 
-from moekit.compress.protect.report import SHARED
-from moekit.compress.protect.streams import LayerStream
-from moekit.compress.protect.super_experts import find_super_experts
+from moekit.diagnose.super_experts.finding import find_super_experts
+from moekit.diagnose.super_experts.massive_activations import LayerStream
+from moekit.diagnose.super_experts.report import SHARED
 from moekit.evaluation.skipping import UNCHANGED
 from moekit.evaluation.super_expert_study import SuperExpertStudy
 from moekit.evaluation.super_experts import RANDOM, WITHOUT, Control, Outcome, SuperExpertCheck
@@ -14,7 +15,6 @@ from moekit.report.data import LinesSection, ReportData, RunInfo, TableSection
 from moekit.report.page import to_html
 from moekit.report.parts import Interval
 from moekit.report.sections.super_experts import made_by, super_expert_finding, super_expert_sections
-from tests.unit.compress.protect.test_super_experts import CODE, example
 from tests.unit.evaluation.test_super_experts import comparison
 from tests.unit.report.test_page import HOSTILE, Page
 

@@ -14,7 +14,7 @@ from torch import nn
 from moekit.anatomy import Geometry
 from moekit.errors import BadConfig, BadData
 from moekit.routing import C2R, Gate, GateSpec, PlanInputs, partner_lists
-from moekit.routing.c2r import allowed_partners
+from moekit.routing.methods.c2r import allowed_partners
 
 LOGITS = torch.tensor([[2.0, 1.5, 0.5, 1.0]])
 LISTS = torch.tensor([[2, 3, 1, 0], [0, 2, 3, 1], [0, 1, 3, 2], [0, 1, 2, 3]])

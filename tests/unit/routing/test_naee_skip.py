@@ -10,7 +10,7 @@ from torch import nn
 from moekit.anatomy import Geometry
 from moekit.errors import BadConfig, BadData
 from moekit.routing import Gate, GateSpec, PlanInputs
-from moekit.routing.naee_skip import NAEESkip
+from moekit.routing.methods.naee_skip import NAEESkip
 from moekit.trace.observation import Observation
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import resolve

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.clustering.spherical_kmeans import spherical_kmeans
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.neurons.segments import (
+from moekit.compress.maths.clustering.spherical_kmeans import spherical_kmeans
+from moekit.compress.maths.neurons.segments import (
     Compare,
     Nearest,
     Precision,

@@ -19,12 +19,12 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.budget import Budget, Sizes, bounds, check_count, check_total, total_count, uniform_count
 from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.slicing import is_mtp
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.base import PruneMethod
 from moekit.compress.prune.plan import LayerPlan, PlanFile, PrunePlan
 from moekit.compress.resize import Groups, read_block
 from moekit.compress.weights import LayerWeights
-from moekit.compress.writing.slices import is_mtp
 from moekit.errors import BadConfig, BadData
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.walk import layer_of

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.clustering.complete_linkage import Dendrogram, complete_linkage
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.neurons.merging import merge_groups
+from moekit.compress.maths.clustering.complete_linkage import Dendrogram, complete_linkage
+from moekit.compress.maths.neurons.merging import merge_groups
 from moekit.compress.prune.base import PruneMethod, ranking
 from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.clustering.spectral import Array, Similarity, join_nearest, similarity, spectral_clusters
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.neurons.align import align_experts
-from moekit.compress.neurons.merging import member_shares, merge_groups
+from moekit.compress.maths.clustering.spectral import Array, Similarity, join_nearest, similarity, spectral_clusters
+from moekit.compress.maths.neurons.align import align_experts
+from moekit.compress.maths.neurons.merging import member_shares, merge_groups
 from moekit.compress.prune.base import PruneMethod
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, NumericFault

@@ -21,11 +21,11 @@ from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
 if TYPE_CHECKING:
     import torch
 
-    from moekit.compress.patterns.pattern import Pattern
-    from moekit.compress.patterns.store import PatternStore
     from moekit.compress.prune.base import PruneMethod
     from moekit.data import TokenizedDocument
     from moekit.recipe.patterns import Texts
+    from moekit.serving.expert_sets.expert_set import Pattern
+    from moekit.serving.expert_sets.store import PatternStore
     from moekit.trace.statistics import LayerStatistics
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,8 @@ class PatternStep(Step):
     def check(self) -> None:
         """Refuse an unknown method, one that gives no ranks, and a task of the generalist's name."""
         check_device(self.device)
-        from moekit.compress.patterns.pattern import GENERALIST
-        from moekit.compress.patterns.scoring import check_method
+        from moekit.serving.expert_sets.expert_set import GENERALIST
+        from moekit.serving.expert_sets.scoring import check_method
 
         check_method(catalogue.make("prune", self.method, self.settings))
         if self.task == GENERALIST:
@@ -98,7 +98,7 @@ class PatternStep(Step):
 
     def run(self, work: Workplace) -> dict[str, Any]:
         """Refuse what is impossible, record, rank, store."""
-        from moekit.compress.patterns.pattern import GENERALIST
+        from moekit.serving.expert_sets.expert_set import GENERALIST
 
         self.check()
         source = open_source(self.model, work.progress)
@@ -135,7 +135,7 @@ class PatternStep(Step):
 
     def _store_before(self, out: Path, source: Source) -> PatternStore | None:
         """The folder that tasks are added to; None where there is none yet, or it is made anew."""
-        from moekit.compress.patterns.store import INDEX_FILE, PatternStore
+        from moekit.serving.expert_sets.store import INDEX_FILE, PatternStore
 
         if self.existing == "anew" or not (out / INDEX_FILE).is_file():
             return None
@@ -143,7 +143,7 @@ class PatternStep(Step):
 
     def _refuse_known(self, out: Path, source: Source, method: PruneMethod, tasks: Collection[str]) -> None:
         """Refuse before any work what could not be stored after it."""
-        from moekit.compress.patterns.pattern import GENERALIST
+        from moekit.serving.expert_sets.expert_set import GENERALIST
 
         store = self._store_before(out, source)
         if store is None:
@@ -175,8 +175,8 @@ class PatternStep(Step):
         self, source: Source, method: PruneMethod, texts: Texts, work: Workplace
     ) -> dict[str, dict[int, LayerStatistics]]:
         """One pass: every layer is read once, and all tasks go through it."""
-        from moekit.compress.patterns.recording import GroupedText
         from moekit.data.batches import arrange
+        from moekit.serving.expert_sets.recording import GroupedText
 
         length = min(self.seq_len, source.longest)
         batches: dict[str, list[Any]] = {
@@ -206,7 +206,7 @@ class PatternStep(Step):
         method: PruneMethod,
         source: Source,
     ) -> Pattern:
-        from moekit.compress.patterns.scoring import from_statistics
+        from moekit.serving.expert_sets.scoring import from_statistics
 
         return from_statistics(
             name,
@@ -227,7 +227,7 @@ class PatternStep(Step):
         others: list[Pattern],
     ) -> Pattern:
         """The pattern of all tasks: PreMoe's means over tokens add up, of other methods the statistics do."""
-        from moekit.compress.patterns.pattern import GENERALIST, generalist
+        from moekit.serving.expert_sets.expert_set import GENERALIST, generalist
 
         if self.method == _MEANS:
             return generalist(others)
@@ -239,8 +239,8 @@ class PatternStep(Step):
 
     def _store(self, patterns: list[Pattern], source: Source, work: Workplace) -> None:
         from moekit.checkpoint import atomic_folder
-        from moekit.compress.patterns.pattern import GENERALIST
-        from moekit.compress.patterns.store import PatternStore
+        from moekit.serving.expert_sets.expert_set import GENERALIST
+        from moekit.serving.expert_sets.store import PatternStore
 
         fingerprint = source.checkpoint.fingerprint
         if self.existing == "anew":
@@ -251,8 +251,8 @@ class PatternStep(Step):
         PatternStore(work.out, fingerprint).save_all(patterns, overwrite=names)
 
     def _told(self, patterns: list[Pattern], source: Source, work: Workplace) -> dict[str, Any]:
-        from moekit.compress.patterns.pattern import GENERALIST
-        from moekit.compress.patterns.store import PatternStore
+        from moekit.serving.expert_sets.expert_set import GENERALIST
+        from moekit.serving.expert_sets.store import PatternStore
 
         index = PatternStore(work.out, source.checkpoint.fingerprint).index()
         if GENERALIST in index.tasks and not self.generalist:

@@ -279,7 +279,7 @@ def _foresee(source: Source) -> int:
         BadConfig: the checkpoint carries a routing policy.
     """
     from moekit.compress.decision import LayerDecision
-    from moekit.compress.writing.prepare import prepare
+    from moekit.compress.engine.prepare import prepare
 
     quantized = source.checkpoint.config.get("quantization_config")
     if quantized is not None:

@@ -18,9 +18,9 @@ from moekit.recipe.source import Source, check_device, check_runnable, open_sour
 from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
 
 if TYPE_CHECKING:
-    from moekit.compress.protect.report import SuperExpertReport
-    from moekit.compress.protect.streams import LayerStream
     from moekit.data import TokenBatches, TokenizedDocument
+    from moekit.diagnose.super_experts.massive_activations import LayerStream
+    from moekit.diagnose.super_experts.report import SuperExpertReport
     from moekit.evaluation.super_expert_study import SuperExpertStudy
     from moekit.evaluation.super_experts import SuperExpertCheck
     from moekit.recipe.proof import HeldOut
@@ -145,7 +145,7 @@ class SuperExpertsStep(Step):
         self, source: Source, rows: TokenBatches, work: Workplace
     ) -> tuple[SuperExpertReport, tuple[LayerStream, ...]]:
         """One pass over the text; goes on at the layer that an interrupted one had come to."""
-        from moekit.compress.protect.streams import StreamedProfile, layer_streams
+        from moekit.diagnose.super_experts.massive_activations import StreamedProfile, layer_streams
 
         needs = protection_needs(source)
         streamed = StreamedProfile(

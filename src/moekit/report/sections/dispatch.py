@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from moekit.parallel.bench.network import name_rate
-from moekit.parallel.bench.result import BenchResult, Bytes, EntryResult, Ratio
+from moekit.bench.dispatch.network import name_rate
+from moekit.bench.dispatch.result import BenchResult, Bytes, EntryResult, Ratio
 from moekit.report.data import BarsSection, Finding, KeyFigure, ReportData, TableSection, TextSection
 from moekit.report.parts import Axis, BarGroup, BarSeries, Cell, Column, Interval, Reference, Table
 from moekit.report.run_info import describe_run

@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from moekit.evaluation.pruning.ranking import NOT, mean_nll, part
-from moekit.evaluation.pruning.result import ALL, Calibration, PruneBenchResult, PruneRun, RankRow, Share
-from moekit.evaluation.pruning.setting import FREQUENCY, RANDOM
+from moekit.bench.pruning.ranking import NOT, mean_nll, part
+from moekit.bench.pruning.result import ALL, Calibration, PruneBenchResult, PruneRun, RankRow, Share
+from moekit.bench.pruning.setting import FREQUENCY, RANDOM
 from moekit.report.data import LinesSection, ReportData, Section, TableSection, TextSection
 from moekit.report.markup import number
 from moekit.report.parts import Axis, Cell, Column, Interval, LineChart, Point, Series, Table

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from moekit.evaluation.pruning.result import ALL, PruneBenchResult, Ranking
-from moekit.evaluation.pruning.setting import RANDOM, Keep
+from moekit.bench.pruning.result import ALL, PruneBenchResult, Ranking
+from moekit.bench.pruning.setting import RANDOM, Keep
 from moekit.report.data import Finding, KeyFigure
 from moekit.report.markup import number
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moekit.compress.protect.report import SHARED, Candidate, SuperExpertReport
-from moekit.compress.protect.streams import LayerStream
+from moekit.diagnose.super_experts.massive_activations import LayerStream
+from moekit.diagnose.super_experts.report import SHARED, Candidate, SuperExpertReport
 from moekit.evaluation.comparison import Comparison
 from moekit.evaluation.skipping import UNCHANGED
 from moekit.evaluation.super_expert_study import SuperExpertStudy

@@ -14,7 +14,7 @@ from moekit import catalogue
 from moekit.anatomy import Geometry, find_moe_layers
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
-from moekit.compress.neurons.segments import Nearest, gather, nearest_targets, write_segments
+from moekit.compress.maths.neurons.segments import Nearest, gather, nearest_targets, write_segments
 from moekit.compress.prune.dern import DERN
 from moekit.compress.weights import LayerWeights, from_live, outputs, to_live
 from moekit.errors import NumericFault, UnsupportedModel

@@ -15,6 +15,8 @@ import moekit
 from moekit.checkpoint import Checkpoint, Record
 from moekit.compress.budget import Budget, total_count
 from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.apply import apply
+from moekit.compress.engine.prepare import prepare
 from moekit.compress.prune.frequency import Frequency
 from moekit.compress.prune.grouped import routing_groups
 from moekit.compress.prune.naee import NAEE
@@ -22,8 +24,6 @@ from moekit.compress.prune.planning import Request, geometries_of, plan_pruning,
 from moekit.compress.prune.random import Random
 from moekit.compress.prune.searching import search_pruning
 from moekit.compress.prune.stun import Stun
-from moekit.compress.writing.apply import apply
-from moekit.compress.writing.prepare import prepare
 from moekit.errors import BadConfig, BadData
 from moekit.streaming.loader import LayerLoader
 from moekit.trace import Trace, record

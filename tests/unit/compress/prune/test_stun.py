@@ -10,8 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from moekit.anatomy import Geometry, find_moe_layers
-from moekit.compress.clustering.complete_linkage import complete_linkage
 from moekit.compress.evidence import LayerEvidence
+from moekit.compress.maths.clustering.complete_linkage import complete_linkage
 from moekit.compress.prune.stun import Stun, nearest_to_mean, normalised_coactivation, router_distances
 from moekit.compress.weights import LayerWeights, from_live
 from moekit.errors import NumericFault

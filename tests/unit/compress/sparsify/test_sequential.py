@@ -18,6 +18,7 @@ from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.apply import apply
 from moekit.compress.live import change_model
 from moekit.compress.resize import read_block
 from moekit.compress.sparsify.base import SparsifyMethod
@@ -27,7 +28,6 @@ from moekit.compress.sparsify.owl import OWL, owl_sparsities
 from moekit.compress.sparsify.plan import SparsityPlan
 from moekit.compress.sparsify.sequential import Calibration, Request, plan_sparsity, zeros_of
 from moekit.compress.sparsify.wanda import Wanda
-from moekit.compress.writing.apply import apply
 from moekit.errors import BadConfig, BadData, NumericFault
 from moekit.trace import record
 from moekit.trace.streamed import Streamed

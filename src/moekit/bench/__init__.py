@@ -1,0 +1,1 @@
+"""Comparisons side by side: dispatchers and pruning methods, ours and others."""

@@ -1,0 +1,168 @@
+"""Carry a decision out on disk: a checkpoint with fewer experts, whatever its size, in little memory.
+
+Layers whose experts are only dropped are copied byte by byte; those whose experts change pass through memory one at a
+time. The output appears whole or not at all.
+
+Legend: K choices a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from moekit._progress import Progress
+from moekit.checkpoint.atomic import atomic_folder, check_apart
+from moekit.checkpoint.fingerprint import TORCH_NAMES
+from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
+from moekit.checkpoint.model import seal
+from moekit.checkpoint.record import Expectations, Record, TensorExpectation
+from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
+from moekit.checkpoint.small_files import copy_small_files
+from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.prepare import Mtp, Work, plan_bytes, prepare
+from moekit.compress.engine.rewriting import Rewrite, Rewriter
+from moekit.compress.engine.shard_writer import Output
+from moekit.compress.resize import Groups
+from moekit.errors import UnsupportedModel
+
+__all__ = ["apply", "plan_bytes"]
+
+# Room for the card, which is written last.
+_CARD_BYTES = 64 << 10
+
+
+def apply(
+    checkpoint: Checkpoint,
+    decisions: Mapping[int, LayerDecision],
+    target: str | Path,
+    *,
+    rewrite: Rewrite | None = None,
+    rewrite_full: bool = False,
+    record: Record,
+    top_k: int | None = None,
+    groups: Groups = "free",
+    mtp: Mtp = "drop",
+    overwrite: bool = False,
+    stock_only: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Record:
+    """Write a checkpoint that holds the experts that decisions keep, whole or not at all.
+
+    Memory is a few buffers; with `rewrite`, one layer and what the rewriting takes.
+
+    Args:
+        checkpoint: the source, verified; quantized ones too, without `rewrite`.
+        decisions: of every MoE layer; position in `keep` is an expert's new number.
+        target: folder to write.
+        rewrite: makes new weights out of a layer's; None keeps those of `keep` as they are.
+        rewrite_full: also rewrite layers that keep every expert; otherwise their bytes are copied.
+        record: how it was made; parent, fingerprints and expectations are filled in where they are not.
+        top_k: K from now on; None as it is.
+        groups: "free" routes without expert groups once experts are dropped, "equal" keeps them.
+        mtp: multi-token-prediction layers: "drop" leaves them out, "keep" copies them.
+        overwrite: replace an existing folder, at the very end.
+        stock_only: refuse what stock transformers does not load (layers with different numbers of experts).
+        max_shard_bytes: of one shard.
+        progress: told bytes written.
+
+    Returns:
+        The record as written; `scores["kept"]` holds which expert became which.
+
+    Raises:
+        BadConfig: fewer experts than K, experts or layers that are not there, torn groups, uneven counts with
+            `stock_only`, a routing policy in the source, or the folder exists.
+        BadCheckpoint: the source is damaged.
+        UnsupportedModel: experts that cannot be told apart in the source's bytes; rewriting of quantized weights.
+        NumericFault: the rewriting gave NaN or infinity.
+        OutOfBudget: not enough disk; said before the work.
+    """
+    check_apart(Path(target), checkpoint.path)
+    if checkpoint.remote_code:
+        raise UnsupportedModel(
+            "a model whose code comes with its repository cannot be written again",
+            file=checkpoint.path,
+            hint="use a family that transformers knows",
+        )
+    work = prepare(
+        checkpoint,
+        decisions,
+        top_k=top_k,
+        groups=groups,
+        mtp=mtp,
+        stock_only=stock_only,
+        max_shard_bytes=max_shard_bytes,
+    )
+    rewriter = None if rewrite is None else _rewriter(work, rewrite)
+    full = _described(work, record)
+    need = work.nbytes + work.record_bytes(full) + _CARD_BYTES
+    with atomic_folder(target, overwrite=overwrite, need_bytes=need) as temporary:
+        copy_small_files(checkpoint.path, temporary)
+        if work.config_text is not None:
+            (temporary / CONFIG_FILE).write_text(work.config_text)
+        changed = work.cut_layers if not rewrite_full else set(decisions)
+        digests = _write(work, temporary, rewriter, changed if rewriter else set(), progress)
+        return seal(temporary, full, digests=digests, progress=progress)
+
+
+def _rewriter(work: Work, rewrite: Rewrite) -> Rewriter:
+    if "quantization_config" in work.checkpoint.config:
+        kind = work.checkpoint.config["quantization_config"].get("quant_method", "?")
+        raise UnsupportedModel(
+            f"the weights are quantized ({kind}): they can be dropped, but not changed and quantized again",
+            file=work.checkpoint.path,
+            hint="choose a method that only drops experts, or give the unquantized checkpoint",
+        )
+    short = next(tensor.source.dtype for tensor in work.kept if tensor.layer is not None)
+    name = next(name for name, known in TORCH_NAMES.items() if known == short)
+    return Rewriter(work.checkpoint, work.config, rewrite, getattr(torch, name.removeprefix("torch.")))
+
+
+def _described(work: Work, record: Record) -> Record:
+    """The record with what is known before the work."""
+    kept = {str(layer): list(decision.keep) for layer, decision in work.decisions.items()}
+    update: dict[str, object] = {"scores": {"kept": kept, **record.scores}}
+    if work.dropped_mtp:
+        note = f"{work.dropped_mtp} tensors of multi-token-prediction layers were left out"
+        update["config"] = {**record.config, "mtp": note}
+    if record.parent is None:
+        update |= {"parent": str(work.checkpoint.path), "parent_fingerprint": work.checkpoint.fingerprint}
+    counts = {layer: len(decision.keep) for layer, decision in work.decisions.items()}
+    return record.model_copy(update={**update, "expectations": Expectations(experts=counts)})
+
+
+def _write(
+    work: Work, folder: Path, rewriter: Rewriter | None, changed: set[int], progress: Progress | None
+) -> dict[str, TensorExpectation]:
+    source = work.checkpoint.path
+    if progress is not None:
+        progress.start("writing", sum(tensor.spec.nbytes for tensor in work.kept))
+    try:
+        with Output(folder, work.shards, work.index, progress.advance if progress else None) as output:
+            copied = [tensor for tensor in work.kept if tensor.layer not in changed]
+            for tensor, following in zip(copied, [*copied[1:], None], strict=True):
+                if following is not None and not following.scattered:
+                    output.announce(source / following.source.shard, following.ranges())
+                if tensor.scattered:
+                    output.put(tensor.name, tensor.gather(work.checkpoint))
+                else:
+                    output.copy(tensor.name, source / tensor.source.shard, tensor.ranges())
+            for layer in sorted(changed):
+                assert rewriter is not None
+                kept = [tensor for tensor in work.kept if tensor.layer == layer]
+                for tensor, new in rewriter.tensors(layer, work.decisions[layer], kept):
+                    output.put(tensor.name, _bytes(new))
+            return output.digests()
+    finally:
+        if rewriter is not None:
+            rewriter.close()
+        if progress is not None:
+            progress.finish()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    view: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view

@@ -1,0 +1,266 @@
+"""Which bytes of a checkpoint stay when experts go: names, shapes and byte ranges, no number is looked at.
+
+Experts that lie in tensors of their own are left out or renamed. Tensors that stack experts, and router tensors, are
+cut along the axis that counts experts; which axis that is, is told by the shapes of the same model with another number
+of experts. So quantized weights are cut as well as any other, as long as an expert's bytes lie together.
+
+Legend: E experts, M experts kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from moekit.anatomy.layout import parse_expert_tensor
+from moekit.anatomy.probe import decoder_index
+from moekit.checkpoint.digest import read_range
+from moekit.checkpoint.expected import renamer
+from moekit.checkpoint.experts import in_mtp_stack
+from moekit.checkpoint.fingerprint import text_config
+from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
+from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.shard_writer import Spec
+from moekit.errors import BadCheckpoint, UnsupportedModel
+
+_SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers\.)(?P<layer>\d+)\.")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is left of an axis: `keep` of `experts` equal parts."""
+
+    axis: int
+    experts: int
+    keep: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor of the output and where its bytes lie in the source.
+
+    Attributes:
+        name: in the output.
+        source: the tensor it comes from.
+        layer: decoder layer, of tensors that belong to routed experts or count them; else None.
+        cut: what is left of it; None for all.
+    """
+
+    name: str
+    source: TensorInfo
+    layer: int | None = None
+    cut: Cut | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes in the output."""
+        if self.cut is None:
+            return self.source.shape
+        size = self.source.shape[self.cut.axis] // self.cut.experts * len(self.cut.keep)
+        return (*self.source.shape[: self.cut.axis], size, *self.source.shape[self.cut.axis + 1 :])
+
+    @property
+    def spec(self) -> Spec:
+        """What the output's header says of it."""
+        return Spec(self.name, self.source.dtype, self.shape)
+
+    @property
+    def scattered(self) -> bool:
+        """Whether an expert's bytes lie in many small pieces; then `gather` it."""
+        return self.cut is not None and prod(self.source.shape[: self.cut.axis]) != 1
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Byte ranges in the source's shard, in the order of the output."""
+        start, end = self.source.offsets
+        if self.cut is None:
+            return [(start, end)]
+        size = (end - start) // self.cut.experts
+        return [(start + expert * size, start + (expert + 1) * size) for expert in self.cut.keep]
+
+    def gather(self, checkpoint: Checkpoint) -> memoryview:
+        """The bytes of a tensor whose experts do not lie together; the whole source tensor is read."""
+        assert self.cut is not None
+        data = read_range(checkpoint.path / self.source.shard, self.source.offsets)
+        parts = data.reshape(prod(self.source.shape[: self.cut.axis]), self.cut.experts, -1)
+        view: memoryview = np.ascontiguousarray(parts[:, list(self.cut.keep)]).reshape(-1).data
+        return view
+
+
+def is_mtp(checkpoint: Checkpoint) -> Callable[[str], bool]:
+    """Tells names of multi-token-prediction tensors: in layers after the last, or in a stack of their own."""
+    layers = text_config(checkpoint.config).get("num_hidden_layers")
+    stacks = {
+        match["stack"]
+        for name in checkpoint.tensors
+        if (match := _LAYER.match(name)) and (_SPLIT.match(name) or parse_expert_tensor(name))
+    }
+
+    def tells(name: str) -> bool:
+        match = _LAYER.match(name)
+        beyond = match and match["stack"] in stacks and isinstance(layers, int) and int(match["layer"]) >= layers
+        return bool(beyond) or in_mtp_stack(name)
+
+    return tells
+
+
+def expert_counts(checkpoint: Checkpoint, *, mtp: bool = False) -> dict[int, int]:
+    """Decoder layer -> E, as the tensors say.
+
+    Args:
+        checkpoint: opened.
+        mtp: of the multi-token-prediction layers instead of the model's own.
+
+    Raises:
+        BadCheckpoint: experts are missing between others.
+        UnsupportedModel: no experts at all (not for `mtp`).
+    """
+    tells = is_mtp(checkpoint)
+    split: dict[int, set[int]] = defaultdict(set)
+    counts: dict[int, int] = {}
+    for name, info in checkpoint.tensors.items():
+        if tells(name) is not mtp:
+            continue
+        if match := _split(name):
+            split[decoder_index(match["block"])].add(int(match["expert"]))
+        elif (parsed := parse_expert_tensor(name)) and len(info.shape) >= 3:
+            counts[parsed.layer] = info.shape[0]
+    for layer, experts in split.items():
+        gap = next((e for e in range(len(experts)) if e not in experts), None)
+        if gap is not None:
+            raise BadCheckpoint(
+                "the tensors of this expert are missing, those of later ones are there",
+                file=checkpoint.path,
+                layer=layer,
+                expert=gap,
+                hint="fetch the shards again; see `moekit check`",
+            )
+        counts[layer] = len(experts)
+    if not counts and not mtp:
+        raise UnsupportedModel(
+            "no tensor belongs to routed experts", file=checkpoint.path, hint="see `moekit estimate` for what it is"
+        )
+    return dict(sorted(counts.items()))
+
+
+def _split(name: str) -> re.Match[str] | None:
+    return None if ".shared" in name else _SPLIT.match(name)
+
+
+class Axes:
+    """Knows along which axis a tensor on disk counts experts.
+
+    Args:
+        before: the model, which may lie on the meta device.
+        after: the same model with another number of experts.
+    """
+
+    def __init__(self, before: PreTrainedModel, after: PreTrainedModel) -> None:
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in before.state_dict().items()}
+        others = {name: tuple(tensor.shape) for name, tensor in after.state_dict().items()}
+        self._rename = renamer(before, self._shapes)
+        self._axes = {
+            name: axis
+            for name, shape in self._shapes.items()
+            for axis, (size, other) in enumerate(zip(shape, others.get(name, shape), strict=True))
+            if size != other
+        }
+        self._stems = {name.rpartition(".")[0] for name in self._axes}
+
+    def _live(self, name: str) -> str | None:
+        """The live tensor that one on disk becomes; None if it is unknown, or only a part of one."""
+        if name in self._shapes:
+            return name
+        target, gathered = self._rename(name)
+        return target if target in self._shapes and not gathered else None
+
+    def of(self, info: TensorInfo, experts: int) -> int | None:
+        """The axis of a tensor that counts experts; None if there is none.
+
+        Args:
+            info: of a tensor that holds more than one expert, or none.
+            experts: E of its layer.
+
+        Raises:
+            UnsupportedModel: it must count them, but its shape does not say how (packed routers).
+        """
+        live = self._live(info.name) or ""
+        axis = self._axes.get(live)
+        if axis is not None and self._fits(info, self._shapes[live], axis, experts):
+            return axis
+        parsed = parse_expert_tensor(info.name)
+        counts = parsed is not None or axis is not None or self._belongs(info.name)
+        if not counts or (parsed is not None and info.numel == 1):
+            return None
+        if axis is None and info.shape[:1] == (experts,) and self._fits(info, info.shape, 0, experts):
+            return 0
+        raise UnsupportedModel(
+            f"{info.name} of shape {list(info.shape)} and dtype {info.dtype} has no axis of {experts} experts to cut",
+            layer=decoder_index(info.name),
+            hint="the router or the stacked experts are packed across experts: give the unquantized checkpoint",
+        )
+
+    def _belongs(self, name: str) -> bool:
+        """Whether an unknown tensor (a scale, packed numbers) is part of a tensor that counts experts."""
+        path = self._rename(name)[0].split(".")
+        above = {".".join(path[:length]) for length in range(1, len(path))}
+        return self._live(name) is None and bool(above & self._stems)
+
+    @staticmethod
+    def _fits(info: TensorInfo, shape: tuple[int, ...], axis: int, experts: int) -> bool:
+        """Whether a tensor has the shape that is cut along an axis, and parts that begin at whole bytes."""
+        same = len(info.shape) == len(shape) and all(
+            n == axis or a == b for n, (a, b) in enumerate(zip(info.shape, shape, strict=True))
+        )
+        whole = prod(info.shape[axis + 1 :]) * DTYPE_BITS[info.dtype] % 8 == 0
+        return same and whole and info.shape[axis] % experts == 0
+
+
+def kept_tensors(checkpoint: Checkpoint, decisions: Mapping[int, LayerDecision], axes: Axes, mtp: bool) -> list[Kept]:
+    """All tensors of the output, in the order in which they lie in the source.
+
+    Args:
+        checkpoint: the source.
+        decisions: of every MoE layer; must fit it.
+        axes: of the model.
+        mtp: whether multi-token-prediction tensors stay, as they are.
+
+    Raises:
+        UnsupportedModel: see `Axes.of`.
+    """
+    tells = is_mtp(checkpoint)
+    counts = expert_counts(checkpoint)
+    found: list[Kept] = []
+    for name, info in checkpoint.tensors.items():
+        if not tells(name):
+            found += _kept(info, decisions, counts, axes)
+        elif mtp:
+            found.append(Kept(name, info))
+    return found
+
+
+def _kept(
+    info: TensorInfo, decisions: Mapping[int, LayerDecision], counts: Mapping[int, int], axes: Axes
+) -> Iterator[Kept]:
+    """What becomes of one tensor: one, or none."""
+    match = _split(info.name)
+    layer = decoder_index(match["block"] if match else info.name)
+    if layer not in decisions or not _LAYER.match(info.name):
+        yield Kept(info.name, info)
+        return
+    keep = decisions[layer].keep
+    if match:
+        expert = int(match["expert"])
+        if expert in keep:
+            yield Kept(f"{match['block']}.experts.{keep.index(expert)}.{match['rest']}", info, layer)
+        return
+    axis = axes.of(info, counts[layer])
+    cut = None if axis is None or len(keep) == counts[layer] else Cut(axis, counts[layer], keep)
+    yield Kept(info.name, info, None if axis is None else layer, cut)

@@ -1,0 +1,1 @@
+"""Clustering and neuron maths that several methods share."""

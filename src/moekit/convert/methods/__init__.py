@@ -1,0 +1,1 @@
+"""Ways to make a MoE of a dense model, one file each."""

@@ -1,0 +1,1 @@
+"""Serving a model: which experts a prompt needs."""

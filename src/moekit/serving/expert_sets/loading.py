@@ -1,0 +1,207 @@
+"""Load the experts of one task alone: of each layer those that its pattern names, and no byte of any other.
+
+What would be written for the same decision is planned by `moekit.compress.engine.prepare`: names, byte ranges and the
+config of the smaller model. Here these bytes go into memory instead of a folder, through transformers' own loading,
+which asks for one tensor after the other.
+
+Legend: E experts, K choices a token, M experts kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from moekit._progress import Progress
+from moekit._validation import faults
+from moekit.checkpoint.folder import Checkpoint, listed
+from moekit.checkpoint.model import quiet_transformers
+from moekit.compress.budget import Budget, uniform_count
+from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.prepare import Work, prepare
+from moekit.compress.prune.planning import geometries_of, sizes_of
+from moekit.compress.resize import Groups
+from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
+from moekit.serving.expert_sets.expert_set import Pattern, keep_sets
+from moekit.serving.expert_sets.kept_bytes import KeptBytes
+
+
+def load_task(
+    model: str | Path | Checkpoint,
+    pattern: Pattern,
+    keep: Budget | int | float | str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    protected: Mapping[int, Collection[int]] | None = None,
+    top_k: int | None = None,
+    groups: Groups = "free",
+    other_weights: bool = False,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Load a model that holds only a task's experts; its logits are those of the folder that `apply` would write.
+
+    Memory is that of the kept experts and of what every token uses, and while it is loaded one layer of it more; from
+    disk nothing else is read. A hub model is downloaded whole, as by `moekit.load`.
+
+    Args:
+        model: folder, hub id, or an opened and verified checkpoint.
+        pattern: of the task, made of this model.
+        keep: M of every layer: a count, a fraction, bytes of the whole model, or a `Budget` with scope "uniform".
+        revision: of a hub model.
+        token: hub token.
+        device: "auto" takes a GPU if there is one; ignored with `device_map`.
+        dtype: of the weights in memory; "auto" keeps the config's.
+        device_map: as in transformers.
+        protected: decoder layer -> experts that stay whatever their rank; they count towards M.
+        top_k: K from now on; None as it is.
+        groups: "free" routes without expert groups once experts are dropped, "equal" keeps them.
+        other_weights: take a pattern of a model of the same shape and other weights, such as the original of a
+            quantized copy.
+        progress: told bytes read.
+
+    Returns:
+        A stock transformers model in eval mode. Expert i of a layer is the i-th of those kept, in ascending order.
+
+    Raises:
+        BadConfig: the pattern is of another model, fewer experts than K, an impossible budget, protected experts that
+            are not there, or a routing policy in the checkpoint.
+        BadCheckpoint, UnsafeInput, UnsupportedModel: see `moekit.load` and `moekit.compress.engine.apply.apply`.
+    """
+    if isinstance(model, Checkpoint):
+        checkpoint = model
+    else:
+        checkpoint = Checkpoint.open(model, revision=revision, token=token)
+        checkpoint.verify()
+    work = plan_task(
+        checkpoint,
+        pattern,
+        keep,
+        protected=protected,
+        top_k=top_k,
+        groups=groups,
+        other_weights=other_weights,
+    )
+    with KeptBytes(work, progress) as source:
+        loaded = _load(work, source, dtype, device_map)
+    if device_map is None:
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded.to(automatic if device == "auto" else device)
+    return loaded.eval()
+
+
+def plan_task(
+    checkpoint: Checkpoint,
+    pattern: Pattern,
+    keep: Budget | int | float | str,
+    *,
+    protected: Mapping[int, Collection[int]] | None = None,
+    top_k: int | None = None,
+    groups: Groups = "free",
+    other_weights: bool = False,
+) -> Work:
+    """All that is known of a task's model before a weight is read; arguments and errors as for `load_task`."""
+    geometries = geometries_of(checkpoint)
+    known = "" if other_weights else pattern.origin.fingerprint
+    shape = {layer: pattern.origin.experts for layer in pattern.origin.layers}
+    if (known and known != checkpoint.fingerprint) or shape != {n: g.experts for n, g in geometries.items()}:
+        raise BadConfig(
+            f"the pattern {pattern.task!r} was made of another model ({known[:12] or 'of another shape'}), not of "
+            f"{checkpoint.fingerprint[:12]}",
+            file=checkpoint.path,
+            hint="make patterns of this model (moekit pattern)",
+        )
+    if strange := sorted(set(protected or {}) - set(geometries)):
+        raise BadConfig("experts of a layer are protected that holds no routed experts", layer=strange[0])
+    budget = keep if isinstance(keep, Budget) else _budget(keep)
+    if budget.scope != "uniform":
+        raise BadConfig("a pattern keeps equally many experts in each layer", hint='take a budget of scope "uniform"')
+    counts = set(uniform_count(budget, sizes_of(checkpoint, geometries, top_k)).values())
+    sets = keep_sets(pattern, counts.pop(), protected=protected)
+    decisions = {layer: LayerDecision(keep=tuple(experts)) for layer, experts in sets.items()}
+    return prepare(checkpoint, decisions, top_k=top_k, groups=groups)
+
+
+def _budget(keep: int | float | str) -> Budget:
+    try:
+        return Budget(keep=keep)
+    except ValidationError as error:
+        raise BadConfig(
+            f"{keep!r} is no budget: {faults(error, most=1)}",
+            hint="keep a number of experts from 1 up, a fraction such as 0.5, or bytes such as 12GiB",
+        ) from error
+
+
+def _load(work: Work, source: KeptBytes, dtype: str | torch.dtype, device_map: Any) -> PreTrainedModel:
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(work.config), None)
+    if kind is None or work.checkpoint.remote_code:
+        raise UnsupportedModel(
+            f"transformers itself has no causal language model of type {work.config.model_type!r}",
+            file=work.checkpoint.path,
+            hint="write the smaller folder instead (moekit prune), and load that",
+        )
+    with quiet_transformers(), _in_turn():
+        loaded, told = (kind[0] if isinstance(kind, tuple) else kind).from_pretrained(
+            None,
+            config=_config(work),
+            state_dict=source.tensors(),
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+        )
+    _refuse_partial(work.checkpoint, told)
+    assert isinstance(loaded, PreTrainedModel)
+    folder = work.checkpoint.path
+    loaded.config.name_or_path = loaded.name_or_path = str(folder)
+    if loaded.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():
+        loaded.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return loaded
+
+
+@contextlib.contextmanager
+def _in_turn() -> Iterator[None]:
+    """Let transformers read what it is about to convert, not all of it ahead: that would be in memory twice."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _config(work: Work) -> PreTrainedConfig:
+    """The smaller model's config, with how the checkpoint is quantized."""
+    made = copy.deepcopy(work.config)
+    raw = work.checkpoint.config if work.config_text is None else json.loads(work.config_text)
+    if "quantization_config" in raw:
+        made.quantization_config = raw["quantization_config"]
+    return made
+
+
+def _refuse_partial(checkpoint: Checkpoint, told: Mapping[str, Any]) -> None:
+    wrong: list[str] = [*told.get("missing_keys", ()), *map(str, told.get("mismatched_keys", ()))]
+    wrong += [*told.get("error_msgs", ()), *map(str, told.get("conversion_errors", ()))]
+    if wrong:
+        raise BadCheckpoint(
+            f"{len(wrong)} tensors did not get their weights: {listed(sorted(wrong))}",
+            file=checkpoint.path,
+            hint="the layout is one that this version of transformers does not read; write the smaller folder instead "
+            "(moekit prune)",
+        )
