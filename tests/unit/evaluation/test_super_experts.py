@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.unit.diagnose.super_experts.test_super_experts import CODE, example
 
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.prune.planning import geometries_of
@@ -19,6 +18,7 @@ from moekit.evaluation import Comparison, Evaluation, PerplexityResult, compare,
 from moekit.evaluation.super_expert_study import STUDY_FILE, SuperExpertStudy
 from moekit.evaluation.super_experts import RANDOM, SuperExpertCheck, check_super_experts, judge
 from tests.families import build
+from tests.unit.diagnose.super_experts.test_super_experts import CODE, example
 from tests.unit.evaluation.test_skipping import documents, zeroed
 
 TOKENS = tuple(range(40, 60))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.diagnose.super_experts.test_super_experts import CODE, example
 
 from moekit.diagnose.super_experts.finding import find_super_experts
 from moekit.diagnose.super_experts.massive_activations import LayerStream
@@ -15,6 +14,7 @@ from moekit.report.data import LinesSection, ReportData, RunInfo, TableSection
 from moekit.report.page import to_html
 from moekit.report.parts import Interval
 from moekit.report.sections.super_experts import made_by, super_expert_finding, super_expert_sections
+from tests.unit.diagnose.super_experts.test_super_experts import CODE, example
 from tests.unit.evaluation.test_super_experts import comparison
 from tests.unit.report.test_page import HOSTILE, Page
 
