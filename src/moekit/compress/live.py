@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moekit.anatomy.probe import MoELayer, find_moe_layers
-from moekit.checkpoint.fingerprint import config_top_k
-from moekit.checkpoint.uneven import stated_experts, without_common_loss
+from moekit.checkpoint.names import config_top_k, stated_experts
+from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.limits import check_groups, check_layers, check_top_k
 from moekit.compress.engine.rewriting import Rewrite
