@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.errors import BadConfig, UnsupportedModel
-from moekit.recipe.inputs import load_tokenizer, model_location
+from moekit.jobs.shared.inputs import load_tokenizer, model_location
 
 if TYPE_CHECKING:
     from moekit.anatomy.probe import Geometry
