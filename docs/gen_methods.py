@@ -20,6 +20,9 @@ KINDS = {
     "routing": "Routing policies",
     "place": "Placement solvers",
     "dispatch": "Dispatchers between ranks",
+    "objective": "What training minimises",
+    "balancer": "Balancing without a loss",
+    "schedule": "Settings that move during training",
 }
 
 

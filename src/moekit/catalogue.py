@@ -37,6 +37,9 @@ METHOD_PACKAGES = (
     "moekit.compress.sparsify",
     "moekit.placement.solvers",
     "moekit.parallel.dispatchers",
+    "moekit.training.objectives",
+    "moekit.training.balancers",
+    "moekit.training.schedules",
     "moekit.diagnose.super_experts",
 )
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, create_model
+
 from moekit.cli._command import build_command
-from moekit.cli._options import option_parameters, read_options
+from moekit.cli._options import fields_of, option_parameters, read_options
 from moekit.cli._steps import carry_out, step_parameters
 from moekit.cli._terminal import Terminal
 
@@ -25,6 +27,21 @@ def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
         terminal.say(f"continued from step {results['resumed_from']}")
 
 
+def _objective_options() -> type[BaseModel]:
+    """One option for each objective of the catalogue, our own and those of installed packages."""
+    from moekit import catalogue
+    from moekit.training import TrainConfig
+
+    fields: dict[str, Any] = {}
+    for record in catalogue.methods("objective"):
+        # A name that a setting of the run has already is given under --objectives.
+        if (name := record.name.replace("-", "_")) not in TrainConfig.model_fields:
+            settings = ", ".join(name for name in fields_of(record.cls) if name != "weight")
+            help = f"{record.summary} Weight, or {{weight: ..., {settings.replace(', ', ': ..., ')}: ...}}"
+            fields[name] = (float | dict[str, Any] | None, Field(default=None, description=help, alias=record.name))
+    return create_model("Objectives", **fields)
+
+
 def build() -> Any:
     """The command."""
     from moekit.recipe.steps.train import TrainStep
@@ -32,20 +49,26 @@ def build() -> Any:
 
     own = step_parameters(TrainStep, ("model",), "folder of the trained checkpoint")
     knobs = option_parameters(TrainConfig, without=("seed",), panel="Training")
+    objectives = _objective_options()
+    terms = option_parameters(objectives, taken={p.name for p in (*own, *knobs)}, panel="Objectives")
     names = {parameter.name for parameter in knobs}
 
     def train(terminal: Terminal, **values: Any) -> None:
         out: Path = values.pop("out")
         overwrite: bool = values.pop("overwrite")
+        named = read_options(objectives, {p.name: values.pop(p.name) for p in terms})
         settings = read_options(TrainConfig, {key: values.pop(key) for key in names})
+        if named:
+            by_name = {objectives.model_fields[field].alias or field: value for field, value in named.items()}
+            settings["objectives"] = {**settings.get("objectives", {}), **by_name}
         carry_out(terminal, TrainStep, {**read_options(TrainStep, values), "settings": settings}, out, overwrite, _show)
 
     return build_command(
         train,
         help="Train or fine-tune a model on text. A killed run goes on where it was, when called again alike.",
         examples=[
-            "moekit train ./moe ./tuned --text demo --split train --tokens 100000 --lr 2e-4 --balance-coef 0.01",
+            "moekit train ./moe ./tuned --text demo --split train --tokens 100000 --lr 2e-4 --balance 0.01",
             "moekit train ./moe ./tuned --text ./text --plan ./plan --steps 50 --parts router,experts",
         ],
-        extra=[*own, *knobs],
+        extra=[*own, *knobs, *terms],
     )

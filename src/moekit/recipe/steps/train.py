@@ -37,7 +37,7 @@ class TrainStep(RankedOptions, Step):
     data_parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)"
     )
-    settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, balance_coef, ...: TrainConfig")
+    settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, objectives, ...: TrainConfig")
 
     def check(self) -> None:
         """Refuse impossible settings."""
