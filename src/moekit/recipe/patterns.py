@@ -87,7 +87,7 @@ def account(reference: str, text: list[TokenizedDocument]) -> list[DataEntry]:
 
 def largest_layer(source: Source) -> int:
     """Bytes of the largest decoder layer, experts and all."""
-    from moekit.checkpoint.folder import where
+    from moekit.checkpoint.names import where
 
     layers: dict[int | None, int] = {}
     for name, info in source.checkpoint.tensors.items():

@@ -109,7 +109,7 @@ def find_in_trace(source: Source, trace: Trace, **rule: Any) -> SuperExpertRepor
         BadData: the trace does not hold what tells them.
         NumericFault: an output is infinite.
     """
-    from moekit.checkpoint.fingerprint import text_config
+    from moekit.checkpoint.names import text_config
     from moekit.diagnose.super_experts.finding import find_super_experts
 
     layers = text_config(source.checkpoint.config).get("num_hidden_layers")

@@ -54,7 +54,7 @@ class Source:
     @property
     def longest(self) -> int:
         """Positions the model knows; a large number where it does not say."""
-        from moekit.checkpoint.fingerprint import text_config
+        from moekit.checkpoint.names import text_config
 
         known = text_config(self.checkpoint.config).get("max_position_embeddings")
         return known if isinstance(known, int) and known > 1 else 1 << 20
@@ -68,6 +68,7 @@ def open_source(reference: str, progress: Any = None) -> Source:
         UnsupportedModel: no Mixture of Experts.
     """
     from moekit.checkpoint import Checkpoint
+    from moekit.checkpoint.expected import verify
     from moekit.compress.prune.planning import geometries_of
 
     location = model_location(reference, progress)
@@ -75,7 +76,7 @@ def open_source(reference: str, progress: Any = None) -> Source:
     # Plans and records name it: they are read from other working folders too.
     parent = str(local.resolve()) if local.is_dir() else location
     checkpoint = Checkpoint.open(parent)
-    checkpoint.verify()
+    verify(checkpoint)
     return Source(checkpoint, geometries_of(checkpoint), parent)
 
 

@@ -69,7 +69,7 @@ def _bytes_per_token(model: str, weights: bool) -> int | None:
     file = Path(model).expanduser() / "config.json"
     if not file.is_file():
         return None
-    from moekit.checkpoint.fingerprint import text_config
+    from moekit.checkpoint.names import text_config
     from moekit.checkpoint.strictjson import read_json
 
     config = text_config(read_json(file))
