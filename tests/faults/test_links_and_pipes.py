@@ -18,7 +18,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.header import read_header
 from moekit.checkpoint.record import Record
 from moekit.errors import BadCheckpoint, BadConfig, UnsafeInput
-from moekit.recipe.restore import find_parent, undo
+from moekit.jobs.undo import find_parent, undo
 from tests.checkpoints import edit_json, plain, saved
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "moekit"

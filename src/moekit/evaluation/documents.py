@@ -20,7 +20,8 @@ from scipy import stats
 
 from moekit._progress import Progress
 from moekit._validation import parse_file
-from moekit.evaluation.likelihood import Scorer, check_vocabulary, evaluating
+from moekit.data import vocabulary
+from moekit.evaluation.likelihood import Scorer, evaluating
 from moekit.evaluation.windows import BatchLike, Corpus, TokenizedLike, by_length, from_batches, from_documents
 
 
@@ -221,7 +222,7 @@ def perplexity_of_documents(
 def _measure(
     model: Any, corpus: Corpus, batch_tokens: int | None, name: str, progress: Progress | None
 ) -> PerplexityResult:
-    check_vocabulary(model, max(max(max(w.inputs), max(w.targets)) for w in corpus.windows))
+    vocabulary.check(max(max(max(w.inputs), max(w.targets)) for w in corpus.windows), vocabulary.embedding_rows(model))
     scorer = Scorer(model)
     if batch_tokens is None:
         batch_tokens = 2048 if scorer.device.type == "cpu" else 16384

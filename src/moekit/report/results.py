@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,26 @@ from moekit.errors import BadCheckpoint, BadData
 if TYPE_CHECKING:
     from moekit.evaluation import Comparison, Evaluation
     from moekit.evaluation.super_expert_study import SuperExpertStudy
-    from moekit.recipe.steps.base import Finished
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step of a run that is done.
+
+    Attributes:
+        id: its name in the recipe.
+        use: what it did.
+        folder: what it wrote.
+        config: its settings.
+        results: figures it returned.
+    """
+
+    id: str
+    use: str
+    folder: Path
+    config: Mapping[str, Any]
+    results: Mapping[str, Any]
+
 
 EVALUATION = "evaluation.json"
 COMPARISON = "comparison.json"
@@ -69,7 +89,7 @@ def load_comparison(folder: str | Path) -> Comparison:
     return parse_file(Comparison, file, what="comparison", missing=hint, hint=hint)
 
 
-def load_studies(named: Sequence[str], finished: Iterable[Finished]) -> dict[str, SuperExpertStudy]:
+def load_studies(named: Sequence[str], finished: Iterable[StepResult]) -> dict[str, SuperExpertStudy]:
     """Name of a step -> its study of super experts: those named, then all others of the run.
 
     Args:
