@@ -20,15 +20,15 @@ from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.budget import Budget
-from moekit.compress.decision import LayerDecision
+from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.apply import apply
-from moekit.compress.live import change_model
-from moekit.compress.prune.base import PruneMethod
-from moekit.compress.prune.plan import PrunePlan
-from moekit.compress.prune.planning import Request, plan_pruning, redecide
-from moekit.compress.prune.rewriting import rewriter
-from moekit.compress.prune.searching import search_pruning
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.live import change_model
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.plan import PrunePlan
+from moekit.compress.engine.planning import Request, plan_pruning, redecide
+from moekit.compress.engine.rewriting import rewriter
+from moekit.compress.engine.searching import search_pruning
 from moekit.errors import BadConfig
 from moekit.routing.gate import identify_gate
 from moekit.trace import Trace

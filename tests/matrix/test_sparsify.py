@@ -18,12 +18,12 @@ from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
-from moekit.compress.live import change_model
-from moekit.compress.resize import read_block
-from moekit.compress.sparsify.base import SparsifyMethod
-from moekit.compress.sparsify.masks import zeros_in
-from moekit.compress.sparsify.plan import SparsityPlan
-from moekit.compress.sparsify.sequential import Calibration, Request, plan_sparsity, zeros_of
+from moekit.compress.engine.live import change_model
+from moekit.compress.engine.resize import read_block
+from moekit.compress.engine.sequential import Calibration, Request, plan_sparsity, zeros_of
+from moekit.compress.engine.sparsity_plan import SparsityPlan
+from moekit.compress.engine.zeroing import SparsifyMethod
+from moekit.compress.maths.masks import zeros_in
 from tests.checkpoints import plain
 from tests.families import EXPERTS, FAMILIES, HIDDEN, WIDTH, build, logits, tokens
 

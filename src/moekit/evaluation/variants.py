@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moekit._progress import Progress, track
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.resize import read_block
+from moekit.compress.engine.resize import read_block
 from moekit.errors import BadConfig
 from moekit.evaluation.changes import ChangedLayer, Variant, changed_layer, compare_layer, swapped, watched
 from moekit.evaluation.documents import PerplexityResult

@@ -68,7 +68,7 @@ def open_source(reference: str, progress: Any = None) -> Source:
         UnsupportedModel: no Mixture of Experts.
     """
     from moekit.checkpoint import Checkpoint
-    from moekit.compress.prune.planning import geometries_of
+    from moekit.compress.engine.planning import geometries_of
 
     location = model_location(reference, progress)
     local = Path(location).expanduser()

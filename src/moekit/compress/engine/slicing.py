@@ -26,7 +26,7 @@ from moekit.checkpoint.experts import in_mtp_stack
 from moekit.checkpoint.fingerprint import text_config
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
-from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import BadCheckpoint, UnsupportedModel
 

@@ -21,7 +21,7 @@ from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
 if TYPE_CHECKING:
     import torch
 
-    from moekit.compress.prune.base import PruneMethod
+    from moekit.compress.engine.dropping import PruneMethod
     from moekit.data import TokenizedDocument
     from moekit.recipe.patterns import Texts
     from moekit.serving.expert_sets.expert_set import Pattern
