@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moekit.anatomy.probe import Geometry
-from moekit.checkpoint.fingerprint import config_groups
+from moekit.checkpoint.names import config_groups
 from moekit.compress.engine.dropping import PruneMethod, ranking
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.plan import LayerPlan, PrunePlan
