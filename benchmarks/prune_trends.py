@@ -22,8 +22,8 @@ from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.bench.pruning import Entry, PruneBenchResult, Subject
 from moekit.bench.pruning.ranking import mean_nll
-from moekit.compress import live
 from moekit.compress.budget.sparsity import remaining_sparsity
+from moekit.compress.engine import live
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerDecision
 from moekit.compress.engine.resize import read_block

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from moekit import catalogue
 from moekit.anatomy import find_moe_layers
-from moekit.compress import live
+from moekit.compress.engine import live
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerDecision
