@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -24,7 +24,7 @@ from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.provenance import origin_of, stamp
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
-from moekit.checkpoint.safety import check_name, read_header
+from moekit.checkpoint.safety import check_name, load_tensors, read_header
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES, index_text
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.uneven import live_counts, load_uneven, uneven_counts
@@ -155,9 +155,7 @@ def read_extra_tensors(folder: Path) -> dict[str, torch.Tensor]:
     path = check_name(folder, TENSORS_FILE)
     if not path.exists():
         return {}
-    read_header(path)
-    tensors: dict[str, torch.Tensor] = load_file(path)
-    return tensors
+    return load_tensors(path)
 
 
 def save(
