@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from moekit.checkpoint.config_file import edited_config, without_mtp
 from moekit.checkpoint.experts import stacked_experts
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
 from moekit.checkpoint.meta import model_config
@@ -20,7 +21,7 @@ from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.small_files import small_files
 from moekit.checkpoint.uneven import without_common_loss
-from moekit.compress.engine.config_file import edited_config, renamed_experts, without_mtp
+from moekit.compress.engine.config_file import renamed_experts
 from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k
 from moekit.compress.engine.outcome import LayerDecision
 from moekit.compress.engine.resize import Groups, resized_config
