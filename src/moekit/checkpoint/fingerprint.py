@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moekit.checkpoint.stored import as_stored
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -117,7 +119,8 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     stamp = getattr(model, "_moekit", None)
     if stamp is not None and stamp.live == live_fingerprint(model):
         return str(stamp.fingerprint)
-    return fingerprint_tensors(disk_state_dict(model), model.config.to_dict())
+    with as_stored(model):
+        return fingerprint_tensors(disk_state_dict(model), model.config.to_dict())
 
 
 def untied_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from moekit._device import named_dtype, resolve_device
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder, atomic_write
 from moekit.checkpoint.card import CARD_FILE, licence_of, render
@@ -21,9 +22,11 @@ from moekit.checkpoint.digest import config_digest, tensor_digests
 from moekit.checkpoint.experts import expert_counts
 from moekit.checkpoint.fingerprint import config_top_k, live_fingerprint, text_config
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from moekit.checkpoint.precision import loading_dtype
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.safety import check_name, read_header
 from moekit.checkpoint.skeleton import empty_model
+from moekit.checkpoint.stored import as_stored, mark_stored, saved_bytes
 from moekit.checkpoint.uneven import live_counts, load_uneven, uneven_counts
 from moekit.errors import BadCheckpoint, BadConfig
 
@@ -64,10 +67,6 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _auto_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def load(
     model: str | Path,
     *,
@@ -85,7 +84,8 @@ def load(
         model: local folder or hub id.
         revision: of a hub model.
         token: hub token.
-        dtype: of the weights in memory; "auto" keeps the config's.
+        dtype: of the weights in memory; "auto" keeps the config's, but takes float32 where the device would only
+            emulate bfloat16 or float16. A model that "auto" has widened so is saved as it was stored.
         device: "auto" takes a GPU if there is one; ignored with `device_map`.
         device_map: as in transformers.
         policy: whether to restore the record's routing policy.
@@ -96,16 +96,21 @@ def load(
 
     Raises:
         BadCheckpoint, UnsafeInput, UnsupportedModel: see `Checkpoint.open` and `Checkpoint.verify`.
-        BadConfig: the record holds a policy, but `moekit.routing` was not imported (use `moekit.load`).
+        BadConfig: an unknown dtype or device; or the record holds a policy, but `moekit.routing` was not imported (use
+            `moekit.load`).
     """
+    place = resolve_device("auto" if device_map is not None else device)
+    named_dtype(dtype)
     checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
     checkpoint.verify()
+    kind, stored = loading_dtype(checkpoint, dtype, place)
     if uneven_counts(checkpoint):
-        loaded = _load_uneven(checkpoint, dtype, device_map)
+        loaded = _load_uneven(checkpoint, kind, device_map)
     else:
-        loaded = _load_stock(checkpoint, dtype, device_map, allow_remote_code)
+        loaded = _load_stock(checkpoint, kind, device_map, allow_remote_code)
     if device_map is None:
-        loaded.to(_auto_device() if device == "auto" else device)
+        loaded.to(place)
+    mark_stored(loaded, stored)
     loaded.eval()
     stamp(loaded, checkpoint)
     if policy and checkpoint.record is not None and checkpoint.record.policy is not None:
@@ -195,6 +200,9 @@ def save(
 ) -> Record:
     """Save a stock Hugging Face folder with its record and card, whole or not at all, verified before it appears.
 
+    Weights are written in the type they have in memory; those of a checkpoint that `load` has widened by itself, in the
+    type it was stored in.
+
     Args:
         model: any causal LM; a routing policy attached to it is saved by giving `record.policy` and its tensors.
         folder: target.
@@ -213,9 +221,8 @@ def save(
         BadCheckpoint: what was written does not hold what the config says.
         OutOfBudget: not enough disk.
     """
-    parameters = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    with atomic_folder(folder, overwrite=overwrite, need_bytes=sum(parameters.values())) as temporary:
-        with quiet_transformers():
+    with atomic_folder(folder, overwrite=overwrite, need_bytes=saved_bytes(model)) as temporary:
+        with quiet_transformers(), as_stored(model):
             model.save_pretrained(temporary, max_shard_size=max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

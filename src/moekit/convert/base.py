@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from moekit._progress import Progress, track
+from moekit.checkpoint.stored import mark_stored, marked_stored
 from moekit.convert.dense import check_calibration, check_dense, ffn_inputs, ffn_of
 from moekit.convert.maths import DenseFFN, MoEWeights
 from moekit.convert.targets import MoEGeometry, build, target_config
@@ -121,7 +122,8 @@ class Conversion(BaseModel, ABC):
             progress: told of each layer.
 
         Returns:
-            A Qwen2MoeForCausalLM or MixtralForCausalLM in evaluation mode, in the dense model's dtype and place.
+            A Qwen2MoeForCausalLM or MixtralForCausalLM in evaluation mode, in the dense model's dtype and place;
+            it is saved in the type that the dense one was stored in.
 
         Raises:
             UnsupportedModel: see `check`.
@@ -147,6 +149,7 @@ class Conversion(BaseModel, ABC):
                 state[f"model.layers.{layer}.mlp.{name}"] = owned.contiguous()
         model = build(config, state)
         model.generation_config = dense_model.generation_config
+        mark_stored(model, marked_stored(dense_model))
         return model.eval()
 
     @staticmethod

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,6 +103,19 @@ def _flat(output: Any) -> Tensor:
     made = output[0] if isinstance(output, tuple) else output
     flat: Tensor = made.reshape(-1, made.shape[-1])
     return flat
+
+
+def as_written(variant: Variant, stored: torch.dtype) -> Variant:
+    """The variant with weights rewritten in the type of the checkpoint, as on disk, whatever the layer computes in."""
+    own = variant.rewrite
+    if own is None:
+        return variant
+
+    def rewrite(layer: int, weights: LayerWeights) -> LayerWeights:
+        made = own(layer, weights.map(lambda t: t.to(stored), router=False))
+        return made.map(lambda t: t.to(weights.up_EIH.dtype), router=False)
+
+    return replace(variant, rewrite=rewrite)
 
 
 def changed_layer(variant: Variant, moe: MoELayer, weights: LayerWeights, config: Any) -> ChangedLayer:

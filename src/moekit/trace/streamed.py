@@ -57,8 +57,8 @@ class Streamed:
         weights: keep their gate weights too.
         folder: where states and finished layers are kept, so that a run that was interrupted goes on; None for memory.
         limit: bytes of states kept in memory where no folder is given.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Streamed:
         folder: str | Path | None = None,
         limit: int = MEMORY_BYTES,
         dtype: torch.dtype | None = None,
-        device: str = "cpu",
+        device: str = "auto",
     ) -> None:
         names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
         self.checkpoint = checkpoint
@@ -299,7 +299,7 @@ def record_streamed(
     folder: str | Path | None = None,
     limit: int = MEMORY_BYTES,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     source: str = "",
     seed: int | None = None,

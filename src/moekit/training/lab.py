@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from moekit._device import resolve_device
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.model import save
@@ -172,7 +173,7 @@ def build_lab_model(config: LabConfig, device: str = "auto") -> PreTrainedModel:
     """
     set_seed(config.training.seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config.model_settings(), dtype=torch.float32)
-    place = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    place = resolve_device(device)
     return model.to(place)
 
 

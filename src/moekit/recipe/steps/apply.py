@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from moekit._device import resolve_device
 from moekit.errors import BadConfig, MoekitError
 from moekit.recipe.inputs import model_item, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
@@ -26,7 +27,7 @@ from moekit.recipe.pruning import (
     refuse_uneven,
     tell_uneven,
 )
-from moekit.recipe.source import Source, check_device, check_runnable, open_source
+from moekit.recipe.source import Source, check_runnable, open_source
 from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class ApplyStep(WritingOptions, Step):
 
     def check(self) -> None:
         """Refuse an impossible budget."""
-        check_device(self.device)
+        resolve_device(self.device)
         if self.keep is None and (self.scope or self.least or self.most):
             raise BadConfig("scope, least and most are about another budget", hint="give --keep as well")
         if self.keep is not None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moekit import catalogue
+from moekit._device import DTYPE_HELP, DtypeName
 from moekit.recipe.inputs import model_item, open_model, read_text, rows_of, save_changed, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
@@ -24,7 +25,7 @@ class ConvertStep(Step):
     split: Literal["train", "heldout"] | None = Field(default="train", description="part of the text to take")
     max_tokens: int = Field(default=8192, ge=1, description="calibration tokens, at most")
     seq_len: int = Field(default=256, ge=2, description="tokens a row")
-    dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     def check(self) -> None:
         """Refuse an unknown method and impossible options."""

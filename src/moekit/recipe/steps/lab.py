@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from moekit._device import DEVICE_HELP
 from moekit.errors import BadConfig
 from moekit.recipe.inputs import read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
@@ -24,7 +25,7 @@ class LabStep(Step):
 
     use: Literal["lab"] = "lab"
     text: TextRef = Field(description="text of several domains: folder, source, mix or hub id")
-    device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
+    device: str = Field(default="auto", description=DEVICE_HELP)
     settings: dict[str, Any] = Field(default_factory=dict, description="layout, experts, training, ...: LabConfig")
 
     def check(self) -> None:

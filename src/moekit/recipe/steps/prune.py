@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moekit import catalogue
+from moekit._device import resolve_device
 from moekit.errors import BadConfig, MoekitError
 from moekit.recipe.answered import answered_rows, load_for_answers
 from moekit.recipe.artefacts import text_hash
@@ -28,7 +29,7 @@ from moekit.recipe.pruning import (
     refuse_uneven,
     tell_uneven,
 )
-from moekit.recipe.source import Source, check_device, check_runnable, open_source
+from moekit.recipe.source import Source, check_runnable, open_source
 from moekit.recipe.steps.base import ExpertsRef, ModelRef, Step, TextRef, TraceRef, Workplace
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class PruneStep(WritingOptions, Step):
 
     def check(self) -> None:
         """Refuse an unknown method, impossible knobs and budgets, and a run without what it needs."""
-        check_device(self.device)
+        resolve_device(self.device)
         method = catalogue.make("prune", self.method, self.settings)
         budget = budget_of(self.keep, self.scope, self.least, self.most)
         refuse_uneven(budget, self.stock_only)

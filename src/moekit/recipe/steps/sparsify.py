@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from moekit import catalogue
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, resolve_device
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.recipe.artefacts import text_hash
 from moekit.recipe.inputs import calibration_rows, model_item, read_text, text_item
 from moekit.recipe.plan import Forecast, Item, Sizes
 from moekit.recipe.pruning import PLAN_FILE, WritingOptions, bytes_between, check_disk, check_unchanged, read_heldout
-from moekit.recipe.source import Source, check_device, open_source
+from moekit.recipe.source import Source, open_source
 from moekit.recipe.sparse import Machine, finish, told_of, warn_of
 from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
 
@@ -71,10 +72,8 @@ class SparsifyStep(Step):
     window: int | None = Field(
         default=None, ge=2, description="longest context of the proof in tokens (default: the model's, ≤ 1024)"
     )
-    device: str = Field(default="cpu", description="where layers run: cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of layers in memory; auto: as the model is stored"
-    )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     @field_validator("settings")
     @classmethod
@@ -89,7 +88,7 @@ class SparsifyStep(Step):
 
     def check(self) -> None:
         """Refuse an unknown method, impossible knobs and shares, and a run without what it needs."""
-        check_device(self.device)
+        resolve_device(self.device)
         if self.from_plan is not None:
             given = [name for name in _DECIDED if getattr(self, name)]
             if given or self.write == "plan":
