@@ -19,18 +19,19 @@ from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder, atomic_write
 from moekit.checkpoint.card import CARD_FILE, licence_of, render
 from moekit.checkpoint.digest import config_digest, tensor_digests
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import expert_counts
-from moekit.checkpoint.fingerprint import config_top_k, live_fingerprint, text_config
+from moekit.checkpoint.fingerprint import live_fingerprint
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.precision import loading_dtype
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.safety import check_name, read_header
+from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES, index_text
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.stored import as_stored, mark_stored, saved_bytes
 from moekit.checkpoint.uneven import live_counts, load_uneven, uneven_counts
 from moekit.errors import BadCheckpoint, BadConfig
-
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
 Restorer = Callable[[PreTrainedModel, Record, dict[str, torch.Tensor]], None]
 
@@ -95,14 +96,14 @@ def load(
         The model in eval mode.
 
     Raises:
-        BadCheckpoint, UnsafeInput, UnsupportedModel: see `Checkpoint.open` and `Checkpoint.verify`.
+        BadCheckpoint, UnsafeInput, UnsupportedModel: see `Checkpoint.open` and `verify`.
         BadConfig: an unknown dtype or device; or the record holds a policy, but `moekit.routing` was not imported (use
             `moekit.load`).
     """
     place = resolve_device("auto" if device_map is not None else device)
     named_dtype(dtype)
     checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
-    checkpoint.verify()
+    verify(checkpoint)
     kind, stored = loading_dtype(checkpoint, dtype, place)
     if uneven_counts(checkpoint):
         loaded = _load_uneven(checkpoint, kind, device_map)
@@ -249,7 +250,7 @@ def seal(
     checkpoint = Checkpoint.open(folder)
     # What the record expects of the layers says whether they may differ.
     checkpoint.record = record
-    checkpoint.verify()
+    verify(checkpoint)
     extra = read_header(folder / TENSORS_FILE).tensors.values() if extra_tensors else ()
     expectations = Expectations(
         experts=expert_counts(checkpoint.tensors),
@@ -287,34 +288,8 @@ def _index_single(folder: Path) -> None:
     single = folder / SINGLE_FILE
     if not single.exists():
         return
-    from moekit.checkpoint.shards import index_text
-
     tensors = read_header(single).tensors.values()
     shard = "model-00001-of-00001.safetensors"
     os.rename(single, folder / shard)
     total = sum(info.nbytes for info in tensors)
     atomic_write(folder / INDEX_FILE, index_text({info.name: shard for info in tensors}, total))
-
-
-def check_tokenizer(model_or_config: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer that can produce ids beyond the embedding.
-
-    Args:
-        model_or_config: a model, a transformers config, or a parsed config.json.
-        tokenizer: anything with a length (its largest id + 1).
-
-    Raises:
-        BadConfig: naming both sizes.
-    """
-    if isinstance(model_or_config, torch.nn.Module):
-        rows = int(model_or_config.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    else:
-        values = model_or_config if isinstance(model_or_config, Mapping) else model_or_config.to_dict()
-        rows = int(text_config(values).get("vocab_size") or 0)
-    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-    largest = max(vocabulary.values(), default=len(tokenizer) - 1)
-    if largest >= rows:
-        raise BadConfig(
-            f"the tokenizer produces ids up to {largest}, but the embedding has {rows} rows",
-            hint="use the model's own tokenizer, or resize the embedding (model.resize_token_embeddings) and train it",
-        )

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moekit._device import compute_dtype, named_dtype
-from moekit.checkpoint.fingerprint import TORCH_NAMES, text_config
+from moekit.checkpoint.fingerprint import TORCH_NAMES
+from moekit.checkpoint.names import text_config
 from moekit.checkpoint.stored import Stored
 
 if TYPE_CHECKING:
