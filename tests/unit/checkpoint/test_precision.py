@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+import moekit
 from moekit import _device
 from moekit.checking import check
 from moekit.checkpoint.fingerprint import fingerprint_model
@@ -18,8 +19,9 @@ from moekit.checkpoint.record import Record
 from moekit.checkpoint.stored import saved_bytes
 from moekit.errors import BadConfig
 from moekit.streaming import LayerLoader
-from tests.checkpoints import edit_shard
+from tests.checkpoints import edit_json, edit_shard
 from tests.families import build, logits
+from tests.odd_folders import with_mtp
 
 RECORD = Record(command="a test")
 
@@ -65,6 +67,21 @@ def test_it_is_computed_in_float32_and_written_as_it_was_stored(
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.config.dtype == model.dtype == torch.float32
     assert torch.equal(logits(model), logits(load(folder, device="cpu")))
+
+
+def test_what_goes_beyond_the_model_is_carried_along(tmp_path: Path) -> None:
+    source, names = with_mtp(tmp_path / "source")
+
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+    for shard in source.glob("model*.safetensors"):
+        edit_shard(shard, narrow)
+    edit_json(source / "config.json", lambda config: config.update(dtype="bfloat16"))
+    moekit.save(moekit.load(source, device="cpu"), tmp_path / "again")
+    assert names
+    assert bits(tmp_path / "again") == bits(source)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_where_the_device_multiplies_it_nothing_is_widened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
