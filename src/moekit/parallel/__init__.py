@@ -13,7 +13,7 @@ __getattr__, __dir__ = attach(
         "Ranks": "ranks",
         "StartedRanks": "launch.start",
         "Traffic": "traffic",
-        "agree": "launch.agreement",
+        "agree": "launch.start",
         "expert_mesh": "ranks",
         "expert_parallel": "sharding",
         "expert_parameters": "sharding",

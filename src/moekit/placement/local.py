@@ -197,9 +197,11 @@ def _best(problem: Problem, starts: Sequence[Ints], kicks: int, rng: np.random.G
 def multi_start(problem: Problem, *, starts: int, kicks: int, time_limit: float) -> list[int]:
     """Descend from the contiguous blocks, the greedy groups and random ones; kick the best; then count exact rows.
 
+    Where load counts, blocks balanced by load alone are a start, too: what is found is worth at least as much as they.
+
     Args:
         problem: with token sets the row objective starts where the search by pairs ended (and from the contiguous
-            blocks), so that it never sends more rows than that.
+            and the balanced blocks), so that it never sends more rows than that.
         starts: random starts.
         kicks: disturbances of the best; a quarter of them for rows, which cost more.
         time_limit: seconds; what is found by then is returned.
@@ -207,8 +209,26 @@ def multi_start(problem: Problem, *, starts: int, kicks: int, time_limit: float)
     deadline = time.monotonic() + time_limit
     rng = np.random.default_rng(problem.seed)
     blocks_E = np.repeat(np.arange(problem.devices), problem.sizes)
-    first = [blocks_E, np.array(greedy_groups(problem)), *(rng.permutation(blocks_E) for _ in range(starts))]
+    plain = [blocks_E, *([balanced_blocks(problem.load_E, problem.sizes)] if problem.load_weight else [])]
+    first = [*plain, np.array(greedy_groups(problem)), *(rng.permutation(blocks_E) for _ in range(starts))]
     group_E = _best(replace(problem, sets=None), first, kicks, rng, deadline)
     if problem.sets is not None:
-        group_E = _best(problem, [group_E, blocks_E], math.ceil(kicks / 4), rng, deadline)
+        group_E = _best(problem, [group_E, *plain], math.ceil(kicks / 4), rng, deadline)
     return [int(device) for device in group_E]
+
+
+def balanced_blocks(load_E: Floats, sizes: Sequence[int]) -> Ints:
+    """Device of each expert by load alone: the heaviest first, onto the device with least load that has room.
+
+    Args:
+        load_E: choices of each expert.
+        sizes: experts per device.
+    """
+    free, load_D = list(sizes), [0.0] * len(sizes)
+    group_E = np.zeros(len(load_E), dtype=np.int64)
+    for expert in np.argsort(-load_E, kind="stable"):
+        device = min((d for d in range(len(sizes)) if free[d]), key=lambda d: (load_D[d], d))
+        group_E[expert] = device
+        free[device] -= 1
+        load_D[device] += float(load_E[expert])
+    return group_E

@@ -77,7 +77,7 @@ class StartedRanks:
         return self.rank == 0 and not self.place.launcher_holds_store
 
     def agree(self, facts: Mapping[str, Any], timeout: float | None = None) -> None:
-        """See `moekit.parallel.launch.agreement.agree`."""
+        """See `agree` below."""
         self._agreements += 1
         if self._store is None:
             return
@@ -285,3 +285,27 @@ def _start_group(ranks: StartedRanks, backend: str, store: Store) -> None:
         backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=ranks.timeout)
     )
     ranks._owns_group = True
+
+
+def agree(timeout: float | None = None, **facts: Any) -> None:
+    """Make sure that all ranks are about to do the same; without other ranks it does nothing.
+
+    Every rank calls it in the same order with the same names.
+
+    Args:
+        timeout: seconds to wait for the others; that of `start_ranks` by default.
+        **facts: what must be equal everywhere: numbers, strings, mappings, pydantic models, tensors, versions.
+
+    Raises:
+        BadConfig: on every rank alike, naming the facts, the ranks that differ and both values.
+        PeerLost: a rank did not say anything in time.
+    """
+    ranks = current()
+    if ranks is not None:
+        ranks.agree(facts, timeout)
+    elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, agreement.statements(facts))
+        lines = agreement.compare(dict(enumerate(told)))
+        if lines:
+            raise agreement.disagreement(lines)
