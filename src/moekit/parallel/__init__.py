@@ -5,7 +5,7 @@ from moekit._lazy import attach
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "Departure": "launch.pulse",
+        "Departure": "launch.beats",
         "Dispatcher": "dispatcher",
         "ExpertLayout": "layout",
         "ExpertShard": "sharding",

@@ -87,7 +87,7 @@ def test_swap_search_reaches_all_optima(devices, mean, contiguous, load, contigu
 
 def test_one_start_is_not_enough() -> None:
     """From the contiguous blocks alone, descent misses optima at D = 2: several starts earn their time."""
-    found = [Swap(load_weight=0, starts=0, kicks=0).solve(c, 2, bound=False).value for c in COUNTS]
+    found = [Swap(load_weight=0, starts=0, perturbations=0).solve(c, 2, bound=False).value for c in COUNTS]
     best = [Exact(load_weight=0).solve(c, 2).value for c in COUNTS]
     assert sum(f < b - 1e-9 for f, b in zip(found, best, strict=True)) >= 1
 

@@ -126,8 +126,8 @@ def test_refusals() -> None:
         place({}, 2)
     with pytest.raises(BadConfig, match="did you mean 'swap'"):
         place({0: torch.zeros(4, 4)}, 2, solver="swop")
-    with pytest.raises(BadConfig, match="kicks"):
-        make_solver("swap", {"kicks": -1})
+    with pytest.raises(BadConfig, match="perturbations"):
+        make_solver("swap", {"perturbations": -1})
     with pytest.raises(BadConfig, match="share a placement"):
         place({0: torch.zeros(4, 4), 1: torch.zeros(6, 6)}, 2, per_layer=False)
     with pytest.raises(BadConfig, match="do not divide"):
@@ -141,9 +141,9 @@ def test_layers_of_different_size() -> None:
 
 
 def test_solver_objects_are_named() -> None:
-    placement = place({0: torch.zeros(4, 4)}, 2, solver=Swap(kicks=1))
+    placement = place({0: torch.zeros(4, 4)}, 2, solver=Swap(perturbations=1))
     assert placement.solver == "swap"
-    assert placement.config["kicks"] == 1
+    assert placement.config["perturbations"] == 1
 
 
 def test_a_trace_of_another_model() -> None:
