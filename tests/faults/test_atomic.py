@@ -15,6 +15,7 @@ import pytest
 
 from moekit.checkpoint import atomic
 from moekit.checkpoint.atomic import atomic_folder, atomic_write, is_disk_full
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import save
 from moekit.checkpoint.record import Record
@@ -127,7 +128,7 @@ def test_kill_in_the_middle_of_saving_a_model(tmp_path):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         checkpoint = Checkpoint.open(target)
-        checkpoint.verify()
+        verify(checkpoint)
         assert checkpoint.record.fingerprint == checkpoint.fingerprint
         seen.add(checkpoint.fingerprint)
     assert len(seen | {old}) == 2  # the old model and the new one, nothing else
@@ -319,7 +320,7 @@ def test_a_full_disk_is_out_of_budget_and_leaves_the_old(tmp_path):
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("step", ["_fsync_tree", "_swap_in"])
+@pytest.mark.parametrize("step", ["settle", "_swap_in"])
 def test_a_disk_that_fills_up_at_the_very_end(tmp_path, monkeypatch, step):
     monkeypatch.setattr(atomic, step, full)
     with pytest.raises(OutOfBudget), atomic_folder(tmp_path / "model") as folder:
@@ -359,7 +360,7 @@ def test_a_fault_at_every_step_of_a_save_leaves_the_old_model(tmp_path, monkeypa
             save(build("olmoe"), target, record=Record(command="x"), overwrite=True)
         assert leftovers(tmp_path) == []
     assert failed > 8
-    Checkpoint.open(target).verify()
+    verify(Checkpoint.open(target))
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.checkpoint.experts import in_mtp_stack
+from moekit._files import open_regular
 from moekit.checkpoint.fingerprint import combine, sample_positions
+from moekit.checkpoint.hub import resolve
+from moekit.checkpoint.names import where
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.safety import (
     DTYPE_BITS,
@@ -22,6 +23,7 @@ from moekit.checkpoint.safety import (
     check_name,
     read_header,
     read_json,
+    refuse_foreign_kernels,
     refuse_links_and_adapters,
     refuse_pickles,
     refuse_remote_code,
@@ -42,16 +44,6 @@ def listed(names: list[str], limit: int = 20) -> str:
     """A list for an error message: all names up to `limit`, else the first ones and how many more."""
     head = ", ".join(names[:limit])
     return f"{head} and {len(names) - limit} more" if len(names) > limit else head
-
-
-def where(name: str) -> tuple[int | None, int | None]:
-    """Decoder layer and expert that a tensor name belongs to; layers of a multi-token-prediction stack are none."""
-    layer = None if in_mtp_stack(name) else re.search(r"\.layers\.(\d+)\.|^layers\.(\d+)\.", name)
-    expert = re.search(r"\.experts\.(\d+)\.", name)
-    return (
-        int(layer.group(1) or layer.group(2)) if layer else None,
-        int(expert.group(1)) if expert else None,
-    )
 
 
 class Checkpoint:
@@ -105,12 +97,11 @@ class Checkpoint:
             UnsafeInput: pickles only, names that leave the folder, headers that lie.
             UnsupportedModel: needs remote code, or a model type that transformers does not know.
         """
-        from moekit.checkpoint.hub import resolve
-
         path = resolve(model, revision=revision, token=token, local_files_only=local_files_only)
         refuse_links_and_adapters(path)
         config = read_json(check_name(path, CONFIG_FILE))
         refuse_remote_code(config, allow=allow_remote_code, revision=revision, file=path / CONFIG_FILE)
+        refuse_foreign_kernels(config, allow=allow_remote_code, file=path / CONFIG_FILE)
         return cls(path, config, read_tensors(path), Record.read(path), allow_remote_code)
 
     @property
@@ -125,7 +116,7 @@ class Checkpoint:
 
     def _samples(self) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
         for shard in self.shards:
-            with (self.path / shard).open("rb", buffering=0) as file:
+            with open_regular(self.path / shard) as file:
                 for info in self.of_shard(shard):
                     yield info.name, info.dtype, info.shape, _sampled(file.fileno(), info)
 
@@ -173,17 +164,6 @@ class Checkpoint:
                     except SafetensorError as error:
                         raise _unreadable(self.path / shard, info.name, error) from error
                     yield info.name, tensor
-
-    def verify(self) -> None:
-        """Compare names, shapes and dtypes with what the config says, before any weight is read.
-
-        Raises:
-            BadCheckpoint: tensors are missing, surplus or of a wrong shape or dtype: the full list, naming layer and
-                expert of the first.
-        """
-        from moekit.checkpoint.expected import verify
-
-        verify(self)
 
 
 def _unreadable(path: Path, name: str, error: Exception) -> BadCheckpoint:

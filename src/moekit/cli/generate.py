@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from moekit._files import read_text
 from moekit.cli._command import build_command
 from moekit.cli._errors import config_error
 from moekit.cli._generate_tasks import generate_by_task
@@ -41,8 +42,8 @@ def generate(
 
     With --patterns only the experts of each prompt's task are read from disk.
     """
-    from moekit.recipe.ranked import RankedOptions, ranks_of
-    from moekit.recipe.tasks import TaskOptions
+    from moekit.jobs.shared.ranked import RankedOptions, ranks_of
+    from moekit.jobs.shared.tasks import TaskOptions
 
     texts = [*(prompt or ()), *_lines(prompts)] or list(PROMPTS)
     tasks = _options(TaskOptions, {name: rest.pop(name) for name in TaskOptions.model_fields})
@@ -71,7 +72,7 @@ def generate(
             terminal.say(f"> {completion.prompt}\n{completion.text}\n")
         return
     from moekit.evaluation import agreement, side_by_side
-    from moekit.recipe.inputs import open_model
+    from moekit.jobs.shared.inputs import open_model
 
     second = _complete(terminal, other, texts, max_new_tokens, device, dtype)
     asked, _ = open_model(other, device=device, dtype=dtype, progress=terminal.progress)
@@ -98,7 +99,7 @@ def _options(cls: Any, given: dict[str, Any]) -> Any:
 
 def _share(options: Any, started: Any, model: Any, **facts: Any) -> None:
     """Deal the experts out to ranks that all generate the same."""
-    from moekit.recipe.ranked import deal_out
+    from moekit.jobs.shared.ranked import deal_out
 
     deal_out(model, options, started, shared_batch=True, facts=facts)
 
@@ -113,7 +114,7 @@ def _complete(
     share: Callable[..., None] | None = None,
 ) -> Any:
     from moekit.evaluation import complete
-    from moekit.recipe.inputs import open_model
+    from moekit.jobs.shared.inputs import open_model
 
     model, tokenizer = open_model(reference, device=device, dtype=dtype, progress=terminal.progress)
     if share is not None:
@@ -124,15 +125,18 @@ def _complete(
 def _lines(file: Path | None) -> list[str]:
     if file is None:
         return []
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in read_text(file).splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise BadData(f"is not UTF-8 text (byte {error.start})", file=file, hint="convert it, as with iconv") from error
     if not lines:
         raise BadData("the file holds no prompt", file=file, hint="write one a line")
     return lines
 
 
 def _foretell(terminal: Terminal, references: list[str]) -> None:
-    from moekit.recipe.inputs import model_item
-    from moekit.recipe.plan import Forecast, Sizes, largest
+    from moekit.jobs.shared.estimates import Forecast, Sizes, largest
+    from moekit.jobs.shared.inputs import model_item
 
     items = tuple(model_item(name, Sizes()) for name in references)
     terminal.forecast(Forecast(items, (), disk=0, memory=largest(item.nbytes for item in items)))
@@ -140,8 +144,8 @@ def _foretell(terminal: Terminal, references: list[str]) -> None:
 
 def build() -> Any:
     """The command."""
-    from moekit.recipe.ranked import RankedOptions
-    from moekit.recipe.tasks import TaskOptions
+    from moekit.jobs.shared.ranked import RankedOptions
+    from moekit.jobs.shared.tasks import TaskOptions
 
     examples = [
         "moekit generate ./moe ./routed --prompt 'Once upon a time' --max-new-tokens 32",

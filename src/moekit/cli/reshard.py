@@ -26,6 +26,9 @@ def reshard(
     tokenizer: Annotated[
         str | None, typer.Option(help="with --plain: model to take the tokenizer from, if the checkpoint has none")
     ] = None,
+    drop_unknown: Annotated[
+        bool, typer.Option("--drop-unknown", help="with --plain: leave out what the source holds beyond the model")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, at the very end, if it is there.")
     ] = False,
@@ -36,8 +39,8 @@ def reshard(
     finds its experts in one file, optimizer state included. --plain writes one Hugging Face folder, layer by layer:
     memory holds the heaviest layer about twice, never the model.
     """
+    from moekit.jobs.shared.estimates import Forecast, Item, disk_bytes
     from moekit.parallel.checkpoints import reshard as library
-    from moekit.recipe.plan import Forecast, Item, disk_bytes
 
     if (ep is None) == (not plain):
         raise BadConfig("say either --ep N or --plain", hint="moekit reshard --help shows both")
@@ -51,7 +54,14 @@ def reshard(
         terminal.forecast(Forecast((Item(str(folder), disk_bytes(folder)),), writes, disk=total, memory=memory))
         return
     if plain:
-        record = library.plain(folder, out, tokenizer=tokenizer, overwrite=overwrite, progress=terminal.progress)
+        record = library.plain(
+            folder,
+            out,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            drop_unknown=drop_unknown,
+            progress=terminal.progress,
+        )
         terminal.answer(out=str(out), ranks=found.ranks, bytes=found.weights, fingerprint=record.fingerprint)
         terminal.say(
             f"wrote {out}: {size(found.weights)} of weights, saved by {found.ranks} ranks; transformers opens it"

@@ -8,13 +8,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from moekit._validation import parse
+from moekit._validation import parse_file
 from moekit.checkpoint.atomic import atomic_folder
-from moekit.checkpoint.safety import TensorInfo, read_header
+from moekit.checkpoint.safety import TensorInfo, load_tensors, read_header
 from moekit.errors import BadCheckpoint, BadData
+from moekit.trace.data import AnyTrace, TraceData
 from moekit.trace.meta import TraceMeta, index_dtype
 from moekit.trace.statistics import LayerStatistics, Statistics
-from moekit.trace.store import Trace
 from moekit.trace.tokens import RUN_NAMES, TokenLabels
 from moekit.trace.vocabulary import get
 
@@ -24,7 +24,7 @@ MAX_META_BYTES = 16 << 20
 _AGAIN = "record the trace again, or copy the whole folder"
 
 
-def save(trace: Trace, folder: Path, *, overwrite: bool) -> None:
+def save(trace: TraceData, folder: Path, *, overwrite: bool) -> None:
     """See `Trace.save`."""
     tensors = {name: tensor.contiguous() for name, tensor in trace.tensors().items()}
     need = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 16)
@@ -40,11 +40,8 @@ def read_meta(folder: Path) -> TraceMeta:
         BadData: not a trace, or damaged.
     """
     file = folder / META_FILE
-    if not file.is_file():
-        raise BadData("no trace here", file=folder, hint="`moekit profile` records one")
-    if file.stat().st_size > MAX_META_BYTES:
-        raise BadData(f"{file.stat().st_size} bytes are too many for a trace's description", file=file, hint=_AGAIN)
-    return parse(TraceMeta, file.read_bytes(), what="trace", file=file, hint=_AGAIN)
+    missing = "`moekit profile` records one"
+    return parse_file(TraceMeta, file, what="trace", missing=missing, hint=_AGAIN, limit=MAX_META_BYTES)
 
 
 def _expected(meta: TraceMeta) -> dict[str, tuple[str, tuple[int, ...]] | None]:
@@ -84,8 +81,8 @@ def _check_header(meta: TraceMeta, found: dict[str, TensorInfo], file: Path) -> 
             )
 
 
-def load(folder: Path) -> Trace:
-    """See `Trace.load`."""
+def load(folder: Path, kind: type[AnyTrace]) -> AnyTrace:
+    """See `Trace.load`; what is made is of the class `kind`."""
     meta = read_meta(folder)
     file = folder / TENSORS_FILE
     try:
@@ -93,7 +90,10 @@ def load(folder: Path) -> Trace:
     except BadCheckpoint as error:
         raise BadData(f"damaged trace: {error.message}", file=file, hint=_AGAIN) from error
     _check_header(meta, dict(header.tensors), file)
-    tensors = safetensors.torch.load_file(file)
+    try:
+        tensors = load_tensors(file)
+    except BadCheckpoint as error:
+        raise BadData(f"damaged trace: {error.message}", file=file, hint=_AGAIN) from error
     labels = TokenLabels.decode(tensors, meta.tokens) if meta.has_choices else None
     indices = {layer: tensors[f"layers.{layer}.indices"] for layer in meta.layers if meta.has_choices}
     weights = {layer: tensors[f"layers.{layer}.weights"] for layer in meta.layers if meta.has_weights}
@@ -102,7 +102,7 @@ def load(folder: Path) -> Trace:
     if labels is not None and len(labels):
         _check_range(labels.domain_N, len(meta.domains) - 1, None, file)
     statistics = _statistics(meta, tensors) if meta.statistics else None
-    return Trace(meta, labels, indices, weights, statistics)
+    return kind(meta, labels, indices, weights, statistics)
 
 
 def _check_range(numbers: Tensor, largest: int, layer: int | None, file: Path) -> None:

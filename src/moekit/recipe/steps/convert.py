@@ -8,9 +8,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moekit import catalogue
-from moekit.recipe.inputs import model_item, open_model, read_text, rows_of, save_changed, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, save_changed, text_item
+from moekit.recipe.steps.base import Step
 
 
 class ConvertStep(Step):
@@ -25,6 +27,10 @@ class ConvertStep(Step):
     max_tokens: int = Field(default=8192, ge=1, description="calibration tokens, at most")
     seq_len: int = Field(default=256, ge=2, description="tokens a row")
     dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
+
+    drop_unknown: bool = Field(
+        default=False, description="leave out what the source holds beyond the model, such as a vision tower"
+    )
 
     def check(self) -> None:
         """Refuse an unknown method and impossible options."""
@@ -42,7 +48,7 @@ class ConvertStep(Step):
             notes=("sizes are the dense model's: copied experts multiply its feed-forward part",),
         )
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Convert and save."""
         from moekit.anatomy import find_moe_layers
 
@@ -53,7 +59,7 @@ class ConvertStep(Step):
             documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
             rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens)
             calibration = rows.calibration
-        moe = conversion.convert(model, calibration, work.seed, progress=work.progress)
+        moe = conversion.convert(model, calibration, work.seed, progress=work.progress, drop_unknown=self.drop_unknown)
         save_changed(moe, tokenizer, work, parent=self.model, config={"method": self.method, **self.settings})
         layers = find_moe_layers(moe)
         return {

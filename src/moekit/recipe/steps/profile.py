@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from moekit.recipe.inputs import model_item, open_model, read_text, rows_of, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, text_item
+from moekit.recipe.steps.base import Step
 
 
 class ProfileStep(Step):
@@ -39,7 +41,7 @@ class ProfileStep(Step):
         trace = None if self.max_tokens is None or per_token is None else self.max_tokens * (per_token + 11)
         return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes)
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Record and save."""
         from moekit.trace import record, summarise
 
@@ -69,7 +71,10 @@ def _bytes_per_token(model: str, weights: bool) -> int | None:
     file = Path(model).expanduser() / "config.json"
     if not file.is_file():
         return None
-    config = json.loads(file.read_text())
+    from moekit.checkpoint.names import text_config
+    from moekit.checkpoint.strictjson import read_json
+
+    config = text_config(read_json(file))
     layers = _first(config, "num_hidden_layers")
     top_k = _first(config, "num_experts_per_tok", "moe_k", "num_experts_per_token")
     experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -78,5 +83,5 @@ def _bytes_per_token(model: str, weights: bool) -> int | None:
     return layers * top_k * ((1 if experts <= 255 else 2) + (2 if weights else 0))
 
 
-def _first(config: dict[str, Any], *names: str) -> int | None:
+def _first(config: Mapping[str, Any], *names: str) -> int | None:
     return next((config[name] for name in names if isinstance(config.get(name), int)), None)

@@ -8,9 +8,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moekit import catalogue
-from moekit.recipe.inputs import model_item, open_model, save_changed
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.steps.base import ModelRef, PlacementRef, Step, TraceRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, PlacementRef, TraceRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, open_model, save_changed
+from moekit.recipe.steps.base import Step
 
 
 class RouteStep(Step):
@@ -24,6 +26,11 @@ class RouteStep(Step):
     placement: PlacementRef | None = Field(default=None, description="placement file, for policies that need devices")
     write: Literal["plan", "model"] = Field(default="plan", description="write the plan alone, or a model with it")
 
+    drop_unknown: bool = Field(
+        default=False,
+        description="leave out what the source holds beyond the model, with write: model",
+    )
+
     def check(self) -> None:
         """Refuse an unknown method and impossible options."""
         catalogue.make("routing", self.method, self.settings)
@@ -35,7 +42,7 @@ class RouteStep(Step):
         written = model.nbytes if self.write == "model" else 1 << 20
         return Forecast((model, *others), (Item(str(out), written),), disk=written, memory=model.nbytes)
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Plan and write."""
         from moekit import catalogue
         from moekit.anatomy import find_moe_layers
@@ -68,7 +75,15 @@ class RouteStep(Step):
             plan.save(work.out, overwrite=work.overwrite)
         else:
             plan.apply(model, fingerprint=fingerprint)
-            save_changed(model, tokenizer, work, parent=self.model, config=self.settings, plan_hash=plan.hash)
+            save_changed(
+                model,
+                tokenizer,
+                work,
+                parent=self.model,
+                config=self.settings,
+                plan_hash=plan.hash,
+                drop_unknown=self.drop_unknown,
+            )
         return {
             "method": self.method,
             "settings": plan.header.config,
