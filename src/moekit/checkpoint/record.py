@@ -65,6 +65,8 @@ class Expectations(_Frozen):
         tensors: every tensor of the model's shards.
         extra: every tensor of moekit.safetensors.
         config: SHA-256 of config.json, volatile keys left out.
+        settings: every value of config.json by its dotted key, long ones by their SHA-256.
+        files: SHA-256 of the tokenizer's files, generation_config.json and the like, by name.
     """
 
     experts: dict[int, int] = {}
@@ -72,6 +74,8 @@ class Expectations(_Frozen):
     tensors: dict[str, TensorExpectation] = {}
     extra: dict[str, TensorExpectation] = {}
     config: str | None = None
+    settings: dict[str, str] = {}
+    files: dict[str, str] = {}
 
 
 class Record(_Frozen):
