@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moekit.anatomy.probe import Geometry
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.plan import PrunePlan
@@ -39,11 +41,13 @@ class PlannedRewrite:
         figures: decoder layer -> what the method tells of its rewriting, by name; empty where it tells nothing.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: PreTrainedConfig, rewrite: Rewrite, dtype: torch.dtype) -> None:
-        self._loader = LayerLoader(checkpoint, dtype=dtype, device="cpu")
-        self._reader = TensorReader(checkpoint)
-        self._config = config
-        self._rewrite = rewrite
+    def __init__(self, plan: PrunePlan, geometries: dict[int, Geometry], folder: Path | None = None) -> None:
+        self.figures: dict[int, dict[str, float]] = {}
+        self._plan = plan
+        self._method: Any = plan.method
+        self._decisions = plan.decisions
+        self._geometries = geometries
+        self._folder = folder
 
     def __call__(self, layer: int, weights: LayerWeights) -> LayerWeights:
         """New weights of one layer."""
