@@ -41,8 +41,10 @@ class ProfileStep(Step):
 
     def run(self, work: Workplace) -> dict[str, Any]:
         """Record and save."""
-        from moekit.trace import record, summarise
+        from moekit.trace import Recording, check_summary, record, summarise
 
+        recording = Recording(statistics=self.statistics, keep_choices=self.choices, weights=self.weights)
+        check_summary(recording)
         model, tokenizer = open_model(
             self.model, plan=self.plan, device=self.device, dtype=self.dtype, progress=work.progress
         )
@@ -51,12 +53,7 @@ class ProfileStep(Step):
         trace = record(
             model,
             rows.batches(self.batch_size),
-            statistics=self.statistics,
-            keep_choices=self.choices,
-            weights=self.weights,
-            tokenizer=tokenizer,
-            source=self.text,
-            seed=work.seed,
+            recording.model_copy(update={"tokenizer": tokenizer, "source": self.text, "seed": work.seed}),
             progress=work.progress,
         )
         trace.save(work.out, overwrite=work.overwrite)
