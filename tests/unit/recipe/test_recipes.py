@@ -25,7 +25,7 @@ RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_valid_and_can_say_what_it_would_do(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # No hub is asked for sizes here.
-    monkeypatch.setattr("moekit.recipe.inputs._hub_bytes", lambda reference: None)
+    monkeypatch.setattr("moekit.jobs.shared.inputs._hub_bytes", lambda reference: None)
     recipe = load_recipe(file)
     forecasts = runner.forecast(recipe)
     assert [step.id for step in recipe.steps] == list(forecasts)
@@ -105,7 +105,7 @@ def test_any_moe_runs_through_c2r_and_a_kill_changes_nothing(tmp_path: Path) -> 
 def test_a_lab_model_is_trained_and_shown(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text", documents=24, repeats=40)
     pairs = [f"data={text}", "tokens=4096", "devices=[2]"]
-    recipe = load_recipe(RECIPES / "lab-moe.yaml", parse_overrides(pairs), out=str(tmp_path / "run"))
+    recipe = load_recipe(RECIPES / "pretrain-tiny.yaml", parse_overrides(pairs), out=str(tmp_path / "run"))
     small = {"vocabulary": 300, "hidden": 32, "layers": 2, "experts": 8, "top_k": 2, "width": 16, "context": 64}
     training = {"tokens": 4096, "seq_len": 64, "batch": 4, "lr": 2e-3, "balance_coef": 0.01}
     first = recipe.steps[0].model_copy(update={"settings": {**small, "training": training}})

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moekit.errors import BadConfig, BadData, UnsupportedModel
-from moekit.recipe.inputs import model_item, own_device
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.protection import SUPER, parse_protected
-from moekit.recipe.pruning import budget_of
-from moekit.recipe.source import Source, open_source
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, own_device
+from moekit.jobs.shared.opened import Source, open_source
+from moekit.jobs.shared.protection import SUPER, parse_protected
+from moekit.jobs.shared.pruning import budget_of
 
 if TYPE_CHECKING:
     from moekit._progress import Progress

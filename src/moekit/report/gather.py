@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from moekit.errors import BadConfig, BadData
 from moekit.placement import Placement
-from moekit.recipe.results import load_comparison, load_replay, load_studies, placement_file
 from moekit.report.data import Finding, KeyFigure, LinesSection, ReportData, Section, TableSection
+from moekit.report.inputs import ReportInputs
 from moekit.report.parts import Column, Interval, Table
+from moekit.report.results import StepResult, load_comparison, load_replay, load_studies, placement_file
 from moekit.report.run_info import describe_run
 from moekit.report.sections.c2r import Curve, CurvePoint, curve_findings, curve_section, headline, key_figures
 from moekit.report.sections.evaluations import comparison_section, relative
@@ -22,48 +23,49 @@ from moekit.trace import Trace, summarise
 
 if TYPE_CHECKING:
     from moekit.evaluation import Comparison
-    from moekit.recipe.steps.base import Finished, Workplace
-    from moekit.recipe.steps.report import ReportStep
     from moekit.trace import TraceSummary
 
 
-def report_data(step: ReportStep, work: Workplace) -> ReportData:
-    """Everything that a report step names, as one page's numbers.
+def report_data(inputs: ReportInputs) -> ReportData:
+    """Everything that a report is made from, as one page's numbers.
+
+    Args:
+        inputs: artefacts of the run.
 
     Raises:
         BadConfig: `costs` and `constrained` do not go together.
         BadData: an artefact is missing or damaged.
     """
-    curves = _curves(step)
-    comparisons = [load_comparison(folder) for folder in step.evaluations]
+    curves = _curves(inputs)
+    comparisons = [load_comparison(folder) for folder in inputs.evaluations]
     sections: list[Section] = []
     if curves:
         lead = "Each point is one routing, placed as well as it can be; every token is sent once per device."
         sections.append(curve_section(curves, lead=lead))
     if comparisons:
         sections.append(comparison_section(comparisons))
-    if step.free is not None:
-        sections.append(placement_section(_placement_rows(step), note=_REPLAY_NOTE))
-    if step.traces:
-        sections += _trace_sections(step)
-    studies = load_studies(step.super_experts, work.finished.values())
+    if inputs.free is not None:
+        sections.append(placement_section(_placement_rows(inputs), note=_REPLAY_NOTE))
+    if inputs.traces:
+        sections += _trace_sections(inputs)
+    studies = load_studies(inputs.super_experts, inputs.finished)
     for name, study in studies.items():
         sections += super_expert_sections(study, name if len(studies) > 1 else "")
-    if work.finished:
-        sections.append(_steps_section(list(work.finished.values())))
+    if inputs.finished:
+        sections.append(_steps_section(inputs.finished))
     found = [super_expert_finding(study) for study in studies.values()]
-    if not curves and not comparisons and not step.traces and found:
+    if not curves and not comparisons and not inputs.traces and found:
         first, *found = found
     else:
-        first = headline(curves) if curves else _plain_headline(comparisons, step)
+        first = headline(curves) if curves else _plain_headline(comparisons, inputs)
     return ReportData(
-        title=step.title,
-        subtitle=step.subtitle,
+        title=inputs.title,
+        subtitle=inputs.subtitle,
         headline=first,
         findings=(*(curve_findings(curves) if curves else ()), *found),
         figures=key_figures(curves) if curves else _figures(comparisons),
         sections=tuple(sections),
-        run=describe_run(commands=[work.command], seed=work.seed, hashes=_hashes(step)),
+        run=describe_run(commands=[inputs.command], seed=inputs.seed, hashes=_hashes(inputs)),
     )
 
 
@@ -73,18 +75,18 @@ _REPLAY_NOTE = (
 )
 
 
-def _curves(step: ReportStep) -> list[Curve]:
-    if step.free is None or not step.constrained:
+def _curves(inputs: ReportInputs) -> list[Curve]:
+    if inputs.free is None or not inputs.constrained:
         return []
-    if len(step.costs) != len(step.constrained):
+    if len(inputs.costs) != len(inputs.constrained):
         raise BadConfig(
-            f"{len(step.constrained)} placements of constrained models, but {len(step.costs)} evaluations of them",
+            f"{len(inputs.constrained)} placements of constrained models, but {len(inputs.costs)} evaluations of them",
             hint="`costs` needs one evaluate step, with a baseline, for each entry of `constrained`, in the same order",
         )
-    costs = [load_comparison(folder) for folder in step.costs]
-    free = {part["devices"]: part for part in load_replay(step.free)["devices"]}
+    costs = [load_comparison(folder) for folder in inputs.costs]
+    free = {part["devices"]: part for part in load_replay(inputs.free)["devices"]}
     points: dict[int, list[CurvePoint]] = {}
-    for folder, comparison in zip(step.constrained, costs, strict=True):
+    for folder, comparison in zip(inputs.constrained, costs, strict=True):
         results = load_replay(folder)
         for part in results["devices"]:
             if part["devices"] in free:
@@ -129,10 +131,10 @@ def _point(folder: str, routing: str, part: dict[str, Any], comparison: Comparis
     )
 
 
-def _placement_rows(step: ReportStep) -> list[PlacementRow]:
-    assert step.free is not None
+def _placement_rows(inputs: ReportInputs) -> list[PlacementRow]:
+    assert inputs.free is not None
     rows: list[PlacementRow] = []
-    parts = {part["devices"]: part for part in load_replay(step.free)["devices"]}
+    parts = {part["devices"]: part for part in load_replay(inputs.free)["devices"]}
     for devices, part in parts.items():
         per_expert = part["rows"][0]["once_per_expert"]
         common = {"devices": devices, "routing": "plain", "per_expert": per_expert}
@@ -150,7 +152,7 @@ def _placement_rows(step: ReportStep) -> list[PlacementRow]:
                     gap=row["gap"] if is_own else None,
                 )
             )
-    for folder, cost in zip(step.constrained, step.costs, strict=True):
+    for folder, cost in zip(inputs.constrained, inputs.costs, strict=True):
         for part in load_replay(folder)["devices"]:
             if part["devices"] in parts:
                 rows.append(_constrained_row(part, parts[part["devices"]], load_comparison(cost).b))
@@ -172,9 +174,11 @@ def _constrained_row(part: dict[str, Any], free: dict[str, Any], name: str) -> P
     )
 
 
-def _trace_sections(step: ReportStep) -> list[Section]:
-    places = _places(step)
-    traces = {name: Trace.load(folder) for name, folder in zip(_trace_names(step, places), step.traces, strict=True)}
+def _trace_sections(inputs: ReportInputs) -> list[Section]:
+    places = _places(inputs)
+    traces = {
+        name: Trace.load(folder) for name, folder in zip(_trace_names(inputs, places), inputs.traces, strict=True)
+    }
     panels: list[Coactivations] = []
     loads: dict[str, dict[int, Any]] = {}
     for name, trace in traces.items():
@@ -201,13 +205,15 @@ class _Place:
     placement: Placement
 
 
-def _places(step: ReportStep) -> dict[str, _Place]:
+def _places(inputs: ReportInputs) -> dict[str, _Place]:
     """Digest of a replayed trace -> its placement."""
-    if step.free is None:
+    if inputs.free is None:
         return {}
-    names = [load_comparison(folder).b for folder in step.costs] or [Path(folder).name for folder in step.constrained]
+    names = [load_comparison(folder).b for folder in inputs.costs] or [
+        Path(folder).name for folder in inputs.constrained
+    ]
     found = {}
-    for folder, name in zip((step.free, *step.constrained), (_PLAIN, *names), strict=True):
+    for folder, name in zip((inputs.free, *inputs.constrained), (_PLAIN, *names), strict=True):
         results = load_replay(folder)
         devices = max(part["devices"] for part in results["devices"])
         placement = Placement.load(Path(folder) / placement_file(devices))
@@ -218,9 +224,9 @@ def _places(step: ReportStep) -> dict[str, _Place]:
 _PLAIN = "plain top-k"
 
 
-def _trace_names(step: ReportStep, places: Mapping[str, _Place]) -> list[str]:
+def _trace_names(inputs: ReportInputs, places: Mapping[str, _Place]) -> list[str]:
     """As given; else as the replay or evaluation of the same trace calls it; else the folder's name."""
-    given, folders = step.trace_names, step.traces
+    given, folders = inputs.trace_names, inputs.traces
     if given and len(given) != len(folders):
         raise BadConfig(f"{len(folders)} traces, but {len(given)} names", hint="name each trace, or none")
     if given:
@@ -248,7 +254,7 @@ def _by_layer(summaries: Mapping[str, TraceSummary]) -> LinesSection:
     return by_layer_section(charts, title="Figures by layer", zero=True, note=note)
 
 
-def _steps_section(finished: Sequence[Finished]) -> TableSection:
+def _steps_section(finished: Sequence[StepResult]) -> TableSection:
     columns = (Column(name="step"), Column(name="does"), Column(name="with"))
     rows = []
     for done in finished:
@@ -261,7 +267,7 @@ def _steps_section(finished: Sequence[Finished]) -> TableSection:
     return TableSection(title="What was done", tables=(Table(columns=columns, rows=tuple(rows)),))
 
 
-def _plain_headline(comparisons: Sequence[Comparison], step: ReportStep) -> Finding:
+def _plain_headline(comparisons: Sequence[Comparison], inputs: ReportInputs) -> Finding:
     """Without a constraint to judge, the first line is the first comparison."""
     for comparison in comparisons:
         change = relative(comparison.overall.difference if comparison.overall is not None else None)
@@ -273,9 +279,9 @@ def _plain_headline(comparisons: Sequence[Comparison], step: ReportStep) -> Find
             a, b = (part.perplexity for part in (comparison.overall.a, comparison.overall.b))
             text = f"From {comparison.a} to {comparison.b} perplexity {a:.2f} becomes {b:.2f}"
             return Finding(text=f"{text}; one document gives no interval.")
-    if step.traces:
-        return _routing_finding(Trace.load(step.traces[0]))
-    return Finding(text=f"{step.title}: nothing was compared.")
+    if inputs.traces:
+        return _routing_finding(Trace.load(inputs.traces[0]))
+    return Finding(text=f"{inputs.title}: nothing was compared.")
 
 
 def _routing_finding(trace: Trace) -> Finding:
@@ -302,8 +308,8 @@ def _figures(comparisons: Sequence[Comparison]) -> tuple[KeyFigure, ...]:
     )
 
 
-def _hashes(step: ReportStep) -> dict[str, str]:
+def _hashes(inputs: ReportInputs) -> dict[str, str]:
     return {
         f"trace {name}": Trace.load(folder).digest
-        for name, folder in zip(_trace_names(step, _places(step)), step.traces, strict=True)
+        for name, folder in zip(_trace_names(inputs, _places(inputs)), inputs.traces, strict=True)
     }

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moekit.recipe.plan import Item, Sizes
+from moekit.jobs.shared.estimates import Item, Sizes
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moekit.checking import CheckReport
     from moekit.checkpoint import Record
     from moekit.data import Document, TokenBatches
-    from moekit.recipe.steps.base import Workplace
+    from moekit.jobs.context import JobContext
 
 
 # A packaged model is kept in 4 bits a weight and unpacked to 32: it grows at most so many times.
@@ -68,12 +68,12 @@ def open_model(
         (model, tokenizer).
     """
     import moekit
-    from moekit.checkpoint import check_tokenizer
+    from moekit.data import vocabulary
 
     location = model_location(reference, progress)
     model = moekit.load(location, device=own_device(device), dtype=dtype)
     tokenizer = load_tokenizer(location)
-    check_tokenizer(model, tokenizer)
+    vocabulary.check(tokenizer, vocabulary.embedding_rows(model))
     if plan is not None:
         from moekit.checkpoint import fingerprint_model
         from moekit.routing import RoutingPlan
@@ -100,7 +100,7 @@ def own_device(device: str) -> str:
 def save_changed(
     model: Any,
     tokenizer: Any,
-    work: Workplace,
+    work: JobContext,
     *,
     parent: str,
     config: Mapping[str, Any],
@@ -141,7 +141,7 @@ def save_changed(
     _write_checked(model, tokenizer, record, work)
 
 
-def _write_checked(model: Any, tokenizer: Any, record: Record, work: Workplace) -> None:
+def _write_checked(model: Any, tokenizer: Any, record: Record, work: JobContext) -> None:
     """Write, check, and only then give it its name."""
     import moekit
     from moekit.checking import check

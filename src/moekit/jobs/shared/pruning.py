@@ -16,18 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moekit._validation import faults
 from moekit.errors import BadConfig, BadData, OutOfBudget
-from moekit.recipe.artefacts import text_hash
-from moekit.recipe.inputs import read_text
-from moekit.recipe.plan import disk_bytes
-from moekit.recipe.source import Source
+from moekit.jobs.shared.estimates import disk_bytes
+from moekit.jobs.shared.hashes import text_hash
+from moekit.jobs.shared.inputs import read_text
+from moekit.jobs.shared.opened import Source
 
 if TYPE_CHECKING:
     from moekit.compress.budget import Budget
     from moekit.compress.decision import LayerDecision
     from moekit.compress.prune.plan import PrunePlan
     from moekit.compress.prune.planning import Request
-    from moekit.recipe.proof import HeldOut
-    from moekit.recipe.steps.base import Workplace
+    from moekit.jobs.context import JobContext
+    from moekit.jobs.shared.proof import HeldOut
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def bytes_between(source: Source, tokens: int, proof_tokens: int, variants: int,
     return hidden * wide * (2 * tokens + 2 * proof_tokens * (variants + 1)) + rewritten
 
 
-def read_heldout(options: WritingOptions, reference: str, split: Any, source: Source, work: Workplace) -> HeldOut:
+def read_heldout(options: WritingOptions, reference: str, split: Any, source: Source, work: JobContext) -> HeldOut:
     """Tokenize held-out text.
 
     Args:
@@ -237,7 +237,7 @@ def read_heldout(options: WritingOptions, reference: str, split: Any, source: So
         BadData: there is none, or no document has two tokens.
     """
     from moekit.data.shares import take_shares
-    from moekit.recipe.proof import HeldOut
+    from moekit.jobs.shared.proof import HeldOut
 
     documents = read_text(reference, split=split, seed=work.seed, progress=work.progress)
     try:

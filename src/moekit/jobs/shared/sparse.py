@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moekit.recipe.artefacts import hash_of
+from moekit.jobs.shared.hashes import hash_of
 
 if TYPE_CHECKING:
     import torch
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from moekit.compress.sparsify.plan import SparsityPlan
     from moekit.compress.sparsify.sequential import PlannedZeros
     from moekit.evaluation.changes import Variant
-    from moekit.recipe.proof import HeldOut, Proof
-    from moekit.recipe.source import Source
-    from moekit.recipe.steps.base import Workplace
+    from moekit.jobs.context import JobContext
+    from moekit.jobs.shared.opened import Source
+    from moekit.jobs.shared.proof import HeldOut, Proof
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Machine:
 
 
 def finish(
-    plan: SparsityPlan, source: Source, heldout: HeldOut | None, machine: Machine, work: Workplace
+    plan: SparsityPlan, source: Source, heldout: HeldOut | None, machine: Machine, work: JobContext
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it.
 
@@ -60,8 +60,8 @@ def finish(
     }
 
 
-def _prove(plan: SparsityPlan, source: Source, heldout: HeldOut, machine: Machine, work: Workplace) -> Proof:
-    from moekit.recipe.proof import prove
+def _prove(plan: SparsityPlan, source: Source, heldout: HeldOut, machine: Machine, work: JobContext) -> Proof:
+    from moekit.jobs.shared.proof import prove
 
     base = _baseline(plan, source)
     others = [] if base is None else [base]
@@ -99,7 +99,7 @@ def _baseline(plan: SparsityPlan, source: Source) -> SparsityPlan | None:
 
 
 def _write(
-    plan: SparsityPlan, source: Source, zeros: PlannedZeros, proof: Proof | None, work: Workplace
+    plan: SparsityPlan, source: Source, zeros: PlannedZeros, proof: Proof | None, work: JobContext
 ) -> tuple[Record, CheckReport]:
     """Write the sparse model; it takes its name once it has been checked."""
     from moekit.checking import check

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from moekit.evaluation.comparison import Evaluation, compare
 from moekit.evaluation.documents import PerplexityResult
-from moekit.recipe.gather import report_data
-from moekit.recipe.results import COMPARISON
-from moekit.recipe.steps.base import Workplace
-from moekit.recipe.steps.report import ReportStep
+from moekit.report.gather import report_data
+from moekit.report.inputs import ReportInputs
+from moekit.report.results import COMPARISON
 
 
 def evaluation(name: str, *perplexities: float) -> Evaluation:
@@ -25,8 +24,7 @@ def said(folder: Path, *pairs: tuple[Evaluation, Evaluation]) -> str:
         folders.append(folder / str(number))
         folders[-1].mkdir()
         (folders[-1] / COMPARISON).write_text(compare(a, b).model_dump_json())
-    step = ReportStep(evaluations=tuple(map(str, folders)))
-    return report_data(step, Workplace(folder / "out", folder / "scratch")).headline.text
+    return report_data(ReportInputs(evaluations=tuple(map(str, folders)))).headline.text
 
 
 def test_one_document_is_compared_without_an_interval(tmp_path: Path) -> None:

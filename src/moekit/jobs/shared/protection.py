@@ -11,7 +11,7 @@ from moekit.errors import BadCheckpoint, BadConfig
 
 if TYPE_CHECKING:
     from moekit.diagnose.super_experts.report import SuperExpertReport
-    from moekit.recipe.source import Source
+    from moekit.jobs.shared.opened import Source
     from moekit.trace import Trace
 
 logger = logging.getLogger(__name__)

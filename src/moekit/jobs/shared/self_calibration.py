@@ -11,8 +11,8 @@ from moekit.errors import BadConfig
 
 if TYPE_CHECKING:
     from moekit.data import Document, TokenBatches, TokenizedDocument
-    from moekit.recipe.source import Source
-    from moekit.recipe.steps.base import Workplace
+    from moekit.jobs.context import JobContext
+    from moekit.jobs.shared.opened import Source
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ FILE = "answers.json"
 
 
 def answered_rows(
-    documents: list[Document], source: Source, work: Workplace, *, new_tokens: int, each: int, load: Any
+    documents: list[Document], source: Source, work: JobContext, *, new_tokens: int, each: int, load: Any
 ) -> TokenBatches:
     """Let the model answer some documents of each domain, and lay each prompt with its answer out in a row of its own.
 

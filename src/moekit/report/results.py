@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,26 @@ from moekit.errors import BadData
 if TYPE_CHECKING:
     from moekit.evaluation import Comparison, Evaluation
     from moekit.evaluation.super_expert_study import SuperExpertStudy
-    from moekit.recipe.steps.base import Finished
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step of a run that is done.
+
+    Attributes:
+        id: its name in the recipe.
+        use: what it did.
+        folder: what it wrote.
+        config: its settings.
+        results: figures it returned.
+    """
+
+    id: str
+    use: str
+    folder: Path
+    config: Mapping[str, Any]
+    results: Mapping[str, Any]
+
 
 EVALUATION = "evaluation.json"
 COMPARISON = "comparison.json"
@@ -74,7 +94,7 @@ def load_comparison(folder: str | Path) -> Comparison:
     return found
 
 
-def load_studies(named: Sequence[str], finished: Iterable[Finished]) -> dict[str, SuperExpertStudy]:
+def load_studies(named: Sequence[str], finished: Iterable[StepResult]) -> dict[str, SuperExpertStudy]:
     """Name of a step -> its study of super experts: those named, then all others of the run.
 
     Args:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moekit.recipe.artefacts import hash_of
-from moekit.recipe.pruning import WritingOptions
-from moekit.recipe.source import Source
+from moekit.jobs.shared.hashes import hash_of
+from moekit.jobs.shared.opened import Source
+from moekit.jobs.shared.pruning import WritingOptions
 
 if TYPE_CHECKING:
     from moekit.checking import CheckReport
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from moekit.compress.prune.plan import LayerPlan, PrunePlan
     from moekit.compress.prune.planning import Request
     from moekit.compress.prune.rewriting import PlannedRewrite
-    from moekit.recipe.proof import HeldOut, Proof
-    from moekit.recipe.steps.base import Workplace
+    from moekit.jobs.context import JobContext
+    from moekit.jobs.shared.proof import HeldOut, Proof
     from moekit.trace.statistics import LayerStatistics
 
 logger = logging.getLogger(__name__)
@@ -128,10 +128,10 @@ def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, PrunePl
     return found
 
 
-def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, work: Workplace) -> Proof:
+def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, work: JobContext) -> Proof:
     """Measure a plan against its baselines on held-out text."""
     from moekit.evaluation.changes import Variant
-    from moekit.recipe.proof import prove
+    from moekit.jobs.shared.proof import prove
 
     file = decided.plan.file
     others = baselines_of(decided, options.random_seeds)
@@ -150,7 +150,7 @@ def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, work
 
 
 def write_pruned(
-    decided: Decided, proof: Proof | None, options: WritingOptions, work: Workplace
+    decided: Decided, proof: Proof | None, options: WritingOptions, work: JobContext
 ) -> tuple[Record, CheckReport]:
     """Write what was decided; it takes its name once it has been checked.
 
@@ -243,7 +243,7 @@ def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict
 
 
 def finish(
-    decided: Decided, heldout: HeldOut | None, options: WritingOptions, work: Workplace, warnings: Sequence[str]
+    decided: Decided, heldout: HeldOut | None, options: WritingOptions, work: JobContext, warnings: Sequence[str]
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it."""
     from moekit.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from moekit.errors import BadData
 
 if TYPE_CHECKING:
     from moekit.data import Document, TokenizedDocument
-    from moekit.recipe.source import Source
+    from moekit.jobs.shared.opened import Source
     from moekit.serving.expert_sets.expert_set import Pattern
     from moekit.trace.meta import DataEntry
 
