@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from moekit.errors import BadConfig, BadData
-from moekit.recipe.steps.base import Workplace
 from moekit.recipe.steps.profile import ProfileStep
 from moekit.trace import Recording, check_summary, collaboration, record, summarise
 from moekit.trace.domains import domain_report
@@ -65,11 +62,14 @@ def test_one_statistic_that_counts_choices_is_enough(name: str) -> None:
     assert (counted.layers[0].collaboration is None) == (name != "coactivation")
 
 
-def test_what_could_not_be_summarised_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:
-    none = str(tmp_path / "none")
-    step = ProfileStep(model=none, text=none, statistics=("gate_mass",), choices=False)
-    with pytest.raises(BadConfig, match="neither choices nor their counts"):
-        step.run(Workplace(out=tmp_path / "out", scratch=tmp_path / "scratch", command="a test"))
+def test_what_could_not_be_summarised_is_refused_before_anything_runs() -> None:
+    for statistics, choices, complaint in [
+        (("gate_mass",), False, "neither choices nor their counts"),
+        (("gate_mess",), True, "no statistic is called"),
+    ]:
+        with pytest.raises(BadConfig, match=complaint):
+            ProfileStep(model="none", text="none", statistics=statistics, choices=choices).check()
+    ProfileStep(model="none", text="none", statistics=("gate_mass", "load"), choices=False).check()
 
 
 def test_warnings_of_a_real_trace_are_passed_on() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,9 @@ from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, text_item
 from moekit.recipe.steps.base import Step
+
+if TYPE_CHECKING:
+    from moekit.trace.recording import Recording
 
 
 class ProfileStep(Step):
@@ -34,6 +37,17 @@ class ProfileStep(Step):
     device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
     dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
 
+    def check(self) -> None:
+        """Refuse an unknown statistic, and what could not be summarised in the end."""
+        from moekit.trace import check_summary
+
+        check_summary(self._recording())
+
+    def _recording(self) -> Recording:
+        from moekit.trace import Recording
+
+        return Recording(statistics=self.statistics, keep_choices=self.choices, weights=self.weights)
+
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """A choice takes one byte; the geometry is read from the config where it is there."""
         model, text = model_item(self.model, sizes), text_item(self.text, sizes)
@@ -43,10 +57,8 @@ class ProfileStep(Step):
 
     def run(self, work: JobContext) -> dict[str, Any]:
         """Record and save."""
-        from moekit.trace import Recording, check_summary, record, summarise
+        from moekit.trace import record, summarise
 
-        recording = Recording(statistics=self.statistics, keep_choices=self.choices, weights=self.weights)
-        check_summary(recording)
         model, tokenizer = open_model(
             self.model, plan=self.plan, device=self.device, dtype=self.dtype, progress=work.progress
         )
@@ -55,7 +67,7 @@ class ProfileStep(Step):
         trace = record(
             model,
             rows.batches(self.batch_size),
-            recording.model_copy(update={"tokenizer": tokenizer, "source": self.text, "seed": work.seed}),
+            self._recording().model_copy(update={"tokenizer": tokenizer, "source": self.text, "seed": work.seed}),
             progress=work.progress,
         )
         trace.save(work.out, overwrite=work.overwrite)
