@@ -68,9 +68,10 @@ def check_summary(recording: Recording) -> None:
     Raises:
         BadConfig: neither choices are kept, nor does a statistic count them; or a statistic is unknown.
     """
-    if not recording.keeps_choices and not {entry.name for entry in recording.entries} & set(_COUNTS):
+    names = [entry.name for entry in recording.entries]
+    if not recording.keeps_choices and not set(names) & set(_COUNTS):
         raise BadConfig(
-            f"neither choices nor their counts would be kept, only {', '.join(e.name for e in recording.entries)}",
+            f"neither choices nor their counts would be kept, only {', '.join(names) or 'nothing'}",
             hint="keep the choices, or record a statistic that counts them too (load, coactivation or domain_load)",
         )
 

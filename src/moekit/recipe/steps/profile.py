@@ -44,7 +44,7 @@ class ProfileStep(Step):
         check_summary(self._recording())
 
     def _recording(self) -> Recording:
-        from moekit.trace import Recording
+        from moekit.trace.recording import Recording
 
         return Recording(statistics=self.statistics, keep_choices=self.choices, weights=self.weights)
 
