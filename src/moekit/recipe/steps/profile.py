@@ -30,7 +30,8 @@ class ProfileStep(Step):
     seq_len: int = Field(default=512, ge=2, description="tokens a row")
     batch_size: int = Field(default=4, ge=1, description="rows a forward pass")
     statistics: tuple[str, ...] = Field(
-        default=("basic",), description="what to sum up: names or groups, such as basic, gates, outputs"
+        default=("basic",),
+        description="what to sum up: names or groups, such as basic, gates, outputs (moekit methods statistics)",
     )
     choices: bool = Field(default=True, description="keep every token's choice, for replay and placement")
     weights: bool = Field(default=False, description="keep the gate weights too, 16 bits each")
@@ -53,7 +54,17 @@ class ProfileStep(Step):
         model, text = model_item(self.model, sizes), text_item(self.text, sizes)
         per_token = _bytes_per_token(self.model, self.weights) if self.choices else 0
         trace = None if self.max_tokens is None or per_token is None else self.max_tokens * (per_token + 11)
-        return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes)
+        return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes, notes=self._notes())
+
+    def _notes(self) -> tuple[str, ...]:
+        """What looking at the statistics costs, where the config is there to tell."""
+        from moekit.trace.cost import notes_on, sizes_of
+
+        file = Path(self.model).expanduser() / "config.json"
+        if not file.is_file():
+            return ()
+        sizes = sizes_of(json.loads(file.read_text()), rows=self.batch_size, positions=self.seq_len)
+        return () if sizes is None else notes_on(self._recording(), sizes)
 
     def run(self, work: JobContext) -> dict[str, Any]:
         """Record and save."""
