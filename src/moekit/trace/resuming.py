@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from moekit._files import read_text
 from moekit.anatomy.probe import Geometry
 from moekit.checkpoint.atomic import atomic_write
 from moekit.trace.accumulator import LayerRecord
@@ -49,7 +50,7 @@ def resume(folder: Path, key: str, domains: Sequence[str], tokens: int) -> tuple
     """
     if not (folder / _PROGRESS).is_file():
         return -1, {}
-    noted = json.loads((folder / _PROGRESS).read_text())
+    noted = json.loads(read_text(folder / _PROGRESS))
     if noted.get("key") != key:
         return -1, {}
     done = int(noted["done"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,12 +58,13 @@ class ProfileStep(Step):
 
     def _notes(self) -> tuple[str, ...]:
         """What looking at the statistics costs, where the config is there to tell."""
+        from moekit.checkpoint.strictjson import read_json
         from moekit.trace.cost import notes_on, sizes_of
 
         file = Path(self.model).expanduser() / "config.json"
         if not file.is_file():
             return ()
-        sizes = sizes_of(json.loads(file.read_text()), rows=self.batch_size, positions=self.seq_len)
+        sizes = sizes_of(read_json(file), rows=self.batch_size, positions=self.seq_len)
         return () if sizes is None else notes_on(self._recording(), sizes)
 
     def run(self, work: JobContext) -> dict[str, Any]:
@@ -91,7 +92,10 @@ def _bytes_per_token(model: str, weights: bool) -> int | None:
     file = Path(model).expanduser() / "config.json"
     if not file.is_file():
         return None
-    config = json.loads(file.read_text())
+    from moekit.checkpoint.names import text_config
+    from moekit.checkpoint.strictjson import read_json
+
+    config = text_config(read_json(file))
     layers = _first(config, "num_hidden_layers")
     top_k = _first(config, "num_experts_per_tok", "moe_k", "num_experts_per_token")
     experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -100,5 +104,5 @@ def _bytes_per_token(model: str, weights: bool) -> int | None:
     return layers * top_k * ((1 if experts <= 255 else 2) + (2 if weights else 0))
 
 
-def _first(config: dict[str, Any], *names: str) -> int | None:
+def _first(config: Mapping[str, Any], *names: str) -> int | None:
     return next((config[name] for name in names if isinstance(config.get(name), int)), None)
