@@ -22,6 +22,7 @@ from moekit._progress import Progress, track
 from moekit.anatomy.probe import MoELayer
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.record import ancestors
 from moekit.data import vocabulary
 from moekit.errors import BadData, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
@@ -59,8 +60,8 @@ class Streamed:
         weights: keep their gate weights too.
         folder: where states and finished layers are kept, so that a run that was interrupted goes on; None for memory.
         limit: bytes of states kept in memory where no folder is given.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
         keep_inputs: keep what a layer's experts are given until the next layer, so that a change may go through it.
 
     Attributes:
@@ -78,7 +79,7 @@ class Streamed:
         folder: str | Path | None = None,
         limit: int = MEMORY_BYTES,
         dtype: torch.dtype | None = None,
-        device: str = "cpu",
+        device: str = "auto",
         keep_inputs: bool = False,
     ) -> None:
         recording = self.asked = Recording(statistics=statistics, keep_choices=keep_choices, weights=weights)
@@ -233,6 +234,7 @@ class Streamed:
         told = {
             "model": str(self.checkpoint.path),
             "fingerprint": self.checkpoint.fingerprint,
+            "ancestors": ancestors(self.checkpoint.record),
             "routing": STOCK_ROUTING,
             "tokenizer": tokenizer_hash(tokenizer) if tokenizer is not None else "",
             "seed": seed,
@@ -271,7 +273,7 @@ def record_streamed(
     folder: str | Path | None = None,
     limit: int = MEMORY_BYTES,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     source: str = "",
     seed: int | None = None,
