@@ -18,9 +18,9 @@ import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from moekit import catalogue
-from moekit.compress import plan_files
-from moekit.compress.decision import LayerDecision
-from moekit.compress.sparsify.base import SparsifyMethod
+from moekit.compress.engine import plan_files
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.zeroing import SparsifyMethod
 from moekit.trace.meta import DataEntry
 from moekit.trace.statistics import LayerStatistics
 

@@ -15,10 +15,10 @@ from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.anatomy.swap import replace
 from moekit.checkpoint.names import config_top_k, stated_experts
 from moekit.checkpoint.uneven import without_common_loss
-from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.layer_writer import Rewrite
 from moekit.compress.engine.limits import check_groups, check_layers, check_top_k
-from moekit.compress.engine.rewriting import Rewrite
-from moekit.compress.resize import Groups, read_block, resized_block, resized_config
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.resize import Groups, read_block, resized_block, resized_config
 from moekit.errors import BadConfig
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekit.compress.sparsify.masks import groups_of, smallest, smallest_in_groups, smallest_in_rows, zeros_in
+from moekit.compress.maths.masks import groups_of, smallest, smallest_in_groups, smallest_in_rows, zeros_in
 from moekit.errors import BadConfig
 
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.anatomy import Geometry
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.budget.sparsity import Count, count_zeros, remaining_sparsity, total_sparsity
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.stun import Stun
-from moekit.compress.sparsify.accounting import Count, count_zeros, remaining_sparsity, total_sparsity
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.wanda import Wanda
-from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.trace.statistics import LayerStatistics
 
@@ -86,10 +86,10 @@ def layer() -> tuple[LayerWeights, dict[str, torch.Tensor]]:
     return weights, values
 
 
-def evidence(weights: LayerWeights, values: dict[str, torch.Tensor]) -> LayerEvidence:
+def inputs(weights: LayerWeights, values: dict[str, torch.Tensor]) -> LayerInputs:
     experts = weights.experts
     geometry = Geometry(HIDDEN, experts, 2, WIDTH, 0, True, False, False, True)
-    return LayerEvidence(0, geometry, LayerStatistics(experts, HIDDEN, values=values, width=WIDTH), lambda: weights)
+    return LayerInputs(0, geometry, LayerStatistics(experts, HIDDEN, values=values, width=WIDTH), lambda: weights)
 
 
 @pytest.mark.parametrize("method", [Wanda(), Magnitude(), Magnitude(per="row")], ids=repr)
@@ -97,12 +97,12 @@ def evidence(weights: LayerWeights, values: dict[str, torch.Tensor]) -> LayerEvi
 def test_two_stages_meet_the_total(method: Wanda | Magnitude, total: float) -> None:
     weights, values = layer()
     original = count_zeros(weights).total
-    seen, first = evidence(weights, values), Stun()
+    seen, first = inputs(weights, values), Stun()
     decision = first.decide(seen, first.score(seen), 6)
     fewer = first.transform(weights, decision, seen)
     removed = count_zeros(fewer).gone_of(original)
     assert removed == 0.25
     left = {name: value[list(decision.keep)] for name, value in values.items()}
-    sparse = method.transform(fewer, evidence(fewer, left), remaining_sparsity(total, removed))
+    sparse = method.transform(fewer, inputs(fewer, left), remaining_sparsity(total, removed))
     found = count_zeros(sparse).gone_of(original)
     assert total - 1 / min(WIDTH, HIDDEN) < found <= total + 1e-9

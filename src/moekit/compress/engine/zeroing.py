@@ -22,9 +22,9 @@ from torch import Tensor
 
 from moekit import catalogue
 from moekit.anatomy.probe import Geometry
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.sparsify.masks import groups_of
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.maths.masks import groups_of
 from moekit.errors import BadConfig, MoekitError, NumericFault
 
 Part = Literal["gate", "up", "down"]
@@ -63,61 +63,61 @@ class SparsifyMethod(BaseModel, ABC):
         return [cls()]
 
     @abstractmethod
-    def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, evidence: LayerEvidence, sparsity: float) -> Tensor:
+    def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, inputs: LayerInputs, sparsity: float) -> Tensor:
         """Where one matrix becomes zero.
 
         Args:
             matrix_RC: finite weights, rows are outputs; not to be changed.
             part: which of the expert's matrices.
             expert: whose.
-            evidence: of the layer as it is now.
+            inputs: of the layer as it is now.
             sparsity: share of zeros.
 
         Returns:
             A mask [R, C], True where the weight goes.
         """
 
-    def figures(self, evidence: LayerEvidence) -> dict[str, float | list[float]]:
+    def figures(self, inputs: LayerInputs) -> dict[str, float | list[float]]:
         """What else is worth telling of a layer, by name."""
         return {}
 
-    def transform(self, weights: LayerWeights, evidence: LayerEvidence, sparsity: float) -> LayerWeights:
+    def transform(self, weights: LayerWeights, inputs: LayerInputs, sparsity: float) -> LayerWeights:
         """The layer with zeros in its gate, up and down matrices; a copy, bit for bit the same elsewhere.
 
         Args:
             weights: of the layer as it is now.
-            evidence: statistics of the same experts in the same order.
+            inputs: statistics of the same experts in the same order.
             sparsity: share of zeros, in [0, 1).
 
         Raises:
             BadConfig: an impossible sparsity, or a pattern that does not fit the matrices.
             NumericFault: a weight is NaN or infinite; names layer and expert.
         """
-        check_sparsity(sparsity, self.fixed_sparsity, evidence.layer)
-        if weights.experts != evidence.experts:
+        check_sparsity(sparsity, self.fixed_sparsity, inputs.layer)
+        if weights.experts != inputs.experts:
             raise BadConfig(
-                f"weights of {weights.experts} experts, statistics of {evidence.experts}",
-                layer=evidence.layer,
+                f"weights of {weights.experts} experts, statistics of {inputs.experts}",
+                layer=inputs.layer,
                 hint="measure the layer after its experts were pruned",
             )
         return map_matrices(
             weights,
-            lambda matrix, part, expert: matrix.masked_fill(self.zeroed(matrix, part, expert, evidence, sparsity), 0),
-            evidence.layer,
+            lambda matrix, part, expert: matrix.masked_fill(self.zeroed(matrix, part, expert, inputs, sparsity), 0),
+            inputs.layer,
         )
 
-    def allocate(self, evidence: Mapping[int, LayerEvidence], sparsity: float) -> dict[int, float]:
+    def allocate(self, inputs: Mapping[int, LayerInputs], sparsity: float) -> dict[int, float]:
         """Share a sparsity among the layers: by default all have the same.
 
         Args:
-            evidence: of each layer of the model as it was calibrated, nothing zeroed yet.
+            inputs: of each layer of the model as it was calibrated, nothing zeroed yet.
             sparsity: share of zeros in all layers together.
 
         Raises:
             BadConfig: an impossible sparsity; names the one that the knobs allow.
         """
         check_sparsity(sparsity, self.fixed_sparsity)
-        return dict.fromkeys(evidence, sparsity)
+        return dict.fromkeys(inputs, sparsity)
 
 
 def check_sparsity(sparsity: float, fixed: float | None = None, layer: int | None = None) -> None:

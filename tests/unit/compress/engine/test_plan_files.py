@@ -9,10 +9,10 @@ import torch
 
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.expected import verify
-from moekit.compress.budget import Budget
+from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine.plan import PrunePlan
+from moekit.compress.engine.planning import Request, plan_pruning
 from moekit.compress.prune.dern import DERN
-from moekit.compress.prune.plan import PrunePlan
-from moekit.compress.prune.planning import Request, plan_pruning
 from moekit.errors import BadConfig, BadData
 from moekit.trace.streamed import record_streamed
 from tests.families import build

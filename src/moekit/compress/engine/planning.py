@@ -18,14 +18,14 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.precision import stored_dtype
 from moekit.checkpoint.skeleton import empty_model
-from moekit.compress.budget import Budget, Sizes, bounds, check_count, check_total, total_count, uniform_count
-from moekit.compress.decision import LayerDecision
+from moekit.compress.budget.sizes import Budget, Sizes, bounds, check_count, check_total, total_count, uniform_count
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.plan import LayerPlan, PlanFile, PrunePlan
+from moekit.compress.engine.resize import Groups, read_block
 from moekit.compress.engine.slicing import is_mtp
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
-from moekit.compress.prune.plan import LayerPlan, PlanFile, PrunePlan
-from moekit.compress.resize import Groups, read_block
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig, BadData
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.walk import layer_of
@@ -57,8 +57,8 @@ class Request:
     protected: Protected | None = None
 
 
-class Evidences(Mapping[int, LayerEvidence]):
-    """Evidence of every layer, made anew each time it is asked for, so that no layer's weights stay in memory."""
+class InputsByLayer(Mapping[int, LayerInputs]):
+    """What a method sees of every layer, made anew each time it is asked: no layer's weights stay in memory."""
 
     def __init__(
         self,
@@ -72,9 +72,9 @@ class Evidences(Mapping[int, LayerEvidence]):
         self._request = request
         self._read = read_weights
 
-    def __getitem__(self, layer: int) -> LayerEvidence:
+    def __getitem__(self, layer: int) -> LayerInputs:
         read, protected = self._read, (self._request.protected or {}).get(layer, ())
-        return LayerEvidence(
+        return LayerInputs(
             layer,
             self._geometries[layer],
             self._statistics[layer],
@@ -148,9 +148,9 @@ def plan_pruning(
     geometries = geometries_of(checkpoint)
     statistics = needed_statistics(checkpoint, trace, method, geometries)
     read = weights_reader(checkpoint) if method.reads_weights else None
-    evidence = Evidences(geometries, statistics, request, read)
-    scores = {layer: method.score(evidence[layer]) for layer in track(evidence, "scoring experts", progress)}
-    return decide(checkpoint, evidence, scores, request, statistics, trace)
+    inputs = InputsByLayer(geometries, statistics, request, read)
+    scores = {layer: method.score(inputs[layer]) for layer in track(inputs, "scoring experts", progress)}
+    return decide(checkpoint, inputs, scores, request, statistics, trace)
 
 
 def needed_statistics(
@@ -182,7 +182,7 @@ def needed_statistics(
 
 def decide(
     checkpoint: Checkpoint,
-    evidence: Evidences,
+    inputs: InputsByLayer,
     scores: Mapping[int, Tensor],
     request: Request,
     statistics: Mapping[int, LayerStatistics],
@@ -190,16 +190,16 @@ def decide(
 ) -> PrunePlan:
     """Share the budget by the scores and decide every layer."""
     method = request.method
-    counts = count_layers(checkpoint, evidence, scores, request)
+    counts = count_layers(checkpoint, inputs, scores, request)
     layers = {
-        layer: layer_plan(evidence[layer], scores[layer], method.decide(evidence[layer], scores[layer], counts[layer]))
-        for layer in evidence
+        layer: layer_plan(inputs[layer], scores[layer], method.decide(inputs[layer], scores[layer], counts[layer]))
+        for layer in inputs
     }
     return PrunePlan(plan_file(checkpoint, request, layers, trace), statistics)
 
 
 def count_layers(
-    checkpoint: Checkpoint, evidence: Evidences, scores: Mapping[int, Tensor], request: Request
+    checkpoint: Checkpoint, inputs: InputsByLayer, scores: Mapping[int, Tensor], request: Request
 ) -> dict[int, int]:
     """Experts that each layer keeps.
 
@@ -207,21 +207,21 @@ def count_layers(
         BadConfig: the budget is impossible, or protects more than may stay, or what is not there.
     """
     for layer, experts in (request.protected or {}).items():
-        there = evidence[layer].experts if layer in evidence else 0
+        there = inputs[layer].experts if layer in inputs else 0
         if missing := [expert for expert in experts if not 0 <= expert < there]:
             raise BadConfig(f"a protected expert is not there: of {there}", layer=layer, expert=missing[0])
-    sizes = sizes_of(checkpoint, {layer: evidence[layer].geometry for layer in evidence}, request.top_k)
+    sizes = sizes_of(checkpoint, {layer: inputs[layer].geometry for layer in inputs}, request.top_k)
     if request.budget.scope == "uniform":
         counts = uniform_count(request.budget, sizes)
     else:
         least, most = bounds(request.budget, sizes)
         total = total_count(request.budget, sizes)
         check_total(total, least, most, sizes)
-        counts = request.method.allocate(evidence, scores, total, least, most)
+        counts = request.method.allocate(inputs, scores, total, least, most)
         for layer, count in counts.items():
             check_count(count, sizes.experts[layer], sizes.top_k, layer)
     for layer, count in counts.items():
-        protected = evidence[layer].protected
+        protected = inputs[layer].protected
         if len(protected) > count:
             raise BadConfig(
                 f"{len(protected)} experts are protected, but {count} may stay",
@@ -231,14 +231,14 @@ def count_layers(
     return counts
 
 
-def layer_plan(evidence: LayerEvidence, scores_E: Tensor, decision: LayerDecision) -> LayerPlan:
+def layer_plan(inputs: LayerInputs, scores_E: Tensor, decision: LayerDecision) -> LayerPlan:
     """The readable part of what was decided for one layer."""
     return LayerPlan(
-        experts=evidence.experts,
-        hidden=evidence.geometry.hidden,
-        width=evidence.geometry.width,
+        experts=inputs.experts,
+        hidden=inputs.geometry.hidden,
+        width=inputs.geometry.width,
         scores=tuple(scores_E.double().tolist()),
-        never_routed=tuple(evidence.statistics.never_routed),
+        never_routed=tuple(inputs.statistics.never_routed),
         decision=decision,
     )
 
@@ -301,9 +301,9 @@ def redecide(plan: PrunePlan, checkpoint: Checkpoint, budget: Budget) -> PrunePl
     request = Request(method, budget, file.top_k, file.groups, file.seed, file.protected)
     geometries = geometries_of(checkpoint)
     read = weights_reader(checkpoint) if method.reads_weights else None
-    evidence = Evidences(geometries, plan.statistics, request, read)
+    inputs = InputsByLayer(geometries, plan.statistics, request, read)
     scores = {layer: torch.tensor(p.scores, dtype=torch.float64) for layer, p in file.layers.items()}
-    made = decide(checkpoint, evidence, scores, request, plan.statistics, None)
+    made = decide(checkpoint, inputs, scores, request, plan.statistics, None)
     kept = {"trace": file.trace, "data": file.data, "tokens": file.tokens, "domains": file.domains}
     kept |= {"warnings": _warnings(made.file.layers, file.data)}
     return PrunePlan(made.file.model_copy(update=kept), plan.statistics)

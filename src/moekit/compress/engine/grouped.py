@@ -12,9 +12,9 @@ import torch
 
 from moekit.anatomy.probe import Geometry
 from moekit.checkpoint.names import config_groups
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod, ranking
-from moekit.compress.prune.plan import LayerPlan, PrunePlan
+from moekit.compress.engine.dropping import PruneMethod, ranking
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.plan import LayerPlan, PrunePlan
 from moekit.errors import BadConfig
 
 
@@ -69,8 +69,8 @@ def by_group(plan: PrunePlan, geometries: Mapping[int, Geometry], groups: int) -
     for layer, told in plan.file.layers.items():
         size, share = told.experts // groups, len(told.decision.keep) // groups
         protected = frozenset(plan.file.protected.get(layer, ()))
-        evidence = LayerEvidence(layer, geometries[layer], plan.statistics[layer], protected=protected)
-        ranked_E = ranking(torch.tensor(told.scores, dtype=torch.float64), evidence)
+        inputs = LayerInputs(layer, geometries[layer], plan.statistics[layer], protected=protected)
+        ranked_E = ranking(torch.tensor(told.scores, dtype=torch.float64), inputs)
         kept: list[int] = []
         for first in range(0, told.experts, size):
             fixed = sum(first <= expert < first + size for expert in protected)

@@ -17,11 +17,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from moekit import catalogue
-from moekit.compress import plan_files
-from moekit.compress.budget import Budget
-from moekit.compress.decision import LayerDecision
-from moekit.compress.prune.base import PruneMethod
-from moekit.compress.resize import Groups
+from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine import plan_files
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.resize import Groups
 from moekit.trace.meta import DataEntry
 from moekit.trace.statistics import LayerStatistics
 

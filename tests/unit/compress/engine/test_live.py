@@ -18,9 +18,9 @@ from moekit.anatomy import find_moe_layers
 from moekit.anatomy.probe import MoELayer
 from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.decision import LayerDecision
-from moekit.compress.live import change_model
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.live import change_model
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.routing.attach import attach_policy
 from moekit.routing.gate import Gate, identify_gate

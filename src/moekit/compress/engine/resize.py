@@ -19,7 +19,7 @@ from moekit.anatomy.permute import expert_axis
 from moekit.anatomy.probe import MoELayer, iterate_moe_layers
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, TOP_K_KEYS, config_top_k
 from moekit.checkpoint.skeleton import empty_model
-from moekit.compress.weights import LayerWeights, from_live, to_live
+from moekit.compress.engine.weights import LayerWeights, from_live, to_live
 from moekit.errors import BadConfig, UnsupportedModel
 
 Groups = Literal["free", "equal"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moekit.anatomy import find_moe_layers
 from moekit.anatomy.probe import MoELayer
-from moekit.compress.resize import empty_block, read_block, resized_block, resized_config
+from moekit.compress.engine.resize import empty_block, read_block, resized_block, resized_config
 from moekit.errors import BadConfig, UnsupportedModel
 from tests.families import EXPERTS, FAMILIES, HIDDEN, WIDTH, build
 

@@ -10,12 +10,12 @@ from functools import cached_property
 import torch
 
 from moekit.anatomy.probe import Geometry
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.weights import LayerWeights
 from moekit.trace.statistics import LayerStatistics
 
 
 @dataclass(frozen=True, eq=False)
-class LayerEvidence:
+class LayerInputs:
     """One layer as a method sees it.
 
     Attributes:

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moekit.checkpoint import Checkpoint
-from moekit.compress.budget import Budget
-from moekit.compress.decision import LayerDecision
+from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.planning import Request
+from moekit.compress.engine.searching import search_pruning
 from moekit.compress.prune.naee import NAEE
-from moekit.compress.prune.planning import Request
-from moekit.compress.prune.searching import search_pruning
 from moekit.trace.streamed import Streamed
 from tests.families import build
 

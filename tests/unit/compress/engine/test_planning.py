@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moekit
 from moekit.checkpoint import Checkpoint, Record
-from moekit.compress.budget import Budget, total_count
-from moekit.compress.decision import LayerDecision
+from moekit.compress.budget.sizes import Budget, total_count
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.prepare import prepare
+from moekit.compress.engine.grouped import routing_groups
+from moekit.compress.engine.layout import prepare
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.planning import Request, geometries_of, plan_pruning, redecide, sizes_of
+from moekit.compress.engine.searching import search_pruning
 from moekit.compress.prune.frequency import Frequency
-from moekit.compress.prune.grouped import routing_groups
 from moekit.compress.prune.naee import NAEE
-from moekit.compress.prune.planning import Request, geometries_of, plan_pruning, redecide, sizes_of
 from moekit.compress.prune.random import Random
-from moekit.compress.prune.searching import search_pruning
 from moekit.compress.prune.stun import Stun
 from moekit.errors import BadConfig, BadData
 from moekit.streaming.loader import LayerLoader

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig
 
 

@@ -17,16 +17,16 @@ from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.decision import LayerDecision
+from moekit.compress.budget.parents import expert_weights, find_original
 from moekit.compress.engine.apply import apply
-from moekit.compress.live import change_model
-from moekit.compress.resize import read_block
-from moekit.compress.sparsify.base import SparsifyMethod
-from moekit.compress.sparsify.lineage import expert_weights, find_original
+from moekit.compress.engine.live import change_model
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.resize import read_block
+from moekit.compress.engine.sequential import Calibration, Request, plan_sparsity, zeros_of
+from moekit.compress.engine.sparsity_plan import SparsityPlan
+from moekit.compress.engine.zeroing import SparsifyMethod
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.owl import OWL, owl_sparsities
-from moekit.compress.sparsify.plan import SparsityPlan
-from moekit.compress.sparsify.sequential import Calibration, Request, plan_sparsity, zeros_of
 from moekit.compress.sparsify.wanda import Wanda
 from moekit.errors import BadConfig, BadData, NumericFault
 from moekit.trace import record

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from moekit import catalogue
 from moekit.anatomy.probe import Geometry
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import NumericFault
 
 
@@ -37,7 +37,7 @@ class PruneMethod(BaseModel, ABC):
     """Base of all pruning methods; fields are the method's knobs.
 
     Attributes:
-        reads_weights: `score` or `decide` look at `evidence.weights`.
+        reads_weights: `score` or `decide` look at `inputs.weights`.
         rewrites: `transform` changes the weights of experts that stay.
         searches: `search` is asked instead of `score` and `decide`; it needs the model, not only statistics.
         sequential: layers are decided one after the other, each on what the pruned layers before it give.
@@ -65,36 +65,36 @@ class PruneMethod(BaseModel, ABC):
         return [cls()]
 
     @abstractmethod
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """How much each expert is worth, [E]; more is better. Never NaN: a mean over no tokens is 0."""
 
-    def decide(self, evidence: LayerEvidence, scores_E: Tensor, keep: int) -> LayerDecision:
+    def decide(self, inputs: LayerInputs, scores_E: Tensor, keep: int) -> LayerDecision:
         """Which experts stay: by default those with the largest scores."""
-        return LayerDecision(keep=keep_highest(scores_E, keep, evidence))
+        return LayerDecision(keep=keep_highest(scores_E, keep, inputs))
 
-    def transform(self, weights: LayerWeights, decision: LayerDecision, evidence: LayerEvidence) -> LayerWeights:
+    def transform(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> LayerWeights:
         """Weights of the kept experts and their router rows, in the order of `decision.keep`."""
         return weights.select(decision.keep)
 
-    def search(self, evidence: LayerEvidence, block: Reconstruction, keep: int) -> LayerDecision:
+    def search(self, inputs: LayerInputs, block: Reconstruction, keep: int) -> LayerDecision:
         """Decide by trying; for methods with `searches`."""
         raise NotImplementedError(f"{type(self).__name__} does not search")
 
     def allocate(
-        self, evidence: Mapping[int, LayerEvidence], scores: Mapping[int, Tensor], total: int, least: int, most: int
+        self, inputs: Mapping[int, LayerInputs], scores: Mapping[int, Tensor], total: int, least: int, most: int
     ) -> dict[int, int]:
         """Share a number of experts among the layers: by default the largest scores anywhere stay.
 
         Scores are first divided by their layer's sum, since the scales of layers differ.
 
         Args:
-            evidence: of each layer.
+            inputs: of each layer.
             scores: of each layer, [E].
             total: experts kept in all layers together.
             least: fewest a layer keeps.
             most: most a layer keeps (and never more than it has).
         """
-        return share_by_score({layer: ranking(s, evidence[layer]) for layer, s in scores.items()}, total, least, most)
+        return share_by_score({layer: ranking(s, inputs[layer]) for layer, s in scores.items()}, total, least, most)
 
 
 def ratio(sum_E: Tensor, count_E: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def ratio(sum_E: Tensor, count_E: Tensor) -> Tensor:
     return torch.where(count_E > 0, sum_E / count_E.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
 
-def ranking(scores_E: Tensor, evidence: LayerEvidence) -> Tensor:
+def ranking(scores_E: Tensor, inputs: LayerInputs) -> Tensor:
     """Scores as they are ranked, [E] fp64: protected experts above all, experts that no token chose below all.
 
     Raises:
@@ -114,25 +114,25 @@ def ranking(scores_E: Tensor, evidence: LayerEvidence) -> Tensor:
         expert = int((~ranked_E.isfinite()).nonzero()[0])
         raise NumericFault(
             f"the score is {float(ranked_E[expert])}",
-            layer=evidence.layer,
+            layer=inputs.layer,
             expert=expert,
             hint="the expert's weights are damaged (see `moekit check`); such an expert is neither kept nor dropped in "
             "silence",
         )
-    unseen = evidence.statistics.never_routed
+    unseen = inputs.statistics.never_routed
     if unseen and len(unseen) < len(ranked_E):
         ranked_E[unseen] = float("-inf")
-    if evidence.protected:
-        ranked_E[sorted(evidence.protected)] = float("inf")
+    if inputs.protected:
+        ranked_E[sorted(inputs.protected)] = float("inf")
     return ranked_E
 
 
-def keep_highest(scores_E: Tensor, keep: int, evidence: LayerEvidence) -> tuple[int, ...]:
+def keep_highest(scores_E: Tensor, keep: int, inputs: LayerInputs) -> tuple[int, ...]:
     """The `keep` experts of the largest scores, ascending; of equal scores the higher number goes first.
 
     Experts that no token chose rank below all others, protected ones above all others.
     """
-    order = ranking(scores_E, evidence).sort(descending=True, stable=True).indices
+    order = ranking(scores_E, inputs).sort(descending=True, stable=True).indices
     return tuple(sorted(order[:keep].tolist()))
 
 

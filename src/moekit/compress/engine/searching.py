@@ -20,13 +20,13 @@ from moekit._progress import Progress, track
 from moekit.anatomy.probe import MoELayer, flat_output
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.budget import uniform_count
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.plan import LayerPlan, PrunePlan
-from moekit.compress.prune.planning import Request, geometries_of, layer_plan, plan_file, sizes_of
-from moekit.compress.resize import read_block, resized_block, resized_config
-from moekit.compress.weights import LayerWeights
+from moekit.compress.budget.sizes import uniform_count
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.plan import LayerPlan, PrunePlan
+from moekit.compress.engine.planning import Request, geometries_of, layer_plan, plan_file, sizes_of
+from moekit.compress.engine.resize import read_block, resized_block, resized_config
+from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.streaming.states import States
 from moekit.trace.statistics import LayerStatistics
@@ -100,13 +100,13 @@ class _Search:
         config = self.streamed.loader.model.config
         block = _Block(moe, weights, config, self.request, self.calls, self.targets, self.masks)
         protected = frozenset((self.request.protected or {}).get(index, ()))
-        evidence = LayerEvidence(index, moe.geometry, self.loads[index], lambda: weights, self.request.seed, protected)
-        decision = self.request.method.search(evidence, block, self.counts[index])
+        inputs = LayerInputs(index, moe.geometry, self.loads[index], lambda: weights, self.request.seed, protected)
+        decision = self.request.method.search(inputs, block, self.counts[index])
         if pruned is not None:
             self._advance(index, None, pruned, block.changed(decision))
         rise = decision.figures.get("rise", [])
         scores = torch.tensor(rise if isinstance(rise, list) else [rise], dtype=torch.float64)
-        return layer_plan(evidence, scores, _readable(decision))
+        return layer_plan(inputs, scores, _readable(decision))
 
     def _see(self, moe: MoELayer, states: States, *, targets: bool) -> None:
         """Keep what the block is called with on each batch; of the unchanged model also what it gives, and go on."""

@@ -23,14 +23,14 @@ from moekit import catalogue
 from moekit._progress import Progress
 from moekit.anatomy.probe import Geometry, MoELayer
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.planning import geometries_of, weights_reader
-from moekit.compress.resize import read_block, resized_block, resized_config
-from moekit.compress.sparsify.accounting import Count, count_zeros
-from moekit.compress.sparsify.base import SparsifyMethod, check_sparsity
-from moekit.compress.sparsify.lineage import expert_weights
-from moekit.compress.sparsify.plan import LayerShare, SparsityFile, SparsityPlan
-from moekit.compress.weights import LayerWeights
+from moekit.compress.budget.parents import expert_weights
+from moekit.compress.budget.sparsity import Count, count_zeros
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.planning import geometries_of, weights_reader
+from moekit.compress.engine.resize import read_block, resized_block, resized_config
+from moekit.compress.engine.sparsity_plan import LayerShare, SparsityFile, SparsityPlan
+from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.engine.zeroing import SparsifyMethod, check_sparsity
 from moekit.errors import BadConfig
 from moekit.trace.meta import TraceMeta
 from moekit.trace.statistics import LayerStatistics
@@ -114,11 +114,11 @@ def plan_sparsity(
     shares_differently = type(method).allocate is not SparsifyMethod.allocate
     if text is not None and method.required and (shares_differently or not method.sequential):
         found, meta = _Pass(checkpoint, text, request, progress).run("plain", None)
-    evidence = _Evidences(geometries, found, read, request.seed)
-    shares = _checked(method.allocate(evidence, request.sparsity), geometries)
+    inputs = InputsByLayer(geometries, found, read, request.seed)
+    shares = _checked(method.allocate(inputs, request.sparsity), geometries)
     if text is not None and method.sequential:
         found, meta = _Pass(checkpoint, text, request, progress).run(_key(request, shares), shares)
-        evidence = _Evidences(geometries, found, read, request.seed)
+        inputs = InputsByLayer(geometries, found, read, request.seed)
     layers = {
         layer: LayerShare(
             experts=g.experts,
@@ -126,7 +126,7 @@ def plan_sparsity(
             width=g.width,
             sparsity=shares[layer],
             never_routed=tuple(found[layer].never_routed),
-            figures=method.figures(evidence[layer]) if method.required else {},
+            figures=method.figures(inputs[layer]) if method.required else {},
         )
         for layer, g in geometries.items()
     }
@@ -153,8 +153,8 @@ def _file(
     )
 
 
-class _Evidences(Mapping[int, LayerEvidence]):
-    """Evidence of every layer, made anew each time it is asked for, so that no layer's weights stay in memory."""
+class InputsByLayer(Mapping[int, LayerInputs]):
+    """What a method sees of every layer, made anew each time it is asked: no layer's weights stay in memory."""
 
     def __init__(
         self,
@@ -168,9 +168,9 @@ class _Evidences(Mapping[int, LayerEvidence]):
         self._read = read
         self._seed = seed
 
-    def __getitem__(self, layer: int) -> LayerEvidence:
+    def __getitem__(self, layer: int) -> LayerInputs:
         read = self._read
-        return LayerEvidence(
+        return LayerInputs(
             layer,
             self._geometries[layer],
             self._statistics[layer],
@@ -215,8 +215,8 @@ class _Pass:
                 if shares is None or not shares[moe.index]:
                     return None
                 weights = read_block(moe)
-                evidence = LayerEvidence(moe.index, moe.geometry, statistics, lambda: weights, request.seed)
-                made = request.method.transform(weights, evidence, shares[moe.index])
+                inputs = LayerInputs(moe.index, moe.geometry, statistics, lambda: weights, request.seed)
+                made = request.method.transform(weights, inputs, shares[moe.index])
                 return resized_block(moe, resized_config(streamed.loader.model.config, made.experts), made)
 
             streamed.run(self._progress, None if shares is None else change)
@@ -269,8 +269,8 @@ class PlannedZeros:
     def __call__(self, layer: int, weights: LayerWeights) -> LayerWeights:
         """The layer with its zeros."""
         statistics, share = self._plan.statistics[layer], self._plan.file.layers[layer].sparsity
-        evidence = LayerEvidence(layer, self._geometries[layer], statistics, lambda: weights, self._plan.file.seed)
-        made = self._method.transform(weights, evidence, share)
+        inputs = LayerInputs(layer, self._geometries[layer], statistics, lambda: weights, self._plan.file.seed)
+        made = self._method.transform(weights, inputs, share)
         self.counts[layer] = count_zeros(made)
         return made
 

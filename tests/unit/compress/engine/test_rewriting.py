@@ -10,19 +10,19 @@ import torch
 
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.budget import Budget
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.grouped import by_group, check_grouping, routing_groups
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.plan import LayerPlan, PlanFile, PrunePlan
+from moekit.compress.engine.planning import geometries_of
+from moekit.compress.engine.resize import read_block
+from moekit.compress.engine.rewriting import rewriter
+from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.dern import DERN
 from moekit.compress.prune.frequency import Frequency
-from moekit.compress.prune.grouped import by_group, check_grouping, routing_groups
 from moekit.compress.prune.naee import NAEE
-from moekit.compress.prune.plan import LayerPlan, PlanFile, PrunePlan
-from moekit.compress.prune.planning import geometries_of
-from moekit.compress.prune.rewriting import rewriter
-from moekit.compress.resize import read_block
-from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.trace.statistics import LayerStatistics
 from tests.checkpoints import plain
@@ -69,8 +69,8 @@ def test_new_weights_are_those_of_the_method(tmp_path: Path, family: str) -> Non
     rewrite = rewriter(told, checkpoint, folder=tmp_path / "kept")
     assert rewrite is not None
     weights = layer_weights(0, family)
-    evidence = LayerEvidence(0, geometries_of(checkpoint)[0], told.statistics[0])
-    expected = DERN(**settings).transform(weights, LayerDecision(keep=keep), evidence)
+    inputs = LayerInputs(0, geometries_of(checkpoint)[0], told.statistics[0])
+    expected = DERN(**settings).transform(weights, LayerDecision(keep=keep), inputs)
     for made in (rewrite(0, weights), rewriter(told, checkpoint, folder=tmp_path / "kept")(0, weights)):  # type: ignore[misc]
         for name in ("gate_EIH", "up_EIH", "down_EHI", "gate_bias_EI", "up_bias_EI", "down_bias_EH"):
             one, two = getattr(made, name), getattr(expected, name)
@@ -78,7 +78,7 @@ def test_new_weights_are_those_of_the_method(tmp_path: Path, family: str) -> Non
             assert one is None or torch.equal(one, two)
         assert set(made.router) == set(expected.router)
         assert all(torch.equal(made.router[name], expected.router[name]) for name in made.router)
-    assert rewrite.figures[0] == DERN(**settings).figures(weights, LayerDecision(keep=keep), evidence)
+    assert rewrite.figures[0] == DERN(**settings).figures(weights, LayerDecision(keep=keep), inputs)
     assert not torch.equal(expected.up_EIH, weights.select(keep).up_EIH)
 
 

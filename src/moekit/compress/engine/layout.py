@@ -21,12 +21,12 @@ from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.small_files import small_files
 from moekit.checkpoint.uneven import without_common_loss
-from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.config_file import renamed_experts
 from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.resize import Groups, resized_config
 from moekit.compress.engine.shard_writer import Shard, lay_out
 from moekit.compress.engine.slicing import Axes, Kept, expert_counts, is_mtp, kept_tensors
-from moekit.compress.resize import Groups, resized_config
 from moekit.errors import BadConfig
 
 if TYPE_CHECKING:
