@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from moekit.errors import BadConfig, Interrupted, MoekitError, OutOfBudget
+from moekit.errors import BadConfig, Interrupted, MoekitError, OutOfBudget, printable, shortened
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -65,6 +66,10 @@ def _of_system(error: OSError) -> Explanation:
         error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError | FileExistsError
     ):
         return Explanation("BadConfig", f"{where}{name}", "check the path and its permissions", USAGE)
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL) and error.filename:
+        return Explanation("BadConfig", f"{where}{name}", "this names no file that can be there; check it", USAGE)
+    if error.errno == errno.ENOMEM:
+        return Explanation("OutOfBudget", f"{where}{name}", "use a machine with more memory", RESOURCES)
     return Explanation(type(error).__name__, f"{where}{name}", None, 1)
 
 
@@ -101,7 +106,7 @@ def explain(error: BaseException, *, debug: bool = False, as_json: bool = False)
         return USAGE
     told = understand(error)
     if debug:
-        traceback.print_exception(error, file=sys.stderr)
+        print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     _print_error(told)
     if as_json:
         fields = {key: getattr(error, key, None) for key in ("file", "layer", "expert")}
@@ -115,9 +120,9 @@ def _print_error(told: Explanation) -> None:
     from rich.text import Text
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), told.message))
+    console.print(Text.assemble(("error: ", "bold red"), shortened(told.message)))
     if told.hint:
-        console.print(Text.assemble(("  -> ", "dim"), told.hint))
+        console.print(Text.assemble(("  -> ", "dim"), shortened(told.hint)))
 
 
 def install_signals() -> None:
@@ -137,14 +142,33 @@ class _ByLevel(logging.Formatter):
     """`warning: ...` or `error: ...`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"{'error' if record.levelno >= logging.ERROR else 'warning'}: {record.getMessage()}"
+        return printable(f"{'error' if record.levelno >= logging.ERROR else 'warning'}: {record.getMessage()}")
+
+
+def _printable_records() -> None:
+    """Make what libraries under us log of a stranger's config as printable as what we say ourselves."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "printable", False):
+        return
+
+    def made(*args: Any, **more: Any) -> logging.LogRecord:
+        record = make(*args, **more)
+        with contextlib.suppress(Exception):  # a library's faulty format is its own affair
+            text = record.getMessage()
+            if printable(text) != text:
+                record.msg, record.args = printable(text), ()
+        return record
+
+    made.printable = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(made)
 
 
 def show_warnings() -> None:
     """Print warnings and log records of warning level as one line each on stderr."""
+    _printable_records()
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        print(printable(f"warning: {message}"), file=sys.stderr)
 
     warnings.showwarning = show
     handler = _Lines()

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
+from moekit._files import read_text
 from moekit.cli._command import build_command
 from moekit.cli._errors import config_error
 from moekit.cli._generate_tasks import generate_by_task
@@ -33,8 +35,8 @@ def generate(
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest continuation, in tokens")] = 48,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ..., or auto")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored")] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    dtype: Annotated[DtypeName, typer.Option(help=DTYPE_HELP)] = "auto",
     **rest: Any,
 ) -> None:
     """Continue prompts with a checkpoint, and show beside it what another one says; greedily, so it can be repeated.
@@ -124,7 +126,10 @@ def _complete(
 def _lines(file: Path | None) -> list[str]:
     if file is None:
         return []
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in read_text(file).splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise BadData(f"is not UTF-8 text (byte {error.start})", file=file, hint="convert it, as with iconv") from error
     if not lines:
         raise BadData("the file holds no prompt", file=file, hint="write one a line")
     return lines

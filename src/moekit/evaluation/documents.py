@@ -9,19 +9,18 @@ The standard error is that of a ratio of sums over documents (documents, not tok
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy import stats
 
 from moekit._progress import Progress
+from moekit._validation import parse_file
 from moekit.data import vocabulary
-from moekit.errors import BadData
 from moekit.evaluation.likelihood import Scorer, evaluating
 from moekit.evaluation.windows import BatchLike, Corpus, TokenizedLike, by_length, from_batches, from_documents
 
@@ -52,6 +51,10 @@ class DomainPerplexity(BaseModel):
     high: float | None
 
 
+# More than any text has; squares of it are numbers still.
+_MOST_NATS = 1e15
+
+
 class PerplexityResult(BaseModel):
     """Likelihood of each document under one model.
 
@@ -66,8 +69,10 @@ class PerplexityResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     domains: tuple[str, ...]
-    tokens: tuple[int, ...]
-    nll: tuple[float, ...] = Field(description="nats, summed over the document's scored tokens")
+    tokens: tuple[Annotated[int, Field(ge=0, le=2**53)], ...]
+    nll: tuple[Annotated[float, Field(ge=-_MOST_NATS, le=_MOST_NATS)], ...] = Field(
+        description="nats, summed over the document's scored tokens"
+    )
     model: str = ""
     digests: tuple[str, ...] = ()
 
@@ -77,6 +82,8 @@ class PerplexityResult(BaseModel):
             raise ValueError("domains, tokens and nll must be of one length")
         if len(self.digests) not in (0, len(self.domains)):
             raise ValueError("there must be a digest for each document, or none")
+        if not any(self.tokens):
+            raise ValueError("no document has a scored token")
         return self
 
     def only(self, chosen: Sequence[int]) -> PerplexityResult:
@@ -138,12 +145,8 @@ class PerplexityResult(BaseModel):
         Raises:
             BadData: the file is missing, damaged or something else.
         """
-        try:
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, ValidationError) as error:
-            raise BadData(
-                f"no perplexity result: {error}", file=path, hint="give a file that `moekit evaluate` wrote"
-            ) from error
+        hint = "give a file that `moekit evaluate` wrote"
+        return parse_file(cls, path, what="perplexity result", missing=hint, hint=hint)
 
 
 def ratio_standard_error(total_N: np.ndarray[Any, Any], size_N: np.ndarray[Any, Any]) -> float | None:

@@ -14,21 +14,23 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from moekit import catalogue
 from moekit._progress import Progress, track
-from moekit._validation import parse
+from moekit._validation import parse_file
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.checkpoint.atomic import atomic_folder
-from moekit.checkpoint.safety import read_header
-from moekit.errors import BadConfig, BadData
+from moekit.checkpoint.safety import load_tensors
+from moekit.errors import BadCheckpoint, BadConfig, BadData
 from moekit.routing.attach import attach_policy, detach_policy
 from moekit.routing.policy import PlanInputs, RoutingPolicy
 
 PLAN_FILE = "plan.json"
 PLAN_TENSORS = "plan.safetensors"
+MAX_PLAN_BYTES = 16 << 20
+_AGAIN = "plan the routing again"
 
 
 class PlanHeader(BaseModel):
@@ -53,6 +55,14 @@ class PlanHeader(BaseModel):
     trace: str = ""
     layers: list[int]
     experts: list[int]
+
+    @model_validator(mode="after")
+    def _check(self) -> PlanHeader:
+        if len(self.layers) != len(self.experts):
+            raise ValueError(f"{len(self.layers)} layers, but experts of {len(self.experts)}")
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError("a layer is planned twice")
+        return self
 
 
 class RoutingPlan:
@@ -106,14 +116,9 @@ class RoutingPlan:
         """
         folder = Path(folder)
         file = folder / PLAN_FILE
-        if not file.is_file():
-            raise BadData("no routing plan here", file=folder, hint="`moekit route` writes one")
-        header = parse(PlanHeader, file.read_bytes(), what="routing plan", file=file, hint="plan the routing again")
-        read_header(folder / PLAN_TENSORS)
-        parts: dict[str, dict[int, dict[str, Tensor]]] = {"layers": {}, "scores": {}}
-        for key, tensor in safetensors.torch.load_file(folder / PLAN_TENSORS).items():
-            kind, layer, name = key.split(".", 2)
-            parts[kind].setdefault(int(layer), {})[name] = tensor
+        missing = "`moekit route` writes one"
+        header = parse_file(PlanHeader, file, what="routing plan", missing=missing, hint=_AGAIN, limit=MAX_PLAN_BYTES)
+        parts = _read_parts(folder / PLAN_TENSORS, header.layers)
         tensors = {layer: parts["layers"].get(layer, {}) for layer in header.layers}
         return cls(header, tensors, parts["scores"])
 
@@ -130,10 +135,13 @@ class RoutingPlan:
     def permuted(self, orders: Mapping[int, Sequence[int]]) -> RoutingPlan:
         """The plan for a model whose experts were reordered, `order[new] = old`; its fingerprint is dropped."""
         policy = self.policy
-        tensors = {
-            layer: policy.permute(named, orders[layer]) if layer in orders else named
-            for layer, named in self.tensors.items()
-        }
+        try:
+            tensors = {
+                layer: policy.permute(named, orders[layer]) if layer in orders else named
+                for layer, named in self.tensors.items()
+            }
+        except (LookupError, RuntimeError, TypeError) as error:
+            raise BadData(f"damaged routing plan: {error!r}", hint=_AGAIN) from error
         return RoutingPlan(self.header.model_copy(update={"fingerprint": ""}), tensors)
 
     def apply(self, model: nn.Module, *, fingerprint: str = "") -> None:
@@ -166,6 +174,27 @@ class RoutingPlan:
         except BaseException:
             detach_policy(model)
             raise
+
+
+def _read_parts(file: Path, layers: Sequence[int]) -> dict[str, dict[int, dict[str, Tensor]]]:
+    """Tensors and scores of a plan's layers.
+
+    Raises:
+        BadData: missing, damaged, or of other layers.
+    """
+    try:
+        tensors = load_tensors(file)
+    except BadCheckpoint as error:
+        raise BadData(f"damaged routing plan: {error.message}", file=file, hint=_AGAIN) from error
+    known = {str(layer) for layer in layers}
+    parts: dict[str, dict[int, dict[str, Tensor]]] = {"layers": {}, "scores": {}}
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition(".")
+        layer, _, name = rest.partition(".")
+        if kind not in parts or layer not in known or not name:
+            raise BadData(f"damaged routing plan: a tensor {key!r} that no layer of it has", file=file, hint=_AGAIN)
+        parts[kind].setdefault(int(layer), {})[name] = tensor
+    return parts
 
 
 def make_policy(name: str, config: Mapping[str, Any]) -> RoutingPolicy:

@@ -23,6 +23,8 @@ from transformers import (
     set_seed,
 )
 
+from moekit._device import resolve_device
+from moekit._files import require_own_folder
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.model import save
@@ -171,7 +173,7 @@ def build_tiny_model(config: TinyConfig, device: str = "auto") -> PreTrainedMode
     """
     set_seed(config.training.seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config.model_settings(), dtype=torch.float32)
-    place = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    place = resolve_device(device)
     return model.to(place)
 
 
@@ -209,6 +211,7 @@ def train_tiny(
     """
     target = Path(output)
     work = Path(scratch) if scratch is not None else target.parent / f".{target.name}-scratch"
+    require_own_folder(work)
     if heldout is None:
         documents, heldout = split_documents(documents, "train"), split_documents(documents, "heldout")
     if not documents or not heldout:

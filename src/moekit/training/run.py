@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
+from moekit._files import read_text
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
+from moekit.checkpoint.stored import mark_stored
 from moekit.data import vocabulary
 from moekit.data.batches import TokenBatches, pack
 from moekit.data.text import Document
@@ -104,6 +106,7 @@ def train(
             stack.enter_context(lock(Path(output)))
             prepare_folder(Path(output), identity, resume)
         stack.enter_context(_as_it_was(model))
+        mark_stored(model, None)  # small steps would be lost in the rounding of what it was stored in
         run = _Run(model, config, rows, order, steps, distribution)
         stack.enter_context(run.prepared())
         if output is None:  # Trainer wants a folder all the same
@@ -213,7 +216,7 @@ class _Run:
         """The result of a run that ended already, its weights read; None if it did not."""
         if not (output / RESULT_FILE).exists():
             return None
-        result = TrainResult.model_validate_json((output / RESULT_FILE).read_text(encoding="utf-8"))
+        result = TrainResult.model_validate_json(read_text(output / RESULT_FILE))
         if self.distribution is not None:
             self.distribution.load(self.model, None, output / RANKS)
         else:

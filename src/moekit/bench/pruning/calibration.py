@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moekit._files import read_text
 from moekit._progress import Progress
 from moekit.bench.pruning.result import ALL, Calibration, Cut
 from moekit.bench.pruning.setting import Setting
@@ -38,15 +39,15 @@ class Subject:
 
     Attributes:
         checkpoint: opened and verified.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
         tokenizer: for the account of the text.
         text: where the text came from.
     """
 
     checkpoint: Checkpoint
     dtype: torch.dtype | None = None
-    device: str = "cpu"
+    device: str = "auto"
     tokenizer: PreTrainedTokenizerBase | None = None
     text: str = ""
 
@@ -142,7 +143,7 @@ def _record(
     key = _key(subject, rows, setting, statistics)
     kept, told, scratch = (folder / name for name in (f"trace-{key}", f"trace-{key}.json", f"states-{key}"))
     if told.is_file():
-        return Trace.load(kept), float(json.loads(told.read_text())["seconds"])
+        return Trace.load(kept), float(json.loads(read_text(told))["seconds"])
     start = time.perf_counter()
     trace = record_streamed(
         subject.checkpoint,

@@ -71,7 +71,7 @@ def open_model(
     from moekit.data import vocabulary
 
     location = model_location(reference, progress)
-    model = moekit.load(location, device=own_device(device), dtype=dtype)
+    model = moekit.load(location, device=device, dtype=dtype)
     tokenizer = load_tokenizer(location)
     vocabulary.check(tokenizer, vocabulary.embedding_rows(model))
     if plan is not None:
@@ -88,15 +88,6 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def own_device(device: str) -> str:
-    """The device of this process: under torchrun "auto" is the GPU of its local rank."""
-    import torch
-
-    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return device
-
-
 def save_changed(
     model: Any,
     tokenizer: Any,
@@ -106,6 +97,7 @@ def save_changed(
     config: Mapping[str, Any],
     scores: Mapping[str, Any] | None = None,
     plan_hash: str | None = None,
+    drop_unknown: bool = False,
 ) -> None:
     """Write a model that was made from another one, with its record; it takes its name once it has been checked.
 
@@ -119,6 +111,7 @@ def save_changed(
         config: settings of the method.
         scores: figures to keep in the record.
         plan_hash: hash of the plan that was applied.
+        drop_unknown: leave out what the source holds beyond the model; otherwise it is copied.
 
     Raises:
         BadCheckpoint: what was written is not what it must be; nothing is left.
@@ -138,10 +131,10 @@ def save_changed(
         config=dict(config),
         scores=dict(scores or {}),
     )
-    _write_checked(model, tokenizer, record, work)
+    _write_checked(model, tokenizer, record, work, drop_unknown)
 
 
-def _write_checked(model: Any, tokenizer: Any, record: Record, work: JobContext) -> None:
+def _write_checked(model: Any, tokenizer: Any, record: Record, work: JobContext, drop_unknown: bool) -> None:
     """Write, check, and only then give it its name."""
     import moekit
     from moekit.checking import check
@@ -149,7 +142,7 @@ def _write_checked(model: Any, tokenizer: Any, record: Record, work: JobContext)
 
     with atomic_folder(work.out, overwrite=work.overwrite) as folder:
         inner = folder / work.out.name
-        moekit.save(model, inner, tokenizer=tokenizer, record=record)
+        moekit.save(model, inner, tokenizer=tokenizer, record=record, drop_unknown=drop_unknown)
         _judge(check(inner, progress=work.progress), work.out)
         for file in list(inner.iterdir()):
             file.rename(folder / file.name)
@@ -227,6 +220,7 @@ def model_item(reference: str, sizes: Sizes) -> Item:
     """A model with its bytes on disk: measured, forecast, or read from the hub's headers without a download."""
     known = sizes.of(Path(reference).expanduser())
     if known is not None:
+        _refuse_bad_config(Path(reference).expanduser())
         return Item(reference, known)
     if is_packaged_model(reference):
         from moekit.data.sources import get_source
@@ -234,6 +228,16 @@ def model_item(reference: str, sizes: Sizes) -> Item:
         packed = get_source(reference).info().download_bytes
         return Item(reference, sizes.of(get_source(reference).folder) or _UNPACKED * packed)
     return Item(reference, _hub_bytes(reference))
+
+
+def _refuse_bad_config(folder: Path) -> None:
+    """A dry run of a model that no command would open says so."""
+    from moekit.checkpoint.folder import CONFIG_FILE
+    from moekit.checkpoint.safety import check_name, read_json
+    from moekit.checkpoint.sanity import check_config
+
+    if folder.is_dir() and (folder / CONFIG_FILE).exists():
+        check_config(read_json(check_name(folder, CONFIG_FILE)), folder / CONFIG_FILE)
 
 
 def _hub_bytes(reference: str) -> int | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moekit._files import read_bytes
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.comparison import Comparison, Evaluation, compare
 from moekit.evaluation.variants import VariantResult, compare_variants
@@ -151,7 +152,7 @@ def prove(
     folder: Path,
     seed: int = 0,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> Proof:
     """Measure a way to prune and its baselines side by side, each layer read from disk once.
@@ -164,8 +165,8 @@ def prove(
         key: what tells this method and these baselines from others.
         folder: where states go, and the finished proof, so that an interrupted run does not measure twice.
         seed: of intervals and tests.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
         progress: told layer by layer.
 
     Raises:
@@ -174,7 +175,7 @@ def prove(
     known = folder / f"proof-{key[:16]}-{heldout.digest[:16]}.json"
     if known.is_file():
         try:
-            return Proof.model_validate_json(known.read_bytes())
+            return Proof.model_validate_json(read_bytes(known))
         except ValidationError:
             known.unlink()
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,12 +20,13 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from moekit.checkpoint.fingerprint import TORCH_NAMES
+from moekit.checkpoint.provenance import origin_of
 from moekit.checkpoint.record import Record
 from moekit.errors import BadConfig
 from moekit.parallel.checkpoints.beside import write_beside
 from moekit.parallel.checkpoints.index import WEIGHTS, Index, refuse_other
-from moekit.parallel.checkpoints.peers import Peers
 from moekit.parallel.checkpoints.pieces import Pieces, Stack, find_stacks, unwrapped, weights
+from moekit.parallel.checkpoints.ranks import Peers
 from moekit.parallel.checkpoints.states import empty_states, group_settings, optimizer_states, restore_groups
 from moekit.parallel.checkpoints.storage import ShardsReader, ShardsWriter
 from moekit.parallel.sharding import shards
@@ -124,6 +125,7 @@ def save_sharded(
                 numbers=tuple(sorted(numbers)),
                 extra=dict(extra or {}),
                 files=files,
+                source=origin_of(model),
             )
             _check_owned(index)
             index.write(temporary)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from moekit._device import DEVICE_HELP
 from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
@@ -33,9 +34,12 @@ class TrainStep(RankedOptions, Step):
     plan: PlanRef | None = Field(default=None, description="routing plan to train under; the checkpoint's by default")
     split: Literal["train", "heldout"] | None = Field(default=None, description="part of the text to take")
     heldout: TextRef | None = Field(default=None, description="text whose loss is watched")
-    device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
+    device: str = Field(default="auto", description=DEVICE_HELP)
     data_parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)"
+    )
+    drop_unknown: bool = Field(
+        default=False, description="leave out what the source holds beyond the model, such as a vision tower"
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, objectives, ...: TrainConfig")
 
@@ -108,7 +112,15 @@ class TrainStep(RankedOptions, Step):
             model = self._whole(model, work)
         scores = result.model_dump(mode="json", exclude={"history"})
         settings = {**config.model_dump(mode="json", exclude_defaults=True), "text": self.text}
-        save_changed(model, tokenizer, work, parent=self.model, config=settings, scores=scores)
+        save_changed(
+            model,
+            tokenizer,
+            work,
+            parent=self.model,
+            config=settings,
+            scores=scores,
+            drop_unknown=self.drop_unknown,
+        )
         return {**scores, "tokens_per_second": result.tokens_per_second, "final_loss": result.losses[-1]}
 
     def _open(self, work: JobContext, device: str | None = None) -> tuple[Any, Any]:

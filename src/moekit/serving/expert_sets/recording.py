@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from moekit._files import read_text
 from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry, MoELayer, find_moe_layers
 from moekit.checkpoint.atomic import atomic_write
@@ -39,8 +40,8 @@ class GroupedText:
         statistics: names of the vocabulary.
         layers: MoE layers to come to, counted from the first; None for all.
         folder: where states and finished layers are kept, so that a run that was interrupted goes on; None for memory.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
 
     Attributes:
         statistics: of each text: decoder layer -> statistics; filled by `run`.
@@ -61,7 +62,7 @@ class GroupedText:
         layers: int | None = None,
         folder: Path | None = None,
         dtype: torch.dtype | None = None,
-        device: str = "cpu",
+        device: str = "auto",
     ) -> None:
         batches = {name: list(text) for name, text in texts.items()}
         flat = [batch for text in batches.values() for batch in text]
@@ -167,7 +168,7 @@ class GroupedText:
         """The last layer that an interrupted run of the same work finished, its statistics read; -1 for none."""
         if self._folder is None or not (self._folder / _PROGRESS).is_file():
             return -1
-        noted = json.loads((self._folder / _PROGRESS).read_text())
+        noted = json.loads(read_text(self._folder / _PROGRESS))
         if noted.get("key") != key:
             return -1
         done = int(noted["done"])
