@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from moekit._device import resolve_device
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.names import in_mtp_stack, where
+from moekit.checkpoint.precision import reading_dtype, stored_dtype
 from moekit.checkpoint.reading import TensorReader
 from moekit.checkpoint.skeleton import empty_model
+from moekit.checkpoint.tying import tie
 from moekit.checkpoint.uneven import fill
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
@@ -39,16 +42,19 @@ class LayerLoader:
 
     Args:
         checkpoint: opened and verified.
-        dtype: of the weights in memory; None as the config says.
-        device: where layers go.
+        dtype: of the weights in memory; None as stored, or float32 where the device would only emulate that.
+        device: where layers go; "auto" is a GPU if there is one.
 
     Attributes:
+        stored: type in which the weights lie on disk.
+        dtype: type in which they are in memory.
+        device: where layers go.
         model: the model; parameters that are not loaded lie on the meta device.
         layers: number of decoder layers.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: str | torch.device = "auto"
     ) -> None:
         if "quantization_config" in checkpoint.config:
             kind = checkpoint.config["quantization_config"].get("quant_method", "?")
@@ -59,9 +65,11 @@ class LayerLoader:
                 "weights too",
             )
         self.checkpoint = checkpoint
-        self.model = empty_model(checkpoint, dtype)
-        self.dtype: torch.dtype = dtype or self.model.config.dtype or torch.float32
-        self.device = torch.device(device)
+        self.device = resolve_device(device)
+        self.stored = stored_dtype(checkpoint.config, checkpoint.tensors) or torch.float32
+        wanted = reading_dtype(checkpoint, dtype, self.device)
+        self.model = empty_model(checkpoint, wanted)
+        self.dtype: torch.dtype = wanted or self.model.config.dtype or torch.float32
         self.decoder = decoder_of(self.model)
         self.layers = len(self.stack)
         self._reader = TensorReader(checkpoint)
@@ -132,11 +140,12 @@ class LayerLoader:
     def load_rest(self) -> None:
         """Load what belongs to no decoder layer: embedding, final norm, head (tied or not)."""
         self._fill(self.names(None))
-        self.model.tie_weights()
+        tie(self.model)
 
     def release_rest(self) -> None:
         """Forget embedding, final norm and head."""
-        for name, parameter in list(self.model.named_parameters()):
+        # A tied head is named too: forgetting the embedding alone would leave it in memory.
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if where(name)[0] is None and not parameter.is_meta:
                 _set(self.model, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 

@@ -71,7 +71,7 @@ def open_model(
     from moekit.data import vocabulary
 
     location = model_location(reference, progress)
-    model = moekit.load(location, device=own_device(device), dtype=dtype)
+    model = moekit.load(location, device=device, dtype=dtype)
     tokenizer = load_tokenizer(location)
     vocabulary.check(tokenizer, vocabulary.embedding_rows(model))
     if plan is not None:
@@ -86,15 +86,6 @@ def open_model(
 def is_first_rank() -> bool:
     """Whether this process is the only one or, under torchrun, the first: the one that writes."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def own_device(device: str) -> str:
-    """The device of this process: under torchrun "auto" is the GPU of its local rank."""
-    import torch
-
-    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return device
 
 
 def save_changed(
@@ -229,6 +220,7 @@ def model_item(reference: str, sizes: Sizes) -> Item:
     """A model with its bytes on disk: measured, forecast, or read from the hub's headers without a download."""
     known = sizes.of(Path(reference).expanduser())
     if known is not None:
+        _refuse_bad_config(Path(reference).expanduser())
         return Item(reference, known)
     if is_packaged_model(reference):
         from moekit.data.sources import get_source
@@ -236,6 +228,16 @@ def model_item(reference: str, sizes: Sizes) -> Item:
         packed = get_source(reference).info().download_bytes
         return Item(reference, sizes.of(get_source(reference).folder) or _UNPACKED * packed)
     return Item(reference, _hub_bytes(reference))
+
+
+def _refuse_bad_config(folder: Path) -> None:
+    """A dry run of a model that no command would open says so."""
+    from moekit.checkpoint.folder import CONFIG_FILE
+    from moekit.checkpoint.safety import check_name, read_json
+    from moekit.checkpoint.sanity import check_config
+
+    if folder.is_dir() and (folder / CONFIG_FILE).exists():
+        check_config(read_json(check_name(folder, CONFIG_FILE)), folder / CONFIG_FILE)
 
 
 def _hub_bytes(reference: str) -> int | None:
