@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.compress.engine.apply import apply
 from tests.checkpoints import plain
 
