@@ -6,8 +6,8 @@ from pathlib import Path
 
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.engine.outcome import LayerDecision
 from moekit.compress.engine.apply import apply
+from moekit.compress.engine.outcome import LayerDecision
 from tests.checkpoints import plain
 
 PROOF = {
