@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moekit.anatomy.layout import DiskLayout, find_expert_tensors
-from moekit.anatomy.probe import MoELayer, ask_router, find_moe_layers
+from moekit.anatomy.probe import PARTS, MoELayer, ask_router, find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
 
 PROBE_ROWS = 64
@@ -60,8 +60,10 @@ def _permute_layer(layer: MoELayer, order: Sequence[int]) -> None:
 
 
 def _router_tensors(router: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from router.named_parameters()
-    yield from router.named_buffers()
+    """A router's own tensors; how those of attached parts follow, `moekit.runtime` knows."""
+    for name, tensor in (*router.named_parameters(), *router.named_buffers()):
+        if not name.startswith(f"{PARTS}."):
+            yield name, tensor
 
 
 def permute_experts(model: nn.Module, orders: Mapping[int, Sequence[int]]) -> None:

@@ -26,6 +26,8 @@ from moekit.errors import UnsupportedModel
 
 # Rows of random hidden states that a router candidate is asked about.
 PROBE_ROWS = 3
+# Child module of a router, experts or a block that holds what `moekit.runtime` attached to it.
+PARTS = "moekit_parts"
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def ask_router(router: nn.Module, hidden_TH: torch.Tensor) -> tuple[torch.Tensor
 def _find_router(block: nn.Module, experts: nn.Module, count: int, hidden: int) -> tuple[str, nn.Module, int] | None:
     for name, child in block.named_children():
         tensors = [*child.parameters(), *child.buffers()]
-        if child is experts or not any(count in t.shape for t in tensors):
+        if child is experts or name == PARTS or not any(count in t.shape for t in tensors):
             continue
         like = next((p for p in child.parameters() if p.dim() == 2), tensors[0])
         # A generator of its own: looking at a model must not move the global random state.
@@ -175,7 +177,7 @@ def _find_shared(block: nn.Module, known: set[nn.Module], hidden: int) -> tuple[
     found: list[nn.Module] = []
     width = 0
     for name, child in block.named_children():
-        if child in known or (is_decoder_layer and "shared" not in name):
+        if child in known or name == PARTS or (is_decoder_layer and "shared" not in name):
             continue
         inner = _inner_width(child, hidden)
         if inner:

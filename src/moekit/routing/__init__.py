@@ -5,9 +5,9 @@ from moekit._lazy import attach
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "Gate": "gate",
-        "GateSpec": "gate",
-        "identify_gate": "gate",
+        "Gate": "moekit.anatomy.gate",
+        "GateSpec": "moekit.anatomy.gate",
+        "identify_gate": "moekit.anatomy.identify",
         "PlanInputs": "policy",
         "RoutingPolicy": "policy",
         "RoutingPlan": "plan",

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moekit.anatomy.gate import Gate
+from moekit.anatomy.identify import identify_gate
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.errors import BadConfig
-from moekit.routing.gate import Gate, identify_gate
 from moekit.routing.policy import RoutingPolicy
 
 _BUFFER = "_moekit_"

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from moekit.anatomy.gate import Gate
 from moekit.anatomy.probe import Geometry
 from moekit.errors import BadConfig
-from moekit.routing.gate import Gate
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moekit
 from moekit.anatomy import find_moe_layers
+from moekit.anatomy.gate import Gate
+from moekit.anatomy.identify import identify_gate
 from moekit.anatomy.probe import MoELayer
 from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
@@ -23,7 +25,6 @@ from moekit.compress.live import change_model
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.routing.attach import attach_policy
-from moekit.routing.gate import Gate, identify_gate
 from moekit.routing.methods.c2r import C2R, partner_lists
 from tests.families import EXPERTS, FAMILIES, build, logits, tokens
 

@@ -16,11 +16,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from moekit.anatomy.gate import Gate
 from moekit.anatomy.permute import inverse
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.errors import BadConfig, BadData
-from moekit.routing.gate import Gate
 from moekit.routing.policy import PlanInputs, RoutingPolicy
 
 
@@ -171,13 +171,16 @@ class C2R(RoutingPolicy):
     ) -> tuple[Tensor, Tensor]:
         """Constrained top-k (paper section 3.3); same in training and inference."""
         selection_TE = gate.selection(logits_TE)
+        first_T = gate.first(selection_TE)
         if self.mode == "device":
             devices_E = tensors["devices"]
             count = int(devices_E.max()) + 1
-            allowed_TE = allowed_devices(selection_TE, devices_E, count, min(self.max_devices, count))
+            # The first choice brings its device along, also where another device's best expert ties with it.
+            ranked_TE = selection_TE.scatter(1, first_T.unsqueeze(1), float("inf"))
+            allowed_TE = allowed_devices(ranked_TE, devices_E, count, min(self.max_devices, count))
         else:
-            allowed_TE = tensors["allowed"][selection_TE.argmax(dim=-1)]
-        indices_TK = gate.choose(selection_TE, allowed_TE)
+            allowed_TE = tensors["allowed"][first_T]
+        indices_TK = gate.choose_allowed(logits_TE, first_T, allowed_TE)
         if self.weights == "selected":
             chosen_TK = logits_TE.gather(1, indices_TK)
             return chosen_TK.softmax(dim=-1, dtype=torch.float32) * gate.spec.scale, indices_TK

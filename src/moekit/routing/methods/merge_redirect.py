@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
 
+from moekit.anatomy.gate import Gate, group_mask
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.errors import BadConfig
-from moekit.routing.gate import Gate, group_mask
 from moekit.routing.policy import RoutingPolicy
 
 

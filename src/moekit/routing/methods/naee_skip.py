@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from moekit.anatomy.gate import Gate
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.errors import BadConfig, BadData
-from moekit.routing.gate import Gate
 from moekit.routing.policy import PlanInputs, RoutingPolicy
 from moekit.trace.ratios import median
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pydantic import Field
 from torch import Tensor
 
+from moekit.anatomy.gate import Gate
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.errors import BadConfig
-from moekit.routing.gate import Gate
 from moekit.routing.policy import RoutingPolicy
 
 
