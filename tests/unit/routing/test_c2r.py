@@ -169,8 +169,9 @@ def test_device_mode_is_group_limited_routing(seed: int, devices: int, limit: in
     assert max(reached) <= limit
     limited = gate(4, groups=devices, top_groups=limit, group_score="max")
     plain_weights, plain_indices = limited(logits)
-    assert torch.equal(indices, plain_indices)
-    assert torch.equal(weights, plain_weights)
+    # As sets: of two scores that are equal in fp32 either may come first.
+    assert torch.equal(indices.sort().values, plain_indices.sort().values)
+    assert torch.equal(weights.sort().values, plain_weights.sort().values)
 
 
 def test_a_list_is_stronger_than_expert_groups() -> None:
