@@ -21,7 +21,7 @@ from moekit.bench.dispatch.result import BenchResult, EntryResult, paired_ratio
 from moekit.bench.dispatch.setting import BASELINE, Entry, Setting
 from moekit.bench.dispatch.sources import make_source
 from moekit.placement import Placement, place_trace
-from moekit.recipe.results import load_comparison
+from moekit.report.results import load_comparison
 from moekit.report.sections.evaluations import relative
 from moekit.trace import Trace
 

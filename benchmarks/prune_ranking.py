@@ -52,7 +52,7 @@ from moekit.bench.pruning import (
 from moekit.bench.pruning.result import FILE
 from moekit.checkpoint import Checkpoint
 from moekit.data import load_text
-from moekit.recipe.inputs import load_tokenizer
+from moekit.jobs.shared.inputs import load_tokenizer
 from moekit.report import build as build_page
 from moekit.report.sections.pruning import report
 

@@ -40,7 +40,7 @@ from moekit.evaluation import Evaluation, compare
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.variants import compare_variants
-from moekit.recipe.inputs import load_tokenizer
+from moekit.jobs.shared.inputs import load_tokenizer
 from moekit.trace import Trace
 from moekit.trace.streamed import record_streamed
 

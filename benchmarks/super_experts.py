@@ -38,8 +38,8 @@ from moekit.diagnose.super_experts.massive_activations import StreamedProfile, l
 from moekit.diagnose.super_experts.report import SHARED
 from moekit.evaluation.super_expert_study import SuperExpertStudy
 from moekit.evaluation.super_experts import check_super_experts
-from moekit.recipe.protection import find_in_trace, protection_needs
-from moekit.recipe.source import Source, open_source
+from moekit.jobs.shared.opened import Source, open_source
+from moekit.jobs.shared.protection import find_in_trace, protection_needs
 from moekit.recipe.steps.super_experts import told_of
 from moekit.trace import Trace
 from moekit.trace.each_expert import plain_expert

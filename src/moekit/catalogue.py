@@ -28,7 +28,8 @@ from moekit.errors import BadConfig
 
 ENTRY_POINT_GROUP = "moekit.methods"
 
-# Folders whose modules hold methods; each module is imported once, when the catalogue is first read.
+# Folders whose modules hold methods, and statistics of their own; each module is imported once, when the catalogue is
+# first read.
 METHOD_PACKAGES = (
     "moekit.routing.methods",
     "moekit.convert.methods",
@@ -36,6 +37,7 @@ METHOD_PACKAGES = (
     "moekit.compress.sparsify",
     "moekit.placement.solvers",
     "moekit.parallel.dispatchers",
+    "moekit.diagnose.super_experts",
 )
 
 C = TypeVar("C", bound=type)

@@ -151,7 +151,7 @@ def _measure(
 
     from moekit.bench.pruning import Subject, bench_pruning, take_tokens
     from moekit.bench.pruning.folder import WORK, earlier_result, forget
-    from moekit.recipe.source import open_source
+    from moekit.jobs.shared.opened import open_source
 
     progress = terminal.progress
     source = open_source(model, progress)
@@ -179,15 +179,15 @@ def _measure(
 
 def _read(terminal: Terminal, text: str, heldout: str | None, part: str) -> list[Document]:
     """A text of its own as a whole; where there is one text for both, the part of it."""
-    from moekit.recipe.inputs import read_text
+    from moekit.jobs.shared.inputs import read_text
 
     split = part if heldout is None else None
     return read_text(text, split=split, seed=terminal.seed, progress=terminal.progress)
 
 
 def _foretell(terminal: Terminal, model: str, texts: tuple[str, str | None], out: Path, setting: Setting) -> None:
-    from moekit.recipe.inputs import model_item, text_item
-    from moekit.recipe.plan import Forecast, Item, Sizes
+    from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+    from moekit.jobs.shared.inputs import model_item, text_item
 
     sizes = Sizes()
     reads = (model_item(model, sizes), *(text_item(text, sizes) for text in texts if text is not None))

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from moekit.cli._terminal import Terminal, size
 
 if TYPE_CHECKING:
-    from moekit.recipe.tasks import TaskOptions
+    from moekit.jobs.shared.tasks import TaskOptions
 
 
 def generate_by_task(
     terminal: Terminal, options: TaskOptions, model: str, texts: Sequence[str], tokens: int, device: str, dtype: str
 ) -> None:
     """Say which task each prompt belongs to, load that task's experts, and continue it."""
-    from moekit.recipe.tasks import TaskModels, read_bytes, summary
+    from moekit.jobs.shared.tasks import TaskModels, read_bytes, summary
 
     models = TaskModels(options, model, device=device, dtype=dtype, progress=terminal.progress)
     if terminal.dry_run:

@@ -20,7 +20,8 @@ from moekit.errors import BadConfig, MoekitError
 
 if TYPE_CHECKING:
     from moekit.catalogue import MethodRecord
-    from moekit.recipe.steps.base import Step, Workplace
+    from moekit.jobs.context import JobContext
+    from moekit.recipe.steps.base import Step
 
 # Fields that the command line gives in another way.
 _ELSEWHERE = ("id", "use", "seed", "method", "settings")
@@ -108,8 +109,8 @@ def carry_out(
     Raises:
         BadConfig: an option is impossible, OUT exists, is read, or is being written by the same command.
     """
-    from moekit.recipe.outputs import refuse_harm
-    from moekit.recipe.plan import Sizes
+    from moekit.jobs.shared.estimates import Sizes
+    from moekit.jobs.shared.outputs import refuse_harm
 
     try:
         ready = step(**values)
@@ -132,15 +133,15 @@ def carry_out(
     terminal.say(f"wrote {out}")
 
 
-def _workplace(terminal: Terminal, ready: Step, out: Path, overwrite: bool) -> Workplace:
+def _workplace(terminal: Terminal, ready: Step, out: Path, overwrite: bool) -> JobContext:
     """The same command on the same inputs finds the same scratch folder, so that work which can resume does."""
     from moekit import __version__
-    from moekit.recipe.artefacts import hash_of, reference_hash
-    from moekit.recipe.steps.base import Workplace
+    from moekit.jobs.context import JobContext
+    from moekit.jobs.shared.hashes import hash_of, reference_hash
 
     inputs = [reference_hash(reference) for _, reference in ready.inputs()]
     key = hash_of([type(ready).__name__, ready.identity(), terminal.seed, inputs, __version__])[:16]
-    return Workplace(
+    return JobContext(
         out=out,
         scratch=out.parent / f".{out.name}.scratch-{key}",
         seed=terminal.seed,
@@ -151,7 +152,7 @@ def _workplace(terminal: Terminal, ready: Step, out: Path, overwrite: bool) -> W
 
 
 @contextmanager
-def _alone(work: Workplace) -> Iterator[None]:
+def _alone(work: JobContext) -> Iterator[None]:
     """Two starts of one command would write into one scratch folder; the ranks of one start may."""
     from moekit.checkpoint.atomic import lock
 
@@ -164,7 +165,7 @@ def _alone(work: Workplace) -> Iterator[None]:
         yield
 
 
-def _refuse_further(ready: Step, work: Workplace) -> None:
+def _refuse_further(ready: Step, work: JobContext) -> None:
     """Files beside OUT may be there only if an interrupted run of the same command wrote them."""
     if work.overwrite or work.scratch.exists():
         return
@@ -173,7 +174,7 @@ def _refuse_further(ready: Step, work: Workplace) -> None:
             raise BadConfig("the file exists", file=file, hint="choose another one, or say --overwrite")
 
 
-def _run(step: Step, work: Workplace) -> dict[str, Any]:
+def _run(step: Step, work: JobContext) -> dict[str, Any]:
     """Do it, and leave nothing beside OUT but what the same command can go on with."""
     try:
         results = step.run(work)

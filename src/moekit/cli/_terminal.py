@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moekit._progress import Progress
-    from moekit.recipe.plan import Forecast
+    from moekit.jobs.shared.estimates import Forecast
 
 
 @dataclass

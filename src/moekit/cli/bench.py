@@ -113,8 +113,8 @@ def _setting(
 
 
 def _foretell(terminal: Terminal, model: str | None, out: Path, setting: Setting) -> None:
-    from moekit.recipe.inputs import model_item
-    from moekit.recipe.plan import Forecast, Item, Sizes
+    from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+    from moekit.jobs.shared.inputs import model_item
 
     reads = () if model is None else (model_item(model, Sizes()),)
     held = sum(item.nbytes or 0 for item in reads)
@@ -137,7 +137,7 @@ def _source(
     live = None
     if model is not None:
         from moekit.checkpoint import fingerprint_model, load
-        from moekit.recipe.inputs import model_location
+        from moekit.jobs.shared.inputs import model_location
 
         terminal.note(f"reading {model}")
         live = load(model_location(model, terminal.progress), device="cpu", dtype="float32", policy=False)

@@ -52,8 +52,8 @@ def _show(terminal: Terminal, report: CheckReport) -> None:
 
 
 def _foretell(terminal: Terminal, folder: Path, parent: str | None) -> None:
-    from moekit.recipe.inputs import model_item
-    from moekit.recipe.plan import Forecast, Sizes
+    from moekit.jobs.shared.estimates import Forecast, Sizes
+    from moekit.jobs.shared.inputs import model_item
 
     items = [model_item(name, Sizes()) for name in (str(folder), parent) if name is not None]
     note = "tensors are read one at a time: memory does not grow with the model"

@@ -62,8 +62,8 @@ def fetch(
 
 def _foretell(terminal: Terminal, name: str) -> None:
     from moekit.data.cache import home
-    from moekit.recipe.inputs import text_item
-    from moekit.recipe.plan import Forecast, Item, Sizes
+    from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+    from moekit.jobs.shared.inputs import text_item
 
     item = text_item(name, Sizes())
     terminal.forecast(Forecast((item,), (Item(str(home()), item.nbytes),), disk=item.nbytes, memory=item.nbytes))

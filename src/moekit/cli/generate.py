@@ -41,8 +41,8 @@ def generate(
 
     With --patterns only the experts of each prompt's task are read from disk.
     """
-    from moekit.recipe.ranked import RankedOptions, ranks_of
-    from moekit.recipe.tasks import TaskOptions
+    from moekit.jobs.shared.ranked import RankedOptions, ranks_of
+    from moekit.jobs.shared.tasks import TaskOptions
 
     texts = [*(prompt or ()), *_lines(prompts)] or list(PROMPTS)
     tasks = _options(TaskOptions, {name: rest.pop(name) for name in TaskOptions.model_fields})
@@ -71,7 +71,7 @@ def generate(
             terminal.say(f"> {completion.prompt}\n{completion.text}\n")
         return
     from moekit.evaluation import agreement, side_by_side
-    from moekit.recipe.inputs import open_model
+    from moekit.jobs.shared.inputs import open_model
 
     second = _complete(terminal, other, texts, max_new_tokens, device, dtype)
     asked, _ = open_model(other, device=device, dtype=dtype, progress=terminal.progress)
@@ -98,7 +98,7 @@ def _options(cls: Any, given: dict[str, Any]) -> Any:
 
 def _share(options: Any, started: Any, model: Any, **facts: Any) -> None:
     """Deal the experts out to ranks that all generate the same."""
-    from moekit.recipe.ranked import deal_out
+    from moekit.jobs.shared.ranked import deal_out
 
     deal_out(model, options, started, shared_batch=True, facts=facts)
 
@@ -113,7 +113,7 @@ def _complete(
     share: Callable[..., None] | None = None,
 ) -> Any:
     from moekit.evaluation import complete
-    from moekit.recipe.inputs import open_model
+    from moekit.jobs.shared.inputs import open_model
 
     model, tokenizer = open_model(reference, device=device, dtype=dtype, progress=terminal.progress)
     if share is not None:
@@ -131,8 +131,8 @@ def _lines(file: Path | None) -> list[str]:
 
 
 def _foretell(terminal: Terminal, references: list[str]) -> None:
-    from moekit.recipe.inputs import model_item
-    from moekit.recipe.plan import Forecast, Sizes, largest
+    from moekit.jobs.shared.estimates import Forecast, Sizes, largest
+    from moekit.jobs.shared.inputs import model_item
 
     items = tuple(model_item(name, Sizes()) for name in references)
     terminal.forecast(Forecast(items, (), disk=0, memory=largest(item.nbytes for item in items)))
@@ -140,8 +140,8 @@ def _foretell(terminal: Terminal, references: list[str]) -> None:
 
 def build() -> Any:
     """The command."""
-    from moekit.recipe.ranked import RankedOptions
-    from moekit.recipe.tasks import TaskOptions
+    from moekit.jobs.shared.ranked import RankedOptions
+    from moekit.jobs.shared.tasks import TaskOptions
 
     examples = [
         "moekit generate ./moe ./routed --prompt 'Once upon a time' --max-new-tokens 32",

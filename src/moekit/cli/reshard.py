@@ -36,8 +36,8 @@ def reshard(
     finds its experts in one file, optimizer state included. --plain writes one Hugging Face folder, layer by layer:
     memory holds the heaviest layer about twice, never the model.
     """
+    from moekit.jobs.shared.estimates import Forecast, Item, disk_bytes
     from moekit.parallel.checkpoints import reshard as library
-    from moekit.recipe.plan import Forecast, Item, disk_bytes
 
     if (ep is None) == (not plain):
         raise BadConfig("say either --ep N or --plain", hint="moekit reshard --help shows both")

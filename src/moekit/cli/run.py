@@ -58,7 +58,7 @@ def run(
 
 
 def _foretell(terminal: Terminal, recipe: Recipe) -> None:
-    from moekit.recipe.plan import merged
+    from moekit.jobs.shared.estimates import merged
     from moekit.recipe.runner import forecast
 
     forecasts = forecast(recipe)

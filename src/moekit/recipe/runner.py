@@ -23,13 +23,14 @@ from moekit import __version__
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.errors import BadConfig, MoekitError
-from moekit.recipe.artefacts import artefact_hash, hash_of, listing, reference_hash
-from moekit.recipe.outputs import refuse_harm
-from moekit.recipe.plan import Forecast, Sizes
+from moekit.jobs.context import JobContext
+from moekit.jobs.shared.estimates import Forecast, Sizes
+from moekit.jobs.shared.hashes import artefact_hash, hash_of, listing, reference_hash
+from moekit.jobs.shared.outputs import refuse_harm
 from moekit.recipe.schema import Recipe
 from moekit.recipe.steps import AnyStep
-from moekit.recipe.steps.base import Finished, Workplace
 from moekit.recipe.variables import matching, resolve_steps, step_references
+from moekit.report.results import StepResult
 
 MARKERS = ".steps"
 SCRATCH = ".scratch"
@@ -207,13 +208,13 @@ def _carry_out(
             shutil.rmtree(stale, ignore_errors=True)
     scratch.mkdir(parents=True, exist_ok=True)
     out = folder / step.id
-    work = Workplace(
+    work = JobContext(
         out=out,
         scratch=scratch,
         seed=recipe.seed if step.seed is None else step.seed,
         progress=progress,
         command=f"moekit run {recipe.name}: {step.id}",
-        finished={m.id: Finished(m.id, m.use, folder / m.id, m.config, m.results) for m in done.values()},
+        finished={m.id: StepResult(m.id, m.use, folder / m.id, m.config, m.results) for m in done.values()},
     )
     started = time.monotonic()
     with _named(step.id):

@@ -13,11 +13,11 @@ import torch
 
 from moekit.cli.main import main
 from moekit.errors import BadConfig
+from moekit.jobs.context import JobContext
 from moekit.placement import Placement, Topology, predict_sending
 from moekit.placement.topology import parse_latency
-from moekit.recipe.results import load_replay
-from moekit.recipe.steps.base import Workplace
 from moekit.recipe.steps.place import PlaceStep
+from moekit.report.results import load_replay
 from moekit.trace import Trace
 from tests.unit.placement.samples import trace_of
 
@@ -51,7 +51,7 @@ def moekit(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
 def run(trace: Path, out: Path, **options: Any) -> dict[str, Any]:
     step = PlaceStep(trace=str(trace), method="swap", **options)
     step.check()
-    return step.run(Workplace(out=out, scratch=out.parent / "scratch"))
+    return step.run(JobContext(out=out, scratch=out.parent / "scratch"))
 
 
 def test_without_bandwidth_nothing_is_predicted(trace: Path, tmp_path: Path) -> None:

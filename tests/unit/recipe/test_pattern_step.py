@@ -15,10 +15,10 @@ from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.prune.plan import make_method
 from moekit.data import pack
 from moekit.errors import BadConfig, BadData
+from moekit.jobs.context import JobContext
+from moekit.jobs.shared.inputs import load_tokenizer, read_text
 from moekit.recipe import runner
-from moekit.recipe.inputs import load_tokenizer, read_text
 from moekit.recipe.schema import load_recipe
-from moekit.recipe.steps.base import Workplace
 from moekit.recipe.steps.pattern import PatternStep
 from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern, generalist
 from moekit.serving.expert_sets.scoring import pattern_of
@@ -40,8 +40,8 @@ def step(made: Path, **options: Any) -> PatternStep:
     return PatternStep(**{"model": made / "moe", "data": made / "text", **options})
 
 
-def place(folder: Path, name: str = "out") -> Workplace:
-    return Workplace(out=folder / name, scratch=folder / f"scratch-{name}", command="a test")
+def place(folder: Path, name: str = "out") -> JobContext:
+    return JobContext(out=folder / name, scratch=folder / f"scratch-{name}", command="a test")
 
 
 def apart(made: Path, domain: str | None, method: str = "premoe", **knobs: Any) -> Pattern:

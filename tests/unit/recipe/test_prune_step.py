@@ -19,13 +19,13 @@ from moekit.compress.prune.planning import Request, plan_pruning
 from moekit.data import tokenize
 from moekit.errors import BadConfig
 from moekit.evaluation import perplexity_of_documents
+from moekit.jobs.context import JobContext
+from moekit.jobs.shared.estimates import Sizes
+from moekit.jobs.shared.inputs import load_tokenizer, read_text, rows_of
+from moekit.jobs.shared.pruning import budget_of
 from moekit.recipe import runner
-from moekit.recipe.inputs import load_tokenizer, read_text, rows_of
-from moekit.recipe.plan import Sizes
-from moekit.recipe.pruning import budget_of
 from moekit.recipe.schema import load_recipe
 from moekit.recipe.steps.apply import ApplyStep
-from moekit.recipe.steps.base import Workplace
 from moekit.recipe.steps.prune import PruneStep
 from moekit.recipe.variables import parse_overrides
 from moekit.trace.streamed import Streamed, record_streamed
@@ -48,8 +48,8 @@ def step(made: Path, **options: Any) -> PruneStep:
     return PruneStep(**{**asked, **options})
 
 
-def place(folder: Path, name: str = "out", seed: int = 0) -> Workplace:
-    return Workplace(out=folder / name, scratch=folder / f"scratch-{name}", seed=seed, command="a test")
+def place(folder: Path, name: str = "out", seed: int = 0) -> JobContext:
+    return JobContext(out=folder / name, scratch=folder / f"scratch-{name}", seed=seed, command="a test")
 
 
 def kept(results: dict[str, Any]) -> dict[int, list[int]]:
@@ -241,7 +241,7 @@ def test_the_plan_is_that_of_the_library(made: Path, tmp_path: Path) -> None:
 
 def test_what_is_done_is_not_done_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import moekit.compress.engine.apply as engine
-    import moekit.recipe.proof as proof
+    import moekit.jobs.shared.proof as proof
     from moekit.compress.prune.dern import DERN
 
     real = engine.apply

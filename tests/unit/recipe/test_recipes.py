@@ -25,7 +25,7 @@ RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_valid_and_can_say_what_it_would_do(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # No hub is asked for sizes here.
-    monkeypatch.setattr("moekit.recipe.inputs._hub_bytes", lambda reference: None)
+    monkeypatch.setattr("moekit.jobs.shared.inputs._hub_bytes", lambda reference: None)
     recipe = load_recipe(file)
     forecasts = runner.forecast(recipe)
     assert [step.id for step in recipe.steps] == list(forecasts)

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from moekit.errors import BadConfig, BadData
+from moekit.jobs.shared.hashes import artefact_hash
 from moekit.recipe import runner
-from moekit.recipe.artefacts import artefact_hash
 from moekit.recipe.schema import Recipe, load_recipe
 from moekit.recipe.steps.data import DataStep
 

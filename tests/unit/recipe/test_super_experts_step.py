@@ -20,13 +20,13 @@ from moekit.diagnose.super_experts.report import SuperExpertReport
 from moekit.errors import BadConfig, BadData
 from moekit.evaluation import perplexity_of_documents
 from moekit.evaluation.super_expert_study import STUDY_FILE, SuperExpertStudy
+from moekit.jobs.context import JobContext
+from moekit.jobs.shared.estimates import Sizes
+from moekit.jobs.shared.inputs import load_tokenizer, read_text
+from moekit.jobs.shared.opened import open_source
+from moekit.jobs.shared.protection import parse_protected
 from moekit.recipe import runner
-from moekit.recipe.inputs import load_tokenizer, read_text
-from moekit.recipe.plan import Sizes
-from moekit.recipe.protection import parse_protected
 from moekit.recipe.schema import load_recipe
-from moekit.recipe.source import open_source
-from moekit.recipe.steps.base import Workplace
 from moekit.recipe.steps.prune import PruneStep
 from moekit.recipe.steps.super_experts import SuperExpertsStep
 from moekit.trace.streamed import Streamed
@@ -48,8 +48,8 @@ def step(made: Path, **options: Any) -> SuperExpertsStep:
     return SuperExpertsStep(**{**asked, **options})
 
 
-def place(folder: Path, name: str = "out", seed: int = 0) -> Workplace:
-    return Workplace(out=folder / name, scratch=folder / f"scratch-{name}", seed=seed, command="a test")
+def place(folder: Path, name: str = "out", seed: int = 0) -> JobContext:
+    return JobContext(out=folder / name, scratch=folder / f"scratch-{name}", seed=seed, command="a test")
 
 
 @pytest.fixture(scope="module")

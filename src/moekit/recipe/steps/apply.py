@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moekit.errors import BadConfig, MoekitError
-from moekit.recipe.inputs import model_item, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.pruned import Decided, finish, in_groups, warn_of
-from moekit.recipe.pruning import (
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, text_item
+from moekit.jobs.shared.opened import Source, check_device, check_runnable, open_source
+from moekit.jobs.shared.pruned import Decided, finish, in_groups, warn_of
+from moekit.jobs.shared.pruning import (
     PLAN_FILE,
     WritingOptions,
     budget_of,
@@ -26,14 +29,13 @@ from moekit.recipe.pruning import (
     refuse_uneven,
     tell_uneven,
 )
-from moekit.recipe.source import Source, check_device, check_runnable, open_source
-from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
+from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
     from moekit.compress.budget import Budget
     from moekit.compress.prune.plan import PrunePlan
     from moekit.compress.prune.planning import Request
-    from moekit.recipe.proof import HeldOut
+    from moekit.jobs.shared.proof import HeldOut
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ class ApplyStep(WritingOptions, Step):
         disk = nbytes + self._between(source, plan)
         return Forecast((*reads, model), (Item(str(out), nbytes),), disk=disk, memory=1 << 30)
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Refuse what is impossible, decide anew if asked, prove, write, check."""
         self.check()
         plan = self._load()
@@ -166,7 +168,7 @@ class ApplyStep(WritingOptions, Step):
         rewritten = source.nbytes if plan.method.rewrites else 0
         return bytes_between(source, 0, proof, 2 + self.random_seeds, rewritten)
 
-    def _heldout(self, plan: PrunePlan, source: Source, work: Workplace) -> HeldOut | None:
+    def _heldout(self, plan: PrunePlan, source: Source, work: JobContext) -> HeldOut | None:
         """Text to prove on: the one given, else what was kept apart when the plan was made."""
         if not self.proof:
             return None

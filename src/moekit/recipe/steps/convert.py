@@ -8,9 +8,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moekit import catalogue
-from moekit.recipe.inputs import model_item, open_model, read_text, rows_of, save_changed, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, save_changed, text_item
+from moekit.recipe.steps.base import Step
 
 
 class ConvertStep(Step):
@@ -42,7 +44,7 @@ class ConvertStep(Step):
             notes=("sizes are the dense model's: copied experts multiply its feed-forward part",),
         )
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Convert and save."""
         from moekit.anatomy import find_moe_layers
 

@@ -12,10 +12,12 @@ from pydantic import Field
 
 from moekit.data.text import Document
 from moekit.errors import BadData
-from moekit.recipe.inputs import is_model, model_item, model_location, read_text, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes, disk_bytes
-from moekit.recipe.restore import copy_folder
-from moekit.recipe.steps.base import Step, TextRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes, disk_bytes
+from moekit.jobs.shared.inputs import is_model, model_item, model_location, read_text, text_item
+from moekit.jobs.undo import copy_folder
+from moekit.recipe.steps.base import Step
 
 MANIFEST = "data.json"
 
@@ -49,7 +51,7 @@ class DataStep(Step):
         notes = () if source.nbytes is not None else ("how much is downloaded is known only when it is there",)
         return Forecast((source,), (Item(str(out), kept),), disk=kept, memory=source.nbytes, notes=notes)
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Fetch and write."""
         if is_model(self.source):
             return _link_model(Path(model_location(self.source, work.progress)), work)
@@ -69,7 +71,7 @@ class DataStep(Step):
             (folder / MANIFEST).write_text(json.dumps(summary, indent=1) + "\n")
         return summary
 
-    def _parts(self, work: Workplace) -> dict[str, list[Document]]:
+    def _parts(self, work: JobContext) -> dict[str, list[Document]]:
         """Documents of each file; held-out ones are shared out between profiling and judging, domain by domain."""
         train = read_text(
             self.source, split="train", limit_bytes=self.train_bytes, seed=work.seed, progress=work.progress
@@ -136,6 +138,6 @@ def share_out(documents: Sequence[Document], nbytes: int) -> tuple[list[Document
     return taken, rest
 
 
-def _link_model(source: Path, work: Workplace) -> dict[str, Any]:
+def _link_model(source: Path, work: JobContext) -> dict[str, Any]:
     copy_folder(source, work.out, overwrite=work.overwrite)
     return {"source": str(source), "bytes": disk_bytes(work.out)}

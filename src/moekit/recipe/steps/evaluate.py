@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moekit.errors import BadConfig
-from moekit.recipe.inputs import is_first_rank, model_item, open_model, read_text, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.ranked import RankedOptions, deal_out, ranks_of
-from moekit.recipe.results import COMPARISON, EVALUATION, load_evaluation
-from moekit.recipe.steps.base import ModelRef, PlanRef, QuestionsRef, ResultsRef, Step, TextRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, PlanRef, QuestionsRef, ResultsRef, TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import is_first_rank, model_item, open_model, read_text, text_item
+from moekit.jobs.shared.ranked import RankedOptions, deal_out, ranks_of
+from moekit.recipe.steps.base import Step
+from moekit.report.results import COMPARISON, EVALUATION, load_evaluation
 
 if TYPE_CHECKING:
     from moekit.parallel.launch.start import StartedRanks
@@ -48,7 +50,7 @@ class EvaluateStep(RankedOptions, Step):
         reads = [model, *(text_item(item, sizes) for item in (self.text, *self.questions) if item)]
         return Forecast(tuple(reads), (Item(str(out), 1 << 20),), disk=1 << 20, memory=model.nbytes)
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Measure, compare and write."""
         self.check_ranks()
         if self.text is None and not self.questions and not self.tasks:
@@ -56,7 +58,7 @@ class EvaluateStep(RankedOptions, Step):
         with ranks_of(self) as started:
             return self._measure(work, started)
 
-    def _measure(self, work: Workplace, started: StartedRanks | None) -> dict[str, Any]:
+    def _measure(self, work: JobContext, started: StartedRanks | None) -> dict[str, Any]:
         from moekit.checkpoint import atomic_folder
         from moekit.evaluation import Evaluation, choices, compare
 
@@ -92,7 +94,7 @@ class EvaluateStep(RankedOptions, Step):
                 (folder / COMPARISON).write_text(comparison.model_dump_json(indent=1) + "\n")
         return _figures(evaluation, comparison)
 
-    def _perplexity(self, model: Any, tokenizer: Any, name: str, work: Workplace) -> Any:
+    def _perplexity(self, model: Any, tokenizer: Any, name: str, work: JobContext) -> Any:
         from moekit.data import tokenize
         from moekit.evaluation import perplexity_of_documents
 
@@ -102,7 +104,7 @@ class EvaluateStep(RankedOptions, Step):
         tokenized = tokenize(documents, tokenizer, each)
         return perplexity_of_documents(model, tokenized, window=self.window, name=name, progress=work.progress)
 
-    def _questions(self, work: Workplace) -> list[Any]:
+    def _questions(self, work: JobContext) -> list[Any]:
         from moekit.data import load_questions
 
         found: list[Any] = []

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 
 from moekit.errors import BadConfig
-from moekit.recipe.inputs import read_text, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.steps.base import Step, TextRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import read_text, text_item
+from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
     from moekit.training import LabConfig
@@ -61,7 +63,7 @@ class LabStep(Step):
             (text,), (Item(str(out), 4 * parameters),), disk=parameters * _BYTES_PER_PARAMETER, memory=memory
         )
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Train and save."""
         from moekit.training import train_lab
 

@@ -11,19 +11,21 @@ from pydantic import Field
 
 from moekit import catalogue
 from moekit.errors import BadConfig
-from moekit.recipe.inputs import model_item, read_text, text_item
-from moekit.recipe.patterns import account, largest_layer, texts_of_tasks, warn_of
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.pruning import bytes_between, check_disk
-from moekit.recipe.source import Source, check_device, open_source
-from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, read_text, text_item
+from moekit.jobs.shared.opened import Source, check_device, open_source
+from moekit.jobs.shared.pruning import bytes_between, check_disk
+from moekit.jobs.shared.task_texts import account, largest_layer, texts_of_tasks, warn_of
+from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
     import torch
 
     from moekit.compress.prune.base import PruneMethod
     from moekit.data import TokenizedDocument
-    from moekit.recipe.patterns import Texts
+    from moekit.jobs.shared.task_texts import Texts
     from moekit.serving.expert_sets.expert_set import Pattern
     from moekit.serving.expert_sets.store import PatternStore
     from moekit.trace.statistics import LayerStatistics
@@ -96,7 +98,7 @@ class PatternStep(Step):
             reads, (Item(str(out), _STORE_BYTES),), disk=disk, memory=2 * largest_layer(source) + (1 << 30), notes=notes
         )
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Refuse what is impossible, record, rank, store."""
         from moekit.serving.expert_sets.expert_set import GENERALIST
 
@@ -128,7 +130,7 @@ class PatternStep(Step):
     def _between(self, source: Source, tasks: int = 1) -> int:
         return bytes_between(source, tasks * (self.max_tokens or (1 << 20)), 0, 0, 0)
 
-    def _texts(self, source: Source, work: Workplace) -> Texts:
+    def _texts(self, source: Source, work: JobContext) -> Texts:
         """Task -> its documents; read before any work, as one may turn out empty."""
         documents = read_text(self.data, seed=work.seed, progress=work.progress)
         return texts_of_tasks(documents, self.data, self.task, source.tokenizer(), self.max_tokens)
@@ -172,7 +174,7 @@ class PatternStep(Step):
             )
 
     def _record(
-        self, source: Source, method: PruneMethod, texts: Texts, work: Workplace
+        self, source: Source, method: PruneMethod, texts: Texts, work: JobContext
     ) -> dict[str, dict[int, LayerStatistics]]:
         """One pass: every layer is read once, and all tasks go through it."""
         from moekit.data.batches import arrange
@@ -237,7 +239,7 @@ class PatternStep(Step):
         text = [document for some in texts.values() for document in some]
         return self._pattern(GENERALIST, merged, text, method, source)
 
-    def _store(self, patterns: list[Pattern], source: Source, work: Workplace) -> None:
+    def _store(self, patterns: list[Pattern], source: Source, work: JobContext) -> None:
         from moekit.checkpoint import atomic_folder
         from moekit.serving.expert_sets.expert_set import GENERALIST
         from moekit.serving.expert_sets.store import PatternStore
@@ -250,7 +252,7 @@ class PatternStep(Step):
         names = [pattern.task for pattern in patterns] if self.existing == "replace" else [GENERALIST]
         PatternStore(work.out, fingerprint).save_all(patterns, overwrite=names)
 
-    def _told(self, patterns: list[Pattern], source: Source, work: Workplace) -> dict[str, Any]:
+    def _told(self, patterns: list[Pattern], source: Source, work: JobContext) -> dict[str, Any]:
         from moekit.serving.expert_sets.expert_set import GENERALIST
         from moekit.serving.expert_sets.store import PatternStore
 

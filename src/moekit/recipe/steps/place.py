@@ -11,10 +11,12 @@ from pydantic import Field
 
 from moekit import catalogue
 from moekit.errors import BadConfig
-from moekit.recipe.inputs import model_item, model_location
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.results import REPLAY, placement_file
-from moekit.recipe.steps.base import ModelRef, PlacementRef, Step, TraceRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, PlacementRef, TraceRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, model_location
+from moekit.recipe.steps.base import Step
+from moekit.report.results import REPLAY, placement_file
 
 if TYPE_CHECKING:
     from moekit.placement import Placement, Topology
@@ -71,7 +73,7 @@ class PlaceStep(Step):
             written = None if model.nbytes is None else model.nbytes * len(self.devices)
         return Forecast(tuple(others), (Item(str(out), written),), disk=written, memory=memory)
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Solve, replay, write `placement-D.json` for each D."""
         from moekit.checkpoint import atomic_folder
         from moekit.trace import Trace
@@ -90,7 +92,7 @@ class PlaceStep(Step):
             (folder / REPLAY).write_text(json.dumps(results, indent=1) + "\n")
         return results
 
-    def _on(self, devices: int, trace: Any, measured: Any, folder: Path, work: Workplace) -> dict[str, Any]:
+    def _on(self, devices: int, trace: Any, measured: Any, folder: Path, work: JobContext) -> dict[str, Any]:
         from moekit.placement.apply import place_checkpoint
         from moekit.placement.comparison import compare, compare_solvers
         from moekit.placement.simulation import place_trace

@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moekit.recipe.inputs import model_item, open_model, read_text, rows_of, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, text_item
+from moekit.recipe.steps.base import Step
 
 
 class ProfileStep(Step):
@@ -39,7 +41,7 @@ class ProfileStep(Step):
         trace = None if self.max_tokens is None or per_token is None else self.max_tokens * (per_token + 11)
         return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes)
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Record and save."""
         from moekit.trace import record, summarise
 

@@ -10,13 +10,15 @@ from pydantic import Field
 
 from moekit import catalogue
 from moekit.errors import BadConfig, MoekitError
-from moekit.recipe.answered import answered_rows, load_for_answers
-from moekit.recipe.artefacts import text_hash
-from moekit.recipe.inputs import calibration_rows, model_item, read_text, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.protection import SUPER, parse_protected, protection_needs, super_experts
-from moekit.recipe.pruned import Decided, finish, in_groups, told_of_plan, warn_of
-from moekit.recipe.pruning import (
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ExpertsRef, ModelRef, TextRef, TraceRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.hashes import text_hash
+from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item
+from moekit.jobs.shared.opened import Source, check_device, check_runnable, open_source
+from moekit.jobs.shared.protection import SUPER, parse_protected, protection_needs, super_experts
+from moekit.jobs.shared.pruned import Decided, finish, in_groups, told_of_plan, warn_of
+from moekit.jobs.shared.pruning import (
     PLAN_FILE,
     Outlook,
     WritingOptions,
@@ -28,14 +30,14 @@ from moekit.recipe.pruning import (
     refuse_uneven,
     tell_uneven,
 )
-from moekit.recipe.source import Source, check_device, check_runnable, open_source
-from moekit.recipe.steps.base import ExpertsRef, ModelRef, Step, TextRef, TraceRef, Workplace
+from moekit.jobs.shared.self_calibration import answered_rows, load_for_answers
+from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
     from moekit.compress.prune.plan import PrunePlan
     from moekit.compress.prune.planning import Request
     from moekit.data import Document, TokenBatches
-    from moekit.recipe.proof import HeldOut
+    from moekit.jobs.shared.proof import HeldOut
     from moekit.trace import Trace
 
 
@@ -143,7 +145,7 @@ class PruneStep(WritingOptions, Step):
         memory = memory if self.answers is None else max(memory, source.nbytes + (1 << 30))
         return Forecast(tuple(reads), (Item(str(out), outlook.nbytes),), disk=disk, memory=memory, notes=tuple(notes))
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Refuse what is impossible, calibrate, decide, prove, write, check."""
         self.check()
         source = open_source(self.model, work.progress)
@@ -186,7 +188,7 @@ class PruneStep(WritingOptions, Step):
             rewritten = sum(each[n] * count // source.geometries[n].experts for n, count in outlook.counts.items())
         return bytes_between(source, tokens, proof, 2 + self.random_seeds, rewritten)
 
-    def _texts(self, source: Source, work: Workplace) -> tuple[TokenBatches | None, HeldOut | None]:
+    def _texts(self, source: Source, work: JobContext) -> tuple[TokenBatches | None, HeldOut | None]:
         """Rows to decide on and text to prove on; both are read before any work, as either may turn out empty."""
         split = "train" if self.heldout is None else None
         rows = None
@@ -200,7 +202,7 @@ class PruneStep(WritingOptions, Step):
         assert self.data is not None
         return rows, read_heldout(self, self.data, "heldout", source, work)
 
-    def _rows(self, documents: list[Document], source: Source, work: Workplace) -> TokenBatches:
+    def _rows(self, documents: list[Document], source: Source, work: JobContext) -> TokenBatches:
         if self.answers is None:
             length = min(self.seq_len, source.longest)
             return calibration_rows(documents, source.tokenizer(), seq_len=length, max_tokens=self.max_tokens)
@@ -213,7 +215,7 @@ class PruneStep(WritingOptions, Step):
             load=lambda: load_for_answers(source, self.device, self.dtype),
         )
 
-    def _decide(self, source: Source, request: Request, rows: TokenBatches | None, work: Workplace) -> Decided:
+    def _decide(self, source: Source, request: Request, rows: TokenBatches | None, work: JobContext) -> Decided:
         from moekit.compress.prune.planning import plan_pruning
         from moekit.compress.prune.searching import search_pruning
         from moekit.trace import Trace
@@ -282,7 +284,7 @@ def _layer_bytes(source: Source) -> dict[int, int]:
     return {layer: each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items()}
 
 
-def _known_plan(work: Workplace, trace: Trace, request: Request) -> PrunePlan | None:
+def _known_plan(work: JobContext, trace: Trace, request: Request) -> PrunePlan | None:
     """The plan that an interrupted run of the same work had come to."""
     from moekit.compress.prune.plan import PrunePlan
 
@@ -296,7 +298,7 @@ def _known_plan(work: Workplace, trace: Trace, request: Request) -> PrunePlan | 
     return plan
 
 
-def _save_plan(plan: PrunePlan, work: Workplace) -> None:
+def _save_plan(plan: PrunePlan, work: JobContext) -> None:
     """As a file of that name, or in a folder, whole or not at all."""
     from moekit.checkpoint import atomic_folder
 

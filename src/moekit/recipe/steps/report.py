@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.steps.base import PlacementRef, ResultsRef, Step, TraceRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import PlacementRef, ResultsRef, TraceRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.recipe.steps.base import Step
 
 PAGE = "report.html"
 
@@ -43,13 +45,29 @@ class ReportStep(Step):
         reads = tuple(sizes.item(name) for name in dict.fromkeys(names))
         return Forecast(reads, (Item(str(out), 4 << 20),), disk=4 << 20, memory=256 << 20)
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Gather, draw, write."""
         from moekit.checkpoint import atomic_write
-        from moekit.recipe.gather import report_data
         from moekit.report import build
+        from moekit.report.gather import report_data
+        from moekit.report.inputs import ReportInputs
 
-        data = report_data(self, work)
+        data = report_data(
+            ReportInputs(
+                title=self.title,
+                subtitle=self.subtitle,
+                traces=self.traces,
+                trace_names=self.trace_names,
+                free=self.free,
+                constrained=self.constrained,
+                costs=self.costs,
+                evaluations=self.evaluations,
+                super_experts=self.super_experts,
+                finished=tuple(work.finished.values()),
+                command=work.command,
+                seed=work.seed,
+            )
+        )
         page = build(data, work.out / PAGE, strict=self.strict)
         if self.publish:
             for file in (page, page.with_suffix(".json")):

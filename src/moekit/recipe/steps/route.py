@@ -8,9 +8,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moekit import catalogue
-from moekit.recipe.inputs import model_item, open_model, save_changed
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.steps.base import ModelRef, PlacementRef, Step, TraceRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, PlacementRef, TraceRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, open_model, save_changed
+from moekit.recipe.steps.base import Step
 
 
 class RouteStep(Step):
@@ -35,7 +37,7 @@ class RouteStep(Step):
         written = model.nbytes if self.write == "model" else 1 << 20
         return Forecast((model, *others), (Item(str(out), written),), disk=written, memory=model.nbytes)
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Plan and write."""
         from moekit import catalogue
         from moekit.anatomy import find_moe_layers

@@ -10,13 +10,22 @@ from pydantic import Field, field_validator
 
 from moekit import catalogue
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
-from moekit.recipe.artefacts import text_hash
-from moekit.recipe.inputs import calibration_rows, model_item, read_text, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.pruning import PLAN_FILE, WritingOptions, bytes_between, check_disk, check_unchanged, read_heldout
-from moekit.recipe.source import Source, check_device, open_source
-from moekit.recipe.sparse import Machine, finish, told_of, warn_of
-from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.hashes import text_hash
+from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item
+from moekit.jobs.shared.opened import Source, check_device, open_source
+from moekit.jobs.shared.pruning import (
+    PLAN_FILE,
+    WritingOptions,
+    bytes_between,
+    check_disk,
+    check_unchanged,
+    read_heldout,
+)
+from moekit.jobs.shared.sparse import Machine, finish, told_of, warn_of
+from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
     from moekit.compress.sparsify.base import SparsifyMethod
@@ -24,7 +33,7 @@ if TYPE_CHECKING:
     from moekit.compress.sparsify.plan import SparsityPlan
     from moekit.compress.sparsify.sequential import Request
     from moekit.data import TokenBatches
-    from moekit.recipe.proof import HeldOut
+    from moekit.jobs.shared.proof import HeldOut
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +148,7 @@ class SparsifyStep(Step):
         disk = nbytes + self._between(source)
         return Forecast((model, *reads), (Item(str(out), nbytes),), disk=disk, memory=1 << 30, notes=notes)
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Refuse what is impossible, calibrate, decide, prove, write, check."""
         self.check()
         plan = None if self.from_plan is None else self._stored()
@@ -220,7 +229,7 @@ class SparsifyStep(Step):
         proof = (self.proof_tokens or (1 << 20)) if self._proves else 0
         return bytes_between(source, tokens, proof, 2, 0)
 
-    def _plan(self, source: Source, request: Request, work: Workplace) -> SparsityPlan:
+    def _plan(self, source: Source, request: Request, work: JobContext) -> SparsityPlan:
         from moekit.compress.sparsify.plan import SparsityPlan
         from moekit.compress.sparsify.sequential import Calibration, plan_sparsity
 
@@ -241,7 +250,7 @@ class SparsifyStep(Step):
             plan.file.model_copy(update={"kept_apart": kept, "text_sha256": text_hash(self.data)}), plan.statistics
         )
 
-    def _rows(self, source: Source, tokenizer: Any, work: Workplace) -> TokenBatches:
+    def _rows(self, source: Source, tokenizer: Any, work: JobContext) -> TokenBatches:
         split = "train" if self.heldout is None else None
         documents = read_text(str(self.data), split=split, seed=work.seed, progress=work.progress)
         length = min(self.seq_len, source.longest)
@@ -252,7 +261,7 @@ class SparsifyStep(Step):
         name = _named(str(self.data))
         return name if self.heldout is not None else f"{name}[train]"
 
-    def _heldout(self, source: Source, plan: SparsityPlan | None, work: Workplace) -> HeldOut | None:
+    def _heldout(self, source: Source, plan: SparsityPlan | None, work: JobContext) -> HeldOut | None:
         """Text to prove on: the one given, else what is kept apart, now or when the plan was made."""
         if not self._proves:
             return None
@@ -322,7 +331,7 @@ def _plan_path(reference: str) -> Path:
     return path / PLAN_FILE if path.is_dir() else path
 
 
-def _save_plan(plan: SparsityPlan, work: Workplace) -> None:
+def _save_plan(plan: SparsityPlan, work: JobContext) -> None:
     """As a file of that name, or in a folder, whole or not at all."""
     from moekit.checkpoint import atomic_folder
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moekit.errors import BadConfig
-from moekit.recipe.inputs import model_item, read_text, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.protection import find_in_trace, protection_needs
-from moekit.recipe.pruning import WritingOptions, bytes_between, check_disk, read_heldout
-from moekit.recipe.source import Source, check_device, check_runnable, open_source
-from moekit.recipe.steps.base import ModelRef, Step, TextRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, read_text, text_item
+from moekit.jobs.shared.opened import Source, check_device, check_runnable, open_source
+from moekit.jobs.shared.protection import find_in_trace, protection_needs
+from moekit.jobs.shared.pruning import WritingOptions, bytes_between, check_disk, read_heldout
+from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
     from moekit.data import TokenBatches, TokenizedDocument
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from moekit.diagnose.super_experts.report import SuperExpertReport
     from moekit.evaluation.super_expert_study import SuperExpertStudy
     from moekit.evaluation.super_experts import SuperExpertCheck
-    from moekit.recipe.proof import HeldOut
+    from moekit.jobs.shared.proof import HeldOut
 
 # A report is small: some hundred bytes a layer, and a number for each expert.
 _FILE_BYTES = 1 << 20
@@ -100,7 +102,7 @@ class SuperExpertsStep(Step):
             memory = 2 * _largest_layer(source) + (1 << 30)
         return Forecast(reads, (Item(str(out), _FILE_BYTES),), disk=disk, memory=memory, notes=tuple(notes))
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Refuse what is impossible, walk the text, judge, check, write."""
         from moekit.checkpoint import atomic_folder
         from moekit.evaluation.super_expert_study import STUDY_FILE, SuperExpertStudy
@@ -123,7 +125,7 @@ class SuperExpertsStep(Step):
         proof = (self.proof_tokens or (1 << 20)) if self.proof else 0
         return bytes_between(source, self.max_tokens or (1 << 20), proof, 1 + self.random_seeds, 0)
 
-    def _texts(self, source: Source, work: Workplace) -> tuple[TokenBatches, HeldOut | None]:
+    def _texts(self, source: Source, work: JobContext) -> tuple[TokenBatches, HeldOut | None]:
         """Rows to look at and text to check on; both are read before any work, as either may turn out empty."""
         from moekit.data.batches import arrange, pad_id_of
         from moekit.data.shares import take_shares
@@ -142,7 +144,7 @@ class SuperExpertsStep(Step):
         return rows, dataclasses.replace(heldout, documents=_begun(heldout.documents, tokenizer))
 
     def _look(
-        self, source: Source, rows: TokenBatches, work: Workplace
+        self, source: Source, rows: TokenBatches, work: JobContext
     ) -> tuple[SuperExpertReport, tuple[LayerStream, ...]]:
         """One pass over the text; goes on at the layer that an interrupted one had come to."""
         from moekit.diagnose.super_experts.massive_activations import StreamedProfile, layer_streams
@@ -164,7 +166,7 @@ class SuperExpertsStep(Step):
         report = find_in_trace(source, trace, **rule)
         return report, layer_streams(trace.require(needs), streamed.dense, streamed.apart)
 
-    def _prove(self, source: Source, report: SuperExpertReport, heldout: HeldOut, work: Workplace) -> SuperExpertCheck:
+    def _prove(self, source: Source, report: SuperExpertReport, heldout: HeldOut, work: JobContext) -> SuperExpertCheck:
         from moekit.evaluation.super_experts import check_super_experts
 
         return check_super_experts(

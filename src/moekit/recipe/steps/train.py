@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 
 from moekit.errors import BadConfig
-from moekit.recipe.inputs import is_first_rank, model_item, open_model, read_text, save_changed, text_item
-from moekit.recipe.plan import Forecast, Item, Sizes
-from moekit.recipe.ranked import RankedOptions, deal_out, ranks_of
-from moekit.recipe.steps.base import ModelRef, PlanRef, Step, TextRef, Workplace
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import is_first_rank, model_item, open_model, read_text, save_changed, text_item
+from moekit.jobs.shared.ranked import RankedOptions, deal_out, ranks_of
+from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
     from moekit.parallel.data_parallel import RankedTraining
@@ -76,13 +78,13 @@ class TrainStep(RankedOptions, Step):
         kept = None if model.nbytes is None else copies * model.nbytes
         return Forecast((model, *texts), (Item(str(out), model.nbytes),), disk=kept, memory=needed)
 
-    def run(self, work: Workplace) -> dict[str, Any]:
+    def run(self, work: JobContext) -> dict[str, Any]:
         """Train and save."""
         self.check_ranks()
         with ranks_of(self) as started:
             return self._train(work, started)
 
-    def _train(self, work: Workplace, started: StartedRanks | None) -> dict[str, Any]:
+    def _train(self, work: JobContext, started: StartedRanks | None) -> dict[str, Any]:
         from moekit.training import train
 
         config = self.config(work.seed)
@@ -109,7 +111,7 @@ class TrainStep(RankedOptions, Step):
         save_changed(model, tokenizer, work, parent=self.model, config=settings, scores=scores)
         return {**scores, "tokens_per_second": result.tokens_per_second, "final_loss": result.losses[-1]}
 
-    def _open(self, work: Workplace, device: str | None = None) -> tuple[Any, Any]:
+    def _open(self, work: JobContext, device: str | None = None) -> tuple[Any, Any]:
         return open_model(
             self.model, plan=self.plan, device=device or self.device, dtype="float32", progress=work.progress
         )
@@ -124,7 +126,7 @@ class TrainStep(RankedOptions, Step):
         distribution.prepare(model)
         return distribution
 
-    def _whole(self, model: Any, work: Workplace) -> Any:
+    def _whole(self, model: Any, work: JobContext) -> Any:
         """A whole model with what the ranks have learnt, on the first; elsewhere the shared one."""
         from moekit.parallel.checkpoints.gathering import gather_state
 

@@ -1,0 +1,36 @@
+"""Where a job works: its folder, its seed, whom it tells how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moekit._progress import Progress
+
+if TYPE_CHECKING:
+    from moekit.report.results import StepResult
+
+
+@dataclass
+class JobContext:
+    """Where a job works.
+
+    Attributes:
+        out: the folder it writes, under its final name; the job writes it whole or not at all.
+        scratch: a folder of its own that survives a kill, for work that can resume; removed when the job is done.
+        seed: of everything random in it.
+        progress: told how far it is.
+        command: what the record of a written checkpoint says made it.
+        overwrite: whether `out` may be replaced.
+        finished: steps of the same run that are done, by id.
+    """
+
+    out: Path
+    scratch: Path
+    seed: int = 0
+    progress: Progress | None = None
+    command: str = ""
+    overwrite: bool = True
+    finished: Mapping[str, StepResult] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""What several jobs do alike: opening models and text, estimating, proving, writing, checking."""

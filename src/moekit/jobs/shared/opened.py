@@ -1,0 +1,113 @@
+"""The model that a step makes smaller, opened; no weight has been read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moekit.errors import BadConfig, UnsupportedModel
+from moekit.jobs.shared.inputs import load_tokenizer, model_location
+
+if TYPE_CHECKING:
+    from moekit.anatomy.probe import Geometry
+    from moekit.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is to be pruned, opened and verified; no weight has been read.
+
+    Attributes:
+        checkpoint: the folder.
+        geometries: decoder layer -> sizes of its MoE block.
+        parent: what the record of the result names.
+    """
+
+    checkpoint: Checkpoint
+    geometries: dict[int, Geometry]
+    parent: str
+
+    @property
+    def location(self) -> str:
+        """Where the tokenizer lies."""
+        return str(self.checkpoint.path)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return int(self.checkpoint.nbytes)
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            BadCheckpoint: it cannot be loaded.
+            BadConfig: it has ids that the model does not embed.
+        """
+        from moekit.checkpoint import check_tokenizer
+
+        tokenizer = load_tokenizer(self.location)
+        check_tokenizer(self.checkpoint.config, tokenizer)
+        return tokenizer
+
+    @property
+    def longest(self) -> int:
+        """Positions the model knows; a large number where it does not say."""
+        from moekit.checkpoint.names import text_config
+
+        known = text_config(self.checkpoint.config).get("max_position_embeddings")
+        return known if isinstance(known, int) and known > 1 else 1 << 20
+
+
+def open_source(reference: str, progress: Any = None) -> Source:
+    """Open a model and find its MoE layers.
+
+    Raises:
+        BadCheckpoint: damaged, or not what its config says.
+        UnsupportedModel: no Mixture of Experts.
+    """
+    from moekit.checkpoint import Checkpoint
+    from moekit.checkpoint.expected import verify
+    from moekit.compress.prune.planning import geometries_of
+
+    location = model_location(reference, progress)
+    local = Path(location).expanduser()
+    # Plans and records name it: they are read from other working folders too.
+    parent = str(local.resolve()) if local.is_dir() else location
+    checkpoint = Checkpoint.open(parent)
+    verify(checkpoint)
+    return Source(checkpoint, geometries_of(checkpoint), parent)
+
+
+def check_runnable(source: Source) -> None:
+    """Refuse a proof where layers cannot be run.
+
+    Raises:
+        UnsupportedModel: the weights are quantized.
+    """
+    quantized = source.checkpoint.config.get("quantization_config")
+    if quantized is not None:
+        raise UnsupportedModel(
+            f"the weights are quantized ({quantized.get('quant_method', '?')}), and the proof runs layers in full "
+            "precision",
+            file=source.checkpoint.path,
+            hint="prove the same plan on the unquantized model, and say --no-proof here",
+        )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        BadConfig: it cannot hold a tensor.
+    """
+    import torch
+
+    if device in ("cpu", "auto"):
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadConfig(f"device {device!r} cannot be used: {reason}", hint="--device cpu works everywhere") from error

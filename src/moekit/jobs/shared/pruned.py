@@ -1,0 +1,267 @@
+"""What the steps that drop experts do once it is decided: baselines, proof, writing, telling.
+
+Legend: E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moekit.jobs.shared.hashes import hash_of
+from moekit.jobs.shared.opened import Source
+from moekit.jobs.shared.pruning import WritingOptions
+
+if TYPE_CHECKING:
+    from moekit.checking import CheckReport
+    from moekit.checkpoint import Record
+    from moekit.compress.prune.plan import LayerPlan, PrunePlan
+    from moekit.compress.prune.planning import Request
+    from moekit.compress.prune.rewriting import PlannedRewrite
+    from moekit.jobs.context import JobContext
+    from moekit.jobs.shared.proof import HeldOut, Proof
+    from moekit.trace.statistics import LayerStatistics
+
+logger = logging.getLogger(__name__)
+
+# Up to so many findings are told one by one.
+_FEW = 4
+
+
+def in_groups(source: Source, plan: PrunePlan) -> dict[int, LayerPlan]:
+    """The layers of a plan, with equally many kept of each routing group where that was asked for."""
+    from moekit.compress.prune.grouped import by_group, routing_groups
+
+    groups = routing_groups(source.checkpoint.config)
+    if plan.file.groups == "free" or groups == 1:
+        return dict(plan.file.layers)
+    return by_group(plan, source.geometries, groups)
+
+
+def baseline(
+    name: str, source: Source, request: Request, statistics: Mapping[int, LayerStatistics], seed: int
+) -> PrunePlan:
+    """What a baseline decides on the same budget.
+
+    Args:
+        name: "frequency" or "random".
+        source: the model.
+        request: whose budget, groups and protected experts hold.
+        statistics: with what it needs.
+        seed: of random choices.
+    """
+    from moekit.compress.prune.plan import PrunePlan, make_method
+    from moekit.compress.prune.planning import Evidences, decide
+    from moekit.trace.statistics import LayerStatistics
+
+    method = make_method(name, {})
+    own = dataclasses.replace(request, method=method, seed=seed)
+    narrow = {
+        layer: LayerStatistics(
+            g.experts,
+            g.hidden,
+            statistics[layer].domains if layer in statistics else (),
+            statistics[layer].tokens if layer in statistics else 0,
+            {needed: statistics[layer][needed] for needed in method.required},
+            width=g.width,
+        )
+        for layer, g in source.geometries.items()
+    }
+    evidence = Evidences(source.geometries, narrow, own, None)
+    scores = {layer: method.score(evidence[layer]) for layer in evidence}
+    plan = decide(source.checkpoint, evidence, scores, own, narrow, None)
+    return PrunePlan(plan.file.model_copy(update={"layers": in_groups(source, plan)}), narrow)
+
+
+def warn_of(plan: PrunePlan) -> list[str]:
+    """What a reader must know of a plan's data; also logged, in fewer words."""
+    unseen = {layer: told for layer, told in plan.file.layers.items() if told.never_routed}
+    if unseen:
+        logger.warning(
+            "%d experts in %d of %d layers were never routed in the calibration text; they rank below all others, and "
+            "%d of them stay",
+            sum(len(told.never_routed) for told in unseen.values()),
+            len(unseen),
+            len(plan.file.layers),
+            sum(len(set(told.never_routed) & set(told.decision.keep)) for told in unseen.values()),
+        )
+    for line in plan.file.warnings[len(unseen) :]:
+        logger.warning("%s", line)
+    return list(plan.file.warnings)
+
+
+@dataclass
+class Decided:
+    """A plan, and what is needed to prove it and to carry it out.
+
+    Attributes:
+        source: the model.
+        request: what was asked for.
+        plan: what was decided.
+        statistics: decoder layer -> what baselines decide from; empty without.
+        rewrite: makes new weights; None where experts are only dropped.
+    """
+
+    source: Source
+    request: Request
+    plan: PrunePlan
+    statistics: Mapping[int, LayerStatistics] = field(default_factory=dict)
+    rewrite: PlannedRewrite | None = None
+
+
+def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, PrunePlan]]:
+    """Frequency and random pruning of the same budget, as far as they can be made and are not the method itself."""
+    name, request = decided.plan.file.method, decided.request
+    found: list[tuple[str, PrunePlan]] = []
+    counted = bool(decided.statistics) and all("load" in named for named in decided.statistics.values())
+    if name != "frequency" and counted:
+        found.append(("frequency", baseline("frequency", decided.source, request, decided.statistics, request.seed)))
+    if name != "random":
+        for number in range(random_seeds):
+            label = "random" if random_seeds == 1 else f"random {number}"
+            seed = request.seed + number
+            found.append((label, baseline("random", decided.source, request, decided.statistics, seed)))
+    return found
+
+
+def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, work: JobContext) -> Proof:
+    """Measure a plan against its baselines on held-out text."""
+    from moekit.evaluation.changes import Variant
+    from moekit.jobs.shared.proof import prove
+
+    file = decided.plan.file
+    others = baselines_of(decided, options.random_seeds)
+    return prove(
+        decided.source.checkpoint,
+        heldout,
+        Variant(file.method, decided.plan.decisions, decided.rewrite, file.top_k, file.groups),
+        [Variant(name, plan.decisions, None, file.top_k, file.groups) for name, plan in others],
+        key=hash_of([decided.plan.hash, *([name, plan.hash] for name, plan in others), options.dtype]),
+        folder=work.scratch / "proof",
+        seed=work.seed,
+        dtype=options.torch_dtype,
+        device=options.device,
+        progress=work.progress,
+    )
+
+
+def write_pruned(
+    decided: Decided, proof: Proof | None, options: WritingOptions, work: JobContext
+) -> tuple[Record, CheckReport]:
+    """Write what was decided; it takes its name once it has been checked.
+
+    Raises:
+        BadCheckpoint: what was written is not what it must be; nothing is left.
+        OutOfBudget: not enough disk.
+    """
+    from moekit.checking import check
+    from moekit.checkpoint import Record, atomic_folder
+    from moekit.compress.engine.apply import apply
+
+    file = decided.plan.file
+    told = file.model_dump(mode="json", include={"method", "settings", "budget", "top_k", "groups", "data", "tokens"})
+    record = Record(
+        command=work.command,
+        parent=decided.source.parent,
+        parent_fingerprint=decided.source.checkpoint.fingerprint,
+        seed=work.seed,
+        plan_hash=decided.plan.hash,
+        config=told,
+        scores={} if proof is None else {"proof": proof.short()},
+    )
+    with atomic_folder(work.out, overwrite=work.overwrite) as folder:
+        inner = folder / work.out.name
+        record = apply(
+            decided.source.checkpoint,
+            decided.plan.decisions,
+            inner,
+            rewrite=decided.rewrite,
+            record=record,
+            top_k=file.top_k,
+            groups=file.groups,
+            mtp=options.mtp,
+            stock_only=options.stock_only,
+            progress=work.progress,
+        )
+        report = check(inner, progress=work.progress)
+        _judge(report, work.out)
+        for written in list(inner.iterdir()):
+            written.rename(folder / written.name)
+        inner.rmdir()
+    return record, report
+
+
+def _judge(report: CheckReport, out: Path) -> None:
+    """Raise what writing may have done; an expert that can only answer zero was so in the source."""
+    silent = [finding for finding in report.findings if finding.code == "dead-expert"]
+    others = [finding for finding in report.findings if finding.code != "dead-expert"]
+    report.model_copy(update={"findings": others}).raise_if_bad()
+    if silent:
+        logger.warning("%s: %d experts that stay can only answer zero, as in the source", out, len(silent))
+    warnings = [finding for finding in others if finding.severity == "warning"]
+    for finding in warnings[:_FEW]:
+        place = "" if finding.layer is None else f"layer {finding.layer}: "
+        logger.warning("%s: %s%s", out, place, finding.message)
+    if len(warnings) > _FEW:
+        logger.warning("%s: and %d more; see moekit check", out, len(warnings) - _FEW)
+
+
+def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict[str, Any]:
+    """What a plan says, as plain values."""
+    file = decided.plan.file
+    before = sum(told.experts for told in file.layers.values())
+    after = sum(len(told.decision.keep) for told in file.layers.values())
+    return {
+        "method": file.method,
+        "settings": file.settings,
+        "budget": file.budget.model_dump(mode="json"),
+        "top_k": file.top_k,
+        "groups": file.groups,
+        "model": file.model,
+        "plan": decided.plan.hash,
+        "tokens": file.tokens,
+        "domains": list(file.domains),
+        "experts": {"before": before, "after": after},
+        "bytes": {"before": decided.source.nbytes, "after": nbytes},
+        "layers": [
+            {
+                "layer": layer,
+                "experts": told.experts,
+                "kept": list(told.decision.keep),
+                "never_routed": list(told.never_routed),
+                "protected": list(file.protected.get(layer, ())),
+                "figures": dict(told.decision.figures),
+            }
+            for layer, told in file.layers.items()
+        ],
+        "warnings": list(warnings),
+    }
+
+
+def finish(
+    decided: Decided, heldout: HeldOut | None, options: WritingOptions, work: JobContext, warnings: Sequence[str]
+) -> dict[str, Any]:
+    """Prove, write, check, and tell all of it."""
+    from moekit.checkpoint import Checkpoint
+    from moekit.compress.prune.rewriting import rewriter
+
+    decided.rewrite = rewriter(decided.plan, decided.source.checkpoint, folder=work.scratch / "rewritten")
+    proof = None if heldout is None else prove_plan(decided, heldout, options, work)
+    record, report = write_pruned(decided, proof, options, work)
+    results = told_of_plan(decided, warnings, Checkpoint.open(work.out).nbytes)
+    for layer in results["layers"]:
+        layer["figures"] |= {} if decided.rewrite is None else decided.rewrite.figures.get(layer["layer"], {})
+    return {
+        **results,
+        "proof": None if proof is None else proof.model_dump(mode="json"),
+        "check": {
+            "ok": report.ok,
+            "proven": report.proven,
+            "tensors": len(record.expectations.tensors),
+            "findings": [str(finding) for finding in report.findings],
+        },
+    }

@@ -1,0 +1,279 @@
+"""What the steps that drop experts share: options, refusing early, held-out text.
+
+Legend: E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moekit._validation import faults
+from moekit.errors import BadConfig, BadData, OutOfBudget
+from moekit.jobs.shared.estimates import disk_bytes
+from moekit.jobs.shared.hashes import text_hash
+from moekit.jobs.shared.inputs import read_text
+from moekit.jobs.shared.opened import Source
+
+if TYPE_CHECKING:
+    from moekit.compress.budget import Budget
+    from moekit.compress.decision import LayerDecision
+    from moekit.compress.prune.plan import PrunePlan
+    from moekit.compress.prune.planning import Request
+    from moekit.jobs.context import JobContext
+    from moekit.jobs.shared.proof import HeldOut
+
+logger = logging.getLogger(__name__)
+
+PLAN_FILE = "plan.json"
+# How a plan's account of its data says that a part of it was kept apart.
+_TRAINED = re.compile(r"(.+)\[train\]")
+_HALF = ("bfloat16", "float16")
+_TOO_SHORT = "no document has two tokens in the tenth that is kept apart for the proof"
+
+
+class WritingOptions(BaseModel):
+    """How a pruned checkpoint is written and proved."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    proof: bool = Field(default=True, description="measure what it costs, against frequency and random pruning")
+    proof_tokens: int | None = Field(
+        default=32768, ge=2, description="held-out tokens, at most, an equal share of each domain"
+    )
+    window: int | None = Field(
+        default=None, ge=2, description="longest context of the proof in tokens (default: the model's, ≤ 1024)"
+    )
+    random_seeds: int = Field(default=1, ge=1, le=100, description="random choices that the proof compares with")
+    stock_only: bool = Field(default=False, description="refuse what stock transformers does not load")
+    mtp: Literal["drop", "keep"] = Field(
+        default="drop", description="multi-token-prediction layers: leave them out, or copy them"
+    )
+    device: str = Field(default="cpu", description="where layers run: cpu, cuda, ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of layers in memory; auto: as the model is stored"
+    )
+
+    @property
+    def torch_dtype(self) -> Any:
+        """As torch names it; None for auto."""
+        import torch
+
+        return None if self.dtype == "auto" else getattr(torch, self.dtype)
+
+
+def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Budget:
+    """A budget from options.
+
+    Raises:
+        BadConfig: an impossible value.
+    """
+    from moekit.compress.budget import Budget
+
+    if scope == "uniform" and (least is not None or most is not None):
+        raise BadConfig(
+            "least and most bound what a layer keeps where layers may differ",
+            hint="say --scope global, or leave them out",
+        )
+    try:
+        return Budget(keep=keep, scope=scope, least=least, most=most)
+    except ValidationError as error:
+        raise BadConfig(
+            f"the budget is impossible: {faults(error).replace('Value error, ', '')}",
+            hint="keep a number of experts from 1 up, a fraction such as 0.5 (1.0 for all), or bytes such as 12GiB",
+        ) from error
+
+
+def refuse_uneven(budget: Budget, stock_only: bool) -> None:
+    """Refuse layers of different sizes where only what stock transformers loads is wanted.
+
+    Raises:
+        BadConfig: both are asked for.
+    """
+    if budget.scope == "global" and stock_only:
+        raise BadConfig(
+            "layers that keep different numbers of experts do not load in stock transformers",
+            hint="say --scope uniform, or leave --stock-only out: moekit.load opens the result",
+        )
+
+
+def tell_uneven(budget: Budget) -> None:
+    """Say before the work who can load what comes of it."""
+    if budget.scope == "global":
+        logger.warning("layers may keep different numbers of experts: the result loads through moekit.load only")
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of the result before any work.
+
+    Attributes:
+        counts: decoder layer -> experts that stay; with a global budget an even share of them.
+        nbytes: bytes of the result's files.
+        tensors: bytes of its tensors alone.
+    """
+
+    counts: dict[int, int]
+    nbytes: int
+    tensors: int
+
+
+def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mtp: Literal["drop", "keep"]) -> Outlook:
+    """Refuse a request that this model cannot fulfil, whatever is decided; no weight is read.
+
+    Raises:
+        BadConfig: the budget against the choices a token makes, routing groups, protected experts, a routing policy.
+        BadCheckpoint, UnsupportedModel: experts that cannot be told apart on disk.
+    """
+    from moekit.compress.engine.prepare import prepare
+    from moekit.compress.prune.grouped import check_grouping, routing_groups
+
+    counts = _counts(source, request)
+    groups = routing_groups(source.checkpoint.config) if request.groups == "equal" else 1
+    if groups > 1:
+        if request.budget.scope == "global":
+            raise BadConfig(
+                "layers that keep different numbers of experts cannot all keep equal routing groups",
+                hint="say --scope uniform, or --groups free",
+            )
+        check_grouping(request.method, name, counts, groups)
+    for layer, experts in (request.protected or {}).items():
+        if len(experts) > counts[layer] and request.budget.scope == "uniform":
+            raise BadConfig(
+                f"{len(experts)} experts are protected, but {counts[layer]} may stay",
+                layer=layer,
+                hint=f"keep at least {len(experts)}, or protect fewer",
+            )
+    decisions = {layer: _any_decision(source.geometries[layer].experts, n, groups) for layer, n in counts.items()}
+    work = prepare(
+        source.checkpoint, decisions, top_k=request.top_k, groups=request.groups, mtp=mtp, stock_only=stock_only
+    )
+    tensors, limit = sum(tensor.spec.nbytes for tensor in work.kept), request.budget.max_bytes
+    if mtp == "keep" and limit is not None and tensors > limit:
+        raise BadConfig(
+            f"{tensors:,} bytes would be written, more than {limit:,}, as multi-token-prediction layers stay, too",
+            hint="say --mtp drop, or allow more",
+        )
+    return Outlook(counts, work.nbytes, tensors)
+
+
+def _any_decision(experts: int, keep: int, groups: int) -> LayerDecision:
+    """A decision of the right size: how large the result is does not depend on who stays."""
+    from moekit.compress.decision import LayerDecision
+
+    size, share = experts // groups, keep // groups
+    return LayerDecision(keep=tuple(group * size + e for group in range(groups) for e in range(share)))
+
+
+def _counts(source: Source, request: Request) -> dict[int, int]:
+    from moekit.compress.budget import bounds, check_total, total_count, uniform_count
+    from moekit.compress.prune.planning import sizes_of
+
+    sizes = sizes_of(source.checkpoint, source.geometries, request.top_k)
+    if request.budget.scope == "uniform":
+        return uniform_count(request.budget, sizes)
+    least, most = bounds(request.budget, sizes)
+    total = total_count(request.budget, sizes)
+    check_total(total, least, most, sizes)
+    counts = {layer: min(least, experts) for layer, experts in sizes.experts.items()}
+    room = {layer: min(most, experts) for layer, experts in sizes.experts.items()}
+    while total > sum(counts.values()):
+        layer = min((layer for layer in counts if counts[layer] < room[layer]), key=lambda n: (counts[n], n))
+        counts[layer] += 1
+    return counts
+
+
+def check_disk(out: Path, scratch: Path, output: int, between: int) -> None:
+    """Refuse what will not fit on the disk.
+
+    Args:
+        out: the folder to be written.
+        scratch: where work in between lies; what is there already from an interrupted run need not fit again.
+        output: bytes of the result.
+        between: bytes of work in between.
+
+    Raises:
+        OutOfBudget: naming needed and free bytes.
+    """
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free + (disk_bytes(scratch) or 0)
+    need = output + between
+    if need > free:
+        raise OutOfBudget(
+            f"the disk is too small: {need:,} bytes are needed ({output:,} for the result, {between:,} while it is "
+            f"made), {free:,} bytes are free",
+            file=folder,
+            hint="free some space or write to another disk; nothing was done yet",
+        )
+
+
+def bytes_between(source: Source, tokens: int, proof_tokens: int, variants: int, rewritten: int) -> int:
+    """Bytes on disk while a run works: hidden states of calibration and proof, and rewritten layers."""
+    hidden = next(iter(source.geometries.values())).hidden
+    wide = 2 if str(source.checkpoint.config.get("dtype", source.checkpoint.config.get("torch_dtype"))) in _HALF else 4
+    # Calibration goes from one set of states to another; windows of the proof overlap by half.
+    return hidden * wide * (2 * tokens + 2 * proof_tokens * (variants + 1)) + rewritten
+
+
+def read_heldout(options: WritingOptions, reference: str, split: Any, source: Source, work: JobContext) -> HeldOut:
+    """Tokenize held-out text.
+
+    Args:
+        options: how much of it, in which windows.
+        reference: the text.
+        split: part of it; None for all.
+        source: whose tokenizer is used.
+        work: seed and progress.
+
+    Raises:
+        BadData: there is none, or no document has two tokens.
+    """
+    from moekit.data.shares import take_shares
+    from moekit.jobs.shared.proof import HeldOut
+
+    documents = read_text(reference, split=split, seed=work.seed, progress=work.progress)
+    try:
+        tokenized = take_shares(documents, source.tokenizer(), options.proof_tokens)
+    except BadData:  # fewer than two tokens in all
+        tokenized = []
+    if not any(len(document.ids) > 1 for document in tokenized):
+        raise BadData(
+            "no document of the text for the proof has two tokens" if split is None else _TOO_SHORT,
+            file=reference,
+            hint="give longer documents, another text with --heldout, or say --no-proof",
+        )
+    window = options.window or min(1024, source.longest)
+    return HeldOut(reference if split is None else f"{reference}[{split}]", tokenized, window)
+
+
+def check_unchanged(text: str, sha256: str) -> None:
+    """Refuse to prove on what was kept apart of a text that has changed: it may have been decided on.
+
+    Args:
+        text: that was decided on.
+        sha256: of its files then.
+
+    Raises:
+        BadConfig: they are others now.
+    """
+    now = text_hash(text)
+    if now and sha256 and now != sha256:
+        raise BadConfig(
+            "the text of this plan has changed, so what was kept apart of it is not known any more",
+            file=text,
+            hint="give --heldout TEXT, or say --no-proof",
+        )
+
+
+def heldout_of_plan(plan: PrunePlan) -> str | None:
+    """The text whose held-out part was kept apart when a plan was made; None where nothing was."""
+    found = {match[1] for entry in plan.file.data if (match := _TRAINED.fullmatch(entry.source))}
+    return found.pop() if len(found) == 1 and len(plan.file.data) else None

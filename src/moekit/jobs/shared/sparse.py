@@ -1,0 +1,186 @@
+"""What the sparsify step does once a plan is made: baseline, proof, writing, telling."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moekit.jobs.shared.hashes import hash_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from moekit.checking import CheckReport
+    from moekit.checkpoint import Record
+    from moekit.compress.sparsify.plan import SparsityPlan
+    from moekit.compress.sparsify.sequential import PlannedZeros
+    from moekit.evaluation.changes import Variant
+    from moekit.jobs.context import JobContext
+    from moekit.jobs.shared.opened import Source
+    from moekit.jobs.shared.proof import HeldOut, Proof
+
+logger = logging.getLogger(__name__)
+
+BASELINE = "magnitude"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where layers run, and in which dtype; None as stored."""
+
+    device: str
+    dtype: torch.dtype | None
+
+
+def finish(
+    plan: SparsityPlan, source: Source, heldout: HeldOut | None, machine: Machine, work: JobContext
+) -> dict[str, Any]:
+    """Prove, write, check, and tell all of it.
+
+    Raises:
+        BadCheckpoint: what was written is not what it must be; nothing is left.
+        OutOfBudget: not enough disk.
+    """
+    from moekit.compress.sparsify.sequential import zeros_of
+
+    proof = None if heldout is None else _prove(plan, source, heldout, machine, work)
+    zeros = zeros_of(plan, source.checkpoint)
+    record, report = _write(plan, source, zeros, proof, work)
+    return {
+        **told_of(plan, zeros),
+        "proof": None if proof is None else proof.model_dump(mode="json"),
+        "check": {
+            "ok": report.ok,
+            "proven": report.proven,
+            "tensors": len(record.expectations.tensors),
+            "findings": [str(finding) for finding in report.findings],
+        },
+    }
+
+
+def _prove(plan: SparsityPlan, source: Source, heldout: HeldOut, machine: Machine, work: JobContext) -> Proof:
+    from moekit.jobs.shared.proof import prove
+
+    base = _baseline(plan, source)
+    others = [] if base is None else [base]
+    return prove(
+        source.checkpoint,
+        heldout,
+        _variant(plan, source),
+        [_variant(other, source) for other in others],
+        key=hash_of(["sparsify", plan.hash, *(other.hash for other in others), str(machine.dtype)]),
+        folder=work.scratch / "proof",
+        seed=work.seed,
+        dtype=machine.dtype,
+        device=machine.device,
+        progress=work.progress,
+    )
+
+
+def _variant(plan: SparsityPlan, source: Source) -> Variant:
+    from moekit.compress.sparsify.sequential import zeros_of
+    from moekit.evaluation.changes import Variant
+
+    return Variant(plan.file.method, plan.decisions, zeros_of(plan, source.checkpoint))
+
+
+def _baseline(plan: SparsityPlan, source: Source) -> SparsityPlan | None:
+    """Magnitudes at the same sparsity, in the same pattern; None where that is the method itself."""
+    from moekit.compress.sparsify.plan import make_method
+    from moekit.compress.sparsify.sequential import Request, plan_sparsity
+
+    if plan.file.method == BASELINE:
+        return None
+    pattern = plan.file.settings.get("pattern") if plan.method.fixed_sparsity is not None else None
+    method = make_method(BASELINE, {} if pattern is None else {"pattern": pattern})
+    return plan_sparsity(source.checkpoint, None, Request(method, plan.file.sparsity))
+
+
+def _write(
+    plan: SparsityPlan, source: Source, zeros: PlannedZeros, proof: Proof | None, work: JobContext
+) -> tuple[Record, CheckReport]:
+    """Write the sparse model; it takes its name once it has been checked."""
+    from moekit.checking import check
+    from moekit.checkpoint import Record, atomic_folder
+    from moekit.compress.engine.apply import apply
+
+    told = {"method", "settings", "sparsity", "total", "original", "weights", "data", "tokens"}
+    record = Record(
+        command=work.command,
+        parent=source.parent,
+        parent_fingerprint=source.checkpoint.fingerprint,
+        seed=work.seed,
+        plan_hash=plan.hash,
+        config=plan.file.model_dump(mode="json", include=told),
+        scores={} if proof is None else {"proof": proof.short()},
+    )
+    with atomic_folder(work.out, overwrite=work.overwrite) as folder:
+        inner = folder / work.out.name
+        record = apply(
+            source.checkpoint,
+            plan.decisions,
+            inner,
+            rewrite=zeros,
+            rewrite_full=True,
+            record=record,
+            mtp="keep",
+            progress=work.progress,
+        )
+        report = check(inner, progress=work.progress)
+        # An expert that can only answer zero was so in the source: no row or matrix loses all of its weights.
+        others = [finding for finding in report.findings if finding.code != "dead-expert"]
+        report.model_copy(update={"findings": others}).raise_if_bad()
+        for written in list(inner.iterdir()):
+            written.rename(folder / written.name)
+        inner.rmdir()
+    return record, report
+
+
+def told_of(plan: SparsityPlan, zeros: PlannedZeros | None) -> dict[str, Any]:
+    """What a plan says and, once it was carried out, the zeros counted, as plain values.
+
+    Args:
+        plan: the plan.
+        zeros: what carried it out; None where nothing did.
+    """
+    file = plan.file
+    count = None if zeros is None else zeros.count
+    gone = None if count is None or file.original is None else count.gone_of(file.original)
+    return {
+        "method": file.method,
+        "settings": file.settings,
+        "sparsity": file.sparsity,
+        "total": file.total,
+        "model": file.model,
+        "plan": plan.hash,
+        "tokens": file.tokens,
+        "weights": {
+            "original": file.original,
+            "present": file.weights,
+            "zeros": None if count is None else count.zeros,
+            "sparsity": None if count is None else count.sparsity,
+            "total": gone,
+        },
+        "layers": [
+            {
+                "layer": layer,
+                "experts": told.experts,
+                "sparsity": told.sparsity,
+                "zeros": None if zeros is None else zeros.counts[layer].sparsity,
+                "never_routed": list(told.never_routed),
+                "figures": dict(told.figures),
+            }
+            for layer, told in file.layers.items()
+        ],
+        "warnings": list(file.warnings),
+    }
+
+
+def warn_of(lines: Sequence[str]) -> None:
+    """Log what a reader must know, each kind at most a few times."""
+    for line in lines[:4]:
+        logger.warning("%s", line)
+    if len(lines) > 4:
+        logger.warning("and %d more warnings, in the plan and in --json", len(lines) - 4)

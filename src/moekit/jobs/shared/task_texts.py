@@ -1,0 +1,95 @@
+"""What a folder of patterns is made from: the text of each task, and what is said of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moekit.errors import BadData
+
+if TYPE_CHECKING:
+    from moekit.data import Document, TokenizedDocument
+    from moekit.jobs.shared.opened import Source
+    from moekit.serving.expert_sets.expert_set import Pattern
+    from moekit.trace.meta import DataEntry
+
+    # Task -> its documents.
+    Texts = dict[str, list[TokenizedDocument]]
+
+logger = logging.getLogger(__name__)
+
+
+def texts_of_tasks(
+    documents: Sequence[Document], reference: str, task: str | None, tokenizer: Any, max_tokens: int | None
+) -> Texts:
+    """The documents of each task, tokenized.
+
+    Args:
+        documents: of all tasks.
+        reference: where they come from.
+        task: the one task they are of; None makes each domain a task.
+        tokenizer: of the model.
+        max_tokens: of each task, at most, shared among its documents.
+
+    Raises:
+        BadData: a task of fewer than two tokens, or a domain of the generalist's name.
+    """
+    from moekit.data.shares import take_shares
+    from moekit.serving.expert_sets.expert_set import GENERALIST
+
+    groups: dict[str, list[Document]] = {}
+    for document in documents:
+        groups.setdefault(task or document.domain, []).append(document)
+    if GENERALIST in groups:
+        raise BadData(
+            f"a domain is called {GENERALIST!r}, which is the name of all tasks together",
+            file=reference,
+            hint="rename it, or name the task (--task)",
+        )
+    found: Texts = {}
+    for name, group in groups.items():
+        try:
+            found[name] = take_shares(group, tokenizer, max_tokens)
+        except BadData as error:
+            raise BadData(f"task {name!r}: {error.message}", file=reference, hint=error.hint) from error
+    return found
+
+
+def warn_of(pattern: Pattern) -> None:
+    """Say how much of the model a task's text did not show."""
+    missed = [len(experts) for experts in pattern.never_routed.values() if experts]
+    if missed:
+        logger.warning(
+            "%s: %d experts in %d of %d layers were never routed in its text; they rank below all others",
+            pattern.task,
+            sum(missed),
+            len(missed),
+            len(pattern.origin.layers),
+        )
+
+
+def account(reference: str, text: list[TokenizedDocument]) -> list[DataEntry]:
+    """Documents and tokens of a text, by domain."""
+    from moekit.trace.meta import DataEntry
+
+    path = Path(reference).expanduser()
+    where = str(path.resolve()) if path.exists() else reference
+    domains: dict[str, list[TokenizedDocument]] = {}
+    for document in text:
+        domains.setdefault(document.domain, []).append(document)
+    return [
+        DataEntry(source=where, domain=domain, documents=len(some), tokens=sum(len(d.ids) for d in some))
+        for domain, some in domains.items()
+    ]
+
+
+def largest_layer(source: Source) -> int:
+    """Bytes of the largest decoder layer, experts and all."""
+    from moekit.checkpoint.names import where
+
+    layers: dict[int | None, int] = {}
+    for name, info in source.checkpoint.tensors.items():
+        layers[where(name)[0]] = layers.get(where(name)[0], 0) + info.nbytes
+    return max(layers.values())

@@ -1,0 +1,290 @@
+"""Answering prompts with the experts of their task alone: which task each belongs to, one task after the other."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moekit.errors import BadConfig, BadData, UnsupportedModel
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, own_device
+from moekit.jobs.shared.opened import Source, open_source
+from moekit.jobs.shared.protection import SUPER, parse_protected
+from moekit.jobs.shared.pruning import budget_of
+
+if TYPE_CHECKING:
+    from moekit._progress import Progress
+    from moekit.compress.engine.prepare import Work
+    from moekit.evaluation.generation import Completion
+    from moekit.serving.expert_sets.expert_set import Pattern
+    from moekit.serving.expert_sets.store import PatternStore
+
+
+class TaskOptions(BaseModel):
+    """Which of a model's experts are loaded for a prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    patterns: str | None = Field(
+        default=None, description="folder of patterns (moekit pattern): load only the experts of each prompt's task"
+    )
+    keep: int | float | str | None = Field(
+        default=None, description="what is loaded: experts a layer (64), their fraction (0.5), or bytes (12GiB)"
+    )
+    task: str | None = Field(default=None, description="the task of all prompts; without it each prompt's is retrieved")
+    retrieval_layers: int = Field(default=1, ge=1, description="MoE layers, from the first, by which it is retrieved")
+    metric: Literal["l2", "cosine"] | None = Field(
+        default=None,
+        description="distance of a prompt from a task; by default l2 for patterns of premoe, cosine for other methods, "
+        "whose scores grow with the text",
+    )
+    max_distance: float | None = Field(
+        default=None, ge=0, description="a prompt farther than this from all tasks gets the generalist's experts"
+    )
+    protect: str | None = Field(
+        default=None, description="experts that are always loaded: pairs such as 1:68,2:92, or a JSON file"
+    )
+    top_k: int | None = Field(default=None, ge=1, description="choices a token makes; as before by default")
+    other_weights: bool = Field(
+        default=False,
+        description="accept patterns of a model of the same shape and other weights, such as the original of a "
+        "quantized copy",
+    )
+
+    def check_tasks(self) -> None:
+        """Refuse what cannot work before anything is read.
+
+        Raises:
+            BadConfig: options of patterns without patterns, no budget, or an impossible one.
+        """
+        given = sorted(self.model_fields_set - {"patterns"})
+        if self.patterns is None:
+            if given:
+                names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise BadConfig(f"{names}: about a task's experts", hint="give the folder of patterns (--patterns)")
+            return
+        if self.keep is None:
+            raise BadConfig("nothing says how many experts to load", hint="--keep 64, --keep 0.5 or --keep 12GiB")
+        budget_of(self.keep, "uniform", None, None)
+        if self.protect == SUPER:
+            raise BadConfig("super experts are found on text, and there is none here", hint="name them, such as 1:68")
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Which task a prompt belongs to.
+
+    Attributes:
+        prompt: the text.
+        task: whose experts answer it.
+        metric: of the distances.
+        nearest: tasks with their distances, nearest first; empty where the task was named.
+    """
+
+    prompt: str
+    task: str
+    metric: str = ""
+    nearest: tuple[tuple[str, float], ...] = ()
+
+    def __str__(self) -> str:
+        if not self.nearest:
+            return self.task
+        first, second = self.nearest[0], self.nearest[1:2]
+        far = f"{self.metric} distance {first[1]:.4g}" + (f" from {first[0]}" if first[0] != self.task else "")
+        return f"{self.task} ({far}; {f'next {second[0][0]}, {second[0][1]:.4g}' if second else 'the only task'})"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt, its task, and how the task's experts continue it."""
+
+    assigned: Assigned
+    completion: Completion
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        nearest = [{"task": task, "distance": distance} for task, distance in self.assigned.nearest]
+        about = {"task": self.assigned.task, "metric": self.assigned.metric or None, "nearest": nearest}
+        return {**self.completion.model_dump(mode="json"), **about}
+
+
+class TaskModels:
+    """A model on disk and the patterns of its tasks.
+
+    Args:
+        options: with `patterns`.
+        reference: of the model.
+        device: where layers run and models go.
+        dtype: of the weights in memory.
+        progress: told of downloads, layers and bytes.
+
+    Raises:
+        BadData: no patterns, or of another model; no such task.
+        BadConfig: a budget that this model cannot have, or experts to protect that are not there.
+    """
+
+    def __init__(
+        self, options: TaskOptions, reference: str, *, device: str, dtype: str, progress: Progress | None = None
+    ) -> None:
+        from moekit.serving.expert_sets.store import PatternStore
+
+        options.check_tasks()
+        self.options = options
+        self.reference = reference
+        self.source: Source = open_source(reference, progress)
+        fingerprint = "" if options.other_weights else self.source.checkpoint.fingerprint
+        self.store: PatternStore = PatternStore(str(options.patterns), fingerprint)
+        self.patterns: dict[str, Pattern] = self.store.load_all()
+        if not self.patterns:
+            raise BadData("the folder holds no patterns", file=self.store.folder, hint="moekit pattern makes them")
+        if options.task is not None:
+            self.store.load(options.task)
+        self._device, self._dtype, self._progress = own_device(device), dtype, progress
+        self._protected = None if options.protect is None else parse_protected(options.protect, self.source)
+        # The budget is refused now, whatever task is retrieved: all are of one shape.
+        self.plan(options.task or next(iter(self.patterns)))
+
+    def plan(self, task: str) -> Work:
+        """What would be read for a task."""
+        from moekit.serving.expert_sets.loading import plan_task
+
+        return plan_task(self.source.checkpoint, self.patterns[task], self._budget, **self._choice)
+
+    @property
+    def _budget(self) -> Any:
+        return budget_of(self.options.keep, "uniform", None, None)
+
+    @property
+    def _choice(self) -> dict[str, Any]:
+        options = self.options
+        return {"protected": self._protected, "top_k": options.top_k, "other_weights": options.other_weights}
+
+    def assign(self, prompts: Sequence[str]) -> list[Assigned]:
+        """Say which task each prompt belongs to: the one named, or the nearest.
+
+        For that no more of the model is read than its first layers. A prompt is read as the tasks' text was: without
+        special tokens and chat template.
+
+        Raises:
+            BadData: an empty prompt, nothing to compare with, or a prompt far from all tasks and no generalist.
+            BadConfig: more layers than there are.
+            UnsupportedModel: the weights are quantized.
+        """
+        from moekit.serving.expert_sets.expert_set import GENERALIST
+        from moekit.serving.expert_sets.retrieval import retrieve
+
+        if self.options.task is not None:
+            return [Assigned(prompt, self.options.task) for prompt in prompts]
+        fallback = GENERALIST if GENERALIST in self.patterns else None
+        metric = self.options.metric or ("l2" if self._origin.method == "premoe" else "cosine")
+        assigned = []
+        for prompt, scores in zip(prompts, self._scores(prompts), strict=True):
+            limit = self.options.max_distance
+            found = retrieve(self.patterns, scores, metric=metric, limit=limit, fallback=fallback)
+            if found.task is None:
+                raise BadData(
+                    f"{prompt[:40]!r} is of no task: {found.distance:.4g} from {found.ranked[0][0]}, the nearest",
+                    file=self.store.folder,
+                    hint="name the task (--task), allow more (--max-distance), or store a generalist "
+                    "(moekit pattern --generalist)",
+                )
+            assigned.append(Assigned(prompt, found.task, metric, found.ranked))
+        return assigned
+
+    @property
+    def _origin(self) -> Any:
+        return next(iter(self.patterns.values())).origin
+
+    def _scores(self, prompts: Sequence[str]) -> list[Any]:
+        import torch
+
+        from moekit.compress.prune.plan import make_method
+        from moekit.serving.expert_sets.retrieval import queries_from_disk
+
+        if "quantization_config" in self.source.checkpoint.config:
+            raise UnsupportedModel(
+                "the weights are quantized, and prompts are scored by layers in full precision",
+                file=self.source.checkpoint.path,
+                hint="name the task (--task)",
+            )
+        tokenizer = self.source.tokenizer()
+        read = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        if not all(read):
+            raise BadData("a prompt is empty: no task can be told from it", hint="give at least one word")
+        device = self._device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return queries_from_disk(
+            self.source.checkpoint,
+            [ids[: self.source.longest] for ids in read],
+            method=make_method(self._origin.method, self._origin.knobs),
+            layers=self.options.retrieval_layers,
+            dtype=None if self._dtype == "auto" else getattr(torch, self._dtype),
+            device=device,
+            progress=self._progress,
+        )
+
+    def complete(
+        self, assigned: Sequence[Assigned], tokens: int, tell: Callable[[str, Work], None] | None = None
+    ) -> list[Answered]:
+        """Continue prompts, task by task: each task's experts are loaded once, and gone before the next ones come.
+
+        Args:
+            assigned: what `assign` gave.
+            tokens: longest continuation.
+            tell: told each task before it is loaded, and what is read for it.
+        """
+        from moekit.evaluation import complete
+        from moekit.serving.expert_sets.loading import load_task
+
+        tokenizer = self.source.tokenizer()
+        done: dict[int, Answered] = {}
+        for task in dict.fromkeys(item.task for item in assigned):
+            numbers = [number for number, item in enumerate(assigned) if item.task == task]
+            if tell is not None:
+                tell(task, self.plan(task))
+            model = load_task(
+                self.source.checkpoint,
+                self.patterns[task],
+                self._budget,
+                device=self._device,
+                dtype=self._dtype,
+                progress=self._progress,
+                **self._choice,
+            )
+            texts = [assigned[number].prompt for number in numbers]
+            made = complete(model, tokenizer, texts, max_new_tokens=tokens, name=task, progress=self._progress)
+            done |= {n: Answered(assigned[n], c) for n, c in zip(numbers, made.completions, strict=True)}
+            del model
+            gc.collect()
+        return [done[number] for number in range(len(assigned))]
+
+    def forecast(self) -> Forecast:
+        """Exact: how many bytes are read does not depend on which experts stay."""
+        work = self.plan(self.options.task or next(iter(self.patterns)))
+        nbytes = read_bytes(work)
+        layers = "" if self.options.task else f"; before it layers up to MoE layer {self.options.retrieval_layers}"
+        reads = (Item(f"{self.reference}, the experts of one task", nbytes), Sizes().item(self.store.folder))
+        notes = (f"of {model_item(self.reference, Sizes()).nbytes or 0:,} bytes that the model has{layers}",)
+        return Forecast(reads, (), disk=0, memory=nbytes + (1 << 28), notes=notes)
+
+
+def read_bytes(work: Work) -> int:
+    """Bytes of all tensors of a task's model."""
+    return sum(kept.spec.nbytes for kept in work.kept)
+
+
+def summary(models: TaskModels, answered: Sequence[Answered]) -> Mapping[str, Any]:
+    """All of it, as JSON holds it."""
+    tasks = dict.fromkeys(item.assigned.task for item in answered)
+    works = {task: models.plan(task) for task in tasks}
+    loaded = {
+        task: {"experts": {str(n): list(d.keep) for n, d in work.decisions.items()}, "bytes": read_bytes(work)}
+        for task, work in works.items()
+    }
+    told = {"model": models.reference, "model_bytes": models.source.nbytes, "patterns": str(models.store.folder)}
+    return {**told, "loaded": loaded, "completions": [item.as_dict() for item in answered]}
