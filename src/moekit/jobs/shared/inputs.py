@@ -68,12 +68,12 @@ def open_model(
         (model, tokenizer).
     """
     import moekit
-    from moekit.checkpoint import check_tokenizer
+    from moekit.data import vocabulary
 
     location = model_location(reference, progress)
     model = moekit.load(location, device=own_device(device), dtype=dtype)
     tokenizer = load_tokenizer(location)
-    check_tokenizer(model, tokenizer)
+    vocabulary.check(tokenizer, vocabulary.embedding_rows(model))
     if plan is not None:
         from moekit.checkpoint import fingerprint_model
         from moekit.routing import RoutingPlan

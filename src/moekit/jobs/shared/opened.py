@@ -45,10 +45,11 @@ class Source:
             BadCheckpoint: it cannot be loaded.
             BadConfig: it has ids that the model does not embed.
         """
-        from moekit.checkpoint import check_tokenizer
+        from moekit.checkpoint.names import text_config
+        from moekit.data import vocabulary
 
         tokenizer = load_tokenizer(self.location)
-        check_tokenizer(self.checkpoint.config, tokenizer)
+        vocabulary.check(tokenizer, int(text_config(self.checkpoint.config).get("vocab_size") or 0))
         return tokenizer
 
     @property

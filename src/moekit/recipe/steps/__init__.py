@@ -11,9 +11,9 @@ from moekit.recipe.steps.base import Step
 from moekit.recipe.steps.convert import ConvertStep
 from moekit.recipe.steps.data import DataStep
 from moekit.recipe.steps.evaluate import EvaluateStep
-from moekit.recipe.steps.lab import LabStep
 from moekit.recipe.steps.pattern import PatternStep
 from moekit.recipe.steps.place import PlaceStep
+from moekit.recipe.steps.pretrain_tiny import PretrainTinyStep
 from moekit.recipe.steps.profile import ProfileStep
 from moekit.recipe.steps.prune import PruneStep
 from moekit.recipe.steps.report import ReportStep
@@ -25,7 +25,7 @@ from moekit.recipe.steps.train import TrainStep
 AnyStep = Annotated[
     DataStep
     | ConvertStep
-    | LabStep
+    | PretrainTinyStep
     | TrainStep
     | ProfileStep
     | SuperExpertsStep
@@ -44,7 +44,7 @@ AnyStep = Annotated[
 STEPS: dict[str, type[Step]] = {
     "data": DataStep,
     "convert": ConvertStep,
-    "lab": LabStep,
+    "pretrain-tiny": PretrainTinyStep,
     "train": TrainStep,
     "profile": ProfileStep,
     "super-experts": SuperExpertsStep,

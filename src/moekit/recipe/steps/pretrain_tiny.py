@@ -1,4 +1,4 @@
-"""`use: lab`: train a small MoE from scratch."""
+"""`use: pretrain-tiny`: train a small MoE from scratch."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from moekit.jobs.shared.inputs import read_text, text_item
 from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
-    from moekit.training import LabConfig
+    from moekit.training import TinyConfig
 
 # fp32 weights with gradients and two moments, and once more the weights on disk.
 _BYTES_PER_PARAMETER = 16
 
 
-class LabStep(Step):
-    """Train a lab model with a vocabulary of its own; a killed run resumes exactly."""
+class PretrainTinyStep(Step):
+    """Train a tiny model with a vocabulary of its own; a killed run resumes exactly."""
 
-    use: Literal["lab"] = "lab"
+    use: Literal["pretrain-tiny"] = "pretrain-tiny"
     text: TextRef = Field(description="text of several domains: folder, source, mix or hub id")
     device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
-    settings: dict[str, Any] = Field(default_factory=dict, description="layout, experts, training, ...: LabConfig")
+    settings: dict[str, Any] = Field(default_factory=dict, description="layout, experts, training, ...: TinyConfig")
 
     def check(self) -> None:
         """Refuse impossible settings."""
         self.config(0)
 
-    def config(self, seed: int) -> LabConfig:
+    def config(self, seed: int) -> TinyConfig:
         """Size and training of the model.
 
         Raises:
             BadConfig: an unknown or impossible setting.
         """
         from moekit._validation import faults
-        from moekit.training import LabConfig
+        from moekit.training import TinyConfig
 
         try:
-            config = LabConfig(**self.settings)
+            config = TinyConfig(**self.settings)
             if "seed" in self.settings.get("training", {}):
                 return config
             training = config.training.model_copy(update={"seed": seed})
             return config.model_copy(update={"training": training})
         except ValidationError as error:
-            raise BadConfig(f"lab model: {faults(error)}", hint="see moekit.training.LabConfig") from error
+            raise BadConfig(f"tiny model: {faults(error)}", hint="see moekit.training.TinyConfig") from error
 
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """From the model's sizes alone."""
@@ -65,9 +65,9 @@ class LabStep(Step):
 
     def run(self, work: JobContext) -> dict[str, Any]:
         """Train and save."""
-        from moekit.training import train_lab
+        from moekit.training import train_tiny
 
-        result = train_lab(
+        result = train_tiny(
             self.config(work.seed),
             read_text(self.text, seed=work.seed, progress=work.progress),
             work.out,
