@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from moekit.errors import printable
+
 # Plain logs get a line at most this often, so that an hour of training does not fill a page a minute.
 SECONDS_BETWEEN_LINES = 15.0
 # Work that was done sooner is not worth a line.
@@ -66,7 +68,8 @@ class PlainProgress:
         total = f"/{work['total']}" if work["total"] is not None else ""
         note = f" {work['note']}" if work["note"] else ""
         seconds = time.monotonic() - work["since"]
-        print(f"{work['label']}: {work['done']}{total}{note} ({seconds:.0f} s)", file=self._stream, flush=True)
+        line = f"{work['label']}: {work['done']}{total}{note} ({seconds:.0f} s)"
+        print(printable(line), file=self._stream, flush=True)
 
 
 class RichProgress:
@@ -84,10 +87,10 @@ class RichProgress:
         )
 
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
@@ -99,13 +102,13 @@ class RichProgress:
         """Add a bar; pieces may be nested."""
         if not self._tasks:
             self._bars.start()
-        self._tasks.append(self._bars.add_task(label, total=total, note=""))
+        self._tasks.append(self._bars.add_task(printable(label), total=total, note=""))
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Move the innermost bar on."""
         if not self._tasks:
             return
-        fields: dict[str, Any] = {"note": note} if note else {}
+        fields: dict[str, Any] = {"note": printable(note)} if note else {}
         self._bars.update(self._tasks[-1], advance=amount, **fields)
 
     def finish(self) -> None:

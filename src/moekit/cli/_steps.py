@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from pydantic import ValidationError
 
+from moekit._files import require_own_folder
 from moekit.cli._command import build_command, build_method_group
 from moekit.cli._errors import config_error
 from moekit.cli._options import keyword_parameter, option_parameters, read_options
@@ -126,6 +127,7 @@ def carry_out(
         raise BadConfig(f"the {what} exists", file=out, hint="choose another one, or say --overwrite")
     work = _workplace(terminal, ready, out, overwrite)
     with _alone(work):
+        require_own_folder(work.scratch)
         _refuse_further(ready, work)
         results = _run(ready, work)
     terminal.answer(out=str(out), **results)

@@ -106,6 +106,7 @@ def save_changed(
     config: Mapping[str, Any],
     scores: Mapping[str, Any] | None = None,
     plan_hash: str | None = None,
+    drop_unknown: bool = False,
 ) -> None:
     """Write a model that was made from another one, with its record; it takes its name once it has been checked.
 
@@ -119,6 +120,7 @@ def save_changed(
         config: settings of the method.
         scores: figures to keep in the record.
         plan_hash: hash of the plan that was applied.
+        drop_unknown: leave out what the source holds beyond the model; otherwise it is copied.
 
     Raises:
         BadCheckpoint: what was written is not what it must be; nothing is left.
@@ -138,10 +140,10 @@ def save_changed(
         config=dict(config),
         scores=dict(scores or {}),
     )
-    _write_checked(model, tokenizer, record, work)
+    _write_checked(model, tokenizer, record, work, drop_unknown)
 
 
-def _write_checked(model: Any, tokenizer: Any, record: Record, work: JobContext) -> None:
+def _write_checked(model: Any, tokenizer: Any, record: Record, work: JobContext, drop_unknown: bool) -> None:
     """Write, check, and only then give it its name."""
     import moekit
     from moekit.checking import check
@@ -149,7 +151,7 @@ def _write_checked(model: Any, tokenizer: Any, record: Record, work: JobContext)
 
     with atomic_folder(work.out, overwrite=work.overwrite) as folder:
         inner = folder / work.out.name
-        moekit.save(model, inner, tokenizer=tokenizer, record=record)
+        moekit.save(model, inner, tokenizer=tokenizer, record=record, drop_unknown=drop_unknown)
         _judge(check(inner, progress=work.progress), work.out)
         for file in list(inner.iterdir()):
             file.rename(folder / file.name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moekit._files import read_bytes
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.comparison import Comparison, Evaluation, compare
 from moekit.evaluation.variants import VariantResult, compare_variants
@@ -174,7 +175,7 @@ def prove(
     known = folder / f"proof-{key[:16]}-{heldout.digest[:16]}.json"
     if known.is_file():
         try:
-            return Proof.model_validate_json(known.read_bytes())
+            return Proof.model_validate_json(read_bytes(known))
         except ValidationError:
             known.unlink()
     folder.mkdir(parents=True, exist_ok=True)

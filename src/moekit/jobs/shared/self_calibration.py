@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moekit._files import read_text
 from moekit.errors import BadConfig
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _read(file: Path) -> list[TokenizedDocument] | None:
     from moekit.data import TokenizedDocument
 
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(read_text(file))
         return [TokenizedDocument(list(map(int, e["ids"])), str(e["domain"]), int(e["index"])) for e in entries]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -28,6 +28,10 @@ class ConvertStep(Step):
     seq_len: int = Field(default=256, ge=2, description="tokens a row")
     dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
 
+    drop_unknown: bool = Field(
+        default=False, description="leave out what the source holds beyond the model, such as a vision tower"
+    )
+
     def check(self) -> None:
         """Refuse an unknown method and impossible options."""
         catalogue.make("convert", self.method, self.settings)
@@ -55,7 +59,7 @@ class ConvertStep(Step):
             documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
             rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens)
             calibration = rows.calibration
-        moe = conversion.convert(model, calibration, work.seed, progress=work.progress)
+        moe = conversion.convert(model, calibration, work.seed, progress=work.progress, drop_unknown=self.drop_unknown)
         save_changed(moe, tokenizer, work, parent=self.model, config={"method": self.method, **self.settings})
         layers = find_moe_layers(moe)
         return {

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from moekit._files import read_bytes
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import PlacementRef, ResultsRef, TraceRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -71,6 +72,6 @@ class ReportStep(Step):
         page = build(data, work.out / PAGE, strict=self.strict)
         if self.publish:
             for file in (page, page.with_suffix(".json")):
-                atomic_write(work.out.parent / file.name, file.read_bytes())
+                atomic_write(work.out.parent / file.name, read_bytes(file))
         findings = [finding.text for finding in (data.headline, *data.findings)]
         return {"page": str(page), "findings": findings, "failures": list(data.failures)}

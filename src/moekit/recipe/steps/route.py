@@ -26,6 +26,11 @@ class RouteStep(Step):
     placement: PlacementRef | None = Field(default=None, description="placement file, for policies that need devices")
     write: Literal["plan", "model"] = Field(default="plan", description="write the plan alone, or a model with it")
 
+    drop_unknown: bool = Field(
+        default=False,
+        description="leave out what the source holds beyond the model, with write: model",
+    )
+
     def check(self) -> None:
         """Refuse an unknown method and impossible options."""
         catalogue.make("routing", self.method, self.settings)
@@ -72,7 +77,15 @@ class RouteStep(Step):
             plan.save(work.out, overwrite=work.overwrite)
         else:
             plan.apply(model, fingerprint=fingerprint)
-            save_changed(model, tokenizer, work, parent=self.model, config=self.settings, plan_hash=plan.hash)
+            save_changed(
+                model,
+                tokenizer,
+                work,
+                parent=self.model,
+                config=self.settings,
+                plan_hash=plan.hash,
+                drop_unknown=self.drop_unknown,
+            )
         return {
             "method": self.method,
             "settings": plan.header.config,

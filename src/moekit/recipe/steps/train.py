@@ -37,6 +37,9 @@ class TrainStep(RankedOptions, Step):
     data_parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)"
     )
+    drop_unknown: bool = Field(
+        default=False, description="leave out what the source holds beyond the model, such as a vision tower"
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, balance_coef, ...: TrainConfig")
 
     def check(self) -> None:
@@ -108,7 +111,15 @@ class TrainStep(RankedOptions, Step):
             model = self._whole(model, work)
         scores = result.model_dump(mode="json", exclude={"history"})
         settings = {**config.model_dump(mode="json", exclude_defaults=True), "text": self.text}
-        save_changed(model, tokenizer, work, parent=self.model, config=settings, scores=scores)
+        save_changed(
+            model,
+            tokenizer,
+            work,
+            parent=self.model,
+            config=settings,
+            scores=scores,
+            drop_unknown=self.drop_unknown,
+        )
         return {**scores, "tokens_per_second": result.tokens_per_second, "final_loss": result.losses[-1]}
 
     def _open(self, work: JobContext, device: str | None = None) -> tuple[Any, Any]:
