@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import MoELayer, flat_output
-from moekit.compress.decision import LayerDecision
-from moekit.compress.resize import Groups, resized_block, resized_config
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.resize import Groups, resized_block, resized_config
+from moekit.compress.engine.weights import LayerWeights
 from moekit.trace.seam import read_arguments
 
 Rewrite = Callable[[int, LayerWeights], LayerWeights]
@@ -31,7 +31,7 @@ class Variant:
         decisions: decoder layer -> which experts stay.
         rewrite: (layer, all experts' weights) -> weights of what stays; None keeps those as they are.
         top_k: choices a token makes; None as before.
-        groups: "free" or "equal"; see `moekit.compress.resize.resized_config`.
+        groups: "free" or "equal"; see `moekit.compress.engine.resize.resized_config`.
     """
 
     name: str
@@ -97,6 +97,19 @@ def watched(moe: MoELayer | None, device: torch.device) -> Iterator[Seen]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def as_written(variant: Variant, stored: torch.dtype) -> Variant:
+    """The variant with weights rewritten in the type of the checkpoint, as on disk, whatever the layer computes in."""
+    own = variant.rewrite
+    if own is None:
+        return variant
+
+    def rewrite(layer: int, weights: LayerWeights) -> LayerWeights:
+        made = own(layer, weights.map(lambda t: t.to(stored), router=False))
+        return made.map(lambda t: t.to(weights.up_EIH.dtype), router=False)
+
+    return replace(variant, rewrite=rewrite)
 
 
 def changed_layer(variant: Variant, moe: MoELayer, weights: LayerWeights, config: Any) -> ChangedLayer:

@@ -15,9 +15,9 @@ from moekit.checking import check
 from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.apply import apply
-from moekit.compress.live import change_model
+from moekit.compress.engine.live import change_model
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.families import EXPERTS, FAMILIES, build, logits, tokens

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, named_dtype
 from moekit._validation import faults
 from moekit.errors import BadConfig, BadData, OutOfBudget
 from moekit.jobs.shared.estimates import disk_bytes
@@ -22,10 +23,10 @@ from moekit.jobs.shared.inputs import read_text
 from moekit.jobs.shared.opened import Source
 
 if TYPE_CHECKING:
-    from moekit.compress.budget import Budget
-    from moekit.compress.decision import LayerDecision
-    from moekit.compress.prune.plan import PrunePlan
-    from moekit.compress.prune.planning import Request
+    from moekit.compress.budget.sizes import Budget
+    from moekit.compress.engine.outcome import LayerDecision
+    from moekit.compress.engine.plan import PrunePlan
+    from moekit.compress.engine.planning import Request
     from moekit.jobs.context import JobContext
     from moekit.jobs.shared.proof import HeldOut
 
@@ -55,17 +56,13 @@ class WritingOptions(BaseModel):
     mtp: Literal["drop", "keep"] = Field(
         default="drop", description="multi-token-prediction layers: leave them out, or copy them"
     )
-    device: str = Field(default="cpu", description="where layers run: cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of layers in memory; auto: as the model is stored"
-    )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     @property
     def torch_dtype(self) -> Any:
         """As torch names it; None for auto."""
-        import torch
-
-        return None if self.dtype == "auto" else getattr(torch, self.dtype)
+        return named_dtype(self.dtype)
 
 
 def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Budget:
@@ -74,7 +71,7 @@ def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Bud
     Raises:
         BadConfig: an impossible value.
     """
-    from moekit.compress.budget import Budget
+    from moekit.compress.budget.sizes import Budget
 
     if scope == "uniform" and (least is not None or most is not None):
         raise BadConfig(
@@ -131,8 +128,8 @@ def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mt
         BadConfig: the budget against the choices a token makes, routing groups, protected experts, a routing policy.
         BadCheckpoint, UnsupportedModel: experts that cannot be told apart on disk.
     """
-    from moekit.compress.engine.prepare import prepare
-    from moekit.compress.prune.grouped import check_grouping, routing_groups
+    from moekit.compress.engine.grouped import check_grouping, routing_groups
+    from moekit.compress.engine.layout import prepare
 
     counts = _counts(source, request)
     groups = routing_groups(source.checkpoint.config) if request.groups == "equal" else 1
@@ -165,15 +162,15 @@ def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mt
 
 def _any_decision(experts: int, keep: int, groups: int) -> LayerDecision:
     """A decision of the right size: how large the result is does not depend on who stays."""
-    from moekit.compress.decision import LayerDecision
+    from moekit.compress.engine.outcome import LayerDecision
 
     size, share = experts // groups, keep // groups
     return LayerDecision(keep=tuple(group * size + e for group in range(groups) for e in range(share)))
 
 
 def _counts(source: Source, request: Request) -> dict[int, int]:
-    from moekit.compress.budget import bounds, check_total, total_count, uniform_count
-    from moekit.compress.prune.planning import sizes_of
+    from moekit.compress.budget.sizes import bounds, check_total, total_count, uniform_count
+    from moekit.compress.engine.planning import sizes_of
 
     sizes = sizes_of(source.checkpoint, source.geometries, request.top_k)
     if request.budget.scope == "uniform":

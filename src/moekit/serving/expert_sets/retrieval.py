@@ -18,7 +18,7 @@ from moekit._progress import Progress
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.answers import prompt_ids
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.engine.dropping import PruneMethod
 from moekit.errors import BadConfig, BadData, NumericFault
 from moekit.serving.expert_sets.expert_set import Pattern
 from moekit.serving.expert_sets.recording import GroupedText
@@ -78,7 +78,7 @@ def queries_from_disk(
     method: PruneMethod,
     layers: int = 1,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> list[Tensor]:
     """Score prompts as `query` does, reading no more of a checkpoint than its first layers, one at a time.
@@ -88,8 +88,8 @@ def queries_from_disk(
         prompts: token ids of each.
         method: the one that scored the patterns.
         layers: how many MoE layers from the first.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
         progress: told layer by layer.
 
     Returns:
