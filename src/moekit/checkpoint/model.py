@@ -1,10 +1,10 @@
-"""Load a model with its routing policy, and save one whole or not at all."""
+"""Load a stock model, and save one with what goes beside it, whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from moekit.checkpoint.card import CARD_FILE, licence_of, render
 from moekit.checkpoint.digest import config_digest, tensor_digests
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import expert_counts
-from moekit.checkpoint.fingerprint import live_fingerprint
+from moekit.checkpoint.fingerprint import STAMP, live_fingerprint
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
@@ -30,15 +30,10 @@ from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.uneven import live_counts, load_uneven, uneven_counts
 from moekit.errors import BadCheckpoint, BadConfig
 
-Restorer = Callable[[PreTrainedModel, Record, dict[str, torch.Tensor]], None]
-
-# `moekit.routing` registers here what puts a record's policy back into a loaded model.
-RESTORERS: list[Restorer] = []
-
 
 @dataclass(frozen=True)
 class Provenance:
-    """Stamp that `load` leaves on a model as `model._moekit`.
+    """Stamp that `load` leaves on a model; read it by `fingerprint.provenance_of`.
 
     Attributes:
         path: folder it was loaded from.
@@ -77,10 +72,9 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     device_map: Any = None,
-    policy: bool = True,
     allow_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Open, verify and load a checkpoint, and restore the routing policy of its record.
+    """Open, verify and load a checkpoint as the stock model; `moekit.load` attaches the parts of its record too.
 
     Args:
         model: local folder or hub id.
@@ -89,7 +83,6 @@ def load(
         dtype: of the weights in memory; "auto" keeps the config's.
         device: "auto" takes a GPU if there is one; ignored with `device_map`.
         device_map: as in transformers.
-        policy: whether to restore the record's routing policy.
         allow_remote_code: see `Checkpoint.open`.
 
     Returns:
@@ -97,7 +90,6 @@ def load(
 
     Raises:
         BadCheckpoint, UnsafeInput, UnsupportedModel: see `Checkpoint.open` and `verify`.
-        BadConfig: the record holds a policy, but `moekit.routing` was not imported (use `moekit.load`).
     """
     checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
     verify(checkpoint)
@@ -109,8 +101,6 @@ def load(
         loaded.to(_auto_device() if device == "auto" else device)
     loaded.eval()
     stamp(loaded, checkpoint)
-    if policy and checkpoint.record is not None and checkpoint.record.policy is not None:
-        _restore(loaded, checkpoint.record, read_extra_tensors(checkpoint.path))
     return loaded
 
 
@@ -148,7 +138,7 @@ def _load_uneven(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: A
 def stamp(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Note on a model which checkpoint its weights are."""
     provenance = Provenance(checkpoint.path, checkpoint.fingerprint, checkpoint.record, live_fingerprint(model))
-    object.__setattr__(model, "_moekit", provenance)
+    object.__setattr__(model, STAMP, provenance)
 
 
 def _refuse_partial(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
@@ -161,16 +151,6 @@ def _refuse_partial(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
             file=checkpoint.path,
             hint="the layout is one that this version of transformers does not read; try another version",
         )
-
-
-def _restore(model: PreTrainedModel, record: Record, tensors: dict[str, torch.Tensor]) -> None:
-    if not RESTORERS:
-        raise BadConfig(
-            "the record holds a routing policy, but nothing that restores policies is imported",
-            hint="use moekit.load (or import moekit.routing first), or pass policy=False for plain routing",
-        )
-    for restorer in RESTORERS:
-        restorer(model, record, tensors)
 
 
 def read_extra_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -197,7 +177,7 @@ def save(
     """Save a stock Hugging Face folder with its record and card, whole or not at all, verified before it appears.
 
     Args:
-        model: any causal LM; a routing policy attached to it is saved by giving `record.policy` and its tensors.
+        model: any causal LM; parts attached to it are saved by giving `record.parts` and their tensors.
         folder: target.
         tokenizer: saved beside the model.
         record: how it was made; fingerprint and expectations are filled in here.
