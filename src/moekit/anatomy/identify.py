@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from moekit.anatomy.gate import Gate, GateSpec, Scoring
-from moekit.anatomy.probe import PARTS, MoELayer, ask_router
+from moekit.anatomy.probe import MoELayer, ask_router
+from moekit.checkpoint.names import is_part_tensor
 from moekit.errors import UnsupportedModel
 
 _EPSILONS = (0.0, 1e-20, 1e-6, 1e-9, 1e-12)
@@ -93,7 +94,7 @@ def _agreeing(twin: nn.Module, question: _Question, hidden: int, specs: list[Gat
             for parameter in asked.parameters():
                 if parameter.dim() == 2:
                     parameter.copy_(-parameter.abs())
-    answer = ask_router(asked, rows_TH.to(like.dtype))
+    answer = ask_router(asked, rows_TH.to(like.dtype), stock=True)
     if answer is None:  # a router that does not run in this type tells nothing in it
         return specs
     return [spec for spec in specs if _equals(spec, asked, answer)]
@@ -118,7 +119,7 @@ def _attribute(router: nn.Module, *names: str) -> object | None:
 def _bias_names(router: nn.Module, experts: int) -> list[str]:
     """Candidates for a selection bias: [E]-sized tensors below the router that are not the linear map's own bias."""
     tensors = (*router.named_parameters(), *router.named_buffers())
-    names = [n for n, t in tensors if t.numel() == experts and not n.startswith(f"{PARTS}.")]
+    names = [n for n, t in tensors if t.numel() == experts and not is_part_tensor(n)]
     return [n for n in names if n not in {"bias", "layer.bias"}]
 
 
@@ -173,11 +174,14 @@ def _key(router: nn.Module, layer: MoELayer) -> tuple[object, ...] | None:
     """What decides a router's gate; None where its forward was replaced, which no attribute shows."""
     told: list[object] = [layer.geometry.hidden, layer.geometry.experts, layer.geometry.top_k]
     for name, module in router.named_modules():
+        if is_part_tensor(f"{name}."):
+            continue
         if "forward" in module.__dict__:
             return None
         plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str) and k != "training"}
         describe = getattr(getattr(module, "config", None), "to_dict", None)
         values = repr(describe()) if describe is not None else ""
-        told.append((name, type(module), tuple(sorted(plain.items())), values))
-    told += [(n, str(t.dtype), tuple(t.shape)) for n, t in (*router.named_parameters(), *router.named_buffers())]
+        told.append((name, getattr(type(module), "stock_class", type(module)), tuple(sorted(plain.items())), values))
+    tensors = (*router.named_parameters(), *router.named_buffers())
+    told += [(n, str(t.dtype), tuple(t.shape)) for n, t in tensors if not is_part_tensor(n)]
     return tuple(told)

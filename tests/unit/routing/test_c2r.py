@@ -15,6 +15,7 @@ from moekit.anatomy import Geometry
 from moekit.errors import BadConfig, BadData
 from moekit.routing import C2R, Gate, GateSpec, PlanInputs, partner_lists
 from moekit.routing.methods.c2r import allowed_partners
+from tests.routing import routed
 
 LOGITS = torch.tensor([[2.0, 1.5, 0.5, 1.0]])
 LISTS = torch.tensor([[2, 3, 1, 0], [0, 2, 3, 1], [0, 1, 3, 2], [0, 1, 2, 3]])
@@ -30,7 +31,7 @@ def gate(top_k: int = 2, **spec: object) -> Gate:
 
 def route(policy: C2R, tensors: dict[str, torch.Tensor], logits: torch.Tensor, top_k: int = 2, **spec: object):
     prepared = policy.prepare(tensors, geometry(logits.shape[1], top_k))
-    return policy.route(gate(top_k, **spec), logits, prepared, torch.empty(0))
+    return routed(policy, gate(top_k, **spec), logits, prepared)
 
 
 @pytest.mark.parametrize(("top_t", "expected"), [(1, {0, 2}), (2, {0, 3}), (3, {0, 1})])

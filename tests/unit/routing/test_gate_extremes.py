@@ -12,6 +12,7 @@ from torch import Tensor
 from moekit.anatomy import find_moe_layers
 from moekit.routing import C2R, Gate, identify_gate
 from tests.families import EXPERTS, FAMILIES, build
+from tests.routing import routed
 
 
 def gate_of(family: str, **changes: object) -> Gate:
@@ -88,6 +89,6 @@ def test_device_mode_keeps_the_first_choices_device_where_devices_tie() -> None:
     policy = C2R(mode="device")
     devices = torch.tensor([0, 1] * (EXPERTS // 2))
     logits_TE = torch.randint(0, 2, (200, EXPERTS), generator=torch.Generator().manual_seed(1)).float()
-    _, chosen_TK = policy.route(gate, logits_TE, {"devices": devices}, torch.zeros(200, 32))
+    _, chosen_TK = routed(policy, gate, logits_TE, {"devices": devices})
     first_T = gate.first(gate.selection(logits_TE))
     assert torch.equal(devices[chosen_TK], devices[first_T][:, None].expand_as(chosen_TK))
