@@ -229,5 +229,6 @@ class Recorder:
             domains,
             names=[entry.name for entry in self._entries],
             source=self._recording.source,
+            begins=self.counter.begins,
             told=self._told,
         )

@@ -236,10 +236,11 @@ def read_heldout(options: WritingOptions, reference: str, split: Any, source: So
     Raises:
         BadData: there is none, or no document has two tokens.
     """
+    from moekit.data.passages import units
     from moekit.data.shares import take_shares
     from moekit.jobs.shared.proof import HeldOut
 
-    documents = read_text(reference, split=split, seed=work.seed, progress=work.progress)
+    documents = units(read_text(reference, split=split, seed=work.seed, progress=work.progress))
     try:
         tokenized = take_shares(documents, source.tokenizer(), options.proof_tokens)
     except BadData:  # fewer than two tokens in all

@@ -80,7 +80,13 @@ def account(reference: str, text: list[TokenizedDocument]) -> list[DataEntry]:
     for document in text:
         domains.setdefault(document.domain, []).append(document)
     return [
-        DataEntry(source=where, domain=domain, documents=len(some), tokens=sum(len(d.ids) for d in some))
+        DataEntry(
+            source=where,
+            domain=domain,
+            documents=len(some),
+            tokens=sum(len(d.ids) for d in some),
+            begins=max((tuple(d.ids[: d.begins]) for d in some), key=len),
+        )
         for domain, some in domains.items()
     ]
 

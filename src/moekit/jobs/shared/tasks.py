@@ -203,6 +203,7 @@ class TaskModels:
         import torch
 
         from moekit.compress.prune.plan import make_method
+        from moekit.data.encoding import encode
         from moekit.serving.expert_sets.retrieval import queries_from_disk
 
         if "quantization_config" in self.source.checkpoint.config:
@@ -212,7 +213,7 @@ class TaskModels:
                 hint="name the task (--task)",
             )
         tokenizer = self.source.tokenizer()
-        read = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        read = [encode(prompt, tokenizer) for prompt in prompts]
         if not all(read):
             raise BadData("a prompt is empty: no task can be told from it", hint="give at least one word")
         device = self._device

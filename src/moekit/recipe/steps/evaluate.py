@@ -96,10 +96,11 @@ class EvaluateStep(RankedOptions, Step):
 
     def _perplexity(self, model: Any, tokenizer: Any, name: str, work: JobContext) -> Any:
         from moekit.data import tokenize
+        from moekit.data.passages import units
         from moekit.evaluation import perplexity_of_documents
 
         assert self.text is not None
-        documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
+        documents = units(read_text(self.text, split=self.split, seed=work.seed, progress=work.progress))
         each = None if self.max_tokens is None else max(2, self.max_tokens // len(documents))
         tokenized = tokenize(documents, tokenizer, each)
         return perplexity_of_documents(model, tokenized, window=self.window, name=name, progress=work.progress)

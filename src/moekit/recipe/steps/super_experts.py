@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +18,7 @@ from moekit.jobs.shared.pruning import WritingOptions, bytes_between, check_disk
 from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
-    from moekit.data import TokenBatches, TokenizedDocument
+    from moekit.data import TokenBatches
     from moekit.diagnose.super_experts.massive_activations import LayerStream
     from moekit.diagnose.super_experts.report import SuperExpertReport
     from moekit.evaluation.super_expert_study import SuperExpertStudy
@@ -134,14 +132,13 @@ class SuperExpertsStep(Step):
         documents = read_text(self.data, split="train" if kept_apart else None, seed=work.seed, progress=work.progress)
         tokenizer = source.tokenizer()
         # Sinks stand at the beginning of a text: each document begins a row, as texts of this model do.
-        found = _begun(take_shares(documents, tokenizer, self.max_tokens, progress=work.progress), tokenizer)
+        found = take_shares(documents, tokenizer, self.max_tokens, progress=work.progress)
         length = min(self.seq_len, source.longest)
         rows = arrange(found, length, pad=True, pad_id=pad_id_of(tokenizer))
         if not self.proof:
             return rows, None
         text, split = (self.data, "heldout") if self.heldout is None else (self.heldout, None)
-        heldout = read_heldout(self._options, text, split, source, work)
-        return rows, dataclasses.replace(heldout, documents=_begun(heldout.documents, tokenizer))
+        return rows, read_heldout(self._options, text, split, source, work)
 
     def _look(
         self, source: Source, rows: TokenBatches, work: JobContext
@@ -189,14 +186,6 @@ class SuperExpertsStep(Step):
         path = Path(self.data).expanduser()
         name = str(path.resolve()) if path.exists() else self.data
         return f"{name}[train]" if self.proof and self.heldout is None else name
-
-
-def _begun(documents: Sequence[TokenizedDocument], tokenizer: Any) -> list[TokenizedDocument]:
-    """The documents, each behind what the tokenizer puts before a text, such as a token of its beginning."""
-    plain, usual = (list(tokenizer("a", add_special_tokens=told)["input_ids"]) for told in (False, True))
-    starts = (n for n in range(len(usual)) if usual[n : n + len(plain)] == plain)
-    before = usual[: next(starts, 0)]
-    return [dataclasses.replace(document, ids=[*before, *document.ids]) for document in documents]
 
 
 def _largest_layer(source: Source) -> int:
