@@ -12,7 +12,7 @@ import moekit
 from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.safety import check_name, read_json
-from moekit.errors import BadCheckpoint
+from moekit.errors import BadCheckpoint, MoekitError
 
 RECORD_FILE = "moekit.json"
 TENSORS_FILE = "moekit.safetensors"
@@ -135,6 +135,21 @@ class Record(_Frozen):
     def write(self, folder: str | Path) -> None:
         """Write the record into a folder, whole or not at all."""
         atomic_write(Path(folder) / RECORD_FILE, self.model_dump_json(indent=1) + "\n")
+
+
+def ancestors(record: Record | None) -> list[str]:
+    """Fingerprints of the checkpoints that one was made from, its parent's first, as far back as records reach."""
+    found: list[str] = []
+    while record is not None and record.parent_fingerprint and record.parent_fingerprint not in found:
+        found.append(record.parent_fingerprint)
+        try:
+            local = record.parent is not None and Path(record.parent).is_dir()
+            record = Record.read(record.parent) if local and record.parent else None
+        except MoekitError:
+            break
+        if record is not None and record.fingerprint != found[-1]:
+            break  # another checkpoint lies there now
+    return found
 
 
 def package_versions() -> dict[str, str]:

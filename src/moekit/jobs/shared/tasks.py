@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moekit.errors import BadConfig, BadData, UnsupportedModel
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import model_item, own_device
+from moekit.jobs.shared.inputs import model_item
 from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.protection import SUPER, parse_protected
 from moekit.jobs.shared.pruning import budget_of
@@ -143,7 +143,7 @@ class TaskModels:
             raise BadData("the folder holds no patterns", file=self.store.folder, hint="moekit pattern makes them")
         if options.task is not None:
             self.store.load(options.task)
-        self._device, self._dtype, self._progress = own_device(device), dtype, progress
+        self._device, self._dtype, self._progress = device, dtype, progress
         self._protected = None if options.protect is None else parse_protected(options.protect, self.source)
         # The budget is refused now, whatever task is retrieved: all are of one shape.
         self.plan(options.task or next(iter(self.patterns)))
@@ -200,8 +200,7 @@ class TaskModels:
         return next(iter(self.patterns.values())).origin
 
     def _scores(self, prompts: Sequence[str]) -> list[Any]:
-        import torch
-
+        from moekit._device import named_dtype
         from moekit.compress.prune.plan import make_method
         from moekit.data.encoding import encode
         from moekit.serving.expert_sets.retrieval import queries_from_disk
@@ -216,16 +215,13 @@ class TaskModels:
         read = [encode(prompt, tokenizer) for prompt in prompts]
         if not all(read):
             raise BadData("a prompt is empty: no task can be told from it", hint="give at least one word")
-        device = self._device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         return queries_from_disk(
             self.source.checkpoint,
             [ids[: self.source.longest] for ids in read],
             method=make_method(self._origin.method, self._origin.knobs),
             layers=self.options.retrieval_layers,
-            dtype=None if self._dtype == "auto" else getattr(torch, self._dtype),
-            device=device,
+            dtype=named_dtype(self._dtype),
+            device=self._device,
             progress=self._progress,
         )
 
