@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 
 from moekit.data import Document, pack, tokenize
 from moekit.data.batches import arrange
 from moekit.data.encoding import beginning, encode, encode_document
+from moekit.data.passages import FEW, units
 from moekit.data.shares import take_shares
 from moekit.errors import BadConfig
 from moekit.trace import Trace, record
 from tests.families import build
-from tests.tiny import tokenizer
-
-BOS = 1
+from tests.tiny import BOS, bos_tokenizer, tokenizer
 
 
 @pytest.fixture
 def begins():
-    """The tiny tokenizer, with a beginning token that it puts before every text and an end token behind it."""
-    made = tokenizer()
-    made.add_special_tokens({"bos_token": made.convert_ids_to_tokens(BOS)})
-    name = made.bos_token
-    made.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{name} $A {name}", pair=f"{name} $A {name} $B", special_tokens=[(name, BOS)]
-    )
-    return made
+    return bos_tokenizer()
 
 
 TEXTS = [Document("abc", "one", "a"), Document("de", "one", "b"), Document("fgh", "two", "c")]
@@ -81,3 +72,12 @@ def test_a_trace_says_what_documents_began_with(begins, tmp_path) -> None:
         trace.save(tmp_path / bos)
         assert Trace.load(tmp_path / bos).meta.data == trace.meta.data
         assert torch.equal(trace.indices(0), Trace.load(tmp_path / bos).indices(0))
+
+
+def test_few_documents_are_cut_into_passages_and_that_is_said(caplog) -> None:
+    long = Document("word and more. " * 1000, "book", "b")
+    pieces = units([long, *TEXTS])
+    assert "".join(d.text for d in pieces if d.domain == "book") == long.text
+    assert [d for d in pieces if d.domain != "book"] == TEXTS
+    assert "book: 1 document cut into 7 passages" in caplog.text
+    assert units([long] * FEW) == [long] * FEW

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, resolve_device
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, TextRef
@@ -69,12 +70,13 @@ class SuperExpertsStep(Step):
     window: int | None = Field(
         default=None, ge=2, description="longest context of the check in tokens (default: the model's, ≤ 1024)"
     )
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     @property
     def _options(self) -> WritingOptions:
-        return WritingOptions(proof_tokens=self.proof_tokens, window=self.window, dtype=self.dtype)
+        return WritingOptions(proof_tokens=self.proof_tokens, window=self.window, bos=self.bos, dtype=self.dtype)
 
     def check(self) -> None:
         """Refuse held-out text that nothing would be measured on."""
@@ -131,7 +133,7 @@ class SuperExpertsStep(Step):
         documents = read_text(self.data, split="train" if kept_apart else None, seed=work.seed, progress=work.progress)
         tokenizer = source.tokenizer()
         # Sinks stand at the beginning of a text: each document begins a row, as texts of this model do.
-        found = take_shares(documents, tokenizer, self.max_tokens, progress=work.progress)
+        found = take_shares(documents, tokenizer, self.max_tokens, bos=self.bos, progress=work.progress)
         length = min(self.seq_len, source.longest)
         rows = arrange(found, length, pad=True, pad_id=pad_id_of(tokenizer))
         if not self.proof:
