@@ -281,6 +281,7 @@ class Recorder:
             domains,
             names=[entry.name for entry in self._entries],
             source=self.recording.source,
+            begins=self.counter.begins,
             told=self._told,
         )
 

@@ -140,7 +140,15 @@ def _rows(
     if tokenizer is None:
         raise BadConfig("text needs a tokenizer", hint="give the model's tokenizer, or rows of token ids")
     vocabulary.check(tokenizer, embedded)
-    return pack(documents, tokenizer, config.seq_len, pad=config.pad, end_token=config.end_token, progress=progress)
+    return pack(
+        documents,
+        tokenizer,
+        config.seq_len,
+        pad=config.pad,
+        end_token=config.end_token,
+        bos=config.bos,
+        progress=progress,
+    )
 
 
 @contextmanager
