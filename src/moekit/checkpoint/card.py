@@ -61,12 +61,12 @@ def _loading(record: Record) -> list[str]:
             f"Layers hold different numbers of experts, as `{RECORD_FILE}` says: `moekit.load` opens the folder; "
             "`AutoModelForCausalLM.from_pretrained`, which knows one number for all layers, does not."
         )
-    if record.policy:
+    if record.parts:
+        names = ", ".join(f"**{part.name}** ({part.kind})" for part in record.parts)
         lines += [
             "",
-            f"It was made for the routing policy **{record.policy.name}**, kept in `{RECORD_FILE}` and "
-            f"`{TENSORS_FILE}`. Only `moekit.load` restores that policy; stock transformers and vLLM route with "
-            "the family's plain top-k, so their outputs differ.",
+            f"It was made to run with {names}, kept in `{RECORD_FILE}` and `{TENSORS_FILE}`. Only `moekit.load` "
+            "restores that; stock transformers and vLLM run the plain model, so their outputs differ.",
         ]
     return lines
 

@@ -30,6 +30,7 @@ from moekit.training.distribution import Distribution
 from moekit.training.freeze import FreezeReport, train_only
 from moekit.training.head import sliced_cross_entropy
 from moekit.training.identity import RESULT_FILE, prepare_folder, run_identity
+from moekit.training.learning import check_routers_learn
 from moekit.training.lora import add_lora, merge_lora
 from moekit.training.order import OrderedRows, row_order
 from moekit.training.resume import (
@@ -139,7 +140,15 @@ def _rows(
     if tokenizer is None:
         raise BadConfig("text needs a tokenizer", hint="give the model's tokenizer, or rows of token ids")
     vocabulary.check(tokenizer, embedded)
-    return pack(documents, tokenizer, config.seq_len, pad=config.pad, end_token=config.end_token, progress=progress)
+    return pack(
+        documents,
+        tokenizer,
+        config.seq_len,
+        pad=config.pad,
+        end_token=config.end_token,
+        bos=config.bos,
+        progress=progress,
+    )
 
 
 @contextmanager
@@ -187,6 +196,8 @@ class _Run:
         if self.config.lora is None:
             self.report = train_only(self.model, self.config.parts)
             _check_types(self.model)
+            if self.distribution is None:  # parameters dealt out to ranks do not answer alone
+                check_routers_learn(self.model, self.config)
             yield
             return
         wrapped = self.model = add_lora(self.base, self.config.lora)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -36,6 +37,7 @@ class ProfileStep(Step):
     )
     choices: bool = Field(default=True, description="keep every token's choice, for replay and placement")
     weights: bool = Field(default=False, description="keep the gate weights too, 16 bits each")
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
@@ -83,7 +85,7 @@ class ProfileStep(Step):
             self.model, plan=self.plan, device=self.device, dtype=self.dtype, progress=work.progress
         )
         documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
-        rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens)
+        rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens, bos=self.bos)
         trace = record(
             model,
             rows.batches(self.batch_size),
