@@ -155,7 +155,6 @@ _ALLOWED = {
     "bench/dispatch/network.py",  # /proc, /sys
     "bench/dispatch/workers.py",
     "parallel/checkpoints/peers.py",  # /proc
-    "data/sources/machine.py",  # files of the interpreter and the system
     "report/page.py",  # templates of this package
     "report/run_info.py",  # /proc
 }
