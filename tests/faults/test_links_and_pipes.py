@@ -159,13 +159,8 @@ _ALLOWED = {
     "bench/dispatch/harness.py",
     "bench/dispatch/network.py",  # /proc, /sys
     "bench/dispatch/workers.py",
-<<<<<<< HEAD
-    "parallel/checkpoints/ranks.py",  # /proc
-=======
     "cli/_errors.py",  # /dev/null
     "parallel/checkpoints/ranks.py",  # /proc
-    "data/sources/machine.py",  # files of the interpreter and the system
->>>>>>> main
     "report/page.py",  # templates of this package
     "report/run_info.py",  # /proc
 }
