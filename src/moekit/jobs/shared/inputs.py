@@ -289,9 +289,9 @@ def text_item(reference: str, sizes: Sizes) -> Item:
     known = sizes.of(Path(reference).expanduser())
     if known is not None:
         return Item(reference, known)
-    from moekit.data.mixes import MIXES
-    from moekit.data.sources import all_sources
+    from moekit.data.sources import all_sources, text_mixes
 
-    names = [candidates[0] for candidates in MIXES[reference]] if reference in MIXES else [reference]
+    mixes = text_mixes()
+    names = [candidates[0] for candidates in mixes[reference]] if reference in mixes else [reference]
     infos = [all_sources()[name].info() for name in names if name in all_sources()]
     return Item(reference, sum(info.download_bytes for info in infos) if infos else None)
