@@ -82,8 +82,8 @@ def check_routers_learn(model: nn.Module, config: TrainConfig) -> None:
         else "no gradient of the language-modelling loss reaches the router through the weights it gives"
     )
     hint = (
-        "add an objective on routers (balance: 0.01), let the weights be (norm_topk_prob=False where the family has it), "
-        "or take 2 experts"
+        "add an objective on routers (balance: 0.01), let the weights be (norm_topk_prob=False where the family has "
+        "it), or take 2 experts"
     )
     theirs = {id(p) for layer in stuck for p in layer.require_router().parameters()}
     if all(id(p) in theirs for p in model.parameters() if p.requires_grad):
