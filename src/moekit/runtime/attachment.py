@@ -120,11 +120,12 @@ def _prepare(
         device = next(iter(modules[layer.index].parameters()), torch.empty(0)).device
         try:
             on = PartOnLayer(part, layer, given[layer.index], learned, shared, order)
-        except KeyError as error:
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise BadConfig(
-                f"the part {type(part).__name__} lacks its tensor {error.args[0]!r} for this layer",
+                f"the tensors are not what {type(part).__name__} stores: {reason}",
                 layer=layer.index,
-                hint="the plan is damaged, or was made with other settings: plan again",
+                hint="the plan is damaged or belongs to another policy; plan the routing again",
             ) from error
         gate = Gate(identify_gate(layer), modules[layer.index]) if part.slot == "router" else None
         prepared.append(Prepared(layer, on if device.type == "meta" else on.to(device), gate))

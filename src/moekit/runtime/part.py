@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import Geometry
+from moekit.errors import BadConfig
 from moekit.runtime.axes import permuted
 
 Slot = Literal["block", "router", "experts"]
@@ -103,5 +104,14 @@ class RuntimePart(BaseModel, ABC):
         return None
 
     def permute(self, tensors: Mapping[str, Tensor], order: Sequence[int]) -> dict[str, Tensor]:
-        """Constants or learned state for a model whose experts were reordered, `order[new] = old`, by `axes`."""
+        """Constants or learned state for a model whose experts were reordered, `order[new] = old`, by `axes`.
+
+        Raises:
+            BadConfig: nothing says what the axes of a tensor mean.
+        """
+        if unknown := sorted(tensors.keys() - self.axes.keys()):
+            raise BadConfig(
+                f"nothing says how {type(self).__name__}'s tensor {unknown[0]!r} follows reordered experts",
+                hint=f"known are {sorted(self.axes) or 'none'}; the plan is damaged or belongs to another policy",
+            )
         return {name: permuted(tensor, self.axes[name], order) for name, tensor in tensors.items()}

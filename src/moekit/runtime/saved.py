@@ -101,8 +101,13 @@ def _restore_one(model: nn.Module, entry: PartEntry, own: Mapping[PartTensor, Te
     constants: dict[int, dict[str, Tensor]] = {layer: {} for layer in entry.layers}
     learned: dict[int | None, dict[str, Tensor]] = {}
     for key, tensor in own.items():
+        if key.layer is not None and key.layer not in constants:
+            raise BadCheckpoint(
+                f"a tensor {str(key)!r} of {entry.kind} {entry.name!r} belongs to no layer that it is attached to",
+                hint="moekit.safetensors belongs to another model: load with parts=False for the stock model",
+            )
         if key.role == "constants" and key.layer is not None:
-            constants.setdefault(key.layer, {})[key.name] = tensor
+            constants[key.layer][key.name] = tensor
         else:
             learned.setdefault(key.layer, {})[key.name] = tensor
     try:
