@@ -6,7 +6,8 @@ Legend: T tokens, B sequences, S positions, L positions so far, H hidden, E expe
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,18 @@ from moekit.runtime.block import BlockInputs, BlockPart
 from moekit.runtime.experts import ExpertsInputs, ExpertsPart
 from moekit.runtime.part import LayerInit
 from moekit.runtime.router import ChoosePart, LimitPart, Routed, RouteInputs, Scored, ScorePart
-from moekit.trace.each_expert import plain_expert
+
+
+def plain(module: Any, expert: int, hidden_NH: Tensor) -> Tensor:
+    """One expert's output by the plain formula, in fp32: [N, H]."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        weight = getattr(module, name)[expert].float()
+        bias = getattr(module, f"{name}_bias")[expert].float() if module.has_bias else 0.0
+        return x @ (weight if module.is_transposed else weight.T) + bias
+
+    inner = linear(hidden_NH, "gate_up_proj")
+    return linear(module._apply_gate(inner), "down_proj")
 
 
 class Nudge(ScorePart):
@@ -38,7 +50,7 @@ class Nudge(ScorePart):
 
 
 class Recurrence(ScorePart):
-    """A GRU over layers, shared by all of them, whose state each layer projects onto logits (RMoE, arXiv:2408.06793)."""
+    """A GRU over layers, shared by all, whose state each layer projects onto logits (RMoE, arXiv:2408.06793)."""
 
     axes: ClassVar = {"into": "PH", "out": "EP"}
     width: int = 6
@@ -49,7 +61,7 @@ class Recurrence(ScorePart):
             {"into": nn.Parameter(into), "out": nn.Parameter(torch.zeros(init.geometry.experts, self.width))}
         )
 
-    def shared(self, layers: list[LayerInit]) -> nn.Module:  # type: ignore[override]
+    def shared(self, layers: Sequence[LayerInit]) -> nn.Module:
         cell = nn.GRUCell(self.width, self.width)
         with torch.no_grad():
             for parameter in cell.parameters():
@@ -66,7 +78,7 @@ class Recurrence(ScorePart):
 
 
 class Neighbours(ScorePart):
-    """Logits mixed with those of similar earlier tokens of the sequence (after arXiv:2505.00792), with a decode cache."""
+    """Logits mixed with those of similar earlier tokens of the sequence (after arXiv:2505.00792), with a cache."""
 
     axes: ClassVar = {"share": ""}
 
@@ -135,15 +147,15 @@ class FirstOnly(LimitPart):
     def limit(self, inputs: RouteInputs, routed: Routed) -> Routed:
         best_T1 = routed.weights.max(dim=1, keepdim=True).values
         gone_TK = (best_T1 >= self.above) & (routed.weights < best_T1)
-        return Routed(routed.weights.masked_fill(gone_TK, 0), routed.indices.masked_fill(gone_TK, inputs.geometry.experts))
+        return Routed(
+            routed.weights.masked_fill(gone_TK, 0), routed.indices.masked_fill(gone_TK, inputs.geometry.experts)
+        )
 
 
 class Momentum(BlockPart):
     """Outputs of MoE blocks gather momentum over layers (MomentumSMoE, arXiv:2410.14574)."""
 
-    axes: ClassVar = {"rate": ""}
-
-    def parameters(self, init: LayerInit) -> nn.Module:
+    def shared(self, layers: Sequence[LayerInit]) -> nn.Module:
         return nn.ParameterDict({"rate": nn.Parameter(torch.zeros(()))})
 
     def after(self, inputs: BlockInputs) -> Tensor:
@@ -151,7 +163,7 @@ class Momentum(BlockPart):
         before = context.before(inputs.layer)
         output = inputs.output
         if before is not None:
-            output = output + inputs.learned["rate"] * context.get(before, "output").view_as(output)
+            output = output + inputs.shared["rate"] * context.get(before, "output").view_as(output)
         context.put(inputs.layer, "output", output)
         return output
 
@@ -174,13 +186,11 @@ class Gain(ExpertsPart):
         return total
 
     def reference(self, inputs: ExpertsInputs) -> Tensor:
-        one = plain_expert(inputs.module)
-        assert one is not None
         total_TH = torch.zeros_like(inputs.hidden_TH, dtype=torch.float32)
         for expert in range(inputs.geometry.experts):
             rows_T, place_T = (inputs.index_TK == expert).nonzero(as_tuple=True)
             if len(rows_T):
-                output_NH = one(expert, inputs.hidden_TH[rows_T]).output.float()
+                output_NH = plain(inputs.module, expert, inputs.hidden_TH[rows_T].float())
                 output_NH = output_NH * (1 + inputs.learned["gain"][expert].float())
                 total_TH.index_add_(0, rows_T, output_NH * inputs.weights_TK[rows_T, place_T, None].float())
         return total_TH
@@ -227,5 +237,3 @@ def stir(model: nn.Module, seed: int = 0) -> None:
 def learned(model: nn.Module) -> dict[str, nn.Parameter]:
     """What parts learn: name -> parameter."""
     return {name: p for name, p in model.named_parameters() if "moekit_parts" in name}
-
-
