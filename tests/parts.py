@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from moekit.catalogue import MethodRecord
 from moekit.runtime.block import BlockInputs, BlockPart
 from moekit.runtime.experts import ExpertsInputs, ExpertsPart
-from moekit.runtime.part import LayerInit
+from moekit.runtime.part import LayerInit, RuntimePart
 from moekit.runtime.router import ChoosePart, LimitPart, Routed, RouteInputs, Scored, ScorePart
 
 
@@ -203,6 +204,12 @@ ALL = (*NEUTRAL, NullExperts())
 CONTEXT = (Recurrence(), Neighbours(), Attended(), Momentum())
 SEQUENCE = (Neighbours(), Attended())
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe")
+
+
+def pairs(parts: Sequence[RuntimePart]) -> list[Any]:
+    """Each part with two of the families, so that a law sees every part and every family; the product is not needed."""
+    turns = [(part, FAMILIES[(ALL.index(part) + turn) % 4]) for part in parts for turn in (0, 2)]
+    return [pytest.param(part, family, id=f"{type(part).__name__}-{family}") for part, family in turns]
 
 
 def records() -> dict[tuple[str, str], MethodRecord]:
