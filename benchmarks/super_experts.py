@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moekit.cli.super_experts import show
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import moekit
 from moekit.anatomy import find_moe_layers
 from moekit.cli._terminal import Terminal
-from moekit.cli.super_experts import show
 from moekit.convert import ActivationSplit, Residual
 from moekit.data import TokenBatches, TokenizedDocument, fetch, load_text, pack
 from moekit.diagnose.super_experts.ablation import Pair, without_experts
@@ -40,7 +40,7 @@ from moekit.evaluation.super_expert_study import SuperExpertStudy
 from moekit.evaluation.super_experts import check_super_experts
 from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.protection import find_in_trace, protection_needs
-from moekit.recipe.steps.super_experts import told_of
+from moekit.jobs.super_experts import told_of
 from moekit.trace import Trace
 from moekit.trace.each_expert import plain_expert
 from moekit.trace.seam import read_arguments

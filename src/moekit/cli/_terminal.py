@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moekit._ranks import is_first_rank
 from moekit.cli._progress import PlainProgress, RichProgress, SilentProgress
 
 PIPE_WIDTH = 160
@@ -118,11 +119,6 @@ class Terminal:
         """Print the JSON answer, if it was asked for."""
         if self.json and is_first_rank():
             print(json.dumps(self._answer, default=_plain, indent=2 if sys.stdout.isatty() else None))
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the only one or, under torchrun, the first."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def size(nbytes: int | None) -> str:

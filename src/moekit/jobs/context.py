@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moekit._progress import Progress
-
-if TYPE_CHECKING:
-    from moekit.report.results import StepResult
+from moekit.report.results import StepResult
 
 
 @dataclass

@@ -17,7 +17,6 @@ channel, position).
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -27,6 +26,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from moekit._names import near
 from moekit.errors import BadConfig
 from moekit.trace.observation import Observation, Segment
 
@@ -201,11 +201,8 @@ def get(name: str) -> Statistic:
         return known[name]
     if (member := _member(name)) is not None:
         return member
-    near = difflib.get_close_matches(name, [*known, *GROUPS, *KEPT], n=3)
-    raise BadConfig(
-        f"no statistic is called {name!r}",
-        hint=f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join([*GROUPS, *known])}",
-    )
+    way_out = f"there are: {', '.join([*GROUPS, *known])}"
+    raise BadConfig(f"no statistic is called {name!r}", hint=near(name, [*known, *GROUPS, *KEPT], otherwise=way_out))
 
 
 def resolve(names: Iterable[str]) -> tuple[Statistic, ...]:

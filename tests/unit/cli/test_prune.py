@@ -249,7 +249,7 @@ def test_an_interrupted_run_that_wrote_its_plan_goes_on(
 
     command = prune(made, "-o", tmp_path / "out", "--plan", tmp_path / "p.json")
     with monkeypatch.context() as patched:
-        patched.setattr("moekit.recipe.steps.prune.finish", interrupted)
+        patched.setattr("moekit.jobs.prune.finish", interrupted)
         assert moekit(*command).code == 130
     assert (tmp_path / "p.json").exists()
     assert not (tmp_path / "out").exists()
@@ -271,7 +271,7 @@ def test_an_interrupted_run_does_not_go_on_with_other_inputs(
     free = moekit(*prune(made, "-o", tmp_path / "free", "--json")).json["layers"][0]["kept"]
     protect.write_text(json.dumps({"0": free[:1]}))
     with monkeypatch.context() as patched:
-        patched.setattr("moekit.recipe.steps.prune.finish", interrupted)
+        patched.setattr("moekit.jobs.prune.finish", interrupted)
         assert moekit(*command).code == 130
     lost = [expert for expert in range(8) if expert not in free]
     protect.write_text(json.dumps({"0": lost}))
@@ -288,7 +288,7 @@ def test_a_device_that_is_not_here(moekit: Moekit, made: Path, tmp_path: Path) -
 def test_a_disk_that_is_too_small_is_told_first(
     moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moekit.recipe.pruning.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1000))
+    monkeypatch.setattr("moekit.jobs.shared.pruning.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1000))
     for command in (prune(made), ["apply", made / "p.json"]):
         done = moekit(*command, "-o", tmp_path / "out")
         assert done.code == 4

@@ -14,9 +14,9 @@ import torch
 from moekit.cli.main import main
 from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
+from moekit.jobs.options.place import PlaceOptions
 from moekit.placement import Placement, Topology, predict_sending
 from moekit.placement.topology import parse_latency
-from moekit.recipe.steps.place import PlaceStep
 from moekit.report.results import load_replay
 from moekit.trace import Trace
 from tests.unit.placement.samples import trace_of
@@ -49,7 +49,7 @@ def moekit(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
 
 
 def run(trace: Path, out: Path, **options: Any) -> dict[str, Any]:
-    step = PlaceStep(trace=str(trace), method="swap", **options)
+    step = PlaceOptions(trace=str(trace), method="swap", **options)
     step.check()
     return step.run(JobContext(out=out, scratch=out.parent / "scratch"))
 
@@ -118,7 +118,7 @@ def test_as_on_the_command_line(
 )
 def test_refused_before_anything_runs(trace: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(BadConfig, match=said):
-        PlaceStep(trace=str(trace), method="swap", devices=(4,), **options).check()
+        PlaceOptions(trace=str(trace), method="swap", devices=(4,), **options).check()
 
 
 def test_more_spare_than_there_is_to_copy(trace: Path, tmp_path: Path, moekit: Callable[..., str]) -> None:

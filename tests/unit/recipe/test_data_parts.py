@@ -6,7 +6,7 @@ import pytest
 
 from moekit.data import Document
 from moekit.errors import BadData
-from moekit.recipe.steps.data import passages, share_out
+from moekit.jobs.data import passages, share_out
 
 
 def test_passages_keep_all_text_in_order_and_respect_the_size() -> None:

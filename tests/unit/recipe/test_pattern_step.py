@@ -16,10 +16,10 @@ from moekit.compress.prune.plan import make_method
 from moekit.data import pack
 from moekit.errors import BadConfig, BadData
 from moekit.jobs.context import JobContext
+from moekit.jobs.options.expert_sets import PatternOptions
 from moekit.jobs.shared.inputs import load_tokenizer, read_text
 from moekit.recipe import runner
 from moekit.recipe.schema import load_recipe
-from moekit.recipe.steps.pattern import PatternStep
 from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern, generalist
 from moekit.serving.expert_sets.scoring import pattern_of
 from moekit.serving.expert_sets.store import PatternStore
@@ -36,8 +36,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def step(made: Path, **options: Any) -> PatternStep:
-    return PatternStep(**{"model": made / "moe", "data": made / "text", **options})
+def step(made: Path, **options: Any) -> PatternOptions:
+    return PatternOptions(**{"model": made / "moe", "data": made / "text", **options})
 
 
 def place(folder: Path, name: str = "out") -> JobContext:
@@ -176,7 +176,7 @@ def test_a_killed_run_goes_on(made: Path, tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_what_is_refused_before_anything_is_read(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match=words):
-        PatternStep(**{"model": tmp_path / "none", "data": tmp_path / "none", **options}).check()
+        PatternOptions(**{"model": tmp_path / "none", "data": tmp_path / "none", **options}).check()
 
 
 def test_folders_of_other_models_and_methods(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

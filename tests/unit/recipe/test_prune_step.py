@@ -20,13 +20,13 @@ from moekit.data import tokenize
 from moekit.errors import BadConfig
 from moekit.evaluation import perplexity_of_documents
 from moekit.jobs.context import JobContext
+from moekit.jobs.options.apply import ApplyOptions
+from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.shared.estimates import Sizes
 from moekit.jobs.shared.inputs import load_tokenizer, read_text, rows_of
 from moekit.jobs.shared.pruning import budget_of
 from moekit.recipe import runner
 from moekit.recipe.schema import load_recipe
-from moekit.recipe.steps.apply import ApplyStep
-from moekit.recipe.steps.prune import PruneStep
 from moekit.recipe.variables import parse_overrides
 from moekit.trace.streamed import Streamed, record_streamed
 from tests.families import logits
@@ -43,9 +43,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def step(made: Path, **options: Any) -> PruneStep:
+def step(made: Path, **options: Any) -> PruneOptions:
     asked = {"model": made / "moe", "method": "reap", "keep": 4, "data": made / "text"}
-    return PruneStep(**{**asked, **options})
+    return PruneOptions(**{**asked, **options})
 
 
 def place(folder: Path, name: str = "out", seed: int = 0) -> JobContext:
@@ -179,7 +179,7 @@ def test_a_search_is_carried_out(made: Path, tmp_path: Path) -> None:
         place(tmp_path, "plan.json")
     )
     with pytest.raises(BadConfig, match="another budget needs another search"):
-        ApplyStep(plan=tmp_path / "plan.json", keep=4, proof=False).run(place(tmp_path, "again"))
+        ApplyOptions(plan=tmp_path / "plan.json", keep=4, proof=False).run(place(tmp_path, "again"))
 
 
 def test_a_trace_gives_what_its_text_gives(made: Path, tmp_path: Path) -> None:
@@ -277,27 +277,27 @@ def test_a_plan_whose_text_is_gone_is_applied_without_proof(
     step(made, data=text, write="plan").run(place(tmp_path, "p.json"))
     text.rename(tmp_path / "moved")
     with caplog.at_level(logging.WARNING):
-        results = ApplyStep(plan=tmp_path / "p.json").run(place(tmp_path))
+        results = ApplyOptions(plan=tmp_path / "p.json").run(place(tmp_path))
     assert results["proof"] is None
     assert "cannot be read again" in caplog.text
-    again = ApplyStep(plan=tmp_path / "p.json", heldout=tmp_path / "moved").run(place(tmp_path, "proved"))
+    again = ApplyOptions(plan=tmp_path / "p.json", heldout=tmp_path / "moved").run(place(tmp_path, "proved"))
     assert again["proof"]["source"] == str(tmp_path / "moved")
 
 
 def test_forecasts_of_both_steps(made: Path, tmp_path: Path) -> None:
     step(made, write="plan").run(place(tmp_path, "p.json"))
-    by_plan = ApplyStep(plan=tmp_path / "p.json").forecast(tmp_path / "x", Sizes())
-    by_method = step(made).forecast(tmp_path / "x", Sizes())
+    by_plan = ApplyOptions(plan=tmp_path / "p.json").estimate(tmp_path / "x", Sizes())
+    by_method = step(made).estimate(tmp_path / "x", Sizes())
     assert by_plan.writes == by_method.writes
     assert by_method.disk is not None
     assert by_method.writes[0].nbytes is not None
     assert by_method.disk > by_method.writes[0].nbytes
-    uneven = step(made, scope="global").forecast(tmp_path / "x", Sizes())
+    uneven = step(made, scope="global").estimate(tmp_path / "x", Sizes())
     assert any("moekit.load only" in note for note in uneven.notes)
     # A model that is not here yet: as large as its parent at most.
-    later = step(made, model=tmp_path / "later").forecast(tmp_path / "x", Sizes({str(tmp_path / "later"): 77}))
+    later = step(made, model=tmp_path / "later").estimate(tmp_path / "x", Sizes({str(tmp_path / "later"): 77}))
     assert later.writes[0].nbytes == 77
-    assert ApplyStep(plan=tmp_path / "later.json").forecast(tmp_path / "x", Sizes()).writes[0].nbytes is None
+    assert ApplyOptions(plan=tmp_path / "later.json").estimate(tmp_path / "x", Sizes()).writes[0].nbytes is None
 
 
 RECIPE = """

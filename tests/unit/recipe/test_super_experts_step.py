@@ -21,14 +21,14 @@ from moekit.errors import BadConfig, BadData
 from moekit.evaluation import perplexity_of_documents
 from moekit.evaluation.super_expert_study import STUDY_FILE, SuperExpertStudy
 from moekit.jobs.context import JobContext
+from moekit.jobs.options.prune import PruneOptions
+from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.shared.estimates import Sizes
 from moekit.jobs.shared.inputs import load_tokenizer, read_text
 from moekit.jobs.shared.opened import open_source
 from moekit.jobs.shared.protection import parse_protected
 from moekit.recipe import runner
 from moekit.recipe.schema import load_recipe
-from moekit.recipe.steps.prune import PruneStep
-from moekit.recipe.steps.super_experts import SuperExpertsStep
 from moekit.trace.streamed import Streamed
 from tests.planted import PLANTED, write_planted
 from tests.tiny import tokenizer, write_model, write_text
@@ -43,9 +43,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def step(made: Path, **options: Any) -> SuperExpertsStep:
+def step(made: Path, **options: Any) -> SuperExpertsOptions:
     asked = {"model": made / "moe", "data": made / "text", "random_seeds": 2}
-    return SuperExpertsStep(**{**asked, **options})
+    return SuperExpertsOptions(**{**asked, **options})
 
 
 def place(folder: Path, name: str = "out", seed: int = 0) -> JobContext:
@@ -121,7 +121,7 @@ def test_prune_protects_what_the_file_says(
     # Whatever a method thinks of them they stay; without the file these two go.
     options = {"model": made / "moe", "method": "random", "keep": 4, "data": made / "text", "write": "plan"}
     for protect in (None, str(file)):
-        told = PruneStep(**options, protect=protect).run(place(tmp_path, f"{protect is None}.json"))
+        told = PruneOptions(**options, protect=protect).run(place(tmp_path, f"{protect is None}.json"))
         stay = {layer["layer"]: layer["kept"] for layer in told["layers"]}
         assert all((expert in stay[layer]) == (protect is not None) for layer, expert in PLANTED)
     # What a user adds to the file by hand is protected, too.
@@ -244,11 +244,11 @@ def test_bad_input_is_refused(made: Path, tmp_path: Path) -> None:
 
 
 def test_the_forecast_reads_no_weight(made: Path, tmp_path: Path) -> None:
-    forecast = step(made).forecast(tmp_path / "out", Sizes())
+    forecast = step(made).estimate(tmp_path / "out", Sizes())
     assert forecast.disk is not None
     assert forecast.memory is not None
     assert any("2 draws" in note for note in forecast.notes)
-    assert not any("draws" in note for note in step(made, proof=False).forecast(tmp_path / "out", Sizes()).notes)
+    assert not any("draws" in note for note in step(made, proof=False).estimate(tmp_path / "out", Sizes()).notes)
 
 
 def test_dense_layers_and_shared_experts_take_part(made: Path, tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ Each module here defines `SOURCES`; adding a source is one file.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moekit._names import near
 from moekit._progress import Progress
 from moekit.data.sources.base import Source, SourceInfo
 from moekit.errors import BadData
@@ -43,11 +43,7 @@ def get_source(name: str) -> Source | PackagedModel:
     sources = all_sources()
     if name in sources:
         return sources[name]
-    near = difflib.get_close_matches(name, sources, n=3)
-    raise BadData(
-        f"no source is called {name!r}",
-        hint=f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(sorted(sources))}",
-    )
+    raise BadData(f"no source is called {name!r}", hint=near(name, sorted(sources)))
 
 
 def available() -> list[SourceInfo]:

