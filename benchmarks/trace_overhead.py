@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from moekit.trace import Recorder, record
-from moekit.trace.taps import LayerTap
+from moekit.trace.layer_hook import LayerHook
 
 MOE_LAYERS = list(range(2, 30, 2))[:12]
 
@@ -108,7 +108,7 @@ class Meter:
 
 METER = Meter()
 METER.watch(Recorder, "_begin", "_end", "flush")
-METER.watch(LayerTap, "_on_experts", "_on_router", "_on_norm", "_on_output", "_see", "_measure")
+METER.watch(LayerHook, "_on_experts", "_on_router", "_on_norm", "_on_output", "_see", "_measure")
 
 
 def alternate(plain: Callable[[], object], recorded: Callable[[], object], repeats: int, device: str) -> dict:

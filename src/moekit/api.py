@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from moekit import catalogue
 from moekit._progress import Progress
 from moekit.checkpoint import model as checkpoint_model
-from moekit.checkpoint.model import DEFAULT_SHARD_BYTES, load
+from moekit.checkpoint.model import load
 from moekit.checkpoint.record import Record
+from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.errors import UnsupportedModel
 from moekit.routing.attach import active_policy
 from moekit.routing.restore import policy_entry  # importing it registers what restores a policy on load

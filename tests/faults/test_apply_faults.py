@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from moekit.checkpoint.digest import tensor_digests
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import SINGLE_FILE, Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.decision import LayerDecision
@@ -124,7 +125,7 @@ def test_a_second_run_waits_for_no_dead_one_but_refuses_beside_a_living(tmp_path
     os.kill(pid, signal.SIGKILL)
     ended(pid)
     prune(source, tmp_path / "out")
-    Checkpoint.open(tmp_path / "out").verify()
+    verify(Checkpoint.open(tmp_path / "out"))
 
 
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from moekit.checkpoint import atomic
 from moekit.checkpoint.atomic import atomic_folder, atomic_write, is_disk_full
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import save
 from moekit.checkpoint.record import Record
@@ -127,7 +128,7 @@ def test_kill_in_the_middle_of_saving_a_model(tmp_path):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         checkpoint = Checkpoint.open(target)
-        checkpoint.verify()
+        verify(checkpoint)
         assert checkpoint.record.fingerprint == checkpoint.fingerprint
         seen.add(checkpoint.fingerprint)
     assert len(seen | {old}) == 2  # the old model and the new one, nothing else
@@ -359,7 +360,7 @@ def test_a_fault_at_every_step_of_a_save_leaves_the_old_model(tmp_path, monkeypa
             save(build("olmoe"), target, record=Record(command="x"), overwrite=True)
         assert leftovers(tmp_path) == []
     assert failed > 8
-    Checkpoint.open(target).verify()
+    verify(Checkpoint.open(target))
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path):

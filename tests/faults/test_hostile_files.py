@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.safety import check_name, read_header, read_json, refuse_remote_code
 from moekit.errors import BadCheckpoint, UnsafeInput, UnsupportedModel
@@ -144,7 +145,7 @@ def test_links_into_the_hub_caches_own_blobs_stay_legal(tmp_path):
     for entry in list(snapshot.iterdir()):
         shutil.move(entry, blobs / f"blob-{entry.name}")
         entry.symlink_to(f"../../blobs/blob-{entry.name}")
-    Checkpoint.open(snapshot).verify()
+    verify(Checkpoint.open(snapshot))
     other = tmp_path / "models--org--other" / "blobs"
     other.mkdir(parents=True)
     shutil.move(blobs / "blob-model.safetensors", other / "blob")
@@ -231,7 +232,7 @@ def test_pickles_only(tmp_path, name):
 def test_pickles_beside_safetensors_are_just_ignored(tmp_path):
     folder = plain(tmp_path / "model", "mixtral")
     (folder / "pytorch_model.bin").write_bytes(b"never read")
-    Checkpoint.open(folder).verify()
+    verify(Checkpoint.open(folder))
 
 
 def test_no_weights_at_all(tmp_path):
@@ -268,7 +269,7 @@ def test_remote_code_of_a_folder_is_not_run(tmp_path):
 def test_native_models_that_also_name_remote_code_are_fine(tmp_path):
     folder = plain(tmp_path / "model", "deepseek_v3")
     edit_json(folder / "config.json", lambda c: c.update(auto_map={"AutoModelForCausalLM": "modeling_deepseek.X"}))
-    Checkpoint.open(folder).verify()
+    verify(Checkpoint.open(folder))
 
 
 def test_unknown_model_type(tmp_path):
@@ -308,4 +309,4 @@ def test_config_that_claims_a_billion_layers_or_experts(tmp_path):
         twin = shutil.copytree(folder, tmp_path / key)
         edit_json(twin / "config.json", lambda config, key=key: config.update({key: 10**9}))
         with pytest.raises(BadCheckpoint, match=key):
-            Checkpoint.open(twin).verify()
+            verify(Checkpoint.open(twin))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.trace import Trace, domain_divergence, domain_information
-from moekit.trace.observation import Observation
+from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics, coactivation, load
 from moekit.trace.tokens import TokenLabels
 from moekit.trace.vocabulary import known_statistics
@@ -21,7 +21,7 @@ seeds = st.integers(0, 2**31)
 quick = settings(deadline=None, max_examples=40)
 
 
-def observation(seed: int, tokens: int, experts: int, top_k: int, hidden: int = 3, domains: int = 2) -> Observation:
+def observation(seed: int, tokens: int, experts: int, top_k: int, hidden: int = 3, domains: int = 2) -> TokenBatch:
     """Random everything, in fp64 where the recorder would have the model's dtype; some choices are none."""
     g = torch.Generator().manual_seed(seed)
     chosen_NK = torch.rand(tokens, experts, generator=g).topk(top_k).indices
@@ -31,7 +31,7 @@ def observation(seed: int, tokens: int, experts: int, top_k: int, hidden: int = 
         return torch.randn(*shape, generator=g)
 
     outputs_NKH = real(tokens, top_k, hidden).masked_fill((chosen_NK == experts).unsqueeze(-1), 0.0)
-    return Observation(
+    return TokenBatch(
         experts,
         chosen_NK,
         domains=domains,
@@ -49,7 +49,7 @@ def observation(seed: int, tokens: int, experts: int, top_k: int, hidden: int = 
     )
 
 
-def part(seen: Observation, rows: slice) -> Observation:
+def part(seen: TokenBatch, rows: slice) -> TokenBatch:
     """Some tokens of an observation."""
     names = (
         "domain",
@@ -65,10 +65,10 @@ def part(seen: Observation, rows: slice) -> Observation:
         "routed",
     )
     cut = {name: getattr(seen, name)[rows] for name in names}
-    return Observation(seen.experts, seen.indices_NK[rows], domains=seen.domains, **cut)
+    return TokenBatch(seen.experts, seen.indices_NK[rows], domains=seen.domains, **cut)
 
 
-def collect(*parts: Observation) -> LayerStatistics:
+def collect(*parts: TokenBatch) -> LayerStatistics:
     """Statistics of some observations, one after the other."""
     stats = LayerStatistics.empty(known_statistics().values(), parts[0].experts, 3, ("a", "b"), width=2)
     for seen in parts:
@@ -151,7 +151,7 @@ def test_relabelling_experts_relabels_statistics(seed: int, size: tuple[int, int
     order = torch.randperm(experts, generator=torch.Generator().manual_seed(seed))  # order[new] = old
     place = torch.cat([order.argsort(), torch.tensor([experts])])
     moved = part(seen, slice(None))
-    moved = Observation(
+    moved = TokenBatch(
         experts,
         place[seen.indices_NK],
         domains=seen.domains,

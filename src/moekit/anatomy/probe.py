@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,6 +95,13 @@ class MoELayer:
                 hint="its routing can be traced (moekit profile), but not replaced",
             )
         return self.router
+
+
+def flat_output(output: Any) -> torch.Tensor:
+    """What a block or a decoder layer gave, as rows [T, H]; the first of a tuple, which some families answer with."""
+    made = output[0] if isinstance(output, tuple) else output
+    flat_TH: torch.Tensor = made.reshape(-1, made.shape[-1])
+    return flat_TH
 
 
 def decoder_index(name: str) -> int:

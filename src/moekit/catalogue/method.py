@@ -29,6 +29,9 @@ from moekit.errors import BadConfig
 
 ENTRY_POINT_GROUP = "moekit.methods"
 
+# Folders that hold statistics of their own, but no methods.
+_FURTHER_PACKAGES = ("moekit.diagnose.super_experts",)
+
 C = TypeVar("C", bound=type)
 
 
@@ -131,10 +134,10 @@ def load_all() -> None:
         return
     _loaded = True
     try:
-        for kind in kinds():
-            package = importlib.import_module(kind.package)
+        for name in (*(kind.package for kind in kinds()), *_FURTHER_PACKAGES):
+            package = importlib.import_module(name)
             for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
-                importlib.import_module(f"{kind.package}.{module.name}")
+                importlib.import_module(f"{name}.{module.name}")
         for point in entry_points(group=ENTRY_POINT_GROUP):
             _load_entry_point(point)
     except BaseException:

@@ -17,7 +17,8 @@ from moekit.checking.report import Finding
 from moekit.checking.scan import TensorScan
 from moekit.checking.units import Unit, read_unit, swap_halves, unit_digests, units_of
 from moekit.checkpoint.digest import config_digest
-from moekit.checkpoint.folder import Checkpoint, where
+from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.names import where
 from moekit.checkpoint.record import RECORD_FILE, TensorExpectation
 from moekit.checkpoint.safety import TensorInfo
 

@@ -12,9 +12,9 @@ from moekit.anatomy.layout import parse_expert_tensor
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.checking.report import Finding, from_error
 from moekit.checkpoint.expected import Differences, Layout, compare, count_hint, layout_of
-from moekit.checkpoint.fingerprint import config_top_k, text_config
-from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_weight_map, where
+from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_weight_map
 from moekit.checkpoint.meta import meta_model
+from moekit.checkpoint.names import config_top_k, text_config, where
 from moekit.checkpoint.record import TENSORS_FILE
 from moekit.checkpoint.safety import check_name, read_json
 from moekit.errors import MoekitError, UnsafeInput, UnsupportedModel

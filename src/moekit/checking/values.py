@@ -10,7 +10,8 @@ from moekit.checking.report import Finding
 from moekit.checking.scan import MatrixScan, TensorScan
 from moekit.checking.units import Unit, unit_digests, unit_matrices
 from moekit.checkpoint.experts import expert_counts
-from moekit.checkpoint.folder import Checkpoint, where
+from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.names import where
 from moekit.checkpoint.safety import TensorInfo
 
 

@@ -28,8 +28,8 @@ from moekit.checking.values import (
     check_finite,
     check_scales,
 )
-from moekit.checkpoint.fingerprint import text_config
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.names import text_config
 from moekit.errors import BadConfig, MoekitError
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from moekit.checkpoint.experts import expert_counts, is_expert_tensor
-from moekit.checkpoint.fingerprint import config_top_k, text_config
 from moekit.checkpoint.folder import CONFIG_FILE, read_tensors
 from moekit.checkpoint.hub import first_line, looks_like_hub_id, network_errors
+from moekit.checkpoint.names import config_top_k, text_config
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo, check_name, read_json
 from moekit.errors import BadCheckpoint, BadConfig
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moekit.checkpoint.fingerprint import disk_state_dict, text_config
+from moekit.checkpoint.fingerprint import disk_state_dict
 from moekit.checkpoint.meta import meta_model
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, text_config, where
 from moekit.checkpoint.safety import FLOAT_DTYPES, TensorInfo
-from moekit.checkpoint.uneven import EXPERT_COUNT_KEYS
 from moekit.errors import BadCheckpoint
 
 if TYPE_CHECKING:
@@ -220,9 +220,12 @@ def describe(differences: Differences, tensors: Mapping[str, TensorInfo]) -> str
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """See `Checkpoint.verify`."""
-    from moekit.checkpoint.folder import where
+    """Compare names, shapes and dtypes with what the config says, before any weight is read.
 
+    Raises:
+        BadCheckpoint: tensors are missing, surplus or of a wrong shape or dtype: the full list, naming layer and
+            expert of the first.
+    """
     differences = compare(checkpoint.tensors, layout_of(meta_model(checkpoint)), checkpoint.config)
     if not differences:
         return

@@ -6,19 +6,12 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
+from moekit.checkpoint.names import in_mtp_stack
 from moekit.checkpoint.safety import TensorInfo
 
 _SPLIT = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts\.(\d+)\.")
 # Stacked experts: [E, ..] tensors of at least three axes, named so by transformers or by Granite.
 _STACKED = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?(?:experts\.\w+|(?:in|out)put_linear\.weight)$")
-
-# Stacks of multi-token prediction beside the decoder's, numbered from 0 again.
-_MTP = re.compile(r"(?:^|\.)mtp(?:[._]|$)")
-
-
-def in_mtp_stack(name: str) -> bool:
-    """Whether a tensor belongs to a stack of multi-token-prediction layers beside the decoder's."""
-    return bool(_MTP.search(name))
 
 
 def expert_counts(tensors: Mapping[str, TensorInfo]) -> dict[int, int]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moekit.checkpoint.names import config_top_k, text_config
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -34,8 +36,6 @@ TORCH_NAMES = {
     "torch.bool": "BOOL",
 }
 
-# Names that families give to K; the first present one counts.
-TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_top_k", "num_experts_per_token", "top_k_experts", "moe_topk")
 _SIZE_KEYS = ("hidden_size", "num_hidden_layers")
 
 
@@ -49,27 +49,6 @@ def sample_positions(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.int6
     inside = np.arange(count, dtype=np.int64) * (matrix - 1) // max(count - 1, 1)
     starts = np.arange(numel // matrix, dtype=np.int64) * matrix
     return (starts[:, None] + inside[None, :]).reshape(-1)
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config (multimodal ones nest it)."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) and "hidden_size" not in config else config
-
-
-def config_top_k(config: Mapping[str, Any]) -> int | None:
-    """K, choices a token, by whichever name the family gives it."""
-    inner = text_config(config)
-    found = next((inner[key] for key in TOP_K_KEYS if isinstance(inner.get(key), int)), None)
-    return found
-
-
-def config_groups(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Groups of neighbouring experts that a router chooses among first, and how many it takes; (1, 1) without."""
-    inner = text_config(config)
-    groups = next((inner[key] for key in ("n_group", "num_expert_group") if isinstance(inner.get(key), int)), 1) or 1
-    allowed = inner.get("topk_group")
-    return groups, allowed if isinstance(allowed, int) and allowed > 0 else 1
 
 
 def _geometry(config: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.checkpoint.experts import in_mtp_stack
 from moekit.checkpoint.fingerprint import combine, sample_positions
+from moekit.checkpoint.hub import resolve
+from moekit.checkpoint.names import where
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.safety import (
     DTYPE_BITS,
@@ -42,16 +42,6 @@ def listed(names: list[str], limit: int = 20) -> str:
     """A list for an error message: all names up to `limit`, else the first ones and how many more."""
     head = ", ".join(names[:limit])
     return f"{head} and {len(names) - limit} more" if len(names) > limit else head
-
-
-def where(name: str) -> tuple[int | None, int | None]:
-    """Decoder layer and expert that a tensor name belongs to; layers of a multi-token-prediction stack are none."""
-    layer = None if in_mtp_stack(name) else re.search(r"\.layers\.(\d+)\.|^layers\.(\d+)\.", name)
-    expert = re.search(r"\.experts\.(\d+)\.", name)
-    return (
-        int(layer.group(1) or layer.group(2)) if layer else None,
-        int(expert.group(1)) if expert else None,
-    )
 
 
 class Checkpoint:
@@ -105,8 +95,6 @@ class Checkpoint:
             UnsafeInput: pickles only, names that leave the folder, headers that lie.
             UnsupportedModel: needs remote code, or a model type that transformers does not know.
         """
-        from moekit.checkpoint.hub import resolve
-
         path = resolve(model, revision=revision, token=token, local_files_only=local_files_only)
         refuse_links_and_adapters(path)
         config = read_json(check_name(path, CONFIG_FILE))
@@ -173,17 +161,6 @@ class Checkpoint:
                     except SafetensorError as error:
                         raise _unreadable(self.path / shard, info.name, error) from error
                     yield info.name, tensor
-
-    def verify(self) -> None:
-        """Compare names, shapes and dtypes with what the config says, before any weight is read.
-
-        Raises:
-            BadCheckpoint: tensors are missing, surplus or of a wrong shape or dtype: the full list, naming layer and
-                expert of the first.
-        """
-        from moekit.checkpoint.expected import verify
-
-        verify(self)
 
 
 def _unreadable(path: Path, name: str, error: Exception) -> BadCheckpoint:

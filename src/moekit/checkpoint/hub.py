@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from moekit.checkpoint.safety import check_name, read_json
+from moekit.checkpoint.safety import PICKLE_SUFFIXES, check_name, read_json
 from moekit.errors import BadCheckpoint, UnsafeInput
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -95,8 +95,6 @@ def _download(model: str, revision: str | None, token: str | None, local_files_o
 
 def _refuse_without_safetensors(model: str, revision: str | None, token: str | None) -> None:
     from huggingface_hub import HfApi
-
-    from moekit.checkpoint.safety import PICKLE_SUFFIXES
 
     files = HfApi(token=token).list_repo_files(model, revision=revision)
     pickles = sorted(name for name in files if name.endswith(PICKLE_SUFFIXES))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from moekit.checkpoint.fingerprint import text_config
-from moekit.checkpoint.uneven import EXPERT_COUNT_KEYS, uneven_counts, with_counts
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, text_config
+from moekit.checkpoint.uneven import uneven_counts, with_counts
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:

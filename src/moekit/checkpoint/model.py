@@ -18,16 +18,17 @@ from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder, atomic_write
 from moekit.checkpoint.card import CARD_FILE, licence_of, render
 from moekit.checkpoint.digest import config_digest, tensor_digests
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import expert_counts
-from moekit.checkpoint.fingerprint import config_top_k, live_fingerprint, text_config
+from moekit.checkpoint.fingerprint import live_fingerprint
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from moekit.checkpoint.names import config_top_k, text_config
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.safety import check_name, read_header
+from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES, index_text
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.uneven import live_counts, load_uneven, uneven_counts
 from moekit.errors import BadCheckpoint, BadConfig
-
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
 Restorer = Callable[[PreTrainedModel, Record, dict[str, torch.Tensor]], None]
 
@@ -95,11 +96,11 @@ def load(
         The model in eval mode.
 
     Raises:
-        BadCheckpoint, UnsafeInput, UnsupportedModel: see `Checkpoint.open` and `Checkpoint.verify`.
+        BadCheckpoint, UnsafeInput, UnsupportedModel: see `Checkpoint.open` and `verify`.
         BadConfig: the record holds a policy, but `moekit.routing` was not imported (use `moekit.load`).
     """
     checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
-    checkpoint.verify()
+    verify(checkpoint)
     if uneven_counts(checkpoint):
         loaded = _load_uneven(checkpoint, dtype, device_map)
     else:
@@ -242,7 +243,7 @@ def seal(
     checkpoint = Checkpoint.open(folder)
     # What the record expects of the layers says whether they may differ.
     checkpoint.record = record
-    checkpoint.verify()
+    verify(checkpoint)
     extra = read_header(folder / TENSORS_FILE).tensors.values() if extra_tensors else ()
     expectations = Expectations(
         experts=expert_counts(checkpoint.tensors),
@@ -280,8 +281,6 @@ def _index_single(folder: Path) -> None:
     single = folder / SINGLE_FILE
     if not single.exists():
         return
-    from moekit.checkpoint.shards import index_text
-
     tensors = read_header(single).tensors.values()
     shard = "model-00001-of-00001.safetensors"
     os.rename(single, folder / shard)

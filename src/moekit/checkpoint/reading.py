@@ -8,7 +8,8 @@ from types import TracebackType
 import torch
 
 from moekit.checkpoint.fingerprint import TORCH_NAMES
-from moekit.checkpoint.folder import Checkpoint, where
+from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.names import where
 from moekit.checkpoint.safety import TensorInfo
 from moekit.errors import BadCheckpoint
 

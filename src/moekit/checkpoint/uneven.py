@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moekit.checkpoint.fingerprint import text_config
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, stated_experts, text_config, where
 from moekit.checkpoint.record import RECORD_FILE
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from moekit.checkpoint.folder import Checkpoint
-
-# The names that families give to E.
-EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def uneven_counts(checkpoint: Checkpoint) -> dict[int, int]:
@@ -51,8 +48,6 @@ def uneven_counts(checkpoint: Checkpoint) -> dict[int, int]:
 
 def live_counts(model: nn.Module) -> dict[int, int]:
     """Decoder layer -> E of a live model, where layers differ; empty otherwise."""
-    from moekit.checkpoint.folder import where
-
     counts: dict[int, int] = {}
     for name, module in model.named_modules():
         layer, _ = where(f"{name}.")
@@ -92,12 +87,6 @@ def with_counts(
     if by_count:
         without_common_loss(model.config)
     return model
-
-
-def stated_experts(config: Mapping[str, Any]) -> int | None:
-    """E as a parsed config says it, by whichever name the family gives it."""
-    values = text_config(config)
-    return next((values[key] for key in EXPERT_COUNT_KEYS if isinstance(values.get(key), int)), None)
 
 
 def without_common_loss(config: PreTrainedConfig) -> None:
@@ -192,8 +181,6 @@ def load_uneven(
         )
     from transformers import GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME
-
-    from moekit.checkpoint.folder import where
 
     given = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     model = build(given)

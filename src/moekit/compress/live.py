@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moekit.anatomy.probe import MoELayer, find_moe_layers
-from moekit.checkpoint.fingerprint import config_top_k
-from moekit.checkpoint.uneven import stated_experts, without_common_loss
+from moekit.anatomy.swap import replace
+from moekit.checkpoint.names import config_top_k, stated_experts
+from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.limits import check_groups, check_layers, check_top_k
 from moekit.compress.engine.rewriting import Rewrite
@@ -64,8 +65,7 @@ def change_model(
     if len({len(decision.keep) for decision in decisions.values()}) > 1:
         without_common_loss(config)
     for index, layer in layers.items():
-        path, _, last = layer.name.rpartition(".")
-        setattr(model.get_submodule(path), last, blocks[index])
+        replace(model, layer.name, blocks[index])
         _follow(blocks[index], model)
     _adopt(model, config)
     return model

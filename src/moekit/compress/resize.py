@@ -17,9 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moekit.anatomy.permute import expert_axis
 from moekit.anatomy.probe import MoELayer, iterate_moe_layers
-from moekit.checkpoint.fingerprint import TOP_K_KEYS, config_top_k
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, TOP_K_KEYS, config_top_k
 from moekit.checkpoint.skeleton import empty_model
-from moekit.checkpoint.uneven import EXPERT_COUNT_KEYS
 from moekit.compress.weights import LayerWeights, from_live, to_live
 from moekit.errors import BadConfig, UnsupportedModel
 

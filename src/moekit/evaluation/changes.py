@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekit.anatomy.probe import MoELayer
+from moekit.anatomy.probe import MoELayer, flat_output
 from moekit.compress.decision import LayerDecision
 from moekit.compress.resize import Groups, resized_block, resized_config
 from moekit.compress.weights import LayerWeights
@@ -72,7 +72,7 @@ class Seen:
     def on_block(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Keep what went into the block and came out."""
         self.args, self.kwargs = args, kwargs
-        self.output_TH = _flat(output)
+        self.output_TH = flat_output(output)
 
     def on_experts(self, moe: MoELayer, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep which experts the tokens chose."""
@@ -99,12 +99,6 @@ def watched(moe: MoELayer | None, device: torch.device) -> Iterator[Seen]:
             handle.remove()
 
 
-def _flat(output: Any) -> Tensor:
-    made = output[0] if isinstance(output, tuple) else output
-    flat: Tensor = made.reshape(-1, made.shape[-1])
-    return flat
-
-
 def changed_layer(variant: Variant, moe: MoELayer, weights: LayerWeights, config: Any) -> ChangedLayer:
     """A variant's block beside the unchanged one.
 
@@ -128,23 +122,8 @@ def changed_layer(variant: Variant, moe: MoELayer, weights: LayerWeights, config
 
 def compare_layer(layer: ChangedLayer, seen: Seen, output_TH: Tensor, index_TK: Tensor, mask_T: Tensor) -> None:
     """Run a variant's block on what the unchanged one saw, and add up how they differ."""
-    changed_TH = _flat(layer.block(*seen.args, **seen.kwargs))[mask_T]
+    changed_TH = flat_output(layer.block(*seen.args, **seen.kwargs))[mask_T]
     layer.difference += float((changed_TH.double() - output_TH.double()).square().sum())
     gone_TK = ~layer.keep.to(index_TK.device)[index_TK.long()]
     layer.lost_tokens += int(gone_TK.any(1).sum())
     layer.lost_choices += int(gone_TK.sum())
-
-
-@contextlib.contextmanager
-def swapped(model: nn.Module, moe: MoELayer | None, block: nn.Module | None) -> Iterator[None]:
-    """Put a block in a layer's place while this lasts; nothing where there is none."""
-    if moe is None or block is None:
-        yield
-        return
-    path, _, last = moe.name.rpartition(".")
-    parent = model.get_submodule(path)
-    setattr(parent, last, block)
-    try:
-        yield
-    finally:
-        setattr(parent, last, moe.block)

@@ -8,6 +8,7 @@ Legend: B rows, S positions, T positions of a batch, H hidden, K choices, E expe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moekit._progress import Progress, track
+from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.resize import read_block
 from moekit.errors import BadConfig
-from moekit.evaluation.changes import ChangedLayer, Variant, changed_layer, compare_layer, swapped, watched
+from moekit.evaluation.changes import ChangedLayer, Variant, changed_layer, compare_layer, watched
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.likelihood import Scorer, Scores, pad
 from moekit.evaluation.windows import Corpus, TokenizedLike, Window, by_length, from_documents
@@ -139,7 +141,7 @@ class SideBySideWalk:
             track_.lost_choices[index] = layer.lost_choices / max(choices, 1)
         for track_ in (t for t in self.tracks if t.parted):
             block = track_.layers.pop(index).block if track_ in changed else None
-            with swapped(self.loader.model, moe, block):
+            with replaced(self.loader.model, moe.name, block) if moe is not None else contextlib.nullcontext():
                 for number in range(len(self.walk.batches)):
                     track_.states.put(number, self.walk.run(index, number, track_.states.get(number)))
 

@@ -21,9 +21,11 @@ from moekit.anatomy.layout import find_expert_tensors
 from moekit.anatomy.permute import expert_counts, permute_checkpoint, permute_experts
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.atomic import atomic_folder
-from moekit.checkpoint.fingerprint import fingerprint_model, text_config
+from moekit.checkpoint.expected import verify
+from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import read_extra_tensors, seal
+from moekit.checkpoint.names import text_config
 from moekit.checkpoint.record import Expectations, PolicyEntry, Record
 from moekit.checkpoint.shards import ShardWriter
 from moekit.checkpoint.small_files import copy_small_files
@@ -195,7 +197,7 @@ def place_checkpoint(
         BadCheckpoint, UnsafeInput, OutOfBudget: see `Checkpoint.open` and `atomic_folder`.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    checkpoint.verify()
+    verify(checkpoint)
     placement.check_model(checkpoint.fingerprint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     counts = expert_counts(shapes)

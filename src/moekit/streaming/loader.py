@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moekit.checkpoint.experts import in_mtp_stack
-from moekit.checkpoint.folder import Checkpoint, where
+from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import quiet_transformers
+from moekit.checkpoint.names import in_mtp_stack, where
 from moekit.checkpoint.reading import TensorReader
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.uneven import fill

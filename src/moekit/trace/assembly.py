@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moekit.trace.ledger import LabelLedger, LayerRecord
+from moekit.trace.accumulator import LabelAccumulator, LayerRecord
 from moekit.trace.meta import TraceMeta
 from moekit.trace.statistics import Statistics
 from moekit.trace.store import Trace
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def assemble(
     records: Mapping[int, LayerRecord],
-    labels: LabelLedger,
+    labels: LabelAccumulator,
     domains: Sequence[str],
     *,
     names: Sequence[str],

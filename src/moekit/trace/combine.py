@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 
 from moekit.errors import BadData
+from moekit.trace.data import AnyTrace, TraceData
 from moekit.trace.meta import DataEntry, TraceMeta
 from moekit.trace.statistics import Statistics
-from moekit.trace.store import Trace
 from moekit.trace.tokens import TokenLabels
 from moekit.trace.vocabulary import get
 
@@ -22,7 +22,7 @@ from moekit.trace.vocabulary import get
 _SAME = ("fingerprint", "routing", "layers", "experts", "top_k", "hidden", "tokenizer", "has_choices", "has_weights")
 
 
-def merge(traces: Sequence[Trace], *, documents: Literal["distinct", "shared"]) -> Trace:
+def merge(traces: Sequence[AnyTrace], *, documents: Literal["distinct", "shared"]) -> AnyTrace:
     """See `Trace.merge`."""
     if not traces:
         raise BadData("no trace to merge", hint="give at least one")
@@ -42,7 +42,7 @@ def _refuse(first: TraceMeta, second: TraceMeta) -> None:
         )
 
 
-def _merge_two(first: Trace, second: Trace, shared: bool) -> Trace:
+def _merge_two(first: AnyTrace, second: AnyTrace, shared: bool) -> AnyTrace:
     _refuse(first.meta, second.meta)
     domains = list(dict.fromkeys((*first.meta.domains, *second.meta.domains)))
     labels = None
@@ -69,7 +69,7 @@ def _merge_two(first: Trace, second: Trace, shared: bool) -> Trace:
     )
     kept = layers if first.meta.has_choices else []
     weighed = layers if first.meta.has_weights else []
-    return Trace(
+    return type(first)(
         meta,
         labels,
         {layer: torch.cat([first._indices[layer], second._indices[layer]]) for layer in kept},
@@ -89,7 +89,7 @@ def _merge_data(first: list[DataEntry], second: list[DataEntry], shared: bool) -
     return list(merged.values())
 
 
-def select(trace: Trace, *, domain: str | None, document: int | None, phase: int | None) -> Trace:
+def select(trace: AnyTrace, *, domain: str | None, document: int | None, phase: int | None) -> AnyTrace:
     """See `Trace.select`."""
     labels = trace.labels
     keep_N = torch.ones(len(labels), dtype=torch.bool)
@@ -103,7 +103,7 @@ def select(trace: Trace, *, domain: str | None, document: int | None, phase: int
         keep_N &= labels.phase_N == phase
     rows = keep_N.nonzero().flatten()
     kept = [name for name in trace.meta.statistics if get(name).from_choices and _computable(trace, name)]
-    part = Trace(
+    part = type(trace)(
         trace.meta.model_copy(update={"tokens": len(rows), "data": _selected_data(trace, labels[rows])}),
         labels[rows],
         {layer: t[rows] for layer, t in trace._indices.items()},
@@ -116,11 +116,11 @@ def select(trace: Trace, *, domain: str | None, document: int | None, phase: int
     return part
 
 
-def _computable(trace: Trace, name: str) -> bool:
+def _computable(trace: TraceData, name: str) -> bool:
     return "weights" not in get(name).sources or trace.meta.has_weights
 
 
-def _selected_data(trace: Trace, labels: TokenLabels) -> list[DataEntry]:
+def _selected_data(trace: TraceData, labels: TokenLabels) -> list[DataEntry]:
     sources: dict[str, str] = {entry.domain: entry.source for entry in trace.meta.data}
     found = []
     for number, name in enumerate(trace.meta.domains):

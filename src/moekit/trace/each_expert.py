@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekit.trace.observation import Segment
+from moekit.trace.batch import ExpertBatch
 
 # One expert on some tokens: (expert, inputs [n, H]) -> (inputs of the down projection [n, I] or None, outputs [n, H])
 OneExpert = Callable[[int, Tensor], tuple[Tensor | None, Tensor]]
@@ -85,7 +85,7 @@ def each_expert(
     weights_NK: Tensor,
     experts: int,
     *,
-    look: Callable[[Segment], None] | None = None,
+    look: Callable[[ExpertBatch], None] | None = None,
     peaks: bool = False,
     add_up: bool = False,
 ) -> Figures:
@@ -123,7 +123,7 @@ def each_expert(
         if output_NH is not None:
             output_NH.index_add_(0, token_n, output_nH.to(wide) * weight_n.to(wide)[:, None])
         if look is not None:
-            look(Segment(expert, weight_n, input_nH, inner_nI, output_nH))
+            look(ExpertBatch(expert, weight_n, input_nH, inner_nI, output_nH))
     return Figures(
         norm_P.view(tokens, top_k),
         (peak_P.view(tokens, top_k), channel_P.view(tokens, top_k)) if peaks else None,

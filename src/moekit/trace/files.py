@@ -12,9 +12,9 @@ from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.safety import TensorInfo, read_header
 from moekit.errors import BadCheckpoint, BadData
+from moekit.trace.data import AnyTrace, TraceData
 from moekit.trace.meta import TraceMeta, index_dtype
 from moekit.trace.statistics import LayerStatistics, Statistics
-from moekit.trace.store import Trace
 from moekit.trace.tokens import RUN_NAMES, TokenLabels
 from moekit.trace.vocabulary import get
 
@@ -24,7 +24,7 @@ MAX_META_BYTES = 16 << 20
 _AGAIN = "record the trace again, or copy the whole folder"
 
 
-def save(trace: Trace, folder: Path, *, overwrite: bool) -> None:
+def save(trace: TraceData, folder: Path, *, overwrite: bool) -> None:
     """See `Trace.save`."""
     tensors = {name: tensor.contiguous() for name, tensor in trace.tensors().items()}
     need = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 16)
@@ -84,8 +84,8 @@ def _check_header(meta: TraceMeta, found: dict[str, TensorInfo], file: Path) -> 
             )
 
 
-def load(folder: Path) -> Trace:
-    """See `Trace.load`."""
+def load(folder: Path, kind: type[AnyTrace]) -> AnyTrace:
+    """See `Trace.load`; what is made is of the class `kind`."""
     meta = read_meta(folder)
     file = folder / TENSORS_FILE
     try:
@@ -102,7 +102,7 @@ def load(folder: Path) -> Trace:
     if labels is not None and len(labels):
         _check_range(labels.domain_N, len(meta.domains) - 1, None, file)
     statistics = _statistics(meta, tensors) if meta.statistics else None
-    return Trace(meta, labels, indices, weights, statistics)
+    return kind(meta, labels, indices, weights, statistics)
 
 
 def _check_range(numbers: Tensor, largest: int, layer: int | None, file: Path) -> None:

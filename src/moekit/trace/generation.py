@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from moekit._progress import Progress, track
 from moekit.errors import BadConfig, BadData
-from moekit.trace.live import Recorder, Via
+from moekit.trace.live import Recorder
 from moekit.trace.recorder import evaluating
+from moekit.trace.recording import Recording, Via
 from moekit.trace.rows import UNNAMED_DOMAIN, Labels, RowCounter, Rows, batch_shape
 from moekit.trace.store import Trace
 from moekit.trace.tokens import GENERATED, PREFILL
@@ -165,7 +166,7 @@ def record_generation(
         max_new_tokens: at most so many new tokens a prompt.
         tokenizer: needed for texts.
         batch_size: prompts at a time.
-        statistics: see `moekit.trace.Recorder`, also for the arguments not named here.
+        statistics: see `moekit.trace.Recording`, also for the arguments not named here.
         keep_choices: keep each token's choices.
         weights: keep their gate weights too.
         layers: decoder layers to record.
@@ -188,8 +189,7 @@ def record_generation(
     ids, domains = _to_ids(prompts, tokenizer)
     if not ids:
         raise BadData("there are no prompts", hint="give at least one")
-    recorder = Recorder(
-        model,
+    recording = Recording(
         statistics=statistics,
         keep_choices=keep_choices,
         weights=weights,
@@ -200,6 +200,7 @@ def record_generation(
         seed=seed,
         fingerprint=fingerprint,
     )
+    recorder = Recorder(model, recording)
     for name in _REFUSED & set(generate):
         raise BadConfig(f"generation with {name} cannot be recorded", hint="leave it out")
     generate = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -22,19 +22,14 @@ from transformers import PreTrainedModel
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.errors import BadConfig, BadData, MoekitError, UnsupportedModel
+from moekit.trace.accumulator import LabelAccumulator, LayerAccumulator
 from moekit.trace.assembly import assemble
-from moekit.trace.ledger import LabelLedger, LayerLedger
+from moekit.trace.layer_hook import ForwardPass, LayerHook
 from moekit.trace.meta import tokenizer_hash
+from moekit.trace.recording import Recording, RecordingOptions
 from moekit.trace.rows import Labels, RowCounter, RowSource, read_batch, rows_of_pass
 from moekit.trace.seam import chosen_implementation, recorded_layers, redirect, refuse_compiled, routing_of
 from moekit.trace.store import Trace
-from moekit.trace.taps import LayerTap, Pass
-from moekit.trace.vocabulary import resolve
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Via = Literal["hooks", "experts"]
 
 
 class Recorder:
@@ -53,17 +48,8 @@ class Recorder:
 
     Args:
         model: a MoE; eager, not compiled.
-        statistics: names or groups of the vocabulary (`moekit.trace.known_statistics`).
-        keep_choices: keep each token's choices; memory then grows by K bytes a token and layer.
-        weights: keep their gate weights too, in fp16.
-        layers: decoder layers to record; None for all MoE layers.
-        via: "hooks" works on every model; "experts" goes through transformers' experts interface, which computes single
-            experts' outputs once instead of twice, and changes the model's output by rounding where a statistic reads
-            them.
-        tokenizer: named in the trace by its hash.
-        source: where the text came from, for people.
-        seed: of what was drawn for this text, noted in the trace.
-        fingerprint: the model's; None computes it.
+        recording: what to keep.
+        options: the fields of `Recording`, where no `recording` is given.
 
     Raises:
         BadConfig: an unknown statistic or layer.
@@ -73,33 +59,25 @@ class Recorder:
     def __init__(
         self,
         model: nn.Module,
-        *,
-        statistics: Iterable[str] = ("basic",),
-        keep_choices: bool = True,
-        weights: bool = False,
-        layers: Sequence[int] | None = None,
-        via: Via = "hooks",
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        source: str = "",
-        seed: int | None = None,
-        fingerprint: str | None = None,
+        recording: Recording | None = None,
+        **options: Unpack[RecordingOptions],
     ) -> None:
         refuse_compiled(model)
-        names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        recording = self._recording = Recording(**options) if recording is None else recording
         self.model = model
         self.counter = RowCounter()
-        self._via = via
-        self._entries = resolve(names)
-        self._keep_weights = weights or "weights" in names
-        self._keep_choices = keep_choices or "choices" in names or self._keep_weights
-        self._layers = recorded_layers(model, layers)
+        self._entries = recording.entries
+        self._layers = recorded_layers(model, recording.layers)
         early = [entry for entry in self._entries if not entry.from_choices]
-        self._taps = [LayerTap(model, layer, early) for layer in self._layers]
-        self._ledgers = [
-            LayerLedger(layer, self._entries, keep_choices=self._keep_choices, keep_weights=self._keep_weights)
+        self._hooks = [LayerHook(model, layer, early) for layer in self._layers]
+        self._accumulators = [
+            LayerAccumulator(
+                layer, self._entries, keep_choices=recording.keeps_choices, keep_weights=recording.keeps_weights
+            )
             for layer in self._layers
         ]
-        self._labels = LabelLedger(keep=self._keep_choices)
+        self._labels = LabelAccumulator(keep=recording.keeps_choices)
+        fingerprint, tokenizer = recording.fingerprint, recording.tokenizer
         if fingerprint is None:
             fingerprint = fingerprint_model(model) if isinstance(model, PreTrainedModel) else ""
         self._told = {
@@ -107,13 +85,12 @@ class Recorder:
             "fingerprint": fingerprint,
             "routing": routing_of(self._layers),
             "tokenizer": tokenizer_hash(tokenizer) if tokenizer is not None else "",
-            "seed": seed,
+            "seed": recording.seed,
         }
-        self._source = source
         self._names = list(inspect.signature(model.forward).parameters)
         self._expected: Labels | None = None
         self._row_source: RowSource | None = None
-        self._pass: Pass | None = None
+        self._pass: ForwardPass | None = None
         self._fault: MoekitError | None = None
         self._handles: list[RemovableHandle] = []
         self._undo: Callable[[], None] | None = None
@@ -136,15 +113,15 @@ class Recorder:
     def _install(self) -> None:
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._end))
-        for tap in self._taps:
-            self._handles.extend(tap.hooks(on_experts=self._via == "hooks"))
-        if self._via == "experts":
+        for hook in self._hooks:
+            self._handles.extend(hook.hooks(on_experts=self._recording.via == "hooks"))
+        if self._recording.via == "experts":
             if not isinstance(self.model, PreTrainedModel):
                 raise BadConfig(f"{type(self.model).__name__} is no transformers model", hint='use via="hooks"')
             # The layers that are not recorded share the config that names the implementation: they must answer too.
             chosen = {layer.experts: chosen_implementation(layer) for layer in find_moe_layers(self.model)}
-            taps = {tap.layer.experts: tap.implementation(chosen[tap.layer.experts]) for tap in self._taps}
-            self._undo = redirect(self.model, chosen | taps)
+            hooks = {hook.layer.experts: hook.implementation(chosen[hook.layer.experts]) for hook in self._hooks}
+            self._undo = redirect(self.model, chosen | hooks)
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -157,8 +134,8 @@ class Recorder:
 
     def _forget(self) -> None:
         self._pass = None
-        for tap in self._taps:
-            tap.begin(None)
+        for hook in self._hooks:
+            hook.begin(None)
 
     def expect(self, batch: Any) -> None:
         """Say which documents and domains the next pass holds.
@@ -181,17 +158,17 @@ class Recorder:
         else:
             expected, self._expected = self._expected, None
             rows = rows_of_pass(self.counter, arguments, expected)
-        self._pass = Pass(rows, self.counter.domains)
-        for tap in self._taps:
-            tap.begin(self._pass)
+        self._pass = ForwardPass(rows, self.counter.domains)
+        for hook in self._hooks:
+            hook.begin(self._pass)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         current = self._pass
         if current is None:
             return
-        staged = [tap.staged for tap in self._taps]
+        buffer = [hook.buffer for hook in self._hooks]
         self._forget()
-        silent = [layer.index for layer, shown in zip(self._layers, staged, strict=True) if shown is None]
+        silent = [layer.index for layer, shown in zip(self._layers, buffer, strict=True) if shown is None]
         if silent:
             raise UnsupportedModel(
                 f"experts of {len(silent)} MoE layers did not show what they were given in this forward pass",
@@ -199,9 +176,9 @@ class Recorder:
                 hint="hooks do not run in compiled code and CUDA graphs: turn them off, or name the layers to record",
             )
         with self._accounting():
-            for shown, ledger in zip(staged, self._ledgers, strict=True):
+            for shown, accumulator in zip(buffer, self._accumulators, strict=True):
                 assert shown is not None
-                ledger.add(shown, self.counter.domains)
+                accumulator.add(shown, self.counter.domains)
         self._labels.add(current.labels)
         if self._labels.is_due:
             self.flush()
@@ -226,8 +203,8 @@ class Recorder:
         """
         with self._accounting():
             labels = self._labels.flush()
-            for ledger in self._ledgers:
-                ledger.flush(labels, self.counter.domains)
+            for accumulator in self._accumulators:
+                accumulator.flush(labels, self.counter.domains)
 
     @property
     def tokens(self) -> int:
@@ -242,15 +219,15 @@ class Recorder:
             BadData: a router chose what is no expert, or no pass was recorded at all.
         """
         self.flush()
-        if any(ledger.top_k == 0 for ledger in self._ledgers):
+        if any(accumulator.top_k == 0 for accumulator in self._accumulators):
             raise BadData("no forward pass was recorded", hint="run the model inside the `with` block")
         domains = list(self.counter.domains)
-        pairs = zip(self._layers, self._ledgers, strict=True)
+        pairs = zip(self._layers, self._accumulators, strict=True)
         return assemble(
-            {layer.index: ledger.record(domains) for layer, ledger in pairs},
+            {layer.index: accumulator.record(domains) for layer, accumulator in pairs},
             self._labels,
             domains,
             names=[entry.name for entry in self._entries],
-            source=self._source,
+            source=self._recording.source,
             told=self._told,
         )

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from moekit._progress import Progress, track
 from moekit.errors import BadConfig, BadData
-from moekit.trace.live import Recorder, Via
+from moekit.trace.live import Recorder
+from moekit.trace.recording import Recording, RecordingOptions
 from moekit.trace.rows import read_batch
 from moekit.trace.store import Trace
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Recorder", "evaluating", "record", "run_batch"]
 
@@ -67,33 +65,19 @@ def run_batch(recorder: Recorder, batch: Any) -> int:
 def record(
     model: nn.Module,
     batches: Iterable[Any],
+    recording: Recording | None = None,
     *,
-    statistics: Iterable[str] = ("basic",),
-    keep_choices: bool = True,
-    weights: bool = False,
-    layers: Sequence[int] | None = None,
-    via: Via = "hooks",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    source: str = "",
-    seed: int | None = None,
-    fingerprint: str | None = None,
     progress: Progress | None = None,
+    **options: Unpack[RecordingOptions],
 ) -> Trace:
     """Run a model over a text and record what its routers choose.
 
     Args:
         model: a MoE, on any device; run in eval mode without gradients, and left in the mode it was in.
         batches: `moekit.data.Batch` objects; mappings with "input_ids" and "attention_mask"; or tensors of ids.
-        statistics: see `Recorder`, also for the arguments not named here.
-        keep_choices: keep each token's choices.
-        weights: keep their gate weights too.
-        layers: decoder layers to record.
-        via: "hooks" or "experts".
-        tokenizer: named in the trace by its hash.
-        source: where the text came from.
-        seed: noted in the trace.
-        fingerprint: the model's.
+        recording: what to keep.
         progress: told of each batch.
+        options: the fields of `Recording` (`statistics`, `keep_choices`, ...), where no `recording` is given.
 
     Returns:
         The trace; experts never routed are named in its `warnings`.
@@ -104,18 +88,7 @@ def record(
         NumericFault: NaN or infinity in a router, with its layer.
         UnsupportedModel: no MoE, or a compiled one.
     """
-    recorder = Recorder(
-        model,
-        statistics=statistics,
-        keep_choices=keep_choices,
-        weights=weights,
-        layers=layers,
-        via=via,
-        tokenizer=tokenizer,
-        source=source,
-        seed=seed,
-        fingerprint=fingerprint,
-    )
+    recorder = Recorder(model, recording, **options)
     with recorder, evaluating(model):
         for batch in track(batches, "profiling", progress):
             run_batch(recorder, batch)

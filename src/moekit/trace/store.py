@@ -1,207 +1,20 @@
-"""A trace: what every token chose at every MoE layer, with labels and statistics.
-
-Choices are kept in 1 byte each where E <= 255 (index E means none, so 255 still fits), else in 2; weights, where kept,
-in fp16.
-
-Legend: N tokens, K choices a token, E experts.
-"""
+"""A trace, with all that can be done to a whole one: read, write, merge, select."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from moekit.errors import BadData
+from moekit.trace import combine, files
+from moekit.trace.data import TraceData
 from moekit.trace.meta import DataEntry, TraceMeta
-from moekit.trace.observation import Observation
-from moekit.trace.statistics import CHUNK_TOKENS, LayerStatistics, Statistics
-from moekit.trace.tokens import TokenLabels
-from moekit.trace.vocabulary import Statistic, resolve
 
 __all__ = ["DataEntry", "Trace", "TraceMeta"]
 
 
-class Trace:
-    """What routers chose on a text.
-
-    Args:
-        meta: what it is of.
-        labels: which document, domain and position each token is from; None without choices.
-        indices: decoder layer -> [N, K] choices in their smallest type; empty without choices.
-        weights: decoder layer -> [N, K] fp16; empty without.
-        statistics: streaming statistics; None without.
-    """
-
-    def __init__(
-        self,
-        meta: TraceMeta,
-        labels: TokenLabels | None = None,
-        indices: Mapping[int, Tensor] | None = None,
-        weights: Mapping[int, Tensor] | None = None,
-        statistics: Statistics | None = None,
-    ) -> None:
-        self.meta = meta
-        self._labels = labels
-        self._indices = dict(indices or {})
-        self._weights = dict(weights or {})
-        self.statistics = statistics
-
-    def __repr__(self) -> str:
-        return f"Trace({self.meta.tokens} tokens, layers {self.meta.layers}, domains {self.meta.domains})"
-
-    @property
-    def labels(self) -> TokenLabels:
-        """Labels of all tokens.
-
-        Raises:
-            BadData: the trace kept statistics only.
-        """
-        if self._labels is None:
-            raise BadData(
-                "this trace holds statistics only, no choices token by token", hint="record with keep_choices=True"
-            )
-        return self._labels
-
-    def raw_indices(self, layer: int) -> Tensor:
-        """Choices of a layer as stored, [N, K] uint8 or int16; E means none.
-
-        Raises:
-            BadData: no such layer, or the trace kept statistics only.
-        """
-        self.meta.experts_of(layer)
-        _ = self.labels
-        return self._indices[layer]
-
-    def indices(self, layer: int) -> Tensor:
-        """Choices of a layer, [N, K] int64; E means none."""
-        return self.raw_indices(layer).long()
-
-    def weights(self, layer: int) -> Tensor | None:
-        """Gate weights of a layer, [N, K] fp32; None where they were not kept."""
-        self.meta.experts_of(layer)
-        kept = self._weights.get(layer)
-        return None if kept is None else kept.float()
-
-    @property
-    def sequence_N(self) -> Tensor:
-        """Number of each token's sequence, int32."""
-        return self.labels.sequence_N
-
-    @property
-    def document_N(self) -> Tensor:
-        """Number of each token's document, int32."""
-        return self.labels.document_N
-
-    @property
-    def domain_N(self) -> Tensor:
-        """Number of each token's domain, int16."""
-        return self.labels.domain_N
-
-    @property
-    def position_N(self) -> Tensor:
-        """Each token's position in its sequence, int32."""
-        return self.labels.position_N
-
-    @property
-    def phase_N(self) -> Tensor:
-        """0 for given text, 1 for generated tokens; uint8."""
-        return self.labels.phase_N
-
-    @property
-    def warnings(self) -> list[str]:
-        """What a reader must know before trusting the figures, such as experts never routed."""
-        return self.meta.warnings
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over what was recorded: names the trace in plans made from it."""
-        digest = hashlib.sha256(self.meta.model_dump_json().encode())
-        for name, tensor in sorted(self.tensors().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by their names on disk."""
-        found = {f"layers.{layer}.indices": t for layer, t in self._indices.items()}
-        found |= {f"layers.{layer}.weights": t for layer, t in self._weights.items()}
-        if self._labels is not None:
-            found |= self._labels.encode()
-        for layer, named in (self.statistics or {}).items():
-            found |= {f"statistics.{layer}.{name}": t for name, t in named.items()}
-        return found
-
-    def check_model(self, fingerprint: str) -> None:
-        """Refuse another model.
-
-        Raises:
-            BadData: the trace was recorded on another model; nothing is said where either is unknown ("").
-        """
-        if fingerprint and self.meta.fingerprint and fingerprint != self.meta.fingerprint:
-            raise BadData(
-                f"this trace was recorded on {self.meta.model or 'a model'} with fingerprint "
-                f"{self.meta.fingerprint[:12]}, not on {fingerprint[:12]}",
-                hint="`moekit profile` records a trace of this model",
-            )
-
-    def require(self, names: Iterable[str]) -> Statistics:
-        """Statistics a method needs, computed from kept choices where they were not collected while recording.
-
-        Args:
-            names: names or groups of the vocabulary, such as a method's `needs`; "choices" and "weights" ask that
-                those are kept.
-
-        Raises:
-            BadConfig: an unknown name.
-            BadData: the trace neither has it nor can compute it.
-        """
-        names = [names] if isinstance(names, str) else list(names)
-        if "choices" in names or "weights" in names:
-            _ = self.labels
-        if "weights" in names and not self.meta.has_weights:
-            raise BadData("the trace kept no gate weights", hint="record with weights=True")
-        entries = resolve(names)
-        known = set(self.statistics.names) if self.statistics is not None else set()
-        missing = [entry for entry in entries if entry.name not in known]
-        for entry in missing:
-            self._can_compute(entry)
-        layers = {layer: self._with(layer, entries, missing) for layer in self.meta.layers}
-        return Statistics(layers)
-
-    def _can_compute(self, entry: Statistic) -> None:
-        kept = {"choices"} if self.meta.has_choices else set()
-        kept |= {"weights"} if self.meta.has_weights else set()
-        if not set(entry.sources) | {"choices"} <= kept:
-            raise BadData(
-                f"the trace does not carry {entry.name!r}",
-                hint=f"record it with statistics including {entry.name!r} (moekit profile --statistics {entry.name})",
-            )
-
-    def _with(self, layer: int, entries: Sequence[Statistic], missing: Sequence[Statistic]) -> LayerStatistics:
-        experts = self.meta.experts_of(layer)
-        computed = LayerStatistics.empty(missing, experts, self.meta.hidden, self.meta.domains)
-        for start in range(0, self.meta.tokens if missing else 0, CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            weights = self._weights.get(layer)
-            computed.update(
-                Observation(
-                    experts,
-                    self._indices[layer][rows].long(),
-                    domains=len(self.meta.domains),
-                    domain=self.labels.domain_N[rows],
-                    position=self.labels.position_N[rows],
-                    weights=None if weights is None else weights[rows],
-                )
-            )
-        have = {} if self.statistics is None else self.statistics[layer]
-        values = {e.name: computed[e.name] if e in missing else have[e.name] for e in entries}
-        width = self.meta.width_of(layer)
-        return LayerStatistics(experts, self.meta.hidden, self.meta.domains, self.meta.tokens, values, width=width)
+class Trace(TraceData):
+    """What routers chose on a text: see `TraceData` for what it holds."""
 
     def select(self, *, domain: str | None = None, document: int | None = None, phase: int | None = None) -> Trace:
         """The trace of some tokens only; statistics that choices do not tell are dropped.
@@ -209,9 +22,7 @@ class Trace:
         Raises:
             BadData: no such domain, or the trace kept statistics only.
         """
-        from moekit.trace.combine import select
-
-        return select(self, domain=domain, document=document, phase=phase)
+        return combine.select(self, domain=domain, document=document, phase=phase)
 
     @staticmethod
     def merge(traces: Sequence[Trace], *, documents: Literal["distinct", "shared"] = "distinct") -> Trace:
@@ -225,9 +36,7 @@ class Trace:
         Raises:
             BadData: none given, or of different models, layers, routings, tokenizers or statistics.
         """
-        from moekit.trace.combine import merge
-
-        return merge(traces, documents=documents)
+        return combine.merge(traces, documents=documents)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the trace as a folder (`trace.json`, `trace.safetensors`), whole or not at all.
@@ -236,9 +45,7 @@ class Trace:
             BadConfig: the folder exists, or another process writes it.
             OutOfBudget: the disk is full.
         """
-        from moekit.trace.files import save
-
-        save(self, Path(folder), overwrite=overwrite)
+        files.save(self, Path(folder), overwrite=overwrite)
 
     @classmethod
     def load(cls, folder: str | Path) -> Trace:
@@ -248,6 +55,4 @@ class Trace:
             BadData: not a trace, or damaged.
             UnsafeInput: a header that lies.
         """
-        from moekit.trace.files import load
-
-        return load(Path(folder))
+        return files.load(Path(folder), cls)

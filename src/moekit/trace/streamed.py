@@ -22,21 +22,23 @@ from torch import nn
 
 from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry, MoELayer
+from moekit.anatomy.swap import replaced
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.folder import Checkpoint
 from moekit.errors import BadConfig, BadData, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.states import MEMORY_BYTES, States
 from moekit.streaming.walk import Inputs, Walk
+from moekit.trace.accumulator import LabelAccumulator, LayerAccumulator, LayerRecord
 from moekit.trace.assembly import assemble
-from moekit.trace.ledger import LabelLedger, LayerLedger, LayerRecord
+from moekit.trace.layer_hook import ForwardPass, LayerHook
 from moekit.trace.meta import STOCK_ROUTING, tokenizer_hash
+from moekit.trace.recording import Recording
 from moekit.trace.rows import RowCounter, read_batch, rows_of_pass
 from moekit.trace.seam import chosen_implementation, redirect
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace
-from moekit.trace.taps import LayerTap, Pass
-from moekit.trace.vocabulary import Statistic, resolve
+from moekit.trace.vocabulary import Statistic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,16 +76,15 @@ class Streamed:
         dtype: torch.dtype | None = None,
         device: str = "cpu",
     ) -> None:
-        names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        recording = Recording(statistics=statistics, keep_choices=keep_choices, weights=weights)
         self.checkpoint = checkpoint
-        self.entries = resolve(names)
-        self.keep_weights = weights or "weights" in names
-        self.keep_choices = keep_choices or "choices" in names or self.keep_weights
+        self.entries = recording.entries
+        self.keep_weights, self.keep_choices = recording.keeps_weights, recording.keeps_choices
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.counter = RowCounter()
-        self.labels = LabelLedger(keep=self.keep_choices)
+        self.labels = LabelAccumulator(keep=self.keep_choices)
         inputs, passes = [], []
         for batch in batches:
             ids_BS, labels = read_batch(batch)
@@ -95,7 +96,7 @@ class Streamed:
         if not inputs:
             raise BadData("the text holds no tokens but padding", hint="give a text that is not empty")
         self.domains = list(self.counter.domains)
-        self.passes = [Pass(rows, self.domains) for rows in passes]
+        self.passes = [ForwardPass(rows, self.domains) for rows in passes]
         for current in self.passes:
             self.labels.add(current.labels)
         self.labels.flush()
@@ -152,13 +153,13 @@ class Streamed:
             with torch.no_grad(), recording as layer:
                 for number, current in enumerate(self.passes):
                     if layer is not None:
-                        layer.tap.begin(current)
+                        layer.hook.begin(current)
                     after.put(number, self.walk.run(index, number, before.get(number)))
                     if layer is not None:
                         layer.take(current, self.domains)
             if layer is None or moe is None:
                 return
-            self.records[index] = layer.ledger.record(self.domains)
+            self.records[index] = layer.accumulator.record(self.domains)
             block = None if change is None else change(moe, self.records[index].statistics)
             if block is not None:
                 self._pass_through(moe, block, before, after)
@@ -166,32 +167,29 @@ class Streamed:
     @torch.no_grad()
     def _pass_through(self, moe: MoELayer, block: nn.Module, before: States, after: States) -> None:
         """Let the text go on to the next layer through another block."""
-        path, _, last = moe.name.rpartition(".")
-        parent = self.loader.model.get_submodule(path)
-        setattr(parent, last, block)
-        try:
+        with replaced(self.loader.model, moe.name, block):
             for number in range(len(self.passes)):
                 after.put(number, self.walk.run(moe.index, number, before.get(number)))
-        finally:
-            setattr(parent, last, moe.block)
 
     @contextlib.contextmanager
     def recording(self, moe: MoELayer) -> Iterator[_Recording]:
         """See a loaded layer for as long as the block lasts."""
         early: list[Statistic] = [entry for entry in self.entries if not entry.from_choices]
-        tap = LayerTap(self.loader.model, moe, early)
-        ledger = LayerLedger(moe, self.entries, keep_choices=self.keep_choices, keep_weights=self.keep_weights)
+        hook = LayerHook(self.loader.model, moe, early)
+        accumulator = LayerAccumulator(
+            moe, self.entries, keep_choices=self.keep_choices, keep_weights=self.keep_weights
+        )
         undo = None
         try:
             chosen = chosen_implementation(moe)
-            undo = redirect(self.loader.model, {moe.experts: tap.implementation(chosen)})
+            undo = redirect(self.loader.model, {moe.experts: hook.implementation(chosen)})
         except UnsupportedModel:
             pass  # experts outside transformers' interface are seen by hooks
-        handles = list(tap.hooks(on_experts=undo is None))
+        handles = list(hook.hooks(on_experts=undo is None))
         try:
-            yield _Recording(moe, tap, ledger)
+            yield _Recording(moe, hook, accumulator)
         finally:
-            tap.begin(None)
+            hook.begin(None)
             for handle in handles:
                 handle.remove()
             if undo is not None:
@@ -274,19 +272,19 @@ class Streamed:
 class _Recording:
     """One layer while it is seen."""
 
-    def __init__(self, moe: MoELayer, tap: LayerTap, ledger: LayerLedger) -> None:
+    def __init__(self, moe: MoELayer, hook: LayerHook, accumulator: LayerAccumulator) -> None:
         self.moe = moe
-        self.tap = tap
-        self.ledger = ledger
+        self.hook = hook
+        self.accumulator = accumulator
 
-    def take(self, current: Pass, domains: Sequence[str]) -> None:
+    def take(self, current: ForwardPass, domains: Sequence[str]) -> None:
         """Enter what the last pass showed."""
-        staged = self.tap.staged
-        self.tap.begin(None)
-        if staged is None:
+        buffer = self.hook.buffer
+        self.hook.begin(None)
+        if buffer is None:
             raise UnsupportedModel("the experts did not show what they were given", layer=self.moe.index)
-        self.ledger.add(staged, domains)
-        self.ledger.flush(current.labels, domains)
+        self.accumulator.add(buffer, domains)
+        self.accumulator.flush(current.labels, domains)
 
 
 def record_streamed(

@@ -2,10 +2,11 @@
 
 A statistic is one tensor per MoE layer with a fixed meaning, a shape in letters, and a rule by which the tensors of two
 sets of tokens combine. So memory does not grow with tokens, batches and ranks merge, and a method added later names
-statistics in `needs` instead of running its own pass. A package may add its own::
+statistics in `needs` instead of running its own pass. What only one method reads stands in the method's own file, what
+several read in `moekit.trace.statistics`. A package adds its own by the entry point that brings its method::
 
     @statistic(shape="E", sources=("weights",))
-    def gate_cube(seen: Observation) -> Tensor:
+    def gate_cube(seen: TokenBatch) -> Tensor:
         "Sum of cubed gate weights."
         return seen.per_expert(seen.weights_NK**3)
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,17 +28,18 @@ from typing import Literal
 
 from torch import Tensor
 
+from moekit import catalogue
 from moekit._names import near
 from moekit.errors import BadConfig
-from moekit.trace.observation import Observation, Segment
+from moekit.trace.batch import ExpertBatch, TokenBatch
 
 # What must be seen of a forward pass. Choices (the expert indices) always are.
 Source = Literal["choices", "weights", "logits", "inputs", "inner", "outputs", "residual", "shared", "stream"]
 # How the tensors of two sets of tokens combine. "peak": the row with the larger first column.
 Rule = Literal["sum", "max", "peak"]
-Measure = Callable[[Observation], Tensor]
+Measure = Callable[[TokenBatch], Tensor]
 # Of a statistic that is measured expert by expert.
-MeasureExpert = Callable[[Segment], Tensor]
+MeasureExpert = Callable[[ExpertBatch], Tensor]
 # Bins of a histogram over [0, 1].
 BINS = 512
 
@@ -60,7 +63,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "output_peak",
     ),
     "inner": ("load", "inner_square"),
-    "residual": ("residual_change", "residual_max", "turning_output_norm"),
+    "residual": ("residual_change", "residual_max", "residual_change_weighted_output_norm"),
 }
 
 
@@ -105,7 +108,7 @@ def expert_statistic(
     """
 
     def enter(of_expert: MeasureExpert) -> MeasureExpert:
-        def by_token(seen: Observation) -> Tensor:
+        def by_token(seen: TokenBatch) -> Tensor:
             raise TypeError(f"{of_expert.__name__} is measured expert by expert")
 
         by_token.__name__, by_token.__doc__ = of_expert.__name__, of_expert.__doc__
@@ -121,17 +124,6 @@ def expert_statistic(
 _statistics: dict[str, Statistic] = {}
 _families: dict[str, Callable[..., Statistic]] = {}
 _MEMBER = re.compile(r"^(?P<family>\w+)\((?P<numbers>[-\d., ]*)\)$")
-# Modules whose import fills the vocabulary.
-_MODULES = (
-    "moekit.trace.measures",
-    "moekit.trace.power",
-    "moekit.trace.renormalised",
-    "moekit.trace.ratios",
-    "moekit.trace.pools",
-    "moekit.trace.domain_outputs",
-    "moekit.trace.gated_squares",
-    "moekit.trace.massive",
-)
 
 
 def statistic(
@@ -151,8 +143,7 @@ def statistic(
                 f"two statistics are called {name!r}: in {known.measure.__module__} and {measure.__module__}",
                 hint="rename one of them, or uninstall one of the packages",
             )
-        doc = (inspect.getdoc(measure) or "").split("\n\n")[0].replace("\n", " ")
-        _statistics[name] = Statistic(name, shape, tuple(sources), rule, integer, doc, measure)
+        _statistics[name] = Statistic(name, shape, tuple(sources), rule, integer, _first_sentence(measure), measure)
         return measure
 
     return enter
@@ -172,11 +163,28 @@ def member_name(family: str, *numbers: float) -> str:
     return f"{family}({','.join(f'{number:g}' for number in numbers)})"
 
 
+def _load_general() -> None:
+    """Import the statistics that several methods share: the modules of `moekit.trace.statistics`."""
+    package = importlib.import_module("moekit.trace.statistics")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
 def known_statistics() -> dict[str, Statistic]:
-    """The whole vocabulary, by name; families are left out."""
-    for module in _MODULES:
-        importlib.import_module(module)
+    """The whole vocabulary, by name, those of methods here and in other packages too; families are left out."""
+    _load_general()
+    catalogue.load_all()
     return dict(sorted(_statistics.items()))
+
+
+def known_families() -> dict[str, str]:
+    """Families of statistics by name, each with the first sentence of what its members are."""
+    known_statistics()
+    return {name: _first_sentence(make) for name, make in sorted(_families.items())}
+
+
+def _first_sentence(function: Callable[..., object]) -> str:
+    return (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
 
 
 def _member(name: str) -> Statistic | None:
@@ -203,6 +211,19 @@ def get(name: str) -> Statistic:
         return member
     way_out = f"there are: {', '.join([*GROUPS, *known])}"
     raise BadConfig(f"no statistic is called {name!r}", hint=near(name, [*known, *GROUPS, *KEPT], otherwise=way_out))
+    # What is not there yet may stand in a module that nobody has imported: a general one, then any method's.
+    for load in (None, _load_general, catalogue.load_all):
+        if load is not None:
+            load()
+        found = _statistics.get(name) or _member(name)
+        if found is not None:
+            return found
+    near = difflib.get_close_matches(name, [*_statistics, *GROUPS, *KEPT], n=3)
+    known = ", ".join([*GROUPS, *sorted(_statistics)])
+    raise BadConfig(
+        f"no statistic is called {name!r}",
+        hint=f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {known}",
+    )
 
 
 def resolve(names: Iterable[str]) -> tuple[Statistic, ...]:

@@ -6,8 +6,10 @@ import torch
 from safetensors.torch import load_file
 
 from moekit.checkpoint.digest import config_digest, file_digest, tensor_digests
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import expert_counts
-from moekit.checkpoint.folder import Checkpoint, where
+from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.names import where
 from moekit.errors import BadCheckpoint, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain, saved
 from tests.families import EXPERTS, FAMILIES, build
@@ -18,7 +20,7 @@ from tests.families import EXPERTS, FAMILIES, build
 def test_both_layouts_of_every_family_verify_and_read(tmp_path, family, fused):
     folder = plain(tmp_path / "model", family, fused=fused)
     checkpoint = Checkpoint.open(folder)
-    checkpoint.verify()
+    verify(checkpoint)
     expected = load_file(folder / "model.safetensors")
     assert set(checkpoint.tensors) == set(expected)
     for name, tensor in checkpoint.stream():
@@ -64,7 +66,7 @@ def test_missing_tensors_are_listed_in_full(tmp_path):
     gone.append("model.layers.0.mlp.gate.weight")
     edit_shard(folder / "model.safetensors", lambda tensors: [tensors.pop(name) for name in gone])
     with pytest.raises(BadCheckpoint) as caught:
-        Checkpoint.open(folder).verify()
+        verify(Checkpoint.open(folder))
     assert "4 tensors missing" in str(caught.value)
     assert all(name in str(caught.value) for name in gone)
     assert caught.value.layer == 0
@@ -76,7 +78,7 @@ def test_a_missing_expert_is_named(tmp_path):
     name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
     edit_shard(folder / "model.safetensors", lambda tensors: tensors.pop(name))
     with pytest.raises(BadCheckpoint) as caught:
-        Checkpoint.open(folder).verify()
+        verify(Checkpoint.open(folder))
     assert (caught.value.layer, caught.value.expert) == (1, 5)
 
 
@@ -90,7 +92,7 @@ def test_one_expert_too_many(tmp_path):
 
     edit_shard(folder / "model.safetensors", add)
     with pytest.raises(BadCheckpoint, match="3 tensors that the config does not know") as caught:
-        Checkpoint.open(folder).verify()
+        verify(Checkpoint.open(folder))
     assert (caught.value.layer, caught.value.expert) == (0, 8)
 
 
@@ -110,7 +112,7 @@ def test_expert_count_off_by_one(tmp_path, family, by, fused):
 
     edit_json(folder / "config.json", change)
     with pytest.raises(BadCheckpoint) as caught:
-        Checkpoint.open(folder).verify()
+        verify(Checkpoint.open(folder))
     assert f"the tensors hold {EXPERTS} experts a layer" in caught.value.hint
 
 
@@ -119,7 +121,7 @@ def test_wrong_shapes_name_both(tmp_path):
     name = "model.layers.1.mlp.experts.2.down_proj.weight"
     edit_shard(folder / "model.safetensors", lambda t: t.update({name: t[name].T.contiguous()}))
     with pytest.raises(BadCheckpoint, match=re.escape(f"{name} [24, 32] instead of [32, 24]")) as caught:
-        Checkpoint.open(folder).verify()
+        verify(Checkpoint.open(folder))
     assert (caught.value.layer, caught.value.expert) == (1, 2)
 
 
@@ -129,7 +131,7 @@ def test_weights_that_are_no_plain_floats(tmp_path, dtype):
     name = "model.layers.0.mlp.gate.weight"
     edit_shard(folder / "model.safetensors", lambda t: t.update({name: t[name].to(dtype)}))
     with pytest.raises(BadCheckpoint, match="of a wrong dtype") as caught:
-        Checkpoint.open(folder).verify()
+        verify(Checkpoint.open(folder))
     assert caught.value.layer == 0
 
 
@@ -138,7 +140,7 @@ def test_one_expert_of_another_dtype_would_be_cast_in_silence(tmp_path):
     name = "model.layers.0.mlp.experts.6.up_proj.weight"
     edit_shard(folder / "model.safetensors", lambda t: t.update({name: t[name].half()}))
     with pytest.raises(BadCheckpoint, match="F16 among F32") as caught:
-        Checkpoint.open(folder).verify()
+        verify(Checkpoint.open(folder))
     assert (caught.value.layer, caught.value.expert) == (0, 6)
 
 
@@ -146,7 +148,7 @@ def test_surplus_tensors(tmp_path):
     folder = plain(tmp_path / "model", "qwen2_moe")
     edit_shard(folder / "model.safetensors", lambda t: t.update({"model.surprise": torch.zeros(2)}))
     with pytest.raises(BadCheckpoint, match=r"model\.surprise"):
-        Checkpoint.open(folder).verify()
+        verify(Checkpoint.open(folder))
 
 
 def test_known_leftovers_and_prediction_layers_are_no_surplus(tmp_path):
@@ -157,30 +159,30 @@ def test_known_leftovers_and_prediction_layers_are_no_surplus(tmp_path):
         tensors["model.layers.3.enorm.weight"] = torch.zeros(32)
 
     edit_shard(folder / "model.safetensors", add)
-    Checkpoint.open(folder).verify()
+    verify(Checkpoint.open(folder))
 
 
 def test_tied_and_untied_heads(tmp_path):
     tied = plain(tmp_path / "tied", "qwen2_moe", tie_word_embeddings=True)
     assert "lm_head.weight" not in Checkpoint.open(tied).tensors
-    Checkpoint.open(tied).verify()
+    verify(Checkpoint.open(tied))
     edit_json(tied / "config.json", lambda config: config.update(tie_word_embeddings=False))
     with pytest.raises(BadCheckpoint, match="1 tensors missing: lm_head"):
-        Checkpoint.open(tied).verify()
+        verify(Checkpoint.open(tied))
 
 
 def test_a_config_that_contradicts_itself(tmp_path):
     folder = plain(tmp_path / "model", "qwen2_moe")
     edit_json(folder / "config.json", lambda config: config.update(hidden_size="wide"))
     with pytest.raises(BadCheckpoint, match="no model can be built"):
-        Checkpoint.open(folder).verify()
+        verify(Checkpoint.open(folder))
 
 
 def test_a_config_of_no_language_model(tmp_path):
     folder = plain(tmp_path / "model", "qwen2_moe")
     (folder / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(UnsupportedModel, match="no causal language model"):
-        Checkpoint.open(folder).verify()
+        verify(Checkpoint.open(folder))
 
 
 def test_quantized_checkpoints_are_checked_for_presence(tmp_path):
@@ -193,11 +195,11 @@ def test_quantized_checkpoints_are_checked_for_presence(tmp_path):
             tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
 
     edit_shard(folder / "model.safetensors", quantize)
-    Checkpoint.open(folder).verify()
+    verify(Checkpoint.open(folder))
     gone = "model.layers.1.mlp.experts.5.up_proj.weight"
     edit_shard(folder / "model.safetensors", lambda t: (t.pop(gone), t.pop(f"{gone}_scale_inv")))
     with pytest.raises(BadCheckpoint, match=re.escape(gone)):
-        Checkpoint.open(folder).verify()
+        verify(Checkpoint.open(folder))
 
 
 def test_not_a_folder(tmp_path):

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.hub import looks_like_hub_id
 from moekit.errors import BadCheckpoint, UnsafeInput
@@ -48,7 +49,7 @@ def test_only_what_a_model_needs_is_fetched(hub):
         (hub.repo / name).parent.mkdir(exist_ok=True)
         (hub.repo / name).write_bytes(b"unwanted")
     checkpoint = Checkpoint.open("org/name", revision="main")
-    checkpoint.verify()
+    verify(checkpoint)
     assert checkpoint.record is not None
     fetched = {path.name for path in hub.cache.rglob("*") if path.is_file()}
     assert fetched == {p.name for p in hub.repo.glob("*") if p.suffix in {".json", ".md"}} | set(checkpoint.shards)
@@ -58,7 +59,7 @@ def test_only_what_a_model_needs_is_fetched(hub):
 
 def test_single_file_models(hub):
     plain(hub.repo, "mixtral")
-    Checkpoint.open("org/name").verify()
+    verify(Checkpoint.open("org/name"))
 
 
 def test_hub_index_that_points_out(hub):

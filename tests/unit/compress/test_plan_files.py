@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moekit.checkpoint import Checkpoint
+from moekit.checkpoint.expected import verify
 from moekit.compress.budget import Budget
 from moekit.compress.prune.dern import DERN
 from moekit.compress.prune.plan import PrunePlan
@@ -40,7 +41,7 @@ def test_weights_are_not_taken_for_statistics(made: tuple[Checkpoint, PrunePlan,
     checkpoint, plan, _ = made
     with pytest.raises(BadConfig, match="no plan's statistics"):
         plan.save(checkpoint.path / "model.json")
-    Checkpoint.open(checkpoint.path).verify()
+    verify(Checkpoint.open(checkpoint.path))
     with pytest.raises(BadConfig, match=r"a plan is a \.json file"):
         plan.save(tmp_path / "keep-0.5")
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from moekit.anatomy import Geometry
 from moekit.errors import BadConfig, BadData
 from moekit.routing import Gate, GateSpec, PlanInputs
 from moekit.routing.methods.naee_skip import NAEESkip
-from moekit.trace.observation import Observation
+from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import resolve
 
@@ -35,7 +35,7 @@ def route(policy: NAEESkip, logits: torch.Tensor, tensors: dict[str, torch.Tenso
 
 def counted(weights_TK: torch.Tensor, indices_TK: torch.Tensor, experts: int) -> LayerStatistics:
     stats = LayerStatistics.empty(resolve(["gate_ratio"]), experts, 8)
-    stats.update(Observation(experts, indices_TK, weights=weights_TK))
+    stats.update(TokenBatch(experts, indices_TK, weights=weights_TK))
     return stats
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.skeleton import empty_model
 from moekit.errors import BadCheckpoint, UnsupportedModel
@@ -23,7 +24,7 @@ BATCHES = [Inputs(IDS[:2], MASK[:2]), Inputs(IDS[2:, :7], MASK[2:, :7])]
 
 def opened(folder: Path, family: str, fused: bool = False) -> Checkpoint:
     checkpoint = Checkpoint.open(plain(folder, family, fused=fused))
-    checkpoint.verify()
+    verify(checkpoint)
     return checkpoint
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from moekit.anatomy import find_moe_layers
 from moekit.trace import Recorder, record
+from moekit.trace.batch import ExpertBatch
 from moekit.trace.each_expert import delegated, each_expert, plain_expert
-from moekit.trace.observation import Segment
 from moekit.trace.seam import uses_sigmoid
 from tests.families import EXPERTS, FAMILIES, HIDDEN, TOP_K, build, logits, tokens
 from tests.unit.trace.samples import Spy
@@ -242,12 +242,12 @@ def test_no_expert_has_no_output_and_the_gated_sum_is_the_blocks() -> None:
     weights_TK = torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
     one = plain_expert(layer.experts)
     assert one is not None
-    seen: list[Segment] = []
+    seen: list[ExpertBatch] = []
     with torch.no_grad():
         figures = each_expert(one, hidden_TH, chosen_TK, weights_TK, EXPERTS, look=seen.append, peaks=True, add_up=True)
         layer.experts.config._experts_implementation = "eager"  # the one that skips what is no expert
         expected_TH = layer.experts.forward(hidden_TH, chosen_TK, weights_TK)
-    assert [segment.expert for segment in seen] == [0, 1, 5]
+    assert [batch.expert for batch in seen] == [0, 1, 5]
     assert bool((figures.norm_NK[chosen_TK == EXPERTS] == 0).all())
     assert bool((figures.norm_NK[chosen_TK < EXPERTS] > 0).all())
     assert figures.output_NH is not None

@@ -148,7 +148,7 @@ def test_counting_in_many_small_steps_is_counting_at_once(monkeypatch: pytest.Mo
     model = build("qwen3_moe")
     batches = [tokens(2, 5, seed=i) for i in range(6)]
     at_once = record(model, batches, statistics=("basic", "gates"))
-    monkeypatch.setattr("moekit.trace.ledger.FLUSH_TOKENS", 1)
+    monkeypatch.setattr("moekit.trace.accumulator.FLUSH_TOKENS", 1)
     same_trace(record(model, batches, statistics=("basic", "gates")), at_once)
 
 
@@ -161,7 +161,7 @@ def test_memory_of_statistics_does_not_grow_with_tokens() -> None:
             for _ in range(rows):
                 model(input_ids=tokens(4, 40), use_cache=False)
             recorder.flush()
-            held = [t for ledger in recorder._ledgers for t in (*ledger.indices, *ledger.weights)]
+            held = [t for accumulator in recorder._accumulators for t in (*accumulator.indices, *accumulator.weights)]
             assert held == []
             trace = recorder.trace()
             sizes.append({name: t.numel() for name, t in trace.tensors().items()})

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moekit.checkpoint.fingerprint import text_config
+from moekit.checkpoint.names import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

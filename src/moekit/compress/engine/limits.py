@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moekit.checkpoint.fingerprint import config_groups, config_top_k
+from moekit.checkpoint.names import config_groups, config_top_k
 from moekit.compress.decision import LayerDecision
 from moekit.errors import BadConfig
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from moekit.checkpoint.experts import stacked_experts
-from moekit.checkpoint.fingerprint import config_top_k
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
 from moekit.checkpoint.meta import model_config
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, config_top_k
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.small_files import small_files
-from moekit.checkpoint.uneven import EXPERT_COUNT_KEYS, without_common_loss
+from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.config_file import edited_config, renamed_experts, without_mtp
 from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k

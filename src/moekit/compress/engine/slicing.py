@@ -22,9 +22,8 @@ from moekit.anatomy.layout import parse_expert_tensor
 from moekit.anatomy.probe import decoder_index
 from moekit.checkpoint.digest import read_range
 from moekit.checkpoint.expected import renamer
-from moekit.checkpoint.experts import in_mtp_stack
-from moekit.checkpoint.fingerprint import text_config
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.names import in_mtp_stack, text_config
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
 from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.shard_writer import Spec

@@ -1,6 +1,9 @@
 """EASY-EP: pruning for one domain from a few of its texts (NeurIPS 2025, arXiv:2504.06792).
 
-Legend: E experts, D domains.
+g is the gate weight that multiplies an expert's output, n the norm of that output before gating, w how much the routed
+experts turn the token's residual stream.
+
+Legend: N tokens, K choices a token, E experts, D domains.
 """
 
 from __future__ import annotations
@@ -17,7 +20,27 @@ from moekit.catalogue import register
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.base import PruneMethod, ratio
 from moekit.errors import BadConfig
-from moekit.trace import domain_outputs as domain_outputs  # enters the statistics
+from moekit.trace.batch import TokenBatch, widest
+from moekit.trace.vocabulary import statistic
+
+
+def by_domain(seen: TokenBatch, values_NK: Tensor) -> Tensor:
+    """Sum over each domain's tokens of a value of each choice, by expert: [D, E] fp64."""
+    wide = widest(values_NK.device)
+    sum_DE = torch.zeros(seen.domains, seen.experts, dtype=wide, device=values_NK.device)
+    return sum_DE.index_add_(0, seen.domain_N, seen.spread(values_NK).to(wide))
+
+
+@statistic(shape="DE", sources=("weights", "outputs"))
+def domain_gated_output_norm(seen: TokenBatch) -> Tensor:
+    """Sum of g n over the expert's tokens of each domain; over all domains it is `gated_output_norm`."""
+    return by_domain(seen, seen.weights_NK * seen.output_norm_NK)
+
+
+@statistic(shape="DE", sources=("weights", "outputs", "residual"))
+def domain_residual_change_weighted_output_norm(seen: TokenBatch) -> Tensor:
+    """Sum of w g n over the expert's tokens of each domain: `residual_change_weighted_output_norm` by domain."""
+    return by_domain(seen, seen.change_N[:, None] * seen.weights_NK * seen.output_norm_NK)
 
 
 def mix_domains(sums_DE: Tensor, domains: Sequence[str], weights: Mapping[str, float]) -> Tensor:
@@ -50,7 +73,7 @@ def mix_domains(sums_DE: Tensor, domains: Sequence[str], weights: Mapping[str, f
     name="easy-ep",
     kind="prune",
     paper="arXiv:2504.06792",
-    needs=("load", "domain_turning_output_norm"),
+    needs=("load", "domain_residual_change_weighted_output_norm"),
     changes="weights",
     limits=(
         "For the domain of its calibration text only: other domains lose far more.",
@@ -93,7 +116,7 @@ class EasyEP(PruneMethod):
     @property
     def required(self) -> tuple[str, ...]:
         """The load and the sum of (w) g n, by domain unless all tokens are summed alike."""
-        whole = "turning_output_norm" if self.token_weight else "gated_output_norm"
+        whole = "residual_change_weighted_output_norm" if self.token_weight else "gated_output_norm"
         return ("load", whole if self.mix == "sum" else f"domain_{whole}")
 
     def score(self, evidence: LayerEvidence) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moekit.anatomy.probe import Geometry
-from moekit.checkpoint.fingerprint import config_groups
+from moekit.checkpoint.names import config_groups
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.base import PruneMethod, ranking
 from moekit.compress.prune.plan import LayerPlan, PrunePlan

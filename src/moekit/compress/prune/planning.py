@@ -14,8 +14,8 @@ from moekit import catalogue
 from moekit._progress import Progress, track
 from moekit.anatomy.layout import find_expert_tensors
 from moekit.anatomy.probe import Geometry, find_moe_layers
-from moekit.checkpoint.fingerprint import config_top_k
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.budget import Budget, Sizes, bounds, check_count, check_total, total_count, uniform_count
 from moekit.compress.decision import LayerDecision

@@ -1,17 +1,31 @@
 """REAP: router-weighted expert activation pruning (ICLR 2026, arXiv:2510.13999).
 
-Legend: E experts.
+Legend: N tokens, K choices a token, E experts.
 """
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-import moekit.trace.renormalised  # noqa: F401 - enters its statistic
 from moekit.catalogue import register
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.base import PruneMethod, ratio
+from moekit.trace.batch import TokenBatch
+from moekit.trace.vocabulary import statistic
+
+
+def share_NK(seen: TokenBatch) -> Tensor:
+    """Each choice's part in the sum of its token's gate weights, fp32; 0 where that sum is 0."""
+    total_N1 = seen.weights_NK.sum(dim=1, keepdim=True)
+    return torch.where(total_N1 > 0, seen.weights_NK / total_N1.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+
+
+@statistic(shape="E", sources=("weights", "outputs"))
+def renormalised_output_norm(seen: TokenBatch) -> Tensor:
+    """Sum of (g / sum of the token's g) n over the expert's tokens (REAP's gate since 2026, arXiv:2510.13999)."""
+    return seen.per_expert(share_NK(seen) * seen.output_norm_NK)
 
 
 @register(

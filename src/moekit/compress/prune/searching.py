@@ -9,6 +9,7 @@ Legend: T positions of a batch, N of them no padding, H hidden, M experts kept.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moekit._progress import Progress, track
-from moekit.anatomy.probe import MoELayer
+from moekit.anatomy.probe import MoELayer, flat_output
+from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget import uniform_count
 from moekit.compress.decision import LayerDecision
@@ -114,7 +116,9 @@ class _Search:
             whole = self.calls.keep(number, args, kwargs)
             seen.extend([number] * whole)
             if targets:
-                self.targets.put(number, _flat(output).reshape(*states.shapes[number], states.hidden).to(states.dtype))
+                self.targets.put(
+                    number, flat_output(output).reshape(*states.shapes[number], states.hidden).to(states.dtype)
+                )
 
         handle = moe.block.register_forward_hook(see, with_kwargs=True)
         try:
@@ -134,19 +138,11 @@ class _Search:
     def _advance(self, index: int, plain: States | None, pruned: States | None, block: nn.Module | None) -> None:
         loader = self.streamed.loader
         moe = self.walk.moe(index) if block is not None else None
-        parent: nn.Module | None = None
-        if moe is not None and block is not None:
-            path, _, last = moe.name.rpartition(".")
-            parent = loader.model.get_submodule(path)
-            setattr(parent, last, block)
-        try:
+        with replaced(loader.model, moe.name, block) if moe is not None else contextlib.nullcontext():
             for states in (plain, pruned):
                 for number in range(len(states) if states is not None else 0):
                     assert states is not None
                     states.put(number, self.walk.run(index, number, states.get(number)))
-        finally:
-            if moe is not None and parent is not None:
-                setattr(parent, moe.name.rpartition(".")[2], moe.block)
 
 
 class _Calls:
@@ -188,12 +184,6 @@ class _Calls:
         return rest, named
 
 
-def _flat(output: Any) -> Tensor:
-    made = output[0] if isinstance(output, tuple) else output
-    flat: Tensor = made.reshape(-1, made.shape[-1])
-    return flat
-
-
 def _readable(decision: LayerDecision) -> LayerDecision:
     return decision.model_copy(update={"figures": {k: v for k, v in decision.figures.items() if k != "rise"}})
 
@@ -233,7 +223,7 @@ class _Block:
         device, total = self._weights.up_EIH.device, 0.0
         for number, mask_T in enumerate(self._masks):
             args, kwargs = self._calls.get(number, device)
-            made_NH = _flat(block(*args, **kwargs))[mask_T]
+            made_NH = flat_output(block(*args, **kwargs))[mask_T]
             target_NH = self._targets.get(number).to(device).flatten(0, 1)[mask_T]
             total += float((target_NH.double() - made_NH.double()).norm())
         return total

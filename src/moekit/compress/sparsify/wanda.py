@@ -17,6 +17,20 @@ from moekit.compress.evidence import LayerEvidence
 from moekit.compress.sparsify.base import Part, SparsifyMethod, sparsity_of, valid_pattern
 from moekit.compress.sparsify.masks import UNSTRUCTURED, smallest
 from moekit.errors import NumericFault
+from moekit.trace.batch import ExpertBatch
+from moekit.trace.vocabulary import expert_statistic
+
+
+@expert_statistic(shape="EH", sources=("weights", "inputs"))
+def gated_input_square(seen: ExpertBatch) -> Tensor:
+    """Sum of the expert's squared inputs times the squared gate weight, by channel (MoE-Pruner, arXiv:2410.12013)."""
+    return seen.weights_n.square() @ seen.hidden_nH.square()
+
+
+@expert_statistic(shape="EI", sources=("weights", "inner"))
+def gated_inner_square(seen: ExpertBatch) -> Tensor:
+    """Sum of the squared inputs of the expert's down projection times the squared gate weight, by neuron."""
+    return seen.weights_n.square() @ seen.inner_nI.square()
 
 
 def statistics_of(gated: bool) -> tuple[str, str, str]:

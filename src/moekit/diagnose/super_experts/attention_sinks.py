@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from moekit.anatomy.probe import find_moe_layers
 from moekit.diagnose.super_experts.ablation import Pair, by_layer, without_experts
+from moekit.diagnose.super_experts.magnitudes import is_massive
 from moekit.diagnose.super_experts.report import SHARED
-from moekit.trace.massive import is_massive
-from moekit.trace.observation import widest
+from moekit.trace.batch import widest
 from moekit.trace.recorder import evaluating
 from moekit.trace.seam import decoder_layer, uses_sigmoid
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from moekit._progress import Progress
 from moekit.anatomy.probe import find_moe_layers
+from moekit.diagnose.super_experts.magnitudes import MASSIVE_RATIO, MASSIVE_VALUE, median_magnitude
 from moekit.diagnose.super_experts.report import SHARED, Candidate, LayerProfile, Rule, SuperExpertReport
 from moekit.errors import BadData, NumericFault
-from moekit.trace.massive import MASSIVE_RATIO, MASSIVE_VALUE, median_magnitude
 from moekit.trace.recorder import record
 from moekit.trace.statistics import LayerStatistics
 

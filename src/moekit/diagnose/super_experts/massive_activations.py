@@ -19,12 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moekit.anatomy.probe import flat_output
 from moekit.diagnose.super_experts.finding import forms_massive
+from moekit.diagnose.super_experts.magnitudes import is_massive, median_magnitude
 from moekit.diagnose.super_experts.report import SHARED
 from moekit.errors import NumericFault
 from moekit.streaming.states import States
-from moekit.trace.massive import is_massive, median_magnitude
-from moekit.trace.observation import Observation
+from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.streamed import Change, Streamed
 from moekit.trace.vocabulary import get
@@ -165,7 +166,7 @@ class _DenseWatch:
 
     def _on_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         current = next(self._passes)
-        made = output[0] if isinstance(output, tuple) else output
+        made = flat_output(output)
         given = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         residual = self._residual()
         if residual is None:
@@ -175,7 +176,7 @@ class _DenseWatch:
         stream_NH, residual_NH = (current.keep(t.detach().reshape(-1, t.shape[-1])) for t in (made, residual))
         none_NK = torch.zeros(len(stream_NH), 1, dtype=torch.int64, device=stream_NH.device)
         position_N = current.labels.position_N
-        self._stats.update(Observation(1, none_NK, position=position_N, residual=residual_NH, stream=stream_NH))
+        self._stats.update(TokenBatch(1, none_NK, position=position_N, residual=residual_NH, stream=stream_NH))
 
     def _residual(self) -> Tensor | None:
         """What the norm before the last block was given: the residual stream with attention's part in it."""

@@ -10,7 +10,8 @@ import torch
 
 from moekit.anatomy.probe import Geometry
 from moekit.checkpoint import Checkpoint, check_tokenizer
-from moekit.checkpoint.fingerprint import text_config
+from moekit.checkpoint.expected import verify
+from moekit.checkpoint.names import text_config
 from moekit.compress.prune.planning import geometries_of
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.jobs.shared.inputs import load_tokenizer, model_location
@@ -70,7 +71,7 @@ def open_source(reference: str, progress: Any = None) -> Source:
     # Plans and records name it: they are read from other working folders too.
     parent = str(local.resolve()) if local.is_dir() else location
     checkpoint = Checkpoint.open(parent)
-    checkpoint.verify()
+    verify(checkpoint)
     return Source(checkpoint, geometries_of(checkpoint), parent)
 
 

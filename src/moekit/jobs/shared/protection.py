@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moekit.checkpoint.fingerprint import text_config
+from moekit.checkpoint.names import text_config
 from moekit.checkpoint.strictjson import read_json
 from moekit.diagnose.super_experts.finding import NEEDS, find_super_experts
 from moekit.diagnose.super_experts.report import SuperExpertReport

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moekit.checkpoint.folder import where
+from moekit.checkpoint.names import where
 from moekit.data import Document, TokenizedDocument
 from moekit.data.shares import take_shares
 from moekit.errors import BadData

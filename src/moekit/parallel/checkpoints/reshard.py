@@ -20,9 +20,9 @@ from moekit._progress import Progress, track
 from moekit.checkpoint import Checkpoint, Record, ShardWriter, atomic_folder
 from moekit.checkpoint.fingerprint import untied_state_dict
 from moekit.checkpoint.folder import CONFIG_FILE
-from moekit.checkpoint.folder import where as layer_and_expert
 from moekit.checkpoint.meta import meta_model
 from moekit.checkpoint.model import read_extra_tensors, seal
+from moekit.checkpoint.names import where as layer_and_expert
 from moekit.checkpoint.record import RECORD_FILE, TENSORS_FILE
 from moekit.checkpoint.safety import TensorInfo, check_name, read_json, refuse_remote_code
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES

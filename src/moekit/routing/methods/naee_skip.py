@@ -1,6 +1,6 @@
 """NAEE's dynamic skipping: leave a token's second expert out where its weight is small (arXiv:2402.14800).
 
-Legend: T tokens, E experts, K choices a token (2 here), B bins.
+Legend: T and N tokens, E experts, K choices a token (2 here), B bins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,35 @@ from moekit.catalogue import register
 from moekit.errors import BadConfig, BadData
 from moekit.routing.gate import Gate
 from moekit.routing.policy import PlanInputs, RoutingPolicy
-from moekit.trace.ratios import median
+from moekit.trace.batch import TokenBatch
+from moekit.trace.vocabulary import BINS, statistic
+
+
+@statistic(shape="B", sources=("weights",), integer=True)
+def gate_ratio(seen: TokenBatch) -> Tensor:
+    """Tokens by the ratio of their second largest to their largest gate weight, in equal bins over [0, 1].
+
+    Tokens with fewer than two experts of positive weight are left out.
+    """
+    if seen.indices_NK.shape[1] < 2:
+        return torch.zeros(BINS, dtype=torch.int64, device=seen.indices_NK.device)
+    first_N, second_N = seen.weights_NK.topk(2, dim=1).values.unbind(dim=1)
+    ratio_n = (second_N / first_N)[second_N > 0]
+    return torch.bincount((ratio_n * BINS).long().clamp_max(BINS - 1), minlength=BINS)
+
+
+def median(counts_B: Tensor) -> float:
+    """Lower median of what a histogram over [0, 1] counted, exact to a bin: the middle of its bin.
+
+    Raises:
+        ValueError: nothing was counted.
+    """
+    total = int(counts_B.sum())
+    if not total:
+        raise ValueError("the histogram is empty")
+    bins = counts_B.numel()
+    place = int((counts_B.cumsum(0) < (total + 1) // 2).sum())
+    return (place + 0.5) / bins
 
 
 @register(

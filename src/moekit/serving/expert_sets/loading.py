@@ -25,6 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from moekit._progress import Progress
 from moekit._validation import faults
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint, listed
 from moekit.checkpoint.model import quiet_transformers
 from moekit.compress.budget import Budget, uniform_count
@@ -86,7 +87,7 @@ def load_task(
         checkpoint = model
     else:
         checkpoint = Checkpoint.open(model, revision=revision, token=token)
-        checkpoint.verify()
+        verify(checkpoint)
     work = plan_task(
         checkpoint,
         pattern,

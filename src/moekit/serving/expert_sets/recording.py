@@ -133,10 +133,10 @@ class GroupedText:
         with streamed.recording(moe) as layer:
             for number in members:
                 current = streamed.passes[number]
-                layer.tap.begin(current)
+                layer.hook.begin(current)
                 after.put(number, streamed.walk.run(moe.index, number, before.get(number)))
                 layer.take(current, streamed.domains)
-        return layer.ledger.record(streamed.domains).statistics
+        return layer.accumulator.record(streamed.domains).statistics
 
     def _key(self) -> str:
         streamed = self._streamed

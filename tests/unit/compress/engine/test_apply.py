@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import moekit
 from moekit.checking import check
 from moekit.checkpoint.digest import tensor_digests
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import PolicyEntry, Record
 from moekit.compress.decision import LayerDecision
@@ -579,7 +580,7 @@ def test_the_source_and_what_holds_it_are_not_replaced(tmp_path: Path) -> None:
     for target in (source, tmp_path / "models", source / "half"):
         with pytest.raises(BadConfig, match="which is read"):
             apply(checkpoint, decisions, target, record=Record(command="a test"), overwrite=True)
-    Checkpoint.open(source).verify()
+    verify(Checkpoint.open(source))
 
 
 def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

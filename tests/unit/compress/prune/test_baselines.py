@@ -22,7 +22,7 @@ from moekit.compress.prune.soft_frequency import SoftFrequency
 from moekit.compress.prune.wanda_expert import WandaExpert
 from moekit.compress.weights import LayerWeights, outputs
 from moekit.errors import NumericFault
-from moekit.trace.observation import Observation
+from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import resolve
 
@@ -42,16 +42,16 @@ SCORES_NE = torch.tensor(
 NORMS_E = torch.tensor([1.0, 2.0, 3.0, 10.0])
 
 
-def worked_example(*, renormalise: bool) -> Observation:
+def worked_example(*, renormalise: bool) -> TokenBatch:
     """Five tokens, E = 4, K = 2, output norms constant."""
     weights_NK, indices_NK = SCORES_NE.topk(2)
     if renormalise:
         weights_NK = weights_NK / weights_NK.sum(1, keepdim=True)
     outputs_NKH = NORMS_E[indices_NK].unsqueeze(-1) * torch.tensor([0.6, 0.0, -0.8])
-    return Observation(4, indices_NK, weights=weights_NK, logits=SCORES_NE.log(), outputs=outputs_NKH)
+    return TokenBatch(4, indices_NK, weights=weights_NK, logits=SCORES_NE.log(), outputs=outputs_NKH)
 
 
-def measured(method: PruneMethod, *batches: Observation, hidden: int = 3, width: int = 0) -> LayerStatistics:
+def measured(method: PruneMethod, *batches: TokenBatch, hidden: int = 3, width: int = 0) -> LayerStatistics:
     stats = LayerStatistics.empty(resolve(method.required), batches[0].experts, hidden, ("a",), width=width)
     for seen in batches:
         stats.update(seen)
@@ -64,7 +64,7 @@ def evidence_of(stats: LayerStatistics, weights: LayerWeights | None = None, **o
     return LayerEvidence(LAYER, geometry, stats, read, **others)  # type: ignore[arg-type]
 
 
-def scored(method: PruneMethod, seen: Observation, hidden: int = 3) -> torch.Tensor:
+def scored(method: PruneMethod, seen: TokenBatch, hidden: int = 3) -> torch.Tensor:
     return method.score(evidence_of(measured(method, seen, hidden=hidden)))
 
 
@@ -104,7 +104,7 @@ def test_worked_example(
 def test_an_expert_without_tokens_has_score_0_and_goes_first(method: PruneMethod) -> None:
     indices_NK = torch.tensor([[0, 3], [0, 1]])
     outputs_NKH = torch.tensor([[[1e6, 0.0], [0.0, 0.0]], [[2.0, 1.0], [1.0, 0.0]]])
-    seen = Observation(4, indices_NK, weights=torch.tensor([[0.9, 0.1], [0.5, 0.5]]), outputs=outputs_NKH)
+    seen = TokenBatch(4, indices_NK, weights=torch.tensor([[0.9, 0.1], [0.5, 0.5]]), outputs=outputs_NKH)
     stats = measured(method, seen, hidden=2)
     scores_E = method.score(evidence_of(stats))
     assert bool(scores_E.isfinite().all())
@@ -115,13 +115,13 @@ def test_an_expert_without_tokens_has_score_0_and_goes_first(method: PruneMethod
 
 @pytest.mark.parametrize("method", [*ROUTED, SoftFrequency()], ids=repr)
 def test_no_tokens_at_all_give_zeros(method: PruneMethod) -> None:
-    stats = measured(method, Observation(3, torch.zeros(0, 2, dtype=torch.int64)))
+    stats = measured(method, TokenBatch(3, torch.zeros(0, 2, dtype=torch.int64)))
     assert method.score(evidence_of(stats)).tolist() == [0, 0, 0]
     assert dropped(method, evidence_of(stats), 2) == {2}
 
 
 def test_of_equal_scores_the_lower_number_stays() -> None:
-    stats = measured(Frequency(), Observation(4, torch.tensor([[0, 1], [2, 3], [2, 1]])))
+    stats = measured(Frequency(), TokenBatch(4, torch.tensor([[0, 1], [2, 3], [2, 1]])))
     assert dropped(Frequency(), evidence_of(stats), 3) == {3}
     assert dropped(Frequency(), evidence_of(stats), 2) == {0, 3}
 
@@ -155,12 +155,12 @@ def all_outputs(weights: LayerWeights, hidden_NH: torch.Tensor) -> torch.Tensor:
 
 def observe(
     weights: LayerWeights, hidden_NH: torch.Tensor, *, top_k: int = 2, renormalise: bool = True, scale: float = 1.0
-) -> Observation:
+) -> TokenBatch:
     logits_NE = hidden_NH @ weights.router_EH.T
     weights_NK, indices_NK = gates(logits_NE, top_k, renormalise)
     outputs_NKH = all_outputs(weights, hidden_NH).gather(1, indices_NK[..., None].expand(-1, -1, H))
     routed_NH = (outputs_NKH * weights_NK[..., None] * scale).sum(1)
-    return Observation(
+    return TokenBatch(
         weights.experts,
         indices_NK,
         weights=weights_NK * scale,
@@ -276,7 +276,7 @@ def test_an_expert_of_nan_weights_is_named(method: PruneMethod) -> None:
 # Wanda
 
 
-def wanda_evidence(weights: LayerWeights, hidden_NH: torch.Tensor) -> tuple[LayerEvidence, Observation]:
+def wanda_evidence(weights: LayerWeights, hidden_NH: torch.Tensor) -> tuple[LayerEvidence, TokenBatch]:
     seen = observe(weights, hidden_NH)
     assert weights.gate_EIH is not None
     every_NEI = torch.nn.functional.silu(torch.einsum("nh,eih->nei", hidden_NH, weights.gate_EIH)) * torch.einsum(
@@ -354,10 +354,10 @@ def test_presets_are_the_named_methods(name: str) -> None:
 def test_the_preset_of_easy_ep_is_its_statistic() -> None:
     assert set(PRESETS) == {*NAMED, "easy-ep"}
     seen = observe(layer_weights(), inputs())
-    stats = LayerStatistics.empty(resolve(["turning_output_norm"]), E, H)
+    stats = LayerStatistics.empty(resolve(["residual_change_weighted_output_norm"]), E, H)
     stats.update(seen)
-    assert float(stats["turning_output_norm"].min()) > 0
-    torch.testing.assert_close(scored(PRESETS["easy-ep"], seen, H), stats["turning_output_norm"])
+    assert float(stats["residual_change_weighted_output_norm"].min()) > 0
+    torch.testing.assert_close(scored(PRESETS["easy-ep"], seen, H), stats["residual_change_weighted_output_norm"])
 
 
 def test_a_count_between_sum_and_mean() -> None:

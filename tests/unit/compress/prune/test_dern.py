@@ -19,7 +19,7 @@ from moekit.compress.prune.dern import DERN
 from moekit.compress.weights import LayerWeights, from_live, outputs, to_live
 from moekit.errors import NumericFault, UnsupportedModel
 from moekit.trace import record
-from moekit.trace.observation import Observation
+from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import resolve
 from tests.families import FAMILIES, build, tokens
@@ -38,7 +38,7 @@ def by_hand() -> LayerWeights:
 
 def seen_by_hand() -> LayerEvidence:
     chosen = PROBABILITIES.topk(2)
-    observation = Observation(3, chosen.indices, weights=chosen.values / chosen.values.sum(1, keepdim=True))
+    observation = TokenBatch(3, chosen.indices, weights=chosen.values / chosen.values.sum(1, keepdim=True))
     found = LayerStatistics.empty(resolve(DERN().required), 3, 2)
     found.update(observation)
     return LayerEvidence(3, Geometry(2, 3, 2, 2, 0, True, False, False, True), found)

@@ -15,7 +15,7 @@ from moekit.compress.prune.easy_ep import EasyEP, mix_domains
 from moekit.data.batches import Batch
 from moekit.errors import BadConfig
 from moekit.trace import record
-from moekit.trace.observation import Observation
+from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import resolve
 from tests.families import FAMILIES, build, tokens
@@ -24,13 +24,13 @@ EVERY = [
     "load",
     "gate_mass",
     "gated_output_norm",
-    "turning_output_norm",
+    "residual_change_weighted_output_norm",
     "domain_gated_output_norm",
-    "domain_turning_output_norm",
+    "domain_residual_change_weighted_output_norm",
 ]
 
 
-def evidence(*seen: Observation, domains: tuple[str, ...] = ("maths",), names: list[str] = EVERY) -> LayerEvidence:
+def evidence(*seen: TokenBatch, domains: tuple[str, ...] = ("maths",), names: list[str] = EVERY) -> LayerEvidence:
     experts, hidden = seen[0].experts, 2
     stats = LayerStatistics.empty(resolve(names), experts, hidden, domains)
     for part in seen:
@@ -38,13 +38,13 @@ def evidence(*seen: Observation, domains: tuple[str, ...] = ("maths",), names: l
     return LayerEvidence(3, Geometry(hidden, experts, 2, 8, 0, True, False, False, True), stats)
 
 
-def example(scale: float = 1.0) -> Observation:
+def example(scale: float = 1.0) -> TokenBatch:
     """Two tokens, three experts of two channels; outputs of expert 1 times `scale`, what the layer adds as it was."""
     outputs_NKH = torch.tensor([[[0.0, 2.0], [4.0, 0.0]], [[1.0, 1.0], [2.0, 2.0]]])
     weights_NK = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
     routed_NH = (weights_NK.unsqueeze(-1) * outputs_NKH).sum(1)
     chosen_NK = torch.tensor([[0, 1], [1, 2]])
-    return Observation(
+    return TokenBatch(
         3,
         chosen_NK,
         domain=torch.zeros(2),
@@ -55,10 +55,10 @@ def example(scale: float = 1.0) -> Observation:
     )
 
 
-def single(choices: list[int], norms: list[float], domain: list[int], domains: int) -> Observation:
+def single(choices: list[int], norms: list[float], domain: list[int], domains: int) -> TokenBatch:
     """Tokens of one choice each, of weight 1 and token weight 1: what is added turns h = (1, 0) into (0, 1)."""
     count = len(choices)
-    return Observation(
+    return TokenBatch(
         3,
         torch.tensor(choices)[:, None],
         domains=domains,
@@ -100,7 +100,7 @@ def test_with_unit_norms_and_token_weights_it_is_the_gate_mass() -> None:
     chosen_NK = torch.rand(50, 3, generator=g).topk(2).indices
     gates_NK = torch.rand(50, 2, generator=g)
     gates_NK = gates_NK / gates_NK.sum(1, keepdim=True)
-    seen = Observation(
+    seen = TokenBatch(
         3,
         chosen_NK,
         domain=torch.zeros(50),
@@ -134,7 +134,7 @@ def test_a_louder_expert_scores_higher_in_proportion() -> None:
 
 def test_tokens_that_the_experts_do_not_turn_count_nothing() -> None:
     seen = single([0, 1], [2.0, 3.0], [0, 0], 1)
-    straight = Observation(
+    straight = TokenBatch(
         3,
         seen.indices_NK,
         domain=seen.domain,
@@ -182,8 +182,8 @@ def test_impossible_domain_weights() -> None:
 def test_batches_add_up() -> None:
     g = torch.Generator().manual_seed(1)
 
-    def rows(start: int, stop: int) -> Observation:
-        return Observation(
+    def rows(start: int, stop: int) -> TokenBatch:
+        return TokenBatch(
             3,
             chosen[start:stop],
             domains=2,
@@ -217,7 +217,7 @@ def test_domains_of_a_recorded_model_are_those_of_separate_runs(family: str) -> 
     model, ids = build(family), tokens()
     domain_BS = torch.tensor([[0], [1]]).expand(ids.shape)
     both = Batch(ids, torch.ones_like(ids), domain_BS.int(), domain_BS.short(), ("a", "b"))
-    names = ["turning_output_norm", "gated_output_norm", *(f"domain_{n}" for n in EVERY[2:4])]
+    names = ["residual_change_weighted_output_norm", "gated_output_norm", *(f"domain_{n}" for n in EVERY[2:4])]
     whole = record(model, [both], statistics=names).statistics
     alone = [record(model, [row[None]], statistics=names).statistics for row in ids]
     assert whole is not None

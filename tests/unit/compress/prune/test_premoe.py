@@ -10,7 +10,7 @@ from moekit.anatomy import Geometry, find_moe_layers
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.premoe import PreMoe
 from moekit.trace import record
-from moekit.trace.observation import Observation
+from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import BINS, resolve
 from tests.families import FAMILIES, TOP_K, build, tokens
@@ -22,7 +22,7 @@ def evidence(method: PreMoe, logits_NE: torch.Tensor = LOGITS, top_k: int = 2) -
     experts = logits_NE.shape[1]
     stats = LayerStatistics.empty(resolve(method.required), experts, 4)
     if len(logits_NE):
-        stats.update(Observation(experts, logits_NE.topk(top_k).indices, logits=logits_NE))
+        stats.update(TokenBatch(experts, logits_NE.topk(top_k).indices, logits=logits_NE))
     return LayerEvidence(0, Geometry(4, experts, top_k, 8, 0, True, False, False, True), stats)
 
 

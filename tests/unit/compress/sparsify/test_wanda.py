@@ -11,7 +11,7 @@ from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.wanda import Wanda, input_norms
 from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault
-from moekit.trace.observation import Observation
+from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import resolve
 
@@ -64,7 +64,7 @@ def test_equal_norms_are_magnitude_row_by_row(norm: float, pattern: str) -> None
         assert torch.equal(getattr(wanda, name), getattr(plain, name))
 
 
-def sample(seed: int = 0) -> tuple[LayerWeights, Observation, torch.Tensor, torch.Tensor]:
+def sample(seed: int = 0) -> tuple[LayerWeights, TokenBatch, torch.Tensor, torch.Tensor]:
     """A layer and tokens with what its experts see and make of it; expert 3 is never chosen."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -82,11 +82,11 @@ def sample(seed: int = 0) -> tuple[LayerWeights, Observation, torch.Tensor, torc
     assert weights.gate_EIH is not None
     gate_NKI = torch.einsum("nh,nkih->nki", hidden_NH, weights.gate_EIH[indices_NK])
     inner_NKI = torch.nn.functional.silu(gate_NKI) * torch.einsum("nh,nkih->nki", hidden_NH, weights.up_EIH[indices_NK])
-    seen = Observation(EXPERTS, indices_NK, weights=gates_NK, hidden=hidden_NH, inner=inner_NKI)
+    seen = TokenBatch(EXPERTS, indices_NK, weights=gates_NK, hidden=hidden_NH, inner=inner_NKI)
     return weights, seen, hidden_NH, inner_NKI
 
 
-def measured(method: Wanda, seen: Observation) -> LayerEvidence:
+def measured(method: Wanda, seen: TokenBatch) -> LayerEvidence:
     stats = LayerStatistics.empty(resolve(method.required), EXPERTS, HIDDEN, ("a",), width=WIDTH)
     stats.update(seen)
     return evidence_of(stats)

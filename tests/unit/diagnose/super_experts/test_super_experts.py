@@ -25,10 +25,10 @@ from moekit.diagnose.super_experts.finding import (
     forms_massive,
     profile_super_experts,
 )
+from moekit.diagnose.super_experts.magnitudes import stream_magnitude
 from moekit.errors import BadConfig, BadData, NumericFault
 from moekit.trace import LayerStatistics, record
-from moekit.trace.massive import stream_magnitude
-from moekit.trace.observation import Observation
+from moekit.trace.batch import TokenBatch
 from tests.families import build, tokens
 from tests.planted import PLANTED, plant, random_model, text
 
@@ -145,7 +145,7 @@ def test_the_unit_of_the_maxima_does_not_matter(values: list[float], exponent: i
 
 def forming(gain: float, stream: torch.Tensor) -> dict[str, torch.Tensor]:
     """Statistics of a layer's residual stream [N, H] whose block adds `gain` at channel 1, position 3."""
-    seen = Observation(1, torch.zeros(len(stream), 1, dtype=torch.int64), stream=stream)
+    seen = TokenBatch(1, torch.zeros(len(stream), 1, dtype=torch.int64), stream=stream)
     place = torch.tensor([gain, 1.0, 3.0], dtype=torch.float64)
     return {"stream_gain": place, "stream_peak": place, "stream_magnitude": stream_magnitude(seen)}
 

@@ -7,20 +7,20 @@ import math
 import pytest
 import torch
 
+from moekit.compress.prune import premoe as pools
 from moekit.errors import BadConfig
-from moekit.trace import pools
-from moekit.trace.observation import Observation
+from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import BINS, get, resolve
 
 LOGITS = torch.tensor([[2.0, 1.0, -1.0, -3.0], [-0.5, -1.0, -2.0, -4.0], [1.0, 3.0, 0.0, 2.9]])
 
 
-def seen(logits_NE: torch.Tensor = LOGITS, top_k: int = 2) -> Observation:
-    return Observation(logits_NE.shape[1], logits_NE.topk(top_k).indices, logits=logits_NE)
+def seen(logits_NE: torch.Tensor = LOGITS, top_k: int = 2) -> TokenBatch:
+    return TokenBatch(logits_NE.shape[1], logits_NE.topk(top_k).indices, logits=logits_NE)
 
 
-def measured(*observations: Observation, names: list[str]) -> LayerStatistics:
+def measured(*observations: TokenBatch, names: list[str]) -> LayerStatistics:
     stats = LayerStatistics.empty(resolve(names), observations[0].experts, 4)
     for part in observations:
         stats.update(part)
@@ -97,7 +97,7 @@ def test_forbidden_experts_count_nothing() -> None:
     low = float("-inf")
     logits_NE = torch.tensor([[low, 1.0, low, low], [low, low, low, low]])
     names = ["pool_utility(2)", "pool_logit(2)", "pool_peak(2)"]
-    stats = measured(Observation(4, torch.tensor([[1, 4], [4, 4]]), logits=logits_NE), names=names)
+    stats = measured(TokenBatch(4, torch.tensor([[1, 4], [4, 4]]), logits=logits_NE), names=names)
     assert stats["pool_logit(2)"].sum(1).tolist() == [0, 1, 0, 0]
     assert stats["pool_utility(2)"].sum(1).tolist() == [0, 1, 0, 0]
     assert float(stats["pool_peak(2)"]) == 1.0

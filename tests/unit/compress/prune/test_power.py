@@ -1,4 +1,4 @@
-"""Families and histograms of gates and norms, by hand and against loops."""
+"""Sums of powers and of renormalised gates, by hand and against loops."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ import itertools
 import pytest
 import torch
 
-import moekit.trace.power  # noqa: F401 - enters the family
+from moekit.compress.prune.reap import share_NK
 from moekit.errors import BadConfig
-from moekit.trace.observation import Observation
-from moekit.trace.ratios import gate_ratio, median
-from moekit.trace.renormalised import share_NK
+from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
-from moekit.trace.vocabulary import BINS, get, resolve
+from moekit.trace.vocabulary import get, resolve
 
 
-def measured(seen: Observation, *names: str, hidden: int = 2) -> LayerStatistics:
+def measured(seen: TokenBatch, *names: str, hidden: int = 2) -> LayerStatistics:
     stats = LayerStatistics.empty(resolve(names), seen.experts, hidden)
     stats.update(seen)
     return stats
 
 
-def example() -> Observation:
+def example() -> TokenBatch:
     """EASY-EP's two tokens: w = 0.2 and 0, E = 4 of which the last is never chosen."""
     weights_NK = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
     outputs_NKH = torch.tensor([[[0.0, 2.0], [4.0, 0.0]], [[1.0, 1.0], [2.0, 2.0]]])
-    return Observation(
+    return TokenBatch(
         4,
         torch.tensor([[0, 1], [1, 2]]),
         weights=weights_NK,
@@ -59,7 +57,7 @@ def test_members_against_a_loop() -> None:
     g = torch.Generator().manual_seed(0)
     indices_NK = torch.rand(30, 5, generator=g).topk(3).indices
     indices_NK[4, 2] = 5  # no expert
-    seen = Observation(
+    seen = TokenBatch(
         5,
         indices_NK,
         weights=torch.rand(30, 3, generator=g),
@@ -81,7 +79,7 @@ def test_members_against_a_loop() -> None:
 
 
 def test_zero_to_the_zero_is_one() -> None:
-    seen = Observation(2, torch.tensor([[0, 1]]), weights=torch.zeros(1, 2), outputs=torch.zeros(1, 2, 3))
+    seen = TokenBatch(2, torch.tensor([[0, 1]]), weights=torch.zeros(1, 2), outputs=torch.zeros(1, 2, 3))
     stats = measured(seen, "power(0,0,0)", "power(0,1,0)", "power(0,0,1)")
     assert [value.tolist() for value in stats.values()] == [[1, 1], [0, 0], [0, 0]]
 
@@ -119,7 +117,7 @@ def test_impossible_members_are_refused(name: str) -> None:
 
 def test_shares_of_a_token_sum_to_one() -> None:
     weights_NK = torch.tensor([[0.6, 0.2], [5.0, 0.3], [0.0, 0.0]])
-    seen = Observation(4, torch.tensor([[0, 1], [2, 4], [0, 3]]), weights=weights_NK)
+    seen = TokenBatch(4, torch.tensor([[0, 1], [2, 4], [0, 3]]), weights=weights_NK)
     # In the second token the other choice is none, in the third no gate is open.
     torch.testing.assert_close(share_NK(seen), torch.tensor([[0.75, 0.25], [1.0, 0.0], [0.0, 0.0]]))
 
@@ -127,48 +125,6 @@ def test_shares_of_a_token_sum_to_one() -> None:
 def test_renormalised_norms_by_hand() -> None:
     outputs_NKH = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [6.0, 8.0]]])
     weights_NK = torch.tensor([[0.6, 0.2], [0.1, 0.3]])
-    seen = Observation(3, torch.tensor([[0, 1], [1, 0]]), weights=weights_NK, outputs=outputs_NKH)
+    seen = TokenBatch(3, torch.tensor([[0, 1], [1, 0]]), weights=weights_NK, outputs=outputs_NKH)
     stats = measured(seen, "renormalised_output_norm")
     assert stats["renormalised_output_norm"].tolist() == pytest.approx([0.75 * 5 + 0.75 * 10, 0.25 + 0.25 * 2, 0])
-
-
-# Ratios of gates
-
-
-def test_ratios_are_counted_in_bins() -> None:
-    # 0.25 = 128/512 and 0.5 = 256/512 open their bins, 1 is in the last; order of choices does not matter.
-    weights_NK = torch.tensor([[0.8, 0.2], [0.2, 0.8], [0.5, 0.5], [2.0, 1.0], [1.0, 0.0], [1.0, 0.7]])
-    indices_NK = torch.tensor([[0, 1], [1, 2], [0, 2], [0, 1], [0, 1], [0, 3]])  # the last has one expert only
-    counts_B = measured(Observation(3, indices_NK, weights=weights_NK), "gate_ratio")["gate_ratio"]
-    assert counts_B.dtype == torch.int64
-    assert counts_B.shape == (BINS,)
-    assert {b: int(counts_B[b]) for b in counts_B.nonzero().flatten().tolist()} == {128: 2, 256: 1, 511: 1}
-
-
-def test_ratios_of_one_choice_are_none() -> None:
-    assert int(gate_ratio(Observation(3, torch.tensor([[0]]), weights=torch.ones(1, 1))).sum()) == 0
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 501, 1000])
-def test_the_median_is_exact_to_a_bin(tokens: int) -> None:
-    g = torch.Generator().manual_seed(tokens)
-    weights_NK = torch.rand(tokens, 2, generator=g)
-    seen = Observation(4, torch.tensor([[0, 1]]).expand(tokens, 2), weights=weights_NK)
-    exact = float((weights_NK.amin(1) / weights_NK.amax(1)).median())  # the lower of the two middle ones
-    assert abs(median(measured(seen, "gate_ratio")["gate_ratio"]) - exact) <= 0.5 / BINS + 1e-6
-
-
-def test_parts_of_the_data_give_the_same_histogram() -> None:
-    weights_NK = torch.rand(60, 2, generator=torch.Generator().manual_seed(0))
-    indices_NK = torch.tensor([[0, 1]]).expand(60, 2)
-    parts = [
-        measured(Observation(2, indices_NK[rows], weights=weights_NK[rows]), "gate_ratio")
-        for rows in (slice(0, 13), slice(13, 60))
-    ]
-    whole = measured(Observation(2, indices_NK, weights=weights_NK), "gate_ratio")
-    assert torch.equal(parts[0].merge(parts[1])["gate_ratio"], whole["gate_ratio"])
-
-
-def test_the_median_of_nothing() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        median(torch.zeros(BINS, dtype=torch.int64))

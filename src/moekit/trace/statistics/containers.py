@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekit.errors import BadData
-from moekit.trace.observation import Observation, Segment, widest
+from moekit.trace.batch import ExpertBatch, TokenBatch, widest
 from moekit.trace.vocabulary import BINS, Rule, Statistic, get
 
 # Tokens handled at a time where a whole trace is counted: bounds memory and keeps fp32 counts exact.
@@ -48,7 +48,7 @@ def coactivation(indices_NK: Tensor, experts: int) -> Tensor:
     measure = get("coactivation").measure
     for chunk_NK in torch.split(indices_NK, CHUNK_TOKENS):
         if len(chunk_NK):
-            total_EE += measure(Observation(experts, chunk_NK.long()))
+            total_EE += measure(TokenBatch(experts, chunk_NK.long()))
     return total_EE
 
 
@@ -156,18 +156,18 @@ class LayerStatistics(Mapping[str, Tensor]):
             wider._values[name] = value
         return wider
 
-    def measure(self, seen: Observation, statistics: Iterable[Statistic]) -> dict[str, Tensor]:
+    def measure(self, seen: TokenBatch, statistics: Iterable[Statistic]) -> dict[str, Tensor]:
         """Measure some tokens without adding them."""
         # Autocast would round counts and sums to 8 bits.
         with torch.no_grad(), torch.autocast(seen.indices_NK.device.type, enabled=False):
             return {entry.name: self._measured(entry, seen) for entry in statistics} if seen.tokens else {}
 
-    def _measured(self, entry: Statistic, seen: Observation) -> Tensor:
+    def _measured(self, entry: Statistic, seen: TokenBatch) -> Tensor:
         if entry.of_expert is None:
             return entry.measure(seen)
         rows = self._zero(entry, seen.indices_NK.device)
-        for segment in seen.segments():
-            rows[segment.expert] = entry.of_expert(segment).to(rows.dtype)
+        for batch in seen.expert_batches():
+            rows[batch.expert] = entry.of_expert(batch).to(rows.dtype)
         return rows
 
     def add(self, measured: Mapping[str, Tensor]) -> None:
@@ -175,7 +175,7 @@ class LayerStatistics(Mapping[str, Tensor]):
         for name, value in measured.items():
             self._values[name] = combine(get(name).rule, self._values[name], value.to(self._values[name].dtype))
 
-    def add_segment(self, seen: Segment, statistics: Iterable[Statistic]) -> None:
+    def add_expert_batch(self, seen: ExpertBatch, statistics: Iterable[Statistic]) -> None:
         """Add what some tokens of one expert show to statistics that are measured expert by expert."""
         with torch.no_grad():
             for entry in statistics:
@@ -184,7 +184,7 @@ class LayerStatistics(Mapping[str, Tensor]):
                 measured = entry.of_expert(seen).to(rows.dtype)
                 rows[seen.expert] = combine(entry.rule, rows[seen.expert], measured)
 
-    def update(self, seen: Observation) -> None:
+    def update(self, seen: TokenBatch) -> None:
         """Measure some tokens and add them."""
         self.add(self.measure(seen, [get(name) for name in self._values]))
         self.tokens += seen.tokens

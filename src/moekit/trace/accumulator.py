@@ -1,4 +1,4 @@
-"""Adds up what taps saw: choices wait on the device until a few thousand tokens are worth counting.
+"""Adds up what hooks saw: choices wait on the device until a few thousand tokens are worth counting.
 
 Legend: N tokens, K choices a token, E experts.
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry, MoELayer
 from moekit.errors import BadData, NumericFault, UnsupportedModel
+from moekit.trace.batch import TokenBatch
+from moekit.trace.layer_hook import LayerBuffer
 from moekit.trace.meta import DataEntry, index_dtype
-from moekit.trace.observation import Observation
 from moekit.trace.statistics import LayerStatistics
-from moekit.trace.taps import Staged
 from moekit.trace.tokens import TokenLabels
 from moekit.trace.vocabulary import Statistic
 
@@ -25,7 +25,7 @@ FLUSH_TOKENS = 4096
 FLUSH_PASSES = 512
 
 
-class LayerLedger:
+class LayerAccumulator:
     """The account of one layer.
 
     Args:
@@ -48,15 +48,15 @@ class LayerLedger:
         self._keep_choices = keep_choices
         self._keep_weights = keep_weights
         self._weigh = keep_weights or any("weights" in s.sources for s in self._late)
-        self._waiting: list[Staged] = []
+        self._waiting: list[LayerBuffer] = []
 
-    def add(self, staged: Staged, domains: Sequence[str]) -> None:
+    def add(self, buffer: LayerBuffer, domains: Sequence[str]) -> None:
         """Take in one pass that ended well.
 
         Raises:
             UnsupportedModel: another number of choices than in the passes before.
         """
-        top_k = staged.indices.shape[1]
+        top_k = buffer.indices.shape[1]
         if self._waiting or self.indices:
             if top_k != self.top_k:
                 raise UnsupportedModel(
@@ -66,13 +66,13 @@ class LayerLedger:
                 )
         else:
             self.top_k = top_k
-        if not len(staged.indices):
+        if not len(buffer.indices):
             return
-        stats = self._open(staged.indices.device, domains)
-        for measured in staged.measured:
+        stats = self._open(buffer.indices.device, domains)
+        for measured in buffer.measured:
             stats.add(measured)
-        staged.measured.clear()
-        self._waiting.append(staged)
+        buffer.measured.clear()
+        self._waiting.append(buffer)
 
     def _open(self, device: torch.device, domains: Sequence[str]) -> LayerStatistics:
         geometry = self.layer.geometry
@@ -107,7 +107,7 @@ class LayerLedger:
         weights_NK = torch.cat([s.weights for s in waiting]) if self._weigh else None
         stats = self._open(indices_NK.device, domains)
         if self._late:
-            seen = Observation(
+            seen = TokenBatch(
                 self.layer.geometry.experts,
                 indices_NK.long(),
                 domains=len(domains),
@@ -132,7 +132,7 @@ class LayerLedger:
             )
         return half_NK
 
-    def _check(self, waiting: Sequence[Staged]) -> None:
+    def _check(self, waiting: Sequence[LayerBuffer]) -> None:
         sums = torch.stack([check for s in waiting for check in s.checks])
         if not bool(sums.isfinite().all()):
             raise NumericFault(
@@ -185,7 +185,7 @@ class LayerRecord:
     weights: Tensor | None = None
 
 
-class LabelLedger:
+class LabelAccumulator:
     """The account of tokens: how many, of which documents and domains.
 
     Args:

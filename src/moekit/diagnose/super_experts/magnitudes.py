@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekit.trace.observation import Observation, widest
+from moekit.trace.batch import TokenBatch, widest
 from moekit.trace.vocabulary import BINS, statistic
 
 # Sun et al. 2024, section 2.
@@ -30,7 +30,7 @@ def is_massive(values: Tensor, median: Tensor | float) -> Tensor:
     return (magnitude > MASSIVE_VALUE) & (magnitude > MASSIVE_RATIO * median)
 
 
-def _peak(values_NH: Tensor, seen: Observation) -> Tensor:
+def _peak(values_NH: Tensor, seen: TokenBatch) -> Tensor:
     """(value, channel, position) of the largest value, [3]."""
     place = values_NH.argmax()
     token, channel = place // values_NH.shape[1], place % values_NH.shape[1]
@@ -39,19 +39,19 @@ def _peak(values_NH: Tensor, seen: Observation) -> Tensor:
 
 
 @statistic(shape="V", sources=("shared",), rule="peak")
-def shared_peak(seen: Observation) -> Tensor:
+def shared_peak(seen: TokenBatch) -> Tensor:
     """Largest absolute output of the shared experts: value, channel, position (arXiv:2507.23279)."""
     return _peak(seen.shared_NH.abs(), seen)
 
 
 @statistic(shape="V", sources=("stream",), rule="peak")
-def stream_peak(seen: Observation) -> Tensor:
+def stream_peak(seen: TokenBatch) -> Tensor:
     """Largest absolute value of the residual stream after the layer: value, channel, position."""
     return _peak(seen.stream_NH.abs(), seen)
 
 
 @statistic(shape="V", sources=("residual", "stream"), rule="peak")
-def stream_gain(seen: Observation) -> Tensor:
+def stream_gain(seen: TokenBatch) -> Tensor:
     """Most that the block adds to the magnitude of one value of the residual stream: gain, channel, position.
 
     A gain is |H_tc| after the layer less |H_tc| before the block, attention's part included in the latter; blocks that
@@ -62,7 +62,7 @@ def stream_gain(seen: Observation) -> Tensor:
 
 
 @statistic(shape="B", sources=("stream",), integer=True)
-def stream_magnitude(seen: Observation) -> Tensor:
+def stream_magnitude(seen: TokenBatch) -> Tensor:
     """Values of the residual stream after the layer, counted by log2 |value| in 512 bins from 2^-16 to 2^16."""
     counts_B = torch.zeros(BINS, dtype=torch.int64, device=seen.stream_NH.device)
     for part in torch.split(seen.stream_NH.flatten(), _CHUNK_VALUES):
@@ -86,14 +86,14 @@ def _token_medians(stream_NH: Tensor) -> Tensor:
 
 
 @statistic(shape="V", sources=("stream",), rule="peak")
-def stream_ratio_peak(seen: Observation) -> Tensor:
+def stream_ratio_peak(seen: TokenBatch) -> Tensor:
     """Largest ratio of |H_tc| to its token's (lower) median |H_t| after the layer: ratio, channel, position."""
     stream_NH = seen.stream_NH
     return _peak(stream_NH.abs() / _token_medians(stream_NH)[:, None], seen)
 
 
 @statistic(shape="", sources=("stream",), integer=True)
-def massive_tokens(seen: Observation) -> Tensor:
+def massive_tokens(seen: TokenBatch) -> Tensor:
     """Tokens with a value above 100 and above 1,000 times their own median after the layer (arXiv:2402.17762)."""
     stream_NH = seen.stream_NH
     return is_massive(stream_NH.abs().amax(1), _token_medians(stream_NH)).sum()

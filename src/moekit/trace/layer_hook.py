@@ -1,4 +1,4 @@
-"""A tap sees what one MoE layer is given and gives, without changing it.
+"""A hook sees what one MoE layer is given and gives, without changing it.
 
 It sits on the experts module as a forward hook, or as an experts implementation registered with transformers that
 delegates to the one chosen before. Outputs of single experts are asked for only where a statistic reads them, and only
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moekit.anatomy.probe import MoELayer
+from moekit.anatomy.probe import MoELayer, flat_output
 from moekit.errors import BadData, UnsupportedModel
+from moekit.trace.batch import ExpertBatch, TokenBatch
 from moekit.trace.each_expert import Figures, OneExpert, delegated, each_expert, plain_expert
 from moekit.trace.meta import index_dtype
-from moekit.trace.observation import Observation, Segment
 from moekit.trace.rows import Rows
 from moekit.trace.seam import (
     Experts,
@@ -37,7 +37,7 @@ from moekit.trace.tokens import TokenLabels
 from moekit.trace.vocabulary import Source, Statistic, sources_of
 
 
-class Pass:
+class ForwardPass:
     """The forward pass under way.
 
     Attributes:
@@ -74,7 +74,7 @@ class Pass:
 
 
 @dataclass
-class Staged:
+class LayerBuffer:
     """What one layer showed in one pass, on its device; added up once the pass has ended well.
 
     Attributes:
@@ -105,7 +105,7 @@ class _Call:
     shared_TH: Tensor | None = None
 
 
-class LayerTap:
+class LayerHook:
     """Sees one layer.
 
     Args:
@@ -116,7 +116,7 @@ class LayerTap:
 
     def __init__(self, model: nn.Module, layer: MoELayer, statistics: Sequence[Statistic]) -> None:
         self.layer = layer
-        self.staged: Staged | None = None
+        self.buffer: LayerBuffer | None = None
         self._by_token = [s for s in statistics if s.of_expert is None]
         self._by_expert = [s for s in statistics if s.of_expert is not None]
         self._sources: frozenset[Source] = sources_of(statistics)
@@ -131,16 +131,16 @@ class LayerTap:
                 layer=layer.index,
                 hint="leave out statistics of shared experts",
             )
-        self._pass: Pass | None = None
+        self._pass: ForwardPass | None = None
         self._call: _Call | None = None
         self._logits: Tensor | None = None
         self._shared: list[Tensor] = []
         self._norms: list[tuple[Tensor, Tensor]] = []
 
-    def begin(self, current: Pass | None) -> None:
+    def begin(self, current: ForwardPass | None) -> None:
         """A forward pass begins, or (None) ends; what a failed one left is forgotten."""
         self._pass = current
-        self.staged, self._call, self._logits = None, None, None
+        self.buffer, self._call, self._logits = None, None, None
         self._norms.clear()
         self._shared.clear()
 
@@ -210,18 +210,16 @@ class LayerTap:
 
     def _on_shared(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._pass is not None:
-            made = output[0] if isinstance(output, tuple) else output
-            self._shared.append(made.detach().reshape(-1, made.shape[-1]))
+            self._shared.append(flat_output(output).detach())
 
     def _on_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._pass is not None and self._call is not None:
-            made = output[0] if isinstance(output, tuple) else output
-            self._measure(stream_TH=made.detach().reshape(-1, made.shape[-1]))
+            self._measure(stream_TH=flat_output(output).detach())
 
     def _see(self, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> _Call | None:
         assert self._pass is not None
-        if self.staged is not None or index_TK.shape[0] != self._pass.positions:
-            what = "twice" if self.staged is not None else f"on {index_TK.shape[0]} positions"
+        if self.buffer is not None or index_TK.shape[0] != self._pass.positions:
+            what = "twice" if self.buffer is not None else f"on {index_TK.shape[0]} positions"
             raise UnsupportedModel(
                 f"the experts ran {what} in a forward pass of {self._pass.positions} positions",
                 layer=self.layer.index,
@@ -230,10 +228,10 @@ class LayerTap:
         index_NK, weights_NK = self._pass.keep(index_TK), self._pass.keep(weights_TK)
         small_NK = index_NK.to(index_dtype(self.layer.geometry.experts))
         if not self._pass.tokens:
-            self.staged = Staged(small_NK, weights_NK, None, [])
+            self.buffer = LayerBuffer(small_NK, weights_NK, None, [])
             return None
         extremes = torch.stack(torch.aminmax(index_NK)).long()
-        self.staged = Staged(small_NK, weights_NK, extremes, [weights_NK.sum(dtype=torch.float32)])
+        self.buffer = LayerBuffer(small_NK, weights_NK, extremes, [weights_NK.sum(dtype=torch.float32)])
         if self._by_token or self._by_expert:
             self._call = _Call(hidden_TH, self._pass.keep(hidden_TH), index_NK.long(), weights_NK)
         return self._call
@@ -243,7 +241,7 @@ class LayerTap:
         """Run the experts one by one; what only they show is measured on the way."""
         geometry = self.layer.geometry
         assert self._pass is not None
-        assert self.staged is not None
+        assert self.buffer is not None
         index_NK = call.index_NK
         if int(index_NK.min()) < 0 or int(index_NK.max()) > geometry.experts:
             raise BadData(f"the router chose an expert outside 0..{geometry.experts}", layer=self.layer.index)
@@ -258,15 +256,15 @@ class LayerTap:
                 device=str(index_NK.device),
             )
 
-        def look(segment: Segment) -> None:
-            if "inner" in self._sources and segment.inner is None:
+        def look(batch: ExpertBatch) -> None:
+            if "inner" in self._sources and batch.inner is None:
                 raise UnsupportedModel(
                     f"{type(self.layer.experts).__name__} does not show the inputs of its down projections",
                     layer=self.layer.index,
                     hint="load the model unquantized, in one process, or leave out statistics of 'inner'",
                 )
             assert kept is not None
-            kept.add_segment(segment, self._by_expert)
+            kept.add_expert_batch(batch, self._by_expert)
 
         call.figures = each_expert(
             one,
@@ -279,7 +277,7 @@ class LayerTap:
             add_up=add_up,
         )
         if kept is not None:
-            self.staged.measured.append(dict(kept))
+            self.buffer.measured.append(dict(kept))
         return call.figures.output_NH
 
     def _residual_TH(self, hidden_TH: Tensor) -> Tensor:
@@ -295,14 +293,14 @@ class LayerTap:
     @torch.no_grad()
     def _measure(self, stream_TH: Tensor | None = None) -> None:
         call, self._call = self._call, None
-        if call is None or self._pass is None or self.staged is None or not self._by_token:
+        if call is None or self._pass is None or self.buffer is None or not self._by_token:
             return
         parts: dict[str, Any] = {"hidden": call.hidden_NH, "weights": call.weights_NK}
         if "logits" in self._sources:
             assert self._logits is not None  # the router ran before its experts
             parts["logits"] = self._pass.keep(self._logits.reshape(-1, self._logits.shape[-1]))
             # -inf is legal: a router may forbid experts so. NaN and +inf are not.
-            self.staged.checks.append(parts["logits"].clamp_min(-1.0).sum(dtype=torch.float32))
+            self.buffer.checks.append(parts["logits"].clamp_min(-1.0).sum(dtype=torch.float32))
         if "residual" in self._sources:
             assert call.routed_TH is not None
             parts["residual"] = self._pass.keep(self._residual_TH(call.hidden_TH))
@@ -315,7 +313,7 @@ class LayerTap:
         if stream_TH is not None:
             parts["stream"] = self._pass.keep(stream_TH)
         geometry = self.layer.geometry
-        seen = Observation(
+        seen = TokenBatch(
             geometry.experts,
             call.index_NK,
             domains=len(self._pass.domains),
@@ -325,4 +323,4 @@ class LayerTap:
             **parts,
         )
         stats = LayerStatistics(geometry.experts, geometry.hidden, self._pass.domains, width=geometry.width)
-        self.staged.measured.append(stats.measure(seen, self._by_token))
+        self.buffer.measured.append(stats.measure(seen, self._by_token))

@@ -11,9 +11,7 @@ from torch import nn
 
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
-from moekit.errors import UnsupportedModel
-from moekit.trace import Observation, record
-from moekit.trace.massive import (
+from moekit.diagnose.super_experts.magnitudes import (
     is_massive,
     massive_tokens,
     median_magnitude,
@@ -23,6 +21,8 @@ from moekit.trace.massive import (
     stream_peak,
     stream_ratio_peak,
 )
+from moekit.errors import UnsupportedModel
+from moekit.trace import TokenBatch, record
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain
 from tests.families import FAMILIES, HIDDEN, build, tokens
@@ -32,10 +32,10 @@ NAMES = ("stream_peak", "stream_gain", "stream_magnitude", "stream_ratio_peak", 
 STREAM = torch.tensor([[1.0, -0.5, 3.0, 1.5], [2.0, -2000.5, 1.0, 4.0], [0.25, 0.125, -0.25, 300.0]])
 
 
-def seen(stream: torch.Tensor = STREAM, **parts: torch.Tensor) -> Observation:
+def seen(stream: torch.Tensor = STREAM, **parts: torch.Tensor) -> TokenBatch:
     count = len(stream)
     index = torch.zeros(count, 1, dtype=torch.int64)
-    return Observation(2, index, position=torch.arange(count) + 5, stream=stream, **parts)
+    return TokenBatch(2, index, position=torch.arange(count) + 5, stream=stream, **parts)
 
 
 def test_peaks_by_hand() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Observation:
+class TokenBatch:
     """Some tokens at one MoE layer; padding is left out already.
 
     Only what was recorded is there: a statistic names in `sources` what it reads, and the recorder sees to it. Reading
@@ -131,12 +131,12 @@ class Observation:
         """Residual stream after the decoder layer, fp32."""
         return self._have(self.stream, "the residual stream after the layer").float()
 
-    def segments(self) -> Iterator[Segment]:
+    def expert_batches(self) -> Iterator[ExpertBatch]:
         """What each expert saw and gave, expert by expert; experts that no token chose are left out."""
         for expert in range(self.experts):
             token_n, slot_n = (self.indices_NK == expert).nonzero(as_tuple=True)
             if len(token_n):
-                yield Segment(
+                yield ExpertBatch(
                     expert,
                     weights=None if self.weights is None else self.weights_NK[token_n, slot_n],
                     hidden=None if self.hidden is None else self.hidden[token_n],
@@ -173,7 +173,7 @@ class Observation:
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class ExpertBatch:
     """What one expert saw and gave.
 
     Attributes:

@@ -1,0 +1,83 @@
+"""What a recorder is asked to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from moekit.trace.vocabulary import Statistic, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Via = Literal["hooks", "experts"]
+
+
+class RecordingOptions(TypedDict, total=False):
+    """The fields of `Recording` as keyword arguments."""
+
+    statistics: Iterable[str]
+    keep_choices: bool
+    weights: bool
+    layers: Sequence[int] | None
+    via: Via
+    tokenizer: PreTrainedTokenizerBase | None
+    source: str
+    seed: int | None
+    fingerprint: str | None
+
+
+def _names(statistics: Any) -> tuple[str, ...]:
+    return (statistics,) if isinstance(statistics, str) else tuple(statistics)
+
+
+class Recording(BaseModel):
+    """What a recorder is asked to keep, and what it notes in the trace.
+
+    Attributes:
+        statistics: names or groups of the vocabulary (`moekit.trace.known_statistics`).
+        keep_choices: keep each token's choices; memory then grows by K bytes a token and layer.
+        weights: keep their gate weights too, in fp16.
+        layers: decoder layers to record; None for all MoE layers.
+        via: "hooks" works on every model; "experts" goes through transformers' experts interface, which computes single
+            experts' outputs once instead of twice, and changes the model's output by rounding where a statistic reads
+            them.
+        tokenizer: named in the trace by its hash.
+        source: where the text came from, for people.
+        seed: of what was drawn for this text, noted in the trace.
+        fingerprint: the model's; None computes it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    statistics: Annotated[tuple[str, ...], BeforeValidator(_names)] = ("basic",)
+    keep_choices: bool = True
+    weights: bool = False
+    layers: tuple[int, ...] | None = None
+    via: Via = "hooks"
+    tokenizer: Any = None
+    source: str = ""
+    seed: int | None = None
+    fingerprint: str | None = None
+
+    @cached_property
+    def entries(self) -> tuple[Statistic, ...]:
+        """The statistics asked for.
+
+        Raises:
+            BadConfig: an unknown name.
+        """
+        return resolve(self.statistics)
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether gate weights are kept token by token: asked for, or needed by name."""
+        return self.weights or "weights" in self.statistics
+
+    @property
+    def keeps_choices(self) -> bool:
+        """Whether choices are kept token by token: asked for, needed by name, or their weights are."""
+        return self.keep_choices or "choices" in self.statistics or self.keeps_weights
