@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moekit.cli.super_experts import show
+from moekit.cli.views.super_experts import show
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 

@@ -204,13 +204,6 @@ def get(name: str) -> Statistic:
     Raises:
         BadConfig: no such statistic; the message names near matches.
     """
-    known = known_statistics()
-    if name in known:
-        return known[name]
-    if (member := _member(name)) is not None:
-        return member
-    way_out = f"there are: {', '.join([*GROUPS, *known])}"
-    raise BadConfig(f"no statistic is called {name!r}", hint=near(name, [*known, *GROUPS, *KEPT], otherwise=way_out))
     # What is not there yet may stand in a module that nobody has imported: a general one, then any method's.
     for load in (None, _load_general, catalogue.load_all):
         if load is not None:
@@ -218,11 +211,9 @@ def get(name: str) -> Statistic:
         found = _statistics.get(name) or _member(name)
         if found is not None:
             return found
-    near = difflib.get_close_matches(name, [*_statistics, *GROUPS, *KEPT], n=3)
-    known = ", ".join([*GROUPS, *sorted(_statistics)])
+    way_out = f"there are: {', '.join([*GROUPS, *sorted(_statistics)])}"
     raise BadConfig(
-        f"no statistic is called {name!r}",
-        hint=f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {known}",
+        f"no statistic is called {name!r}", hint=near(name, [*_statistics, *GROUPS, *KEPT], otherwise=way_out)
     )
 
 

@@ -225,16 +225,16 @@ def test_what_is_read_is_not_replaced(moekit: Moekit, made: Path, tmp_path: Path
 def test_the_same_command_twice_at_once(
     moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moekit.cli import _steps
+    from moekit.jobs import call
 
     monkeypatch.setattr("moekit.checkpoint.atomic.LOCK_WAIT_SECONDS", 0.0)
-    command, real, seconds = prune(made, "-o", tmp_path / "out"), _steps._run, []
+    command, real, seconds = prune(made, "-o", tmp_path / "out"), call._run, []
 
     def run(*given: Any) -> dict[str, Any]:
         seconds.append(moekit(*command))
         return real(*given)
 
-    monkeypatch.setattr(_steps, "_run", run)
+    monkeypatch.setattr(call, "_run", run)
     assert moekit(*command).code == 0
     assert [done.code for done in seconds] == [2]
     assert_told(seconds[0].err, "process [0-9]+ is writing this folder")
