@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit._ranks import is_first_rank
-from moekit.cli._progress import PlainProgress, RichProgress, SilentProgress
+from moekit.progress import PlainProgress, RichProgress, SilentProgress
 
 PIPE_WIDTH = 160
 

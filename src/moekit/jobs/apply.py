@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moekit.compress.budget import Budget
 from moekit.compress.prune.plan import PrunePlan
 from moekit.compress.prune.planning import Request, redecide
 from moekit.errors import BadConfig, MoekitError
+from moekit.jobs.call import TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.apply import ApplyOptions
+from moekit.jobs.prune import PruneResult
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, text_item
 from moekit.jobs.shared.opened import Source, check_device, check_runnable, open_source
@@ -30,8 +32,68 @@ from moekit.jobs.shared.pruning import (
     refuse_uneven,
     tell_uneven,
 )
+from moekit.progress import ProgressLike
 
 logger = logging.getLogger(__name__)
+
+
+def apply(
+    plan: str | Path,
+    *,
+    model: str | Path | None = None,
+    heldout: TextLike | None = None,
+    keep: int | float | str | None = None,
+    scope: Literal["uniform", "global"] | None = None,
+    least: int | None = None,
+    most: int | None = None,
+    other_weights: bool = False,
+    proof: bool = True,
+    proof_tokens: int | None = 32768,
+    window: int | None = None,
+    random_seeds: int = 1,
+    stock_only: bool = False,
+    mtp: Literal["drop", "keep"] = "drop",
+    device: str = "cpu",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    out: str | Path,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> PruneResult:
+    """Write the model that a pruning plan describes, or decide anew from the plan's scores with another budget.
+
+    Args:
+        plan: plan file, or the folder of a prune step that wrote one.
+        model: MoE: folder or hub id; the plan's own by default.
+        heldout: text to prove the result on; by default what was kept apart when the plan was made.
+        keep: what stays instead: experts a layer, their fraction, or bytes; see moekit prune.
+        scope: equally many in each layer, or wherever they are worth most; the plan's by default.
+        least: fewest a layer keeps, with scope global.
+        most: most a layer keeps, with scope global.
+        other_weights: accept a model of the same shape and other weights, such as a quantized copy.
+        proof: measure what it costs, against frequency and random pruning.
+        proof_tokens: held-out tokens, at most, an equal share of each domain.
+        window: longest context of the proof in tokens (default: the model's, ≤ 1024)
+        random_seeds: random choices that the proof compares with.
+        stock_only: refuse what stock transformers does not load.
+        mtp: multi-token-prediction layers: leave them out, or copy them.
+        device: where layers run: cpu, cuda, ...
+        dtype: of layers in memory; auto: as the model is stored.
+        out: folder of the smaller model.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit apply` prints.
+
+    Raises:
+        BadConfig: an impossible option, a budget that the model cannot have, or nothing to decide or prove on.
+        BadData: no text.
+        BadCheckpoint: the model is damaged, or what was written is not what it must be; then nothing is left.
+        OutOfBudget: the disk is too small.
+    """
+    return call(ApplyOptions, PruneResult, dict(locals()))
 
 
 def further_inputs(options: ApplyOptions) -> list[tuple[str, str]]:

@@ -2,15 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moekit import catalogue
 from moekit.anatomy import find_moe_layers
+from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.convert import ConvertOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, save_changed, text_item
+from moekit.progress import ProgressLike
+
+
+class ConvertResult(JobResult):
+    """Sizes of the MoE that a dense model became.
+
+    Attributes:
+        method: the conversion.
+        layers: MoE layers.
+        experts: of each.
+        top_k: choices a token makes.
+        width: of an expert.
+        shared_width: of shared experts.
+        parameters: of the MoE.
+        dense_parameters: of the dense model.
+    """
+
+    method: str
+    layers: int
+    experts: int
+    top_k: int
+    width: int
+    shared_width: int | None
+    parameters: int
+    dense_parameters: int
+
+
+def convert(
+    model: str | Path,
+    *,
+    method: str,
+    settings: Mapping[str, Any] | None = None,
+    text: TextLike | None = None,
+    split: Literal["train", "heldout"] | None = "train",
+    max_tokens: int = 8192,
+    seq_len: int = 256,
+    dtype: str = "auto",
+    out: str | Path,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> ConvertResult:
+    """Make a MoE of a dense model by one of the conversions in the catalogue (`moekit methods convert`).
+
+    Args:
+        model: dense model: folder, hub id or packaged model.
+        method: conversion; see moekit methods convert.
+        settings: the conversion's own options.
+        text: calibration text, for conversions that look at activations.
+        split: part of the text to take.
+        max_tokens: calibration tokens, at most.
+        seq_len: tokens a row.
+        dtype: float32, bfloat16, or auto: as the model is stored.
+        out: folder of the new checkpoint.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit convert` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(ConvertOptions, ConvertResult, dict(locals()))
 
 
 def check(options: ConvertOptions) -> None:

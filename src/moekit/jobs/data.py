@@ -11,13 +11,65 @@ from typing import Any
 from moekit.checkpoint import atomic_folder
 from moekit.data.text import Document
 from moekit.errors import BadData
+from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.data import DataOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes, disk_bytes
 from moekit.jobs.shared.inputs import is_model, model_item, model_location, read_text, text_item
 from moekit.jobs.undo import copy_folder
+from moekit.progress import ProgressLike
 
 MANIFEST = "data.json"
+
+
+class DataResult(JobResult):
+    """What was written.
+
+    Attributes:
+        source: where it came from.
+        domains: documents and bytes of each domain and part; None for a model.
+        bytes: of a model; None for text.
+    """
+
+    source: str
+    domains: dict[str, Any] | None = None
+    bytes: int | None = None
+
+
+def write_data(
+    source: TextLike,
+    *,
+    train_bytes: int | None = None,
+    profile_bytes: int | None = None,
+    heldout_bytes: int | None = None,
+    passage_bytes: int | None = None,
+    out: str | Path,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> DataResult:
+    """Fetch a source once and freeze it in the run folder, so that later steps read the same bytes.
+
+    Args:
+        source: file, folder, source, mix (demo, six-domains), packaged model, or hub id.
+        train_bytes: bytes of training text in all; everything by default.
+        profile_bytes: bytes of held-out text to profile routing on.
+        heldout_bytes: bytes of the remaining held-out text, in all.
+        passage_bytes: cut held-out documents into passages of about so many bytes, each a document.
+        out: folder to write.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit data write` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(DataOptions, DataResult, dict(locals()))
 
 
 def estimate(options: DataOptions, out: Path, sizes: Sizes) -> Forecast:

@@ -2,21 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moekit._ranks import is_first_rank
 from moekit.checkpoint import atomic_folder
 from moekit.data import load_questions, tokenize
 from moekit.errors import BadConfig
 from moekit.evaluation import Evaluation, choices, compare, perplexity_of_documents
+from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.evaluate import EvaluateOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, text_item
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.parallel.launch.start import StartedRanks
+from moekit.progress import ProgressLike
 from moekit.report.results import COMPARISON, EVALUATION, load_evaluation
+
+
+class EvaluateResult(JobResult):
+    """Perplexities and answers, with error bars.
+
+    Attributes:
+        name: of the model, in tables.
+        domains: all text, then each domain: perplexity with its interval.
+        tasks: multiple choice: each metric with its standard error.
+        comparison: paired with the baseline; None without.
+    """
+
+    name: str
+    domains: list[dict[str, Any]]
+    tasks: list[dict[str, Any]]
+    comparison: dict[str, Any] | None = None
+
+
+def evaluate(
+    model: ModelLike,
+    *,
+    plan: str | Path | None = None,
+    name: str = "",
+    text: TextLike | None = None,
+    split: Literal["train", "heldout"] | None = None,
+    max_tokens: int | None = None,
+    window: int | None = None,
+    questions: Sequence[str | Path] = (),
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    baseline: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    ep: int = 1,
+    nodes: int = 1,
+    dispatch: str = "once-per-rank",
+    placement: str | Path | None = None,
+    codec: Literal["none", "int8"] = "none",
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> EvaluateResult:
+    """Measure a model on held-out text and on questions, and compare it with a baseline measured on the same.
+
+    Args:
+        model: model: folder or hub id.
+        plan: routing plan to route by; the checkpoint's own by default.
+        name: what to call the model in tables; by default the folder's name.
+        text: text for perplexity: file, folder, source, mix or hub id.
+        split: part of the text to take.
+        max_tokens: tokens, at most, shared among the documents.
+        window: longest context in tokens (default: the model's, ≤ 1024)
+        questions: files, folders or sources of multiple choice.
+        tasks: tasks of lm-eval's registry, fetched from the hub.
+        limit: questions of each task, at most.
+        baseline: evaluation to compare with.
+        device: cpu, cuda, ..., or auto.
+        dtype: float32, bfloat16, or auto: as the model is stored.
+        ep: ranks that share each layer's experts; start them with torchrun.
+        nodes: nodes that these ranks stand in, for hierarchical dispatch.
+        dispatch: how tokens travel; see moekit methods dispatch.
+        placement: placement file: which rank holds which expert.
+        codec: int8 sends hidden states in 8 bits; lossy.
+        tokenizer: of a model that is given live.
+        out: folder of the results; None keeps nothing but the result.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit evaluate` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(EvaluateOptions, EvaluateResult, dict(locals()))
 
 
 def check(options: EvaluateOptions) -> None:
@@ -43,7 +126,12 @@ def run(options: EvaluateOptions, context: JobContext) -> dict[str, Any]:
 def _measure(options: EvaluateOptions, context: JobContext, started: StartedRanks | None) -> dict[str, Any]:
     name = options.name or Path(options.model).name
     model, tokenizer = open_model(
-        options.model, plan=options.plan, device=options.device, dtype=options.dtype, progress=context.progress
+        options.model,
+        plan=options.plan,
+        device=options.device,
+        dtype=options.dtype,
+        progress=context.progress,
+        live=context.live,
     )
     if started is not None:
         # All ranks measure the same and deal the tokens of each batch out between them; the first one writes.

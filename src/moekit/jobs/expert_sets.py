@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moekit import catalogue
 from moekit.checkpoint import atomic_folder
@@ -13,6 +13,7 @@ from moekit.compress.prune.base import PruneMethod
 from moekit.data import TokenizedDocument
 from moekit.data.batches import arrange
 from moekit.errors import BadConfig
+from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.expert_sets import PatternOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -20,6 +21,7 @@ from moekit.jobs.shared.inputs import model_item, read_text, text_item, torch_dt
 from moekit.jobs.shared.opened import Source, check_device, open_source
 from moekit.jobs.shared.pruning import bytes_between, check_disk
 from moekit.jobs.shared.task_texts import Texts, account, largest_layer, texts_of_tasks, warn_of
+from moekit.progress import ProgressLike
 from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern, generalist
 from moekit.serving.expert_sets.recording import GroupedText
 from moekit.serving.expert_sets.scoring import check_method, from_statistics
@@ -30,6 +32,79 @@ logger = logging.getLogger(__name__)
 _STORE_BYTES = 1 << 20
 # The method whose scores are means over all tokens, so that those of several tasks add up.
 _MEANS = "premoe"
+
+
+class ExpertSetsResult(JobResult):
+    """What was recorded of each task.
+
+    Attributes:
+        method: what scored the experts.
+        settings: its knobs.
+        experts: of a layer.
+        layers: MoE layers.
+        made: for each task of this call: tokens, documents, experts never routed, bytes.
+        tasks: all that the folder holds.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    experts: int
+    layers: list[int]
+    made: list[dict[str, Any]]
+    tasks: list[str]
+
+
+def expert_sets(
+    model: str | Path,
+    *,
+    data: TextLike,
+    task: str | None = None,
+    method: str = "premoe",
+    settings: Mapping[str, Any] | None = None,
+    generalist: bool = False,
+    further: bool = True,
+    existing: Literal["anew", "add", "replace"] = "anew",
+    max_tokens: int | None = 65536,
+    seq_len: int = 512,
+    batch_size: int = 8,
+    device: str = "cpu",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    out: str | Path,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> ExpertSetsResult:
+    """Record what the routers make of a task's text, and keep the ranks of all experts: one pattern for each task.
+
+    Args:
+        model: MoE: folder or hub id.
+        data: text of the task, or of several, each a domain of it.
+        task: name of the task; without it each domain of data is a task.
+        method: what scores the experts; see moekit methods prune.
+        settings: the method's own knobs.
+        generalist: also store a pattern of all tasks of the folder together.
+        further: keep the scores of all layers: without them prompts are compared at the first alone, and tasks cannot
+            be pooled later.
+        existing: patterns that the folder holds: make it anew, add to them, or replace tasks of the same name too.
+        max_tokens: tokens of each task, at most, shared among its documents.
+        seq_len: tokens a row; the model's limit if that is less.
+        batch_size: rows a pass.
+        device: where layers run: cpu, cuda, ...
+        dtype: of layers in memory; auto: as the model is stored.
+        out: folder of patterns; tasks are added to it.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit pattern` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(PatternOptions, ExpertSetsResult, dict(locals()))
 
 
 def settle(options: PatternOptions, out: Path | None, overwrite: bool) -> tuple[PatternOptions, Path, bool]:

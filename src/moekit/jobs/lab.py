@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,73 @@ from pydantic import ValidationError
 
 from moekit._validation import faults
 from moekit.errors import BadConfig
+from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.lab import LabOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import read_text, text_item
-from moekit.training import LabConfig, train_lab
+from moekit.progress import ProgressLike
+from moekit.training import LabConfig
+from moekit.training import train_lab as train_lab_model
 
 # fp32 weights with gradients and two moments, and once more the weights on disk.
 _BYTES_PER_PARAMETER = 16
+
+
+class LabResult(JobResult):
+    """A small MoE trained from scratch.
+
+    Attributes:
+        parameters: of the model.
+        figures: loss, balance and others.
+        steps: optimizer steps.
+        tokens: trained on.
+        seconds: spent in steps.
+        tokens_per_second: over the run.
+        losses: of each step.
+        resumed_from: step that this process continued from.
+    """
+
+    parameters: int
+    figures: dict[str, Any]
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    losses: list[float]
+    resumed_from: int | None
+
+
+def train_lab(
+    text: TextLike,
+    *,
+    device: str = "auto",
+    settings: Mapping[str, Any] | None = None,
+    out: str | Path,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> LabResult:
+    """Train a lab model with a vocabulary of its own; a killed run resumes exactly.
+
+    Args:
+        text: text of several domains: folder, source, mix or hub id.
+        device: cpu, cuda, ..., or auto.
+        settings: layout, experts, training, ...: LabConfig.
+        out: folder of the model.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        Sizes, losses and speed.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(LabOptions, LabResult, dict(locals()))
 
 
 def check(options: LabOptions) -> None:
@@ -53,7 +113,7 @@ def estimate(options: LabOptions, out: Path, sizes: Sizes) -> Forecast:
 
 def run(options: LabOptions, context: JobContext) -> dict[str, Any]:
     """Train and save."""
-    result = train_lab(
+    result = train_lab_model(
         config_of(options, context.seed),
         read_text(options.text, seed=context.seed, progress=context.progress),
         context.out,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moekit import catalogue
 from moekit.checkpoint import Checkpoint, atomic_folder
 from moekit.errors import BadConfig
+from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.place import PlaceOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -21,8 +23,85 @@ from moekit.placement.sending import predict_sending
 from moekit.placement.simulation import place_trace
 from moekit.placement.spare import add_copies, place_by_load
 from moekit.placement.topology import Topology, parse_latency
+from moekit.progress import ProgressLike
 from moekit.report.results import REPLAY, placement_file
 from moekit.trace import Trace
+
+
+class PlaceResult(JobResult):
+    """Placements, and the rows they send.
+
+    Attributes:
+        method: the solver.
+        routing: the policy under which the trace was taken.
+        trace: hash of the trace that was replayed.
+        devices: for each number of devices: the placement, rows sent by it and by others, gain, predictions.
+    """
+
+    method: str
+    routing: str
+    trace: str
+    devices: list[dict[str, Any]]
+
+
+def place(
+    trace: str | Path,
+    *,
+    method: str = "auto",
+    settings: Mapping[str, Any] | None = None,
+    devices: Sequence[int] = (2,),
+    nodes: int = 1,
+    replay: str | Path | None = None,
+    compare: Sequence[str] = (
+        "contiguous",
+        "random",
+    ),
+    baseline: str | Path | None = None,
+    baseline_trace: str | Path | None = None,
+    model: str | Path | None = None,
+    bandwidth: str | None = None,
+    latency: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    spare: int = 0,
+    copies: Literal["added", "eplb"] = "added",
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> PlaceResult:
+    """Place experts on devices, layer by layer, for several numbers of devices, and replay a trace to count rows.
+
+    Args:
+        trace: trace that the placement is made for.
+        method: solver; see moekit methods place; auto: exact where it can be.
+        settings: the solver's own options.
+        devices: numbers of devices to place on.
+        nodes: nodes that the devices stand in.
+        replay: trace to count rows on, of this model or of one tuned from it; the same by default.
+        compare: other solvers to count for, too.
+        baseline: folder of another place step, of the free model.
+        baseline_trace: trace of the free model on the same documents.
+        model: write this model with its experts in device order.
+        bandwidth: of a link inside a node, then across nodes, such as 900GB/s,50GB/s: predict bytes and seconds.
+        latency: before the first byte, inside a node, then across, such as 3us,10us.
+        dtype: type of the hidden states that travel, for predicted bytes.
+        spare: expert slots of each device to fill with copies of hot experts.
+        copies: added: keep the solver's owners; eplb: choose owners, too, by load alone. Both are counted, this one is
+            written.
+        out: folder of the placements and counts; None keeps nothing but the result.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit place` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(PlaceOptions, PlaceResult, dict(locals()))
 
 
 def check(options: PlaceOptions) -> None:

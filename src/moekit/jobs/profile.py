@@ -3,14 +3,85 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.profile import ProfileOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, text_item
+from moekit.progress import ProgressLike
 from moekit.trace import record, summarise
+
+
+class ProfileResult(JobResult):
+    """What the routers chose, summed up.
+
+    Attributes:
+        tokens: recorded.
+        domains: of the text.
+        warnings: what a reader must know.
+        summary: load, partners and domains of each layer.
+    """
+
+    tokens: int
+    domains: list[str]
+    warnings: list[str]
+    summary: dict[str, Any]
+
+
+def profile(
+    model: ModelLike,
+    *,
+    text: TextLike,
+    plan: str | Path | None = None,
+    split: Literal["train", "heldout"] | None = None,
+    max_tokens: int | None = 65536,
+    seq_len: int = 512,
+    batch_size: int = 4,
+    statistics: Sequence[str] = ("basic",),
+    choices: bool = True,
+    weights: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: Any = None,
+    out: str | Path,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> ProfileResult:
+    """Run a model over text and keep which experts each token chose, and statistics of it.
+
+    Args:
+        model: MoE: folder or hub id.
+        text: file, folder, source, mix or hub id.
+        plan: routing plan to route by; the checkpoint's own by default.
+        split: part of the text to take.
+        max_tokens: tokens, at most, shared among the documents.
+        seq_len: tokens a row.
+        batch_size: rows a forward pass.
+        statistics: what to sum up: names or groups, such as basic, gates, outputs.
+        choices: keep every token's choice, for replay and placement.
+        weights: keep the gate weights too, 16 bits each.
+        device: cpu, cuda, ..., or auto.
+        dtype: float32, bfloat16, or auto: as the model is stored.
+        tokenizer: of a model that is given live.
+        out: folder of the trace.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit profile` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(ProfileOptions, ProfileResult, dict(locals()))
 
 
 def estimate(options: ProfileOptions, out: Path, sizes: Sizes) -> Forecast:
@@ -24,7 +95,12 @@ def estimate(options: ProfileOptions, out: Path, sizes: Sizes) -> Forecast:
 def run(options: ProfileOptions, context: JobContext) -> dict[str, Any]:
     """Record and save."""
     model, tokenizer = open_model(
-        options.model, plan=options.plan, device=options.device, dtype=options.dtype, progress=context.progress
+        options.model,
+        plan=options.plan,
+        device=options.device,
+        dtype=options.dtype,
+        progress=context.progress,
+        live=context.live,
     )
     documents = read_text(options.text, split=options.split, seed=context.seed, progress=context.progress)
     rows = rows_of(documents, tokenizer, seq_len=options.seq_len, max_tokens=options.max_tokens)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moekit import catalogue
 from moekit.checkpoint import atomic_folder
@@ -13,6 +14,7 @@ from moekit.compress.prune.planning import Request, plan_file, plan_pruning, siz
 from moekit.compress.prune.searching import search_pruning
 from moekit.data import Document, TokenBatches
 from moekit.errors import BadConfig, MoekitError
+from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -35,8 +37,131 @@ from moekit.jobs.shared.pruning import (
     tell_uneven,
 )
 from moekit.jobs.shared.self_calibration import answered_rows, load_for_answers
+from moekit.progress import ProgressLike
 from moekit.trace import Trace
 from moekit.trace.streamed import Streamed
+
+
+class PruneResult(JobResult):
+    """What pruning decided, and what that costs.
+
+    Attributes:
+        method: what decided.
+        settings: its knobs.
+        budget: what was to stay.
+        top_k: choices a token makes; None as before.
+        groups: what became of routing groups.
+        model: what was pruned.
+        plan: hash of the plan.
+        tokens: that were decided on.
+        domains: of the text.
+        experts: before and after, over all layers.
+        bytes: before and after.
+        layers: each with experts, those kept, never routed and protected, and the method's figures.
+        warnings: what a reader must know of the data.
+        proof: held-out text and blocks' errors, against baselines; None where nothing was proved.
+        check: what the check of the written folder found; None where only a plan was written.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    budget: dict[str, Any]
+    top_k: int | None
+    groups: str
+    model: str
+    plan: str
+    tokens: int
+    domains: list[str]
+    experts: dict[str, int]
+    bytes: dict[str, int]
+    layers: list[dict[str, Any]]
+    warnings: list[str]
+    proof: dict[str, Any] | None = None
+    check: dict[str, Any] | None = None
+
+
+def prune(
+    model: str | Path,
+    *,
+    method: str,
+    settings: Mapping[str, Any] | None = None,
+    keep: int | float | str,
+    data: TextLike | None = None,
+    trace: str | Path | None = None,
+    heldout: TextLike | None = None,
+    scope: Literal["uniform", "global"] = "uniform",
+    least: int | None = None,
+    most: int | None = None,
+    top_k: int | None = None,
+    groups: Literal["free", "equal"] = "free",
+    protect: str | Path | None = None,
+    answers: int | None = None,
+    demonstrations: int = 25,
+    max_tokens: int | None = 65536,
+    seq_len: int = 512,
+    batch_size: int = 8,
+    plan: str | None = None,
+    write: Literal["model", "plan"] = "model",
+    proof: bool = True,
+    proof_tokens: int | None = 32768,
+    window: int | None = None,
+    random_seeds: int = 1,
+    stock_only: bool = False,
+    mtp: Literal["drop", "keep"] = "drop",
+    device: str = "cpu",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> PruneResult:
+    """Let a pruning method (`moekit methods prune`) decide, prove what that costs, and write the smaller model.
+
+    Args:
+        model: MoE: folder or hub id.
+        method: which experts go; see moekit methods prune.
+        settings: the method's own knobs.
+        keep: what stays: experts a layer (64), their fraction (0.5; 1.0 is all), or bytes of the model (12GiB)
+        data: text to decide on: file, folder, source, mix or hub id.
+        trace: trace of this model to decide on, instead of data.
+        heldout: text to prove the result on; by default a tenth of data, which is kept apart for it.
+        scope: equally many in each layer, or wherever they are worth most (moekit.load only)
+        least: fewest a layer keeps, with scope global.
+        most: most a layer keeps, with scope global.
+        top_k: choices a token makes from now on; as before by default.
+        groups: routing groups: lift the router's limits to them, or keep equally many of each.
+        protect: experts that stay: super, layer:expert pairs such as 1:68,2:92, or a JSON file.
+        answers: take data as prompts: decide on each with the model's own answer of up to so many tokens behind it (the
+            whole model runs, not layer by layer)
+        demonstrations: prompts of each domain that are answered.
+        max_tokens: tokens of data, at most, shared by its domains; answered prompts count apart.
+        seq_len: tokens a row, the model's limit if that is less; a prompt and its answer are one.
+        batch_size: rows a pass.
+        plan: also write scores and decision to this file.
+        write: write the smaller model, or the plan alone.
+        proof: measure what it costs, against frequency and random pruning.
+        proof_tokens: held-out tokens, at most, an equal share of each domain.
+        window: longest context of the proof in tokens (default: the model's, ≤ 1024)
+        random_seeds: random choices that the proof compares with.
+        stock_only: refuse what stock transformers does not load.
+        mtp: multi-token-prediction layers: leave them out, or copy them.
+        device: where layers run: cpu, cuda, ...
+        dtype: of layers in memory; auto: as the model is stored.
+        out: folder of the smaller model; None writes the plan alone.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit prune` prints.
+
+    Raises:
+        BadConfig: an impossible option, a budget that the model cannot have, or nothing to decide or prove on.
+        BadData: no text.
+        BadCheckpoint: the model is damaged, or what was written is not what it must be; then nothing is left.
+        OutOfBudget: the disk is too small.
+    """
+    return call(PruneOptions, PruneResult, dict(locals()))
 
 
 def settle(options: PruneOptions, out: Path | None, overwrite: bool) -> tuple[PruneOptions, Path, bool]:

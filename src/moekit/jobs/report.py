@@ -2,18 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moekit.checkpoint import atomic_write
+from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.report import ReportOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.progress import ProgressLike
 from moekit.report import build
 from moekit.report.gather import report_data
 from moekit.report.inputs import ReportInputs
 
 PAGE = "report.html"
+
+
+class ReportResult(JobResult):
+    """The page, and what it says first.
+
+    Attributes:
+        page: the file.
+        findings: sentences.
+        failures: measurements that show nothing.
+    """
+
+    page: str
+    findings: list[str]
+    failures: list[str]
+
+
+def write_report(
+    *,
+    title: str = "moekit report",
+    subtitle: str = "",
+    traces: Sequence[str | Path] = (),
+    trace_names: Sequence[str] = (),
+    free: str | Path | None = None,
+    constrained: Sequence[str | Path] = (),
+    costs: Sequence[str | Path] = (),
+    evaluations: Sequence[str | Path] = (),
+    super_experts: Sequence[str | Path] = (),
+    publish: bool = False,
+    strict: bool = True,
+    out: str | Path,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> ReportResult:
+    """Put traces, placements and evaluations of a run on one page, and the same numbers into a JSON file.
+
+    Args:
+        title: heading of the page.
+        subtitle: line under it, such as the model and the text.
+        traces: traces for heat maps and load bars, before and after.
+        trace_names: what to call them; their folders' names by default.
+        free: place step of the unconstrained model.
+        constrained: place steps of constrained models.
+        costs: evaluate steps, one for each of `constrained`.
+        evaluations: evaluate steps with a baseline, for tables.
+        super_experts: super-experts steps, for a chart and tables; others of the run are shown, too, but only those
+            named here make the page anew when they change.
+        publish: put the page and its numbers beside the step folders, too.
+        strict: fail if the page finds that a measurement shows nothing.
+        out: folder of the page.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit report` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(ReportOptions, ReportResult, dict(locals()))
 
 
 def estimate(options: ReportOptions, out: Path, sizes: Sizes) -> Forecast:

@@ -2,19 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint import fingerprint_model
+from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.route import RouteOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, open_model, save_changed
 from moekit.placement import Placement
+from moekit.progress import ProgressLike
 from moekit.routing import plan_routing
 from moekit.trace import Trace
+
+
+class RouteResult(JobResult):
+    """What a routing policy planned.
+
+    Attributes:
+        method: the policy.
+        settings: its options.
+        plan: hash of the plan.
+        layers: that it routes.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    plan: str
+    layers: int
+
+
+def route(
+    model: str | Path,
+    *,
+    method: str,
+    settings: Mapping[str, Any] | None = None,
+    trace: str | Path | None = None,
+    placement: str | Path | None = None,
+    write: Literal["plan", "model"] = "plan",
+    out: str | Path,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> RouteResult:
+    """Let a routing policy (`moekit methods routing`) plan every layer.
+
+    Args:
+        model: MoE: folder or hub id.
+        method: policy; see moekit methods routing.
+        settings: the policy's own options.
+        trace: trace of this model, for policies that need statistics.
+        placement: placement file, for policies that need devices.
+        write: write the plan alone, or a model with it.
+        out: folder of the plan, or with --write model of the checkpoint.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit route` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(RouteOptions, RouteResult, dict(locals()))
 
 
 def check(options: RouteOptions) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moekit import catalogue
 from moekit.checkpoint import atomic_folder
@@ -17,6 +18,7 @@ from moekit.compress.sparsify.plan import SparsityPlan
 from moekit.compress.sparsify.sequential import Calibration, Request, plan_sparsity
 from moekit.data import TokenBatches
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
+from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -27,10 +29,108 @@ from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.pruning import PLAN_FILE, bytes_between, check_disk, check_unchanged, read_heldout
 from moekit.jobs.shared.sparse import Machine, finish, told_of, warn_of
+from moekit.progress import ProgressLike
 
 logger = logging.getLogger(__name__)
 # What a stored plan has decided already.
 _DECIDED = ("model", "method", "settings", "sparsity", "total", "original", "data", "plan")
+
+
+class SparsifyResult(JobResult):
+    """The zeros counted, and what they cost.
+
+    Attributes:
+        method: what decided.
+        settings: its knobs.
+        sparsity: share of zeros among the routed experts' weights.
+        total: share asked for of the original's weights.
+        model: what was made sparse.
+        plan: hash of the plan.
+        tokens: that were decided on.
+        weights: weights of the original, present, zeros, and shares.
+        layers: each with zeros asked for and counted, and the method's figures.
+        warnings: what a reader must know of the data.
+        proof: held-out text and blocks' errors, against magnitudes; None where nothing was proved.
+        check: what the check of the written folder found; None where only a plan was written.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    sparsity: float
+    total: float | None
+    model: str
+    plan: str
+    tokens: int
+    weights: dict[str, Any]
+    layers: list[dict[str, Any]]
+    warnings: list[str]
+    proof: dict[str, Any] | None = None
+    check: dict[str, Any] | None = None
+
+
+def sparsify(
+    model: str | Path | None = None,
+    *,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    sparsity: float | None = None,
+    total: float | None = None,
+    original: str | Path | None = None,
+    data: TextLike | None = None,
+    heldout: TextLike | None = None,
+    max_tokens: int | None = 65536,
+    seq_len: int = 512,
+    batch_size: int = 8,
+    plan: str | None = None,
+    from_plan: str | Path | None = None,
+    write: Literal["model", "plan"] = "model",
+    proof: bool = True,
+    proof_tokens: int | None = 32768,
+    window: int | None = None,
+    device: str = "cpu",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> SparsifyResult:
+    """Zero the weights of the experts that matter least (`moekit methods sparsify`); routers and biases stay.
+
+    Args:
+        model: MoE: folder or hub id; a stored plan names its own.
+        method: which weights go; see moekit methods sparsify.
+        settings: the method's own knobs.
+        sparsity: share of zeros among the routed experts' weights of this model.
+        total: share that is to be gone, with whole experts or as zeros, of the routed experts' weights of the
+            checkpoint that this model was pruned from.
+        original: that checkpoint; found through the parents that records name by default.
+        data: text to decide on: file, folder, source, mix or hub id.
+        heldout: text to prove the result on; by default a tenth of data, which is kept apart for it.
+        max_tokens: tokens of data, at most, shared by its domains.
+        seq_len: tokens a row; the model's limit if that is less.
+        batch_size: rows a pass.
+        plan: also write what was decided to this file.
+        from_plan: carry this plan out again instead: the same zeros without a text.
+        write: write the sparse model, or the plan alone.
+        proof: measure what it costs, against magnitudes at the same sparsity.
+        proof_tokens: held-out tokens, at most, an equal share of each domain.
+        window: longest context of the proof in tokens (default: the model's, ≤ 1024)
+        device: where layers run: cpu, cuda, ...
+        dtype: of layers in memory; auto: as the model is stored.
+        out: folder of the smaller model; None writes the plan alone.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit sparsify` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(SparsifyOptions, SparsifyResult, dict(locals()))
 
 
 def settle(options: SparsifyOptions, out: Path | None, overwrite: bool) -> tuple[SparsifyOptions, Path, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moekit.checkpoint import atomic_folder
 from moekit.compress.prune.planning import sizes_of
@@ -17,6 +17,7 @@ from moekit.diagnose.super_experts.report import SuperExpertReport
 from moekit.errors import BadConfig
 from moekit.evaluation.super_expert_study import STUDY_FILE, SuperExpertStudy
 from moekit.evaluation.super_experts import SuperExpertCheck, check_super_experts
+from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -25,9 +26,97 @@ from moekit.jobs.shared.opened import Source, check_device, check_runnable, open
 from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.protection import find_in_trace, protection_needs
 from moekit.jobs.shared.pruning import bytes_between, check_disk, read_heldout
+from moekit.progress import ProgressLike
 
 # A report is small: some hundred bytes a layer, and a number for each expert.
 _FILE_BYTES = 1 << 20
+
+
+class SuperExpertsResult(JobResult):
+    """What was found, and whether the model breaks without it.
+
+    Attributes:
+        protect: decoder layer -> experts that must stay.
+        source: the text.
+        report: what was found, thresholds and maxima.
+        streams: the residual stream after each layer, and what makes its massive activations.
+        check: the model without them; None where nothing was found or checked.
+        verdict: what was found, in words.
+        check_verdict: what the check says, in words.
+        forms: layers that form massive activations.
+        room: how many experts could exceed the percentile.
+        file: what `prune --protect` takes.
+    """
+
+    protect: dict[str, Any] | dict[int, Any]
+    source: str
+    report: dict[str, Any]
+    streams: list[dict[str, Any]]
+    check: dict[str, Any] | None
+    verdict: str
+    check_verdict: str | None
+    forms: list[int]
+    room: int
+    file: str
+
+
+def super_experts(
+    model: str | Path,
+    *,
+    data: TextLike,
+    heldout: TextLike | None = None,
+    percentile: float = 99.5,
+    ratio: float = 0.1,
+    scope: Literal["first-75", "model", "formation"] = "first-75",
+    forming: Literal["gain", "first-75"] = "gain",
+    max_tokens: int | None = 65536,
+    seq_len: int = 512,
+    batch_size: int = 8,
+    proof: bool = True,
+    random_seeds: int = 5,
+    proof_tokens: int | None = 32768,
+    window: int | None = None,
+    device: str = "cpu",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> SuperExpertsResult:
+    """Find the few experts that make massive activations, and check on held-out text whether the model breaks without.
+
+    Args:
+        model: MoE: folder or hub id.
+        data: text to find them on: file, folder, source, mix or hub id.
+        heldout: text to check on; by default a tenth of data, which is kept apart for it.
+        percentile: of all experts' largest |outputs|, which a super expert's exceeds.
+        ratio: share of the largest of them that it exceeds.
+        scope: layers whose experts compare: the first 75 % and those that form massive activations, all, or only those
+            that form.
+        forming: layers that form massive activations: those whose block adds one, or the first 75 %.
+        max_tokens: tokens of data, at most, shared by its domains.
+        seq_len: tokens a row; the model's limit if that is less.
+        batch_size: rows a pass.
+        proof: where any are found, measure the model without them, and without as many others.
+        random_seeds: draws of as many others.
+        proof_tokens: held-out tokens, at most, an equal share of each domain.
+        window: longest context of the check in tokens (default: the model's, ≤ 1024)
+        device: where layers run: cpu, cuda, ...
+        dtype: of layers in memory; auto: as the model is stored.
+        out: folder of the report; None keeps nothing but the result.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit super-experts` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(SuperExpertsOptions, SuperExpertsResult, dict(locals()))
 
 
 def check(options: SuperExpertsOptions) -> None:

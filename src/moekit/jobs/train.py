@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -11,6 +12,7 @@ from moekit._ranks import is_first_rank
 from moekit._validation import faults
 from moekit.checkpoint import fingerprint_model
 from moekit.errors import BadConfig
+from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.train import TrainOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -19,10 +21,96 @@ from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.parallel.checkpoints.gathering import gather_state
 from moekit.parallel.data_parallel import RankedTraining
 from moekit.parallel.launch.start import StartedRanks
-from moekit.training import TrainConfig, train
+from moekit.progress import ProgressLike
+from moekit.training import TrainConfig
+from moekit.training import train as train_model
 
 # Weights, gradients and two moments of Adam, four bytes each, for weights that may be stored in two.
 _TRAINING_FACTOR = 8
+
+
+class TrainResult(JobResult):
+    """What a run of training did.
+
+    Attributes:
+        steps: optimizer steps, of this process and those it continued.
+        tokens: trained on, padding left out.
+        seconds: spent in steps.
+        losses: language-modelling loss of each step, without router losses.
+        heldout_losses: step -> loss on held-out text.
+        routing: routing figures of the last steps.
+        precision: of matrix products.
+        trained: part -> parameters that trained.
+        parameters: of the model.
+        resumed_from: step that this process continued from.
+        tokens_per_second: over the run.
+        final_loss: of the last step.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    losses: list[float]
+    heldout_losses: dict[Any, float]
+    routing: dict[str, Any] | None
+    precision: str
+    trained: dict[str, int]
+    parameters: int
+    resumed_from: int | None
+    tokens_per_second: float
+    final_loss: float
+
+
+def train(
+    model: str | Path,
+    *,
+    text: TextLike,
+    plan: str | Path | None = None,
+    split: Literal["train", "heldout"] | None = None,
+    heldout: TextLike | None = None,
+    device: str = "auto",
+    data_parallel: Literal["ddp", "fsdp"] = "ddp",
+    settings: Mapping[str, Any] | None = None,
+    ep: int = 1,
+    nodes: int = 1,
+    dispatch: str = "once-per-rank",
+    placement: str | Path | None = None,
+    codec: Literal["none", "int8"] = "none",
+    out: str | Path,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> TrainResult:
+    """Train a model on text, under the routing policy that it carries or is given; a killed run resumes exactly.
+
+    Args:
+        model: model: folder or hub id.
+        text: training text: file, folder, source, mix or hub id.
+        plan: routing plan to train under; the checkpoint's by default.
+        split: part of the text to take.
+        heldout: text whose loss is watched.
+        device: cpu, cuda, ..., or auto.
+        data_parallel: under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)
+        settings: steps, lr, balance_coef, ...: TrainConfig.
+        ep: ranks that share each layer's experts; start them with torchrun.
+        nodes: nodes that these ranks stand in, for hierarchical dispatch.
+        dispatch: how tokens travel; see moekit methods dispatch.
+        placement: placement file: which rank holds which expert.
+        codec: int8 sends hidden states in 8 bits; lossy.
+        out: folder of the trained checkpoint.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit train` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(TrainOptions, TrainResult, dict(locals()))
 
 
 def check(options: TrainOptions) -> None:
@@ -71,7 +159,7 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
     heldout = (
         None if options.heldout is None else read_text(options.heldout, seed=context.seed, progress=context.progress)
     )
-    result = train(
+    result = train_model(
         model,
         tokenizer,
         documents,

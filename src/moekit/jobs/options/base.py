@@ -91,12 +91,14 @@ class JobOptions(BaseModel):
 
     Attributes:
         job: the module.
+        needs_out: whether a Python call must say where to write; elsewhere the result alone may be wanted.
         command: how it is called on the command line.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     job: ClassVar[str] = ""
+    needs_out: ClassVar[bool] = True
     command: ClassVar[CommandLine]
 
     def check(self) -> None:
@@ -154,7 +156,7 @@ class JobOptions(BaseModel):
         """Pairs of kind and reference of everything the job reads."""
         found: list[tuple[str, str]] = []
         for name, info in type(self).model_fields.items():
-            kinds = [mark.kind for mark in _marks(info) if isinstance(mark, InputKind)]
+            kinds = kinds_of(info)
             value = getattr(self, name)
             if kinds and value:
                 found += [(kinds[0], item) for item in (value if isinstance(value, tuple | list) else [value])]
@@ -168,6 +170,11 @@ class JobOptions(BaseModel):
     def identity(self) -> dict[str, Any]:
         """What makes this the same piece of work when it is called again after a kill."""
         return self.model_dump(mode="json")
+
+
+def kinds_of(field: Any) -> list[str]:
+    """What a field's value names, as its `InputKind` says; empty for a plain option."""
+    return [mark.kind for mark in _marks(field) if isinstance(mark, InputKind)]
 
 
 def _marks(field: Any) -> list[Any]:

@@ -14,6 +14,7 @@ class EvaluateOptions(RankedOptions):
     """Measure a model on held-out text and on questions, and compare it with a baseline measured on the same."""
 
     job: ClassVar[str] = "moekit.jobs.evaluate"
+    needs_out: ClassVar[bool] = False
     command: ClassVar[CommandLine] = CommandLine(
         help="Measure perplexity per domain and multiple choice, and compare with a baseline, pair by pair.",
         writes="folder of the results",

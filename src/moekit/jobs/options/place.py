@@ -13,6 +13,7 @@ class PlaceOptions(JobOptions):
     """Place experts on devices, layer by layer, for several numbers of devices, and replay a trace to count rows."""
 
     job: ClassVar[str] = "moekit.jobs.place"
+    needs_out: ClassVar[bool] = False
     command: ClassVar[CommandLine] = CommandLine(
         help="Decide which device holds which expert, by one of these solvers, and replay the trace to count the rows.",
         writes="folder of the placements and counts",

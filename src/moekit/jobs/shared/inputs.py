@@ -24,8 +24,8 @@ from moekit.data.mixes import MIXES
 from moekit.data.shares import take_shares
 from moekit.data.sources import all_sources, get_source
 from moekit.data.text import load_text
-from moekit.errors import BadCheckpoint, MoekitError
-from moekit.jobs.context import JobContext
+from moekit.errors import BadCheckpoint, BadConfig, MoekitError
+from moekit.jobs.context import JobContext, LiveModel
 from moekit.jobs.shared.estimates import Item, Sizes
 from moekit.routing import RoutingPlan
 
@@ -61,6 +61,7 @@ def open_model(
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
+    live: LiveModel | None = None,
 ) -> tuple[Any, Any]:
     """Load a model in eval mode with its tokenizer, and let it route by a plan.
 
@@ -70,10 +71,20 @@ def open_model(
         device: "auto", "cpu", "cuda", ...
         dtype: "auto", "float32", "bfloat16", ...
         progress: told of downloads.
+        live: the model itself, where it is in memory already.
 
     Returns:
         (model, tokenizer).
+
+    Raises:
+        BadConfig: a plan for a model that is in memory already.
     """
+    if live is not None:
+        if plan is not None:
+            raise BadConfig("a plan is applied to a model from disk", hint="RoutingPlan.load(plan).apply(model) first")
+        check_tokenizer(live.model, live.tokenizer)
+        live.model.eval()
+        return live.model, live.tokenizer
     location = model_location(reference, progress)
     model = moekit.load(location, device=own_device(device), dtype=dtype)
     tokenizer = load_tokenizer(location)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 from moekit._progress import track
-from moekit.cli._progress import PlainProgress, RichProgress, SilentProgress
+from moekit.progress import PlainProgress, RichProgress, SilentProgress
 
 
 def test_plain_lines_say_how_far() -> None:
