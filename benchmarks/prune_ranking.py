@@ -1,9 +1,9 @@
 """Do pruning methods rank as their papers, and our first measurements, say? On a converted MoE and one from scratch.
 
-    python benchmarks/prune_ranking.py [--model runs/prune-demo/moe] [--lab runs/lab/moe] [--out FOLDER]
+    python benchmarks/prune_ranking.py [--model runs/prune-demo/moe] [--scratch runs/pretrain-tiny/moe] [--out FOLDER]
 
 `moekit run recipes/prune-demo.yaml` makes the first: SmolLM2 turned into a MoE, of which experts and routers are
-trained on text of five domains. `moekit run recipes/lab-moe.yaml data=TEXT` makes the second: a MoE trained from
+trained on text of five domains. `moekit run recipes/pretrain-tiny.yaml data=TEXT` makes the second: a MoE trained from
 scratch on several domains, an hour on two cores.
 A model that is not there is left out. Every method runs at 75 % and 50 % of the experts, decided from all of the text
 and from each of some domains alone, random with five seeds, measured on unseen text; then the variants that single
@@ -144,8 +144,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/prune-demo/moe"), help="a converted MoE")
     parser.add_argument("--data", help="its calibration text (default: text/train.jsonl beside it)")
     parser.add_argument("--heldout", help="its unseen text (default: text/heldout.jsonl beside it)")
-    parser.add_argument("--lab", type=Path, default=Path("runs/lab/moe"), help="a MoE trained from scratch")
-    parser.add_argument("--lab-data", default="six-domains", help="the text it was trained on, of which a part is kept")
+    parser.add_argument("--scratch", type=Path, default=Path("runs/pretrain-tiny/moe"), help="one made from scratch")
+    parser.add_argument("--scratch-data", default="six-domains", help="its text, of which a part is kept")
     parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens")
     parser.add_argument("--heldout-tokens", type=int, default=16384, help="unseen tokens, at most")
     parser.add_argument("--search-tokens", type=int, default=4096, help="tokens on which naee tries subsets")
@@ -159,7 +159,7 @@ def main() -> None:
     beside = options.model.parent / "text"
     texts = {
         "converted": (options.model, (options.data or f"{beside}/train.jsonl", options.heldout)),
-        "from-scratch": (options.lab, (options.lab_data, None)),
+        "from-scratch": (options.scratch, (options.scratch_data, None)),
     }
     if options.data is None and options.heldout is None:
         texts["converted"] = (options.model, (f"{beside}/train.jsonl", f"{beside}/heldout.jsonl"))

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.model import save
 from moekit.checkpoint.record import Record
-from moekit.data import Document, load_text, pack
-from moekit.training import LabConfig, TrainConfig, build_lab_model, train, train_tokenizer
+from moekit.data import Document, load_text, pack, train_tokenizer
+from moekit.training import TinyConfig, TrainConfig, build_tiny_model, train
 
 SCRATCH, UPCYCLED = "from-scratch", "upcycled"
 # All bytes and two marks: no merges.
@@ -35,13 +35,13 @@ BYTES = 258
 DENSE_STEPS, MOE_STEPS = 700, 500
 
 
-def config_of(steps: int, seed: int, experts: int = 16, top_k: int = 2) -> LabConfig:
+def config_of(steps: int, seed: int, experts: int = 16, top_k: int = 2) -> TinyConfig:
     """The model, trained for some steps of 18 x 128 tokens."""
     training = TrainConfig(
         steps=steps, lr=3e-3, warmup=0.05, weight_decay=0.1, beta2=0.98, seq_len=128, batch=18, balance_coef=0.0,
         z_coef=0.0, save_every=None, seed=seed,
     )  # fmt: skip
-    return LabConfig(
+    return TinyConfig(
         vocabulary=BYTES, hidden=96, layers=4, heads=4, kv_heads=4, experts=experts, top_k=top_k, width=64,
         context=256, training=training,
     )  # fmt: skip
@@ -60,7 +60,7 @@ def write_headers(file: Path, limit: int) -> None:
                 break
 
 
-def dense_of(config: LabConfig) -> PreTrainedModel:
+def dense_of(config: TinyConfig) -> PreTrainedModel:
     """The same with a single expert that every token takes: a dense model."""
     settings = config.model_settings()
     settings.num_experts = settings.num_experts_per_tok = 1
@@ -69,9 +69,9 @@ def dense_of(config: LabConfig) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def upcycle(dense: PreTrainedModel, config: LabConfig) -> PreTrainedModel:
+def upcycle(dense: PreTrainedModel, config: TinyConfig) -> PreTrainedModel:
     """16 copies of each FFN, neurons in another order in each, and a new router."""
-    moe = build_lab_model(config, "cpu")
+    moe = build_tiny_model(config, "cpu")
     rest = {name: value for name, value in dense.state_dict().items() if ".mlp." not in name}
     moe.load_state_dict(rest, strict=False)
     generator = torch.Generator().manual_seed(config.training.seed)
@@ -91,7 +91,7 @@ def make(name: str, folder: Path, documents: list[Document], options: argparse.N
     rows = pack(documents, tokenizer, 128, end_token=True)
     config = config_of(options.steps if name == SCRATCH else MOE_STEPS, options.seed)
     if name == SCRATCH:
-        model = build_lab_model(config, "cpu")
+        model = build_tiny_model(config, "cpu")
     else:
         before = config_of(DENSE_STEPS, options.seed)
         dense = dense_of(before)

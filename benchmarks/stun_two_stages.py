@@ -1,6 +1,6 @@
 """Whole experts first and single weights after, or single weights alone? At equal sparsity of the experts' weights.
 
-    python benchmarks/stun_two_stages.py --model runs/lab/moe --data six-domains [--totals 0.4 0.5 0.65]
+    python benchmarks/stun_two_stages.py --model runs/pretrain-tiny/moe --data six-domains [--totals 0.4 0.5 0.65]
 
 On a trained MoE: STUN (arXiv:2409.06211) and REAP (arXiv:2510.13999) keep some share of the experts, then Wanda zeroes
 weights of what is left until the total is gone, each layer behind the sparse ones; beside it Wanda, OWL and magnitudes
@@ -157,7 +157,7 @@ def judge(rows: Sequence[Row], name: str, alone: Row, unchanged: float) -> None:
 def main() -> None:
     """Measure, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("runs/lab/moe"), help="a trained MoE")
+    parser.add_argument("--model", type=Path, default=Path("runs/pretrain-tiny/moe"), help="a trained MoE")
     parser.add_argument("--data", default="six-domains", help="text to decide on, of which a part is kept apart")
     parser.add_argument("--heldout", help="text to judge on (default: what is kept apart)")
     parser.add_argument("--totals", type=float, nargs="+", default=[0.4, 0.5, 0.65])
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a row and a window")
     options = parser.parse_args()
     if not (options.model / "config.json").is_file():
-        print(f"there is no model in {options.model}: moekit run recipes/lab-moe.yaml data=TEXT makes one")
+        print(f"there is no model in {options.model}: moekit run recipes/pretrain-tiny.yaml data=TEXT makes one")
         return
     start = time.perf_counter()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -31,11 +31,11 @@ from moekit.compress import live
 from moekit.compress.decision import LayerDecision
 from moekit.compress.evidence import LayerEvidence
 from moekit.compress.prune.base import PruneMethod
-from moekit.data import Document, TokenBatches, load_text, pack
+from moekit.data import Document, TokenBatches, load_text, pack, train_tokenizer
 from moekit.routing import attach_policy
 from moekit.routing.methods.merge_redirect import MemberGates, share_rows
 from moekit.trace import Statistics, record
-from moekit.training import LabConfig, TrainConfig, build_lab_model, train, train_tokenizer
+from moekit.training import TinyConfig, TrainConfig, build_tiny_model, train
 
 FULL, KEPT, TOP_K = (4, 8, 16), (2, 4, 8), 2
 METHODS = ("uncurl", "frequency", "reap", "random")
@@ -44,7 +44,7 @@ DRAWS = 5
 Losses = dict[tuple[str, int, int], dict[str, float]]
 
 
-def config_of(experts: int, steps: int, seed: int) -> LabConfig:
+def config_of(experts: int, steps: int, seed: int) -> TinyConfig:
     """A model of 3 layers; only the number of experts differs."""
     training = TrainConfig(
         steps=steps,
@@ -59,7 +59,7 @@ def config_of(experts: int, steps: int, seed: int) -> LabConfig:
         save_every=None,
         seed=seed,
     )
-    return LabConfig(
+    return TinyConfig(
         vocabulary=1024,
         hidden=64,
         layers=3,
@@ -165,7 +165,7 @@ def run(seed: int, documents: list[Document], heldout: list[Document], options: 
     models = {}
     for experts in sorted({*FULL, *KEPT}):
         config, start = config_of(experts, options.steps, seed), time.perf_counter()
-        models[experts] = build_lab_model(config, "cpu")
+        models[experts] = build_tiny_model(config, "cpu")
         losses = train(models[experts], None, rows, config.training).losses
         tail = statistics.fmean(losses[-20:])
         print(f"seed {seed}, E = {experts:2}: loss {losses[0]:.3f} -> {tail:.3f}, {time.perf_counter() - start:.0f} s")

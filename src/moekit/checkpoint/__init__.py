@@ -15,7 +15,6 @@ __getattr__, __dir__ = attach(
         "TensorInfo": "safety",
         "atomic_folder": "atomic",
         "atomic_write": "atomic",
-        "check_tokenizer": "model",
         "fingerprint_model": "fingerprint",
         "load": "model",
         "read_header": "safety",

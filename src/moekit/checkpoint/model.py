@@ -22,7 +22,7 @@ from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import expert_counts
 from moekit.checkpoint.fingerprint import live_fingerprint
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
-from moekit.checkpoint.names import config_top_k, text_config
+from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.safety import check_name, read_header
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES, index_text
@@ -286,27 +286,3 @@ def _index_single(folder: Path) -> None:
     os.rename(single, folder / shard)
     total = sum(info.nbytes for info in tensors)
     atomic_write(folder / INDEX_FILE, index_text({info.name: shard for info in tensors}, total))
-
-
-def check_tokenizer(model_or_config: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer that can produce ids beyond the embedding.
-
-    Args:
-        model_or_config: a model, a transformers config, or a parsed config.json.
-        tokenizer: anything with a length (its largest id + 1).
-
-    Raises:
-        BadConfig: naming both sizes.
-    """
-    if isinstance(model_or_config, torch.nn.Module):
-        rows = int(model_or_config.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    else:
-        values = model_or_config if isinstance(model_or_config, Mapping) else model_or_config.to_dict()
-        rows = int(text_config(values).get("vocab_size") or 0)
-    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-    largest = max(vocabulary.values(), default=len(tokenizer) - 1)
-    if largest >= rows:
-        raise BadConfig(
-            f"the tokenizer produces ids up to {largest}, but the embedding has {rows} rows",
-            hint="use the model's own tokenizer, or resize the embedding (model.resize_token_embeddings) and train it",
-        )

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moekit._progress import Progress
-from moekit.data.batches import TokenizedDocument, check_vocabulary
+from moekit.data import vocabulary
+from moekit.data.batches import TokenizedDocument
 from moekit.data.text import Document
 from moekit.errors import BadConfig, BadData
 from moekit.trace.generation import record_generation
@@ -75,7 +76,7 @@ def answer_tokens(
     """
     if max_new_tokens < 1:
         raise BadConfig(f"max_new_tokens is {max_new_tokens}", hint="choose at least 1")
-    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+    vocabulary.check(tokenizer, vocabulary.embedding_rows(model))
     asked = [prompt_ids(tokenizer, document.text) for document in documents]
     # Sampling knobs of the model's own config would be warned about beside greedy generation.
     settings: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}

@@ -12,11 +12,11 @@ __getattr__, __dir__ = attach(
         "TokenBatches": "batches",
         "TokenizedDocument": "batches",
         "available": "sources",
-        "check_vocabulary": "batches",
         "fetch": "sources",
         "load_questions": "questions",
         "load_text": "text",
         "pack": "batches",
         "tokenize": "batches",
+        "train_tokenizer": "tokenizer",
     },
 )

@@ -5,7 +5,7 @@ Shapes: R rows in all, B rows of a batch, S positions of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -137,26 +137,6 @@ class TokenBatches:
                 batch.domain_BS[:, :longest],
                 batch.domains,
             )
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> None:
-    """Refuse a tokenizer whose ids the model cannot embed.
-
-    Args:
-        tokenizer: any tokenizer of transformers.
-        embedding_rows: rows of the model's input embedding.
-
-    Raises:
-        BadConfig: the largest id lies outside; found before any forward pass, where it would be an index error or,
-            on a GPU, an assertion of the device.
-    """
-    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
-    largest = max(vocabulary.values(), default=0)
-    if largest >= embedding_rows:
-        raise BadConfig(
-            f"the tokenizer has ids up to {largest}, the model embeds {embedding_rows} tokens",
-            hint="use the tokenizer that belongs to the model, or resize the model's embedding",
-        )
 
 
 def tokenize(

@@ -14,7 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from moekit._progress import Progress
-from moekit.evaluation.likelihood import Scorer, check_vocabulary
+from moekit.data import vocabulary
+from moekit.evaluation.likelihood import Scorer
 from moekit.evaluation.windows import Window, by_length
 
 # What lm-eval's own command line uses.
@@ -105,7 +106,9 @@ class ScorerLM(HFLM):  # type: ignore[misc]
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         windows, members = _share([(context, answer) for _, context, answer in requests], self.max_length)
-        check_vocabulary(self.model, max(max(max(w.inputs), max(w.targets)) for w in windows))
+        vocabulary.check(
+            max(max(max(w.inputs), max(w.targets)) for w in windows), vocabulary.embedding_rows(self.model)
+        )
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         if self._progress is not None:
             self._progress.start("answering", len(requests))

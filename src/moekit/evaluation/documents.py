@@ -20,8 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from scipy import stats
 
 from moekit._progress import Progress
+from moekit.data import vocabulary
 from moekit.errors import BadData
-from moekit.evaluation.likelihood import Scorer, check_vocabulary, evaluating
+from moekit.evaluation.likelihood import Scorer, evaluating
 from moekit.evaluation.windows import BatchLike, Corpus, TokenizedLike, by_length, from_batches, from_documents
 
 
@@ -226,7 +227,7 @@ def perplexity_of_documents(
 def _measure(
     model: Any, corpus: Corpus, batch_tokens: int | None, name: str, progress: Progress | None
 ) -> PerplexityResult:
-    check_vocabulary(model, max(max(max(w.inputs), max(w.targets)) for w in corpus.windows))
+    vocabulary.check(max(max(max(w.inputs), max(w.targets)) for w in corpus.windows), vocabulary.embedding_rows(model))
     scorer = Scorer(model)
     if batch_tokens is None:
         batch_tokens = 2048 if scorer.device.type == "cpu" else 16384

@@ -14,8 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from moekit._progress import Progress, track
+from moekit.data import vocabulary
 from moekit.errors import BadConfig, BadData
-from moekit.evaluation.likelihood import Scorer, check_vocabulary, evaluating
+from moekit.evaluation.likelihood import Scorer, evaluating
 from moekit.evaluation.windows import Window, by_length
 
 
@@ -128,7 +129,7 @@ def complete(
     encoded = [tuple(int(i) for i in tokenizer(prompt)["input_ids"]) for prompt in prompts]
     if not encoded or not all(encoded):
         raise BadData("there is nothing to continue: no prompt, or an empty one", hint="give at least one word")
-    check_vocabulary(model, max(max(ids) for ids in encoded))
+    vocabulary.check(max(max(ids) for ids in encoded), vocabulary.embedding_rows(model))
     device = model.get_input_embeddings().weight.device
     end = _end_tokens(model, tokenizer)
     done: dict[int, Completion] = {}
@@ -209,7 +210,7 @@ def agreement(model: Any, completions: Completions, *, batch_tokens: int = 2048)
     ]
     if not windows:
         raise BadData("nothing was generated, so there is nothing to agree on")
-    check_vocabulary(model, max(max(max(w.inputs), max(w.targets)) for w in windows))
+    vocabulary.check(max(max(max(w.inputs), max(w.targets)) for w in windows), vocabulary.embedding_rows(model))
     scorer = Scorer(model)
     same = total = 0
     with evaluating(model):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moekit.errors import BadConfig, NumericFault, OutOfBudget
+from moekit.errors import NumericFault, OutOfBudget
 from moekit.evaluation.windows import Window
 
 log = logging.getLogger(__name__)
@@ -39,21 +39,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def check_vocabulary(model: nn.Module, highest: int) -> None:
-    """Refuse token ids that the model has no embedding for, before the first forward.
-
-    Raises:
-        BadConfig: the tokenizer is larger than the embedding.
-    """
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    rows = int(embedding.weight.shape[0])
-    if highest >= rows:
-        raise BadConfig(
-            f"token id {highest} occurs, but the model embeds only {rows} tokens",
-            hint="the tokenizer belongs to another model: give the one that the checkpoint came with",
-        )
 
 
 def score_logits(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def _row(name: str, cls: str, line: str = "") -> Job:
 
 _BEFORE = (
     _row("data", "DataOptions"),
-    _row("lab", "LabOptions"),
+    _row("pretrain-tiny", "PretrainTinyOptions"),
     _row("train", "TrainOptions", "Train or fine-tune, with balance losses from the real selection and exact resume."),
     _row("profile", "ProfileOptions", "Record what the routers choose on a text: a trace and its statistics."),
     _row(

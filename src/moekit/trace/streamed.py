@@ -25,7 +25,8 @@ from moekit.anatomy.probe import Geometry, MoELayer
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.folder import Checkpoint
-from moekit.errors import BadConfig, BadData, UnsupportedModel
+from moekit.data import vocabulary
+from moekit.errors import BadData, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.states import MEMORY_BYTES, States
 from moekit.streaming.walk import Inputs, Walk
@@ -101,18 +102,10 @@ class Streamed:
             self.labels.add(current.labels)
         self.labels.flush()
         self.loader = LayerLoader(checkpoint, dtype=dtype, device=device)
-        self._check_ids(inputs)
+        for batch in inputs:
+            vocabulary.check(batch.input_ids, vocabulary.embedding_rows(self.loader.model))
         self.walk = Walk(self.loader, inputs, folder=self.folder, limit=limit)
         self.records: dict[int, LayerRecord] = {}
-
-    def _check_ids(self, inputs: Sequence[Inputs]) -> None:
-        size = self.loader.model.get_input_embeddings().weight.shape[0]
-        largest = max(int(batch.input_ids.max()) for batch in inputs)
-        if largest >= size or min(int(batch.input_ids.min()) for batch in inputs) < 0:
-            raise BadConfig(
-                f"token id {largest} lies outside the model's {size} embeddings",
-                hint="tokenize with the tokenizer that belongs to the model",
-            )
 
     def __enter__(self) -> Streamed:
         return self

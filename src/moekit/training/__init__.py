@@ -1,4 +1,4 @@
-"""Losses, callbacks, freezing, adapters and exact resume for transformers' Trainer; a lab model from scratch."""
+"""Losses, callbacks, freezing, adapters and exact resume for transformers' Trainer; a tiny model from scratch."""
 
 from moekit._lazy import attach
 
@@ -8,22 +8,21 @@ __getattr__, __dir__ = attach(
         "CompleteCheckpoints": "resume",
         "ExactResume": "resume",
         "FreezeReport": "freeze",
-        "LabConfig": "lab",
-        "LabResult": "lab",
+        "TinyConfig": "pretrain_tiny",
+        "TinyResult": "pretrain_tiny",
         "LoraSettings": "lora",
         "MoECallback": "callback",
         "RoutingFigures": "figures",
         "TrainConfig": "config",
         "TrainResult": "config",
         "add_lora": "lora",
-        "build_lab_model": "lab",
+        "build_tiny_model": "pretrain_tiny",
         "collect": "collector",
         "last_complete_checkpoint": "resume",
         "merge_lora": "lora",
         "parts_of": "freeze",
         "train": "run",
-        "train_lab": "lab",
+        "train_tiny": "pretrain_tiny",
         "train_only": "freeze",
-        "train_tokenizer": "vocabulary",
     },
 )

@@ -1,7 +1,7 @@
 """Train some parts of a model and freeze the others.
 
 The parts are "router", "experts", "shared" (shared experts and their gate), "attention", "norms", "embeddings" (input
-and output), "dense" (feed-forward layers that are no MoE, and whatever else a decoder layer has) and "adapters" (LoRA);
+and output), "other" (feed-forward layers that are no MoE, and whatever else a decoder layer has) and "adapters" (LoRA);
 "all" is every part. A part may be limited to decoder layers: "experts:20-29", "router:3".
 """
 
@@ -18,7 +18,7 @@ from moekit.anatomy.probe import MoELayer, decoder_index
 from moekit.errors import BadConfig
 from moekit.training.layers import moe_layers, trained_layers
 
-PARTS = ("router", "experts", "shared", "attention", "norms", "embeddings", "dense", "adapters")
+PARTS = ("router", "experts", "shared", "attention", "norms", "embeddings", "other", "adapters")
 _SPEC = re.compile(r"^(?P<part>[a-z]+)(?::(?P<first>\d+)(?:-(?P<last>\d+))?)?$")
 _WRAPPER = re.compile(r"\.base_layer(?=\.|$)")
 
@@ -141,7 +141,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
         elif re.search(r"\.(self_)?att(entio)?n\w*\.", name):
             part = "attention"
         else:
-            part = "dense"
+            part = "other"
         parts[full] = part
     return parts
 

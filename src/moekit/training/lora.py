@@ -79,7 +79,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     for spec in specs:
         if spec.part in ("norms", "embeddings", "adapters"):
             raise BadConfig(
-                f"LoRA does not adapt {spec.part}", hint="adapt experts, router, attention, shared or dense"
+                f"LoRA does not adapt {spec.part}", hint="adapt experts, router, attention, shared or other"
             )
     modules, parameters = _targets(model, specs)
     if not modules and not parameters:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
-from moekit.data.batches import TokenBatches, check_vocabulary, pack
+from moekit.data import vocabulary
+from moekit.data.batches import TokenBatches, pack
 from moekit.data.text import Document
 from moekit.errors import BadConfig
 from moekit.training.callback import MoECallback
@@ -126,14 +127,15 @@ def _rows(
     config: TrainConfig,
     progress: Progress | None,
 ) -> TokenBatches:
-    embedded = model.get_input_embeddings().weight.shape[0]
+    embedded = vocabulary.embedding_rows(model)
     if isinstance(documents, TokenBatches):
-        if len(documents) == 0 or int(documents.input_ids.max()) >= embedded:
-            raise BadConfig(f"the rows are empty or name tokens beyond the {embedded} that the model embeds")
+        if len(documents) == 0:
+            raise BadConfig("there are no rows to train on")
+        vocabulary.check(documents.input_ids, embedded)
         return documents
     if tokenizer is None:
         raise BadConfig("text needs a tokenizer", hint="give the model's tokenizer, or rows of token ids")
-    check_vocabulary(tokenizer, embedded)
+    vocabulary.check(tokenizer, embedded)
     return pack(documents, tokenizer, config.seq_len, pad=config.pad, end_token=config.end_token, progress=progress)
 
 

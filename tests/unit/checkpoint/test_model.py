@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from moekit.checkpoint import model as checkpoint_model
 from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
-from moekit.checkpoint.model import check_tokenizer, load, read_extra_tensors, save
+from moekit.checkpoint.model import load, read_extra_tensors, save
 from moekit.checkpoint.record import PolicyEntry, Record
 from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain, saved
@@ -178,15 +178,6 @@ def test_the_stamp_is_kept_in_another_precision(tmp_path):
     folder = plain(tmp_path / "model")
     model = load(folder, device="cpu", dtype=torch.bfloat16)
     assert fingerprint_model(model) == Checkpoint.open(folder).fingerprint
-
-
-def test_tokenizer_larger_than_the_embedding(tmp_path):
-    model = build("mixtral")
-    check_tokenizer(model, tokenizer_of(VOCAB))
-    check_tokenizer(model, tokenizer_of(VOCAB - 1))
-    for target in (model, model.config, model.config.to_dict()):
-        with pytest.raises(BadConfig, match=f"ids up to {VOCAB}, but the embedding has {VOCAB} rows"):
-            check_tokenizer(target, tokenizer_of(VOCAB + 1))
 
 
 def test_the_tokenizer_is_saved_beside_the_model(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moekit.data import Document, TokenizedDocument, check_vocabulary, pack, tokenize
+from moekit.data import Document, TokenizedDocument, pack, tokenize, vocabulary
 from moekit.data.batches import arrange, batches, pad_id_of
 from moekit.errors import BadConfig, BadData
 
@@ -95,9 +95,9 @@ def test_text_without_anything_to_predict_is_refused(tokenizer: PreTrainedTokeni
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    check_vocabulary(tokenizer, 6)
-    with pytest.raises(BadConfig, match="ids up to 5, the model embeds 5"):
-        check_vocabulary(tokenizer, 5)
+    vocabulary.check(tokenizer, 6)
+    with pytest.raises(BadConfig, match="ids up to 5, but the model embeds 5"):
+        vocabulary.check(tokenizer, 5)
 
 
 LENGTHS = st.lists(st.tuples(st.sampled_from("xyz"), st.integers(1, 23)), min_size=1, max_size=9)

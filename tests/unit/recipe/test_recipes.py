@@ -105,7 +105,7 @@ def test_any_moe_runs_through_c2r_and_a_kill_changes_nothing(tmp_path: Path) -> 
 def test_a_lab_model_is_trained_and_shown(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text", documents=24, repeats=40)
     pairs = [f"data={text}", "tokens=4096", "devices=[2]"]
-    recipe = load_recipe(RECIPES / "lab-moe.yaml", parse_overrides(pairs), out=str(tmp_path / "run"))
+    recipe = load_recipe(RECIPES / "pretrain-tiny.yaml", parse_overrides(pairs), out=str(tmp_path / "run"))
     small = {"vocabulary": 300, "hidden": 32, "layers": 2, "experts": 8, "top_k": 2, "width": 16, "context": 64}
     training = {"tokens": 4096, "seq_len": 64, "batch": 4, "lr": 2e-3, "balance_coef": 0.01}
     first = recipe.steps[0].model_copy(update={"settings": {**small, "training": training}})

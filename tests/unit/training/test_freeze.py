@@ -32,7 +32,7 @@ def test_every_parameter_has_the_part_its_place_says(family: str) -> None:
     assert projections
     assert all(parts[name] == "attention" for name in projections)
     assert ("shared" in parts.values()) == any(layer.shared for layer in layers)
-    assert ("dense" in parts.values()) == (len(layers) < model.config.num_hidden_layers)
+    assert ("other" in parts.values()) == (len(layers) < model.config.num_hidden_layers)
 
 
 def test_counts_by_hand() -> None:
@@ -41,8 +41,8 @@ def test_counts_by_hand() -> None:
     assert report.frozen["experts"] == 2 * EXPERTS * 3 * WIDTH * HIDDEN
     assert report.frozen["embeddings"] == 2 * VOCAB * HIDDEN
     assert report.parameters == sum(p.numel() for p in build("qwen2_moe").parameters())
-    dense = train_only(build("glm4_moe"), ["dense"])
-    assert dense.trained == {"dense": 3 * DENSE * HIDDEN}
+    dense = train_only(build("glm4_moe"), ["other"])
+    assert dense.trained == {"other": 3 * DENSE * HIDDEN}
 
 
 def test_layer_ranges() -> None:

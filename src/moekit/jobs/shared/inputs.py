@@ -16,9 +16,9 @@ import moekit
 from moekit._progress import Progress
 from moekit._ranks import is_first_rank
 from moekit.checking import CheckReport, check
-from moekit.checkpoint import Checkpoint, Record, atomic_folder, check_tokenizer, fingerprint_model
+from moekit.checkpoint import Checkpoint, Record, atomic_folder, fingerprint_model
 from moekit.checkpoint.estimate import estimate
-from moekit.data import Document, TokenBatches, fetch, pack
+from moekit.data import Document, TokenBatches, fetch, pack, vocabulary
 from moekit.data.batches import arrange
 from moekit.data.mixes import MIXES
 from moekit.data.shares import take_shares
@@ -88,7 +88,7 @@ def open_model(
     location = model_location(reference, progress)
     model = moekit.load(location, device=own_device(device), dtype=dtype)
     tokenizer = load_tokenizer(location)
-    check_tokenizer(model, tokenizer)
+    vocabulary.check(tokenizer, vocabulary.embedding_rows(model))
     if plan is not None:
         RoutingPlan.load(plan).apply(model, fingerprint=fingerprint_model(model))
     model.eval()

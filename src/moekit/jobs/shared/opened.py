@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from moekit.anatomy.probe import Geometry
-from moekit.checkpoint import Checkpoint, check_tokenizer
+from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.names import text_config
 from moekit.compress.prune.planning import geometries_of
+from moekit.data import vocabulary
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.jobs.shared.inputs import load_tokenizer, model_location
 
@@ -49,7 +50,7 @@ class Source:
             BadConfig: it has ids that the model does not embed.
         """
         tokenizer = load_tokenizer(self.location)
-        check_tokenizer(self.checkpoint.config, tokenizer)
+        vocabulary.check(tokenizer, int(text_config(self.checkpoint.config).get("vocab_size") or 0))
         return tokenizer
 
     @property

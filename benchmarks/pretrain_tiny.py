@@ -1,12 +1,12 @@
-"""The lab model from scratch: speed of its training, what Trainer adds to a bare loop, and what its routing becomes.
+"""The tiny model from scratch: speed of its training, what Trainer adds to a bare loop, and what its routing becomes.
 
 First times the same steps in a bare loop (forward, backward, clip, AdamW) and in `moekit.training.train`, in turns, and
 prints the ratio of the medians. Then trains on `--tokens` of a folder's text and prints loss and routing figures: load
 CV and max/mean (0 and 1 are balanced), normalised mutual information of domain and expert with that of shuffled labels.
 
-    python benchmarks/lab_moe.py --data FOLDER [--tokens 1000000] [--steps 6] [--rounds 3] [--out FOLDER]
+    python benchmarks/pretrain_tiny.py --data FOLDER [--tokens 1000000] [--steps 6] [--rounds 3] [--out FOLDER]
 
-The recipe `recipes/lab-moe.yaml` is the full run of 12 M tokens.
+The recipe `recipes/pretrain-tiny.yaml` is the full run of 12 M tokens.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from moekit.data import TokenBatches, load_text
-from moekit.training import LabConfig, TrainConfig, build_lab_model, train, train_lab
+from moekit.training import TinyConfig, TrainConfig, build_tiny_model, train, train_tiny
 from moekit.training.compute import attention_for, compute_context, resolve_precision
 from moekit.training.head import sliced_cross_entropy
 from moekit.training.order import OrderedRows, collate, row_order
 
 
-def random_rows(config: LabConfig, rows: int) -> TokenBatches:
+def random_rows(config: TinyConfig, rows: int) -> TokenBatches:
     """Rows of random words."""
     shape = (rows, config.training.seq_len)
     ids = torch.randint(0, config.vocabulary, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
@@ -35,9 +35,9 @@ def random_rows(config: LabConfig, rows: int) -> TokenBatches:
     return TokenBatches(ids, zeros, zeros.to(torch.int16), ("random",))
 
 
-def bare_loop(config: LabConfig, training: TrainConfig, rows: TokenBatches) -> list[float]:
+def bare_loop(config: TinyConfig, training: TrainConfig, rows: TokenBatches) -> list[float]:
     """Seconds of each step of the loop that any training must at least run."""
-    model = build_lab_model(config, "cpu").train()
+    model = build_tiny_model(config, "cpu").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, fused=True)
     steps = training.steps or 1
     ordered = OrderedRows(rows, row_order(len(rows), steps * training.batch, training.seed))
@@ -57,7 +57,7 @@ def bare_loop(config: LabConfig, training: TrainConfig, rows: TokenBatches) -> l
     return seconds
 
 
-def overhead(config: LabConfig, steps: int, rounds: int) -> None:
+def overhead(config: TinyConfig, steps: int, rounds: int) -> None:
     """Print the speed of a bare loop and of `train`, with and without router losses."""
     changes = {"steps": steps, "tokens": None, "save_every": None}
     plain = config.training.model_copy(update={**changes, "balance_coef": 0.0, "z_coef": 0.0})
@@ -67,7 +67,7 @@ def overhead(config: LabConfig, steps: int, rounds: int) -> None:
     for _ in range(rounds):
         times["bare loop"] += bare_loop(config, plain, rows)[1:]
         for name, training in (("train, no router losses", plain), ("train", full)):
-            result = train(build_lab_model(config, "cpu"), None, rows, training)
+            result = train(build_tiny_model(config, "cpu"), None, rows, training)
             times[name] += [entry["seconds"] for entry in result.history][1:]
     tokens = config.training.batch * config.training.seq_len
     base = statistics.median(times["bare loop"])
@@ -91,7 +91,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
-    config = LabConfig()
+    config = TinyConfig()
     training = config.training.model_copy(
         update={"tokens": options.tokens, "precision": options.precision, "seed": options.seed}
     )
@@ -101,8 +101,8 @@ def main() -> None:
     if options.data is None:
         return
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(options.out or f"{folder}/lab")
-        result = train_lab(config, load_text(options.data), target, device="cpu")
+        target = Path(options.out or f"{folder}/tiny")
+        result = train_tiny(config, load_text(options.data), target, device="cpu")
     done = result.training
     print(f"{result.parameters:,} parameters, {done.tokens:,} tokens in {done.seconds:.0f} s, {done.precision}")
     print(f"loss {done.losses[0]:.3f} -> {statistics.mean(done.losses[-20:]):.3f} (mean of the last 20 steps)")

@@ -1,4 +1,4 @@
-"""A lab model: a small MoE trained from scratch, in about an hour on two cores, on text of several domains.
+"""A tiny model: a small MoE trained from scratch, in about an hour on two cores, on text of several domains.
 
 Large enough that its routing is balanced and tells domains apart, small enough that a method can be tried on it in
 minutes.
@@ -30,12 +30,12 @@ from moekit.checkpoint.record import Record
 from moekit.data.batches import TokenBatches, pack
 from moekit.data.split import Split, split_texts
 from moekit.data.text import Document
+from moekit.data.tokenizer import SMALLEST, train_tokenizer
 from moekit.errors import BadData
 from moekit.trace import record
 from moekit.trace.summary import TraceSummary, summarise
 from moekit.training.config import TrainConfig, TrainResult
 from moekit.training.run import train
-from moekit.training.vocabulary import SMALLEST, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 _TOKENIZER, _CHECKPOINTS = "tokenizer", "training"
 
 
-class LabConfig(BaseModel):
-    """Size of a lab model, and how it is trained."""
+class TinyConfig(BaseModel):
+    """Size of a tiny model, and how it is trained."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -80,7 +80,7 @@ class LabConfig(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> LabConfig:
+    def _fits(self) -> TinyConfig:
         if self.top_k > self.experts:
             raise ValueError(f"a token cannot choose {self.top_k} of {self.experts} experts")
         if self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
@@ -117,8 +117,8 @@ class LabConfig(BaseModel):
         )
 
 
-class LabResult(BaseModel):
-    """A lab model and how well it turned out.
+class TinyResult(BaseModel):
+    """A tiny model and how well it turned out.
 
     Attributes:
         folder: the model, a stock checkpoint.
@@ -163,8 +163,8 @@ def split_documents(documents: Sequence[Document], split: Split) -> list[Documen
     return chosen
 
 
-def build_lab_model(config: LabConfig, device: str = "auto") -> PreTrainedModel:
-    """An untrained lab model in fp32, the same for the same seed.
+def build_tiny_model(config: TinyConfig, device: str = "auto") -> PreTrainedModel:
+    """An untrained tiny model in fp32, the same for the same seed.
 
     Args:
         config: its size; `config.training.seed` draws its weights.
@@ -176,8 +176,8 @@ def build_lab_model(config: LabConfig, device: str = "auto") -> PreTrainedModel:
     return model.to(place)
 
 
-def train_lab(
-    config: LabConfig,
+def train_tiny(
+    config: TinyConfig,
     documents: Sequence[Document],
     output: str | Path,
     progress: Progress | None = None,
@@ -186,9 +186,9 @@ def train_lab(
     scratch: str | Path | None = None,
     device: str = "auto",
     overwrite: bool = False,
-    command: str = "moekit.training.train_lab",
-) -> LabResult:
-    """Train a lab model from scratch and save it as a stock checkpoint.
+    command: str = "moekit.training.train_tiny",
+) -> TinyResult:
+    """Train a tiny model from scratch and save it as a stock checkpoint.
 
     Args:
         config: its size and training.
@@ -217,25 +217,25 @@ def train_lab(
     tokenizer = _tokenizer(config, documents, work)
     rows = pack(documents, tokenizer, config.training.seq_len, end_token=True, progress=progress)
     judged = even_rows(pack(heldout, tokenizer, config.training.seq_len, end_token=True), config.figure_tokens)
-    model = build_lab_model(config, device)
+    model = build_tiny_model(config, device)
     result = train(
         model, tokenizer, rows, config.training, output=work / _CHECKPOINTS, heldout=judged, progress=progress
     )
     trace = record(model, judged.batches(config.training.batch), tokenizer=tokenizer, progress=progress)
-    lab = LabResult(
+    tiny = TinyResult(
         folder=str(target),
         parameters=sum(p.numel() for p in model.parameters()),
         training=result,
         routing=summarise(trace, seed=config.training.seed),
     )
     settings = config.model_dump(mode="json")
-    scores = {**lab.figures(), "losses": result.losses, "seconds": result.seconds, "tokens": result.tokens}
+    scores = {**tiny.figures(), "losses": result.losses, "seconds": result.seconds, "tokens": result.tokens}
     made = Record(command=command, seed=config.training.seed, config=settings, scores=scores)
     save(model, target, tokenizer=tokenizer, record=made, overwrite=overwrite, progress=progress)
-    return lab
+    return tiny
 
 
-def _tokenizer(config: LabConfig, documents: Sequence[Document], work: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(config: TinyConfig, documents: Sequence[Document], work: Path) -> PreTrainedTokenizerBase:
     """Learn the vocabulary, or read the one that a killed run learnt."""
     folder = work / _TOKENIZER
     if folder.exists():

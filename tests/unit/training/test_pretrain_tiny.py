@@ -1,4 +1,4 @@
-"""A lab model comes out balanced, tells domains apart, repeats, resumes and opens in stock transformers."""
+"""A tiny model comes out balanced, tells domains apart, repeats, resumes and opens in stock transformers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moekit
-from moekit.data import Document
+from moekit.data import Document, train_tokenizer
 from moekit.errors import BadConfig, BadData
-from moekit.training import LabConfig, TrainConfig, build_lab_model, train_lab, train_tokenizer
-from moekit.training.lab import split_documents
+from moekit.training import TinyConfig, TrainConfig, build_tiny_model, train_tiny
+from moekit.training.pretrain_tiny import split_documents
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -41,7 +41,7 @@ def documents(count: int = 12, words: int = 160) -> list[Document]:
     return made
 
 
-def small(**changes: object) -> LabConfig:
+def small(**changes: object) -> TinyConfig:
     training = TrainConfig(steps=60, lr=5e-3, seq_len=32, batch=8, balance_coef=0.02, z_coef=1e-3, save_every=20)
     base = {
         "vocabulary": 300,
@@ -55,7 +55,7 @@ def small(**changes: object) -> LabConfig:
         "context": 64,
         "training": training,
     }
-    return LabConfig(**base | changes)
+    return TinyConfig(**base | changes)
 
 
 @pytest.fixture(autouse=True)
@@ -64,46 +64,46 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> moekit.training.LabResult:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> moekit.training.TinyResult:
     torch.set_num_threads(1)
-    return train_lab(small(), documents(), tmp_path_factory.mktemp("lab") / "model")
+    return train_tiny(small(), documents(), tmp_path_factory.mktemp("tiny") / "model")
 
 
-def test_it_learns_balances_and_tells_domains_apart(lab: moekit.training.LabResult) -> None:
-    figures = lab.figures()
-    assert lab.training.losses[0] == pytest.approx(torch.log(torch.tensor(300.0)).item(), rel=0.05)
-    assert figures["heldout_loss"] < 0.5 * lab.training.losses[0]
+def test_it_learns_balances_and_tells_domains_apart(tiny: moekit.training.TinyResult) -> None:
+    figures = tiny.figures()
+    assert tiny.training.losses[0] == pytest.approx(torch.log(torch.tensor(300.0)).item(), rel=0.05)
+    assert figures["heldout_loss"] < 0.5 * tiny.training.losses[0]
     assert figures["never_routed"] == 0
     assert figures["load_cv"] < 0.6
     assert figures["domain_nmi"] > 5 * figures["domain_nmi_shuffled"]
     assert figures["domain_nmi"] > 0.05
-    assert [layer.domains.p_value < 0.05 for layer in lab.routing.layers] == [True, True]
+    assert [layer.domains.p_value < 0.05 for layer in tiny.routing.layers] == [True, True]
 
 
-def test_it_opens_in_stock_transformers_and_checks(lab: moekit.training.LabResult) -> None:
-    stock = AutoModelForCausalLM.from_pretrained(lab.folder)
-    tokenizer = AutoTokenizer.from_pretrained(lab.folder)
+def test_it_opens_in_stock_transformers_and_checks(tiny: moekit.training.TinyResult) -> None:
+    stock = AutoModelForCausalLM.from_pretrained(tiny.folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder)
     text = "heron wren. iron zinc 42 Ü\n\tß"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     ids = torch.tensor([tokenizer("heron swift wren")["input_ids"]])
-    torch.testing.assert_close(stock(ids).logits, moekit.load(lab.folder)(ids).logits)
+    torch.testing.assert_close(stock(ids).logits, moekit.load(tiny.folder)(ids).logits)
     from moekit.checking import check
 
-    check(lab.folder).raise_if_bad()
-    assert moekit.checkpoint.Record.read(Path(lab.folder)).scores["domain_nmi"] == lab.figures()["domain_nmi"]
+    check(tiny.folder).raise_if_bad()
+    assert moekit.checkpoint.Record.read(Path(tiny.folder)).scores["domain_nmi"] == tiny.figures()["domain_nmi"]
 
 
-def test_it_repeats_bit_for_bit(lab: moekit.training.LabResult, tmp_path: Path) -> None:
-    again = train_lab(small(), documents(), tmp_path / "model")
-    assert again.training.losses == lab.training.losses
-    assert again.figures() == lab.figures()
+def test_it_repeats_bit_for_bit(tiny: moekit.training.TinyResult, tmp_path: Path) -> None:
+    again = train_tiny(small(), documents(), tmp_path / "model")
+    assert again.training.losses == tiny.training.losses
+    assert again.figures() == tiny.figures()
     with pytest.raises(BadConfig, match="exists"):
-        train_lab(small(), documents(), tmp_path / "model")
+        train_tiny(small(), documents(), tmp_path / "model")
 
 
 def test_olmoe_layout(tmp_path: Path) -> None:
     config = small(layout="olmoe", training=TrainConfig(steps=2, seq_len=32, batch=2, save_every=None))
-    result = train_lab(config, documents(), tmp_path / "model")
+    result = train_tiny(config, documents(), tmp_path / "model")
     assert moekit.load(result.folder).config.model_type == "olmoe"
     assert result.routing.layers[0].experts == 8
 
@@ -112,8 +112,8 @@ KILL = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from moekit.training import train_lab
-from tests.unit.training.test_lab import documents, small
+from moekit.training import train_tiny
+from tests.unit.training.test_pretrain_tiny import documents, small
 
 torch.set_num_threads(1)
 
@@ -126,20 +126,20 @@ class Bar:
             self.done += amount
             if self.done == 33: os.kill(os.getpid(), signal.SIGKILL)
 
-train_lab(small(), documents(), Path(sys.argv[1]), Bar())
+train_tiny(small(), documents(), Path(sys.argv[1]), Bar())
 """
 
 
-def test_a_killed_lab_continues(lab: moekit.training.LabResult, tmp_path: Path) -> None:
+def test_a_killed_run_continues(tiny: moekit.training.TinyResult, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
         [sys.executable, "-c", KILL, str(tmp_path / "model")], env=environment, capture_output=True, timeout=240
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not (tmp_path / "model").exists()
-    result = train_lab(small(), documents(), tmp_path / "model")
+    result = train_tiny(small(), documents(), tmp_path / "model")
     assert result.training.resumed_from == 20
-    assert result.training.losses == lab.training.losses
+    assert result.training.losses == tiny.training.losses
 
 
 def test_split_keeps_held_out_text_out() -> None:
@@ -172,9 +172,9 @@ def test_impossible_sizes_are_refused(changes: dict[str, int]) -> None:
 
 
 def test_default_size() -> None:
-    config = LabConfig()
+    config = TinyConfig()
     with torch.device("meta"):
-        model = build_lab_model(config, "meta")
+        model = build_tiny_model(config, "meta")
     assert 10e6 < sum(p.numel() for p in model.parameters()) < 30e6
     assert 16 <= config.experts <= 32
     assert 2 <= config.top_k <= 4

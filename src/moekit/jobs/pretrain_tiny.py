@@ -1,4 +1,4 @@
-"""`use: lab`: train a small MoE from scratch."""
+"""`use: pretrain-tiny`: train a small MoE from scratch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from moekit._validation import faults
 from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
-from moekit.jobs.options.lab import LabOptions
+from moekit.jobs.options.pretrain_tiny import PretrainTinyOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import read_text, text_item
 from moekit.progress import ProgressLike
-from moekit.training import LabConfig
-from moekit.training import train_lab as train_lab_model
+from moekit.training import TinyConfig, train_tiny
 
 # fp32 weights with gradients and two moments, and once more the weights on disk.
 _BYTES_PER_PARAMETER = 16
 
 
-class LabResult(JobResult):
+class PretrainTinyResult(JobResult):
     """A small MoE trained from scratch.
 
     Attributes:
@@ -47,7 +46,7 @@ class LabResult(JobResult):
     resumed_from: int | None
 
 
-def train_lab(
+def pretrain_tiny(
     text: TextLike,
     *,
     device: str = "auto",
@@ -56,13 +55,13 @@ def train_lab(
     overwrite: bool = False,
     seed: int = 0,
     progress: ProgressLike = None,
-) -> LabResult:
-    """Train a lab model with a vocabulary of its own; a killed run resumes exactly.
+) -> PretrainTinyResult:
+    """Train a tiny model with a vocabulary of its own; a killed run resumes exactly.
 
     Args:
         text: text of several domains: folder, source, mix or hub id.
         device: cpu, cuda, ..., or auto.
-        settings: layout, experts, training, ...: LabConfig.
+        settings: layout, experts, training, ...: TinyConfig.
         out: folder of the model.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.
@@ -76,31 +75,31 @@ def train_lab(
         BadData: a text or an artefact is missing or damaged.
         BadCheckpoint: a model is damaged.
     """
-    return call(LabOptions, LabResult, dict(locals()))
+    return call(PretrainTinyOptions, PretrainTinyResult, dict(locals()))
 
 
-def check(options: LabOptions) -> None:
+def check(options: PretrainTinyOptions) -> None:
     """Refuse impossible settings."""
     config_of(options, 0)
 
 
-def config_of(options: LabOptions, seed: int) -> LabConfig:
+def config_of(options: PretrainTinyOptions, seed: int) -> TinyConfig:
     """Size and training of the model.
 
     Raises:
         BadConfig: an unknown or impossible setting.
     """
     try:
-        config = LabConfig(**options.settings)
+        config = TinyConfig(**options.settings)
         if "seed" in options.settings.get("training", {}):
             return config
         training = config.training.model_copy(update={"seed": seed})
         return config.model_copy(update={"training": training})
     except ValidationError as error:
-        raise BadConfig(f"lab model: {faults(error)}", hint="see moekit.training.LabConfig") from error
+        raise BadConfig(f"tiny model: {faults(error)}", hint="see moekit.training.TinyConfig") from error
 
 
-def estimate(options: LabOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: PretrainTinyOptions, out: Path, sizes: Sizes) -> Forecast:
     """From the model's sizes alone."""
     config = config_of(options, 0)
     experts = config.layers * config.experts * 3 * config.hidden * config.width
@@ -111,9 +110,9 @@ def estimate(options: LabOptions, out: Path, sizes: Sizes) -> Forecast:
     return Forecast((text,), (Item(str(out), 4 * parameters),), disk=parameters * _BYTES_PER_PARAMETER, memory=memory)
 
 
-def run(options: LabOptions, context: JobContext) -> dict[str, Any]:
+def run(options: PretrainTinyOptions, context: JobContext) -> dict[str, Any]:
     """Train and save."""
-    result = train_lab_model(
+    result = train_tiny(
         config_of(options, context.seed),
         read_text(options.text, seed=context.seed, progress=context.progress),
         context.out,
