@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moekit.cli.views.super_experts import show
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import moekit
 from moekit.anatomy import find_moe_layers
 from moekit.cli._terminal import Terminal
-from moekit.convert import ActivationSplit, Residual
+from moekit.cli.views.super_experts import show
+from moekit.conversion import ActivationSplit, Residual
 from moekit.data import TokenBatches, TokenizedDocument, fetch, load_text, pack
 from moekit.diagnose.super_experts.ablation import Pair, without_experts
 from moekit.diagnose.super_experts.attention_sinks import find_sinks, measure_sink_decay, sink_router_scores, sinks_mask

@@ -44,13 +44,13 @@ class Kind:
 OWN = (
     Kind(
         name="convert",
-        package="moekit.convert.methods",
-        base="moekit.convert.base:Conversion",
+        package="moekit.conversion.methods",
+        base="moekit.conversion.base:Conversion",
         title="Dense to MoE",
         line="Turn a dense model into a MoE.",
         job="convert",
         options="moekit.jobs.options.convert:ConvertOptions",
-        laws=("tests/unit/convert/test_exact.py",),
+        laws=("tests/unit/conversion/test_exact.py",),
     ),
     Kind(
         name="prune",

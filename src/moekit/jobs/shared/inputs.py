@@ -15,8 +15,7 @@ from transformers import AutoTokenizer
 import moekit
 from moekit._progress import Progress
 from moekit._ranks import is_first_rank
-from moekit.checking import CheckReport, check
-from moekit.checkpoint import Checkpoint, Record, atomic_folder, fingerprint_model
+from moekit.checkpoint import Checkpoint, Record, fingerprint_model
 from moekit.checkpoint.estimate import estimate
 from moekit.data import Document, TokenBatches, fetch, pack, vocabulary
 from moekit.data.batches import arrange
@@ -26,6 +25,7 @@ from moekit.data.sources import all_sources, get_source
 from moekit.data.text import load_text
 from moekit.errors import BadCheckpoint, BadConfig, MoekitError
 from moekit.jobs.context import JobContext, LiveModel
+from moekit.jobs.shared.checked import DEAD, write_checked
 from moekit.jobs.shared.estimates import Item, Sizes
 from moekit.routing import RoutingPlan
 
@@ -82,7 +82,7 @@ def open_model(
     if live is not None:
         if plan is not None:
             raise BadConfig("a plan is applied to a model from disk", hint="RoutingPlan.load(plan).apply(model) first")
-        check_tokenizer(live.model, live.tokenizer)
+        vocabulary.check(live.tokenizer, vocabulary.embedding_rows(live.model))
         live.model.eval()
         return live.model, live.tokenizer
     location = model_location(reference, progress)
@@ -149,35 +149,12 @@ def save_changed(
         config=dict(config),
         scores=dict(scores or {}),
     )
-    _write_checked(model, tokenizer, record, context)
-
-
-def _write_checked(model: Any, tokenizer: Any, record: Record, context: JobContext) -> None:
-    """Write, check, and only then give it its name."""
-    with atomic_folder(context.out, overwrite=context.overwrite) as folder:
-        inner = folder / context.out.name
-        moekit.save(model, inner, tokenizer=tokenizer, record=record)
-        _judge(check(inner, progress=context.progress), context.out)
-        for file in list(inner.iterdir()):
-            file.rename(folder / file.name)
-        inner.rmdir()
-
-
-def _judge(report: CheckReport, out: Path) -> None:
-    """Raise what writing may have done, and warn of what the model itself is.
-
-    The digests have just been taken from memory, so an expert that can only answer zero was so before: right after a
-    conversion, or because training chose it for no token. That is no reason to throw the training away.
-    """
-    silent = [f for f in report.findings if f.code == "dead-expert"]
-    others = [f for f in report.findings if f.code != "dead-expert"]
-    report.model_copy(update={"findings": others}).raise_if_bad()
-    for layer, count in sorted(Counter(f.layer for f in silent).items(), key=str):
-        logger.warning("%s: layer %s: %d experts can only answer zero; train them, or prune them", out, layer, count)
-    for finding in others:
-        if finding.severity == "warning":
-            place = "" if finding.layer is None else f"layer {finding.layer}: "
-            logger.warning("%s: %s%s", out, place, finding.message)
+    _, report = write_checked(context, lambda folder: moekit.save(model, folder, tokenizer=tokenizer, record=record))
+    silent = Counter(finding.layer for finding in report.findings if finding.code == DEAD)
+    for layer, count in sorted(silent.items(), key=str):
+        logger.warning(
+            "%s: layer %s: %d experts can only answer zero; train them, or prune them", context.out, layer, count
+        )
 
 
 def load_tokenizer(location: str) -> Any:

@@ -9,11 +9,10 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from moekit.checking import CheckReport, check
-from moekit.checkpoint import Checkpoint, Record, atomic_folder
+from moekit.checking import CheckReport
+from moekit.checkpoint import Checkpoint, Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.prune.grouped import by_group, routing_groups
 from moekit.compress.prune.plan import LayerPlan, PrunePlan, make_method
@@ -22,6 +21,7 @@ from moekit.compress.prune.rewriting import PlannedRewrite, rewriter
 from moekit.evaluation.changes import Variant
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.writing import WritingOptions
+from moekit.jobs.shared.checked import DEAD, write_checked
 from moekit.jobs.shared.hashes import hash_of
 from moekit.jobs.shared.inputs import torch_dtype
 from moekit.jobs.shared.opened import Source
@@ -153,7 +153,7 @@ def write_pruned(
     """
     file = decided.plan.file
     told = file.model_dump(mode="json", include={"method", "settings", "budget", "top_k", "groups", "data", "tokens"})
-    record = Record(
+    before = Record(
         command=context.command,
         parent=decided.source.parent,
         parent_fingerprint=decided.source.checkpoint.fingerprint,
@@ -162,41 +162,26 @@ def write_pruned(
         config=told,
         scores={} if proof is None else {"proof": proof.short()},
     )
-    with atomic_folder(context.out, overwrite=context.overwrite) as folder:
-        inner = folder / context.out.name
-        record = apply(
+    record, report = write_checked(
+        context,
+        lambda folder: apply(
             decided.source.checkpoint,
             decided.plan.decisions,
-            inner,
+            folder,
             rewrite=decided.rewrite,
-            record=record,
+            record=before,
             top_k=file.top_k,
             groups=file.groups,
             mtp=options.mtp,
             stock_only=options.stock_only,
             progress=context.progress,
-        )
-        report = check(inner, progress=context.progress)
-        _judge(report, context.out)
-        for written in list(inner.iterdir()):
-            written.rename(folder / written.name)
-        inner.rmdir()
-    return record, report
-
-
-def _judge(report: CheckReport, out: Path) -> None:
-    """Raise what writing may have done; an expert that can only answer zero was so in the source."""
-    silent = [finding for finding in report.findings if finding.code == "dead-expert"]
-    others = [finding for finding in report.findings if finding.code != "dead-expert"]
-    report.model_copy(update={"findings": others}).raise_if_bad()
+        ),
+        most=_FEW,
+    )
+    silent = sum(finding.code == DEAD for finding in report.findings)
     if silent:
-        logger.warning("%s: %d experts that stay can only answer zero, as in the source", out, len(silent))
-    warnings = [finding for finding in others if finding.severity == "warning"]
-    for finding in warnings[:_FEW]:
-        place = "" if finding.layer is None else f"layer {finding.layer}: "
-        logger.warning("%s: %s%s", out, place, finding.message)
-    if len(warnings) > _FEW:
-        logger.warning("%s: and %d more; see moekit check", out, len(warnings) - _FEW)
+        logger.warning("%s: %d experts that stay can only answer zero, as in the source", context.out, silent)
+    return record, report
 
 
 def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict[str, Any]:

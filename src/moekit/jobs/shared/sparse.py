@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from moekit.checking import CheckReport, check
-from moekit.checkpoint import Record, atomic_folder
+from moekit.checking import CheckReport
+from moekit.checkpoint import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.sparsify.plan import SparsityPlan, make_method
 from moekit.compress.sparsify.sequential import PlannedZeros, Request, plan_sparsity, zeros_of
 from moekit.evaluation.changes import Variant
 from moekit.jobs.context import JobContext
+from moekit.jobs.shared.checked import write_checked
 from moekit.jobs.shared.hashes import hash_of
 from moekit.jobs.shared.opened import Source
 from moekit.jobs.shared.proof import HeldOut, Proof, prove
@@ -23,6 +24,8 @@ from moekit.jobs.shared.proof import HeldOut, Proof, prove
 logger = logging.getLogger(__name__)
 
 BASELINE = "magnitude"
+# Up to so many warnings are logged one by one.
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -101,26 +104,21 @@ def _write(
         config=plan.file.model_dump(mode="json", include=told),
         scores={} if proof is None else {"proof": proof.short()},
     )
-    with atomic_folder(context.out, overwrite=context.overwrite) as folder:
-        inner = folder / context.out.name
-        record = apply(
+    # No row or matrix loses all of its weights: an expert that can only answer zero was so in the source.
+    return write_checked(
+        context,
+        lambda folder: apply(
             source.checkpoint,
             plan.decisions,
-            inner,
+            folder,
             rewrite=zeros,
             rewrite_full=True,
             record=record,
             mtp="keep",
             progress=context.progress,
-        )
-        report = check(inner, progress=context.progress)
-        # An expert that can only answer zero was so in the source: no row or matrix loses all of its weights.
-        others = [finding for finding in report.findings if finding.code != "dead-expert"]
-        report.model_copy(update={"findings": others}).raise_if_bad()
-        for written in list(inner.iterdir()):
-            written.rename(folder / written.name)
-        inner.rmdir()
-    return record, report
+        ),
+        most=_FEW,
+    )
 
 
 def told_of(plan: SparsityPlan, zeros: PlannedZeros | None) -> dict[str, Any]:
@@ -165,7 +163,7 @@ def told_of(plan: SparsityPlan, zeros: PlannedZeros | None) -> dict[str, Any]:
 
 def warn_of(lines: Sequence[str]) -> None:
     """Log what a reader must know, each kind at most a few times."""
-    for line in lines[:4]:
+    for line in lines[:_FEW]:
         logger.warning("%s", line)
-    if len(lines) > 4:
-        logger.warning("and %d more warnings, in the plan and in --json", len(lines) - 4)
+    if len(lines) > _FEW:
+        logger.warning("and %d more warnings, in the plan and in --json", len(lines) - _FEW)

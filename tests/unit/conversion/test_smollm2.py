@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from moekit.convert import ActivationSplit, Conversion, CopyUpcycling, RandomSplit, Residual
+from moekit.conversion import ActivationSplit, Conversion, CopyUpcycling, RandomSplit, Residual
 from moekit.data.sources import get_source
 
 SOURCE = get_source("smollm2")

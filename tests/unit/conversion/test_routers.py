@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moekit.convert.methods.residual import cluster_router, dealt_neurons, strong_neurons
-from moekit.convert.router_fit import energy_shares, fit_router
+from moekit.conversion.methods.residual import cluster_router, dealt_neurons, strong_neurons
+from moekit.conversion.router_fit import energy_shares, fit_router
 
 
 class Counter:

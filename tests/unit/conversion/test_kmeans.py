@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from moekit.convert import balanced_kmeans
-from moekit.convert.kmeans import balanced_assignment, capacities, cluster_means
+from moekit.conversion import balanced_kmeans
+from moekit.conversion.kmeans import balanced_assignment, capacities, cluster_means
 
 
 @settings(deadline=None, max_examples=60)

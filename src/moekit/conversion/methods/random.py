@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from moekit.catalogue import register
-from moekit.convert.maths import DenseFFN
-from moekit.convert.split import SPLIT_LIMITS, SplitConversion
+from moekit.conversion.maths import DenseFFN
+from moekit.conversion.split import SPLIT_LIMITS, SplitConversion
 
 
 @register(name="random", kind="convert", paper="arXiv:2406.16554", changes="weights", limits=SPLIT_LIMITS)

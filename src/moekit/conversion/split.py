@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from moekit.convert.base import WIDTH_STEP, Conversion, random_router
-from moekit.convert.maths import SHARED_FACTOR, DenseFFN, MoEWeights, expert_energies, gather_experts
-from moekit.convert.router_fit import energy_shares, fit_router
-from moekit.convert.targets import MoEGeometry, Target
+from moekit.conversion.base import WIDTH_STEP, Conversion, random_router
+from moekit.conversion.maths import SHARED_FACTOR, DenseFFN, MoEWeights, expert_energies, gather_experts
+from moekit.conversion.router_fit import energy_shares, fit_router
+from moekit.conversion.targets import MoEGeometry, Target
 from moekit.errors import BadConfig
 
 # Rows this small keep the order of experts and make their weights equal to about one part in ten thousand.

@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 
 from moekit.catalogue import register
-from moekit.convert.base import WIDTH_STEP, Conversion, random_router
-from moekit.convert.kmeans import balanced_assignment, balanced_kmeans
-from moekit.convert.maths import SHARED_FACTOR, DenseFFN, MoEWeights, neuron_strengths
-from moekit.convert.targets import MoEGeometry
+from moekit.conversion.base import WIDTH_STEP, Conversion, random_router
+from moekit.conversion.kmeans import balanced_assignment, balanced_kmeans
+from moekit.conversion.maths import SHARED_FACTOR, DenseFFN, MoEWeights, neuron_strengths
+from moekit.conversion.targets import MoEGeometry
 from moekit.errors import BadConfig
 
 

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from moekit._progress import Progress, track
-from moekit.convert.dense import check_calibration, check_dense, ffn_inputs, ffn_of
-from moekit.convert.maths import DenseFFN, MoEWeights
-from moekit.convert.targets import MoEGeometry, build, target_config
+from moekit.conversion.dense import check_calibration, check_dense, ffn_inputs, ffn_of
+from moekit.conversion.maths import DenseFFN, MoEWeights
+from moekit.conversion.targets import MoEGeometry, build, target_config
 from moekit.errors import BadConfig
 
 # Standard deviation of random router rows, that of transformers' own initialisation.

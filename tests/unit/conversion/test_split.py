@@ -7,15 +7,15 @@ import torch
 from transformers import PreTrainedModel
 
 from moekit.anatomy.permute import permute_experts
-from moekit.convert import ActivationSplit, DenseFFN, RandomSplit, SplitConversion, WeightSplit
-from moekit.convert.maths import (
+from moekit.conversion import ActivationSplit, DenseFFN, RandomSplit, SplitConversion, WeightSplit
+from moekit.conversion.maths import (
     expert_energies,
     ffn_forward,
     gather_experts,
     neuron_outputs,
     neuron_strengths,
 )
-from moekit.convert.methods.activation import strongest_markers
+from moekit.conversion.methods.activation import strongest_markers
 
 # The worked example: H = 3, F = 4.
 FFN = DenseFFN(

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 
 from moekit.catalogue import register
-from moekit.convert.base import Conversion, random_router
-from moekit.convert.maths import DenseFFN, MoEWeights, gather_experts
-from moekit.convert.targets import MoEGeometry, Target
+from moekit.conversion.base import Conversion, random_router
+from moekit.conversion.maths import DenseFFN, MoEWeights, gather_experts
+from moekit.conversion.targets import MoEGeometry, Target
 
 
 @register(

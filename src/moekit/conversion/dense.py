@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moekit.convert.maths import DenseFFN
+from moekit.conversion.maths import DenseFFN
 from moekit.errors import BadConfig, BadData, UnsupportedModel
 
 # Families with pre-norm blocks, plain RMSNorm, rotary attention and a gated SiLU network, and no multipliers besides.

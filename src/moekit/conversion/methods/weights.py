@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from moekit.catalogue import register
-from moekit.convert.kmeans import balanced_kmeans
-from moekit.convert.maths import DenseFFN
-from moekit.convert.split import SPLIT_LIMITS, SplitConversion, groups_of, set_apart
+from moekit.conversion.kmeans import balanced_kmeans
+from moekit.conversion.maths import DenseFFN
+from moekit.conversion.split import SPLIT_LIMITS, SplitConversion, groups_of, set_apart
 
 
 @register(name="weights", kind="convert", paper="arXiv:2406.16554", changes="weights", limits=SPLIT_LIMITS)

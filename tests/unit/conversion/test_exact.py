@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moekit.convert import ActivationSplit, Conversion, CopyUpcycling, RandomSplit, Residual, WeightSplit
+from moekit.conversion import ActivationSplit, Conversion, CopyUpcycling, RandomSplit, Residual, WeightSplit
 
 EXACT: dict[str, Conversion] = {
     "copy top-1": CopyUpcycling(experts=4, top_k=1),

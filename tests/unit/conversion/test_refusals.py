@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moekit import catalogue
-from moekit.convert import ActivationSplit, Conversion, CopyUpcycling, RandomSplit, Residual, WeightSplit
+from moekit.conversion import ActivationSplit, Conversion, CopyUpcycling, RandomSplit, Residual, WeightSplit
 from moekit.errors import BadConfig, BadData, UnsupportedModel
 
 

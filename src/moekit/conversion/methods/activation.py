@@ -10,9 +10,9 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from moekit.catalogue import register
-from moekit.convert.kmeans import balanced_kmeans
-from moekit.convert.maths import DenseFFN, neuron_strengths
-from moekit.convert.split import SPLIT_LIMITS, SplitConversion, groups_of, set_apart
+from moekit.conversion.kmeans import balanced_kmeans
+from moekit.conversion.maths import DenseFFN, neuron_strengths
+from moekit.conversion.split import SPLIT_LIMITS, SplitConversion, groups_of, set_apart
 
 
 def strongest_markers(strength_NF: torch.Tensor, share: float) -> torch.Tensor:
