@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from moekit._files import read_bytes
 from moekit.errors import BadData, MoekitError
 
 _LONGEST = 80
+MAX_ARTEFACT_BYTES = 256 << 20
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -47,6 +49,38 @@ def parse(cls: type[M], value: Any, *, what: str, file: str | Path, hint: str, k
         return cls.model_validate_json(value) if isinstance(value, bytes) else cls.model_validate(value)
     except ValidationError as error:
         raise kind(f"damaged {what}: {faults(error, most=1)}", file=file, hint=hint) from error
+
+
+def parse_file(
+    cls: type[M],
+    file: str | Path,
+    *,
+    what: str,
+    missing: str,
+    hint: str,
+    limit: int = MAX_ARTEFACT_BYTES,
+    kind: type[MoekitError] = BadData,
+) -> M:
+    """An artefact from its JSON file.
+
+    Args:
+        cls: what it should be.
+        file: where it lies.
+        what: what a user calls it.
+        missing: the way out where there is none.
+        hint: the way out of a damaged one.
+        limit: most bytes that are read.
+        kind: class of the error.
+
+    Raises:
+        MoekitError: of `kind`: not there, or damaged; names the first fault.
+        UnsafeInput: no plain file, or too large.
+    """
+    try:
+        value = read_bytes(file, limit=limit)
+    except (OSError, ValueError) as error:
+        raise kind(f"there is no {what} here", file=file, hint=missing) from error
+    return parse(cls, value, what=what, file=file, hint=hint, kind=kind)
 
 
 def _short(value: Any) -> str:

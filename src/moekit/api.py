@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from moekit import catalogue
 from moekit._progress import Progress
 from moekit.checkpoint import model as checkpoint_model
+from moekit.checkpoint.carried import Mtp
 from moekit.checkpoint.model import load
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
@@ -31,6 +32,8 @@ def save(
     extra_tensors: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    drop_unknown: bool = False,
+    mtp: Mtp = "keep",
     progress: Progress | None = None,
 ) -> Record:
     """Save a model as a stock folder with its record, card and, if one is attached, its routing policy.
@@ -45,6 +48,8 @@ def save(
         extra_tensors: for `moekit.safetensors`.
         overwrite: replace a folder that is there.
         max_shard_bytes: size of a shard.
+        drop_unknown: leave out what the source holds beyond the model, such as a vision tower; otherwise it is copied.
+        mtp: whether multi-token-prediction layers of the source go along ("keep", "drop").
         progress: told how far it is.
 
     Returns:
@@ -77,5 +82,7 @@ def save(
         extra_tensors=extra,
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
+        drop_unknown=drop_unknown,
+        mtp=mtp,
         progress=progress,
     )

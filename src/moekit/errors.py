@@ -6,7 +6,46 @@ message and an exit code. A message says what is wrong, *where* (file, layer, ex
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from pathlib import Path
+
+LONGEST_MESSAGE = 800
+LONGEST_WORD = 300
+_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
+# Format characters that turn the order of what follows around: text then reads as something else.
+_TURNS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str) -> str:
+    r"""Text as a terminal may show it: what would steer the terminal, or cannot be written, stands as `\x1b`.
+
+    Names of files, tensors and domains, prompts and answers are a stranger's. Line breaks and tabs stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escaped(c) if _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    return character not in "\n\t" and (unicodedata.category(character) in ("Cc", "Cs") or character in _TURNS)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
+    """Text for a message: printable, overlong words and overlong text cut in the middle, saying by how much."""
+    text = _WORD.sub(lambda word: _cut(word[0], LONGEST_WORD), printable(text))
+    return _cut(text, most)
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    tail = most // 4
+    return f"{text[: most - tail]}[... {len(text) - most:,} more characters ...]{text[-tail:]}"
 
 
 class MoekitError(Exception):
@@ -31,18 +70,18 @@ class MoekitError(Exception):
         expert: int | None = None,
         hint: str | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        super().__init__(shortened(message))
+        self.message = shortened(message)
         self.file = None if file is None else str(file)
         self.layer = layer
         self.expert = expert
-        self.hint = hint
+        self.hint = None if hint is None else shortened(hint)
 
     def __str__(self) -> str:
         where = [
             text
             for text in (
-                self.file,
+                None if self.file is None else shortened(self.file, LONGEST_WORD),
                 None if self.layer is None else f"layer {self.layer}",
                 None if self.expert is None else f"expert {self.expert}",
             )

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from moekit._progress import Progress
+from moekit.errors import printable
 
 # What `progress=` of the functions of moekit takes.
 ProgressLike = Progress | bool | Callable[[str, int, int | None, str], Any] | None
@@ -104,7 +105,8 @@ class PlainProgress:
         total = f"/{work['total']}" if work["total"] is not None else ""
         note = f" {work['note']}" if work["note"] else ""
         seconds = time.monotonic() - work["since"]
-        print(f"{work['label']}: {work['done']}{total}{note} ({seconds:.0f} s)", file=self._stream, flush=True)
+        line = f"{work['label']}: {work['done']}{total}{note} ({seconds:.0f} s)"
+        print(printable(line), file=self._stream, flush=True)
 
 
 def _bars(**options: Any) -> Any:
@@ -113,10 +115,10 @@ def _bars(**options: Any) -> Any:
     from rich.progress import Progress as Bars
 
     return Bars(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         **options,
@@ -136,13 +138,13 @@ class RichProgress:
         """Add a bar; pieces may be nested."""
         if not self._tasks:
             self._open()
-        self._tasks.append(self._bars.add_task(label, total=total, note=""))
+        self._tasks.append(self._bars.add_task(printable(label), total=total, note=""))
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Move the innermost bar on."""
         if not self._tasks:
             return
-        fields: dict[str, Any] = {"note": note} if note else {}
+        fields: dict[str, Any] = {"note": printable(note)} if note else {}
         self._bars.update(self._tasks[-1], advance=amount, **fields)
 
     def finish(self) -> None:

@@ -320,7 +320,7 @@ def test_a_full_disk_is_out_of_budget_and_leaves_the_old(tmp_path):
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("step", ["_fsync_tree", "_swap_in"])
+@pytest.mark.parametrize("step", ["settle", "_swap_in"])
 def test_a_disk_that_fills_up_at_the_very_end(tmp_path, monkeypatch, step):
     monkeypatch.setattr(atomic, step, full)
     with pytest.raises(OutOfBudget), atomic_folder(tmp_path / "model") as folder:

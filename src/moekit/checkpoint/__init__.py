@@ -9,7 +9,7 @@ __getattr__, __dir__ = attach(
         "Estimate": "estimate",
         "Expectations": "record",
         "PolicyEntry": "record",
-        "Provenance": "model",
+        "Provenance": "provenance",
         "Record": "record",
         "ShardWriter": "shards",
         "TensorInfo": "safety",

@@ -13,11 +13,13 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from moekit._files import open_own
 from moekit.errors import BadConfig, OutOfBudget
 
 LOCK_WAIT_SECONDS = 2.0
@@ -57,10 +59,21 @@ def _fsync_parent(path: Path) -> None:
         _fsync(path.parent)
 
 
-def _fsync_tree(folder: Path) -> None:
+def settle(folder: Path) -> None:
+    """Give every file of a folder that we made the mode that the umask asks for, and flush all to disk.
+
+    Libraries write through private temporary files, so that what they leave could be read by its owner alone. Files
+    that have further names elsewhere keep their mode.
+    """
+    # What the umask left of the folder's own mode says what it leaves of a file's.
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for root, _, files in os.walk(folder):
         for name in files:
-            _fsync(Path(root, name))
+            path = Path(root, name)
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and stat.S_IMODE(found.st_mode) != mode:
+                path.chmod(mode)
+            _fsync(path)
         _fsync(Path(root))
 
 
@@ -80,11 +93,12 @@ def lock(target: Path, wait: float | None = None) -> Iterator[None]:
 
     Raises:
         BadConfig: another process still holds it after `wait` seconds (`LOCK_WAIT_SECONDS`).
+        UnsafeInput: a link, or no plain file, has the lock's name.
     """
     path = target.parent / f".{target.name}.moekit-lock"
     deadline = time.monotonic() + (LOCK_WAIT_SECONDS if wait is None else wait)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_own(path, os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The previous holder may have removed the file between our open and our lock.
@@ -144,12 +158,17 @@ def _swap_in(temporary: Path, target: Path) -> None:
 def _recover(target: Path) -> None:
     """Remove what killed runs left, and give back a folder that was moved aside but not yet replaced."""
     for old in sorted(target.parent.glob(f".{_escape(target.name)}.moekit-old-*")):
-        if target.exists():
-            shutil.rmtree(old)
+        if target.exists() or old.is_symlink():
+            _remove(old)
         else:
             os.rename(old, target)
     for temporary in target.parent.glob(f".{_escape(target.name)}.moekit-tmp-*"):
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or whatever else has its name; never what a link leads to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _escape(name: str) -> str:
@@ -235,7 +254,7 @@ def atomic_folder(target: str | Path, *, overwrite: bool = False, need_bytes: in
         try:
             temporary.mkdir()
             yield temporary
-            _fsync_tree(temporary)
+            settle(temporary)
             _swap_in(temporary, target)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -263,7 +282,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     _clean_dead_files(path)
     temporary = path.parent / f".{path.name}.moekit-tmp-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(open_own(temporary), "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from moekit._files import open_regular
 from moekit.checkpoint.hub import looks_like_hub_id
 from moekit.checkpoint.record import RECORD_FILE, TENSORS_FILE, Record
+from moekit.errors import printable
 
 CARD_FILE = "README.md"
 _LICENCE = re.compile(r"^license:\s*(.+)$", re.MULTILINE)
@@ -18,8 +20,8 @@ def licence_of(parent: str | None) -> str | None:
     """The licence that a local parent's card states in its front matter."""
     if not parent or not (Path(parent) / CARD_FILE).is_file():
         return None
-    with (Path(parent) / CARD_FILE).open(encoding="utf-8", errors="replace") as file:
-        head = file.read(64_000)
+    with open_regular(Path(parent) / CARD_FILE) as file:
+        head = file.read(64_000).decode("utf-8", errors="replace")
     front = head.split("---")[1] if head.startswith("---") and head.count("---") >= 2 else ""
     match = _LICENCE.search(front)
     return match.group(1).strip() if match else None
@@ -103,4 +105,5 @@ def render(record: Record, config: dict[str, Any], licence: str | None = None) -
         f"(fingerprint `{(record.fingerprint or '')[:16]}`).",
     ]
     title = ["", "# A Mixture-of-Experts checkpoint made with moekit", "", _sizes(record, config)]
-    return "\n".join([_front_matter(record, licence), *title, *_loading(record), *made, *limits]) + "\n"
+    text = "\n".join([_front_matter(record, licence), *title, *_loading(record), *made, *limits]) + "\n"
+    return printable(text)

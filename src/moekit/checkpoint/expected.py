@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.checkpoint.fingerprint import disk_state_dict
-from moekit.checkpoint.meta import meta_model
+from moekit.checkpoint.meta import meta_model, stated_model
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, text_config, where
 from moekit.checkpoint.safety import FLOAT_DTYPES, TensorInfo
 from moekit.errors import BadCheckpoint
@@ -64,6 +64,11 @@ class Differences:
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.surplus or self.shapes or self.dtypes)
+
+    def within(self, other: Differences) -> bool:
+        """Whether nothing differs here that does not differ there."""
+        pairs = ((self.missing, other.missing), (self.surplus, other.surplus), (self.shapes, other.shapes))
+        return all(set(ours) <= set(theirs) for ours, theirs in pairs)
 
 
 def renamer(model: PreTrainedModel, live: Mapping[str, Any]) -> Callable[[str], tuple[str, bool]]:
@@ -219,16 +224,20 @@ def describe(differences: Differences, tensors: Mapping[str, TensorInfo]) -> str
     return "; ".join(f"{len(names)} tensors {what}: {', '.join(names)}" for what, names in parts.items() if names)
 
 
-def verify(checkpoint: Checkpoint) -> None:
+def verify(checkpoint: Checkpoint) -> Layout:
     """Compare names, shapes and dtypes with what the config says, before any weight is read.
+
+    Returns:
+        The legal tensors of the config.
 
     Raises:
         BadCheckpoint: tensors are missing, surplus or of a wrong shape or dtype: the full list, naming layer and
             expert of the first.
     """
-    differences = compare(checkpoint.tensors, layout_of(meta_model(checkpoint)), checkpoint.config)
+    layout = layout_of(meta_model(checkpoint))
+    differences = compare(checkpoint.tensors, layout, checkpoint.config)
     if not differences:
-        return
+        return layout
     names = [*differences.missing, *differences.surplus, *differences.shapes, *differences.dtypes]
     layer, expert = where(sorted(names, key=_natural)[0])
     hint = count_hint(differences, checkpoint.config, checkpoint.tensors)
@@ -243,6 +252,41 @@ def verify(checkpoint: Checkpoint) -> None:
 
 def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def stated_differences(checkpoint: Checkpoint) -> Differences | None:
+    """How the tensors differ from what the class that the config names demands, such as a vision tower.
+
+    Returns:
+        None where the config names the causal language model itself, or a class that cannot be built here.
+    """
+    model = stated_model(checkpoint)
+    return None if model is None else compare(checkpoint.tensors, layout_of(model), checkpoint.config)
+
+
+def unknown_tensors(checkpoint: Checkpoint, layout: Layout) -> list[str]:
+    """Tensors that the config's causal language model has no place for: what loading leaves behind.
+
+    Multi-token-prediction layers, vision and audio towers. Packed weights and scales of a quantized module belong to
+    that module; buffers that are computed today are nothing by themselves.
+
+    Args:
+        checkpoint: opened and verified.
+        layout: of its config.
+    """
+    unknown = [name for name in checkpoint.tensors if _place(name, layout)[1] == "unknown"]
+    if all(_HARMLESS.search(name) for name in unknown):
+        return []
+    if "quantization_config" not in checkpoint.config:
+        return unknown
+    known = {re.sub(r"\.(?:weight|bias)$", "", name) for name in (*layout.stock, *layout.live)}
+    owners = {name: layout.rename(name)[0] for name in unknown}
+    return [n for n in unknown if not known & {*_owners(n), *_owners(owners[n])}]
+
+
+def _owners(name: str) -> tuple[str, str]:
+    """Module or stacked parameter that a packed tensor or a scale may belong to."""
+    return name.rpartition(".")[0], re.sub(r"(?:_blocks|_scales|_scale_inv|_scale|_packed)$", "", name)
 
 
 def disk_names(tensors: Mapping[str, TensorInfo], layout: Layout) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moekit._files import open_regular
 from moekit.checkpoint.fingerprint import combine, sample_positions
 from moekit.checkpoint.hub import resolve
 from moekit.checkpoint.names import where
@@ -22,6 +23,7 @@ from moekit.checkpoint.safety import (
     check_name,
     read_header,
     read_json,
+    refuse_foreign_kernels,
     refuse_links_and_adapters,
     refuse_pickles,
     refuse_remote_code,
@@ -99,6 +101,7 @@ class Checkpoint:
         refuse_links_and_adapters(path)
         config = read_json(check_name(path, CONFIG_FILE))
         refuse_remote_code(config, allow=allow_remote_code, revision=revision, file=path / CONFIG_FILE)
+        refuse_foreign_kernels(config, allow=allow_remote_code, file=path / CONFIG_FILE)
         return cls(path, config, read_tensors(path), Record.read(path), allow_remote_code)
 
     @property
@@ -113,7 +116,7 @@ class Checkpoint:
 
     def _samples(self) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
         for shard in self.shards:
-            with (self.path / shard).open("rb", buffering=0) as file:
+            with open_regular(self.path / shard) as file:
                 for info in self.of_shard(shard):
                     yield info.name, info.dtype, info.shape, _sampled(file.fileno(), info)
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from moekit._files import open_regular, require_regular
 from moekit.checkpoint.strictjson import parse_json
 from moekit.errors import BadCheckpoint, UnsafeInput
 
+if TYPE_CHECKING:
+    import torch
+
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
+# Beyond it no machine's memory reaches, and products of sizes overflow 64 bits once they count bytes.
+_MOST_ELEMENTS = 2**59
 
 # Bits per element of every dtype the safetensors format knows.
 DTYPE_BITS: dict[str, int] = {
@@ -103,7 +109,9 @@ def _tensor(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ...], in
             file=path,
             hint=f"known are {', '.join(DTYPE_BITS)}",
         )
-    if shape is None or len(shape) > MAX_DIMENSIONS or offsets is None or offsets[1] < offsets[0]:
+    # Sizes beside a zero count, too: libraries multiply them before they see the zero.
+    huge = shape is not None and _product(tuple(max(1, size) for size in shape)) >= _MOST_ELEMENTS
+    if shape is None or huge or len(shape) > MAX_DIMENSIONS or offsets is None or offsets[1] < offsets[0]:
         raise UnsafeInput(f"tensor {name!r} has an impossible shape or offsets", file=path, hint="do not use this file")
     bits = _product(shape) * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
@@ -117,7 +125,7 @@ def _tensor(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ...], in
 
 
 def _header_bytes(path: Path, size: int) -> bytes:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise BadCheckpoint(
@@ -149,7 +157,7 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        size = require_regular(path).st_size
     except OSError:
         raise BadCheckpoint("the shard is missing", file=path, hint="fetch the model folder again") from None
     raw = _header_bytes(path, size)
@@ -193,3 +201,21 @@ def read_header(path: str | Path) -> Header:
         for start, end, name, dtype, shape in found
     }
     return Header(tensors, dict(metadata), size)
+
+
+def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, its header checked first.
+
+    Raises:
+        BadCheckpoint: the file is missing, truncated, or holds a dtype that torch lacks.
+        UnsafeInput: see `read_header`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    read_header(path)
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (SafetensorError, OSError, RuntimeError, LookupError, ValueError, AttributeError) as error:
+        raise BadCheckpoint(f"its tensors cannot be read: {error}", file=path, hint="make the file again") from error
+    return tensors

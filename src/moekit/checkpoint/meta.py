@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, text_config
 from moekit.checkpoint.uneven import uneven_counts, with_counts
@@ -69,22 +70,55 @@ def _no_model(checkpoint: Checkpoint, error: Exception) -> BadCheckpoint:
 
 
 def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Build the config's model without memory.
+    """Build the config's causal language model without memory.
 
     Raises:
         BadCheckpoint: the config contradicts itself.
         UnsupportedModel: transformers has no causal language model of this type.
     """
-    import torch
     from transformers import AutoModelForCausalLM
+
+    def build(config: PreTrainedConfig) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.remote_code)
+        return model
+
+    return _built(checkpoint, model_config(checkpoint), build)
+
+
+def stated_model(checkpoint: Checkpoint) -> PreTrainedModel | None:
+    """Build the class that the config names, without memory.
+
+    Returns:
+        None where that is the causal language model, no class of transformers, or one that cannot be built here.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        return None
+    found: Any = kind
+    config = model_config(checkpoint)
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is found or type(config) is not found.config_class:
+        return None
+    try:
+        return _built(checkpoint, config, found._from_config)
+    except BadCheckpoint:  # such as a vision library that is not installed
+        return None
+
+
+def _built(
+    checkpoint: Checkpoint, config: PreTrainedConfig, make: Callable[[PreTrainedConfig], PreTrainedModel]
+) -> PreTrainedModel:
+    import torch
 
     def build(config: PreTrainedConfig) -> PreTrainedModel:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.remote_code)
-        return model
+            return make(config)
 
-    config = model_config(checkpoint)
     try:
         return with_counts(build(config), uneven_counts(checkpoint), build)
     except BadCheckpoint:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder, atomic_write
 from moekit.checkpoint.card import CARD_FILE, licence_of, render
+from moekit.checkpoint.carried import Mtp, carried, write_carried
 from moekit.checkpoint.digest import config_digest, tensor_digests
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import expert_counts
-from moekit.checkpoint.fingerprint import live_fingerprint
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moekit.checkpoint.names import config_top_k
+from moekit.checkpoint.provenance import origin_of, stamp
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
-from moekit.checkpoint.safety import check_name, read_header
+from moekit.checkpoint.safety import check_name, load_tensors, read_header
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES, index_text
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.uneven import live_counts, load_uneven, uneven_counts
@@ -34,23 +34,6 @@ Restorer = Callable[[PreTrainedModel, Record, dict[str, torch.Tensor]], None]
 
 # `moekit.routing` registers here what puts a record's policy back into a loaded model.
 RESTORERS: list[Restorer] = []
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Stamp that `load` leaves on a model as `model._moekit`.
-
-    Attributes:
-        path: folder it was loaded from.
-        fingerprint: of the checkpoint.
-        record: its record, if any.
-        live: fingerprint of the weights in memory right after loading; tells whether they have changed since.
-    """
-
-    path: Path
-    fingerprint: str
-    record: Record | None
-    live: str
 
 
 @contextlib.contextmanager
@@ -100,7 +83,7 @@ def load(
         BadConfig: the record holds a policy, but `moekit.routing` was not imported (use `moekit.load`).
     """
     checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
-    verify(checkpoint)
+    layout = verify(checkpoint)
     if uneven_counts(checkpoint):
         loaded = _load_uneven(checkpoint, dtype, device_map)
     else:
@@ -108,7 +91,7 @@ def load(
     if device_map is None:
         loaded.to(_auto_device() if device == "auto" else device)
     loaded.eval()
-    stamp(loaded, checkpoint)
+    stamp(loaded, checkpoint, layout)
     if policy and checkpoint.record is not None and checkpoint.record.policy is not None:
         _restore(loaded, checkpoint.record, read_extra_tensors(checkpoint.path))
     return loaded
@@ -145,12 +128,6 @@ def _load_uneven(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: A
     return loaded
 
 
-def stamp(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Note on a model which checkpoint its weights are."""
-    provenance = Provenance(checkpoint.path, checkpoint.fingerprint, checkpoint.record, live_fingerprint(model))
-    object.__setattr__(model, "_moekit", provenance)
-
-
 def _refuse_partial(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
     missing = sorted(info.get("missing_keys") or [])
     wrong = sorted(str(entry) for entry in info.get("mismatched_keys") or [])
@@ -178,9 +155,7 @@ def read_extra_tensors(folder: Path) -> dict[str, torch.Tensor]:
     path = check_name(folder, TENSORS_FILE)
     if not path.exists():
         return {}
-    read_header(path)
-    tensors: dict[str, torch.Tensor] = load_file(path)
-    return tensors
+    return load_tensors(path)
 
 
 def save(
@@ -192,9 +167,14 @@ def save(
     extra_tensors: Mapping[str, torch.Tensor] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    drop_unknown: bool = False,
+    mtp: Mtp = "keep",
     progress: Progress | None = None,
 ) -> Record:
     """Save a stock Hugging Face folder with its record and card, whole or not at all, verified before it appears.
+
+    What the checkpoint that the model was loaded from holds beyond the model (multi-token-prediction layers, a vision
+    tower) is copied from there byte for byte, and its config is kept but for what has changed.
 
     Args:
         model: any causal LM; a routing policy attached to it is saved by giving `record.policy` and its tensors.
@@ -204,6 +184,8 @@ def save(
         extra_tensors: for moekit.safetensors; name them "layers.<layer>.<what>".
         overwrite: replace an existing folder, at the very end.
         max_shard_bytes: of one shard.
+        drop_unknown: leave out what the model's class has no place for; the folder is then of that class.
+        mtp: whether multi-token-prediction layers of the source go along ("keep", "drop").
         progress: told about hashing.
 
     Returns:
@@ -211,16 +193,23 @@ def save(
 
     Raises:
         BadConfig: the folder exists, or another process is writing it.
-        BadCheckpoint: what was written does not hold what the config says.
+        BadCheckpoint: what was written does not hold what the config says; or the source holds more than the model
+            and is gone or has changed: names what would be lost.
         OutOfBudget: not enough disk.
     """
     parameters = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    with atomic_folder(folder, overwrite=overwrite, need_bytes=sum(parameters.values())) as temporary:
+    work = carried(origin_of(model), drop_unknown=drop_unknown, mtp=mtp)
+    need = sum(parameters.values()) + work.nbytes
+    with atomic_folder(folder, overwrite=overwrite, need_bytes=need) as temporary:
         with quiet_transformers():
             model.save_pretrained(temporary, max_shard_size=max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        record = record.model_copy(update={"expectations": Expectations(experts=live_counts(model))})
+        counts = live_counts(model)
+        write_carried(work, temporary, model.config, max_shard_bytes=max_shard_bytes, counts=counts)
+        config = record.config if work.note is None else {**record.config, "left_out": work.note}
+        expected = Expectations(experts=counts)
+        record = record.model_copy(update={"config": config, "expectations": expected})
         return seal(temporary, record, extra_tensors=extra_tensors, progress=progress)
 
 

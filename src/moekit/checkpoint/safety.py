@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moekit.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES, Header, TensorInfo, read_header
+from moekit._files import open_own, open_regular, read_bytes, read_text, require_regular
+from moekit.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES, Header, TensorInfo, load_tensors, read_header
 from moekit.checkpoint.strictjson import MAX_INDEX_BYTES, parse_json, read_json
 from moekit.errors import UnsafeInput, UnsupportedModel
 
@@ -26,17 +26,35 @@ __all__ = [
     "Header",
     "TensorInfo",
     "check_name",
+    "load_tensors",
+    "open_own",
+    "open_regular",
     "parse_json",
+    "read_bytes",
     "read_header",
     "read_json",
+    "read_text",
+    "refuse_foreign_kernels",
     "refuse_links_and_adapters",
     "refuse_pickles",
     "refuse_remote_code",
+    "require_regular",
 ]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _LOADED_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken", ".py"})
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# What Linux and all its file systems allow for one part of a path, in bytes.
+_LONGEST_NAME = 255
+# Where transformers looks for further chat templates.
+_TEMPLATES = "additional_chat_templates"
+# Keys of a config by which transformers takes code for attention or experts; "org/name" is fetched from the hub.
+_KERNEL_KEYS = frozenset(
+    f"{prefix}{part}_implementation{suffix}"
+    for prefix in ("", "_")
+    for part in ("attn", "experts")
+    for suffix in ("", "_internal")
+)
 
 
 def _within(path: Path, folder: Path) -> bool:
@@ -70,6 +88,14 @@ def check_name(folder: str | Path, name: str) -> Path:
         raise UnsafeInput(
             f"the name {name!r} leads out of the folder", file=root, hint="do not use this model; report it to its host"
         )
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise UnsafeInput(f"no file can be called {name!r}", file=root, hint="do not use this model") from None
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in pure.parts):
+        raise UnsafeInput(
+            f"the name {name!r} is longer than any file's may be", file=root, hint="do not use this model"
+        )
     path = root / pure
     real, real_root = Path(os.path.realpath(path)), Path(os.path.realpath(root))
     blobs = _hub_blobs(real_root)
@@ -79,22 +105,26 @@ def check_name(folder: str | Path, name: str) -> Path:
             file=root,
             hint="copy the file into the folder if you trust it",
         )
-    if real.exists() and not stat.S_ISREG(real.stat().st_mode):
-        raise UnsafeInput(f"{name!r} is no regular file", file=root, hint="do not use this model")
+    try:
+        require_regular(real)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        raise UnsafeInput(f"{name!r} is no regular file", file=root, hint="do not use this model") from None
     return path
 
 
 def refuse_links_and_adapters(folder: str | Path) -> None:
-    """Refuse what would make transformers read from elsewhere: links out of the folder, and adapter configs.
+    """Refuse what would make transformers read from elsewhere: links out of the folder, pipes, and adapter configs.
 
     Raises:
-        UnsafeInput: a file that a loader may open is a link out of the folder.
+        UnsafeInput: a file that a loader may open is a link out of the folder, or no plain file.
         UnsupportedModel: the folder is an adapter, which names a base model to load instead.
     """
     root = Path(folder)
-    for entry in sorted(root.iterdir()):
-        if entry.is_symlink() and entry.suffix in _LOADED_SUFFIXES:
-            check_name(root, entry.name)
+    for entry in sorted([*root.iterdir(), *root.glob(f"{_TEMPLATES}/*")]):
+        if entry.suffix in _LOADED_SUFFIXES and (entry.is_symlink() or not entry.is_dir()):
+            check_name(root, entry.relative_to(root).as_posix())
     if (root / "adapter_config.json").exists():
         raise UnsupportedModel(
             "this is an adapter, not a model",
@@ -162,3 +192,39 @@ def refuse_remote_code(
             file=file,
             hint="pass revision=<the full 40-digit commit hash you have read>",
         )
+
+
+def refuse_foreign_kernels(config: Mapping[str, Any], *, allow: bool = False, file: str | Path | None = None) -> None:
+    """Refuse a config that names code on the hub for attention or experts, such as `_attn_implementation: org/name`.
+
+    Args:
+        config: parsed config.json.
+        allow: the user's explicit flag for remote code; the kernel must then be pinned, "org/name@<commit hash>".
+        file: for the message.
+
+    Raises:
+        UnsafeInput: naming the key and the kernel.
+    """
+    for key, value in _kernels(config):
+        pinned = _COMMIT.fullmatch(value.partition("@")[2].partition(":")[0])
+        if not (allow and pinned):
+            raise UnsafeInput(
+                f"{key} is {value!r}: code of that repository on the hub, which is not run",
+                file=file,
+                hint='remove the key ("sdpa" or "eager" run everywhere), or pin org/name@<the full 40-digit commit '
+                "hash you have read> and pass allow_remote_code=True",
+            )
+
+
+def _kernels(config: Any) -> Iterator[tuple[str, str]]:
+    """Key and value of all that names a repository, at any depth."""
+    if isinstance(config, list):
+        for item in config:
+            yield from _kernels(item)
+    if not isinstance(config, Mapping):
+        return
+    for key, value in config.items():
+        if key in _KERNEL_KEYS:
+            values = value.values() if isinstance(value, Mapping) else [value]
+            yield from ((key, item) for item in values if isinstance(item, str) and "/" in item)
+        yield from _kernels(value)

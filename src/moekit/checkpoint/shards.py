@@ -11,8 +11,10 @@ from typing import IO
 import torch
 
 from moekit.checkpoint.atomic import atomic_write
+from moekit.checkpoint.digest import byte_chunks
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE
+from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
 from moekit.errors import BadConfig
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -58,37 +60,57 @@ class ShardWriter:
         Raises:
             BadConfig: the name was given before, or the dtype has no safetensors name.
         """
-        if name in self._shard_of:
-            raise BadConfig(f"tensor {name!r} is written twice", file=self.folder)
         dtype = TORCH_NAMES.get(str(tensor.dtype))
         if dtype is None:
             raise BadConfig(f"tensor {name!r}: safetensors has no dtype {tensor.dtype}", file=self.folder)
         nbytes = tensor.numel() * tensor.element_size()
-        entry_bytes = len(json.dumps(name)) + 120 + 24 * tensor.dim()
+        self._enter(name, dtype, tuple(tensor.shape), nbytes, tensor.element_size())
+        if nbytes:
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            self._data.write(flat.numpy().data)
+
+    def copy(self, info: TensorInfo, shard: Path) -> None:
+        """Append a tensor of another shard, byte for byte, a few megabytes at a time.
+
+        Args:
+            info: the tensor, from that shard's checked header.
+            shard: the file.
+
+        Raises:
+            BadConfig: the name was given before.
+            BadCheckpoint: the file ends before the tensor does.
+        """
+        self._enter(info.name, info.dtype, info.shape, info.nbytes, max(DTYPE_BITS[info.dtype] // 8, 1))
+        for chunk in byte_chunks(shard, info.offsets):
+            self._data.write(chunk)
+
+    def _enter(self, name: str, dtype: str, shape: tuple[int, ...], nbytes: int, element: int) -> None:
+        """Note a tensor in the header of the shard that its bytes, which come next, go to."""
+        if name in self._shard_of:
+            raise BadConfig(f"tensor {name!r} is written twice", file=self.folder)
+        entry_bytes = len(json.dumps(name)) + 120 + 24 * len(shape)
         full = self._position + nbytes > self.max_shard_bytes or self._header_bytes + entry_bytes > _RESERVED_HEADER
         # An element must not start at an odd address; holes are illegal, so a new shard begins.
-        if self._entries and (full or self._position % tensor.element_size()):
+        if self._entries and (full or self._position % element):
             self._close_shard()
         self._entries[name] = {
             "dtype": dtype,
-            "shape": list(tensor.shape),
+            "shape": list(shape),
             "data_offsets": [self._position, self._position + nbytes],
         }
         self._header_bytes += entry_bytes
         self._shard_of[name] = len(self._shards)
-        self._append(tensor, nbytes)
+        self._make_room(nbytes)
+        self._position += nbytes
+        self._total += nbytes
 
-    def _append(self, tensor: torch.Tensor, nbytes: int) -> None:
+    def _make_room(self, nbytes: int) -> None:
+        """Turn to a file where memory would hold too much."""
         if isinstance(self._data, io.BytesIO) and self._position + nbytes > _BUFFER_BYTES:
             file = self._path().open("wb")
             file.seek(8 + _RESERVED_HEADER)
             file.write(self._data.getbuffer())
             self._data = file
-        if nbytes:
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            self._data.write(flat.numpy().data)
-        self._position += nbytes
-        self._total += nbytes
 
     def _path(self) -> Path:
         return self.folder / f"shard-{len(self._shards):05d}.partial"

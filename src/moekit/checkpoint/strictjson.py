@@ -1,4 +1,4 @@
-"""Parse JSON that strangers wrote: size and depth capped, duplicate keys refused."""
+"""Parse JSON that strangers wrote: UTF-8 only, size and depth capped, duplicate keys refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moekit._files import read_bytes
 from moekit.errors import BadCheckpoint, MoekitError, UnsafeInput
 
 MAX_INDEX_BYTES = 100_000_000
@@ -27,11 +28,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
+    """Levels of nesting.
+
+    Raises:
+        UnicodeEncodeError: a key or text holds half a surrogate pair, which no file name, digest or terminal can take.
+    """
     deepest, stack = 0, [(value, 1)]
     while stack:
         item, depth = stack.pop()
         deepest = max(deepest, depth)
-        children = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        if isinstance(item, str):
+            _ = item.isascii() or item.encode()
+            continue
+        children = [*item.keys(), *item.values()] if isinstance(item, dict) else item if isinstance(item, list) else ()
         stack.extend((child, depth + 1) for child in children)
     return deepest
 
@@ -39,16 +48,21 @@ def _depth(value: Any) -> int:
 def parse_json(text: bytes, path: Path, *, what: str, error: type[MoekitError] = BadCheckpoint) -> dict[str, Any]:
     """Parse a JSON object; duplicate keys, absurd depth and anything but an object raise `error`."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        # Not the bytes: Python would take UTF-16 and UTF-32 for JSON, too, which no other reader of these files does.
+        value = json.loads(text.decode(), object_pairs_hook=_unique)
+        depth = _depth(value)
     except _Duplicate as duplicate:
         raise error(f"{what} has {duplicate}", file=path, hint="fetch the file again from its source") from None
     except RecursionError:
         raise UnsafeInput(f"{what} is nested beyond all reason", file=path, hint="do not use this model") from None
+    except UnicodeEncodeError as half:
+        held = half.object[max(0, half.start - 20) : half.end]
+        raise error(f"{what} holds {held!r}, half a character", file=path, hint="fetch the file again") from None
     except ValueError as broken:
         raise error(f"{what} is not valid JSON: {broken}", file=path, hint="fetch the file again") from None
     if not isinstance(value, dict):
         raise error(f"{what} is no JSON object", file=path, hint="fetch the file again")
-    if _depth(value) > MAX_JSON_DEPTH:
+    if depth > MAX_JSON_DEPTH:
         raise UnsafeInput(
             f"{what} is nested deeper than {MAX_JSON_DEPTH} levels", file=path, hint="do not use this model"
         )
@@ -68,4 +82,4 @@ def read_json(path: Path, *, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
         raise BadCheckpoint("the file is missing", file=path, hint="fetch the model folder again") from None
     if size > limit:
         raise UnsafeInput(f"{size} bytes of JSON; at most {limit} are read", file=path, hint="do not use this model")
-    return parse_json(path.read_bytes(), path, what="the file")
+    return parse_json(read_bytes(path, limit=limit), path, what="the file")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from moekit.checkpoint.conversions import follow_names
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, stated_experts, text_config, where
 from moekit.checkpoint.record import RECORD_FILE
 from moekit.errors import BadCheckpoint, UnsupportedModel
@@ -190,6 +191,7 @@ def load_uneven(
         groups.setdefault(where(name)[0], []).append(name)
     for names in groups.values():  # one layer at a time is in memory twice
         fill(model, {name: checkpoint.read(name) for name in names}, dtype=wanted, file=checkpoint.path)
+    follow_names(model, checkpoint.tensors)
     model.tie_weights()
     if model.can_generate() and (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)

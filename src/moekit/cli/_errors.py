@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from moekit.errors import BadConfig, Interrupted, MoekitError, OutOfBudget
+from moekit.errors import BadConfig, Interrupted, MoekitError, OutOfBudget, printable, shortened
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -101,7 +101,7 @@ def explain(error: BaseException, *, debug: bool = False, as_json: bool = False)
         return USAGE
     told = understand(error)
     if debug:
-        traceback.print_exception(error, file=sys.stderr)
+        print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     _print_error(told)
     if as_json:
         fields = {key: getattr(error, key, None) for key in ("file", "layer", "expert")}
@@ -115,9 +115,9 @@ def _print_error(told: Explanation) -> None:
     from rich.text import Text
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), told.message))
+    console.print(Text.assemble(("error: ", "bold red"), shortened(told.message)))
     if told.hint:
-        console.print(Text.assemble(("  -> ", "dim"), told.hint))
+        console.print(Text.assemble(("  -> ", "dim"), shortened(told.hint)))
 
 
 def install_signals() -> None:
@@ -137,14 +137,14 @@ class _ByLevel(logging.Formatter):
     """`warning: ...` or `error: ...`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"{'error' if record.levelno >= logging.ERROR else 'warning'}: {record.getMessage()}"
+        return printable(f"{'error' if record.levelno >= logging.ERROR else 'warning'}: {record.getMessage()}")
 
 
 def show_warnings() -> None:
     """Print warnings and log records of warning level as one line each on stderr."""
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        print(printable(f"warning: {message}"), file=sys.stderr)
 
     warnings.showwarning = show
     handler = _Lines()

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moekit._ranks import is_first_rank
+from moekit.errors import printable
 from moekit.progress import PlainProgress, RichProgress, SilentProgress
 
 PIPE_WIDTH = 160
@@ -78,26 +79,30 @@ class Terminal:
     def say(self, text: str = "") -> None:
         """Print a sentence that is part of the answer."""
         if not self.json and not self.quiet:
-            print(text)
+            print(printable(text))
 
     def note(self, text: str) -> None:
         """Print on stderr what happens meanwhile."""
         if not self.quiet and not self.json:
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Print a table; numbers stand to the right."""
         from rich.table import Table
+        from rich.text import Text
 
         if self.json or self.quiet:
             return
         body = [[_cell(value) for value in row] for row in rows]
-        table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+        # Texts, not strings: rich would take [red] in a name for markup.
+        heading = Text(printable(title)) if title else None
+        table = Table(title=heading, title_justify="left", header_style="bold", box=None, pad_edge=False)
         for position, column in enumerate(columns):
             numeric = bool(body) and all(_is_number(row[position]) for row in body)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+            justify: Literal["left", "right"] = "right" if numeric else "left"
+            table.add_column(Text(printable(column)), justify=justify, overflow="fold", no_wrap=numeric)
         for row in body:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self.console.print(table)
 
     def answer(self, **values: Any) -> None:
@@ -140,7 +145,7 @@ def _cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
-    return "-" if value is None else str(value)
+    return "-" if value is None else printable(str(value))
 
 
 def _is_number(text: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from moekit._files import read_text
 from moekit.cli._command import build_command
 from moekit.cli._errors import config_error
 from moekit.cli._generate_tasks import generate_by_task
@@ -126,7 +127,10 @@ def _complete(
 def _lines(file: Path | None) -> list[str]:
     if file is None:
         return []
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in read_text(file).splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise BadData(f"is not UTF-8 text (byte {error.start})", file=file, hint="convert it, as with iconv") from error
     if not lines:
         raise BadData("the file holds no prompt", file=file, hint="write one a line")
     return lines

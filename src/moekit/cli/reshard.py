@@ -26,6 +26,9 @@ def reshard(
     tokenizer: Annotated[
         str | None, typer.Option(help="with --plain: model to take the tokenizer from, if the checkpoint has none")
     ] = None,
+    drop_unknown: Annotated[
+        bool, typer.Option("--drop-unknown", help="with --plain: leave out what the source holds beyond the model")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, at the very end, if it is there.")
     ] = False,
@@ -51,7 +54,14 @@ def reshard(
         terminal.forecast(Forecast((Item(str(folder), disk_bytes(folder)),), writes, disk=total, memory=memory))
         return
     if plain:
-        record = library.plain(folder, out, tokenizer=tokenizer, overwrite=overwrite, progress=terminal.progress)
+        record = library.plain(
+            folder,
+            out,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            drop_unknown=drop_unknown,
+            progress=terminal.progress,
+        )
         terminal.answer(out=str(out), ranks=found.ranks, bytes=found.weights, fingerprint=record.fingerprint)
         terminal.say(
             f"wrote {out}: {size(found.weights)} of weights, saved by {found.ranks} ranks; transformers opens it"

@@ -12,15 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from moekit._validation import parse
+from moekit._validation import parse_file
 from moekit.checkpoint.atomic import atomic_write
-from moekit.checkpoint.safety import read_header
-from moekit.errors import BadCheckpoint, BadConfig, BadData
+from moekit.checkpoint.safety import load_tensors, open_regular, read_header
+from moekit.errors import BadCheckpoint, BadConfig, BadData, MoekitError
 
 MAX_PLAN_BYTES = 256 << 20
 _AGAIN = "make it again"
@@ -77,9 +76,8 @@ def write_plan(path: Path, file: ReadablePart, statistics: Mapping[int, Mapping[
 
 def _is_ours(file: Path) -> bool:
     try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            return bool((opened.metadata() or {}).get("moekit") == _MARK["moekit"])
-    except (safetensors.SafetensorError, OSError):
+        return read_header(file).metadata.get("moekit") == _MARK["moekit"]
+    except MoekitError:
         return False
 
 
@@ -95,11 +93,8 @@ def read_plan(cls: type[F], path: Path, *, command: str, hint: str = _AGAIN) -> 
     Raises:
         BadData: missing, too large, damaged, or another kind of plan.
     """
-    if not path.is_file():
-        raise BadData("there is no plan here", file=path, hint=f"`{command} --plan FILE` writes one")
-    if path.stat().st_size > MAX_PLAN_BYTES:
-        raise BadData(f"{path.stat().st_size} bytes are too many for a plan", file=path)
-    return parse(cls, path.read_bytes(), what=f"plan of `{command}`", file=path, hint=hint)
+    missing = f"`{command} --plan FILE` writes one"
+    return parse_file(cls, path, what=f"plan of `{command}`", missing=missing, hint=hint, limit=MAX_PLAN_BYTES)
 
 
 def read_statistics(path: Path, layers: Iterable[int], sha256: str) -> dict[int, dict[str, Tensor]]:
@@ -123,7 +118,7 @@ def read_statistics(path: Path, layers: Iterable[int], sha256: str) -> dict[int,
             file=file,
             hint="keep the .safetensors file beside the .json file of a plan",
         ) from error
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
             raise BadData(
                 f"these are not the statistics that {path.name} was written with",
@@ -131,7 +126,7 @@ def read_statistics(path: Path, layers: Iterable[int], sha256: str) -> dict[int,
                 hint="one of the two files was replaced, or writing them was interrupted; make the plan again",
             )
     named: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
-    for key, tensor in safetensors.torch.load_file(file).items():
+    for key, tensor in load_tensors(file).items():
         layer, _, name = key.partition(".")
         if not layer.isdigit() or int(layer) not in named:
             raise BadData(f"damaged plan: a tensor {key!r} that no layer of it has", file=file, hint=_AGAIN)

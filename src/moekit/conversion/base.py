@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from moekit._progress import Progress, track
+from moekit.checkpoint.folder import listed
+from moekit.checkpoint.provenance import origin_of
 from moekit.conversion.dense import check_calibration, check_dense, ffn_inputs, ffn_of
 from moekit.conversion.maths import DenseFFN, MoEWeights
 from moekit.conversion.targets import MoEGeometry, build, target_config
@@ -111,6 +113,8 @@ class Conversion(BaseModel, ABC):
         calibration: torch.Tensor | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        *,
+        drop_unknown: bool = False,
     ) -> PreTrainedModel:
         """Convert a model; the dense one is left as it is.
 
@@ -119,6 +123,7 @@ class Conversion(BaseModel, ABC):
             calibration: token ids [B, S], -1 at padding (`TokenBatches.calibration`); needed where `needs_calibration`.
             seed: of all random choices, for each layer independently.
             progress: told of each layer.
+            drop_unknown: convert although the checkpoint holds more than the dense model, which has no place in a MoE.
 
         Returns:
             A Qwen2MoeForCausalLM or MixtralForCausalLM in evaluation mode, in the dense model's dtype and place.
@@ -128,6 +133,8 @@ class Conversion(BaseModel, ABC):
             BadConfig: see `check`.
         """
         geometry = self.check(dense_model, calibration)
+        if not drop_unknown:
+            _refuse_loss(dense_model)
         config = target_config(dense_model.config, self.layout, geometry)  # type: ignore[arg-type]
         layers = [i for i in range(config.num_hidden_layers) if i not in geometry.dense_layers]
         state = {
@@ -157,6 +164,19 @@ class Conversion(BaseModel, ABC):
             yield from ((layer, None) for layer in layers)
         else:
             yield from ffn_inputs(model, calibration, layers)
+
+
+def _refuse_loss(model: PreTrainedModel) -> None:
+    """A MoE of another class cannot carry what the dense checkpoint holds beyond its model."""
+    beyond = origin_of(model)
+    if beyond is not None:
+        what = [f"{len(beyond.tensors)} tensors ({listed(list(beyond.tensors), 3)})"] if beyond.tensors else []
+        what += [f"the class {', '.join(beyond.architectures)}"] if beyond.architectures else []
+        raise BadConfig(
+            f"the dense checkpoint holds more than its language model: {' and '.join(what)} would be lost",
+            file=beyond.folder,
+            hint="leave that out on purpose (drop_unknown=True, --drop-unknown)",
+        )
 
 
 def _block_state(weights: MoEWeights, model_type: str) -> dict[str, torch.Tensor]:

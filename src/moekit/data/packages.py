@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from moekit._files import open_regular
 from moekit.data.cache import home, new_folder
 from moekit.errors import BadData
 
@@ -29,7 +30,7 @@ TIMEOUT_SECONDS = 600
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -201,11 +202,11 @@ def read_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
                     if not name.endswith("/") and wanted(name):
                         yield name, archive.read(name)
         elif path.suffix == ".deb":
-            with path.open("rb") as stream:
+            with open_regular(path) as stream:
                 data = _deb_data(stream, path)
             yield from _tar_members(io.BytesIO(data), wanted)
         else:
-            with path.open("rb") as stream:
+            with open_regular(path) as stream:
                 yield from _tar_members(stream, wanted)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError) as error:
         raise BadData(f"the package file is damaged: {error}", file=path, hint="fetch it again") from error

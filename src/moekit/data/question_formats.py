@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moekit._files import read_text
 from moekit.errors import BadData
 
 _LETTERS = "ABCDEFGHIJ"
@@ -65,7 +66,7 @@ def read_question_file(path: Path) -> list[Question]:
         BadData: it is none of the known formats; names the record.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except UnicodeDecodeError as error:
         raise BadData(f"is not UTF-8 text (byte {error.start})", file=path) from error
     task = task_name(path)

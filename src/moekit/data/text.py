@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moekit._files import read_text
 from moekit._progress import Progress
 from moekit.data.mixes import MIXES, resolve_mix
 from moekit.data.sources import all_sources, get_source
 from moekit.data.sources.base import Source
 from moekit.data.split import Split, sample, split_texts
-from moekit.errors import BadConfig, BadData
+from moekit.errors import BadConfig, BadData, printable
 
 SUFFIXES = (".txt", ".jsonl")
 
@@ -104,7 +105,7 @@ def _load_part(spec: str, progress: Progress | None) -> Iterator[Document]:
     elif path.is_dir():
         yield from _load_folder(path)
     elif path.exists():
-        yield from _load_file(path, path.stem)
+        yield from _load_file(path, printable(path.stem))
     elif path.suffix in SUFFIXES or path.is_absolute() or spec.startswith((".", "~")) or not _HUB_NAME.fullmatch(spec):
         raise BadData("there is no such file or folder", file=spec, hint="give an existing path")
     else:
@@ -116,7 +117,7 @@ def _load_part(spec: str, progress: Progress | None) -> Iterator[Document]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except UnicodeDecodeError as error:
         raise BadData(
             f"is not UTF-8 text (byte {error.start})", file=path, hint="convert it, for example with iconv"
@@ -127,7 +128,7 @@ def _read(path: Path) -> str:
 
 def _load_file(path: Path, domain: str) -> Iterator[Document]:
     if path.suffix != ".jsonl":
-        yield Document(_read(path), domain, str(path))
+        yield Document(_read(path), domain, printable(str(path)))
         return
     # Not splitlines(): JSON strings may hold other line separators unescaped.
     for number, line in enumerate(_read(path).split("\n"), 1):
@@ -140,7 +141,19 @@ def _load_file(path: Path, domain: str) -> Iterator[Document]:
         text = fields.get("text") if isinstance(fields, dict) else None
         if not isinstance(text, str):
             raise BadData(f"line {number} has no string field `text`", file=path, hint='{"text": "..."} a line')
-        yield Document(text, str(fields.get("domain") or domain), f"{path}:{number}")
+        named = str(fields.get("domain") or domain)
+        if not (_is_text(text) and _is_text(named)):
+            raise BadData(f"line {number} holds half a character (a lone surrogate)", file=path, hint="mend the line")
+        yield Document(text, named, printable(f"{path}:{number}"))
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8, which no tokenizer and no file does without."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _load_folder(folder: Path) -> Iterator[Document]:
@@ -152,6 +165,7 @@ def _load_folder(folder: Path) -> Iterator[Document]:
         for path in files:
             if path.suffix in SUFFIXES and path.is_file():
                 found = True
-                yield from _load_file(path, entry.stem if entry.is_file() else entry.name)
+                # A name of bytes that are no UTF-8 is a domain all the same, in what of it can be written.
+                yield from _load_file(path, printable(entry.stem if entry.is_file() else entry.name))
     if not found:
         raise BadData(f"the folder holds no {' or '.join(SUFFIXES)} file", file=folder, hint="rename or convert them")

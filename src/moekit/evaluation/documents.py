@@ -9,19 +9,18 @@ The standard error is that of a ratio of sums over documents (documents, not tok
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy import stats
 
 from moekit._progress import Progress
+from moekit._validation import parse_file
 from moekit.data import vocabulary
-from moekit.errors import BadData
 from moekit.evaluation.likelihood import Scorer, evaluating
 from moekit.evaluation.windows import BatchLike, Corpus, TokenizedLike, by_length, from_batches, from_documents
 
@@ -138,12 +137,8 @@ class PerplexityResult(BaseModel):
         Raises:
             BadData: the file is missing, damaged or something else.
         """
-        try:
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, ValidationError) as error:
-            raise BadData(
-                f"no perplexity result: {error}", file=path, hint="give a file that `moekit evaluate` wrote"
-            ) from error
+        hint = "give a file that `moekit evaluate` wrote"
+        return parse_file(cls, path, what="perplexity result", missing=hint, hint=hint)
 
 
 def ratio_standard_error(total_N: np.ndarray[Any, Any], size_N: np.ndarray[Any, Any]) -> float | None:

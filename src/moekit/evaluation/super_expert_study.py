@@ -8,11 +8,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from moekit._validation import parse
+from moekit._validation import parse_file
 from moekit.checkpoint.atomic import atomic_write
 from moekit.diagnose.super_experts.massive_activations import LayerStream
 from moekit.diagnose.super_experts.report import SuperExpertReport
-from moekit.errors import BadData
 from moekit.evaluation.super_experts import SuperExpertCheck
 
 # What the file says of itself, and is called in a folder.
@@ -75,8 +74,5 @@ class SuperExpertStudy(BaseModel):
             BadData: not there, or damaged.
         """
         path = Path(path) / STUDY_FILE if Path(path).is_dir() else Path(path)
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise BadData("there is no report here", file=path, hint="`moekit super-experts` writes one") from error
-        return parse(cls, raw, what="report", file=path, hint="find them again")
+        missing = "`moekit super-experts` writes one"
+        return parse_file(cls, path, what="report", missing=missing, hint="find them again")

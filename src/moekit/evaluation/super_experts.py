@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moekit._files import read_bytes
 from moekit.checkpoint.atomic import atomic_write
 from moekit.diagnose.super_experts.ablation import Pair, random_control
 from moekit.evaluation.comparison import Comparison, DomainComparison, Evaluation, compare
@@ -242,7 +243,7 @@ class _Known:
         if self.file is None or not self.file.is_file():
             return None
         try:
-            return SuperExpertCheck.model_validate_json(self.file.read_bytes())
+            return SuperExpertCheck.model_validate_json(read_bytes(self.file))
         except ValidationError:
             self.file.unlink()
             return None

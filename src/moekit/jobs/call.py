@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel
 
 from moekit import __version__
+from moekit._files import require_own_folder
 from moekit._progress import Progress
 from moekit._ranks import is_first_rank
 from moekit._validation import faults
@@ -126,6 +127,7 @@ def perform(
         live=live,
     )
     with _alone(context):
+        require_own_folder(context.scratch)
         _refuse_further(options, context)
         return target, _run(options, context)
 

@@ -50,6 +50,7 @@ def convert(
     max_tokens: int = 8192,
     seq_len: int = 256,
     dtype: str = "auto",
+    drop_unknown: bool = False,
     out: str | Path,
     overwrite: bool = False,
     seed: int = 0,
@@ -66,6 +67,7 @@ def convert(
         max_tokens: calibration tokens, at most.
         seq_len: tokens a row.
         dtype: float32, bfloat16, or auto: as the model is stored.
+        drop_unknown: leave out what the source holds beyond the model, such as a vision tower.
         out: folder of the new checkpoint.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.
@@ -109,7 +111,13 @@ def run(options: ConvertOptions, context: JobContext) -> dict[str, Any]:
         documents = read_text(options.text, split=options.split, seed=context.seed, progress=context.progress)
         rows = rows_of(documents, tokenizer, seq_len=options.seq_len, max_tokens=options.max_tokens)
         calibration = rows.calibration
-    moe = conversion.convert(model, calibration, context.seed, progress=context.progress)
+    moe = conversion.convert(
+        model,
+        calibration,
+        context.seed,
+        progress=context.progress,
+        drop_unknown=options.drop_unknown,
+    )
     save_changed(moe, tokenizer, context, parent=options.model, config={"method": options.method, **options.settings})
     layers = find_moe_layers(moe)
     return {

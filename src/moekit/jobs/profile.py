@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from moekit.checkpoint.names import text_config
+from moekit.checkpoint.strictjson import read_json
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.profile import ProfileOptions
@@ -125,7 +126,7 @@ def _bytes_per_token(model: str, weights: bool) -> int | None:
     file = Path(model).expanduser() / "config.json"
     if not file.is_file():
         return None
-    config = json.loads(file.read_text())
+    config = text_config(read_json(file))
     layers = _first(config, "num_hidden_layers")
     top_k = _first(config, "num_experts_per_tok", "moe_k", "num_experts_per_token")
     experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -134,5 +135,5 @@ def _bytes_per_token(model: str, weights: bool) -> int | None:
     return layers * top_k * ((1 if experts <= 255 else 2) + (2 if weights else 0))
 
 
-def _first(config: dict[str, Any], *names: str) -> int | None:
+def _first(config: Mapping[str, Any], *names: str) -> int | None:
     return next((config[name] for name in names if isinstance(config.get(name), int)), None)

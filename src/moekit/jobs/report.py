@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moekit._files import read_bytes
 from moekit.checkpoint import atomic_write
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
@@ -117,6 +118,6 @@ def run(options: ReportOptions, context: JobContext) -> dict[str, Any]:
     page = build(data, context.out / PAGE, strict=options.strict)
     if options.publish:
         for file in (page, page.with_suffix(".json")):
-            atomic_write(context.out.parent / file.name, file.read_bytes())
+            atomic_write(context.out.parent / file.name, read_bytes(file))
     findings = [finding.text for finding in (data.headline, *data.findings)]
     return {"page": str(page), "findings": findings, "failures": list(data.failures)}

@@ -44,6 +44,7 @@ def route(
     trace: str | Path | None = None,
     placement: str | Path | None = None,
     write: Literal["plan", "model"] = "plan",
+    drop_unknown: bool = False,
     out: str | Path,
     overwrite: bool = False,
     seed: int = 0,
@@ -58,6 +59,7 @@ def route(
         trace: trace of this model, for policies that need statistics.
         placement: placement file, for policies that need devices.
         write: write the plan alone, or a model with it.
+        drop_unknown: leave out what the source holds beyond the model, with write: model.
         out: folder of the plan, or with --write model of the checkpoint.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.
@@ -113,7 +115,15 @@ def run(options: RouteOptions, context: JobContext) -> dict[str, Any]:
         plan.save(context.out, overwrite=context.overwrite)
     else:
         plan.apply(model, fingerprint=fingerprint)
-        save_changed(model, tokenizer, context, parent=options.model, config=options.settings, plan_hash=plan.hash)
+        save_changed(
+            model,
+            tokenizer,
+            context,
+            parent=options.model,
+            config=options.settings,
+            plan_hash=plan.hash,
+            drop_unknown=options.drop_unknown,
+        )
     return {
         "method": options.method,
         "settings": plan.header.config,

@@ -76,6 +76,7 @@ def train(
     dispatch: str = "once-per-rank",
     placement: str | Path | None = None,
     codec: Literal["none", "int8"] = "none",
+    drop_unknown: bool = False,
     out: str | Path,
     overwrite: bool = False,
     seed: int = 0,
@@ -97,6 +98,7 @@ def train(
         dispatch: how tokens travel; see moekit methods dispatch.
         placement: placement file: which rank holds which expert.
         codec: int8 sends hidden states in 8 bits; lossy.
+        drop_unknown: leave out what the source holds beyond the model, such as a vision tower.
         out: folder of the trained checkpoint.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.
@@ -173,7 +175,15 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
         model = _whole(options, model, context)
     scores = result.model_dump(mode="json", exclude={"history"})
     settings = {**config.model_dump(mode="json", exclude_defaults=True), "text": options.text}
-    save_changed(model, tokenizer, context, parent=options.model, config=settings, scores=scores)
+    save_changed(
+        model,
+        tokenizer,
+        context,
+        parent=options.model,
+        config=settings,
+        scores=scores,
+        drop_unknown=options.drop_unknown,
+    )
     return {**scores, "tokens_per_second": result.tokens_per_second, "final_loss": result.losses[-1]}
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from moekit.checkpoint import Checkpoint, Record, atomic_folder
-from moekit.errors import BadCheckpoint, BadConfig
+from moekit.checkpoint.safety import check_name
+from moekit.errors import BadCheckpoint, BadConfig, UnsafeInput
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,12 @@ class Parent:
 
 
 def find_parent(folder: str | Path) -> Parent:
-    """Find the parent of a checkpoint and prove that it is the one that the record names.
+    """Find the parent of a checkpoint here and prove that it is the one that the record names; nothing is fetched.
 
     Raises:
-        BadConfig: the folder has no record, or the record names no parent.
+        BadConfig: the folder has no record, or the record names no parent, or not what proves it.
         BadCheckpoint: the parent is gone, or is no longer what it was.
+        UnsafeInput: the parent holds links that lead out of it.
     """
     folder = Path(folder)
     record = Record.read(folder)
@@ -43,21 +46,29 @@ def find_parent(folder: str | Path) -> Parent:
         )
     if record.parent is None:
         raise BadConfig("its record names no parent", file=folder, hint="it was made from nothing")
+    if not record.parent_fingerprint:
+        raise BadConfig(
+            f"its record does not say what its parent {record.parent!r} was, so nothing proves which folder that is",
+            file=folder,
+            hint="copy the parent here yourself if you know it",
+        )
     try:
-        parent = Checkpoint.open(record.parent)
+        # A record is a stranger's: it must not make us fetch what it names, nor follow a name from folder to folder.
+        here = Path(record.parent)
+        parent = Checkpoint.open(here if here.is_absolute() else record.parent, local_files_only=True)
     except BadCheckpoint as error:
-        hint = "bring it back to where it was, or make the change again in reverse"
+        hint = "bring it back to where it was; a hub model must be in the cache here, for undo fetches nothing"
         raise BadCheckpoint(
             f"its parent {record.parent} cannot be opened: {error.message}", file=folder, hint=hint
         ) from error
-    if record.parent_fingerprint and parent.fingerprint != record.parent_fingerprint:
+    if parent.fingerprint != record.parent_fingerprint:
         raise BadCheckpoint(
             f"this is no longer the parent of {folder}: its fingerprint is {parent.fingerprint[:12]}, "
             f"the record says {record.parent_fingerprint[:12]}",
             file=parent.path,
             hint="restore the parent from a copy",
         )
-    nbytes = sum(file.stat().st_size for file in parent.path.rglob("*") if file.is_file())
+    nbytes = sum(file.stat().st_size for file, _ in _files(parent.path))
     return Parent(folder, record.command, parent.path, nbytes)
 
 
@@ -81,12 +92,28 @@ def undo(folder: str | Path, *, keep: str | Path) -> Parent:
 def copy_folder(source: Path, target: Path, *, overwrite: bool) -> None:
     """Copy a checkpoint, whole or not at all; by hard links where the disk allows: nobody writes into its files."""
     with atomic_folder(target, overwrite=overwrite) as temporary:
-        for file in sorted(source.rglob("*")):
-            place = temporary / file.relative_to(source)
-            if file.is_dir():
-                place.mkdir(exist_ok=True)
-                continue
+        for file, name in _files(source):
+            place = temporary / name
+            place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(file.resolve(), place)
             except OSError:
                 shutil.copyfile(file, place)
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """All files of a checkpoint, with their names in it; links that stay inside are followed.
+
+    Raises:
+        UnsafeInput: a link that leads out of the folder, a linked folder, a pipe or device.
+    """
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        for name in folders:
+            if Path(root, name).is_symlink():
+                raise UnsafeInput(
+                    f"{name!r} is a link to a folder", file=root, hint="put a copy in its place if you trust it"
+                )
+        for name in sorted(names):
+            relative = Path(root, name).relative_to(folder).as_posix()
+            yield check_name(folder, relative), relative

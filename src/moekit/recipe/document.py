@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from moekit._files import read_text
 from moekit.errors import BadConfig, UnsafeInput
 
 MAX_BYTES = 1 << 20
@@ -47,12 +48,12 @@ def read_document(file: str | Path) -> Document:
         UnsafeInput: the file has YAML tags, which ask for objects to be built.
     """
     file = Path(file)
-    if not file.is_file():
+    if not file.exists() or file.is_dir():
         raise BadConfig("there is no such recipe", file=file, hint="recipes/ holds ready ones")
     if file.stat().st_size > MAX_BYTES:
         raise BadConfig(f"a recipe of {file.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read", file=file)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, limit=MAX_BYTES)
         _refuse_hostile(text, file)
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()

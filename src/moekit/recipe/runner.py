@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from moekit import __version__
+from moekit._files import read_text, require_own_folder
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.errors import BadConfig, MoekitError
@@ -206,6 +207,7 @@ def _carry_out(
     for stale in (folder / SCRATCH).glob(f"{step.id}-" + "?" * 16):
         if stale != scratch:
             shutil.rmtree(stale, ignore_errors=True)
+    require_own_folder(folder / SCRATCH)
     scratch.mkdir(parents=True, exist_ok=True)
     out = folder / step.id
     work = JobContext(
@@ -247,7 +249,7 @@ def _finished(folder: Path, name: str, key: str) -> Marker | None:
 def read_marker(folder: Path, name: str) -> Marker | None:
     """Read a step's marker; None if there is none, or it is of another version of this file."""
     try:
-        return Marker(**json.loads((folder / MARKERS / f"{name}.json").read_text()))
+        return Marker(**json.loads(read_text(folder / MARKERS / f"{name}.json")))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from moekit import __version__
 from moekit.checkpoint.atomic import atomic_write
-from moekit.errors import BadConfig, BadData
+from moekit.errors import BadConfig, BadData, printable
 from moekit.report import render, theme
 from moekit.report.data import ReportData, RunInfo
 from moekit.report.parts import Column, Table
@@ -64,7 +64,7 @@ def to_html(data: ReportData, json_name: str = "report.json") -> str:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    return environment.get_template("page.html.j2").render(
+    page: str = environment.get_template("page.html.j2").render(
         data=data,
         words=_WORDS,
         render=render.section,
@@ -76,6 +76,7 @@ def to_html(data: ReportData, json_name: str = "report.json") -> str:
         json_name=json_name,
         version=__version__,
     )
+    return printable(page)
 
 
 def _policy(style: str, script: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moekit.errors import BadData
+from moekit._validation import MAX_ARTEFACT_BYTES, parse_file
+from moekit.checkpoint.strictjson import read_json
+from moekit.errors import BadCheckpoint, BadData
 
 if TYPE_CHECKING:
     from moekit.evaluation import Comparison, Evaluation
@@ -52,9 +53,9 @@ def load_replay(folder: str | Path) -> dict[str, Any]:
     """
     file = Path(folder) / REPLAY
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file, limit=MAX_ARTEFACT_BYTES)
         parts = [part["rows"][-1]["rows_per_token"] for part in found["devices"]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (BadCheckpoint, LookupError, TypeError) as error:
         raise BadData("no placement results here", file=file, hint="`moekit place` writes them") from error
     if not parts:
         raise BadData("the placement results are empty", file=file, hint="place on at least one number of devices")
@@ -71,11 +72,8 @@ def load_evaluation(folder: str | Path) -> Evaluation:
 
     file = Path(folder)
     file = file / EVALUATION if file.is_dir() else file
-    try:
-        found: Evaluation = Evaluation.model_validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BadData("no evaluation here", file=file, hint="`moekit evaluate` writes one") from error
-    return found
+    hint = "`moekit evaluate` writes one"
+    return parse_file(Evaluation, file, what="evaluation", missing=hint, hint=hint)
 
 
 def load_comparison(folder: str | Path) -> Comparison:
@@ -87,11 +85,8 @@ def load_comparison(folder: str | Path) -> Comparison:
     from moekit.evaluation import Comparison
 
     file = Path(folder) / COMPARISON
-    try:
-        found: Comparison = Comparison.model_validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BadData("no comparison here", file=file, hint="give the evaluate step a baseline") from error
-    return found
+    hint = "give the evaluate step a baseline"
+    return parse_file(Comparison, file, what="comparison", missing=hint, hint=hint)
 
 
 def load_studies(named: Sequence[str], finished: Iterable[StepResult]) -> dict[str, SuperExpertStudy]:

@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from moekit import catalogue
 from moekit._progress import Progress, track
-from moekit._validation import parse
+from moekit._validation import parse_file
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.checkpoint.atomic import atomic_folder
-from moekit.checkpoint.safety import read_header
-from moekit.errors import BadConfig, BadData
+from moekit.checkpoint.safety import load_tensors
+from moekit.errors import BadCheckpoint, BadConfig, BadData
 from moekit.routing.attach import attach_policy, detach_policy
 from moekit.routing.policy import PlanInputs, RoutingPolicy
 
 PLAN_FILE = "plan.json"
 PLAN_TENSORS = "plan.safetensors"
+MAX_PLAN_BYTES = 16 << 20
+_AGAIN = "plan the routing again"
 
 
 class PlanHeader(BaseModel):
@@ -106,14 +108,9 @@ class RoutingPlan:
         """
         folder = Path(folder)
         file = folder / PLAN_FILE
-        if not file.is_file():
-            raise BadData("no routing plan here", file=folder, hint="`moekit route` writes one")
-        header = parse(PlanHeader, file.read_bytes(), what="routing plan", file=file, hint="plan the routing again")
-        read_header(folder / PLAN_TENSORS)
-        parts: dict[str, dict[int, dict[str, Tensor]]] = {"layers": {}, "scores": {}}
-        for key, tensor in safetensors.torch.load_file(folder / PLAN_TENSORS).items():
-            kind, layer, name = key.split(".", 2)
-            parts[kind].setdefault(int(layer), {})[name] = tensor
+        missing = "`moekit route` writes one"
+        header = parse_file(PlanHeader, file, what="routing plan", missing=missing, hint=_AGAIN, limit=MAX_PLAN_BYTES)
+        parts = _read_parts(folder / PLAN_TENSORS, header.layers)
         tensors = {layer: parts["layers"].get(layer, {}) for layer in header.layers}
         return cls(header, tensors, parts["scores"])
 
@@ -166,6 +163,27 @@ class RoutingPlan:
         except BaseException:
             detach_policy(model)
             raise
+
+
+def _read_parts(file: Path, layers: Sequence[int]) -> dict[str, dict[int, dict[str, Tensor]]]:
+    """Tensors and scores of a plan's layers.
+
+    Raises:
+        BadData: missing, damaged, or of other layers.
+    """
+    try:
+        tensors = load_tensors(file)
+    except BadCheckpoint as error:
+        raise BadData(f"damaged routing plan: {error.message}", file=file, hint=_AGAIN) from error
+    known = {str(layer) for layer in layers}
+    parts: dict[str, dict[int, dict[str, Tensor]]] = {"layers": {}, "scores": {}}
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition(".")
+        layer, _, name = rest.partition(".")
+        if kind not in parts or layer not in known or not name:
+            raise BadData(f"damaged routing plan: a tensor {key!r} that no layer of it has", file=file, hint=_AGAIN)
+        parts[kind].setdefault(int(layer), {})[name] = tensor
+    return parts
 
 
 def make_policy(name: str, config: Mapping[str, Any]) -> RoutingPolicy:

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moekit._files import open_own
+
 # Beyond this, states go to a file.
 MEMORY_BYTES = 1 << 30
 
@@ -48,7 +50,7 @@ class States:
         self._kept: dict[int, Tensor] = {}
         self._file: int | None = None
         if folder is not None:
-            self._file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+            self._file = open_own(folder / name, os.O_RDWR)
         elif self.nbytes > limit:
             unnamed, path = tempfile.mkstemp(prefix="moekit-states-")
             os.unlink(path)  # gone by itself, whatever ends the process

@@ -8,9 +8,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from moekit._validation import parse
+from moekit._validation import parse_file
 from moekit.checkpoint.atomic import atomic_folder
-from moekit.checkpoint.safety import TensorInfo, read_header
+from moekit.checkpoint.safety import TensorInfo, load_tensors, read_header
 from moekit.errors import BadCheckpoint, BadData
 from moekit.trace.data import AnyTrace, TraceData
 from moekit.trace.meta import TraceMeta, index_dtype
@@ -40,11 +40,8 @@ def read_meta(folder: Path) -> TraceMeta:
         BadData: not a trace, or damaged.
     """
     file = folder / META_FILE
-    if not file.is_file():
-        raise BadData("no trace here", file=folder, hint="`moekit profile` records one")
-    if file.stat().st_size > MAX_META_BYTES:
-        raise BadData(f"{file.stat().st_size} bytes are too many for a trace's description", file=file, hint=_AGAIN)
-    return parse(TraceMeta, file.read_bytes(), what="trace", file=file, hint=_AGAIN)
+    missing = "`moekit profile` records one"
+    return parse_file(TraceMeta, file, what="trace", missing=missing, hint=_AGAIN, limit=MAX_META_BYTES)
 
 
 def _expected(meta: TraceMeta) -> dict[str, tuple[str, tuple[int, ...]] | None]:
@@ -93,7 +90,10 @@ def load(folder: Path, kind: type[AnyTrace]) -> AnyTrace:
     except BadCheckpoint as error:
         raise BadData(f"damaged trace: {error.message}", file=file, hint=_AGAIN) from error
     _check_header(meta, dict(header.tensors), file)
-    tensors = safetensors.torch.load_file(file)
+    try:
+        tensors = load_tensors(file)
+    except BadCheckpoint as error:
+        raise BadData(f"damaged trace: {error.message}", file=file, hint=_AGAIN) from error
     labels = TokenLabels.decode(tensors, meta.tokens) if meta.has_choices else None
     indices = {layer: tensors[f"layers.{layer}.indices"] for layer in meta.layers if meta.has_choices}
     weights = {layer: tensors[f"layers.{layer}.weights"] for layer in meta.layers if meta.has_weights}

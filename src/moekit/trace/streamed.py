@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from moekit._files import read_text
 from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry, MoELayer
 from moekit.anatomy.swap import replaced
@@ -238,7 +239,7 @@ class Streamed:
         """The last layer that an interrupted run of the same work finished, its records read; -1 for none."""
         if self.folder is None or not (self.folder / _PROGRESS).is_file():
             return -1
-        noted = json.loads((self.folder / _PROGRESS).read_text())
+        noted = json.loads(read_text(self.folder / _PROGRESS))
         if noted.get("key") != key:
             return -1
         done = int(noted["done"])

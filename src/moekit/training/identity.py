@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from moekit._files import read_text
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.fingerprint import live_fingerprint
 from moekit.data.batches import TokenBatches
@@ -88,7 +89,7 @@ def prepare_folder(output: Path, identity: dict[str, Any], resume: bool) -> None
             (output / name).unlink(missing_ok=True)
     elif known.exists():
         try:
-            before = json.loads(known.read_text(encoding="utf-8"))
+            before = json.loads(read_text(known))
         except ValueError:
             before = {}
         other = [key for key, value in identity.items() if before.get(key) != value]

@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from moekit._files import require_own_folder
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.model import save
@@ -210,6 +211,7 @@ def train_tiny(
     """
     target = Path(output)
     work = Path(scratch) if scratch is not None else target.parent / f".{target.name}-scratch"
+    require_own_folder(work)
     if heldout is None:
         documents, heldout = split_documents(documents, "train"), split_documents(documents, "heldout")
     if not documents or not heldout:

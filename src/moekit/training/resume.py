@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moekit._files import open_regular, read_text
 from moekit.checkpoint.atomic import atomic_write, is_disk_full
 from moekit.errors import BadCheckpoint, OutOfBudget
 from moekit.training.distribution import Distribution
@@ -47,7 +48,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint's mark is there and every file it lists has the size it says."""
     try:
-        sizes = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["files"]
+        sizes = json.loads(read_text(checkpoint / MARK))["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -71,7 +72,7 @@ def mark_complete(checkpoint: Path) -> None:
     """Flush a checkpoint to disk, then write its mark."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARK)
     for path in files:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             os.fsync(stream.fileno())
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
     atomic_write(checkpoint / MARK, json.dumps({"files": sizes}, indent=1))

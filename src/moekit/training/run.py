@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
+from moekit._files import read_text
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.data import vocabulary
@@ -211,7 +212,7 @@ class _Run:
         """The result of a run that ended already, its weights read; None if it did not."""
         if not (output / RESULT_FILE).exists():
             return None
-        result = TrainResult.model_validate_json((output / RESULT_FILE).read_text(encoding="utf-8"))
+        result = TrainResult.model_validate_json(read_text(output / RESULT_FILE))
         if self.distribution is not None:
             self.distribution.load(self.model, None, output / RANKS)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from moekit.data import Document, load_text
 from moekit.data.split import excerpts, sample, split_texts, truncate_bytes
-from moekit.errors import BadConfig, BadData
+from moekit.errors import BadConfig, BadData, UnsafeInput
 
 
 @pytest.fixture
@@ -166,3 +167,24 @@ def test_sample_is_within_the_limit_and_leaves_no_crumbs() -> None:
     assert sum(sizes) <= 1700
     assert sizes[:3] == [500, 500, 500]
     assert min(sizes) >= 200
+
+
+@pytest.mark.parametrize("line", [{"text": "half \ud800"}, {"text": "a", "domain": "\udc00"}])
+def test_half_characters_are_named(tmp_path: Path, line: dict[str, str]) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n' + json.dumps(line))
+    with pytest.raises(BadData, match="line 2 holds half a character"):
+        load_text(str(tmp_path / "x.jsonl"))
+
+
+def test_names_that_are_no_utf8_make_domains_that_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    (tmp_path / os.fsdecode(b"caf\xe9") / "a.txt").write_text("some text")
+    (document,) = load_text(str(tmp_path))
+    assert document.domain == "caf\\udce9"
+    document.source.encode()
+
+
+def test_a_pipe_is_no_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UnsafeInput, match="no regular file"):
+        load_text(str(tmp_path / "a.txt"))

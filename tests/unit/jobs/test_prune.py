@@ -212,7 +212,7 @@ def test_protected_experts_stay(made: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(BadConfig, match="a protected expert is not there: experts are 0 to 7"):
         step(made, write="plan", protect=str(file)).run(place(tmp_path, "bad.json"))
 
-    import moekit.diagnose.super_experts.finding as module
+    import moekit.jobs.shared.protection as module
 
     real = module.find_super_experts
 
@@ -228,7 +228,7 @@ def test_protected_experts_stay(made: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_plan_is_that_of_the_library(made: Path, tmp_path: Path) -> None:
-    step(made, write="plan", seed=3, method="easy-ep", keep=0.75).run(place(tmp_path, "p.json", seed=3))
+    step(made, write="plan", method="easy-ep", keep=0.75).run(place(tmp_path, "p.json", seed=3))
     plan = PrunePlan.load(tmp_path / "p.json")
     tokenizer = load_tokenizer(str(made / "moe"))
     rows = rows_of(read_text(str(made / "text"), split="train"), tokenizer, seq_len=128, max_tokens=65536)
@@ -240,8 +240,8 @@ def test_the_plan_is_that_of_the_library(made: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import moekit.compress.engine.apply as engine
     import moekit.jobs.shared.proof as proof
+    import moekit.jobs.shared.pruned as engine
     from moekit.compress.prune.dern import DERN
 
     real = engine.apply

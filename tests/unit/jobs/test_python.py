@@ -71,12 +71,13 @@ def test_prune_answers_as_the_command_does(made: Path, tmp_path: Path, command: 
         data=made / "text",
         max_tokens=500,
         proof_tokens=200,
-        out=tmp_path / "b",
+        out=tmp_path / "a",
+        overwrite=True,
     )
     assert plain(called) == asked
     assert called.proof is not None
     assert called.experts == {"before": 16, "after": 8}
-    record = Record.read(tmp_path / "b")
+    record = Record.read(tmp_path / "a")
     assert record is not None
     assert record.command.startswith("moekit.prune(")
 

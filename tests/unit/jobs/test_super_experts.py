@@ -20,6 +20,7 @@ from moekit.diagnose.super_experts.report import SuperExpertReport
 from moekit.errors import BadConfig, BadData
 from moekit.evaluation import perplexity_of_documents
 from moekit.evaluation.super_expert_study import STUDY_FILE, SuperExpertStudy
+from moekit.jobs import super_experts as job
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.options.super_experts import SuperExpertsOptions
@@ -217,14 +218,14 @@ def test_texts_begin_as_the_tokenizer_begins_them(made: Path, tmp_path: Path) ->
     shutil.copytree(made / "none", tmp_path / "moe")
     own.save_pretrained(tmp_path / "moe")
     source = open_source(str(tmp_path / "moe"))
-    rows, heldout = step(made, model=tmp_path / "moe")._texts(source, place(tmp_path))
+    rows, heldout = job._texts(step(made, model=tmp_path / "moe"), source, place(tmp_path))
     firsts = rows.document_RS[1:, 0] != rows.document_RS[:-1, 0]
     assert rows.input_ids[0, 0] == 1
     assert bool((rows.input_ids[1:, 0][firsts] == 1).all())
     assert int((rows.input_ids == 1).sum()) == len(rows.document_RS.unique()) - 1  # padding is no document
     assert heldout is not None
     assert all(list(d.ids).count(1) == 1 and d.ids[0] == 1 and 2 not in d.ids for d in heldout.documents)
-    plain, _ = step(made, model=made / "none")._texts(open_source(str(made / "none")), place(tmp_path))
+    plain, _ = job._texts(step(made, model=made / "none"), open_source(str(made / "none")), place(tmp_path))
     assert not bool((plain.input_ids == 1).any())
     assert rows.tokens - plain.tokens == 36
     # No row holds two documents.

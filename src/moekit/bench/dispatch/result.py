@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moekit._validation import parse_file
 from moekit.bench.dispatch.setting import BASELINE, Entry, Setting
 
 FILE = "bench.json"
@@ -199,4 +200,6 @@ class BenchResult(_Part):
     @classmethod
     def read(cls, path: Path) -> BenchResult:
         """Read a folder's `bench.json`, or that file."""
-        return cls.model_validate_json((path / FILE if path.is_dir() else path).read_text(encoding="utf-8"))
+        hint = "`moekit bench dispatch` writes one"
+        file = path / FILE if path.is_dir() else path
+        return parse_file(cls, file, what="result of a dispatch bench", missing=hint, hint=hint)

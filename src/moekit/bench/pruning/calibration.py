@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moekit._files import read_text
 from moekit._progress import Progress
 from moekit.bench.pruning.result import ALL, Calibration, Cut
 from moekit.bench.pruning.setting import Setting
@@ -142,7 +143,7 @@ def _record(
     key = _key(subject, rows, setting, statistics)
     kept, told, scratch = (folder / name for name in (f"trace-{key}", f"trace-{key}.json", f"states-{key}"))
     if told.is_file():
-        return Trace.load(kept), float(json.loads(told.read_text())["seconds"])
+        return Trace.load(kept), float(json.loads(read_text(told))["seconds"])
     start = time.perf_counter()
     trace = record_streamed(
         subject.checkpoint,

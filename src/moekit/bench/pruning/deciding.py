@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moekit._files import read_text
 from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry
 from moekit.bench.pruning.calibration import Calibrated, Subject
@@ -257,7 +258,7 @@ class Decider:
         told += [setting.search_tokens, setting.top_k, str(self.subject.dtype)]
         file = folder / f"search-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.json"
         if file.is_file():
-            noted = json.loads(file.read_text())
+            noted = json.loads(read_text(file))
             kept = {int(layer): LayerDecision.model_validate(d) for layer, d in noted["decisions"].items()}
             return kept, float(noted["seconds"])
         start = time.perf_counter()

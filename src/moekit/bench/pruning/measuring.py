@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from moekit._files import read_bytes
 from moekit._progress import Progress
 from moekit._validation import parse
 from moekit.bench.pruning.calibration import Subject
@@ -138,7 +139,7 @@ class Measuring:
         file = self.folder / f"{key}.json"
         if not file.is_file():
             return None
-        return parse(Measured, file.read_bytes(), what="result", file=file, hint="delete it; it will be measured again")
+        return parse(Measured, read_bytes(file), what="result", file=file, hint="delete it; it will be measured again")
 
     def _groups(self, candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
         """As many at a time as their changed layers leave room for."""

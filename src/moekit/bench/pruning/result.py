@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from moekit._validation import parse_file
 from moekit.bench.pruning.setting import Keep, Setting, same_keep
 from moekit.checkpoint.atomic import atomic_write
-from moekit.errors import BadData
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.pairs import PairedDifference
 
@@ -284,12 +284,5 @@ class PruneBenchResult(BaseModel):
         Raises:
             BadData: missing, damaged or something else.
         """
-        path = Path(path)
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise BadData(f"{path.stat().st_size} bytes are too many for a bench", file=path)
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise BadData(
-                f"no result of a pruning bench: {error}", file=path, hint="`moekit bench prune` writes one"
-            ) from error
+        hint = "`moekit bench prune` writes one"
+        return parse_file(cls, path, what="result of a pruning bench", missing=hint, hint=hint, limit=MAX_BYTES)

@@ -1,63 +1,12 @@
-"""Edit config.json: only the keys that must change, all others, known or not, stay as they are."""
+"""Names of experts in a config.json that must follow when experts are renumbered."""
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from moekit.checkpoint.names import text_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-_MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 _EXPERT = re.compile(r"^(?P<head>.*layers\.(?P<layer>\d+)\..*experts\.)(?P<expert>\d+)(?P<tail>(?:\..*)?)$")
-
-
-def edited_config(raw: Mapping[str, Any], before: PreTrainedConfig, after: PreTrainedConfig) -> dict[str, Any]:
-    """A parsed config.json with what differs between two transformers configs changed, and nothing else.
-
-    A family may know a key by several names; those that the file uses are changed.
-
-    Args:
-        raw: parsed config.json.
-        before: its transformers config.
-        after: what it is to become.
-    """
-    return _merged(raw, before.to_dict(), after.to_dict(), before)
-
-
-def _merged(raw: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    merged = dict(raw)
-    for key, value in after.items():
-        if value == before.get(key):
-            continue
-        if isinstance(value, dict) and isinstance(raw.get(key), dict):
-            merged[key] = _merged(raw[key], before.get(key) or {}, value, getattr(config, key, None))
-            continue
-        names = [name for name in _aliases(key, config) if name in raw] or [key]
-        merged.update(dict.fromkeys(names, value))
-    return merged
-
-
-def _aliases(key: str, config: Any) -> list[str]:
-    """All names of a key."""
-    named: Mapping[str, str] = getattr(config, "attribute_map", None) or {}
-    true = named.get(key, key)
-    return list(dict.fromkeys([key, true, *(alias for alias, target in named.items() if target == true)]))
-
-
-def without_mtp(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A parsed config.json that announces no multi-token-prediction layers."""
-    merged = copy.deepcopy(dict(raw))
-    inner: Any = text_config(merged)
-    for values in (merged, inner):
-        for key in _MTP_KEYS:
-            if isinstance(values.get(key), int):
-                values[key] = 0
-    return merged
 
 
 def renamed_experts(value: Any, rename: Callable[[int, int], int | None]) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from moekit.checkpoint.config_file import edited_config, without_mtp
 from moekit.checkpoint.experts import stacked_experts
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
 from moekit.checkpoint.meta import model_config
@@ -21,7 +22,7 @@ from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.small_files import small_files
 from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.decision import LayerDecision
-from moekit.compress.engine.config_file import edited_config, renamed_experts, without_mtp
+from moekit.compress.engine.config_file import renamed_experts
 from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k
 from moekit.compress.engine.shard_writer import Shard, lay_out
 from moekit.compress.engine.slicing import Axes, Kept, expert_counts, is_mtp, kept_tensors

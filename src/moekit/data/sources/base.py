@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moekit import __version__
+from moekit._files import read_text
 from moekit._progress import Progress
 from moekit.data.cache import home, new_folder
 from moekit.data.packages import Client, cached_package, has_client, sha256_of
@@ -138,7 +139,7 @@ class Source:
     def _cached(self) -> bool:
         """Whether the cache holds what this version of moekit extracts."""
         try:
-            record = json.loads((self.folder / RECORD_FILE).read_text())
+            record = json.loads(read_text(self.folder / RECORD_FILE))
         except (OSError, ValueError):
             return False
         return isinstance(record, dict) and record.get("moekit") == __version__

@@ -10,9 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from moekit._validation import parse
+from moekit._validation import parse_file
 from moekit.checkpoint.atomic import atomic_write
-from moekit.errors import BadConfig, BadData
+from moekit.errors import BadConfig
 
 # Number of a layer's shared experts, all together.
 SHARED = -1
@@ -185,8 +185,4 @@ class SuperExpertReport(BaseModel):
         Raises:
             BadData: not there, or damaged.
         """
-        try:
-            raw = Path(path).read_bytes()
-        except OSError as error:
-            raise BadData("there is no report here", file=path, hint="profile the model's super experts") from error
-        return parse(cls, raw, what="report", file=path, hint="profile again")
+        return parse_file(cls, path, what="report", missing="find the model's super experts", hint="find them again")

@@ -29,3 +29,6 @@ class ConvertOptions(JobOptions):
     max_tokens: int = Field(default=8192, ge=1, description="calibration tokens, at most")
     seq_len: int = Field(default=256, ge=2, description="tokens a row")
     dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
+    drop_unknown: bool = Field(
+        default=False, description="leave out what the source holds beyond the model, such as a vision tower"
+    )

@@ -36,3 +36,7 @@ class RouteOptions(JobOptions):
     trace: TraceRef | None = Field(default=None, description="trace of this model, for policies that need statistics")
     placement: PlacementRef | None = Field(default=None, description="placement file, for policies that need devices")
     write: Literal["plan", "model"] = Field(default="plan", description="write the plan alone, or a model with it")
+    drop_unknown: bool = Field(
+        default=False,
+        description="leave out what the source holds beyond the model, with write: model",
+    )

@@ -36,6 +36,9 @@ class TrainOptions(RankedOptions):
         default="ddp", description="under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)"
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, balance_coef, ...: TrainConfig")
+    drop_unknown: bool = Field(
+        default=False, description="leave out what the source holds beyond the model, such as a vision tower"
+    )
 
     def identity(self) -> dict[str, Any]:
         """Where ranks share the model, their number and way are none of it: others may go on with the run."""

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moekit._files import open_regular
+
 # Files up to this size are hashed whole; of larger ones, evenly spaced blocks, both ends among them.
 WHOLE_BYTES = 32 << 20
 BLOCKS = 256
@@ -64,7 +66,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 def _content(file: Path) -> str:
     digest = hashlib.sha256()
     size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         if size <= WHOLE_BYTES:
             while block := stream.read(1 << 20):
                 digest.update(block)

@@ -119,6 +119,7 @@ def save_changed(
     config: Mapping[str, Any],
     scores: Mapping[str, Any] | None = None,
     plan_hash: str | None = None,
+    drop_unknown: bool = False,
 ) -> None:
     """Write a model that was made from another one, with its record; it takes its name once it has been checked.
 
@@ -132,6 +133,7 @@ def save_changed(
         config: settings of the method.
         scores: figures to keep in the record.
         plan_hash: hash of the plan that was applied.
+        drop_unknown: leave out what the source holds beyond the model; otherwise it is copied.
 
     Raises:
         BadCheckpoint: what was written is not what it must be; nothing is left.
@@ -149,7 +151,10 @@ def save_changed(
         config=dict(config),
         scores=dict(scores or {}),
     )
-    _, report = write_checked(context, lambda folder: moekit.save(model, folder, tokenizer=tokenizer, record=record))
+    _, report = write_checked(
+        context,
+        lambda folder: moekit.save(model, folder, tokenizer=tokenizer, record=record, drop_unknown=drop_unknown),
+    )
     silent = Counter(finding.layer for finding in report.findings if finding.code == DEAD)
     for layer, count in sorted(silent.items(), key=str):
         logger.warning(

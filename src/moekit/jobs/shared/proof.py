@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moekit._files import read_bytes
 from moekit._progress import Progress
 from moekit.checkpoint import Checkpoint, atomic_write
 from moekit.data import TokenizedDocument
@@ -171,7 +172,7 @@ def prove(
     known = folder / f"proof-{key[:16]}-{heldout.digest[:16]}.json"
     if known.is_file():
         try:
-            return Proof.model_validate_json(known.read_bytes())
+            return Proof.model_validate_json(read_bytes(known))
         except ValidationError:
             known.unlink()
     folder.mkdir(parents=True, exist_ok=True)

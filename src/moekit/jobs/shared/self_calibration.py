@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import moekit
+from moekit._files import read_text
 from moekit.compress.answers import answer_tokens, demonstrations, prompt_ids
 from moekit.data import Document, TokenBatches, TokenizedDocument
 from moekit.data.batches import arrange, pad_id_of
@@ -68,7 +69,7 @@ def _fitting(documents: list[Document], tokenizer: Any, room: int, each: int, se
 
 def _read(file: Path) -> list[TokenizedDocument] | None:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(read_text(file))
         return [TokenizedDocument(list(map(int, e["ids"])), str(e["domain"]), int(e["index"])) for e in entries]
     except (OSError, ValueError, KeyError, TypeError):
         return None

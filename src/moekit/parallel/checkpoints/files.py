@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from moekit._files import open_own
 from moekit.checkpoint.atomic import is_disk_full
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.header import DTYPE_BITS
@@ -78,7 +79,8 @@ def write_shard(path: Path, tensors: Sequence[Stored]) -> int:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     try:
-        with path.open("wb") as file:
+        with os.fdopen(open_own(path), "wb") as file:
+            file.truncate()
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in ordered:
                 file.write(_bytes(tensor.fetch()))

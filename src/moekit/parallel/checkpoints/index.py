@@ -19,6 +19,7 @@ from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.header import DTYPE_BITS
+from moekit.checkpoint.provenance import Origin
 from moekit.checkpoint.safety import MAX_INDEX_BYTES, TensorInfo, check_name, read_header, read_json
 from moekit.errors import BadCheckpoint, BadConfig
 
@@ -95,6 +96,7 @@ class Index(_Frozen):
         numbers: optimizer states that are Python numbers.
         extra: what the caller gave.
         files: files beside the shards, for the plain folder.
+        source: what the checkpoint that the model was loaded from holds beyond the model, for the plain folder.
     """
 
     format: int = FORMAT
@@ -108,6 +110,7 @@ class Index(_Frozen):
     numbers: tuple[str, ...] = ()
     extra: dict[str, Any] = {}
     files: tuple[str, ...] = ()
+    source: Origin | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Index:

@@ -18,6 +18,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from moekit._progress import Progress, track
 from moekit.checkpoint import Checkpoint, Record, ShardWriter, atomic_folder
+from moekit.checkpoint.carried import carried, write_carried
+from moekit.checkpoint.conversions import follow_names
 from moekit.checkpoint.fingerprint import untied_state_dict
 from moekit.checkpoint.folder import CONFIG_FILE
 from moekit.checkpoint.meta import meta_model
@@ -183,11 +185,13 @@ def plain(
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    drop_unknown: bool = False,
     progress: Progress | None = None,
 ) -> Record:
     """Write a sharded checkpoint's model as one plain folder, which stock `AutoModelForCausalLM` opens.
 
-    Layer by layer: memory holds the heaviest decoder layer about twice. The optimizer's state stays behind.
+    Layer by layer: memory holds the heaviest decoder layer about twice. The optimizer's state stays behind. What the
+    checkpoint that the model came from holds beyond the model, such as a vision tower, is copied from there.
 
     Args:
         folder: sharded checkpoint.
@@ -195,13 +199,14 @@ def plain(
         tokenizer: folder to take it from, where the checkpoint has none.
         overwrite: replace a folder that is there.
         max_shard_bytes: of one file.
+        drop_unknown: leave out what the source holds beyond the model.
         progress: told about layers and hashing.
 
     Returns:
         The record as written.
 
     Raises:
-        BadCheckpoint: the checkpoint is incomplete, or has no config.
+        BadCheckpoint: the checkpoint is incomplete, or has no config; or its source is needed and gone or changed.
         BadConfig: it holds other tensors than its config's model, such as adapters.
         OutOfBudget: not enough disk.
     """
@@ -210,7 +215,10 @@ def plain(
     config = read_json(check_name(folder, CONFIG_FILE))
     refuse_remote_code(config, file=folder / CONFIG_FILE)
     groups = _by_layer(index, folder, model := _meta(index, folder, config))
-    need = sum(entry.nbytes for key, entry in index.tensors.items() if key.startswith(f"{WEIGHTS}/"))
+    work = carried(index.source, drop_unknown=drop_unknown)
+    if work.source is not None:
+        follow_names(model, work.source.tensors)
+    need = work.nbytes + sum(entry.nbytes for key, entry in index.tensors.items() if key.startswith(f"{WEIGHTS}/"))
     with atomic_folder(out, overwrite=overwrite, need_bytes=need) as temporary:
         with ShardWriter(temporary, max_shard_bytes) as writer:
             for keys in track(groups, "writing layers", progress):
@@ -221,7 +229,10 @@ def plain(
             _copy(folder, name, temporary)
         if tokenizer is not None:
             AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(temporary)
+        write_carried(work, temporary, model.config, max_shard_bytes=max_shard_bytes)
         record = Record.read(folder) or Record(command="moekit reshard --plain")
+        if work.note is not None:
+            record = record.model_copy(update={"config": {**record.config, "left_out": work.note}})
         return seal(temporary, record, extra_tensors=read_extra_tensors(folder), progress=progress)
 
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from moekit.checkpoint.fingerprint import TORCH_NAMES
+from moekit.checkpoint.provenance import origin_of
 from moekit.checkpoint.record import Record
 from moekit.errors import BadConfig
 from moekit.parallel.checkpoints.beside import write_beside
@@ -124,6 +125,7 @@ def save_sharded(
                 numbers=tuple(sorted(numbers)),
                 extra=dict(extra or {}),
                 files=files,
+                source=origin_of(model),
             )
             _check_owned(index)
             index.write(temporary)

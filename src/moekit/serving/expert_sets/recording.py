@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from moekit._files import read_text
 from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry, MoELayer, find_moe_layers
 from moekit.checkpoint.atomic import atomic_write
@@ -167,7 +168,7 @@ class GroupedText:
         """The last layer that an interrupted run of the same work finished, its statistics read; -1 for none."""
         if self._folder is None or not (self._folder / _PROGRESS).is_file():
             return -1
-        noted = json.loads((self._folder / _PROGRESS).read_text())
+        noted = json.loads(read_text(self._folder / _PROGRESS))
         if noted.get("key") != key:
             return -1
         done = int(noted["done"])

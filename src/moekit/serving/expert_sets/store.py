@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write, lock
-from moekit.checkpoint.safety import check_name, read_header, read_json
+from moekit.checkpoint.safety import check_name, read_bytes, read_header, read_json
 from moekit.errors import BadCheckpoint, BadConfig, BadData
 from moekit.serving.expert_sets.expert_set import Origin, Pattern, check_same
 from moekit.trace.meta import DataEntry
@@ -184,7 +184,7 @@ class PatternStore:
         expected = _layout(origin, entry.further)
         if found != expected:
             raise BadData(f"damaged pattern: it holds {found}, not {expected}", file=file, hint=_AGAIN)
-        content = file.read_bytes()
+        content = read_bytes(file)
         if hashlib.sha256(content).hexdigest() != entry.sha256:
             raise BadData("damaged pattern: it is not the file the index describes", file=file, hint=_AGAIN)
         return _pattern(task, entry, origin, safetensors.torch.load(content), file)

@@ -1,0 +1,84 @@
+"""Which checkpoint a model in memory was loaded from, and what of it the model has no place for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from moekit.checkpoint.expected import Layout, unknown_tensors
+from moekit.checkpoint.fingerprint import live_fingerprint
+from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.record import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Origin(BaseModel):
+    """What a checkpoint holds beyond the model that was made of it.
+
+    Attributes:
+        folder: of the checkpoint.
+        fingerprint: of the checkpoint.
+        tensors: names of those that the model has no place for: multi-token-prediction layers, vision towers.
+        architectures: that the checkpoint's config names, where the model is of another class.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str
+    fingerprint: str
+    tensors: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Stamp that `load` leaves on a model as `model._moekit`.
+
+    Attributes:
+        path: folder it was loaded from.
+        fingerprint: of the checkpoint.
+        record: its record, if any.
+        live: fingerprint of the weights in memory right after loading; tells whether they have changed since.
+        beyond: what the checkpoint holds beyond the model; None where the model is all of it.
+    """
+
+    path: Path
+    fingerprint: str
+    record: Record | None
+    live: str
+    beyond: Origin | None = None
+
+
+def stamp(model: PreTrainedModel, checkpoint: Checkpoint, layout: Layout) -> None:
+    """Note on a model which checkpoint its weights are."""
+    beyond = origin(checkpoint, layout, type(model).__name__)
+    provenance = Provenance(checkpoint.path, checkpoint.fingerprint, checkpoint.record, live_fingerprint(model), beyond)
+    object.__setattr__(model, "_moekit", provenance)
+
+
+def origin(checkpoint: Checkpoint, layout: Layout, class_name: str) -> Origin | None:
+    """What a checkpoint holds beyond a model of it; None if nothing.
+
+    Args:
+        checkpoint: opened and verified.
+        layout: of its config.
+        class_name: class of the model.
+    """
+    unknown = tuple(unknown_tensors(checkpoint, layout))
+    stated = tuple(name for name in checkpoint.config.get("architectures") or () if isinstance(name, str))
+    other = stated if class_name not in stated else ()
+    if not unknown and not other:
+        return None
+    folder = str(checkpoint.path.resolve())
+    return Origin(folder=folder, fingerprint=checkpoint.fingerprint, tensors=unknown, architectures=other)
+
+
+def origin_of(model: Any) -> Origin | None:
+    """What the checkpoint that a model was loaded from holds beyond it; None if nothing, or if nobody knows."""
+    provenance = getattr(model, "_moekit", None)
+    return provenance.beyond if isinstance(provenance, Provenance) else None
