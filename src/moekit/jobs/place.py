@@ -52,6 +52,7 @@ def place(
     devices: Sequence[int] = (2,),
     nodes: int = 1,
     replay: str | Path | None = None,
+    other_weights: bool = False,
     compare: Sequence[str] = (
         "contiguous",
         "random",
@@ -78,6 +79,7 @@ def place(
         devices: numbers of devices to place on.
         nodes: nodes that the devices stand in.
         replay: trace to count rows on, of this model or of one tuned from it; the same by default.
+        other_weights: replay although the trace is of a model that is not known to be made from this one.
         compare: other solvers to count for, too.
         baseline: folder of another place step, of the free model.
         baseline_trace: trace of the free model on the same documents.
@@ -132,6 +134,8 @@ def run(options: PlaceOptions, context: JobContext) -> dict[str, Any]:
     measured = trace
     if options.replay is not None:
         measured = Trace.load(options.replay)
+        if not options.other_weights:
+            measured.check_descent(trace)
         # The placement is for the model that is replayed; it is planned on a trace of what that was tuned from.
         trace.meta = trace.meta.model_copy(update={"fingerprint": measured.meta.fingerprint})
     results: dict[str, Any] = {"method": options.method, "routing": measured.meta.routing, "trace": measured.digest}

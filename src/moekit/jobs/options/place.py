@@ -32,6 +32,9 @@ class PlaceOptions(JobOptions):
     replay: TraceRef | None = Field(
         default=None, description="trace to count rows on, of this model or of one tuned from it; the same by default"
     )
+    other_weights: bool = Field(
+        default=False, description="replay although the trace is of a model that is not known to be made from this one"
+    )
     compare: tuple[str, ...] = Field(default=("contiguous", "random"), description="other solvers to count for, too")
     baseline: PlacementRef | None = Field(default=None, description="folder of another place step, of the free model")
     baseline_trace: TraceRef | None = Field(default=None, description="trace of the free model on the same documents")
