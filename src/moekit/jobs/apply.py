@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+from moekit._device import DtypeName, resolve_device
 from moekit.compress.budget import Budget
 from moekit.compress.prune.plan import PrunePlan
 from moekit.compress.prune.planning import Request, redecide
@@ -17,7 +18,7 @@ from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.prune import PruneResult
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, text_item
-from moekit.jobs.shared.opened import Source, check_device, check_runnable, open_source
+from moekit.jobs.shared.opened import Source, check_runnable, open_source
 from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.pruned import Decided, finish, in_groups, warn_of
 from moekit.jobs.shared.pruning import (
@@ -53,8 +54,8 @@ def apply(
     random_seeds: int = 1,
     stock_only: bool = False,
     mtp: Literal["drop", "keep"] = "drop",
-    device: str = "cpu",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    dtype: DtypeName = "auto",
     out: str | Path,
     overwrite: bool = False,
     seed: int = 0,
@@ -78,7 +79,8 @@ def apply(
         stock_only: refuse what stock transformers does not load.
         mtp: multi-token-prediction layers: leave them out, or copy them.
         device: where layers run: cpu, cuda, ...
-        dtype: of layers in memory; auto: as the model is stored.
+        dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
+            precision.
         out: folder of the smaller model.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.
@@ -117,7 +119,7 @@ def settle(options: ApplyOptions, out: Path | None, overwrite: bool) -> tuple[Ap
 
 def check(options: ApplyOptions) -> None:
     """Refuse an impossible budget."""
-    check_device(options.device)
+    resolve_device(options.device)
     if options.keep is None and (options.scope or options.least or options.most):
         raise BadConfig("scope, least and most are about another budget", hint="give --keep as well")
     if options.keep is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekit import catalogue
+from moekit._device import DtypeName
 from moekit.anatomy import find_moe_layers
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
@@ -49,7 +50,7 @@ def convert(
     split: Literal["train", "heldout"] | None = "train",
     max_tokens: int = 8192,
     seq_len: int = 256,
-    dtype: str = "auto",
+    dtype: DtypeName = "auto",
     drop_unknown: bool = False,
     out: str | Path,
     overwrite: bool = False,
@@ -66,7 +67,8 @@ def convert(
         split: part of the text to take.
         max_tokens: calibration tokens, at most.
         seq_len: tokens a row.
-        dtype: float32, bfloat16, or auto: as the model is stored.
+        dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
+            precision.
         drop_unknown: leave out what the source holds beyond the model, such as a vision tower.
         out: folder of the new checkpoint.
         overwrite: replace what is there, at the very end.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from moekit._device import DtypeName
 from moekit._ranks import is_first_rank
 from moekit.checkpoint import atomic_folder
 from moekit.data import load_questions, tokenize
@@ -52,7 +53,7 @@ def evaluate(
     limit: int | None = None,
     baseline: str | Path | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: DtypeName = "auto",
     ep: int = 1,
     nodes: int = 1,
     dispatch: str = "once-per-rank",
@@ -78,8 +79,9 @@ def evaluate(
         tasks: tasks of lm-eval's registry, fetched from the hub.
         limit: questions of each task, at most.
         baseline: evaluation to compare with.
-        device: cpu, cuda, ..., or auto.
-        dtype: float32, bfloat16, or auto: as the model is stored.
+        device: cpu, cuda, ..., or auto: a GPU if there is one.
+        dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
+            precision.
         ep: ranks that share each layer's experts; start them with torchrun.
         nodes: nodes that these ranks stand in, for hierarchical dispatch.
         dispatch: how tokens travel; see moekit methods dispatch.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekit import catalogue
+from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
 from moekit.compress.prune.base import PruneMethod
 from moekit.data import TokenizedDocument
@@ -17,8 +18,8 @@ from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.expert_sets import PatternOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import model_item, read_text, text_item, torch_dtype
-from moekit.jobs.shared.opened import Source, check_device, open_source
+from moekit.jobs.shared.inputs import model_item, read_text, text_item
+from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.pruning import bytes_between, check_disk
 from moekit.jobs.shared.task_texts import Texts, account, largest_layer, texts_of_tasks, warn_of
 from moekit.progress import ProgressLike
@@ -67,8 +68,8 @@ def expert_sets(
     max_tokens: int | None = 65536,
     seq_len: int = 512,
     batch_size: int = 8,
-    device: str = "cpu",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    dtype: DtypeName = "auto",
     out: str | Path,
     overwrite: bool = False,
     seed: int = 0,
@@ -90,7 +91,8 @@ def expert_sets(
         seq_len: tokens a row; the model's limit if that is less.
         batch_size: rows a pass.
         device: where layers run: cpu, cuda, ...
-        dtype: of layers in memory; auto: as the model is stored.
+        dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
+            precision.
         out: folder of patterns; tasks are added to it.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.
@@ -123,7 +125,7 @@ def settle(options: PatternOptions, out: Path | None, overwrite: bool) -> tuple[
 
 def check(options: PatternOptions) -> None:
     """Refuse an unknown method, one that gives no ranks, and a task of the generalist's name."""
-    check_device(options.device)
+    resolve_device(options.device)
     check_method(catalogue.make("prune", options.method, options.settings))
     if options.task == GENERALIST:
         raise BadConfig(f"{GENERALIST!r} is the name of all tasks together", hint="choose another one, or --generalist")
@@ -230,7 +232,7 @@ def _record(
         batches,
         statistics=(*method.required, "load"),
         folder=context.scratch / "calibration",
-        dtype=torch_dtype(options.dtype),
+        dtype=named_dtype(options.dtype),
         device=options.device,
     )
     return reading.run(context.progress)

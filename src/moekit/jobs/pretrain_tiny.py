@@ -60,7 +60,7 @@ def pretrain_tiny(
 
     Args:
         text: text of several domains: folder, source, mix or hub id.
-        device: cpu, cuda, ..., or auto.
+        device: cpu, cuda, ..., or auto: a GPU if there is one.
         settings: layout, experts, training, ...: TinyConfig.
         out: folder of the model.
         overwrite: replace what is there, at the very end.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from moekit._device import DtypeName
 from moekit.checkpoint.names import text_config
 from moekit.checkpoint.strictjson import read_json
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
@@ -46,7 +47,7 @@ def profile(
     choices: bool = True,
     weights: bool = False,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: DtypeName = "auto",
     tokenizer: Any = None,
     out: str | Path,
     overwrite: bool = False,
@@ -66,8 +67,9 @@ def profile(
         statistics: what to sum up: names or groups, such as basic, gates, outputs.
         choices: keep every token's choice, for replay and placement.
         weights: keep the gate weights too, 16 bits each.
-        device: cpu, cuda, ..., or auto.
-        dtype: float32, bfloat16, or auto: as the model is stored.
+        device: cpu, cuda, ..., or auto: a GPU if there is one.
+        dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
+            precision.
         tokenizer: of a model that is given live.
         out: folder of the trace.
         overwrite: replace what is there, at the very end.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekit import catalogue
+from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
 from moekit.compress.prune.plan import PrunePlan
 from moekit.compress.prune.planning import Request, plan_file, plan_pruning, sizes_of
@@ -19,8 +20,8 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.hashes import text_hash
-from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item, torch_dtype
-from moekit.jobs.shared.opened import Source, check_device, check_runnable, open_source
+from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item
+from moekit.jobs.shared.opened import Source, check_runnable, open_source
 from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.protection import SUPER, parse_protected, protection_needs, super_experts
@@ -108,8 +109,8 @@ def prune(
     random_seeds: int = 1,
     stock_only: bool = False,
     mtp: Literal["drop", "keep"] = "drop",
-    device: str = "cpu",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    dtype: DtypeName = "auto",
     out: str | Path | None = None,
     overwrite: bool = False,
     seed: int = 0,
@@ -146,7 +147,8 @@ def prune(
         stock_only: refuse what stock transformers does not load.
         mtp: multi-token-prediction layers: leave them out, or copy them.
         device: where layers run: cpu, cuda, ...
-        dtype: of layers in memory; auto: as the model is stored.
+        dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
+            precision.
         out: folder of the smaller model; None writes the plan alone.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.
@@ -171,7 +173,7 @@ def settle(options: PruneOptions, out: Path | None, overwrite: bool) -> tuple[Pr
 
 def check(options: PruneOptions) -> None:
     """Refuse an unknown method, impossible knobs and budgets, and a run without what it needs."""
-    check_device(options.device)
+    resolve_device(options.device)
     method = catalogue.make("prune", options.method, options.settings)
     budget = budget_of(options.keep, options.scope, options.least, options.most)
     refuse_uneven(budget, options.stock_only)
@@ -318,7 +320,7 @@ def _decide(
         rows.batches(options.batch_size),
         statistics=_statistics(options, source, request.method),
         folder=context.scratch / "calibration",
-        dtype=torch_dtype(options.dtype),
+        dtype=named_dtype(options.dtype),
         device=options.device,
     ) as streamed:
         streamed.run(context.progress)

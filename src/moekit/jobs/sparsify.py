@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekit import catalogue
+from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
 from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.prepare import prepare
@@ -23,8 +24,8 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.hashes import text_hash
-from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item, torch_dtype
-from moekit.jobs.shared.opened import Source, check_device, open_source
+from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item
+from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.pruning import PLAN_FILE, bytes_between, check_disk, check_unchanged, read_heldout
@@ -87,8 +88,8 @@ def sparsify(
     proof: bool = True,
     proof_tokens: int | None = 32768,
     window: int | None = None,
-    device: str = "cpu",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    dtype: DtypeName = "auto",
     out: str | Path | None = None,
     overwrite: bool = False,
     seed: int = 0,
@@ -116,7 +117,8 @@ def sparsify(
         proof_tokens: held-out tokens, at most, an equal share of each domain.
         window: longest context of the proof in tokens (default: the model's, ≤ 1024)
         device: where layers run: cpu, cuda, ...
-        dtype: of layers in memory; auto: as the model is stored.
+        dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
+            precision.
         out: folder of the smaller model; None writes the plan alone.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.
@@ -140,7 +142,7 @@ def settle(options: SparsifyOptions, out: Path | None, overwrite: bool) -> tuple
 
 def check(options: SparsifyOptions) -> None:
     """Refuse an unknown method, impossible knobs and shares, and a run without what it needs."""
-    check_device(options.device)
+    resolve_device(options.device)
     if options.from_plan is not None:
         given = [name for name in _DECIDED if getattr(options, name)]
         if given or options.write == "plan":
@@ -207,7 +209,7 @@ def run(options: SparsifyOptions, context: JobContext) -> dict[str, Any]:
     if options.plan is not None:
         plan.save(options.plan)
     if options.write == "model":
-        return finish(plan, source, heldout, Machine(options.device, torch_dtype(options.dtype)), context)
+        return finish(plan, source, heldout, Machine(options.device, named_dtype(options.dtype)), context)
     _save_plan(plan, context)
     return told_of(plan, None)
 
@@ -270,7 +272,7 @@ def _plan(options: SparsifyOptions, source: Source, request: Request, context: J
         text = Calibration(
             list(_rows(options, source, tokenizer, context).batches(options.batch_size)),
             context.scratch / "calibration",
-            torch_dtype(options.dtype),
+            named_dtype(options.dtype),
             options.device,
             tokenizer,
             _origin(options),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
 from moekit.compress.prune.planning import sizes_of
 from moekit.data import TokenBatches, TokenizedDocument
@@ -21,8 +22,8 @@ from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import model_item, read_text, text_item, torch_dtype
-from moekit.jobs.shared.opened import Source, check_device, check_runnable, open_source
+from moekit.jobs.shared.inputs import model_item, read_text, text_item
+from moekit.jobs.shared.opened import Source, check_runnable, open_source
 from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.protection import find_in_trace, protection_needs
 from moekit.jobs.shared.pruning import bytes_between, check_disk, read_heldout
@@ -76,8 +77,8 @@ def super_experts(
     random_seeds: int = 5,
     proof_tokens: int | None = 32768,
     window: int | None = None,
-    device: str = "cpu",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    dtype: DtypeName = "auto",
     out: str | Path | None = None,
     overwrite: bool = False,
     seed: int = 0,
@@ -102,7 +103,8 @@ def super_experts(
         proof_tokens: held-out tokens, at most, an equal share of each domain.
         window: longest context of the check in tokens (default: the model's, ≤ 1024)
         device: where layers run: cpu, cuda, ...
-        dtype: of layers in memory; auto: as the model is stored.
+        dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
+            precision.
         out: folder of the report; None keeps nothing but the result.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.
@@ -121,7 +123,7 @@ def super_experts(
 
 def check(options: SuperExpertsOptions) -> None:
     """Refuse held-out text that nothing would be measured on."""
-    check_device(options.device)
+    resolve_device(options.device)
     if options.heldout is not None and not options.proof:
         raise BadConfig("there is held-out text, but no check", hint="leave --heldout or --no-proof out")
 
@@ -195,7 +197,7 @@ def _look(
         moe_layers=source.geometries,
         statistics=needs,
         folder=context.scratch / "calibration",
-        dtype=torch_dtype(options.dtype),
+        dtype=named_dtype(options.dtype),
         device=options.device,
     )
     with streamed:
@@ -224,7 +226,7 @@ def _prove(
         seed=context.seed,
         window=heldout.window,
         folder=context.scratch / "check",
-        dtype=torch_dtype(options.dtype),
+        dtype=named_dtype(options.dtype),
         device=options.device,
         progress=context.progress,
     )

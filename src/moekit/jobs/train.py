@@ -90,7 +90,7 @@ def train(
         plan: routing plan to train under; the checkpoint's by default.
         split: part of the text to take.
         heldout: text whose loss is watched.
-        device: cpu, cuda, ..., or auto.
+        device: cpu, cuda, ..., or auto: a GPU if there is one.
         data_parallel: under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)
         settings: steps, lr, balance_coef, ...: TrainConfig.
         ep: ranks that share each layer's experts; start them with torchrun.

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from moekit._device import DTYPE_HELP, DtypeName
 from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef, TextRef
 
 
@@ -28,7 +29,7 @@ class ConvertOptions(JobOptions):
     split: Literal["train", "heldout"] | None = Field(default="train", description="part of the text to take")
     max_tokens: int = Field(default=8192, ge=1, description="calibration tokens, at most")
     seq_len: int = Field(default=256, ge=2, description="tokens a row")
-    dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
     drop_unknown: bool = Field(
         default=False, description="leave out what the source holds beyond the model, such as a vision tower"
     )

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
 from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef, TextRef
 
 
@@ -51,10 +52,8 @@ class PatternOptions(JobOptions):
     )
     seq_len: int = Field(default=512, ge=2, description="tokens a row; the model's limit if that is less")
     batch_size: int = Field(default=8, ge=1, description="rows a pass")
-    device: str = Field(default="cpu", description="where layers run: cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of layers in memory; auto: as the model is stored"
-    )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     def identity(self) -> dict[str, Any]:
         """What is done with patterns that are there already does not change what is recorded."""

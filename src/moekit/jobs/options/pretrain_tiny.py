@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from moekit._device import DEVICE_HELP
 from moekit.jobs.options.base import JobOptions, TextRef
 
 
@@ -15,5 +16,5 @@ class PretrainTinyOptions(JobOptions):
     job: ClassVar[str] = "moekit.jobs.pretrain_tiny"
 
     text: TextRef = Field(description="text of several domains: folder, source, mix or hub id")
-    device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
+    device: str = Field(default="auto", description=DEVICE_HELP)
     settings: dict[str, Any] = Field(default_factory=dict, description="layout, experts, training, ...: TinyConfig")

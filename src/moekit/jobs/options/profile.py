@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
 from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef, PlanRef, TextRef
 
 
@@ -32,5 +33,5 @@ class ProfileOptions(JobOptions):
     )
     choices: bool = Field(default=True, description="keep every token's choice, for replay and placement")
     weights: bool = Field(default=False, description="keep the gate weights too, 16 bits each")
-    device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
-    dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
 from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef, PlanRef, TextRef
 
 
@@ -65,10 +66,8 @@ class SparsifyOptions(JobOptions):
     window: int | None = Field(
         default=None, ge=2, description="longest context of the proof in tokens (default: the model's, ≤ 1024)"
     )
-    device: str = Field(default="cpu", description="where layers run: cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of layers in memory; auto: as the model is stored"
-    )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     @field_validator("settings")
     @classmethod

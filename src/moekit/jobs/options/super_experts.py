@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
 from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef, TextRef
 
 
@@ -61,7 +62,5 @@ class SuperExpertsOptions(JobOptions):
     window: int | None = Field(
         default=None, ge=2, description="longest context of the check in tokens (default: the model's, ≤ 1024)"
     )
-    device: str = Field(default="cpu", description="where layers run: cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of layers in memory; auto: as the model is stored"
-    )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)

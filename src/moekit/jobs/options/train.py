@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from moekit._device import DEVICE_HELP
 from moekit.jobs.options.base import CommandLine, ModelRef, PlanRef, TextRef
 from moekit.jobs.options.ranked import RankedOptions
 
@@ -31,7 +32,7 @@ class TrainOptions(RankedOptions):
     plan: PlanRef | None = Field(default=None, description="routing plan to train under; the checkpoint's by default")
     split: Literal["train", "heldout"] | None = Field(default=None, description="part of the text to take")
     heldout: TextRef | None = Field(default=None, description="text whose loss is watched")
-    device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
+    device: str = Field(default="auto", description=DEVICE_HELP)
     data_parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)"
     )

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
 from moekit.jobs.options.base import JobOptions
 
 
@@ -24,7 +25,5 @@ class WritingOptions(JobOptions):
     mtp: Literal["drop", "keep"] = Field(
         default="drop", description="multi-token-prediction layers: leave them out, or copy them"
     )
-    device: str = Field(default="cpu", description="where layers run: cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of layers in memory; auto: as the model is stored"
-    )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)

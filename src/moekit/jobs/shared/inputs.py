@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 import moekit
+from moekit._device import DtypeName
 from moekit._progress import Progress
 from moekit._ranks import is_first_rank
 from moekit.checkpoint import Checkpoint, Record, fingerprint_model
@@ -59,7 +58,7 @@ def open_model(
     *,
     plan: str | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: DtypeName = "auto",
     progress: Progress | None = None,
     live: LiveModel | None = None,
 ) -> tuple[Any, Any]:
@@ -86,28 +85,13 @@ def open_model(
         live.model.eval()
         return live.model, live.tokenizer
     location = model_location(reference, progress)
-    model = moekit.load(location, device=own_device(device), dtype=dtype)
+    model = moekit.load(location, device=device, dtype=dtype)
     tokenizer = load_tokenizer(location)
     vocabulary.check(tokenizer, vocabulary.embedding_rows(model))
     if plan is not None:
         RoutingPlan.load(plan).apply(model, fingerprint=fingerprint_model(model))
     model.eval()
     return model, tokenizer
-
-
-def own_device(device: str) -> str:
-    """The device of this process: under torchrun "auto" is the GPU of its local rank."""
-    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return device
-
-
-def torch_dtype(name: str) -> torch.dtype | None:
-    """A dtype by its name; None for auto: as the model is stored."""
-    if name == "auto":
-        return None
-    found: torch.dtype = getattr(torch, name)
-    return found
 
 
 def save_changed(

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moekit.anatomy.probe import Geometry
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.names import text_config
 from moekit.compress.prune.planning import geometries_of
 from moekit.data import vocabulary
-from moekit.errors import BadConfig, UnsupportedModel
+from moekit.errors import UnsupportedModel
 from moekit.jobs.shared.inputs import load_tokenizer, model_location
 
 
@@ -90,18 +88,3 @@ def check_runnable(source: Source) -> None:
             file=source.checkpoint.path,
             hint="prove the same plan on the unquantized model, and say --no-proof here",
         )
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not here.
-
-    Raises:
-        BadConfig: it cannot hold a tensor.
-    """
-    if device in ("cpu", "auto"):
-        return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadConfig(f"device {device!r} cannot be used: {reason}", hint="--device cpu works everywhere") from error

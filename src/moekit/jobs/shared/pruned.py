@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moekit._device import named_dtype
 from moekit.checking import CheckReport
 from moekit.checkpoint import Checkpoint, Record
 from moekit.compress.engine.apply import apply
@@ -23,7 +24,6 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.writing import WritingOptions
 from moekit.jobs.shared.checked import DEAD, write_checked
 from moekit.jobs.shared.hashes import hash_of
-from moekit.jobs.shared.inputs import torch_dtype
 from moekit.jobs.shared.opened import Source
 from moekit.jobs.shared.proof import HeldOut, Proof, prove
 from moekit.trace.statistics import LayerStatistics
@@ -136,7 +136,7 @@ def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, cont
         key=hash_of([decided.plan.hash, *([name, plan.hash] for name, plan in others), options.dtype]),
         folder=context.scratch / "proof",
         seed=context.seed,
-        dtype=torch_dtype(options.dtype),
+        dtype=named_dtype(options.dtype),
         device=options.device,
         progress=context.progress,
     )

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from moekit._device import named_dtype
 from moekit._progress import Progress
 from moekit.compress.engine.prepare import Work
 from moekit.compress.prune.plan import make_method
@@ -17,7 +16,7 @@ from moekit.evaluation import complete
 from moekit.evaluation.generation import Completion
 from moekit.jobs.options.tasks import TaskOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import model_item, own_device
+from moekit.jobs.shared.inputs import model_item
 from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.protection import SUPER, parse_protected
 from moekit.jobs.shared.pruning import budget_of
@@ -113,7 +112,7 @@ class TaskModels:
             raise BadData("the folder holds no patterns", file=self.store.folder, hint="moekit pattern makes them")
         if options.task is not None:
             self.store.load(options.task)
-        self._device, self._dtype, self._progress = own_device(device), dtype, progress
+        self._device, self._dtype, self._progress = device, dtype, progress
         self._protected = None if options.protect is None else parse_protected(options.protect, self.source)
         # The budget is refused now, whatever task is retrieved: all are of one shape.
         self.plan(options.task or next(iter(self.patterns)))
@@ -175,16 +174,13 @@ class TaskModels:
         read = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         if not all(read):
             raise BadData("a prompt is empty: no task can be told from it", hint="give at least one word")
-        device = self._device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         return queries_from_disk(
             self.source.checkpoint,
             [ids[: self.source.longest] for ids in read],
             method=make_method(self._origin.method, self._origin.knobs),
             layers=self.options.retrieval_layers,
-            dtype=None if self._dtype == "auto" else getattr(torch, self._dtype),
-            device=device,
+            dtype=named_dtype(self._dtype),
+            device=self._device,
             progress=self._progress,
         )
 
