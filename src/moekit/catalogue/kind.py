@@ -55,7 +55,7 @@ OWN = (
     Kind(
         name="prune",
         package="moekit.compress.prune",
-        base="moekit.compress.prune.base:PruneMethod",
+        base="moekit.compress.engine.dropping:PruneMethod",
         title="Dropping and merging experts",
         line="Drop the experts a model needs least, with the proof of what that costs.",
         job="prune",
@@ -65,7 +65,7 @@ OWN = (
     Kind(
         name="sparsify",
         package="moekit.compress.sparsify",
-        base="moekit.compress.sparsify.base:SparsifyMethod",
+        base="moekit.compress.engine.zeroing:SparsifyMethod",
         title="Zeroing single weights",
         line="Zero the weights of experts that matter least, with the proof of what that costs.",
         job="sparsify",

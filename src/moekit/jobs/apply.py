@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekit._device import DtypeName, resolve_device
-from moekit.compress.budget import Budget
-from moekit.compress.prune.plan import PrunePlan
-from moekit.compress.prune.planning import Request, redecide
+from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine.plan import PrunePlan
+from moekit.compress.engine.planning import Request, redecide
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.call import TextLike, call
 from moekit.jobs.context import JobContext

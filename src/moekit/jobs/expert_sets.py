@@ -10,7 +10,7 @@ from typing import Any, Literal
 from moekit import catalogue
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.engine.dropping import PruneMethod
 from moekit.data import TokenizedDocument
 from moekit.data.batches import arrange
 from moekit.errors import BadConfig

@@ -15,7 +15,9 @@ from moekit.jobs.options.profile import ProfileOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, text_item
 from moekit.progress import ProgressLike
-from moekit.trace import record, summarise
+from moekit.trace import check_summary, record, summarise
+from moekit.trace.cost import notes_on, sizes_of
+from moekit.trace.recording import Recording
 
 
 class ProfileResult(JobResult):
@@ -64,7 +66,7 @@ def profile(
         max_tokens: tokens, at most, shared among the documents.
         seq_len: tokens a row.
         batch_size: rows a forward pass.
-        statistics: what to sum up: names or groups, such as basic, gates, outputs.
+        statistics: what to sum up: names or groups, such as basic, gates, outputs (moekit methods statistics).
         choices: keep every token's choice, for replay and placement.
         weights: keep the gate weights too, 16 bits each.
         device: cpu, cuda, ..., or auto: a GPU if there is one.
@@ -87,12 +89,30 @@ def profile(
     return call(ProfileOptions, ProfileResult, dict(locals()))
 
 
+def check(options: ProfileOptions) -> None:
+    """Refuse an unknown statistic, and what could not be summarised in the end."""
+    check_summary(_recording(options))
+
+
+def _recording(options: ProfileOptions) -> Recording:
+    return Recording(statistics=options.statistics, keep_choices=options.choices, weights=options.weights)
+
+
 def estimate(options: ProfileOptions, out: Path, sizes: Sizes) -> Forecast:
     """A choice takes one byte; the geometry is read from the config where it is there."""
     model, text = model_item(options.model, sizes), text_item(options.text, sizes)
     per_token = _bytes_per_token(options.model, options.weights) if options.choices else 0
     trace = None if options.max_tokens is None or per_token is None else options.max_tokens * (per_token + 11)
-    return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes)
+    return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes, notes=_notes(options))
+
+
+def _notes(options: ProfileOptions) -> tuple[str, ...]:
+    """What looking at the statistics costs, where the config is there to tell."""
+    file = Path(options.model).expanduser() / "config.json"
+    if not file.is_file():
+        return ()
+    sizes = sizes_of(read_json(file), rows=options.batch_size, positions=options.seq_len)
+    return () if sizes is None else notes_on(_recording(options), sizes)
 
 
 def run(options: ProfileOptions, context: JobContext) -> dict[str, Any]:
@@ -110,12 +130,7 @@ def run(options: ProfileOptions, context: JobContext) -> dict[str, Any]:
     trace = record(
         model,
         rows.batches(options.batch_size),
-        statistics=options.statistics,
-        keep_choices=options.choices,
-        weights=options.weights,
-        tokenizer=tokenizer,
-        source=options.text,
-        seed=context.seed,
+        _recording(options).model_copy(update={"tokenizer": tokenizer, "source": options.text, "seed": context.seed}),
         progress=context.progress,
     )
     trace.save(context.out, overwrite=context.overwrite)

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from moekit import catalogue
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
-from moekit.compress.prune.plan import PrunePlan
-from moekit.compress.prune.planning import Request, plan_file, plan_pruning, sizes_of
-from moekit.compress.prune.searching import search_pruning
+from moekit.compress.engine.plan import PrunePlan
+from moekit.compress.engine.planning import Request, plan_file, plan_pruning, sizes_of
+from moekit.compress.engine.searching import search_pruning
 from moekit.data import Document, TokenBatches
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.call import JobResult, TextLike, call

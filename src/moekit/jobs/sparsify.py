@@ -10,13 +10,13 @@ from typing import Any, Literal
 from moekit import catalogue
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
-from moekit.compress.decision import LayerDecision
-from moekit.compress.engine.prepare import prepare
-from moekit.compress.sparsify.accounting import remaining_sparsity, total_sparsity
-from moekit.compress.sparsify.base import SparsifyMethod, check_sparsity
-from moekit.compress.sparsify.lineage import Original, expert_weights, find_original
-from moekit.compress.sparsify.plan import SparsityPlan
-from moekit.compress.sparsify.sequential import Calibration, Request, plan_sparsity
+from moekit.compress.budget.parents import Original, expert_weights, find_original
+from moekit.compress.budget.sparsity import remaining_sparsity, total_sparsity
+from moekit.compress.engine.layout import prepare
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.sequential import Calibration, Request, plan_sparsity
+from moekit.compress.engine.sparsity_plan import SparsityPlan
+from moekit.compress.engine.zeroing import SparsifyMethod, check_sparsity
 from moekit.data import TokenBatches
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.jobs.call import JobResult, TextLike, call

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
-from moekit.compress.prune.planning import sizes_of
+from moekit.compress.engine.planning import sizes_of
 from moekit.data import TokenBatches, TokenizedDocument
 from moekit.data.batches import arrange, pad_id_of
 from moekit.data.shares import take_shares

@@ -101,7 +101,7 @@ def _expand(document: Document, variables: Mapping[str, Any]) -> tuple[list[dict
     origins: list[int] = []
     for position, step in enumerate(raw):
         where = f"line {document.line(('steps', position))}"
-        if not isinstance(step, dict) or step.get("use") not in STEPS:
+        if not isinstance(step, dict) or not isinstance(step.get("use"), str) or step["use"] not in STEPS:
             hint = near(str(step.get("use")) if isinstance(step, dict) else "", STEPS)
             raise BadConfig(f"{where}: a step needs a key `use` that names what to do", file=document.file, hint=hint)
         body = {key: value for key, value in step.items() if key != "over"}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moekit.convert.methods.residual import Residual
 from tests.unit.convert.conftest import dense_model
 
 import moekit
@@ -16,8 +15,9 @@ from moekit.checking import check
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.cli.main import main
-from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.apply import apply
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.conversion.methods.residual import Residual
 from tests.checkpoints import edit_json, edit_shard, plain, saved
 from tests.families import EXPERTS
 from tests.odd_folders import nudge, spread, tensors_of, with_mtp, with_vision

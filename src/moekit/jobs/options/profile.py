@@ -29,7 +29,8 @@ class ProfileOptions(JobOptions):
     seq_len: int = Field(default=512, ge=2, description="tokens a row")
     batch_size: int = Field(default=4, ge=1, description="rows a forward pass")
     statistics: tuple[str, ...] = Field(
-        default=("basic",), description="what to sum up: names or groups, such as basic, gates, outputs"
+        default=("basic",),
+        description="what to sum up: names or groups, such as basic, gates, outputs (moekit methods statistics)",
     )
     choices: bool = Field(default=True, description="keep every token's choice, for replay and placement")
     weights: bool = Field(default=False, description="keep the gate weights too, 16 bits each")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,9 @@ def parse_protected(text: str, source: Source) -> dict[int, tuple[int, ...]]:
 
 def _read_protected(file: Path, source: Source) -> dict[int, set[int]]:
     hint = 'write super, pairs such as 1:68,2:92, or a JSON file {"1": [68], "2": [92]}, or OUT of super-experts'
-    file = file / _STUDY if file.is_dir() else file
-    if not file.is_file():
+    # Not Path.is_file: what is no path at all, too long for one, would end in an error of the system.
+    file = file / _STUDY if os.path.isdir(file) else file
+    if not os.path.exists(file):
         raise BadConfig(f"{str(file)!r} names no protected experts", hint=hint)
     try:
         told = read_json(file)

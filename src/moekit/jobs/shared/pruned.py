@@ -15,10 +15,10 @@ from moekit._device import named_dtype
 from moekit.checking import CheckReport
 from moekit.checkpoint import Checkpoint, Record
 from moekit.compress.engine.apply import apply
-from moekit.compress.prune.grouped import by_group, routing_groups
-from moekit.compress.prune.plan import LayerPlan, PrunePlan, make_method
-from moekit.compress.prune.planning import Evidences, Request, decide
-from moekit.compress.prune.rewriting import PlannedRewrite, rewriter
+from moekit.compress.engine.grouped import by_group, routing_groups
+from moekit.compress.engine.plan import LayerPlan, PrunePlan, make_method
+from moekit.compress.engine.planning import InputsByLayer, Request, decide
+from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
 from moekit.evaluation.changes import Variant
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.writing import WritingOptions
@@ -67,9 +67,9 @@ def baseline(
         )
         for layer, g in source.geometries.items()
     }
-    evidence = Evidences(source.geometries, narrow, own, None)
-    scores = {layer: method.score(evidence[layer]) for layer in evidence}
-    plan = decide(source.checkpoint, evidence, scores, own, narrow, None)
+    inputs = InputsByLayer(source.geometries, narrow, own, None)
+    scores = {layer: method.score(inputs[layer]) for layer in inputs}
+    plan = decide(source.checkpoint, inputs, scores, own, narrow, None)
     return PrunePlan(plan.file.model_copy(update={"layers": in_groups(source, plan)}), narrow)
 
 

@@ -15,12 +15,12 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from moekit._validation import faults
-from moekit.compress.budget import Budget, bounds, check_total, total_count, uniform_count
-from moekit.compress.decision import LayerDecision
-from moekit.compress.engine.prepare import prepare
-from moekit.compress.prune.grouped import check_grouping, routing_groups
-from moekit.compress.prune.plan import PrunePlan
-from moekit.compress.prune.planning import Request, sizes_of
+from moekit.compress.budget.sizes import Budget, bounds, check_total, total_count, uniform_count
+from moekit.compress.engine.grouped import check_grouping, routing_groups
+from moekit.compress.engine.layout import prepare
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.plan import PrunePlan
+from moekit.compress.engine.planning import Request, sizes_of
 from moekit.data.shares import take_shares
 from moekit.errors import BadConfig, BadData, OutOfBudget
 from moekit.jobs.context import JobContext

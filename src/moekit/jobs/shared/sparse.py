@@ -12,8 +12,8 @@ import torch
 from moekit.checking import CheckReport
 from moekit.checkpoint import Record
 from moekit.compress.engine.apply import apply
-from moekit.compress.sparsify.plan import SparsityPlan, make_method
-from moekit.compress.sparsify.sequential import PlannedZeros, Request, plan_sparsity, zeros_of
+from moekit.compress.engine.sequential import PlannedZeros, Request, plan_sparsity, zeros_of
+from moekit.compress.engine.sparsity_plan import SparsityPlan, make_method
 from moekit.evaluation.changes import Variant
 from moekit.jobs.context import JobContext
 from moekit.jobs.shared.checked import write_checked

@@ -9,8 +9,8 @@ from typing import Any
 
 from moekit._device import named_dtype
 from moekit._progress import Progress
-from moekit.compress.engine.prepare import Work
-from moekit.compress.prune.plan import make_method
+from moekit.compress.engine.layout import Work
+from moekit.compress.engine.plan import make_method
 from moekit.errors import BadConfig, BadData, UnsupportedModel
 from moekit.evaluation import complete
 from moekit.evaluation.generation import Completion
