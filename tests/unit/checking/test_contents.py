@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.convert.conftest import dense_model
 
 import moekit
 from moekit.checking import check
@@ -22,6 +21,7 @@ from tests.checkpoints import edit_json, edit_shard, plain, saved
 from tests.families import EXPERTS
 from tests.odd_folders import nudge, spread, tensors_of, with_mtp, with_vision
 from tests.tiny import tokenizer
+from tests.unit.conversion.conftest import dense_model
 
 KEPT = (1, 2, 4, 5, 7)
 

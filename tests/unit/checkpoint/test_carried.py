@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.convert.conftest import dense_model
 from transformers import AutoModelForCausalLM, Qwen3_5MoeForConditionalGeneration
 
 import moekit
@@ -30,6 +29,7 @@ from moekit.routing.methods.topk import TopK
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.families import VOCAB, build, logits
 from tests.odd_folders import nudge, spread, tensors_of, with_mtp, with_own_head, with_vision
+from tests.unit.conversion.conftest import dense_model
 
 TEXT_ONLY = {"dtype", "transformers_version"}
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moekit.jobs.options.profile import ProfileOptions
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -15,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moekit.anatomy import MoELayer, find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.errors import BadConfig, UnsupportedModel
+from moekit.jobs.options.profile import ProfileOptions
 from moekit.jobs.shared.estimates import Sizes as ByteSizes
 from moekit.trace import Recorder, Trace, record, record_generation
 from moekit.trace.attention_batch import AttentionBatch

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moekit.jobs.options.profile import ProfileOptions
 
 from moekit.errors import BadConfig, BadData
+from moekit.jobs.options.profile import ProfileOptions
 from moekit.trace import Recording, check_summary, collaboration, record, summarise
 from moekit.trace.domains import domain_report
 from tests.families import build, tokens
