@@ -11,6 +11,7 @@ from moekit._device import DtypeName, resolve_device
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.plan import PrunePlan
 from moekit.compress.engine.planning import Request, redecide
+from moekit.data.encoding import Bos
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.call import TextLike, call
 from moekit.jobs.context import JobContext
@@ -54,6 +55,7 @@ def apply(
     random_seeds: int = 1,
     stock_only: bool = False,
     mtp: Literal["drop", "keep"] = "drop",
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: DtypeName = "auto",
     out: str | Path,
@@ -78,6 +80,7 @@ def apply(
         random_seeds: random choices that the proof compares with.
         stock_only: refuse what stock transformers does not load.
         mtp: multi-token-prediction layers: leave them out, or copy them.
+        bos: what stands before each text: see `moekit.data.encoding.beginning`.
         device: where layers run: cpu, cuda, ...
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
             precision.
@@ -221,13 +224,17 @@ def _heldout(options: ApplyOptions, plan: PrunePlan, source: Source, context: Jo
     if not options.proof:
         return None
     if options.heldout is not None:
-        return read_heldout(options.heldout, None, source, context, tokens=options.proof_tokens, window=options.window)
+        return read_heldout(
+            options.heldout, None, source, context, tokens=options.proof_tokens, window=options.window, bos=options.bos
+        )
     known = heldout_of_plan(plan)
     if known is not None:
         check_unchanged(known, plan.file.text_sha256)
     try:
         if known is not None:
-            return read_heldout(known, "heldout", source, context, tokens=options.proof_tokens, window=options.window)
+            return read_heldout(
+                known, "heldout", source, context, tokens=options.proof_tokens, window=options.window, bos=options.bos
+            )
     except MoekitError as error:
         logger.warning("the text of the plan cannot be read again: %s", error.message)
     logger.warning("there is no text to prove the result on, so nothing says what it costs: give --heldout TEXT")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from moekit import catalogue
 from moekit._device import DtypeName
 from moekit.anatomy import find_moe_layers
+from moekit.data.encoding import Bos
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.convert import ConvertOptions
@@ -50,6 +51,7 @@ def convert(
     split: Literal["train", "heldout"] | None = "train",
     max_tokens: int = 8192,
     seq_len: int = 256,
+    bos: Bos = "auto",
     dtype: DtypeName = "auto",
     drop_unknown: bool = False,
     out: str | Path,
@@ -67,6 +69,7 @@ def convert(
         split: part of the text to take.
         max_tokens: calibration tokens, at most.
         seq_len: tokens a row.
+        bos: what stands before each text: see `moekit.data.encoding.beginning`.
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
             precision.
         drop_unknown: leave out what the source holds beyond the model, such as a vision tower.
@@ -111,7 +114,7 @@ def run(options: ConvertOptions, context: JobContext) -> dict[str, Any]:
     calibration = None
     if options.text is not None:
         documents = read_text(options.text, split=options.split, seed=context.seed, progress=context.progress)
-        rows = rows_of(documents, tokenizer, seq_len=options.seq_len, max_tokens=options.max_tokens)
+        rows = rows_of(documents, tokenizer, seq_len=options.seq_len, max_tokens=options.max_tokens, bos=options.bos)
         calibration = rows.calibration
     moe = conversion.convert(
         model,

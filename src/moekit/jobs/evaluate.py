@@ -10,6 +10,8 @@ from moekit._device import DtypeName
 from moekit._ranks import is_first_rank
 from moekit.checkpoint import atomic_folder
 from moekit.data import load_questions, tokenize
+from moekit.data.encoding import Bos
+from moekit.data.passages import units
 from moekit.errors import BadConfig
 from moekit.evaluation import Evaluation, choices, compare, perplexity_of_documents
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
@@ -52,6 +54,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     baseline: str | Path | None = None,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: DtypeName = "auto",
     ep: int = 1,
@@ -79,6 +82,7 @@ def evaluate(
         tasks: tasks of lm-eval's registry, fetched from the hub.
         limit: questions of each task, at most.
         baseline: evaluation to compare with.
+        bos: what stands before each text: see `moekit.data.encoding.beginning`.
         device: cpu, cuda, ..., or auto: a GPU if there is one.
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
             precision.
@@ -166,9 +170,9 @@ def _measure(options: EvaluateOptions, context: JobContext, started: StartedRank
 
 def _perplexity(options: EvaluateOptions, model: Any, tokenizer: Any, name: str, context: JobContext) -> Any:
     assert options.text is not None
-    documents = read_text(options.text, split=options.split, seed=context.seed, progress=context.progress)
+    documents = units(read_text(options.text, split=options.split, seed=context.seed, progress=context.progress))
     each = None if options.max_tokens is None else max(2, options.max_tokens // len(documents))
-    tokenized = tokenize(documents, tokenizer, each)
+    tokenized = tokenize(documents, tokenizer, each, bos=options.bos)
     return perplexity_of_documents(model, tokenized, window=options.window, name=name, progress=context.progress)
 
 

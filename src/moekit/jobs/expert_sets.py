@@ -13,6 +13,7 @@ from moekit.checkpoint import atomic_folder
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.data import TokenizedDocument
 from moekit.data.batches import arrange
+from moekit.data.encoding import Bos
 from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
@@ -68,6 +69,7 @@ def expert_sets(
     max_tokens: int | None = 65536,
     seq_len: int = 512,
     batch_size: int = 8,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: DtypeName = "auto",
     out: str | Path,
@@ -90,6 +92,7 @@ def expert_sets(
         max_tokens: tokens of each task, at most, shared among its documents.
         seq_len: tokens a row; the model's limit if that is less.
         batch_size: rows a pass.
+        bos: what stands before each text: see `moekit.data.encoding.beginning`.
         device: where layers run: cpu, cuda, ...
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
             precision.
@@ -172,7 +175,7 @@ def _between(options: PatternOptions, source: Source, tasks: int = 1) -> int:
 def _texts(options: PatternOptions, source: Source, context: JobContext) -> Texts:
     """Task -> its documents; read before any work, as one may turn out empty."""
     documents = read_text(options.data, seed=context.seed, progress=context.progress)
-    return texts_of_tasks(documents, options.data, options.task, source.tokenizer(), options.max_tokens)
+    return texts_of_tasks(documents, options.data, options.task, source.tokenizer(), options.max_tokens, options.bos)
 
 
 def _store_before(options: PatternOptions, out: Path, source: Source) -> PatternStore | None:

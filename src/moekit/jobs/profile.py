@@ -9,14 +9,15 @@ from typing import Any, Literal
 from moekit._device import DtypeName
 from moekit.checkpoint.names import text_config
 from moekit.checkpoint.strictjson import read_json
+from moekit.data.encoding import Bos
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.profile import ProfileOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, text_item
 from moekit.progress import ProgressLike
-from moekit.trace import check_summary, record, summarise
-from moekit.trace.cost import notes_on, sizes_of
+from moekit.trace import check_summary, record, single_figures, summarise
+from moekit.trace.cost import cost_of, notes_on, sizes_of
 from moekit.trace.recording import Recording
 
 
@@ -27,13 +28,15 @@ class ProfileResult(JobResult):
         tokens: recorded.
         domains: of the text.
         warnings: what a reader must know.
-        summary: load, partners and domains of each layer.
+        summary: load, partners and domains of each layer; None for a dense model.
+        figures: decoder layer -> statistics that are one number.
     """
 
     tokens: int
     domains: list[str]
     warnings: list[str]
-    summary: dict[str, Any]
+    summary: dict[str, Any] | None
+    figures: dict[str, dict[str, float]]
 
 
 def profile(
@@ -48,6 +51,7 @@ def profile(
     statistics: Sequence[str] = ("basic",),
     choices: bool = True,
     weights: bool = False,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: DtypeName = "auto",
     tokenizer: Any = None,
@@ -69,6 +73,7 @@ def profile(
         statistics: what to sum up: names or groups, such as basic, gates, outputs (moekit methods statistics).
         choices: keep every token's choice, for replay and placement.
         weights: keep the gate weights too, 16 bits each.
+        bos: what stands before each text: see `moekit.data.encoding.beginning`.
         device: cpu, cuda, ..., or auto: a GPU if there is one.
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
             precision.
@@ -103,20 +108,27 @@ def estimate(options: ProfileOptions, out: Path, sizes: Sizes) -> Forecast:
     model, text = model_item(options.model, sizes), text_item(options.text, sizes)
     per_token = _bytes_per_token(options.model, options.weights) if options.choices else 0
     trace = None if options.max_tokens is None or per_token is None else options.max_tokens * (per_token + 11)
-    return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes, notes=_notes(options))
+    nbytes, notes = _cost(options)
+    if trace is not None:
+        trace += nbytes
+    return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes, notes=notes)
 
 
-def _notes(options: ProfileOptions) -> tuple[str, ...]:
-    """What looking at the statistics costs, where the config is there to tell."""
+def _cost(options: ProfileOptions) -> tuple[int, tuple[str, ...]]:
+    """Bytes of the statistics, and what looking at them costs, where the config is there to tell."""
     file = Path(options.model).expanduser() / "config.json"
-    if not file.is_file():
-        return ()
-    sizes = sizes_of(read_json(file), rows=options.batch_size, positions=options.seq_len)
-    return () if sizes is None else notes_on(_recording(options), sizes)
+    sizes = None
+    if file.is_file():
+        sizes = sizes_of(read_json(file), rows=options.batch_size, positions=options.seq_len)
+    if sizes is None:
+        return 0, ()
+    recording = _recording(options)
+    return cost_of(recording, sizes)[1], notes_on(recording, sizes)
 
 
 def run(options: ProfileOptions, context: JobContext) -> dict[str, Any]:
     """Record and save."""
+    recording = _recording(options)
     model, tokenizer = open_model(
         options.model,
         plan=options.plan,
@@ -126,16 +138,19 @@ def run(options: ProfileOptions, context: JobContext) -> dict[str, Any]:
         live=context.live,
     )
     documents = read_text(options.text, split=options.split, seed=context.seed, progress=context.progress)
-    rows = rows_of(documents, tokenizer, seq_len=options.seq_len, max_tokens=options.max_tokens)
+    rows = rows_of(documents, tokenizer, seq_len=options.seq_len, max_tokens=options.max_tokens, bos=options.bos)
     trace = record(
         model,
         rows.batches(options.batch_size),
-        _recording(options).model_copy(update={"tokenizer": tokenizer, "source": options.text, "seed": context.seed}),
+        recording.model_copy(update={"tokenizer": tokenizer, "source": options.text, "seed": context.seed}),
         progress=context.progress,
     )
     trace.save(context.out, overwrite=context.overwrite)
     told = {"tokens": trace.meta.tokens, "domains": list(trace.meta.domains), "warnings": trace.warnings}
-    return {**told, "summary": summarise(trace).model_dump(mode="json")}
+    figures = {} if trace.statistics is None else single_figures(trace.statistics)
+    # A dense model routes nothing that could be summarised.
+    summary = summarise(trace).model_dump(mode="json") if recording.routed else None
+    return {**told, "summary": summary, "figures": {str(layer): named for layer, named in figures.items()}}
 
 
 def _bytes_per_token(model: str, weights: bool) -> int | None:

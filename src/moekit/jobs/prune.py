@@ -14,6 +14,7 @@ from moekit.compress.engine.plan import PrunePlan
 from moekit.compress.engine.planning import Request, plan_file, plan_pruning, sizes_of
 from moekit.compress.engine.searching import search_pruning
 from moekit.data import Document, TokenBatches
+from moekit.data.encoding import Bos
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
@@ -109,6 +110,7 @@ def prune(
     random_seeds: int = 1,
     stock_only: bool = False,
     mtp: Literal["drop", "keep"] = "drop",
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: DtypeName = "auto",
     out: str | Path | None = None,
@@ -146,6 +148,7 @@ def prune(
         random_seeds: random choices that the proof compares with.
         stock_only: refuse what stock transformers does not load.
         mtp: multi-token-prediction layers: leave them out, or copy them.
+        bos: what stands before each text: see `moekit.data.encoding.beginning`.
         device: where layers run: cpu, cuda, ...
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
             precision.
@@ -284,18 +287,32 @@ def _texts(options: PruneOptions, source: Source, context: JobContext) -> tuple[
         return rows, None
     if options.heldout is not None:
         return rows, read_heldout(
-            options.heldout, None, source, context, tokens=options.proof_tokens, window=options.window
+            options.heldout,
+            None,
+            source,
+            context,
+            tokens=options.proof_tokens,
+            window=options.window,
+            bos=options.bos,
         )
     assert options.data is not None
     return rows, read_heldout(
-        options.data, "heldout", source, context, tokens=options.proof_tokens, window=options.window
+        options.data,
+        "heldout",
+        source,
+        context,
+        tokens=options.proof_tokens,
+        window=options.window,
+        bos=options.bos,
     )
 
 
 def _rows(options: PruneOptions, documents: list[Document], source: Source, context: JobContext) -> TokenBatches:
     if options.answers is None:
         length = min(options.seq_len, source.longest)
-        return calibration_rows(documents, source.tokenizer(), seq_len=length, max_tokens=options.max_tokens)
+        return calibration_rows(
+            documents, source.tokenizer(), seq_len=length, max_tokens=options.max_tokens, bos=options.bos
+        )
     return answered_rows(
         documents,
         source,

@@ -101,6 +101,8 @@ def run(options: RouteOptions, context: JobContext) -> dict[str, Any]:
         trace.check_model(fingerprint)
         statistics, trace_hash = trace.require(record.needs), trace.digest
     placed = None if options.placement is None else Placement.load(options.placement)
+    if placed is not None:
+        placed.check_model(fingerprint)
     plan = plan_routing(
         find_moe_layers(model),
         policy,

@@ -18,6 +18,7 @@ from moekit.compress.engine.sequential import Calibration, Request, plan_sparsit
 from moekit.compress.engine.sparsity_plan import SparsityPlan
 from moekit.compress.engine.zeroing import SparsifyMethod, check_sparsity
 from moekit.data import TokenBatches
+from moekit.data.encoding import Bos
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
@@ -88,6 +89,7 @@ def sparsify(
     proof: bool = True,
     proof_tokens: int | None = 32768,
     window: int | None = None,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: DtypeName = "auto",
     out: str | Path | None = None,
@@ -116,6 +118,7 @@ def sparsify(
         proof: measure what it costs, against magnitudes at the same sparsity.
         proof_tokens: held-out tokens, at most, an equal share of each domain.
         window: longest context of the proof in tokens (default: the model's, ≤ 1024)
+        bos: what stands before each text: see `moekit.data.encoding.beginning`.
         device: where layers run: cpu, cuda, ...
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
             precision.
@@ -288,7 +291,13 @@ def _rows(options: SparsifyOptions, source: Source, tokenizer: Any, context: Job
     split = "train" if options.heldout is None else None
     documents = read_text(str(options.data), split=split, seed=context.seed, progress=context.progress)
     length = min(options.seq_len, source.longest)
-    return calibration_rows(documents, tokenizer, seq_len=length, max_tokens=options.max_tokens)
+    return calibration_rows(
+        documents,
+        tokenizer,
+        seq_len=length,
+        max_tokens=options.max_tokens,
+        bos=options.bos,
+    )
 
 
 def _origin(options: SparsifyOptions) -> str:
@@ -304,16 +313,30 @@ def _heldout(
     if not _proves(options):
         return None
     if options.heldout is not None:
-        return read_heldout(options.heldout, None, source, context, tokens=options.proof_tokens, window=options.window)
+        return read_heldout(
+            options.heldout, None, source, context, tokens=options.proof_tokens, window=options.window, bos=options.bos
+        )
     if plan is None:
         return read_heldout(
-            str(options.data), "heldout", source, context, tokens=options.proof_tokens, window=options.window
+            str(options.data),
+            "heldout",
+            source,
+            context,
+            tokens=options.proof_tokens,
+            window=options.window,
+            bos=options.bos,
         )
     check_unchanged(plan.file.kept_apart, plan.file.text_sha256)
     try:
         if plan.file.kept_apart:
             return read_heldout(
-                plan.file.kept_apart, "heldout", source, context, tokens=options.proof_tokens, window=options.window
+                plan.file.kept_apart,
+                "heldout",
+                source,
+                context,
+                tokens=options.proof_tokens,
+                window=options.window,
+                bos=options.bos,
             )
     except MoekitError as error:
         logger.warning("the text of the plan cannot be read again: %s", error.message)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
 from moekit.compress.engine.planning import sizes_of
-from moekit.data import TokenBatches, TokenizedDocument
+from moekit.data import TokenBatches
 from moekit.data.batches import arrange, pad_id_of
+from moekit.data.encoding import Bos
 from moekit.data.shares import take_shares
 from moekit.diagnose.super_experts.massive_activations import LayerStream, StreamedProfile, layer_streams
 from moekit.diagnose.super_experts.report import SuperExpertReport
@@ -77,6 +76,7 @@ def super_experts(
     random_seeds: int = 5,
     proof_tokens: int | None = 32768,
     window: int | None = None,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: DtypeName = "auto",
     out: str | Path | None = None,
@@ -102,6 +102,7 @@ def super_experts(
         random_seeds: draws of as many others.
         proof_tokens: held-out tokens, at most, an equal share of each domain.
         window: longest context of the check in tokens (default: the model's, ≤ 1024)
+        bos: what stands before each text: see `moekit.data.encoding.beginning`.
         device: where layers run: cpu, cuda, ...
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
             precision.
@@ -176,14 +177,15 @@ def _texts(options: SuperExpertsOptions, source: Source, context: JobContext) ->
     )
     tokenizer = source.tokenizer()
     # Sinks stand at the beginning of a text: each document begins a row, as texts of this model do.
-    found = _begun(take_shares(documents, tokenizer, options.max_tokens, progress=context.progress), tokenizer)
+    found = take_shares(documents, tokenizer, options.max_tokens, bos=options.bos, progress=context.progress)
     length = min(options.seq_len, source.longest)
     rows = arrange(found, length, pad=True, pad_id=pad_id_of(tokenizer))
     if not options.proof:
         return rows, None
     text, split = (options.data, "heldout") if options.heldout is None else (options.heldout, None)
-    heldout = read_heldout(text, split, source, context, tokens=options.proof_tokens, window=options.window)
-    return rows, dataclasses.replace(heldout, documents=_begun(heldout.documents, tokenizer))
+    return rows, read_heldout(
+        text, split, source, context, tokens=options.proof_tokens, window=options.window, bos=options.bos
+    )
 
 
 def _look(
@@ -237,14 +239,6 @@ def _origin(options: SuperExpertsOptions) -> str:
     path = Path(options.data).expanduser()
     name = str(path.resolve()) if path.exists() else options.data
     return f"{name}[train]" if options.proof and options.heldout is None else name
-
-
-def _begun(documents: Sequence[TokenizedDocument], tokenizer: Any) -> list[TokenizedDocument]:
-    """The documents, each behind what the tokenizer puts before a text, such as a token of its beginning."""
-    plain, usual = (list(tokenizer("a", add_special_tokens=told)["input_ids"]) for told in (False, True))
-    starts = (n for n in range(len(usual)) if usual[n : n + len(plain)] == plain)
-    before = usual[: next(starts, 0)]
-    return [dataclasses.replace(document, ids=[*before, *document.ids]) for document in documents]
 
 
 def _largest_layer(source: Source) -> int:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from moekit._device import DTYPE_HELP, DtypeName
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef, TextRef
 
 
@@ -29,6 +30,7 @@ class ConvertOptions(JobOptions):
     split: Literal["train", "heldout"] | None = Field(default="train", description="part of the text to take")
     max_tokens: int = Field(default=8192, ge=1, description="calibration tokens, at most")
     seq_len: int = Field(default=256, ge=2, description="tokens a row")
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
     drop_unknown: bool = Field(
         default=False, description="leave out what the source holds beyond the model, such as a vision tower"

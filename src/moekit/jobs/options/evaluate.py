@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.jobs.options.base import CommandLine, ModelRef, PlanRef, QuestionsRef, ResultsRef, TextRef
 from moekit.jobs.options.ranked import RankedOptions
 
@@ -39,5 +40,6 @@ class EvaluateOptions(RankedOptions):
     tasks: tuple[str, ...] = Field(default=(), description="tasks of lm-eval's registry, fetched from the hub")
     limit: int | None = Field(default=None, ge=1, description="questions of each task, at most")
     baseline: ResultsRef | None = Field(default=None, description="evaluation to compare with")
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef, TextRef
 
 
@@ -62,5 +63,6 @@ class SuperExpertsOptions(JobOptions):
     window: int | None = Field(
         default=None, ge=2, description="longest context of the check in tokens (default: the model's, ≤ 1024)"
     )
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)

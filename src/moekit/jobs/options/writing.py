@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.jobs.options.base import JobOptions
 
 
@@ -25,5 +26,6 @@ class WritingOptions(JobOptions):
     mtp: Literal["drop", "keep"] = Field(
         default="drop", description="multi-token-prediction layers: leave them out, or copy them"
     )
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)

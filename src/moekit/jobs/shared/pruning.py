@@ -21,6 +21,8 @@ from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.outcome import LayerDecision
 from moekit.compress.engine.plan import PrunePlan
 from moekit.compress.engine.planning import Request, sizes_of
+from moekit.data.encoding import Bos
+from moekit.data.passages import units
 from moekit.data.shares import take_shares
 from moekit.errors import BadConfig, BadData, OutOfBudget
 from moekit.jobs.context import JobContext
@@ -185,7 +187,14 @@ def bytes_between(source: Source, tokens: int, proof_tokens: int, variants: int,
 
 
 def read_heldout(
-    reference: str, split: Any, source: Source, context: JobContext, *, tokens: int | None, window: int | None
+    reference: str,
+    split: Any,
+    source: Source,
+    context: JobContext,
+    *,
+    tokens: int | None,
+    window: int | None,
+    bos: Bos = "auto",
 ) -> HeldOut:
     """Tokenize held-out text.
 
@@ -196,13 +205,14 @@ def read_heldout(
         context: seed and progress.
         tokens: at most, an equal share of each domain; None for all.
         window: longest context in tokens; None for the model's, at most 1024.
+        bos: see `moekit.data.encoding.beginning`.
 
     Raises:
         BadData: there is none, or no document has two tokens.
     """
-    documents = read_text(reference, split=split, seed=context.seed, progress=context.progress)
+    documents = units(read_text(reference, split=split, seed=context.seed, progress=context.progress))
     try:
-        tokenized = take_shares(documents, source.tokenizer(), tokens)
+        tokenized = take_shares(documents, source.tokenizer(), tokens, bos=bos)
     except BadData:  # fewer than two tokens in all
         tokenized = []
     if not any(len(document.ids) > 1 for document in tokenized):

@@ -11,6 +11,7 @@ from moekit._device import named_dtype
 from moekit._progress import Progress
 from moekit.compress.engine.layout import Work
 from moekit.compress.engine.plan import make_method
+from moekit.data.encoding import encode
 from moekit.errors import BadConfig, BadData, UnsupportedModel
 from moekit.evaluation import complete
 from moekit.evaluation.generation import Completion
@@ -171,7 +172,7 @@ class TaskModels:
                 hint="name the task (--task)",
             )
         tokenizer = self.source.tokenizer()
-        read = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        read = [encode(prompt, tokenizer) for prompt in prompts]
         if not all(read):
             raise BadData("a prompt is empty: no task can be told from it", hint="give at least one word")
         return queries_from_disk(
