@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moekit.conversion.methods.copy import CopyUpcycling
 
 from moekit import _memory
 from moekit._memory import is_out_of_memory, machine_bytes, naming_memory, require_memory
+from moekit.conversion.methods.copy import CopyUpcycling
 from moekit.errors import OutOfBudget
 
 

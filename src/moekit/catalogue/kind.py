@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 
-from moekit._names import near
+from moekit._names import hint_for
 from moekit.errors import BadConfig
 
 KIND_ENTRY_POINTS = "moekit.kinds"
@@ -133,5 +133,5 @@ def kind_of(name: str) -> Kind:
     """
     known = {kind.name: kind for kind in kinds()}
     if name not in known:
-        raise BadConfig(f"no kind of methods is called {name!r}", hint=near(name, known))
+        raise BadConfig(f"no kind of methods is called {name!r}", hint=hint_for(name, known))
     return known[name]

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from moekit._names import near
+from moekit._names import hint_for
 from moekit._validation import faults
 from moekit.catalogue.kind import kinds
 from moekit.errors import BadConfig
@@ -164,7 +164,7 @@ def get(kind: str, name: str) -> MethodRecord:
     if record is not None:
         return record
     names = [n for k, n in sorted(_records) if k == kind]
-    raise BadConfig(f"no {kind} method is called {name!r}", hint=near(name, names))
+    raise BadConfig(f"no {kind} method is called {name!r}", hint=hint_for(name, names))
 
 
 def make(kind: str, name: str, knobs: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from moekit._names import near
+from moekit._names import hint_for
 from moekit._progress import Progress
 from moekit.errors import BadConfig, BadData, UnsafeInput
 from moekit.evaluation.likelihood import evaluating
@@ -157,7 +157,7 @@ def _named(names: Sequence[str], taken: set[str]) -> dict[str, Any]:
     manager = _lm_eval.manager()
     for name in names:
         if name not in manager.all_tasks:
-            hint = near(name, manager.all_tasks, otherwise="see `lm-eval ls tasks`")
+            hint = hint_for(name, manager.all_tasks, otherwise="see `lm-eval ls tasks`")
             raise BadConfig(f"lm-eval has no task {name!r}", hint=hint)
     built = _lm_eval.registered(manager, names)
     for name, task in built.items():

@@ -18,7 +18,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.prune import PruneResult
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import model_item, text_item
+from moekit.jobs.shared.inputs import model_item, record_bytes, text_item
 from moekit.jobs.shared.opened import Source, check_runnable, open_source
 from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.pruned import Decided, finish, in_groups, warn_of
@@ -144,6 +144,7 @@ def estimate(options: ApplyOptions, out: Path, sizes: Sizes) -> Forecast:
     request = _request(options, plan)
     refuse_uneven(request.budget, options.stock_only)
     nbytes = foresee(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp).nbytes
+    nbytes += record_bytes(source.checkpoint.tensors.values())
     disk = nbytes + _between(options, source, plan)
     return Forecast((*reads, model), (Item(str(out), nbytes),), disk=disk, memory=1 << 30)
 

@@ -15,7 +15,7 @@ from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.place import PlaceOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import model_item, model_location
+from moekit.jobs.shared.inputs import changed_bytes, model_item, model_location
 from moekit.placement import Placement, constraint_gain, routing_groups
 from moekit.placement.apply import place_checkpoint
 from moekit.placement.comparison import compare, compare_solvers
@@ -124,7 +124,8 @@ def estimate(options: PlaceOptions, out: Path, sizes: Sizes) -> Forecast:
     if options.model is not None:
         model = model_item(options.model, sizes)
         others.append(model)
-        written = None if model.nbytes is None else model.nbytes * len(options.devices)
+        each = changed_bytes(options.model, model)
+        written = None if each is None else (1 << 16) + each * len(options.devices)
     return Forecast(tuple(others), (Item(str(out), written),), disk=written, memory=memory)
 
 

@@ -20,6 +20,9 @@ from moekit.trace import check_summary, record, single_figures, summarise
 from moekit.trace.cost import cost_of, notes_on, sizes_of
 from moekit.trace.recording import Recording
 
+# Sums of all layers and what describes them, of models of usual size.
+_STATISTICS = 64 << 10
+
 
 class ProfileResult(JobResult):
     """What the routers chose, summed up.
@@ -107,7 +110,10 @@ def estimate(options: ProfileOptions, out: Path, sizes: Sizes) -> Forecast:
     """A choice takes one byte; the geometry is read from the config where it is there."""
     model, text = model_item(options.model, sizes), text_item(options.text, sizes)
     per_token = _bytes_per_token(options.model, options.weights) if options.choices else 0
-    trace = None if options.max_tokens is None or per_token is None else options.max_tokens * (per_token + 11)
+    # No token is shorter than a byte of the text; rows are filled up, which may take one more of each.
+    most = [n for n in (options.max_tokens, text.nbytes) if n is not None]
+    tokens = min(most) + options.seq_len if most else None
+    trace = None if tokens is None or per_token is None else tokens * (per_token + 11) + _STATISTICS
     nbytes, notes = _cost(options)
     if trace is not None:
         trace += nbytes

@@ -21,7 +21,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.hashes import text_hash
-from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item
+from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, record_bytes, text_item
 from moekit.jobs.shared.opened import Source, check_runnable, open_source
 from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.shared.proof import HeldOut
@@ -225,10 +225,11 @@ def estimate(options: PruneOptions, out: Path, sizes: Sizes) -> Forecast:
     source = open_source(options.model)
     request = _request(options, source, 0)
     outlook = _foresee(options, source, request)
-    disk = outlook.nbytes + _between(options, source, outlook, request)
+    nbytes = outlook.nbytes + record_bytes(source.checkpoint.tensors.values())
+    disk = nbytes + _between(options, source, outlook, request)
     memory = 2 * max(_layer_bytes(source).values()) + (1 << 30)
     memory = memory if options.answers is None else max(memory, source.nbytes + (1 << 30))
-    return Forecast(tuple(reads), (Item(str(out), outlook.nbytes),), disk=disk, memory=memory, notes=tuple(notes))
+    return Forecast(tuple(reads), (Item(str(out), nbytes),), disk=disk, memory=memory, notes=tuple(notes))
 
 
 def run(options: PruneOptions, context: JobContext) -> dict[str, Any]:

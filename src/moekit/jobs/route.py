@@ -13,7 +13,7 @@ from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.route import RouteOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import model_item, open_model, save_changed
+from moekit.jobs.shared.inputs import changed_bytes, model_item, open_model, save_changed
 from moekit.placement import Placement
 from moekit.progress import ProgressLike
 from moekit.routing import plan_routing
@@ -85,7 +85,7 @@ def estimate(options: RouteOptions, out: Path, sizes: Sizes) -> Forecast:
     """A plan is small; a model is as large as its parent."""
     model = model_item(options.model, sizes)
     others = [sizes.item(path) for path in (options.trace, options.placement) if path is not None]
-    written = model.nbytes if options.write == "model" else 1 << 20
+    written = changed_bytes(options.model, model) if options.write == "model" else 1 << 20
     return Forecast((model, *others), (Item(str(out), written),), disk=written, memory=model.nbytes)
 
 

@@ -25,7 +25,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.hashes import text_hash
-from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item
+from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, record_bytes, text_item
 from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.shared.proof import HeldOut
@@ -188,7 +188,7 @@ def estimate(options: SparsifyOptions, out: Path, sizes: Sizes) -> Forecast:
     source = open_source(reference)
     if options.from_plan is None:
         _request(options, source, 0)
-    nbytes = _foresee(source)
+    nbytes = _foresee(source) + record_bytes(source.checkpoint.tensors.values())
     disk = nbytes + _between(options, source)
     return Forecast((model, *reads), (Item(str(out), nbytes),), disk=disk, memory=1 << 30, notes=notes)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from moekit._names import near
+from moekit._names import hint_for
 from moekit.errors import BadConfig
 
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
@@ -46,7 +46,7 @@ def override(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     """
     for name in given:
         if name not in known:
-            raise BadConfig(f"the recipe has no variable {name!r}", hint=near(name, known))
+            raise BadConfig(f"the recipe has no variable {name!r}", hint=hint_for(name, known))
     return {**known, **given}
 
 
@@ -84,7 +84,7 @@ def _look_up(name: str, variables: Mapping[str, Any]) -> Any:
     if name in variables:
         return variables[name]
     way_out = "define it under vars, or write ${steps.ID} for a step"
-    raise BadConfig(f"${{{name}}} is not defined", hint=near(name, variables, otherwise=way_out))
+    raise BadConfig(f"${{{name}}} is not defined", hint=hint_for(name, variables, otherwise=way_out))
 
 
 def repeated(over: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

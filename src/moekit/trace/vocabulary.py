@@ -29,7 +29,7 @@ from typing import Literal
 from torch import Tensor
 
 from moekit import catalogue
-from moekit._names import near
+from moekit._names import hint_for
 from moekit.errors import BadConfig
 from moekit.trace.batch import ExpertBatch, TokenBatch
 from moekit.trace.sources.table import source_of
@@ -227,7 +227,7 @@ def get(name: str) -> Statistic:
             return found
     way_out = f"there are: {', '.join([*GROUPS, *sorted(_statistics)])}"
     raise BadConfig(
-        f"no statistic is called {name!r}", hint=near(name, [*_statistics, *GROUPS, *KEPT], otherwise=way_out)
+        f"no statistic is called {name!r}", hint=hint_for(name, [*_statistics, *GROUPS, *KEPT], otherwise=way_out)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from moekit._progress import Progress
 from moekit._ranks import is_first_rank
 from moekit.checkpoint import Checkpoint, Record, fingerprint_model
 from moekit.checkpoint.estimate import estimate
+from moekit.checkpoint.folder import read_tensors
+from moekit.checkpoint.safety import TensorInfo
 from moekit.data import Document, TokenBatches, fetch, pack, vocabulary
 from moekit.data.batches import arrange
 from moekit.data.encoding import Bos
-from moekit.data.mixes import MIXES
 from moekit.data.shares import take_shares
-from moekit.data.sources import all_sources, get_source
+from moekit.data.sources import all_sources, get_source, text_mixes
 from moekit.data.text import load_text
 from moekit.errors import BadCheckpoint, BadConfig, MoekitError
 from moekit.jobs.context import JobContext, LiveModel
@@ -210,6 +211,24 @@ def model_item(reference: str, sizes: Sizes) -> Item:
     return Item(reference, _hub_bytes(reference))
 
 
+# Of a tensor in a record and an index: its names, digest and shape; of each expert that it stacks, a digest.
+_RECORDED, _RECORDED_EXPERT, _CARD = 400, 80, 8 << 10
+
+
+def record_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """Most bytes of record, index and card that a checkpoint of such tensors gets beside its weights."""
+    stacked = {info.name: info.shape[0] if len(info.shape) > 2 else 0 for info in tensors}
+    return _CARD + sum(_RECORDED + 2 * len(name) + _RECORDED_EXPERT * n for name, n in stacked.items())
+
+
+def changed_bytes(reference: str, model: Item) -> int | None:
+    """Most bytes of what a model becomes whose weights change and not their sizes; None if the model's are unknown."""
+    folder = Path(reference).expanduser()
+    if model.nbytes is None or not (folder / "config.json").is_file():
+        return model.nbytes
+    return model.nbytes + record_bytes(read_tensors(folder).values())
+
+
 def _refuse_bad_config(folder: Path) -> None:
     """A dry run of a model that no command would open says so."""
     from moekit.checkpoint.folder import CONFIG_FILE
@@ -232,6 +251,7 @@ def text_item(reference: str, sizes: Sizes) -> Item:
     known = sizes.of(Path(reference).expanduser())
     if known is not None:
         return Item(reference, known)
-    names = [candidates[0] for candidates in MIXES[reference]] if reference in MIXES else [reference]
+    mixes = text_mixes()
+    names = [candidates[0] for candidates in mixes[reference]] if reference in mixes else [reference]
     infos = [all_sources()[name].info() for name in names if name in all_sources()]
     return Item(reference, sum(info.download_bytes for info in infos) if infos else None)
