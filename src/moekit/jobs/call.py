@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ from moekit._ranks import is_first_rank
 from moekit._validation import faults
 from moekit.checkpoint import fingerprint_model
 from moekit.checkpoint.atomic import atomic_write, lock
-from moekit.data.cache import home
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.context import JobContext, LiveModel
 from moekit.jobs.options.base import JobOptions, kinds_of
@@ -234,7 +234,8 @@ def _stored(texts: Sequence[str] | Mapping[str, Sequence[str]]) -> Path:
     rows = [{"text": text, "domain": str(domain)} for domain, some in domains.items() for text in some]
     if not all(isinstance(row["text"], str) for row in rows):
         raise BadConfig("a list of texts holds something that is no text", hint="give strings, or domain -> strings")
-    file = home() / "texts" / f"{hash_of(rows)[:32]}.jsonl"
+    home = Path(os.environ.get("MOEKIT_HOME") or Path.home() / ".cache" / "moekit").expanduser()
+    file = home / "texts" / f"{hash_of(rows)[:32]}.jsonl"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
