@@ -16,12 +16,12 @@ from moekit.checkpoint.record import Record
 from moekit.cli.main import main
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.outcome import LayerDecision
-from moekit.convert.methods.residual import Residual
+from moekit.conversion.methods.residual import Residual
 from tests.checkpoints import edit_json, edit_shard, plain, saved
 from tests.families import EXPERTS
 from tests.odd_folders import nudge, spread, tensors_of, with_mtp, with_vision
 from tests.tiny import tokenizer
-from tests.unit.convert.conftest import dense_model
+from tests.unit.conversion.conftest import dense_model
 
 KEPT = (1, 2, 4, 5, 7)
 
