@@ -20,7 +20,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     page = (ROOT / "docs" / "add-a-method.md").read_text()
     blocks = dict(re.findall(r'```\w+ title="([\w.]+)"\n(.*?)```', page, flags=re.DOTALL))
     folder = tmp_path_factory.mktemp("site")
-    for name in ("coolest.py", "surest.py"):
+    for name in ("coolest.py", "surest.py", "overlap.py"):
         (folder / name).write_text(blocks[name])
     found = re.search(r'entry-points\."(.+?)"\]\n(\w+) = "(\w+)"', blocks["pyproject.toml"])
     second = re.search(r'`(\w+) = "(\w+)"`', page)
@@ -29,7 +29,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = folder / "coolest-0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: coolest\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text(f"[{found[1]}]\n{found[2]} = {found[3]}\n{second[1]} = {second[2]}\n")
+    (info / "entry_points.txt").write_text(
+        f"[{found[1]}]\n{found[2]} = {found[3]}\n{second[1]} = {second[2]}\noverlap = overlap\n"
+    )
     return folder
 
 
@@ -51,6 +53,19 @@ def test_it_is_listed(package: Path) -> None:
     (record,) = [r for r in records if r["name"] == "coolest"]
     assert record["origin"] == "coolest"
     assert record["options"]["temperature"]["help"] == "divides the logits; no unit (> 0) (default: 2.0)"
+
+
+def test_its_statistics_are_listed_and_recorded(package: Path) -> None:
+    listed = json.loads(run(package, *CLI, "methods", "statistics", "--json"))["statistics"]
+    (entry,) = [s for s in listed if s["name"] == "output_overlap"]
+    assert (entry["origin"], entry["shape"], list(entry["looks_at"])) == ("overlap", "EE", ["all_outputs"])
+    code = (
+        "from tests.families import build, tokens; from moekit.trace import record; "
+        "names = ('output_overlap', 'neuron_gain', 'all_output_gram', 'neuron_taylor'); "
+        "s = record(build('qwen3_moe'), [tokens()], statistics=names).statistics[0]; "
+        "print(s['output_overlap'].equal(s['all_output_gram']), s['neuron_gain'].equal(s['neuron_taylor']))"
+    )
+    assert run(package, "-c", code).split() == ["True", "True"]
 
 
 def test_help_shows_it_and_its_options(package: Path) -> None:
