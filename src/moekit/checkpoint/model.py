@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moekit._device import named_dtype, resolve_device
+from moekit._memory import naming_memory
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder, atomic_write
 from moekit.checkpoint.card import CARD_FILE, licence_of, render
@@ -46,6 +47,7 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@naming_memory("loading the model", "`moekit estimate` says what it needs; load it in a smaller dtype or elsewhere")
 def load(
     model: str | Path,
     *,

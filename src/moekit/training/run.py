@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from moekit._files import read_text
+from moekit._memory import naming_memory
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.checkpoint.stored import mark_stored
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 WINDOWS = 20
 
 
+@naming_memory("training", "take a smaller batch or shorter rows, or a machine with more memory")
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -89,6 +91,7 @@ def train(
         BadConfig: the model or the tokenizer does not fit, or `output` holds another run.
         BadData: the text is empty.
         NumericFault: the loss or a router's logits became NaN or infinite.
+        OutOfBudget: memory ran out.
     """
     rows = _rows(model, tokenizer, documents, config, progress)
     held = None if heldout is None else _rows(model, tokenizer, heldout, config, progress)
