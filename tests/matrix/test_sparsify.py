@@ -19,9 +19,11 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.live import change_model
+from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import Calibration, PlanRequest
 from moekit.compress.engine.resize import read_block
-from moekit.compress.engine.sequential import Calibration, Request, plan_sparsity, zeros_of
-from moekit.compress.engine.sparsity_plan import SparsityPlan
+from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.engine.zeroing import SparsifyMethod
 from moekit.compress.maths.masks import zeros_in
 from tests.checkpoints import plain
@@ -50,9 +52,9 @@ def examples(name: str, model: PreTrainedModel) -> list[SparsifyMethod]:
     return list(cls.examples(find_moe_layers(model)[0].geometry))
 
 
-def plan_of(checkpoint: Checkpoint, method: SparsifyMethod, sparsity: float) -> SparsityPlan:
+def plan_of(checkpoint: Checkpoint, method: SparsifyMethod, sparsity: float) -> WeightPlan:
     share = sparsity if method.fixed_sparsity is None else method.fixed_sparsity
-    return plan_sparsity(checkpoint, TEXT if method.required else None, Request(method, share))
+    return plan_weights(checkpoint, TEXT if method.required else None, PlanRequest(method, share))
 
 
 def matrices(model: PreTrainedModel) -> dict[tuple[int, str], torch.Tensor]:
@@ -74,7 +76,7 @@ def test_no_zeros_change_no_bit(name: str, family: str, checkpoint: Checkpoint) 
         if method.fixed_sparsity is not None:
             continue
         plan = plan_of(checkpoint, method, 0.0)
-        changed = change_model(copy.deepcopy(model), plan.decisions, zeros_of(plan, checkpoint))
+        changed = change_model(copy.deepcopy(model), plan.outcomes, rewriter(plan, checkpoint))
         assert torch.equal(logits(changed), stock), repr(method)
 
 
@@ -86,10 +88,10 @@ def test_a_sparse_folder_is_the_sparse_model(
 ) -> None:
     model, method = build(family), examples(name, build(family))[0]
     plan = plan_of(checkpoint, method, 0.6)
-    changed = change_model(copy.deepcopy(model), plan.decisions, zeros_of(plan, checkpoint))
-    zeros, target = zeros_of(plan, checkpoint), tmp_path / "out"
+    changed = change_model(copy.deepcopy(model), plan.outcomes, rewriter(plan, checkpoint))
+    zeros, target = rewriter(plan, checkpoint), tmp_path / "out"
     record = Record(command="a test")
-    apply(checkpoint, plan.decisions, target, rewrite=zeros, rewrite_full=True, record=record, mtp="keep")
+    apply(checkpoint, plan.outcomes, target, rewrite=zeros, record=record, mtp="keep")
     opened = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     memory = changed.state_dict()
     assert all(torch.equal(value, memory[key]) for key, value in opened.state_dict().items())
@@ -103,7 +105,7 @@ def test_a_sparse_folder_is_the_sparse_model(
 
 
 def _check_zeros(
-    after: dict[tuple[int, str], Any], before: dict[tuple[int, str], Any], plan: SparsityPlan, told: int
+    after: dict[tuple[int, str], Any], before: dict[tuple[int, str], Any], plan: WeightPlan, told: int
 ) -> None:
     counted = 0
     for (layer, part), found in after.items():
@@ -130,11 +132,11 @@ def test_every_setting_gives_its_zeros_and_a_stored_plan_the_same(
     for number, method in enumerate(examples(name, model)):
         plan = plan_of(checkpoint, method, 0.5)
         plan.save(tmp_path / f"{number}.json")
-        stored = SparsityPlan.load(tmp_path / f"{number}.json")
+        stored = WeightPlan.load(tmp_path / f"{number}.json")
         read = stored.file.model_copy(update={"statistics_sha256": ""})  # filled in as it is written
         assert (read, stored.hash) == (plan.file, plan.hash)
         assert stored.method == method
-        zeros, again = zeros_of(plan, checkpoint), zeros_of(stored, checkpoint)
+        zeros, again = rewriter(plan, checkpoint), rewriter(stored, checkpoint)
         for layer in find_moe_layers(model):
             weights = read_block(layer)
             made, same = zeros(layer.index, weights), again(layer.index, weights)

@@ -147,15 +147,13 @@ def _write_checked(model: Any, tokenizer: Any, record: Record, work: JobContext,
     """Write, check, and only then give it its name."""
     import moekit
     from moekit.checking import check
-    from moekit.checkpoint import atomic_folder
+    from moekit.checkpoint.atomic import checked_folder
 
-    with atomic_folder(work.out, overwrite=work.overwrite) as folder:
-        inner = folder / work.out.name
-        moekit.save(model, inner, tokenizer=tokenizer, record=record, drop_unknown=drop_unknown)
-        _judge(check(inner, progress=work.progress), work.out)
-        for file in list(inner.iterdir()):
-            file.rename(folder / file.name)
-        inner.rmdir()
+    def judge(folder: Path) -> None:
+        _judge(check(folder, progress=work.progress), work.out)
+
+    with checked_folder(work.out, judge, overwrite=work.overwrite) as folder:
+        moekit.save(model, folder, tokenizer=tokenizer, record=record, drop_unknown=drop_unknown)
 
 
 def _judge(report: CheckReport, out: Path) -> None:

@@ -202,7 +202,7 @@ class TaskModels:
     def _scores(self, prompts: Sequence[str]) -> list[Any]:
         import torch
 
-        from moekit.compress.engine.plan import make_method
+        from moekit import catalogue
         from moekit.serving.expert_sets.retrieval import queries_from_disk
 
         if "quantization_config" in self.source.checkpoint.config:
@@ -221,7 +221,7 @@ class TaskModels:
         return queries_from_disk(
             self.source.checkpoint,
             [ids[: self.source.longest] for ids in read],
-            method=make_method(self._origin.method, self._origin.knobs),
+            method=catalogue.make("prune", self._origin.method, self._origin.knobs),
             layers=self.options.retrieval_layers,
             dtype=None if self._dtype == "auto" else getattr(torch, self._dtype),
             device=device,
@@ -283,7 +283,7 @@ def summary(models: TaskModels, answered: Sequence[Answered]) -> Mapping[str, An
     tasks = dict.fromkeys(item.assigned.task for item in answered)
     works = {task: models.plan(task) for task in tasks}
     loaded = {
-        task: {"experts": {str(n): list(d.keep) for n, d in work.decisions.items()}, "bytes": read_bytes(work)}
+        task: {"experts": {str(n): list(d.keep) for n, d in work.outcomes.items()}, "bytes": read_bytes(work)}
         for task, work in works.items()
     }
     told = {"model": models.reference, "model_bytes": models.source.nbytes, "patterns": str(models.store.folder)}

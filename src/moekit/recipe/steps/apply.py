@@ -33,8 +33,8 @@ from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
     from moekit.compress.budget.sizes import Budget
-    from moekit.compress.engine.plan import PrunePlan
-    from moekit.compress.engine.planning import Request
+    from moekit.compress.engine.plan import WeightPlan
+    from moekit.compress.engine.request import PlanRequest
     from moekit.jobs.shared.proof import HeldOut
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class ApplyStep(WritingOptions, Step):
         source = open_source(reference)
         plan = self._fitting(plan, source)
         request = self._request(plan)
-        refuse_uneven(request.budget, self.stock_only)
+        refuse_uneven(request.keep_budget, self.stock_only)
         nbytes = foresee(source, request, plan.file.method, stock_only=self.stock_only, mtp=self.mtp).nbytes
         disk = nbytes + self._between(source, plan)
         return Forecast((*reads, model), (Item(str(out), nbytes),), disk=disk, memory=1 << 30)
@@ -102,8 +102,8 @@ class ApplyStep(WritingOptions, Step):
         source = open_source(self.model or plan.file.model, work.progress)
         plan = self._fitting(plan, source)
         request = self._request(plan)
-        refuse_uneven(request.budget, self.stock_only)
-        tell_uneven(request.budget)
+        refuse_uneven(request.keep_budget, self.stock_only)
+        tell_uneven(request.keep_budget)
         outlook = foresee(source, request, plan.file.method, stock_only=self.stock_only, mtp=self.mtp)
         if self.proof:
             check_runnable(source)
@@ -112,18 +112,18 @@ class ApplyStep(WritingOptions, Step):
         decided = Decided(source, request, self._decided(plan, source, request), plan.statistics)
         return finish(decided, heldout, self, work, warn_of(decided.plan))
 
-    def _load(self) -> PrunePlan:
-        from moekit.compress.engine.plan import PrunePlan
+    def _load(self) -> WeightPlan:
+        from moekit.compress.engine.plan import WeightPlan
 
-        return PrunePlan.load(_plan_path(self.plan))
+        return WeightPlan.load(_plan_path(self.plan), kind="prune")
 
-    def _fitting(self, plan: PrunePlan, source: Source) -> PrunePlan:
+    def _fitting(self, plan: WeightPlan, source: Source) -> WeightPlan:
         """The plan as one of this model.
 
         Raises:
             BadConfig: it was made for another one.
         """
-        from moekit.compress.engine.plan import PrunePlan
+        from moekit.compress.engine.plan import WeightPlan
 
         if not self.other_weights:
             plan.check_model(source.checkpoint.fingerprint, source.checkpoint.path)
@@ -137,38 +137,40 @@ class ApplyStep(WritingOptions, Step):
                 hint="make a plan for this model: scores of one say nothing of another",
             )
         update = {"fingerprint": source.checkpoint.fingerprint}
-        return PrunePlan(plan.file.model_copy(update=update), plan.statistics)
+        return WeightPlan(plan.file.model_copy(update=update), plan.statistics)
 
-    def _budget(self, plan: PrunePlan) -> Budget:
+    def _budget(self, plan: WeightPlan) -> Budget:
+        from moekit.compress.engine.plan import keep_budget
+
         if self.keep is None:
-            return plan.file.budget
-        before = plan.file.budget
+            return keep_budget(plan.file.budget)
+        before = keep_budget(plan.file.budget)
         scope = self.scope or before.scope
         if scope == "uniform":
             return budget_of(self.keep, scope, self.least, self.most)
         return budget_of(self.keep, scope, self.least or before.least, self.most or before.most)
 
-    def _request(self, plan: PrunePlan) -> Request:
-        from moekit.compress.engine.planning import Request
+    def _request(self, plan: WeightPlan) -> PlanRequest:
+        from moekit.compress.engine.request import PlanRequest
 
         file = plan.file
-        return Request(plan.method, self._budget(plan), file.top_k, file.groups, file.seed, file.protected)
+        return PlanRequest(plan.method, self._budget(plan), file.top_k, file.groups, file.seed, file.protected)
 
-    def _decided(self, plan: PrunePlan, source: Source, request: Request) -> PrunePlan:
-        from moekit.compress.engine.plan import PrunePlan
+    def _decided(self, plan: WeightPlan, source: Source, request: PlanRequest) -> WeightPlan:
+        from moekit.compress.engine.plan import WeightPlan
         from moekit.compress.engine.planning import redecide
 
         if self.keep is None:
             return plan
-        made = redecide(plan, source.checkpoint, request.budget)
-        return PrunePlan(made.file.model_copy(update={"layers": in_groups(source, made)}), made.statistics)
+        made = redecide(plan, source.checkpoint, request.keep_budget)
+        return WeightPlan(made.file.model_copy(update={"layers": in_groups(source, made)}), made.statistics)
 
-    def _between(self, source: Source, plan: PrunePlan) -> int:
+    def _between(self, source: Source, plan: WeightPlan) -> int:
         proof = (self.proof_tokens or (1 << 20)) if self.proof else 0
         rewritten = source.nbytes if plan.method.rewrites else 0
         return bytes_between(source, 0, proof, 2 + self.random_seeds, rewritten)
 
-    def _heldout(self, plan: PrunePlan, source: Source, work: JobContext) -> HeldOut | None:
+    def _heldout(self, plan: WeightPlan, source: Source, work: JobContext) -> HeldOut | None:
         """Text to prove on: the one given, else what was kept apart when the plan was made."""
         if not self.proof:
             return None

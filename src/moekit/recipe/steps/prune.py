@@ -34,8 +34,8 @@ from moekit.jobs.shared.self_calibration import answered_rows, load_for_answers
 from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
-    from moekit.compress.engine.plan import PrunePlan
-    from moekit.compress.engine.planning import Request
+    from moekit.compress.engine.plan import WeightPlan
+    from moekit.compress.engine.request import PlanRequest
     from moekit.data import Document, TokenBatches
     from moekit.jobs.shared.proof import HeldOut
     from moekit.trace import Trace
@@ -84,7 +84,7 @@ class PruneStep(WritingOptions, Step):
         description="tokens a row, the model's limit if that is less; a prompt and its answer are one",
     )
     batch_size: int = Field(default=8, ge=1, description="rows a pass")
-    plan: str | None = Field(default=None, description="also write scores and decision to this file")
+    plan: str | None = Field(default=None, description="also write scores and outcome to this file")
     write: Literal["model", "plan"] = Field(default="model", description="write the smaller model, or the plan alone")
 
     def further_outputs(self) -> tuple[Path, ...]:
@@ -150,7 +150,7 @@ class PruneStep(WritingOptions, Step):
         self.check()
         source = open_source(self.model, work.progress)
         request = self._request(source, work.seed)
-        tell_uneven(request.budget)
+        tell_uneven(request.keep_budget)
         outlook = self._foresee(source, request)
         if self._proves:
             check_runnable(source)
@@ -166,19 +166,19 @@ class PruneStep(WritingOptions, Step):
         _save_plan(decided.plan, work)
         return told_of_plan(decided, warnings, outlook.tensors)
 
-    def _request(self, source: Source, seed: int) -> Request:
-        from moekit.compress.engine.planning import Request
+    def _request(self, source: Source, seed: int) -> PlanRequest:
+        from moekit.compress.engine.request import PlanRequest
 
         method = catalogue.make("prune", self.method, self.settings)
         budget = budget_of(self.keep, self.scope, self.least, self.most)
         named = self.protect is not None and self.protect != SUPER
         protected = parse_protected(str(self.protect), source) if named else None
-        return Request(method, budget, self.top_k, self.groups, seed, protected)
+        return PlanRequest(method, budget, self.top_k, self.groups, seed, protected)
 
-    def _foresee(self, source: Source, request: Request) -> Outlook:
+    def _foresee(self, source: Source, request: PlanRequest) -> Outlook:
         return foresee(source, request, self.method, stock_only=self.stock_only, mtp=self.mtp)
 
-    def _between(self, source: Source, outlook: Outlook, request: Request) -> int:
+    def _between(self, source: Source, outlook: Outlook, request: PlanRequest) -> int:
         tokens = 0 if self.data is None else self.max_tokens or (1 << 20)
         tokens *= 2 if request.method.searches else 1
         proof = (self.proof_tokens or (1 << 20)) if self._proves else 0
@@ -215,9 +215,9 @@ class PruneStep(WritingOptions, Step):
             load=lambda: load_for_answers(source, self.device, self.dtype),
         )
 
-    def _decide(self, source: Source, request: Request, rows: TokenBatches | None, work: JobContext) -> Decided:
-        from moekit.compress.engine.planning import plan_pruning
-        from moekit.compress.engine.searching import search_pruning
+    def _decide(self, source: Source, request: PlanRequest, rows: TokenBatches | None, work: JobContext) -> Decided:
+        from moekit.compress.engine.planning import plan_weights
+        from moekit.compress.engine.searching import plan_by_search
         from moekit.trace import Trace
         from moekit.trace.streamed import Streamed
 
@@ -225,7 +225,7 @@ class PruneStep(WritingOptions, Step):
             trace = None if self.trace is None else Trace.load(self.trace)
             request = self._protected(request, source, trace)
             return self._complete(
-                source, request, plan_pruning(source.checkpoint, trace, request, work.progress), trace
+                source, request, plan_weights(source.checkpoint, trace, request, work.progress), trace
             )
         with Streamed(
             source.checkpoint,
@@ -242,9 +242,9 @@ class PruneStep(WritingOptions, Step):
             if known is not None:
                 plan = known
             elif request.method.searches:
-                plan = search_pruning(source.checkpoint, trace, streamed, request, work.progress)
+                plan = plan_by_search(source.checkpoint, trace, streamed, request, work.progress)
             else:
-                plan = plan_pruning(source.checkpoint, trace, request, work.progress)
+                plan = plan_weights(source.checkpoint, trace, request, work.progress)
         if known is None:
             plan.save(work.scratch / PLAN_FILE)
         return self._complete(source, request, plan, trace)
@@ -255,20 +255,20 @@ class PruneStep(WritingOptions, Step):
         name = str(path.resolve()) if path.exists() else str(self.data)
         return name if self.heldout is not None else f"{name}[train]"
 
-    def _protected(self, request: Request, source: Source, trace: Trace | None) -> Request:
+    def _protected(self, request: PlanRequest, source: Source, trace: Trace | None) -> PlanRequest:
         if self.protect != SUPER or trace is None:
             return request
         return dataclasses.replace(request, protected=super_experts(source, trace))
 
-    def _complete(self, source: Source, request: Request, plan: PrunePlan, trace: Trace | None) -> Decided:
+    def _complete(self, source: Source, request: PlanRequest, plan: WeightPlan, trace: Trace | None) -> Decided:
         """The plan in its final form, with what baselines decide from."""
-        from moekit.compress.engine.plan import PrunePlan
-        from moekit.compress.engine.planning import plan_file
+        from moekit.compress.engine.describing import plan_file
+        from moekit.compress.engine.plan import WeightPlan
 
         layers = in_groups(source, plan)
         if layers != plan.file.layers:
-            plan = PrunePlan(plan_file(source.checkpoint, request, layers, trace), plan.statistics)
-        plan = PrunePlan(plan.file.model_copy(update={"text_sha256": text_hash(self.data)}), plan.statistics)
+            plan = WeightPlan(plan_file(source.checkpoint, request, layers, trace), plan.statistics)
+        plan = WeightPlan(plan.file.model_copy(update={"text_sha256": text_hash(self.data)}), plan.statistics)
         try:
             counted = {} if trace is None else dict(trace.require(("load",)))
         except MoekitError:
@@ -278,19 +278,19 @@ class PruneStep(WritingOptions, Step):
 
 def _layer_bytes(source: Source) -> dict[int, int]:
     """Bytes of all routed experts of each layer."""
-    from moekit.compress.engine.planning import sizes_of
+    from moekit.compress.engine.measuring import sizes_of
 
     sizes = sizes_of(source.checkpoint, source.geometries)
     return {layer: each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items()}
 
 
-def _known_plan(work: JobContext, trace: Trace, request: Request) -> PrunePlan | None:
+def _known_plan(work: JobContext, trace: Trace, request: PlanRequest) -> WeightPlan | None:
     """The plan that an interrupted run of the same work had come to."""
-    from moekit.compress.engine.plan import PrunePlan
+    from moekit.compress.engine.plan import WeightPlan
 
     file = work.scratch / PLAN_FILE
     try:
-        plan = PrunePlan.load(file) if file.is_file() else None
+        plan = WeightPlan.load(file) if file.is_file() else None
     except MoekitError:
         return None
     if plan is None or plan.file.trace != trace.digest or plan.file.protected != (request.protected or {}):
@@ -298,7 +298,7 @@ def _known_plan(work: JobContext, trace: Trace, request: Request) -> PrunePlan |
     return plan
 
 
-def _save_plan(plan: PrunePlan, work: JobContext) -> None:
+def _save_plan(plan: WeightPlan, work: JobContext) -> None:
     """As a file of that name, or in a folder, whole or not at all."""
     from moekit.checkpoint import atomic_folder
 

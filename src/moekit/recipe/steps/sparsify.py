@@ -29,8 +29,8 @@ from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
     from moekit.compress.budget.parents import Original
-    from moekit.compress.engine.sequential import Request
-    from moekit.compress.engine.sparsity_plan import SparsityPlan
+    from moekit.compress.engine.plan import WeightPlan
+    from moekit.compress.engine.request import PlanRequest
     from moekit.compress.engine.zeroing import SparsifyMethod
     from moekit.data import TokenBatches
     from moekit.jobs.shared.proof import HeldOut
@@ -183,33 +183,33 @@ class SparsifyStep(Step):
         method: SparsifyMethod = catalogue.make("sparsify", str(self.method), self.settings)
         return method
 
-    def _stored(self) -> SparsityPlan:
-        from moekit.compress.engine.sparsity_plan import SparsityPlan
+    def _stored(self) -> WeightPlan:
+        from moekit.compress.engine.plan import WeightPlan
 
-        return SparsityPlan.load(_plan_path(str(self.from_plan)))
+        return WeightPlan.load(_plan_path(str(self.from_plan)), kind="sparsify")
 
-    def _request(self, source: Source, seed: int) -> Request:
+    def _request(self, source: Source, seed: int) -> PlanRequest:
         """What is asked for, in shares of the weights that are there.
 
         Raises:
             BadConfig: a total that cannot be met, or a parent that says how many weights there were is gone.
         """
         from moekit.compress.budget.parents import expert_weights
-        from moekit.compress.budget.sparsity import remaining_sparsity
-        from moekit.compress.engine.sequential import Request
+        from moekit.compress.budget.sparsity import SparsityBudget, remaining_sparsity
+        from moekit.compress.engine.request import PlanRequest
 
         method, original = self._method(), self._original(source)
         weights = None if original is None else original.weights
         if self.total is None:
             share = method.fixed_sparsity if self.sparsity is None else self.sparsity
             assert share is not None
-            return Request(method, share, None, weights, seed)
+            return PlanRequest(method, SparsityBudget(sparsity=share, original=weights), seed=seed)
         assert weights is not None
         removed = 1 - expert_weights(source.geometries) / weights
         share = remaining_sparsity(self.total, removed)
         if method.fixed_sparsity is not None:
             share = _fixed(method.fixed_sparsity, self.total, removed, source)
-        return Request(method, share, self.total, weights, seed)
+        return PlanRequest(method, SparsityBudget(sparsity=share, total=self.total, original=weights), seed=seed)
 
     def _original(self, source: Source) -> Original | None:
         from moekit.compress.budget.parents import find_original
@@ -229,9 +229,10 @@ class SparsifyStep(Step):
         proof = (self.proof_tokens or (1 << 20)) if self._proves else 0
         return bytes_between(source, tokens, proof, 2, 0)
 
-    def _plan(self, source: Source, request: Request, work: JobContext) -> SparsityPlan:
-        from moekit.compress.engine.sequential import Calibration, plan_sparsity
-        from moekit.compress.engine.sparsity_plan import SparsityPlan
+    def _plan(self, source: Source, request: PlanRequest, work: JobContext) -> WeightPlan:
+        from moekit.compress.engine.plan import WeightPlan
+        from moekit.compress.engine.planning import plan_weights
+        from moekit.compress.engine.request import Calibration
 
         text = None
         if self.data is not None:
@@ -244,9 +245,9 @@ class SparsifyStep(Step):
                 tokenizer,
                 self._origin(),
             )
-        plan = plan_sparsity(source.checkpoint, text, request, work.progress)
+        plan = plan_weights(source.checkpoint, text, request, work.progress)
         kept = _named(self.data) if self.data is not None and self.heldout is None else ""
-        return SparsityPlan(
+        return WeightPlan(
             plan.file.model_copy(update={"kept_apart": kept, "text_sha256": text_hash(self.data)}), plan.statistics
         )
 
@@ -261,7 +262,7 @@ class SparsifyStep(Step):
         name = _named(str(self.data))
         return name if self.heldout is not None else f"{name}[train]"
 
-    def _heldout(self, source: Source, plan: SparsityPlan | None, work: JobContext) -> HeldOut | None:
+    def _heldout(self, source: Source, plan: WeightPlan | None, work: JobContext) -> HeldOut | None:
         """Text to prove on: the one given, else what is kept apart, now or when the plan was made."""
         if not self._proves:
             return None
@@ -288,7 +289,7 @@ def _foresee(source: Source) -> int:
         BadConfig: the checkpoint carries a routing policy.
     """
     from moekit.compress.engine.layout import prepare
-    from moekit.compress.engine.outcome import LayerDecision
+    from moekit.compress.engine.outcome import LayerOutcome
 
     quantized = source.checkpoint.config.get("quantization_config")
     if quantized is not None:
@@ -297,8 +298,8 @@ def _foresee(source: Source) -> int:
             file=source.checkpoint.path,
             hint="give the unquantized checkpoint, and quantize what comes out",
         )
-    decisions = {layer: LayerDecision(keep=tuple(range(g.experts))) for layer, g in source.geometries.items()}
-    return prepare(source.checkpoint, decisions, mtp="keep").nbytes
+    outcomes = {layer: LayerOutcome(keep=tuple(range(g.experts))) for layer, g in source.geometries.items()}
+    return prepare(source.checkpoint, outcomes, mtp="keep").nbytes
 
 
 def _fixed(share: float, total: float, removed: float, source: Source) -> float:
@@ -331,7 +332,7 @@ def _plan_path(reference: str) -> Path:
     return path / PLAN_FILE if path.is_dir() else path
 
 
-def _save_plan(plan: SparsityPlan, work: JobContext) -> None:
+def _save_plan(plan: WeightPlan, work: JobContext) -> None:
     """As a file of that name, or in a folder, whole or not at all."""
     from moekit.checkpoint import atomic_folder
 

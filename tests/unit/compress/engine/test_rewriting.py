@@ -14,9 +14,9 @@ from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.engine.grouped import by_group, check_grouping, routing_groups
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerDecision
-from moekit.compress.engine.plan import LayerPlan, PlanFile, PrunePlan
-from moekit.compress.engine.planning import geometries_of
+from moekit.compress.engine.measuring import geometries_of
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.plan import LayerRecord, PlanFile, WeightPlan
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.engine.weights import LayerWeights
@@ -29,22 +29,22 @@ from tests.checkpoints import plain
 from tests.families import EXPERTS, HIDDEN, WIDTH, build
 
 
-def plan(method: str, keeps: dict[int, tuple[int, ...]], load: list[int], **settings: Any) -> PrunePlan:
+def plan(method: str, keeps: dict[int, tuple[int, ...]], load: list[int], **settings: Any) -> WeightPlan:
     """A plan of a model of eight experts, all layers with the same load."""
     values = {"load": torch.tensor(load), "gate_mass": torch.tensor(load).double()}
     layers = {
-        n: LayerPlan(
+        n: LayerRecord(
             experts=len(load),
             hidden=HIDDEN,
             width=WIDTH,
             scores=tuple(map(float, load)),
-            decision=LayerDecision(keep=keep),
+            outcome=LayerOutcome(keep=keep),
         )
         for n, keep in keeps.items()
     }
     file = PlanFile(method=method, settings=settings, budget=Budget(keep=4), fingerprint="", layers=layers)
     statistics = {n: LayerStatistics(len(load), HIDDEN, (), sum(load), values, width=WIDTH) for n in keeps}
-    return PrunePlan(file, statistics)
+    return WeightPlan(file, statistics)
 
 
 def layer_weights(index: int = 0, family: str = "qwen3_moe") -> LayerWeights:
@@ -70,7 +70,7 @@ def test_new_weights_are_those_of_the_method(tmp_path: Path, family: str) -> Non
     assert rewrite is not None
     weights = layer_weights(0, family)
     inputs = LayerInputs(0, geometries_of(checkpoint)[0], told.statistics[0])
-    expected = DERN(**settings).transform(weights, LayerDecision(keep=keep), inputs)
+    expected = DERN(**settings).transform(weights, LayerOutcome(keep=keep), inputs)
     for made in (rewrite(0, weights), rewriter(told, checkpoint, folder=tmp_path / "kept")(0, weights)):  # type: ignore[misc]
         for name in ("gate_EIH", "up_EIH", "down_EHI", "gate_bias_EI", "up_bias_EI", "down_bias_EH"):
             one, two = getattr(made, name), getattr(expected, name)
@@ -78,7 +78,7 @@ def test_new_weights_are_those_of_the_method(tmp_path: Path, family: str) -> Non
             assert one is None or torch.equal(one, two)
         assert set(made.router) == set(expected.router)
         assert all(torch.equal(made.router[name], expected.router[name]) for name in made.router)
-    assert rewrite.figures[0] == DERN(**settings).figures(weights, LayerDecision(keep=keep), inputs)
+    assert rewrite.figures[0] == DERN(**settings).told(weights, LayerOutcome(keep=keep), inputs)
     assert not torch.equal(expected.up_EIH, weights.select(keep).up_EIH)
 
 
@@ -100,7 +100,7 @@ def test_finished_layers_are_not_made_again_unless_something_differs(
         assert rewrite is not None
         rewrite(0, weights)
     assert calls == ["torch.float32"]
-    # Another precision, other knobs, another decision: all are other work.
+    # Another precision, other knobs, another outcome: all are other work.
     rewrite(0, weights.map(lambda t: t.bfloat16()))
     for other in (plan("dern", keeps, LOAD, alpha=0.1), plan("dern", {0: (0, 1, 2, 4), 1: (0,)}, LOAD, alpha=0.0)):
         again = rewriter(other, checkpoint, folder=tmp_path / "kept")
@@ -126,14 +126,14 @@ def test_the_best_of_each_group_stay(tmp_path: Path) -> None:
     # Two groups of four; by load alone the first group would keep all of them.
     told = plan("frequency", dict.fromkeys(geometries, (0, 1, 2, 3)), [90, 80, 70, 60, 10, 20, 0, 40])
     found = by_group(told, geometries, 2)
-    assert {layer.decision.keep for layer in found.values()} == {(0, 1, 5, 7)}
+    assert {layer.outcome.keep for layer in found.values()} == {(0, 1, 5, 7)}
     # Protected ones before all, ties to the lower number, never routed ones last.
     file = told.file.model_copy(update={"protected": dict.fromkeys(geometries, (3,))})
-    found = by_group(PrunePlan(file, told.statistics), geometries, 2)
-    assert {layer.decision.keep for layer in found.values()} == {(0, 3, 5, 7)}
+    found = by_group(WeightPlan(file, told.statistics), geometries, 2)
+    assert {layer.outcome.keep for layer in found.values()} == {(0, 3, 5, 7)}
     file = told.file.model_copy(update={"protected": dict.fromkeys(geometries, (1, 2, 3))})
     with pytest.raises(BadConfig, match="3 experts of routing group 0 are protected, but 2"):
-        by_group(PrunePlan(file, told.statistics), geometries, 2)
+        by_group(WeightPlan(file, told.statistics), geometries, 2)
 
 
 @pytest.mark.parametrize(
