@@ -39,7 +39,13 @@ def main(out: Path, settings: dict[str, Any]) -> None:
         _turn_micro_batches(2 * micro)
     model = build(family)
     config = TrainConfig(
-        batch=2, accumulation=micro // world, seq_len=16, lr=1e-2, schedule="constant", warmup=0, **settings
+        batch=2,
+        accumulation=micro // world,
+        seq_len=16,
+        lr=1e-2,
+        schedule="constant",
+        warmup=0,
+        **{"precision": "fp32", **settings},
     )
     distribution = None
     if world > 1:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moekit.checkpoint.names import config_top_k, text_config
+from moekit.checkpoint.stored import as_stored
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,8 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     stamp = getattr(model, "_moekit", None)
     if stamp is not None and stamp.live == live_fingerprint(model):
         return str(stamp.fingerprint)
-    return fingerprint_tensors(disk_state_dict(model), model.config.to_dict())
+    with as_stored(model):
+        return fingerprint_tensors(disk_state_dict(model), model.config.to_dict())
 
 
 def untied_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:

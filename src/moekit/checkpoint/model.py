@@ -13,20 +13,23 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from moekit._device import named_dtype, resolve_device
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder, atomic_write
 from moekit.checkpoint.card import CARD_FILE, licence_of, render
 from moekit.checkpoint.carried import Mtp, carried, write_carried
-from moekit.checkpoint.digest import config_digest, tensor_digests
+from moekit.checkpoint.digest import config_digest, config_settings, file_digests, tensor_digests
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import expert_counts
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moekit.checkpoint.names import config_top_k
+from moekit.checkpoint.precision import loading_dtype
 from moekit.checkpoint.provenance import origin_of, stamp
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.safety import check_name, load_tensors, read_header
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES, index_text
 from moekit.checkpoint.skeleton import empty_model
+from moekit.checkpoint.stored import as_stored, mark_stored, saved_bytes
 from moekit.checkpoint.uneven import live_counts, load_uneven, uneven_counts
 from moekit.errors import BadCheckpoint, BadConfig
 
@@ -48,10 +51,6 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _auto_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def load(
     model: str | Path,
     *,
@@ -69,7 +68,8 @@ def load(
         model: local folder or hub id.
         revision: of a hub model.
         token: hub token.
-        dtype: of the weights in memory; "auto" keeps the config's.
+        dtype: of the weights in memory; "auto" keeps the config's, but takes float32 where the device would only
+            emulate bfloat16 or float16. A model that "auto" has widened so is saved as it was stored.
         device: "auto" takes a GPU if there is one; ignored with `device_map`.
         device_map: as in transformers.
         policy: whether to restore the record's routing policy.
@@ -80,16 +80,21 @@ def load(
 
     Raises:
         BadCheckpoint, UnsafeInput, UnsupportedModel: see `Checkpoint.open` and `verify`.
-        BadConfig: the record holds a policy, but `moekit.routing` was not imported (use `moekit.load`).
+        BadConfig: an unknown dtype or device; or the record holds a policy, but `moekit.routing` was not imported (use
+            `moekit.load`).
     """
+    place = resolve_device("auto" if device_map is not None else device)
+    named_dtype(dtype)
     checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
     layout = verify(checkpoint)
+    kind, stored = loading_dtype(checkpoint, dtype, place)
     if uneven_counts(checkpoint):
-        loaded = _load_uneven(checkpoint, dtype, device_map)
+        loaded = _load_uneven(checkpoint, kind, device_map)
     else:
-        loaded = _load_stock(checkpoint, dtype, device_map, allow_remote_code)
+        loaded = _load_stock(checkpoint, kind, device_map, allow_remote_code)
     if device_map is None:
-        loaded.to(_auto_device() if device == "auto" else device)
+        loaded.to(place)
+    mark_stored(loaded, stored)
     loaded.eval()
     stamp(loaded, checkpoint, layout)
     if policy and checkpoint.record is not None and checkpoint.record.policy is not None:
@@ -175,6 +180,8 @@ def save(
 
     What the checkpoint that the model was loaded from holds beyond the model (multi-token-prediction layers, a vision
     tower) is copied from there byte for byte, and its config is kept but for what has changed.
+    Weights are written in the type they have in memory; those of a checkpoint that `load` has widened by itself, in the
+    type it was stored in.
 
     Args:
         model: any causal LM; a routing policy attached to it is saved by giving `record.policy` and its tensors.
@@ -197,16 +204,16 @@ def save(
             and is gone or has changed: names what would be lost.
         OutOfBudget: not enough disk.
     """
-    parameters = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     work = carried(origin_of(model), drop_unknown=drop_unknown, mtp=mtp)
-    need = sum(parameters.values()) + work.nbytes
+    need = saved_bytes(model) + work.nbytes
     with atomic_folder(folder, overwrite=overwrite, need_bytes=need) as temporary:
-        with quiet_transformers():
-            model.save_pretrained(temporary, max_shard_size=max_shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
         counts = live_counts(model)
-        write_carried(work, temporary, model.config, max_shard_bytes=max_shard_bytes, counts=counts)
+        with as_stored(model):
+            with quiet_transformers():
+                model.save_pretrained(temporary, max_shard_size=max_shard_bytes)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            write_carried(work, temporary, model.config, max_shard_bytes=max_shard_bytes, counts=counts)
         config = record.config if work.note is None else {**record.config, "left_out": work.note}
         expected = Expectations(experts=counts)
         record = record.model_copy(update={"config": config, "expectations": expected})
@@ -240,6 +247,8 @@ def seal(
         tensors=_all_digests(checkpoint, digests or {}, progress),
         extra=tensor_digests(folder, extra),
         config=config_digest(checkpoint.config),
+        settings=config_settings(checkpoint.config),
+        files=file_digests(folder),
     )
     full = record.model_copy(
         update={"fingerprint": checkpoint.fingerprint, "expectations": expectations, **_absolute_parent(record)}

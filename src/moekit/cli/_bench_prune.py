@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, named_dtype
 from moekit.cli._command import build_command
 from moekit.cli._options import parse_value
 from moekit.cli._terminal import Terminal
@@ -55,11 +56,8 @@ def prune(
     top_k: Annotated[
         int | None, typer.Option(min=1, help="choices a token from now on; as before", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="where layers run: cpu, cuda, ...")] = "cpu",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="of layers in memory; auto: as the model is stored"),
-    ] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    dtype: Annotated[DtypeName, typer.Option(help=DTYPE_HELP)] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="forget what the folder holds")] = False,
 ) -> None:
     """Prune one model by every method at several sizes, measure what each costs, and rank them.
@@ -147,7 +145,6 @@ def _measure(
     dtype: str,
     overwrite: bool,
 ) -> PruneBenchResult:
-    import torch
 
     from moekit.bench.pruning import Subject, bench_pruning, take_tokens
     from moekit.bench.pruning.folder import WORK, earlier_result, forget
@@ -163,7 +160,7 @@ def _measure(
     tokenizer = source.tokenizer()
     subject = Subject(
         source.checkpoint,
-        None if dtype == "auto" else getattr(torch, dtype),
+        named_dtype(dtype),
         device,
         tokenizer,
         texts[0] if texts[1] is not None else f"{texts[0]}[train]",

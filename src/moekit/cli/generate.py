@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
 from moekit._files import read_text
 from moekit.cli._command import build_command
 from moekit.cli._errors import config_error
@@ -34,8 +35,8 @@ def generate(
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest continuation, in tokens")] = 48,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ..., or auto")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored")] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    dtype: Annotated[DtypeName, typer.Option(help=DTYPE_HELP)] = "auto",
     **rest: Any,
 ) -> None:
     """Continue prompts with a checkpoint, and show beside it what another one says; greedily, so it can be repeated.

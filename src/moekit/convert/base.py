@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moekit._progress import Progress, track
 from moekit.checkpoint.folder import listed
 from moekit.checkpoint.provenance import origin_of
+from moekit.checkpoint.stored import mark_stored, marked_stored
 from moekit.convert.dense import check_calibration, check_dense, ffn_inputs, ffn_of
 from moekit.convert.maths import DenseFFN, MoEWeights
 from moekit.convert.targets import MoEGeometry, build, target_config
@@ -126,7 +127,8 @@ class Conversion(BaseModel, ABC):
             drop_unknown: convert although the checkpoint holds more than the dense model, which has no place in a MoE.
 
         Returns:
-            A Qwen2MoeForCausalLM or MixtralForCausalLM in evaluation mode, in the dense model's dtype and place.
+            A Qwen2MoeForCausalLM or MixtralForCausalLM in evaluation mode, in the dense model's dtype and place;
+            it is saved in the type that the dense one was stored in.
 
         Raises:
             UnsupportedModel: see `check`.
@@ -154,6 +156,7 @@ class Conversion(BaseModel, ABC):
                 state[f"model.layers.{layer}.mlp.{name}"] = owned.contiguous()
         model = build(config, state)
         model.generation_config = dense_model.generation_config
+        mark_stored(model, marked_stored(dense_model))
         return model.eval()
 
     @staticmethod

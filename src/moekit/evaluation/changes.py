@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,19 @@ def watched(moe: MoELayer | None, device: torch.device) -> Iterator[Seen]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def as_written(variant: Variant, stored: torch.dtype) -> Variant:
+    """The variant with weights rewritten in the type of the checkpoint, as on disk, whatever the layer computes in."""
+    own = variant.rewrite
+    if own is None:
+        return variant
+
+    def rewrite(layer: int, weights: LayerWeights) -> LayerWeights:
+        made = own(layer, weights.map(lambda t: t.to(stored), router=False))
+        return made.map(lambda t: t.to(weights.up_EIH.dtype), router=False)
+
+    return replace(variant, rewrite=rewrite)
 
 
 def changed_layer(variant: Variant, moe: MoELayer, weights: LayerWeights, config: Any) -> ChangedLayer:

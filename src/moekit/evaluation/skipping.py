@@ -130,7 +130,7 @@ def compare_without(
     window: int = 512,
     folder: Path | None = None,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, AblationResult]:
     """Measure a checkpoint on held-out text as it is and without some experts, in the memory of a few layers.
@@ -141,8 +141,8 @@ def compare_without(
         ablations: what to skip, by names of their own.
         window: longest piece in tokens; pieces overlap by half.
         folder: where states go; None for memory, then a temporary file.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
         progress: told layer by layer.
 
     Returns:

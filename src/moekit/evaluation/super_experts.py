@@ -153,7 +153,7 @@ def check_super_experts(
     window: int = 512,
     folder: Path | None = None,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> SuperExpertCheck:
     """Skip super experts, and as many others, on held-out text; each layer is read from disk once.
@@ -168,8 +168,8 @@ def check_super_experts(
         seed: of the first draw, and of intervals.
         window: longest context, in tokens.
         folder: where states go, and what was measured, so that it is not measured twice; None for neither.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
         progress: told layer by layer.
 
     Raises:

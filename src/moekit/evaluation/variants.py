@@ -22,7 +22,7 @@ from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.resize import read_block
 from moekit.errors import BadConfig
-from moekit.evaluation.changes import ChangedLayer, Variant, changed_layer, compare_layer, watched
+from moekit.evaluation.changes import ChangedLayer, Variant, as_written, changed_layer, compare_layer, watched
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.likelihood import Scorer, Scores, pad
 from moekit.evaluation.windows import Corpus, TokenizedLike, Window, by_length, from_documents
@@ -77,8 +77,8 @@ class SideBySideWalk:
         batch_tokens: rows times longest row of a batch.
         folder: where states go; None for memory up to `limit`, then a temporary file.
         limit: bytes of states kept in memory.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SideBySideWalk:
         folder: Path | None = None,
         limit: int = MEMORY_BYTES,
         dtype: torch.dtype | None = None,
-        device: str = "cpu",
+        device: str = "auto",
     ) -> None:
         if len({variant.name for variant in variants}) < len(variants):
             raise BadConfig("two variants have one name", hint="give each its own")
@@ -119,7 +119,8 @@ class SideBySideWalk:
         if moe is not None and changed:
             weights = read_block(moe)
             for track_ in changed:
-                track_.layers[index] = changed_layer(track_.variant, moe, weights, self.loader.model.config)
+                variant = as_written(track_.variant, self.loader.stored)
+                track_.layers[index] = changed_layer(variant, moe, weights, self.loader.model.config)
         self._part(index)
         norm = 0.0
         tokens = choices = 0
@@ -225,7 +226,7 @@ def compare_variants(
     folder: Path | None = None,
     limit: int = MEMORY_BYTES,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> tuple[PerplexityResult, list[VariantResult]]:
     """Compare changes of a checkpoint on held-out text, in the memory of a few layers.
@@ -239,8 +240,8 @@ def compare_variants(
         batch_tokens: rows times longest row of a batch.
         folder: where states go; None for memory up to `limit`, then a temporary file.
         limit: bytes of states kept in memory.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
         progress: told layer by layer.
 
     Returns:

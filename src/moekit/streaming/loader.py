@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from moekit._device import resolve_device
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.names import in_mtp_stack, where
+from moekit.checkpoint.precision import reading_dtype, stored_dtype
 from moekit.checkpoint.reading import TensorReader
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.uneven import fill
@@ -39,16 +41,19 @@ class LayerLoader:
 
     Args:
         checkpoint: opened and verified.
-        dtype: of the weights in memory; None as the config says.
-        device: where layers go.
+        dtype: of the weights in memory; None as stored, or float32 where the device would only emulate that.
+        device: where layers go; "auto" is a GPU if there is one.
 
     Attributes:
+        stored: type in which the weights lie on disk.
+        dtype: type in which they are in memory.
+        device: where layers go.
         model: the model; parameters that are not loaded lie on the meta device.
         layers: number of decoder layers.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: str | torch.device = "auto"
     ) -> None:
         if "quantization_config" in checkpoint.config:
             kind = checkpoint.config["quantization_config"].get("quant_method", "?")
@@ -59,9 +64,11 @@ class LayerLoader:
                 "weights too",
             )
         self.checkpoint = checkpoint
-        self.model = empty_model(checkpoint, dtype)
-        self.dtype: torch.dtype = dtype or self.model.config.dtype or torch.float32
-        self.device = torch.device(device)
+        self.device = resolve_device(device)
+        self.stored = stored_dtype(checkpoint.config, checkpoint.tensors) or torch.float32
+        wanted = reading_dtype(checkpoint, dtype, self.device)
+        self.model = empty_model(checkpoint, wanted)
+        self.dtype: torch.dtype = wanted or self.model.config.dtype or torch.float32
         self.decoder = decoder_of(self.model)
         self.layers = len(self.stack)
         self._reader = TensorReader(checkpoint)

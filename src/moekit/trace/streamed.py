@@ -26,6 +26,7 @@ from moekit.anatomy.probe import Geometry, MoELayer
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.record import ancestors
 from moekit.data import vocabulary
 from moekit.errors import BadData, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
@@ -61,8 +62,8 @@ class Streamed:
         weights: keep their gate weights too.
         folder: where states and finished layers are kept, so that a run that was interrupted goes on; None for memory.
         limit: bytes of states kept in memory where no folder is given.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Streamed:
         folder: str | Path | None = None,
         limit: int = MEMORY_BYTES,
         dtype: torch.dtype | None = None,
-        device: str = "cpu",
+        device: str = "auto",
     ) -> None:
         recording = Recording(statistics=statistics, keep_choices=keep_choices, weights=weights)
         self.checkpoint = checkpoint
@@ -204,6 +205,7 @@ class Streamed:
         told = {
             "model": str(self.checkpoint.path),
             "fingerprint": self.checkpoint.fingerprint,
+            "ancestors": ancestors(self.checkpoint.record),
             "routing": STOCK_ROUTING,
             "tokenizer": tokenizer_hash(tokenizer) if tokenizer is not None else "",
             "seed": seed,
@@ -291,7 +293,7 @@ def record_streamed(
     folder: str | Path | None = None,
     limit: int = MEMORY_BYTES,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     source: str = "",
     seed: int | None = None,

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moekit._device import multiplies
+
 Precision = Literal["fp32", "bf16"]
 
 # Up to here plain attention trains faster on a CPU than the fused kernel, whose backward is slow (measured).
@@ -22,16 +24,10 @@ SHORT_ROW = 512
 
 
 def resolve_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
-    """bf16 where the device multiplies it faster than fp32, by its instruction set and not by a clock, if "auto"."""
+    """bf16 where the device has instructions for it, else fp32, if "auto"."""
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu":
-        # Without these instructions bf16 products are emulated, and slower.
-        asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return "bf16" if any(getattr(torch.cpu, ask, bool)() for ask in asks) else "fp32"
-    return "fp32"
+    return "bf16" if multiplies(torch.bfloat16, device) else "fp32"
 
 
 def compute_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -46,7 +46,8 @@ class TrainConfig(BaseModel):
     lora: LoraSettings | None = Field(default=None, description="train adapters, merged at the end, instead of parts")
 
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="fp32", description="of matrix products (weights stay fp32); auto: bf16 where it is faster"
+        default="auto",
+        description="of matrix products (weights stay fp32); auto: bf16 where the device has instructions for it",
     )
     activation_checkpointing: bool = Field(default=False, description="less memory for a second forward")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of the order of rows and of every random draw")

@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from moekit._device import resolve_device
 from moekit._files import require_own_folder
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder
@@ -173,7 +174,7 @@ def build_tiny_model(config: TinyConfig, device: str = "auto") -> PreTrainedMode
     """
     set_seed(config.training.seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config.model_settings(), dtype=torch.float32)
-    place = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    place = resolve_device(device)
     return model.to(place)
 
 

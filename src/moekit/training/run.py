@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from moekit._files import read_text
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
+from moekit.checkpoint.stored import mark_stored
 from moekit.data import vocabulary
 from moekit.data.batches import TokenBatches, pack
 from moekit.data.text import Document
@@ -103,6 +104,7 @@ def train(
             stack.enter_context(lock(Path(output)))
             prepare_folder(Path(output), identity, resume)
         stack.enter_context(_as_it_was(model))
+        mark_stored(model, None)  # small steps would be lost in the rounding of what it was stored in
         run = _Run(model, config, rows, order, steps, distribution)
         stack.enter_context(run.prepared())
         if output is None:  # Trainer wants a folder all the same

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,28 @@ def test_every_recipe_is_valid_and_can_say_what_it_would_do(file: Path, monkeypa
     assert [step.id for step in recipe.steps] == list(forecasts)
     assert recipe.steps[-1].use == "report"
     assert not recipe.folder.exists() or (recipe.folder / "run.json").exists()
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_no_recipe_names_a_precision_that_a_device_may_lack(file: Path) -> None:
+    assert not re.search(r"bf16|bfloat16|float16|fp16", file.read_text())
+
+
+@pytest.mark.parametrize("name", ["c2r", "c2r-demo"])
+def test_what_is_planned_is_judged_on_other_text(name: str) -> None:
+    steps = {step.id: step for step in load_recipe(RECIPES / f"{name}.yaml").steps}
+
+    def text_of(reference: str) -> str:
+        return steps[reference.removeprefix("${steps.").removesuffix("}")].text
+
+    planned = {text_of(s.trace) for s in steps.values() if s.use in ("place", "route") and s.trace is not None}
+    judged = {text_of(s.replay) for s in steps.values() if s.use == "place" and s.replay is not None}
+    judged |= {s.text for s in steps.values() if s.use == "evaluate"}
+    compared = [s for s in steps.values() if s.use == "place" and s.baseline is not None]
+    assert compared
+    assert all(s.replay is not None for s in compared)
+    assert planned == {"${steps.text}/profile.jsonl"}
+    assert judged == {"${steps.text}/heldout.jsonl"}
 
 
 def dense_model(folder: Path) -> Path:

@@ -45,7 +45,7 @@ from tests.unit.training.test_run import text
 
 torch.set_num_threads(1)
 config = TrainConfig(steps=6, batch=2, accumulation=int(sys.argv[2]), seq_len=16, lr=1e-2, balance_coef=0.02,
-                     bias_rate=0.01, save_every=2, seed=4)
+                     bias_rate=0.01, save_every=2, seed=4, precision="fp32")
 calls = []
 class Bar:
     def start(self, label, total): pass

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
+from moekit import _device
 from moekit.anatomy import find_moe_layers
 from moekit.data import Document, TokenBatches
 from moekit.errors import BadConfig, BadData, NumericFault
@@ -37,7 +38,15 @@ def text(rows: int = 20, length: int = 16, seed: int = 0, padded: bool = False) 
 
 
 def settings(**changes: object) -> TrainConfig:
-    base = {"steps": 5, "batch": 2, "seq_len": 16, "lr": 1e-2, "balance_coef": 0.02, "save_every": 2}
+    base = {
+        "steps": 5,
+        "batch": 2,
+        "seq_len": 16,
+        "lr": 1e-2,
+        "balance_coef": 0.02,
+        "save_every": 2,
+        "precision": "fp32",
+    }
     return TrainConfig(**base | changes)
 
 
@@ -304,10 +313,10 @@ def test_warmup_as_share_or_steps() -> None:
 
 def test_precision_is_decided_by_the_device_and_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    monkeypatch.setattr(_device, "cpu_features", lambda: frozenset({"avx2"}))
     assert resolve_precision("auto", cpu) == "fp32"
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert train(build("olmoe"), None, text(), settings(steps=1, precision="auto")).precision == "fp32"
+    monkeypatch.setattr(_device, "cpu_features", lambda: frozenset({"avx2", "avx512_bf16"}))
     assert resolve_precision("auto", cpu) == "bf16"
     assert resolve_precision("fp32", cpu) == "fp32"
     assert train(build("olmoe"), None, text(), settings(steps=1, precision="auto")).precision == "bf16"

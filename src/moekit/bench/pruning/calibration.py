@@ -39,15 +39,15 @@ class Subject:
 
     Attributes:
         checkpoint: opened and verified.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
         tokenizer: for the account of the text.
         text: where the text came from.
     """
 
     checkpoint: Checkpoint
     dtype: torch.dtype | None = None
-    device: str = "cpu"
+    device: str = "auto"
     tokenizer: PreTrainedTokenizerBase | None = None
     text: str = ""
 

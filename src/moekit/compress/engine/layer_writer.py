@@ -42,7 +42,7 @@ class Rewriter:
     """
 
     def __init__(self, checkpoint: Checkpoint, config: PreTrainedConfig, rewrite: Rewrite, dtype: torch.dtype) -> None:
-        self._loader = LayerLoader(checkpoint, dtype=dtype)
+        self._loader = LayerLoader(checkpoint, dtype=dtype, device="cpu")
         self._reader = TensorReader(checkpoint)
         self._config = config
         self._rewrite = rewrite

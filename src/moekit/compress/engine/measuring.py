@@ -11,6 +11,7 @@ from moekit.anatomy.layout import find_expert_tensors
 from moekit.anatomy.probe import Geometry, find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.names import config_top_k
+from moekit.checkpoint.precision import stored_dtype
 from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.budget.sizes import ByteSizes
 from moekit.compress.engine.resize import read_block
@@ -49,7 +50,8 @@ def sizes_of(checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: 
 
 def weights_reader(checkpoint: Checkpoint) -> Callable[[int], LayerWeights]:
     """Reads one layer's routed experts and router from disk."""
-    loader = LayerLoader(checkpoint)
+    # As stored: what is merged when the plan is carried out must be what was measured here.
+    loader = LayerLoader(checkpoint, dtype=stored_dtype(checkpoint.config, checkpoint.tensors), device="cpu")
 
     def read(layer: int) -> LayerWeights:
         with loader.loaded(layer):

@@ -57,8 +57,8 @@ class Calibration:
     Attributes:
         batches: as `moekit.trace.record` takes them; they are gone through once or twice.
         folder: where states and finished layers are kept, so that a run that was interrupted goes on; None for memory.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
         tokenizer: that made the batches.
         source: what to call the text.
     """
@@ -66,6 +66,6 @@ class Calibration:
     batches: Sequence[Any]
     folder: Path | None = None
     dtype: torch.dtype | None = None
-    device: str = "cpu"
+    device: str = "auto"
     tokenizer: PreTrainedTokenizerBase | None = None
     source: str = ""

@@ -71,7 +71,7 @@ def open_model(
     from moekit.data import vocabulary
 
     location = model_location(reference, progress)
-    model = moekit.load(location, device=own_device(device), dtype=dtype)
+    model = moekit.load(location, device=device, dtype=dtype)
     tokenizer = load_tokenizer(location)
     vocabulary.check(tokenizer, vocabulary.embedding_rows(model))
     if plan is not None:
@@ -86,15 +86,6 @@ def open_model(
 def is_first_rank() -> bool:
     """Whether this process is the only one or, under torchrun, the first: the one that writes."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def own_device(device: str) -> str:
-    """The device of this process: under torchrun "auto" is the GPU of its local rank."""
-    import torch
-
-    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return device
 
 
 def save_changed(

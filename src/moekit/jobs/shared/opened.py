@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moekit.errors import BadConfig, UnsupportedModel
+from moekit.errors import UnsupportedModel
 from moekit.jobs.shared.inputs import load_tokenizer, model_location
 
 if TYPE_CHECKING:
@@ -95,20 +95,3 @@ def check_runnable(source: Source) -> None:
             file=source.checkpoint.path,
             hint="prove the same plan on the unquantized model, and say --no-proof here",
         )
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not here.
-
-    Raises:
-        BadConfig: it cannot hold a tensor.
-    """
-    import torch
-
-    if device in ("cpu", "auto"):
-        return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadConfig(f"device {device!r} cannot be used: {reason}", hint="--device cpu works everywhere") from error

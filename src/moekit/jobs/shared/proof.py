@@ -152,7 +152,7 @@ def prove(
     folder: Path,
     seed: int = 0,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> Proof:
     """Measure a way to prune and its baselines side by side, each layer read from disk once.
@@ -165,8 +165,8 @@ def prove(
         key: what tells this method and these baselines from others.
         folder: where states go, and the finished proof, so that an interrupted run does not measure twice.
         seed: of intervals and tests.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
         progress: told layer by layer.
 
     Raises:

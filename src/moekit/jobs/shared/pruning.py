@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, named_dtype
 from moekit._validation import faults
 from moekit.errors import BadConfig, BadData, OutOfBudget
 from moekit.jobs.shared.estimates import disk_bytes
@@ -55,17 +56,13 @@ class WritingOptions(BaseModel):
     mtp: Literal["drop", "keep"] = Field(
         default="drop", description="multi-token-prediction layers: leave them out, or copy them"
     )
-    device: str = Field(default="cpu", description="where layers run: cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of layers in memory; auto: as the model is stored"
-    )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     @property
     def torch_dtype(self) -> Any:
         """As torch names it; None for auto."""
-        import torch
-
-        return None if self.dtype == "auto" else getattr(torch, self.dtype)
+        return named_dtype(self.dtype)
 
 
 def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Budget:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moekit.errors import BadConfig, BadData, UnsupportedModel
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import model_item, own_device
+from moekit.jobs.shared.inputs import model_item
 from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.protection import SUPER, parse_protected
 from moekit.jobs.shared.pruning import budget_of
@@ -143,7 +143,7 @@ class TaskModels:
             raise BadData("the folder holds no patterns", file=self.store.folder, hint="moekit pattern makes them")
         if options.task is not None:
             self.store.load(options.task)
-        self._device, self._dtype, self._progress = own_device(device), dtype, progress
+        self._device, self._dtype, self._progress = device, dtype, progress
         self._protected = None if options.protect is None else parse_protected(options.protect, self.source)
         # The budget is refused now, whatever task is retrieved: all are of one shape.
         self.plan(options.task or next(iter(self.patterns)))
@@ -200,9 +200,8 @@ class TaskModels:
         return next(iter(self.patterns.values())).origin
 
     def _scores(self, prompts: Sequence[str]) -> list[Any]:
-        import torch
-
         from moekit import catalogue
+        from moekit._device import named_dtype
         from moekit.serving.expert_sets.retrieval import queries_from_disk
 
         if "quantization_config" in self.source.checkpoint.config:
@@ -215,16 +214,13 @@ class TaskModels:
         read = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         if not all(read):
             raise BadData("a prompt is empty: no task can be told from it", hint="give at least one word")
-        device = self._device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         return queries_from_disk(
             self.source.checkpoint,
             [ids[: self.source.longest] for ids in read],
             method=catalogue.make("prune", self._origin.method, self._origin.knobs),
             layers=self.options.retrieval_layers,
-            dtype=None if self._dtype == "auto" else getattr(torch, self._dtype),
-            device=device,
+            dtype=named_dtype(self._dtype),
+            device=self._device,
             progress=self._progress,
         )
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from moekit._device import resolve_device
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, text_item
-from moekit.jobs.shared.opened import Source, check_device, check_runnable, open_source
+from moekit.jobs.shared.opened import Source, check_runnable, open_source
 from moekit.jobs.shared.pruned import Decided, finish, in_groups, warn_of
 from moekit.jobs.shared.pruning import (
     PLAN_FILE,
@@ -71,7 +72,7 @@ class ApplyStep(WritingOptions, Step):
 
     def check(self) -> None:
         """Refuse an impossible budget."""
-        check_device(self.device)
+        resolve_device(self.device)
         if self.keep is None and (self.scope or self.least or self.most):
             raise BadConfig("scope, least and most are about another budget", hint="give --keep as well")
         if self.keep is not None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moekit import catalogue
+from moekit._device import DTYPE_HELP, DtypeName
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -26,7 +27,7 @@ class ConvertStep(Step):
     split: Literal["train", "heldout"] | None = Field(default="train", description="part of the text to take")
     max_tokens: int = Field(default=8192, ge=1, description="calibration tokens, at most")
     seq_len: int = Field(default=256, ge=2, description="tokens a row")
-    dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     drop_unknown: bool = Field(
         default=False, description="leave out what the source holds beyond the model, such as a vision tower"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
 from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, QuestionsRef, ResultsRef, TextRef
@@ -37,8 +38,8 @@ class EvaluateStep(RankedOptions, Step):
     tasks: tuple[str, ...] = Field(default=(), description="tasks of lm-eval's registry, fetched from the hub")
     limit: int | None = Field(default=None, ge=1, description="questions of each task, at most")
     baseline: ResultsRef | None = Field(default=None, description="evaluation to compare with")
-    device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
-    dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     def check(self) -> None:
         """Refuse impossible ranks."""

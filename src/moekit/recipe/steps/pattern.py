@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moekit import catalogue
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, named_dtype, resolve_device
 from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, read_text, text_item
-from moekit.jobs.shared.opened import Source, check_device, open_source
+from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.pruning import bytes_between, check_disk
 from moekit.jobs.shared.task_texts import account, largest_layer, texts_of_tasks, warn_of
 from moekit.recipe.steps.base import Step
@@ -63,10 +64,8 @@ class PatternStep(Step):
     )
     seq_len: int = Field(default=512, ge=2, description="tokens a row; the model's limit if that is less")
     batch_size: int = Field(default=8, ge=1, description="rows a pass")
-    device: str = Field(default="cpu", description="where layers run: cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of layers in memory; auto: as the model is stored"
-    )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     def identity(self) -> dict[str, Any]:
         """What is done with patterns that are there already does not change what is recorded."""
@@ -74,7 +73,7 @@ class PatternStep(Step):
 
     def check(self) -> None:
         """Refuse an unknown method, one that gives no ranks, and a task of the generalist's name."""
-        check_device(self.device)
+        resolve_device(self.device)
         from moekit.serving.expert_sets.expert_set import GENERALIST
         from moekit.serving.expert_sets.scoring import check_method
 
@@ -120,12 +119,7 @@ class PatternStep(Step):
 
     @property
     def _dtype(self) -> torch.dtype | None:
-        import torch
-
-        if self.dtype == "auto":
-            return None
-        named: torch.dtype = getattr(torch, self.dtype)
-        return named
+        return named_dtype(self.dtype)
 
     def _between(self, source: Source, tasks: int = 1) -> int:
         return bytes_between(source, tasks * (self.max_tokens or (1 << 20)), 0, 0, 0)

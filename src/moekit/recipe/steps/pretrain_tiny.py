@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from moekit._device import DEVICE_HELP
 from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import TextRef
@@ -26,7 +27,7 @@ class PretrainTinyStep(Step):
 
     use: Literal["pretrain-tiny"] = "pretrain-tiny"
     text: TextRef = Field(description="text of several domains: folder, source, mix or hub id")
-    device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
+    device: str = Field(default="auto", description=DEVICE_HELP)
     settings: dict[str, Any] = Field(default_factory=dict, description="layout, experts, training, ...: TinyConfig")
 
     def check(self) -> None:

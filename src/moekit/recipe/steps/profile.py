@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -31,8 +32,8 @@ class ProfileStep(Step):
     )
     choices: bool = Field(default=True, description="keep every token's choice, for replay and placement")
     weights: bool = Field(default=False, description="keep the gate weights too, 16 bits each")
-    device: str = Field(default="auto", description="cpu, cuda, ..., or auto")
-    dtype: str = Field(default="auto", description="float32, bfloat16, or auto: as the model is stored")
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """A choice takes one byte; the geometry is read from the config where it is there."""

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moekit import catalogue
+from moekit._device import resolve_device
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ExpertsRef, ModelRef, TextRef, TraceRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item
-from moekit.jobs.shared.opened import Source, check_device, check_runnable, open_source
+from moekit.jobs.shared.opened import Source, check_runnable, open_source
 from moekit.jobs.shared.protection import SUPER, parse_protected, protection_needs, super_experts
 from moekit.jobs.shared.pruned import Decided, finish, in_groups, told_of_plan, warn_of
 from moekit.jobs.shared.pruning import (
@@ -93,7 +94,7 @@ class PruneStep(WritingOptions, Step):
 
     def check(self) -> None:
         """Refuse an unknown method, impossible knobs and budgets, and a run without what it needs."""
-        check_device(self.device)
+        resolve_device(self.device)
         method = catalogue.make("prune", self.method, self.settings)
         budget = budget_of(self.keep, self.scope, self.least, self.most)
         refuse_uneven(budget, self.stock_only)

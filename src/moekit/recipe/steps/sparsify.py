@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from moekit import catalogue
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, resolve_device
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item
-from moekit.jobs.shared.opened import Source, check_device, open_source
+from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.pruning import (
     PLAN_FILE,
     WritingOptions,
@@ -80,10 +81,8 @@ class SparsifyStep(Step):
     window: int | None = Field(
         default=None, ge=2, description="longest context of the proof in tokens (default: the model's, ≤ 1024)"
     )
-    device: str = Field(default="cpu", description="where layers run: cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of layers in memory; auto: as the model is stored"
-    )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     @field_validator("settings")
     @classmethod
@@ -98,7 +97,7 @@ class SparsifyStep(Step):
 
     def check(self) -> None:
         """Refuse an unknown method, impossible knobs and shares, and a run without what it needs."""
-        check_device(self.device)
+        resolve_device(self.device)
         if self.from_plan is not None:
             given = [name for name in _DECIDED if getattr(self, name)]
             if given or self.write == "plan":

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, resolve_device
 from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, read_text, text_item
-from moekit.jobs.shared.opened import Source, check_device, check_runnable, open_source
+from moekit.jobs.shared.opened import Source, check_runnable, open_source
 from moekit.jobs.shared.protection import find_in_trace, protection_needs
 from moekit.jobs.shared.pruning import WritingOptions, bytes_between, check_disk, read_heldout
 from moekit.recipe.steps.base import Step
@@ -70,10 +71,8 @@ class SuperExpertsStep(Step):
     window: int | None = Field(
         default=None, ge=2, description="longest context of the check in tokens (default: the model's, ≤ 1024)"
     )
-    device: str = Field(default="cpu", description="where layers run: cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of layers in memory; auto: as the model is stored"
-    )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     @property
     def _options(self) -> WritingOptions:
@@ -81,7 +80,7 @@ class SuperExpertsStep(Step):
 
     def check(self) -> None:
         """Refuse held-out text that nothing would be measured on."""
-        check_device(self.device)
+        resolve_device(self.device)
         if self.heldout is not None and not self.proof:
             raise BadConfig("there is held-out text, but no check", hint="leave --heldout or --no-proof out")
 

@@ -15,19 +15,21 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import ValidationError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from moekit._device import resolve_device
 from moekit._progress import Progress
 from moekit._validation import faults
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint, listed
 from moekit.checkpoint.model import quiet_transformers
+from moekit.checkpoint.precision import loading_dtype
+from moekit.checkpoint.stored import mark_stored
 from moekit.compress.budget.sizes import Budget, uniform_count
 from moekit.compress.engine.layout import Work, prepare
 from moekit.compress.engine.measuring import geometries_of, sizes_of
@@ -36,6 +38,9 @@ from moekit.compress.engine.resize import Groups
 from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
 from moekit.serving.expert_sets.expert_set import Pattern, keep_sets
 from moekit.serving.expert_sets.kept_bytes import KeptBytes
+
+if TYPE_CHECKING:
+    import torch
 
 
 def load_task(
@@ -66,7 +71,7 @@ def load_task(
         revision: of a hub model.
         token: hub token.
         device: "auto" takes a GPU if there is one; ignored with `device_map`.
-        dtype: of the weights in memory; "auto" keeps the config's.
+        dtype: of the weights in memory; "auto" as for `moekit.load`.
         device_map: as in transformers.
         protected: decoder layer -> experts that stay whatever their rank; they count towards M.
         top_k: K from now on; None as it is.
@@ -97,11 +102,13 @@ def load_task(
         groups=groups,
         other_weights=other_weights,
     )
+    place = resolve_device("auto" if device_map is not None else device)
+    kind, stored = loading_dtype(checkpoint, dtype, place)
     with KeptBytes(work, progress) as source:
-        loaded = _load(work, source, dtype, device_map)
+        loaded = _load(work, source, kind, device_map)
     if device_map is None:
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded.to(automatic if device == "auto" else device)
+        loaded.to(place)
+    mark_stored(loaded, stored)
     return loaded.eval()
 
 

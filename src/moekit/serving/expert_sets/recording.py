@@ -40,8 +40,8 @@ class GroupedText:
         statistics: names of the vocabulary.
         layers: MoE layers to come to, counted from the first; None for all.
         folder: where states and finished layers are kept, so that a run that was interrupted goes on; None for memory.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
 
     Attributes:
         statistics: of each text: decoder layer -> statistics; filled by `run`.
@@ -62,7 +62,7 @@ class GroupedText:
         layers: int | None = None,
         folder: Path | None = None,
         dtype: torch.dtype | None = None,
-        device: str = "cpu",
+        device: str = "auto",
     ) -> None:
         batches = {name: list(text) for name, text in texts.items()}
         flat = [batch for text in batches.values() for batch in text]

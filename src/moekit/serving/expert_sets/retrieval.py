@@ -78,7 +78,7 @@ def queries_from_disk(
     method: PruneMethod,
     layers: int = 1,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> list[Tensor]:
     """Score prompts as `query` does, reading no more of a checkpoint than its first layers, one at a time.
@@ -88,8 +88,8 @@ def queries_from_disk(
         prompts: token ids of each.
         method: the one that scored the patterns.
         layers: how many MoE layers from the first.
-        dtype: of the weights in memory; None as stored.
-        device: where layers run.
+        dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
+        device: where layers run; "auto" is a GPU if there is one.
         progress: told layer by layer.
 
     Returns:

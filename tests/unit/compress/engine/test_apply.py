@@ -381,13 +381,14 @@ def test_dtypes_stay_and_what_is_not_changed_is_not_rounded(tmp_path: Path) -> N
     assert_equal(read_all(tmp_path / "out"), expected)
 
 
-def test_layers_that_keep_all_are_copied_unless_asked(tmp_path: Path) -> None:
+def test_layers_that_keep_all_are_copied_unless_their_outcome_changes_them(tmp_path: Path) -> None:
     source = plain(tmp_path / "source", "olmoe")
     outcomes = keeping(source, tuple(range(8)))
     keep = as_tuples(outcomes)
     run(source, tmp_path / "copied", outcomes, rewrite=scaled(keep))
     assert_equal(read_all(tmp_path / "copied"), read_all(source))
-    run(source, tmp_path / "scaled", outcomes, rewrite=scaled(keep), rewrite_full=True)
+    changing = {layer: LayerOutcome(keep=kept, sparsity=0.0) for layer, kept in keep.items()}
+    run(source, tmp_path / "scaled", changing, rewrite=scaled(keep))
     assert_equal(read_all(tmp_path / "scaled"), {name: scaled_by_hand(name, t) for name, t in read_all(source).items()})
 
 
