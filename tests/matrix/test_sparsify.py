@@ -17,9 +17,10 @@ from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
+from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.live import change_model
-from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.plan import WeightPlan, zero_budget
 from moekit.compress.engine.planning import plan_weights
 from moekit.compress.engine.request import Calibration, PlanRequest
 from moekit.compress.engine.resize import read_block
@@ -55,7 +56,9 @@ def examples(name: str, model: PreTrainedModel) -> list[SparsifyMethod]:
 
 def plan_of(checkpoint: Checkpoint, method: SparsifyMethod, sparsity: float) -> WeightPlan:
     share = sparsity if method.fixed_sparsity is None else method.fixed_sparsity
-    return plan_weights(checkpoint, TEXT if method.required else None, PlanRequest(method, share))
+    return plan_weights(
+        checkpoint, TEXT if method.required else None, PlanRequest(method, SparsityBudget(sparsity=share))
+    )
 
 
 def matrices(model: PreTrainedModel) -> dict[tuple[int, str], torch.Tensor]:
@@ -108,7 +111,7 @@ def _check_zeros(
     counted = 0
     for (layer, part), found in after.items():
         experts, rows, columns = found.shape
-        share, zero = plan.file.layers[layer].sparsity, found == 0
+        share, zero = plan.file.layers[layer].outcome.sparsity or 0.0, found == 0
         assert torch.equal(found[~zero], before[layer, part][~zero]), "what is left is what it was"
         assert (before[layer, part] != 0).all()
         # Where rows are compared each row has as many zeros; where matrices are, each matrix.
@@ -118,7 +121,7 @@ def _check_zeros(
         assert experts == EXPERTS
     total = sum(found.numel() for found in after.values())
     assert counted == told
-    assert counted / total == pytest.approx(plan.file.sparsity, abs=1 / FEWEST)
+    assert counted / total == pytest.approx(zero_budget(plan.file.budget).sparsity, abs=1 / FEWEST)
 
 
 @pytest.mark.parametrize(("name", "family"), cases(METHODS))

@@ -22,7 +22,7 @@ class SparsityBudget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sparsity: float = Field(ge=0, lt=1)
+    sparsity: float
     total: float | None = Field(default=None, ge=0, lt=1)
     original: int | None = Field(default=None, ge=1)
     weights: int | None = Field(default=None, ge=1)

@@ -8,6 +8,7 @@ Legend: K choices a token.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from moekit.checkpoint.model import seal
 from moekit.checkpoint.record import Expectations, Record, TensorExpectation
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.small_files import copy_small_files
+from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.layer_writer import Rewrite, Rewriter
 from moekit.compress.engine.layout import Mtp, Work, plan_bytes, prepare
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups
 from moekit.compress.engine.shard_writer import Output
+from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import UnsupportedModel
 
 __all__ = ["apply", "plan_bytes"]
@@ -95,6 +98,11 @@ def apply(
         stock_only=stock_only,
         max_shard_bytes=max_shard_bytes,
     )
+    if rewrite is None and any(outcome.rewrites for outcome in outcomes.values()):
+
+        def rewrite(layer: int, weights: LayerWeights) -> LayerWeights:
+            return carried_out(weights, outcomes[layer], layer)
+
     rewriter = None if rewrite is None else _rewriter(work, rewrite)
     full = _described(work, record)
     need = work.nbytes + work.record_bytes(full) + _CARD_BYTES
@@ -141,7 +149,7 @@ def _write(
     try:
         with Output(folder, work.shards, work.index, progress.advance if progress else None) as output:
             copied = [tensor for tensor in work.kept if tensor.layer not in changed]
-            for tensor, following in zip(copied, [*copied[1:], None], strict=True):
+            for tensor, following in itertools.zip_longest(copied, copied[1:]):
                 if following is not None and not following.scattered:
                     output.announce(source / following.source.shard, following.ranges())
                 if tensor.scattered:

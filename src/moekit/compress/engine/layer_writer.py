@@ -13,11 +13,12 @@ from torch import Tensor
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.reading import TensorReader
+from moekit.compress.engine.limits import check_made
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
 from moekit.compress.engine.slicing import Kept
 from moekit.compress.engine.weights import LayerWeights
-from moekit.errors import BadConfig, NumericFault, UnsupportedModel
+from moekit.errors import NumericFault, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.walk import Walk
 
@@ -72,7 +73,7 @@ class Rewriter:
                 raise UnsupportedModel(
                     f"{tensor.name} would be {list(new.shape)} instead of {list(tensor.shape)}",
                     layer=index,
-                    hint="a method that rewrites experts must keep their width",
+                    hint="a method that changes the width of experts must say so in its outcome (width)",
                 )
             _refuse_non_finite(new, tensor)
             yield tensor, self._exact(new, tensor)
@@ -86,10 +87,7 @@ class Rewriter:
             if layer is None:
                 raise UnsupportedModel("the layer holds no experts that follow the contract", layer=index)
             new = self._rewrite(index, read_block(layer))
-            if new.experts != len(outcome.keep):
-                raise BadConfig(
-                    f"the rewriting gave {new.experts} experts, the outcome keeps {len(outcome.keep)}", layer=index
-                )
+            check_made(new, outcome, layer.geometry.width, index)
             # The new config says already how tokens choose: only the number of experts is the layer's own.
             config = resized_config(self._config, new.experts, groups="equal")
             block = resized_block(layer, config, new)

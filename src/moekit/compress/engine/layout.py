@@ -6,6 +6,7 @@ Legend: E experts.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.small_files import small_files
 from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.engine.config_file import renamed_experts
-from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k
+from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k, common_width
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, resized_config
 from moekit.compress.engine.shard_writer import Shard, lay_out
@@ -117,17 +118,19 @@ def prepare(
         check_even(outcomes, checkpoint.path)
     if groups == "equal":
         check_groups(outcomes, counts, checkpoint.config, top_k, config_path)
-    most = max(len(outcome.keep) for outcome in outcomes.values())
+    most, width = max(outcome.experts for outcome in outcomes.values()), common_width(outcomes, checkpoint.path)
     tells = is_mtp(checkpoint)
     extra = [name for name in checkpoint.tensors if tells(name)]
     if mtp == "keep":
         _check_mtp(checkpoint, most)
     before = model_config(checkpoint)
-    dropped = any(len(outcomes[layer].keep) < count for layer, count in counts.items())
-    after = resized_config(before, most, top_k=top_k, groups=groups, dropped=dropped)
+    dropped = any(outcomes[layer].experts != count for layer, count in counts.items())
+    after = resized_config(before, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
     if len({len(outcome.keep) for outcome in outcomes.values()}) > 1:
         without_common_loss(after)
     kept = kept_tensors(checkpoint, outcomes, _axes(before, outcomes, counts), mtp == "keep")
+    if width is not None:
+        kept = _resized(kept, after)
     shards, index = lay_out((tensor.spec for tensor in kept), max_shard_bytes)
     text = _config_text(checkpoint, before, after, outcomes, bool(extra) and mtp == "drop")
     dropped_mtp = len(extra) if mtp == "drop" else 0
@@ -156,6 +159,25 @@ def _axes(before: PreTrainedConfig, outcomes: Mapping[int, LayerOutcome], counts
         if isinstance(value := getattr(inner, key, None), int) and not isinstance(value, bool):
             setattr(inner, key, max(counts.values()) + 1)
     return Axes(empty_model(before), empty_model(other))
+
+
+def _resized(kept: list[Kept], after: PreTrainedConfig) -> list[Kept]:
+    """The tensors with the sizes that they have in a model of another expert width, split and fused ones."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = empty_model(after)
+    live = dict(model.state_dict())
+    known = {name: tuple(tensor.shape) for name, tensor in (revert_weight_conversion(model, dict(live)) | live).items()}
+    made = []
+    for tensor in kept:
+        shape = known.get(tensor.name)
+        if tensor.layer is None or shape is None or shape == tensor.shape:
+            made.append(tensor)
+            continue
+        if tensor.cut is not None:  # the config names the largest number of experts, this layer may have fewer
+            shape = (*shape[: tensor.cut.axis], tensor.shape[tensor.cut.axis], *shape[tensor.cut.axis + 1 :])
+        made.append(dataclasses.replace(tensor, resized=shape))
+    return made
 
 
 def _config_text(

@@ -11,7 +11,8 @@ from typing import Any
 
 from moekit.checkpoint.names import config_groups, config_top_k
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.errors import BadConfig
+from moekit.compress.engine.weights import LayerWeights
+from moekit.errors import BadConfig, UnsupportedModel
 
 
 def check_layers(outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int], file: Path | None = None) -> None:
@@ -139,3 +140,62 @@ def check_groups(
                 layer=layer,
                 hint=f'keep at least {-(-chosen // allowed)} of each group, or route without groups (groups="free")',
             )
+
+
+def common_width(outcomes: Mapping[int, LayerOutcome], file: Path | None = None) -> int | None:
+    """The width that all layers get; None where they keep theirs.
+
+    Raises:
+        BadConfig: layers would get different widths.
+        UnsupportedModel: an outcome asks for what the engine does not carry out.
+    """
+    for layer, outcome in outcomes.items():
+        if outcome.redirect is not None:
+            raise UnsupportedModel(
+                "the outcome redirects tokens behind a router of the old experts, which weights alone cannot do",
+                file=file,
+                layer=layer,
+                hint="attach the routing policy merge-redirect instead",
+            )
+        if outcome.shared_width is not None:
+            raise UnsupportedModel(
+                "the outcome narrows shared experts, and only routed ones are narrowed",
+                file=file,
+                layer=layer,
+                hint="leave shared_width out",
+            )
+    widths = {layer: outcome.width for layer, outcome in outcomes.items()}
+    if len(set(widths.values())) > 1:
+        one, other = list(dict.fromkeys(widths.values()))[:2]
+        layer = next(n for n, w in widths.items() if w == other)
+        raise BadConfig(
+            f"experts of this layer would be {other or 'as before'} wide, those of others {one or 'as before'}, "
+            "and a config knows one width for all",
+            file=file,
+            layer=layer,
+            hint="give all layers the same width",
+        )
+    return next(iter(widths.values()), None)
+
+
+def check_made(made: LayerWeights, outcome: LayerOutcome, width: int, layer: int) -> None:
+    """Refuse new weights that are not what an outcome says.
+
+    Args:
+        made: the new weights.
+        outcome: of the layer.
+        width: I of the layer before.
+        layer: decoder layer.
+
+    Raises:
+        BadConfig: another number of experts, or another width.
+    """
+    if made.experts != outcome.experts:
+        raise BadConfig(f"the rewriting gave {made.experts} experts, the outcome keeps {outcome.experts}", layer=layer)
+    wanted = outcome.width or width
+    if made.width != wanted:
+        raise BadConfig(
+            f"the rewriting gave experts of {made.width} neurons, the outcome says {wanted}",
+            layer=layer,
+            hint="say the width in the outcome",
+        )

@@ -15,8 +15,9 @@ from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.anatomy.swap import replace
 from moekit.checkpoint.names import config_top_k, stated_experts
 from moekit.checkpoint.uneven import without_common_loss
+from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.layer_writer import Rewrite
-from moekit.compress.engine.limits import check_groups, check_layers, check_top_k
+from moekit.compress.engine.limits import check_groups, check_layers, check_made, check_top_k, common_width
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, read_block, resized_block, resized_config
 from moekit.errors import BadConfig
@@ -58,9 +59,10 @@ def change_model(
     check_top_k(outcomes, (config_top_k(model.config.to_dict()) or 1) if top_k is None else top_k)
     if groups == "equal":
         check_groups(outcomes, counts, model.config.to_dict(), top_k)
-    dropped = any(len(outcomes[index].keep) < count for index, count in counts.items())
-    most = max(len(outcome.keep) for outcome in outcomes.values())
-    config = resized_config(model.config, most, top_k=top_k, groups=groups, dropped=dropped)
+    dropped = any(outcomes[index].experts != count for index, count in counts.items())
+    most = max(outcome.experts for outcome in outcomes.values())
+    width = common_width(outcomes)
+    config = resized_config(model.config, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
     blocks = _new_blocks(layers, outcomes, rewrite, config)
     if len({len(outcome.keep) for outcome in outcomes.values()}) > 1:
         without_common_loss(config)
@@ -80,11 +82,8 @@ def _new_blocks(
     blocks: dict[int, nn.Module] = {}
     for index, layer in layers.items():
         outcome, weights = outcomes[index], read_block(layer)
-        made = weights.select(outcome.keep) if rewrite is None else rewrite(index, weights)
-        if made.experts != len(outcome.keep):
-            raise BadConfig(
-                f"the rewriting gave {made.experts} experts, the outcome keeps {len(outcome.keep)}", layer=index
-            )
+        made = carried_out(weights, outcome, index) if rewrite is None else rewrite(index, weights)
+        check_made(made, outcome, weights.width, index)
         # The new config says already how tokens choose: only the number of experts is the layer's own.
         own = resized_config(config, made.experts, groups="equal")
         blocks[index] = resized_block(layer, own, made)

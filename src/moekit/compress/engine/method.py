@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moekit import catalogue
 from moekit.anatomy.probe import Geometry
+from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights
@@ -124,7 +125,7 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
 
     def transform(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> LayerWeights:
         """Weights and router rows of the new experts, in the order of `outcome.sources`."""
-        return weights.select(outcome.keep)
+        return carried_out(weights, outcome, inputs.layer)
 
     def told(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> dict[str, float]:
         """What the method tells of the new weights it made, by name."""

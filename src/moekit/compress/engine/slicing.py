@@ -51,16 +51,20 @@ class Kept:
         source: the tensor it comes from.
         layer: decoder layer, of tensors that belong to routed experts or count them; else None.
         cut: what is left of it; None for all.
+        resized: sizes in the output where experts change their width; None where the cut says all.
     """
 
     name: str
     source: TensorInfo
     layer: int | None = None
     cut: Cut | None = None
+    resized: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes in the output."""
+        if self.resized is not None:
+            return self.resized
         if self.cut is None:
             return self.source.shape
         size = self.source.shape[self.cut.axis] // self.cut.experts * len(self.cut.keep)
@@ -248,7 +252,7 @@ def kept_tensors(checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome], a
 def _kept(
     info: TensorInfo, outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int], axes: Axes
 ) -> Iterator[Kept]:
-    """What becomes of one tensor: one, or none."""
+    """What becomes of one tensor: one, none, or, where experts are there more than once, several."""
     match = _split(info.name)
     layer = decoder_index(match["block"] if match else info.name)
     if layer not in outcomes or not _LAYER.match(info.name):
@@ -256,10 +260,10 @@ def _kept(
         return
     keep = outcomes[layer].keep
     if match:
-        expert = int(match["expert"])
-        if expert in keep:
-            yield Kept(f"{match['block']}.experts.{keep.index(expert)}.{match['rest']}", info, layer)
+        for number, expert in enumerate(keep):
+            if expert == int(match["expert"]):
+                yield Kept(f"{match['block']}.experts.{number}.{match['rest']}", info, layer)
         return
     axis = axes.of(info, counts[layer])
-    cut = None if axis is None or len(keep) == counts[layer] else Cut(axis, counts[layer], keep)
+    cut = None if axis is None or outcomes[layer].keeps_all(counts[layer]) else Cut(axis, counts[layer], keep)
     yield Kept(info.name, info, None if axis is None else layer, cut)

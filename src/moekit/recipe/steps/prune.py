@@ -94,9 +94,9 @@ class PruneStep(WritingOptions, Step):
 
     def check(self) -> None:
         """Refuse an unknown method, impossible knobs and budgets, and a run without what it needs."""
+        budget = budget_of(self.keep, self.scope, self.least, self.most)  # first: nothing heavy is imported for it
         resolve_device(self.device)
         method = catalogue.make("prune", self.method, self.settings)
-        budget = budget_of(self.keep, self.scope, self.least, self.most)
         refuse_uneven(budget, self.stock_only)
         if budget.scope == "global" and method.searches:
             raise BadConfig(f"{self.method} needs to know how many experts each layer keeps", hint="--scope uniform")

@@ -18,7 +18,7 @@ from moekit.compress.engine.measuring import geometries_of
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import LayerRecord, PlanFile, WeightPlan
 from moekit.compress.engine.resize import read_block
-from moekit.compress.engine.rewriting import rewriter
+from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
 from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.dern import DERN
 from moekit.compress.prune.frequency import Frequency
@@ -42,9 +42,17 @@ def plan(method: str, keeps: dict[int, tuple[int, ...]], load: list[int], **sett
         )
         for n, keep in keeps.items()
     }
-    file = PlanFile(method=method, settings=settings, budget=Budget(keep=4), fingerprint="", layers=layers)
+    file = PlanFile(
+        kind="prune", method=method, settings=settings, budget=Budget(keep=4), fingerprint="", layers=layers
+    )
     statistics = {n: LayerStatistics(len(load), HIDDEN, (), sum(load), values, width=WIDTH) for n in keeps}
     return WeightPlan(file, statistics)
+
+
+def rewriting(plan: WeightPlan, checkpoint: Checkpoint, **more: Any) -> PlannedRewrite | None:
+    """The rewriting of a plan, as one that was made for this model."""
+    file = plan.file.model_copy(update={"fingerprint": checkpoint.fingerprint})
+    return rewriter(WeightPlan(file, plan.statistics), checkpoint, **more)
 
 
 def layer_weights(index: int = 0, family: str = "qwen3_moe") -> LayerWeights:
@@ -57,7 +65,7 @@ LOAD = [8, 7, 6, 5, 4, 3, 2, 1]
 
 def test_methods_that_only_drop_need_no_rewriting(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(plain(tmp_path / "m", "qwen3_moe"))
-    assert rewriter(plan("frequency", {0: (0, 1, 2, 3), 1: (0, 1, 2, 3)}, LOAD), checkpoint) is None
+    assert rewriting(plan("frequency", {0: (0, 1, 2, 3), 1: (0, 1, 2, 3)}, LOAD), checkpoint) is None
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -66,12 +74,12 @@ def test_new_weights_are_those_of_the_method(tmp_path: Path, family: str) -> Non
     keep = (0, 2, 3, 5)
     settings = {"alpha": -1.0, "compare": "all"}
     told = plan("dern", {0: keep, 1: keep}, LOAD, **settings)
-    rewrite = rewriter(told, checkpoint, folder=tmp_path / "kept")
+    rewrite = rewriting(told, checkpoint, folder=tmp_path / "kept")
     assert rewrite is not None
     weights = layer_weights(0, family)
     inputs = LayerInputs(0, geometries_of(checkpoint)[0], told.statistics[0])
     expected = DERN(**settings).transform(weights, LayerOutcome(keep=keep), inputs)
-    for made in (rewrite(0, weights), rewriter(told, checkpoint, folder=tmp_path / "kept")(0, weights)):  # type: ignore[misc]
+    for made in (rewrite(0, weights), rewriting(told, checkpoint, folder=tmp_path / "kept")(0, weights)):  # type: ignore[misc]
         for name in ("gate_EIH", "up_EIH", "down_EHI", "gate_bias_EI", "up_bias_EI", "down_bias_EH"):
             one, two = getattr(made, name), getattr(expected, name)
             assert (one is None) == (two is None)
@@ -96,14 +104,14 @@ def test_finished_layers_are_not_made_again_unless_something_differs(
     monkeypatch.setattr(DERN, "transform", counted)
     weights, keeps = layer_weights(), {0: (0, 1, 2, 3), 1: (0, 1, 2, 3)}
     for _ in range(2):
-        rewrite = rewriter(plan("dern", keeps, LOAD, alpha=0.0), checkpoint, folder=tmp_path / "kept")
+        rewrite = rewriting(plan("dern", keeps, LOAD, alpha=0.0), checkpoint, folder=tmp_path / "kept")
         assert rewrite is not None
         rewrite(0, weights)
     assert calls == ["torch.float32"]
     # Another precision, other knobs, another outcome: all are other work.
     rewrite(0, weights.map(lambda t: t.bfloat16()))
     for other in (plan("dern", keeps, LOAD, alpha=0.1), plan("dern", {0: (0, 1, 2, 4), 1: (0,)}, LOAD, alpha=0.0)):
-        again = rewriter(other, checkpoint, folder=tmp_path / "kept")
+        again = rewriting(other, checkpoint, folder=tmp_path / "kept")
         assert again is not None
         again(0, weights)
     assert calls == ["torch.float32", "torch.bfloat16", "torch.float32", "torch.float32"]
@@ -112,7 +120,7 @@ def test_finished_layers_are_not_made_again_unless_something_differs(
 def test_layers_that_keep_all_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(plain(tmp_path / "m", "qwen3_moe"))
     monkeypatch.setattr(DERN, "transform", lambda *_: pytest.fail("nothing was dropped"))
-    rewrite = rewriter(plan("dern", dict.fromkeys((0, 1), tuple(range(EXPERTS))), LOAD), checkpoint)
+    rewrite = rewriting(plan("dern", dict.fromkeys((0, 1), tuple(range(EXPERTS))), LOAD), checkpoint)
     assert rewrite is not None
     weights = layer_weights()
     assert torch.equal(rewrite(0, weights).down_EHI, weights.down_EHI)
