@@ -30,7 +30,8 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig, UnsupportedModel
 from tests.checkpoints import plain
-from tests.families import EXPERTS, FAMILIES, HIDDEN, WIDTH, build, logits
+from tests.contracts import cases
+from tests.families import EXPERTS, HIDDEN, WIDTH, build, logits
 
 NARROW = 12
 KEEP = (1, 3, 4, 6, 7)
@@ -248,9 +249,7 @@ def check_experts(opened: PreTrainedModel, family: str, case: Case) -> None:
             torch.testing.assert_close(after[name].movedim(axis, 0), case.rows(rows.movedim(axis, 0)))
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(("kind", "family", "fused"), cases(list(CASES), [False, True]))
 def test_a_folder_is_what_the_outcome_says(
     kind: str, family: str, fused: bool, folders: Callable[[str, bool], Checkpoint], tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from moekit.anatomy.layout import find_expert_tensors
-from moekit.anatomy.probe import Geometry, find_moe_layers
+from moekit.anatomy.probe import Geometry, MoELayer, find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.precision import stored_dtype
@@ -17,9 +17,13 @@ from moekit.compress.budget.sizes import ByteSizes
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.slicing import is_mtp
 from moekit.compress.engine.weights import LayerWeights
+from moekit.errors import NumericFault
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.walk import layer_of
 from moekit.trace.statistics import LayerStatistics
+
+# Our headers state a format and are padded; those of the source may not be.
+_OWN_HEADER = 64
 
 
 def geometries_of(checkpoint: Checkpoint) -> dict[int, Geometry]:
@@ -45,7 +49,36 @@ def sizes_of(checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: 
     routed = sum(bytes_of.values())
     each = {layer: nbytes // experts[layer] for layer, nbytes in bytes_of.items()}
     others = sum(info.nbytes for name, info in checkpoint.tensors.items() if not left_out(name)) - routed
-    return ByteSizes(experts, choices, each, others)
+    return ByteSizes(experts, choices, each, others + _header_bytes(checkpoint))
+
+
+def _header_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the shards that are no tensor's: what is written has as many tensors or fewer, and no longer headers."""
+    tensors = sum(info.nbytes for info in checkpoint.tensors.values())
+    files = sum((checkpoint.path / shard).stat().st_size for shard in checkpoint.shards)
+    return files - tensors + _OWN_HEADER * len(checkpoint.shards)
+
+
+def refuse_damaged(moe: MoELayer, statistics: LayerStatistics) -> None:
+    """Refuse a layer whose experts hold NaN or infinity, whether a method looks at weights or not.
+
+    For `Streamed.run`, which gives it each layer with its weights: a damaged expert is neither kept nor dropped in
+    silence.
+
+    Raises:
+        NumericFault: names layer and expert.
+    """
+    for tensor in moe.experts.parameters(recurse=False):
+        if tensor.shape[:1] != (moe.geometry.experts,) or not tensor.is_floating_point():
+            continue
+        damaged = next((e for e, own in enumerate(tensor) if not bool(own.isfinite().all())), None)
+        if damaged is not None:
+            raise NumericFault(
+                "the expert's weights are not finite",
+                layer=moe.index,
+                expert=damaged,
+                hint="the file is damaged (see `moekit check`); fetch it again, or mend it",
+            )
 
 
 def weights_reader(checkpoint: Checkpoint) -> Callable[[int], LayerWeights]:

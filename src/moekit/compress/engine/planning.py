@@ -17,7 +17,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.describing import layer_record, plan_file, warnings_of
 from moekit.compress.engine.inputs import InputsByLayer
-from moekit.compress.engine.measuring import empty_statistics, geometries_of, sizes_of, weights_reader
+from moekit.compress.engine.measuring import empty_statistics, geometries_of, refuse_damaged, sizes_of, weights_reader
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.plan import LayerRecord, WeightPlan
 from moekit.compress.engine.request import Calibration, PlanRequest
@@ -61,7 +61,7 @@ def plan_weights(
             dtype=source.dtype,
             device=source.device,
         ) as streamed:
-            streamed.run(progress)
+            streamed.run(progress, refuse_damaged)
             recorded = streamed.trace(tokenizer=source.tokenizer, source=source.source, seed=request.seed)
             return plan_by_search(checkpoint, recorded, streamed, request, progress)
     if isinstance(source, Calibration) and method.required:

@@ -19,6 +19,7 @@ from moekit._progress import Progress
 from moekit.anatomy.probe import MoELayer
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.measuring import refuse_damaged
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.request import Calibration, PlanRequest
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
@@ -72,7 +73,7 @@ class TextPass:
                 made = request.method.transform(weights, outcomes[moe.index], inputs)
                 return resized_block(moe, resized_config(streamed.loader.model.config, made.experts), made)
 
-            streamed.run(self._progress, None if outcomes is None else change)
+            streamed.run(self._progress, refuse_damaged if outcomes is None else change)
             meta = streamed.trace(tokenizer=text.tokenizer, source=text.source, seed=request.seed).meta
             return {layer: record.statistics for layer, record in streamed.records.items()}, meta
 

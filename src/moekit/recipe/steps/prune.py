@@ -217,6 +217,7 @@ class PruneStep(WritingOptions, Step):
         )
 
     def _decide(self, source: Source, request: PlanRequest, rows: TokenBatches | None, work: JobContext) -> Decided:
+        from moekit.compress.engine.measuring import refuse_damaged
         from moekit.compress.engine.planning import plan_weights
         from moekit.compress.engine.searching import plan_by_search
         from moekit.trace import Trace
@@ -236,7 +237,7 @@ class PruneStep(WritingOptions, Step):
             dtype=self.torch_dtype,
             device=self.device,
         ) as streamed:
-            streamed.run(work.progress)
+            streamed.run(work.progress, refuse_damaged)
             trace = streamed.trace(tokenizer=source.tokenizer(), source=self._origin(), seed=work.seed)
             request = self._protected(request, source, trace)
             known = _known_plan(work, trace, request)

@@ -20,17 +20,18 @@ from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.measuring import geometries_of, sizes_of
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.planning import plan_weights, redecide
-from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.request import Calibration, PlanRequest
 from moekit.compress.engine.searching import plan_by_search
 from moekit.compress.prune.frequency import Frequency
 from moekit.compress.prune.naee import NAEE
 from moekit.compress.prune.random import Random
 from moekit.compress.prune.stun import Stun
-from moekit.errors import BadConfig, BadData
+from moekit.errors import BadConfig, BadData, NumericFault
 from moekit.streaming.loader import LayerLoader
 from moekit.trace import Trace, record
 from moekit.trace.streamed import Streamed
-from tests.families import build, randomize
+from tests.checkpoints import edit_shard, plain
+from tests.families import build, randomize, tokens
 
 ROWS = [torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(0))]
 
@@ -82,9 +83,10 @@ def test_bytes_leave_out_the_layers_that_are_left_out(
     checkpoint = with_mtp(tmp_path / "m", family, stack, **config)
     sizes = sizes_of(checkpoint, geometries_of(checkpoint))
     for count in (2, 4):
-        written = sum(tensor.spec.nbytes for tensor in prepare(checkpoint, keeping(checkpoint, count)).kept)
+        written = sum(shard.nbytes for shard in prepare(checkpoint, keeping(checkpoint, count)).shards)
         counted = sizes.other_bytes + sum(count * each for each in sizes.expert_bytes.values())
-        assert 0 <= counted - written < min(sizes.expert_bytes.values())  # rows of routers, which go with experts
+        # Rows of routers, and entries of the header, which go with experts.
+        assert 0 <= counted - written < 2 * min(sizes.expert_bytes.values())
         plan = plan_weights(checkpoint, None, PlanRequest(Random(), Budget(keep=f"{counted}B")))
         assert {len(outcome.keep) for outcome in plan.outcomes.values()} == {count}
         assert total_count(Budget(keep=f"{counted}B", scope="global"), sizes) == count * len(sizes.experts)
@@ -139,3 +141,29 @@ def test_a_search_that_keeps_all_of_as_many_as_are_chosen(tmp_path: Path) -> Non
 def test_groups_by_the_name_that_is_stored() -> None:
     assert routing_groups({"hidden_size": 8, "num_expert_group": 4, "topk_group": 2}) == 4
     assert routing_groups({"hidden_size": 8}) == 1
+
+
+def test_a_budget_of_bytes_holds_the_file_with_its_header(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path / "m", "qwen3_moe")
+    tensors = sum(tensor.spec.nbytes for tensor in prepare(checkpoint, keeping(checkpoint, 4)).kept)
+    plan = plan_weights(checkpoint, None, PlanRequest(Random(), Budget(keep=f"{tensors + 100}B")))
+    apply(checkpoint, plan.outcomes, tmp_path / "out", record=Record(command="a test"))
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) <= tensors + 100
+
+
+def test_a_tensor_without_numbers_is_written(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(plain(tmp_path / "m", "qwen2_moe", shared_expert_intermediate_size=0))
+    empty = [name for name, info in checkpoint.tensors.items() if not info.nbytes]
+    assert empty
+    apply(checkpoint, keeping(checkpoint, 4), tmp_path / "out", record=Record(command="a test"))
+    made = Checkpoint.open(tmp_path / "out")
+    assert all(made.tensors[name].shape == checkpoint.tensors[name].shape for name in empty)
+
+
+def test_a_damaged_expert_is_named_by_a_method_that_only_counts(tmp_path: Path) -> None:
+    folder = plain(tmp_path / "m", "qwen3_moe")
+    name = "model.layers.1.mlp.experts.5.down_proj.weight"
+    edit_shard(folder / "model.safetensors", lambda tensors: tensors[name][0].fill_(float("nan")))
+    with pytest.raises(NumericFault) as caught:
+        plan_weights(Checkpoint.open(folder), Calibration([tokens(2, 20)]), PlanRequest(Frequency(), Budget(keep=4)))
+    assert (caught.value.layer, caught.value.expert) == (1, 5)
