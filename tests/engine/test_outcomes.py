@@ -274,7 +274,7 @@ def test_widths_that_a_family_cannot_say_are_refused_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("outcome", "rewrite", "kind", "said"),
     [
-        (LayerOutcome(keep=ALL), _narrowed, BadConfig, "12 neurons, the outcome says 24"),
+        (LayerOutcome(keep=ALL, sparsity=0.5), _narrowed, BadConfig, "12 neurons, the outcome says 24"),
         (LayerOutcome(keep=ALL, width=16), _narrowed, BadConfig, "12 neurons, the outcome says 16"),
         (LayerOutcome(keep=ALL, width=NARROW), None, UnsupportedModel, "nothing says which weights"),
         (LayerOutcome(keep=ALL, width=30), _narrowed, BadConfig, "cannot become 30 wide"),

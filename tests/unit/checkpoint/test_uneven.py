@@ -111,6 +111,22 @@ def test_a_layer_that_keeps_all_routes_as_freely_as_the_others(family: str, tmp_
     assert expected.config.n_group == loaded.config.n_group == 1
 
 
+def test_a_stored_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
+    build("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path / "even")
+    changed = change_model(moekit.load(tmp_path / "even", device="cpu"), outcomes("qwen3_moe"))
+    moekit.save(changed, tmp_path / "out")
+    head: list[torch.Tensor] = []
+
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        head.append(tensors["model.embed_tokens.weight"].flip(0).contiguous())
+        tensors["lm_head.weight"] = head[0]
+
+    edit_shard(tmp_path / "out" / "model.safetensors", store)
+    loaded = moekit.load(tmp_path / "out", device="cpu")
+    assert torch.equal(loaded.lm_head.weight, head[0])
+    assert not torch.equal(loaded.model.embed_tokens.weight, head[0])
+
+
 def test_a_loaded_model_is_like_a_stock_one(tmp_path: Path) -> None:
     """Settings of generation, dtype, gradients, tied weights and fingerprint, over several shards."""
     model = build("qwen3_moe", tie_word_embeddings=True)

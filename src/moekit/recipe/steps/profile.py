@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, text_item
 from moekit.recipe.steps.base import Step
+
+if TYPE_CHECKING:
+    from moekit.trace.recording import Recording
 
 
 class ProfileStep(Step):
@@ -28,43 +32,72 @@ class ProfileStep(Step):
     seq_len: int = Field(default=512, ge=2, description="tokens a row")
     batch_size: int = Field(default=4, ge=1, description="rows a forward pass")
     statistics: tuple[str, ...] = Field(
-        default=("basic",), description="what to sum up: names or groups, such as basic, gates, outputs"
+        default=("basic",),
+        description="what to sum up: names or groups, such as basic, gates, outputs (moekit methods statistics)",
     )
     choices: bool = Field(default=True, description="keep every token's choice, for replay and placement")
     weights: bool = Field(default=False, description="keep the gate weights too, 16 bits each")
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
+
+    def check(self) -> None:
+        """Refuse an unknown statistic, and what could not be summarised in the end."""
+        from moekit.trace import check_summary
+
+        check_summary(self._recording())
+
+    def _recording(self) -> Recording:
+        from moekit.trace.recording import Recording
+
+        return Recording(statistics=self.statistics, keep_choices=self.choices, weights=self.weights)
 
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """A choice takes one byte; the geometry is read from the config where it is there."""
         model, text = model_item(self.model, sizes), text_item(self.text, sizes)
         per_token = _bytes_per_token(self.model, self.weights) if self.choices else 0
         trace = None if self.max_tokens is None or per_token is None else self.max_tokens * (per_token + 11)
-        return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes)
+        nbytes, notes = self._cost()
+        if trace is not None:
+            trace += nbytes
+        return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes, notes=notes)
+
+    def _cost(self) -> tuple[int, tuple[str, ...]]:
+        """Bytes of the statistics, and what looking at them costs, where the config is there to tell."""
+        from moekit.checkpoint.strictjson import read_json
+        from moekit.trace.cost import cost_of, notes_on, sizes_of
+
+        file = Path(self.model).expanduser() / "config.json"
+        sizes = None
+        if file.is_file():
+            sizes = sizes_of(read_json(file), rows=self.batch_size, positions=self.seq_len)
+        if sizes is None:
+            return 0, ()
+        recording = self._recording()
+        return cost_of(recording, sizes)[1], notes_on(recording, sizes)
 
     def run(self, work: JobContext) -> dict[str, Any]:
         """Record and save."""
-        from moekit.trace import record, summarise
+        from moekit.trace import record, single_figures, summarise
 
+        recording = self._recording()
         model, tokenizer = open_model(
             self.model, plan=self.plan, device=self.device, dtype=self.dtype, progress=work.progress
         )
         documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
-        rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens)
+        rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens, bos=self.bos)
         trace = record(
             model,
             rows.batches(self.batch_size),
-            statistics=self.statistics,
-            keep_choices=self.choices,
-            weights=self.weights,
-            tokenizer=tokenizer,
-            source=self.text,
-            seed=work.seed,
+            recording.model_copy(update={"tokenizer": tokenizer, "source": self.text, "seed": work.seed}),
             progress=work.progress,
         )
         trace.save(work.out, overwrite=work.overwrite)
         told = {"tokens": trace.meta.tokens, "domains": list(trace.meta.domains), "warnings": trace.warnings}
-        return {**told, "summary": summarise(trace).model_dump(mode="json")}
+        figures = {} if trace.statistics is None else single_figures(trace.statistics)
+        # A dense model routes nothing that could be summarised.
+        summary = summarise(trace).model_dump(mode="json") if recording.routed else None
+        return {**told, "summary": summary, "figures": {str(layer): named for layer, named in figures.items()}}
 
 
 def _bytes_per_token(model: str, weights: bool) -> int | None:
