@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import MoELayer, flat_output
+from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, resized_block, resized_config
 from moekit.compress.engine.weights import LayerWeights
@@ -123,10 +124,12 @@ def changed_layer(variant: Variant, moe: MoELayer, weights: LayerWeights, config
     """
     outcome = variant.outcomes[moe.index]
     own = variant.rewrite
-    made = weights.select(outcome.keep) if own is None else own(moe.index, weights)
+    made = carried_out(weights, outcome, moe.index) if own is None else own(moe.index, weights)
     # Where any layer loses experts, all of them give up routing groups, also one that keeps all of its own.
     dropped = {len(d.keep) for d in variant.outcomes.values()} != {moe.geometry.experts}
-    resized = resized_config(config, len(outcome.keep), top_k=variant.top_k, groups=variant.groups, dropped=dropped)
+    resized = resized_config(
+        config, outcome.experts, top_k=variant.top_k, groups=variant.groups, dropped=dropped, width=outcome.width
+    )
     keep = torch.zeros(moe.geometry.experts + 1, dtype=torch.bool)
     keep[list(outcome.keep)] = True
     keep[-1] = True  # no expert, no loss

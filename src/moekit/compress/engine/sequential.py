@@ -70,8 +70,10 @@ class TextPass:
                     return None
                 weights = read_block(moe)
                 inputs = LayerInputs(moe.index, moe.geometry, statistics, lambda: weights, request.seed)
-                made = request.method.transform(weights, outcomes[moe.index], inputs)
-                return resized_block(moe, resized_config(streamed.loader.model.config, made.experts), made)
+                outcome = outcomes[moe.index]
+                made = request.method.transform(weights, outcome, inputs)
+                config = resized_config(streamed.loader.model.config, made.experts, width=outcome.width)
+                return resized_block(moe, config, made)
 
             streamed.run(self._progress, refuse_damaged if outcomes is None else change)
             meta = streamed.trace(tokenizer=text.tokenizer, source=text.source, seed=request.seed).meta

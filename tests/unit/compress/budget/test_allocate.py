@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moekit.compress.budget.allocate as module
 from moekit.compress.budget.allocate import allocate
-from moekit.compress.budget.sizes import allocate as module
 from moekit.compress.engine.dropping import share_by_score
 from moekit.errors import BadConfig, NumericFault
 
