@@ -16,7 +16,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from moekit._files import open_own
@@ -305,31 +305,3 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
             raise _out_of_disk(path.parent, len(data), error) from error
         raise
     _fsync_parent(path)
-
-
-@contextlib.contextmanager
-def checked_folder(
-    target: str | Path, check: Callable[[Path], None], *, overwrite: bool = False, need_bytes: int | None = None
-) -> Iterator[Path]:
-    """Write a folder that takes its name only once it has been checked.
-
-    Args:
-        target: final folder; its parents are made.
-        check: raises where what was written is not what it must be; nothing is left then.
-        overwrite: whether an existing folder may be replaced.
-        need_bytes: what will be written; checked against the free space first.
-
-    Yields:
-        A folder of the target's name that does not exist yet, to be written by something atomic itself.
-
-    Raises:
-        BadConfig: the folder exists, or another process is writing it.
-        OutOfBudget: the disk is full, or would be; nothing is left behind.
-    """
-    with atomic_folder(target, overwrite=overwrite, need_bytes=need_bytes) as folder:
-        inner = folder / Path(target).name
-        yield inner
-        check(inner)
-        for written in list(inner.iterdir()):
-            written.rename(folder / written.name)
-        inner.rmdir()

@@ -5,24 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from moekit.checking import CheckReport
+from moekit.checkpoint import Record
+from moekit.compress.engine.apply import apply
+from moekit.compress.engine.plan import WeightPlan, make_method, zero_budget
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
+from moekit.evaluation.changes import Variant
+from moekit.jobs.context import JobContext
+from moekit.jobs.shared.checked import write_checked
 from moekit.jobs.shared.hashes import hash_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from moekit.checking import CheckReport
-    from moekit.checkpoint import Record
-    from moekit.compress.engine.plan import WeightPlan
-    from moekit.compress.engine.rewriting import PlannedRewrite
-    from moekit.evaluation.changes import Variant
-    from moekit.jobs.context import JobContext
-    from moekit.jobs.shared.opened import Source
-    from moekit.jobs.shared.proof import HeldOut, Proof
+from moekit.jobs.shared.opened import Source
+from moekit.jobs.shared.proof import HeldOut, Proof, prove
 
 logger = logging.getLogger(__name__)
+
+# Up to so many warnings are logged one by one.
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Machine:
 
 
 def finish(
-    plan: WeightPlan, source: Source, heldout: HeldOut | None, machine: Machine, work: JobContext
+    plan: WeightPlan, source: Source, heldout: HeldOut | None, machine: Machine, context: JobContext
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it.
 
@@ -42,12 +46,10 @@ def finish(
         BadCheckpoint: what was written is not what it must be; nothing is left.
         OutOfBudget: not enough disk.
     """
-    from moekit.compress.engine.rewriting import rewriter
-
-    proof = None if heldout is None else _prove(plan, source, heldout, machine, work)
+    proof = None if heldout is None else _prove(plan, source, heldout, machine, context)
     zeros = rewriter(plan, source.checkpoint)
     assert zeros is not None
-    record, report = _write(plan, source, zeros, proof, work)
+    record, report = _write(plan, source, zeros, proof, context)
     return {
         **told_of(plan, zeros),
         "proof": None if proof is None else proof.model_dump(mode="json"),
@@ -60,9 +62,7 @@ def finish(
     }
 
 
-def _prove(plan: WeightPlan, source: Source, heldout: HeldOut, machine: Machine, work: JobContext) -> Proof:
-    from moekit.jobs.shared.proof import prove
-
+def _prove(plan: WeightPlan, source: Source, heldout: HeldOut, machine: Machine, context: JobContext) -> Proof:
     others = _baselines(plan, source)
     return prove(
         source.checkpoint,
@@ -70,27 +70,20 @@ def _prove(plan: WeightPlan, source: Source, heldout: HeldOut, machine: Machine,
         _variant(plan, source),
         [_variant(other, source) for other in others],
         key=hash_of(["sparsify", plan.hash, *(other.hash for other in others), str(machine.dtype)]),
-        folder=work.scratch / "proof",
-        seed=work.seed,
+        folder=context.scratch / "proof",
+        seed=context.seed,
         dtype=machine.dtype,
         device=machine.device,
-        progress=work.progress,
+        progress=context.progress,
     )
 
 
 def _variant(plan: WeightPlan, source: Source) -> Variant:
-    from moekit.compress.engine.rewriting import rewriter
-    from moekit.evaluation.changes import Variant
-
     return Variant(plan.file.method, plan.outcomes, rewriter(plan, source.checkpoint))
 
 
 def _baselines(plan: WeightPlan, source: Source) -> list[WeightPlan]:
     """What the method's baselines decide at the same sparsity; none where that is the method itself."""
-    from moekit.compress.engine.plan import make_method
-    from moekit.compress.engine.planning import plan_weights
-    from moekit.compress.engine.request import PlanRequest
-
     return [
         plan_weights(source.checkpoint, None, PlanRequest(make_method("sparsify", name, settings), plan.file.budget))
         for name, settings in plan.method.baselines
@@ -99,43 +92,33 @@ def _baselines(plan: WeightPlan, source: Source) -> list[WeightPlan]:
 
 
 def _write(
-    plan: WeightPlan, source: Source, zeros: PlannedRewrite, proof: Proof | None, work: JobContext
+    plan: WeightPlan, source: Source, zeros: PlannedRewrite, proof: Proof | None, context: JobContext
 ) -> tuple[Record, CheckReport]:
     """Write the sparse model; it takes its name once it has been checked."""
-    from moekit.checking import check
-    from moekit.checkpoint import Record
-    from moekit.checkpoint.atomic import checked_folder
-    from moekit.compress.engine.apply import apply
-
     told = {"method", "settings", "data", "tokens"}
     record = Record(
-        command=work.command,
+        command=context.command,
         parent=source.parent,
         parent_fingerprint=source.checkpoint.fingerprint,
-        seed=work.seed,
+        seed=context.seed,
         plan_hash=plan.hash,
         config=plan.file.model_dump(mode="json", include=told) | plan.file.budget.model_dump(mode="json"),
         scores={} if proof is None else {"proof": proof.short()},
     )
-    reports: list[CheckReport] = []
-
-    def judge(folder: Path) -> None:
-        reports.append(check(folder, progress=work.progress))
-        # An expert that can only answer zero was so in the source: no row or matrix loses all of its weights.
-        others = [finding for finding in reports[0].findings if finding.code != "dead-expert"]
-        reports[0].model_copy(update={"findings": others}).raise_if_bad()
-
-    with checked_folder(work.out, judge, overwrite=work.overwrite) as folder:
-        record = apply(
+    # No row or matrix loses all of its weights: an expert that can only answer zero was so in the source.
+    return write_checked(
+        context,
+        lambda folder: apply(
             source.checkpoint,
             plan.outcomes,
             folder,
             rewrite=zeros,
             record=record,
             mtp="keep",
-            progress=work.progress,
-        )
-    return record, reports[0]
+            progress=context.progress,
+        ),
+        most=_FEW,
+    )
 
 
 def told_of(plan: WeightPlan, zeros: PlannedRewrite | None) -> dict[str, Any]:
@@ -145,8 +128,6 @@ def told_of(plan: WeightPlan, zeros: PlannedRewrite | None) -> dict[str, Any]:
         plan: the plan.
         zeros: what carried it out; None where nothing did.
     """
-    from moekit.compress.engine.plan import zero_budget
-
     file = plan.file
     budget = zero_budget(file.budget)
     count = None if zeros is None else zeros.count
@@ -183,7 +164,7 @@ def told_of(plan: WeightPlan, zeros: PlannedRewrite | None) -> dict[str, Any]:
 
 def warn_of(lines: Sequence[str]) -> None:
     """Log what a reader must know, each kind at most a few times."""
-    for line in lines[:4]:
+    for line in lines[:_FEW]:
         logger.warning("%s", line)
-    if len(lines) > 4:
-        logger.warning("and %d more warnings, in the plan and in --json", len(lines) - 4)
+    if len(lines) > _FEW:
+        logger.warning("and %d more warnings, in the plan and in --json", len(lines) - _FEW)
