@@ -117,7 +117,8 @@ def test_a_dry_run_writes_nothing_and_knows_the_bytes(moekit: Moekit, made: Path
     assert done.code == 0, done.err
     assert list(tmp_path.iterdir()) == []
     written = {file.name: file.stat().st_size for file in (made / "half").iterdir()}
-    assert done.json["writes"][0]["bytes"] == sum(written.values()) - written["moekit.json"] - written["README.md"]
+    # The record's and the card's bytes are not known before: at most so many.
+    assert sum(written.values()) <= done.json["writes"][0]["bytes"] <= 1.25 * sum(written.values())
 
 
 def test_uneven_layers_are_announced_and_load_in_moekit(moekit: Moekit, made: Path, tmp_path: Path) -> None:
