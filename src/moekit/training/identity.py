@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from moekit._files import read_text
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.fingerprint import live_fingerprint
-from moekit.data.batches import TokenBatches
 from moekit.errors import BadConfig
 from moekit.routing.attach import active_policy
 from moekit.training.compute import resolve_precision
 from moekit.training.config import TrainConfig
 from moekit.training.distribution import Distribution
 from moekit.training.resume import STATE_FILE, checkpoints, remove_incomplete
+from moekit.training.teacher import Teacher
+from moekit.training.texts import Texts
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,11 @@ _WATCHING = {"save_every", "eval_every"}
 
 def run_identity(
     model: PreTrainedModel,
-    rows: TokenBatches,
+    texts: Texts,
     config: TrainConfig,
-    steps: int,
     world: int = 1,
     distribution: Distribution | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """What makes a run this run: model, routing policy, text, settings, processes. Equal identities may resume.
 
@@ -48,24 +49,26 @@ def run_identity(
         for layer, tensors in sorted(policy[1].items()):
             for name, tensor in sorted(tensors.items()):
                 routing.update(f"{layer} {name}".encode() + tensor.cpu().contiguous().numpy().tobytes())
-    text = hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.document_RS.numpy().tobytes())
     precision = resolve_precision(config.precision, model.device)  # "auto" may mean something else elsewhere
     settings = config.model_copy(update={"precision": precision})
+    taught = {} if teacher is None else {"teacher": teacher.identity}
     if distribution is not None:
         return {
             "routing": "stock" if policy is None else routing.hexdigest(),
-            "text": text.hexdigest(),
+            "text": texts.digest,
             "settings": settings.model_dump_json(exclude=_WATCHING | {"batch", "accumulation"}),
-            "steps": steps,
+            "steps": texts.steps,
             "rows of a step": config.batch * config.accumulation * world,
             **distribution.identity(),
+            **taught,
         }
     return {
+        **taught,
         "model": live_fingerprint(model),
         "routing": "stock" if policy is None else routing.hexdigest(),
-        "text": text.hexdigest(),
+        "text": texts.digest,
         "settings": settings.model_dump_json(exclude=_WATCHING),
-        "steps": steps,
+        "steps": texts.steps,
         "processes": world,
     }
 
