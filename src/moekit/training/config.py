@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moekit import catalogue
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.training.balancers.base import read_balancer
 from moekit.training.figures import RoutingFigures
 from moekit.training.lora import LoraSettings
@@ -42,6 +43,7 @@ class TrainConfig(BaseModel):
     batch: int = Field(default=4, ge=1, description="rows of a micro-batch, on each device")
     accumulation: int = Field(default=1, ge=1, description="micro-batches of an optimizer step")
     end_token: bool = Field(default=True, description="mark the ends of documents")
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     pad: bool = Field(default=False, description="start each document in a row of its own")
 
     objectives: dict[str, Any] = Field(

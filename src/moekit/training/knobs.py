@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from moekit import catalogue
 from moekit.checkpoint.names import TOP_K_KEYS
 from moekit.errors import BadConfig
-from moekit.routing.attach import active_policy
+from moekit.runtime.attachment import attached
 from moekit.training.callback import MoECallback
 from moekit.training.layers import TrainedLayer, trained_layers
 from moekit.training.schedules.base import Schedule
@@ -45,7 +45,7 @@ class Knobs:
         if callback.balancer is not None:
             for setting in _numbers(callback.balancer.model_dump()):
                 self._setters[f"balancer.{setting}"] = self._of_balancer(setting)
-        stock = active_policy(model) is None  # a policy has settings of its own
+        stock = not attached(model)  # parts have settings of their own
         if stock and all(isinstance(getattr(layer.router, "top_k", None), int) for layer in self._layers):
             self._setters["routing.top_k"] = self._set_top_k
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from moekit._files import read_text
+from moekit._memory import naming_memory
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.checkpoint.stored import mark_stored
@@ -37,7 +38,7 @@ from moekit.training.identity import RESULT_FILE, prepare_folder, run_identity
 from moekit.training.knobs import Knobs, ScheduleCallback
 from moekit.training.layers import remembered_layers
 from moekit.training.lora import add_lora, merge_lora
-from moekit.training.memory import check_memory, memory_named
+from moekit.training.memory import check_memory
 from moekit.training.order import OrderedRows
 from moekit.training.resume import (
     RANKS,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 WINDOWS = 20
 
 
+@naming_memory("training", "take a smaller batch or shorter rows, or a machine with more memory")
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -104,19 +106,18 @@ def train(
         NumericFault: the loss, a router's logits or the weights became NaN or infinite.
         OutOfBudget: memory cannot suffice, or did not.
     """
-    with memory_named():
-        return _train(
-            model,
-            tokenizer,
-            documents if isinstance(documents, Mapping) else {MAIN: documents},
-            config,
-            output=None if output is None else Path(output),
-            heldout=heldout,
-            resume=resume,
-            progress=progress,
-            distribution=distribution,
-            teacher=teacher,
-        )
+    return _train(
+        model,
+        tokenizer,
+        documents if isinstance(documents, Mapping) else {MAIN: documents},
+        config,
+        output=None if output is None else Path(output),
+        heldout=heldout,
+        resume=resume,
+        progress=progress,
+        distribution=distribution,
+        teacher=teacher,
+    )
 
 
 def _train(

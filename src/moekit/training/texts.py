@@ -50,7 +50,15 @@ def read_rows(
     if tokenizer is None:
         raise BadConfig("text needs a tokenizer", hint="give the model's tokenizer, or rows of token ids")
     vocabulary.check(tokenizer, embedded)
-    return pack(documents, tokenizer, config.seq_len, pad=config.pad, end_token=config.end_token, progress=progress)
+    return pack(
+        documents,
+        tokenizer,
+        config.seq_len,
+        pad=config.pad,
+        end_token=config.end_token,
+        bos=config.bos,
+        progress=progress,
+    )
 
 
 class Texts:
@@ -73,7 +81,7 @@ class Texts:
     def __init__(self, rows: Mapping[str, TokenBatches], read: set[str], config: TrainConfig, world: int) -> None:
         for name in sorted(read - rows.keys()):
             raise BadConfig(
-                f"an objective reads the text {name!r}, which is not there", hint=f"there are: {_list(rows)}"
+                f"an objective reads the text {name!r}, which is not there", hint=f"there are: {', '.join(rows)}"
             )
         for name in sorted(rows.keys() - read):
             raise BadConfig(f"no objective reads the text {name!r}", hint="give an objective `text`, or leave it out")

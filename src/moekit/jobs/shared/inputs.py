@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moekit.data.encoding import Bos
 from moekit.jobs.shared.estimates import Item, Sizes
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from moekit._progress import Progress
     from moekit.checking import CheckReport
     from moekit.checkpoint import Record
+    from moekit.checkpoint.safety import TensorInfo
     from moekit.data import Document, TokenBatches
     from moekit.jobs.context import JobContext
 
@@ -197,23 +199,35 @@ def read_text(
 
 
 def rows_of(
-    documents: list[Document], tokenizer: Any, *, seq_len: int, max_tokens: int | None, progress: Progress | None = None
+    documents: list[Document],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    max_tokens: int | None,
+    bos: Bos = "auto",
+    progress: Progress | None = None,
 ) -> TokenBatches:
     """Lay documents out in rows, each document cut so that all together have about `max_tokens`."""
     from moekit.data import pack
 
     per_document = None if max_tokens is None else max(1, -(-max_tokens // len(documents)))
-    return pack(documents, tokenizer, seq_len, max_tokens_per_doc=per_document, progress=progress)
+    return pack(documents, tokenizer, seq_len, max_tokens_per_doc=per_document, bos=bos, progress=progress)
 
 
 def calibration_rows(
-    documents: list[Document], tokenizer: Any, *, seq_len: int, max_tokens: int | None, progress: Progress | None = None
+    documents: list[Document],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    max_tokens: int | None,
+    bos: Bos = "auto",
+    progress: Progress | None = None,
 ) -> TokenBatches:
     """Lay at most `max_tokens` of a text out in rows, an equal share of each domain (`moekit.data.shares`)."""
     from moekit.data.batches import arrange
     from moekit.data.shares import take_shares
 
-    return arrange(take_shares(documents, tokenizer, max_tokens, progress=progress), seq_len)
+    return arrange(take_shares(documents, tokenizer, max_tokens, bos=bos, progress=progress), seq_len)
 
 
 def model_item(reference: str, sizes: Sizes) -> Item:
@@ -228,6 +242,26 @@ def model_item(reference: str, sizes: Sizes) -> Item:
         packed = get_source(reference).info().download_bytes
         return Item(reference, sizes.of(get_source(reference).folder) or _UNPACKED * packed)
     return Item(reference, _hub_bytes(reference))
+
+
+# Of a tensor in a record and an index: its names, digest and shape; of each expert that it stacks, a digest.
+_RECORDED, _RECORDED_EXPERT, _CARD = 400, 80, 8 << 10
+
+
+def record_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """Most bytes of record, index and card that a checkpoint of such tensors gets beside its weights."""
+    stacked = {info.name: info.shape[0] if len(info.shape) > 2 else 0 for info in tensors}
+    return _CARD + sum(_RECORDED + 2 * len(name) + _RECORDED_EXPERT * n for name, n in stacked.items())
+
+
+def changed_bytes(reference: str, model: Item) -> int | None:
+    """Most bytes of what a model becomes whose weights change and not their sizes; None if the model's are unknown."""
+    from moekit.checkpoint.folder import read_tensors
+
+    folder = Path(reference).expanduser()
+    if model.nbytes is None or not (folder / "config.json").is_file():
+        return model.nbytes
+    return model.nbytes + record_bytes(read_tensors(folder).values())
 
 
 def _refuse_bad_config(folder: Path) -> None:
@@ -255,9 +289,9 @@ def text_item(reference: str, sizes: Sizes) -> Item:
     known = sizes.of(Path(reference).expanduser())
     if known is not None:
         return Item(reference, known)
-    from moekit.data.mixes import MIXES
-    from moekit.data.sources import all_sources
+    from moekit.data.sources import all_sources, text_mixes
 
-    names = [candidates[0] for candidates in MIXES[reference]] if reference in MIXES else [reference]
+    mixes = text_mixes()
+    names = [candidates[0] for candidates in mixes[reference]] if reference in mixes else [reference]
     infos = [all_sources()[name].info() for name in names if name in all_sources()]
     return Item(reference, sum(info.download_bytes for info in infos) if infos else None)
