@@ -91,7 +91,7 @@ def forecast(recipe: Recipe) -> dict[str, Forecast]:
     forecasts: dict[str, Forecast] = {}
     for step in recipe.steps:
         ready = _with_folders(step, folders, before=list(forecasts))
-        forecasts[step.id] = ready.forecast(Path(folders[step.id]), sizes)
+        forecasts[step.id] = ready.estimate(Path(folders[step.id]), sizes)
         sizes.expect(forecasts[step.id])
     return forecasts
 

@@ -72,6 +72,18 @@ class TrainConfig(BaseModel):
     save_every: int | None = Field(default=100, ge=1, description="steps between checkpoints; none: only at the end")
     eval_every: int | None = Field(default=None, ge=1, description="steps between losses on held-out text, if given")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_objectives(cls, values: Any) -> Any:
+        """`balance: 0.01` beside the settings means the same as `objectives: {balance: 0.01}`."""
+        if not isinstance(values, Mapping) or all(name in TrainConfig.model_fields for name in values):
+            return values
+        known = {record.name for record in catalogue.methods("objective")}
+        named = {n: v for n, v in values.items() if n not in TrainConfig.model_fields and n.replace("_", "-") in known}
+        rest = {name: value for name, value in values.items() if name not in named}
+        objectives = {**(values.get("objectives") or {}), **{n.replace("_", "-"): v for n, v in named.items()}}
+        return {**rest, "objectives": objectives} if named else values
+
     @field_validator("objectives", mode="after")
     @classmethod
     def _known_objectives(cls, value: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from moekit.checkpoint.stored import mark_stored
 from moekit.data import vocabulary
 from moekit.data.batches import TokenBatches
 from moekit.errors import BadConfig
+from moekit.runtime.slots import learns
 from moekit.training.callback import MoECallback
 from moekit.training.compute import (
     attention_for,
@@ -147,6 +148,10 @@ def _train(
     identity = run_identity(model, texts, config, world, distribution, teacher)
     if distribution is not None and config.lora is not None:
         raise BadConfig("adapters cannot train while ranks share the experts", hint="train parts, or on one rank")
+    if distribution is not None and learns(model):
+        raise BadConfig(
+            "what runtime parts learn cannot be kept while ranks share the experts", hint="train on one rank, or by DDP"
+        )
     with ExitStack() as stack:
         # Every rank finds the same files; the first alone holds the lock.
         if output is not None and int(os.environ.get("RANK", "0")) == 0:

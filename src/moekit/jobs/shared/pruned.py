@@ -9,22 +9,26 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moekit._device import named_dtype
+from moekit.checking import CheckReport
+from moekit.checkpoint import Checkpoint, Record
+from moekit.compress.engine.apply import apply
+from moekit.compress.engine.grouped import by_group, routing_groups
+from moekit.compress.engine.inputs import InputsByLayer
+from moekit.compress.engine.plan import LayerRecord, WeightPlan, make_method
+from moekit.compress.engine.planning import decide
+from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
+from moekit.evaluation.changes import Variant
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.writing import WritingOptions
+from moekit.jobs.shared.checked import DEAD, write_checked
 from moekit.jobs.shared.hashes import hash_of
 from moekit.jobs.shared.opened import Source
-from moekit.jobs.shared.pruning import WritingOptions
-
-if TYPE_CHECKING:
-    from moekit.checking import CheckReport
-    from moekit.checkpoint import Record
-    from moekit.compress.engine.plan import LayerPlan, PrunePlan
-    from moekit.compress.engine.planning import Request
-    from moekit.compress.engine.rewriting import PlannedRewrite
-    from moekit.jobs.context import JobContext
-    from moekit.jobs.shared.proof import HeldOut, Proof
-    from moekit.trace.statistics import LayerStatistics
+from moekit.jobs.shared.proof import HeldOut, Proof, prove
+from moekit.trace.statistics import LayerStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +36,8 @@ logger = logging.getLogger(__name__)
 _FEW = 4
 
 
-def in_groups(source: Source, plan: PrunePlan) -> dict[int, LayerPlan]:
+def in_groups(source: Source, plan: WeightPlan) -> dict[int, LayerRecord]:
     """The layers of a plan, with equally many kept of each routing group where that was asked for."""
-    from moekit.compress.engine.grouped import by_group, routing_groups
-
     groups = routing_groups(source.checkpoint.config)
     if plan.file.groups == "free" or groups == 1:
         return dict(plan.file.layers)
@@ -43,22 +45,24 @@ def in_groups(source: Source, plan: PrunePlan) -> dict[int, LayerPlan]:
 
 
 def baseline(
-    name: str, source: Source, request: Request, statistics: Mapping[int, LayerStatistics], seed: int
-) -> PrunePlan:
+    name: str,
+    settings: Mapping[str, Any],
+    source: Source,
+    request: PlanRequest,
+    statistics: Mapping[int, LayerStatistics],
+    seed: int,
+) -> WeightPlan:
     """What a baseline decides on the same budget.
 
     Args:
-        name: "frequency" or "random".
+        name: of a pruning method.
+        settings: its knobs.
         source: the model.
         request: whose budget, groups and protected experts hold.
         statistics: with what it needs.
         seed: of random choices.
     """
-    from moekit.compress.engine.plan import PrunePlan, make_method
-    from moekit.compress.engine.planning import InputsByLayer, decide
-    from moekit.trace.statistics import LayerStatistics
-
-    method = make_method(name, {})
+    method = make_method("prune", name, settings)
     own = dataclasses.replace(request, method=method, seed=seed)
     narrow = {
         layer: LayerStatistics(
@@ -71,13 +75,12 @@ def baseline(
         )
         for layer, g in source.geometries.items()
     }
-    inputs = InputsByLayer(source.geometries, narrow, own, None)
-    scores = {layer: method.score(inputs[layer]) for layer in inputs}
-    plan = decide(source.checkpoint, inputs, scores, own, narrow, None)
-    return PrunePlan(plan.file.model_copy(update={"layers": in_groups(source, plan)}), narrow)
+    inputs = InputsByLayer(source.geometries, narrow, None, seed, own.protected)
+    plan = decide(source.checkpoint, inputs, own, narrow, None)
+    return WeightPlan(plan.file.model_copy(update={"layers": in_groups(source, plan)}), narrow)
 
 
-def warn_of(plan: PrunePlan) -> list[str]:
+def warn_of(plan: WeightPlan) -> list[str]:
     """What a reader must know of a plan's data; also logged, in fewer words."""
     unseen = {layer: told for layer, told in plan.file.layers.items() if told.never_routed}
     if unseen:
@@ -87,7 +90,7 @@ def warn_of(plan: PrunePlan) -> list[str]:
             sum(len(told.never_routed) for told in unseen.values()),
             len(unseen),
             len(plan.file.layers),
-            sum(len(set(told.never_routed) & set(told.decision.keep)) for told in unseen.values()),
+            sum(len(set(told.never_routed) & set(told.outcome.keep)) for told in unseen.values()),
         )
     for line in plan.file.warnings[len(unseen) :]:
         logger.warning("%s", line)
@@ -107,50 +110,49 @@ class Decided:
     """
 
     source: Source
-    request: Request
-    plan: PrunePlan
+    request: PlanRequest
+    plan: WeightPlan
     statistics: Mapping[int, LayerStatistics] = field(default_factory=dict)
     rewrite: PlannedRewrite | None = None
 
 
-def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, PrunePlan]]:
+def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, WeightPlan]]:
     """Frequency and random pruning of the same budget, as far as they can be made and are not the method itself."""
-    name, request = decided.plan.file.method, decided.request
-    found: list[tuple[str, PrunePlan]] = []
-    counted = bool(decided.statistics) and all("load" in named for named in decided.statistics.values())
-    if name != "frequency" and counted:
-        found.append(("frequency", baseline("frequency", decided.source, request, decided.statistics, request.seed)))
-    if name != "random":
-        for number in range(random_seeds):
-            label = "random" if random_seeds == 1 else f"random {number}"
-            seed = request.seed + number
-            found.append((label, baseline("random", decided.source, request, decided.statistics, seed)))
+    request, known = decided.request, decided.statistics
+    found: list[tuple[str, WeightPlan]] = []
+    for name, settings in decided.plan.method.baselines:
+        method = make_method("prune", name, settings)
+        measured = all(need in known[layer] for need in method.required for layer in known)
+        if name == decided.plan.file.method or (method.required and not (known and measured)):
+            continue
+        seeds = random_seeds if name == "random" else 1
+        for number in range(seeds):
+            label = name if seeds == 1 else f"{name} {number}"
+            made = baseline(name, settings, decided.source, request, known, request.seed + number)
+            found.append((label, made))
     return found
 
 
-def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, work: JobContext) -> Proof:
+def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, context: JobContext) -> Proof:
     """Measure a plan against its baselines on held-out text."""
-    from moekit.evaluation.changes import Variant
-    from moekit.jobs.shared.proof import prove
-
     file = decided.plan.file
     others = baselines_of(decided, options.random_seeds)
     return prove(
         decided.source.checkpoint,
         heldout,
-        Variant(file.method, decided.plan.decisions, decided.rewrite, file.top_k, file.groups),
-        [Variant(name, plan.decisions, None, file.top_k, file.groups) for name, plan in others],
+        Variant(file.method, decided.plan.outcomes, decided.rewrite, file.top_k, file.groups),
+        [Variant(name, plan.outcomes, None, file.top_k, file.groups) for name, plan in others],
         key=hash_of([decided.plan.hash, *([name, plan.hash] for name, plan in others), options.dtype]),
-        folder=work.scratch / "proof",
-        seed=work.seed,
-        dtype=options.torch_dtype,
+        folder=context.scratch / "proof",
+        seed=context.seed,
+        dtype=named_dtype(options.dtype),
         device=options.device,
-        progress=work.progress,
+        progress=context.progress,
     )
 
 
 def write_pruned(
-    decided: Decided, proof: Proof | None, options: WritingOptions, work: JobContext
+    decided: Decided, proof: Proof | None, options: WritingOptions, context: JobContext
 ) -> tuple[Record, CheckReport]:
     """Write what was decided; it takes its name once it has been checked.
 
@@ -158,63 +160,44 @@ def write_pruned(
         BadCheckpoint: what was written is not what it must be; nothing is left.
         OutOfBudget: not enough disk.
     """
-    from moekit.checking import check
-    from moekit.checkpoint import Record, atomic_folder
-    from moekit.compress.engine.apply import apply
-
     file = decided.plan.file
     told = file.model_dump(mode="json", include={"method", "settings", "budget", "top_k", "groups", "data", "tokens"})
-    record = Record(
-        command=work.command,
+    before = Record(
+        command=context.command,
         parent=decided.source.parent,
         parent_fingerprint=decided.source.checkpoint.fingerprint,
-        seed=work.seed,
+        seed=context.seed,
         plan_hash=decided.plan.hash,
         config=told,
         scores={} if proof is None else {"proof": proof.short()},
     )
-    with atomic_folder(work.out, overwrite=work.overwrite) as folder:
-        inner = folder / work.out.name
-        record = apply(
+    record, report = write_checked(
+        context,
+        lambda folder: apply(
             decided.source.checkpoint,
-            decided.plan.decisions,
-            inner,
+            decided.plan.outcomes,
+            folder,
             rewrite=decided.rewrite,
-            record=record,
+            record=before,
             top_k=file.top_k,
             groups=file.groups,
             mtp=options.mtp,
             stock_only=options.stock_only,
-            progress=work.progress,
-        )
-        report = check(inner, progress=work.progress)
-        _judge(report, work.out)
-        for written in list(inner.iterdir()):
-            written.rename(folder / written.name)
-        inner.rmdir()
-    return record, report
-
-
-def _judge(report: CheckReport, out: Path) -> None:
-    """Raise what writing may have done; an expert that can only answer zero was so in the source."""
-    silent = [finding for finding in report.findings if finding.code == "dead-expert"]
-    others = [finding for finding in report.findings if finding.code != "dead-expert"]
-    report.model_copy(update={"findings": others}).raise_if_bad()
+            progress=context.progress,
+        ),
+        most=_FEW,
+    )
+    silent = sum(finding.code == DEAD for finding in report.findings)
     if silent:
-        logger.warning("%s: %d experts that stay can only answer zero, as in the source", out, len(silent))
-    warnings = [finding for finding in others if finding.severity == "warning"]
-    for finding in warnings[:_FEW]:
-        place = "" if finding.layer is None else f"layer {finding.layer}: "
-        logger.warning("%s: %s%s", out, place, finding.message)
-    if len(warnings) > _FEW:
-        logger.warning("%s: and %d more; see moekit check", out, len(warnings) - _FEW)
+        logger.warning("%s: %d experts that stay can only answer zero, as in the source", context.out, silent)
+    return record, report
 
 
 def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict[str, Any]:
     """What a plan says, as plain values."""
     file = decided.plan.file
     before = sum(told.experts for told in file.layers.values())
-    after = sum(len(told.decision.keep) for told in file.layers.values())
+    after = sum(len(told.outcome.keep) for told in file.layers.values())
     return {
         "method": file.method,
         "settings": file.settings,
@@ -231,10 +214,10 @@ def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict
             {
                 "layer": layer,
                 "experts": told.experts,
-                "kept": list(told.decision.keep),
+                "kept": list(told.outcome.keep),
                 "never_routed": list(told.never_routed),
                 "protected": list(file.protected.get(layer, ())),
-                "figures": dict(told.decision.figures),
+                "figures": dict(told.outcome.figures),
             }
             for layer, told in file.layers.items()
         ],
@@ -243,16 +226,13 @@ def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict
 
 
 def finish(
-    decided: Decided, heldout: HeldOut | None, options: WritingOptions, work: JobContext, warnings: Sequence[str]
+    decided: Decided, heldout: HeldOut | None, options: WritingOptions, context: JobContext, warnings: Sequence[str]
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it."""
-    from moekit.checkpoint import Checkpoint
-    from moekit.compress.engine.rewriting import rewriter
-
-    decided.rewrite = rewriter(decided.plan, decided.source.checkpoint, folder=work.scratch / "rewritten")
-    proof = None if heldout is None else prove_plan(decided, heldout, options, work)
-    record, report = write_pruned(decided, proof, options, work)
-    results = told_of_plan(decided, warnings, Checkpoint.open(work.out).nbytes)
+    decided.rewrite = rewriter(decided.plan, decided.source.checkpoint, folder=context.scratch / "rewritten")
+    proof = None if heldout is None else prove_plan(decided, heldout, options, context)
+    record, report = write_pruned(decided, proof, options, context)
+    results = told_of_plan(decided, warnings, Checkpoint.open(context.out).nbytes)
     for layer in results["layers"]:
         layer["figures"] |= {} if decided.rewrite is None else decided.rewrite.figures.get(layer["layer"], {})
     return {
