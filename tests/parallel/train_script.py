@@ -91,16 +91,16 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 
 def _turn_micro_batches(rows_of_step: int) -> None:
     """Let each step go through its micro-batches of two rows backwards: the same sums in another order."""
-    from moekit.training import run
+    from moekit.training import texts
 
-    ordered = run.row_order
+    ordered = texts.row_order
 
     def turned(*args: Any) -> list[int]:
         numbers = ordered(*args)
         steps = [numbers[i : i + rows_of_step] for i in range(0, len(numbers), rows_of_step)]
         return [row for step in steps for i in range(len(step) - 2, -1, -2) for row in step[i : i + 2]]
 
-    run.row_order = turned  # type: ignore[assignment]
+    texts.row_order = turned  # type: ignore[assignment]
 
 
 def _stop_after(step: int) -> None:

@@ -23,6 +23,12 @@ def embedding_rows(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def output_size(model: Any) -> int:
+    """Tokens that a live model predicts: rows of its output layer."""
+    head = model.get_output_embeddings()
+    return embedding_rows(model) if head is None else int(head.weight.shape[0])
+
+
 def check(ids: PreTrainedTokenizerBase | Tensor | int, rows: int) -> None:
     """Refuse token ids that a model has no embedding for; on a GPU they would be an assertion of the device.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from moekit._ranks import is_first_rank
 from moekit._validation import faults
 from moekit.checkpoint import fingerprint_model
+from moekit.data.text import Document
 from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
@@ -24,6 +25,9 @@ from moekit.parallel.launch.start import StartedRanks
 from moekit.progress import ProgressLike
 from moekit.training import TrainConfig
 from moekit.training import train as train_model
+from moekit.training.teacher import LiveTeacher, Teacher
+from moekit.training.teacher_store import store_teacher
+from moekit.training.texts import MAIN, read_rows
 
 # Weights, gradients and two moments of Adam, four bytes each, for weights that may be stored in two.
 _TRAINING_FACTOR = 8
@@ -65,6 +69,9 @@ def train(
     model: str | Path,
     *,
     text: TextLike,
+    texts: Mapping[str, str] | None = None,
+    teacher: str | Path | None = None,
+    teacher_top_k: int | None = None,
     plan: str | Path | None = None,
     split: Literal["train", "heldout"] | None = None,
     heldout: TextLike | None = None,
@@ -87,6 +94,9 @@ def train(
     Args:
         model: model: folder or hub id.
         text: training text: file, folder, source, mix or hub id.
+        texts: further texts by name, which objectives read by their setting `text`.
+        teacher: model that the objective kd holds the output against: folder or hub id.
+        teacher_top_k: ask the teacher beforehand and keep so many of its likeliest tokens on disk.
         plan: routing plan to train under; the checkpoint's by default.
         split: part of the text to take.
         heldout: text whose loss is watched.
@@ -119,6 +129,10 @@ def check(options: TrainOptions) -> None:
     """Refuse impossible settings."""
     config_of(options, 0)
     check_ranks(options)
+    if options.teacher_top_k is not None and options.teacher is None:
+        raise BadConfig("teacher_top_k is given, but no teacher", hint="say --teacher FOLDER")
+    if MAIN in (options.texts or {}):
+        raise BadConfig(f"the text {MAIN!r} is the one that `text` names", hint="give further texts other names")
 
 
 def config_of(options: TrainOptions, seed: int) -> TrainConfig:
@@ -136,7 +150,9 @@ def config_of(options: TrainOptions, seed: int) -> TrainConfig:
 def estimate(options: TrainOptions, out: Path, sizes: Sizes) -> Forecast:
     """The trained model, and a checkpoint with optimizer state while it runs."""
     model = model_item(options.model, sizes)
-    texts = [text_item(item, sizes) for item in (options.text, options.heldout) if item]
+    texts = [
+        text_item(item, sizes) for item in (options.text, options.heldout, *(options.texts or {}).values()) if item
+    ]
     needed = None if model.nbytes is None else _TRAINING_FACTOR * model.nbytes
     # What was learnt, then the model; two checkpoints with both moments where any are kept.
     copies = 2 if config_of(options, 0).save_every is None else 8
@@ -161,15 +177,20 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
     heldout = (
         None if options.heldout is None else read_text(options.heldout, seed=context.seed, progress=context.progress)
     )
+    named = {
+        name: read_text(reference, seed=context.seed, progress=context.progress)
+        for name, reference in (options.texts or {}).items()
+    }
     result = train_model(
         model,
         tokenizer,
-        documents,
+        {MAIN: documents, **named},
         config,
         output=context.scratch,
         heldout=heldout,
         progress=context.progress,
         distribution=distribution,
+        teacher=_teacher(options, config, context, tokenizer, {MAIN: documents, **named}),
     )
     if distribution is not None:
         model = _whole(options, model, context)
@@ -185,6 +206,38 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
         drop_unknown=options.drop_unknown,
     )
     return {**scores, "tokens_per_second": result.tokens_per_second, "final_loss": result.losses[-1]}
+
+
+def _teacher(
+    options: TrainOptions,
+    config: TrainConfig,
+    context: JobContext,
+    tokenizer: Any,
+    documents: Mapping[str, Sequence[Document]],
+) -> Teacher | None:
+    """The teacher itself, or what it said of the text that is asked about, stored in the scratch folder."""
+    if options.teacher is None:
+        return None
+    model, own = open_model(options.teacher, plan=None, device=options.device, dtype="auto", progress=context.progress)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise BadConfig(
+            "the teacher's tokenizer has other tokens than the student's",
+            file=options.teacher,
+            hint="teacher and student must know the same token ids",
+        )
+    if options.teacher_top_k is None:
+        return LiveTeacher(model)
+    texts = config.terms().taught_texts
+    if len(texts) != 1:
+        raise BadConfig(
+            f"a stored teacher knows one text, and objectives ask it of {len(texts)}",
+            hint="leave teacher_top_k out, or let one text be read by kd",
+        )
+    rows = read_rows(model, own, documents[next(iter(texts))], config, context.progress)
+    folder = context.scratch / "teacher"
+    return store_teacher(
+        model, rows, folder, top_k=options.teacher_top_k, batch=config.batch, progress=context.progress
+    )
 
 
 def _open(options: TrainOptions, context: JobContext, device: str | None = None) -> tuple[Any, Any]:

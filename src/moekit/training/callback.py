@@ -53,6 +53,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         balancer: rule that moves selection biases after each optimizer step: its name, settings, or the rule itself;
             None leaves them alone.
         every: figures are logged at every so many steps (where the trainer logs), over all steps since; 1 for each.
+        texts: how many texts share the micro-batches of a step.
 
     Attributes:
         terms: the objectives.
@@ -69,6 +70,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         *,
         balancer: str | Mapping[str, Any] | Balancer | None = None,
         every: int = 1,
+        texts: int = 1,
     ) -> None:
         if every < 1:
             raise BadConfig(f"every is {every}", hint="give at least 1")
@@ -83,6 +85,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
                 )
         self.balancer = balancer if balancer is None or isinstance(balancer, Balancer) else read_balancer(balancer)
         self.every = every
+        self._texts = texts
         self.biases: SelectionBiases | None = None
         self.figures: RoutingFigures | None = None
         self._collector: RouterCollector | None = None
@@ -145,7 +148,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
             updates = -(-len(loader) // count)
             if rest and state.global_step % updates == updates - 1:
                 count = rest
-        self._share = 1.0 / count
+        self._share = self._texts / count
         tell_step(kwargs["model"], step=state.global_step, steps=state.max_steps, share=self._share)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

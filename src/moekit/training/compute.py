@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moekit._device import multiplies
+from moekit.anatomy.probe import is_experts
 
 Precision = Literal["fp32", "bf16"]
 
@@ -89,3 +90,27 @@ def checkpointed_activations(model: PreTrainedModel, wanted: bool) -> Iterator[N
         yield
     finally:
         getattr(model, f"{word}_checkpointing_disable")()
+
+
+@contextmanager
+def experts_for(model: PreTrainedModel, precision: Precision) -> Iterator[None]:
+    """Another experts implementation where widths are not what the grouped bf16 kernel wants; the same function.
+
+    That kernel wants rows of a multiple of 16 bytes: eight numbers in bf16.
+    """
+    odd = [
+        parameter
+        for module in model.modules()
+        if is_experts(module)
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.dim() == 3 and any(size % 8 for size in parameter.shape[1:])
+    ]
+    stock = model.get_experts_implementation() if odd and precision == "bf16" else None
+    if stock is None or stock == "eager":
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(stock)

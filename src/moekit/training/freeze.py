@@ -2,7 +2,10 @@
 
 The parts are "router", "experts", "shared" (shared experts and their gate), "attention", "norms", "embeddings" (input
 and output), "other" (feed-forward layers that are no MoE, and whatever else a decoder layer has) and "adapters" (LoRA);
-"all" is every part. A part may be limited to decoder layers: "experts:20-29", "router:3".
+"all" is every part. A part may be limited to decoder layers: "experts:20-29", "router:3", and the experts of a layer to
+some of them: "experts:4[5]", "experts:4[0-3]". A minus takes a part out again: "all", "-router".
+
+Legend: E experts.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from moekit.anatomy.probe import MoELayer, decoder_index
 from moekit.checkpoint.names import PARTS as PARTS_NAME
@@ -20,7 +24,10 @@ from moekit.errors import BadConfig
 from moekit.training.layers import moe_layers, trained_layers
 
 PARTS = ("router", "experts", "shared", "attention", "norms", "embeddings", "other", "adapters")
-_SPEC = re.compile(r"^(?P<part>[a-z]+)(?::(?P<first>\d+)(?:-(?P<last>\d+))?)?$")
+_SPEC = re.compile(
+    r"^(?P<minus>-?)(?P<part>[a-z]+)(?::(?P<first>\d+)(?:-(?P<last>\d+))?)?"
+    r"(?:\[(?P<low>\d+)(?:-(?P<high>\d+))?\])?$"
+)
 _WRAPPER = re.compile(r"\.base_layer(?=\.|$)")
 
 
@@ -32,18 +39,24 @@ class PartSpec:
         part: one of `PARTS`, or "all".
         first: first decoder layer, None for all.
         last: last decoder layer, inclusive.
+        without: whether it is taken out of what the other parts name.
+        low: first expert, None for all.
+        high: last expert, inclusive.
     """
 
     part: str
     first: int | None = None
     last: int | None = None
+    without: bool = False
+    low: int | None = None
+    high: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> PartSpec:
-        """Read "part", "part:layer" or "part:first-last".
+        """Read "part", "part:layer" or "part:first-last", with a minus before it or experts in brackets behind it.
 
         Raises:
-            BadConfig: no such part, or a range that runs backwards.
+            BadConfig: no such part, a range that runs backwards, or single rows of what is no stack of experts.
         """
         match = _SPEC.match(text)
         if match is None or (match["part"] not in PARTS and match["part"] != "all"):
@@ -52,9 +65,16 @@ class PartSpec:
             )
         first = None if match["first"] is None else int(match["first"])
         last = first if match["last"] is None else int(match["last"])
-        if first is not None and last is not None and last < first:
-            raise BadConfig(f"{text!r} ends before it begins", hint="write experts:FIRST-LAST")
-        return cls(match["part"], first, last)
+        low = None if match["low"] is None else int(match["low"])
+        high = low if match["high"] is None else int(match["high"])
+        for begin, end in ((first, last), (low, high)):
+            if begin is not None and end is not None and end < begin:
+                raise BadConfig(f"{text!r} ends before it begins", hint="write experts:FIRST-LAST")
+        if low is not None and (match["part"] != "experts" or match["minus"]):
+            raise BadConfig(
+                f"{text!r}: only experts can be named one by one", hint="write experts:4[5] or experts:4[0-3]"
+            )
+        return cls(match["part"], first, last, bool(match["minus"]), low, high)
 
     def holds(self, part: str, layer: int | None) -> bool:
         """Whether a parameter of this part and layer is meant."""
@@ -63,18 +83,49 @@ class PartSpec:
         return self.first is None or (layer is not None and self.last is not None and self.first <= layer <= self.last)
 
 
+def chosen_rows(specs: Sequence[PartSpec], part: str, layer: int | None, shape: Sequence[int]) -> Tensor | bool:
+    """What trains of a parameter: all, nothing, or some experts of a stack [E] (bool).
+
+    Raises:
+        BadConfig: an expert beyond the stack.
+    """
+    holding = [spec for spec in specs if spec.holds(part, layer)]
+    if not holding or any(spec.without for spec in holding):
+        return False
+    if any(spec.low is None for spec in holding):
+        return True
+    rows_E = torch.zeros(shape[0], dtype=torch.bool)
+    for spec in holding:
+        assert spec.low is not None
+        assert spec.high is not None
+        if spec.high >= shape[0]:
+            raise BadConfig(f"there is no expert {spec.high}", layer=layer, hint=f"the last one is {shape[0] - 1}")
+        rows_E[spec.low : spec.high + 1] = True
+    return True if bool(rows_E.all()) else rows_E
+
+
 class FreezeReport(BaseModel):
     """What trains and what does not.
 
     Attributes:
         trained: part -> number of parameters that train.
         frozen: part -> number that do not.
+        rows: parameter -> experts that train, for stacks of which not all do.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     trained: dict[str, int]
     frozen: dict[str, int]
+    rows: dict[str, tuple[int, ...]] = {}
+
+    def row_masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """Parameter -> [E] bool, True for experts that train, for stacks of which not all do."""
+        masks = {}
+        for name, experts in self.rows.items():
+            masks[name] = torch.zeros(model.get_parameter(name).shape[0], dtype=torch.bool)
+            masks[name][list(experts)] = True
+        return masks
 
     @property
     def trained_parameters(self) -> int:
@@ -162,7 +213,8 @@ def train_only(model: nn.Module, parts: Sequence[str]) -> FreezeReport:
 
     Args:
         model: a MoE model, wrapped by peft or not.
-        parts: names of parts, each perhaps with layers: ("router", "experts:20-29").
+        parts: names of parts, each perhaps with layers and experts: ("router", "experts:20-29"), ("experts:4[5]",),
+            ("all", "-router"). Where only some experts of a stack train, `ExpertRows` must keep the others still.
 
     Returns:
         Counts of parameters by part.
@@ -176,14 +228,21 @@ def train_only(model: nn.Module, parts: Sequence[str]) -> FreezeReport:
     biases = {layer.bias.data_ptr() for layer in trained_layers(model) if layer.bias is not None}
     trained: dict[str, int] = {}
     frozen: dict[str, int] = {}
+    rows: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         part = named[name]
         layer = decoder_index(name) if re.search(r"\.\d+\.", name) else None
-        trains = any(spec.holds(part, layer) for spec in wanted) and parameter.data_ptr() not in biases
-        parameter.requires_grad_(trains)
-        count = trained if trains else frozen
-        count[part] = count.get(part, 0) + parameter.numel()
+        chosen = parameter.data_ptr() not in biases and chosen_rows(wanted, part, layer, parameter.shape)
+        some = isinstance(chosen, Tensor)
+        parameter.requires_grad_(some or bool(chosen))
+        count = parameter.numel() if chosen is True else 0
+        if isinstance(chosen, Tensor):
+            rows[name] = tuple(chosen.nonzero().flatten().tolist())
+            count = parameter.numel() // parameter.shape[0] * len(rows[name])
+        for into, size in ((trained, count), (frozen, parameter.numel() - count)):
+            if size:
+                into[part] = into.get(part, 0) + size
     if not trained:
         present = ", ".join(sorted(set(named.values())))
         raise BadConfig(f"nothing trains: {', '.join(parts) or '(no part)'}", hint=f"this model has {present}")
-    return FreezeReport(trained=trained, frozen=frozen)
+    return FreezeReport(trained=trained, frozen=frozen, rows=rows)

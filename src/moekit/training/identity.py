@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from moekit._files import read_text
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.fingerprint import live_fingerprint
-from moekit.data.batches import TokenBatches
 from moekit.errors import BadConfig
 from moekit.runtime.saved import entries
 from moekit.training.compute import resolve_precision
 from moekit.training.config import TrainConfig
 from moekit.training.distribution import Distribution
 from moekit.training.resume import STATE_FILE, checkpoints, remove_incomplete
+from moekit.training.teacher import Teacher
+from moekit.training.texts import Texts
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,11 @@ _WATCHING = {"save_every", "eval_every"}
 
 def run_identity(
     model: PreTrainedModel,
-    rows: TokenBatches,
+    texts: Texts,
     config: TrainConfig,
-    steps: int,
     world: int = 1,
     distribution: Distribution | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """What makes a run this run: model, routing policy, text, settings, processes. Equal identities may resume.
 
@@ -46,24 +47,26 @@ def run_identity(
     routing = hashlib.sha256("".join(part.model_dump_json() for part in parts).encode())
     for name, tensor in sorted(tensors.items()):
         routing.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    text = hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.document_RS.numpy().tobytes())
     precision = resolve_precision(config.precision, model.device)  # "auto" may mean something else elsewhere
     settings = config.model_copy(update={"precision": precision})
+    taught = {} if teacher is None else {"teacher": teacher.identity}
     if distribution is not None:
         return {
             "routing": routing.hexdigest() if parts else "stock",
-            "text": text.hexdigest(),
+            "text": texts.digest,
             "settings": settings.model_dump_json(exclude=_WATCHING | {"batch", "accumulation"}),
-            "steps": steps,
+            "steps": texts.steps,
             "rows of a step": config.batch * config.accumulation * world,
             **distribution.identity(),
+            **taught,
         }
     return {
+        **taught,
         "model": live_fingerprint(model),
         "routing": routing.hexdigest() if parts else "stock",
-        "text": text.hexdigest(),
+        "text": texts.digest,
         "settings": settings.model_dump_json(exclude=_WATCHING),
-        "steps": steps,
+        "steps": texts.steps,
         "processes": world,
     }
 

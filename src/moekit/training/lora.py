@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moekit.errors import BadConfig
-from moekit.training.freeze import PartSpec, parts_of
+from moekit.training.freeze import PartSpec, chosen_rows, parts_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,7 +46,7 @@ def _targets(model: nn.Module, specs: Sequence[PartSpec]) -> tuple[list[str], li
     for name, part in parts_of(model).items():
         owner, _, leaf = name.rpartition(".")
         layer = re.search(r"\.(\d+)\.", name)
-        if not any(spec.holds(part, int(layer[1]) if layer else None) for spec in specs):
+        if chosen_rows(specs, part, int(layer[1]) if layer else None, ()) is False:
             continue
         # A router may be a linear module that returns three tensors: peft must adapt its weight, not its output.
         if type(model.get_submodule(owner)).forward is nn.Linear.forward:
@@ -77,6 +77,8 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         raise BadConfig("LoRA needs peft", hint="pip install 'moekit[train]'") from error
     specs = [PartSpec.parse(text) for text in settings.parts]
     for spec in specs:
+        if spec.low is not None:
+            raise BadConfig("adapters go on all experts of a layer", hint="name layers without experts in brackets")
         if spec.part in ("norms", "embeddings", "adapters"):
             raise BadConfig(
                 f"LoRA does not adapt {spec.part}", hint="adapt experts, router, attention, shared or other"

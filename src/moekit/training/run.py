@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
@@ -21,12 +20,17 @@ from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.checkpoint.stored import mark_stored
 from moekit.data import vocabulary
-from moekit.data.batches import TokenBatches, pack
-from moekit.data.text import Document
+from moekit.data.batches import TokenBatches
 from moekit.errors import BadConfig
 from moekit.runtime.slots import learns
 from moekit.training.callback import MoECallback
-from moekit.training.compute import attention_for, checkpointed_activations, frozen_weights_in, resolve_precision
+from moekit.training.compute import (
+    attention_for,
+    checkpointed_activations,
+    experts_for,
+    frozen_weights_in,
+    resolve_precision,
+)
 from moekit.training.config import TrainConfig, TrainResult
 from moekit.training.distribution import Distribution
 from moekit.training.freeze import FreezeReport, train_only
@@ -34,9 +38,9 @@ from moekit.training.head import readable_head
 from moekit.training.identity import RESULT_FILE, prepare_folder, run_identity
 from moekit.training.knobs import Knobs, ScheduleCallback
 from moekit.training.layers import remembered_layers
-from moekit.training.learning import check_routers_learn
 from moekit.training.lora import add_lora, merge_lora
-from moekit.training.order import OrderedRows, row_order
+from moekit.training.memory import check_memory
+from moekit.training.order import OrderedRows
 from moekit.training.resume import (
     RANKS,
     STATE_FILE,
@@ -46,6 +50,10 @@ from moekit.training.resume import (
     load_changing,
     save_changing,
 )
+from moekit.training.rows import ExpertRows
+from moekit.training.teacher import Teacher
+from moekit.training.terms import Terms
+from moekit.training.texts import MAIN, Text, Texts, read_rows
 from moekit.training.trainer import RunTrainer, training_arguments
 
 if TYPE_CHECKING:
@@ -60,14 +68,15 @@ WINDOWS = 20
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    documents: Sequence[Document] | TokenBatches,
+    documents: Text | Mapping[str, Text],
     config: TrainConfig,
     *,
     output: str | Path | None = None,
-    heldout: Sequence[Document] | TokenBatches | None = None,
+    heldout: Text | None = None,
     resume: bool = True,
     progress: Progress | None = None,
     distribution: Distribution | None = None,
+    teacher: Teacher | None = None,
 ) -> TrainResult:
     """Train a model in place.
 
@@ -79,13 +88,15 @@ def train(
     Args:
         model: a MoE model in fp32, with or without a routing policy; trained where it is (CPU or GPU).
         tokenizer: its tokenizer; None if the text is tokenized already.
-        documents: text to train on, or its rows.
+        documents: text to train on, or its rows; or several texts by name ("train", "retain", ...), which objectives
+            read by their setting `text`.
         config: the run's knobs.
         output: folder for checkpoints, `run.json` and `train.json`; None keeps nothing.
         heldout: text whose loss is taken every `eval_every` steps and at the end.
         resume: continue what is in `output`; False removes it and starts afresh.
         progress: told of each step.
         distribution: how the model lies on ranks, if they share it (`moekit.parallel.data_parallel`); the same on each.
+        teacher: what the objective `kd` holds the output against (`LiveTeacher`, `StoredTeacher`).
 
     Returns:
         Losses, tokens, seconds and routing figures.
@@ -93,15 +104,48 @@ def train(
     Raises:
         BadConfig: the model or the tokenizer does not fit, or `output` holds another run.
         BadData: the text is empty.
-        NumericFault: the loss or a router's logits became NaN or infinite.
-        OutOfBudget: memory ran out.
+        NumericFault: the loss, a router's logits or the weights became NaN or infinite.
+        OutOfBudget: memory cannot suffice, or did not.
     """
-    rows = _rows(model, tokenizer, documents, config, progress)
-    held = None if heldout is None else _rows(model, tokenizer, heldout, config, progress)
+    return _train(
+        model,
+        tokenizer,
+        documents if isinstance(documents, Mapping) else {MAIN: documents},
+        config,
+        output=None if output is None else Path(output),
+        heldout=heldout,
+        resume=resume,
+        progress=progress,
+        distribution=distribution,
+        teacher=teacher,
+    )
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    documents: Mapping[str, Text],
+    config: TrainConfig,
+    *,
+    output: Path | None,
+    heldout: Text | None,
+    resume: bool,
+    progress: Progress | None,
+    distribution: Distribution | None,
+    teacher: Teacher | None,
+) -> TrainResult:
+    """`train`, its arguments in one form."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    steps = config.planned_steps(len(rows), world)
-    order = row_order(len(rows), steps * config.batch * config.accumulation * world, config.seed)
-    identity = run_identity(model, rows, config, steps, world, distribution)
+    rows = {name: read_rows(model, tokenizer, text, config, progress) for name, text in documents.items()}
+    held = None if heldout is None else read_rows(model, tokenizer, heldout, config, progress)
+    terms = config.terms()
+    texts = Texts(rows, terms.texts, config, world)
+    check_memory(model, config, texts.steps, world)
+    terms.check_teacher(None if teacher is None else teacher.complete)
+    if teacher is not None:
+        for name in terms.taught_texts:
+            teacher.check(texts.rows[name], vocabulary.output_size(model))
+    identity = run_identity(model, texts, config, world, distribution, teacher)
     if distribution is not None and config.lora is not None:
         raise BadConfig("adapters cannot train while ranks share the experts", hint="train parts, or on one rank")
     if distribution is not None and learns(model):
@@ -111,17 +155,17 @@ def train(
     with ExitStack() as stack:
         # Every rank finds the same files; the first alone holds the lock.
         if output is not None and int(os.environ.get("RANK", "0")) == 0:
-            Path(output).mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(Path(output)))
-            prepare_folder(Path(output), identity, resume)
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(output))
+            prepare_folder(output, identity, resume)
         stack.enter_context(_as_it_was(model))
         mark_stored(model, None)  # small steps would be lost in the rounding of what it was stored in
-        run = _Run(model, config, rows, order, steps, distribution)
+        run = _Run(model, config, terms, texts, distribution, teacher)
         stack.enter_context(run.prepared())
         if output is None:  # Trainer wants a folder all the same
             return run.execute(Path(stack.enter_context(TemporaryDirectory())), held, keep=False, progress=progress)
-        run.meet(Path(output))
-        return run.finished(Path(output)) or run.execute(Path(output), held, keep=True, progress=progress)
+        run.meet(output)
+        return run.finished(output) or run.execute(output, held, keep=True, progress=progress)
 
 
 def _check_types(model: nn.Module) -> None:
@@ -132,33 +176,6 @@ def _check_types(model: nn.Module) -> None:
                 f"{name!r} trains, but is kept in {parameter.dtype}: small steps would be lost in rounding",
                 hint="load it with dtype=float32; precision=bf16 then computes in bf16 over fp32 weights",
             )
-
-
-def _rows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    documents: Sequence[Document] | TokenBatches,
-    config: TrainConfig,
-    progress: Progress | None,
-) -> TokenBatches:
-    embedded = vocabulary.embedding_rows(model)
-    if isinstance(documents, TokenBatches):
-        if len(documents) == 0:
-            raise BadConfig("there are no rows to train on")
-        vocabulary.check(documents.input_ids, embedded)
-        return documents
-    if tokenizer is None:
-        raise BadConfig("text needs a tokenizer", hint="give the model's tokenizer, or rows of token ids")
-    vocabulary.check(tokenizer, embedded)
-    return pack(
-        documents,
-        tokenizer,
-        config.seq_len,
-        pad=config.pad,
-        end_token=config.end_token,
-        bos=config.bos,
-        progress=progress,
-    )
 
 
 @contextmanager
@@ -188,13 +205,14 @@ class _Run:
         self,
         model: PreTrainedModel,
         config: TrainConfig,
-        rows: TokenBatches,
-        order: list[int],
-        steps: int,
+        terms: Terms,
+        texts: Texts,
         distribution: Distribution | None,
+        teacher: Teacher | None,
     ) -> None:
-        self.base, self.config, self.rows, self.order, self.steps = model, config, rows, order, steps
-        self.distribution = distribution
+        self.base, self.config, self.terms, self.texts, self.steps = model, config, terms, texts, texts.steps
+        self.distribution, self.teacher = distribution, teacher
+        self.rows_kept: ExpertRows | None = None
         self.precision = resolve_precision(config.precision, model.device)
         self.model: PreTrainedModel | PeftModel = model
         self.report = FreezeReport(trained={}, frozen={})
@@ -206,9 +224,8 @@ class _Run:
         if self.config.lora is None:
             self.report = train_only(self.model, self.config.parts)
             _check_types(self.model)
-            if self.distribution is None:  # parameters dealt out to ranks do not answer alone
-                check_routers_learn(self.model, self.config)
-            yield
+            with self._still_rows():
+                yield
             return
         wrapped = self.model = add_lora(self.base, self.config.lora)
         try:
@@ -220,6 +237,22 @@ class _Run:
             raise
         merge_lora(wrapped)
 
+    @contextmanager
+    def _still_rows(self) -> Iterator[None]:
+        """Keep experts that do not train as they are, where others of their stack do; check it at the end."""
+        if not self.report.rows:
+            yield
+            return
+        if self.distribution is not None:
+            raise BadConfig("single experts cannot train while ranks share the experts", hint="train on one rank")
+        self.rows_kept = ExpertRows(self.base, self.report.row_masks(self.base))
+        self.rows_kept.start()
+        try:
+            yield
+        finally:
+            self.rows_kept.stop()
+        self.rows_kept.check()
+
     def meet(self, output: Path) -> None:
         """Wait until the first rank has cleared up."""
         args = self._arguments(output, keep=True, held=False)
@@ -229,7 +262,9 @@ class _Run:
     def _arguments(self, folder: Path, keep: bool, held: bool) -> TrainingArguments:
         changes = {} if keep else {"save_every": None}
         changes |= {} if held else {"eval_every": None}
-        return training_arguments(self.config.model_copy(update=changes), folder, self.steps, self.base.device)
+        return training_arguments(
+            self.config.model_copy(update=changes), folder, self.steps, self.base.device, len(self.texts.rows)
+        )
 
     def finished(self, output: Path) -> TrainResult | None:
         """The result of a run that ended already, its weights read; None if it did not."""
@@ -260,7 +295,12 @@ class _Run:
         progress: Progress | None,
     ) -> TrainResult:
         config = self.config
-        callback = MoECallback(config.terms(), balancer=config.balancer, every=max(self.steps // WINDOWS, 1))
+        callback = MoECallback(
+            self.terms,
+            balancer=config.balancer,
+            every=max(self.steps // WINDOWS, 1),
+            texts=len(self.texts.rows),
+        )
         schedules = config.moving()
         knobs = Knobs(self.base, callback)
         knobs.check(schedules, self.steps)
@@ -268,15 +308,18 @@ class _Run:
             stack.enter_context(attention_for(self.base, config.seq_len))
             head = readable_head(self.base)  # asked before weights are held in bf16
             stack.enter_context(frozen_weights_in(self.model, self.precision))
+            stack.enter_context(experts_for(self.base, self.precision))
             stack.enter_context(checkpointed_activations(self.base, config.activation_checkpointing))
             trainer = RunTrainer(
                 self.model,
                 config,
                 self.precision,
                 args,
-                OrderedRows(self.rows, self.order),
+                self.texts.dataset(numbered=self.teacher is not None and not self.teacher.complete),
                 callback,
                 head=head,
+                teacher=self.teacher,
+                rows_kept=self.rows_kept,
                 heldout=None if heldout is None else OrderedRows(heldout, range(len(heldout))),
                 progress=progress,
                 distribution=self.distribution,
@@ -315,10 +358,9 @@ class _Run:
 
     def _result(self, history: list[dict[str, float]], callback: MoECallback, done: int) -> TrainResult:
         logged = [entry for entry in history if "loss" in entry]
-        lengths_R = (self.rows.document_RS >= 0).sum(dim=1)
         return TrainResult(
             steps=self.steps,
-            tokens=int(lengths_R[torch.tensor(self.order)].sum()),
+            tokens=self.texts.tokens,
             seconds=sum(entry["seconds"] for entry in logged),
             losses=[entry["loss"] for entry in logged],
             heldout_losses={int(entry["step"]): entry["eval_loss"] for entry in history if "eval_loss" in entry},

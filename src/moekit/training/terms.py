@@ -42,9 +42,32 @@ class Terms:
         return {term.text for term in self._terms.values()}
 
     @property
-    def need_teacher(self) -> list[str]:
-        """Names of the objectives that read a teacher."""
-        return [name for name, term in self._terms.items() if term.needs_teacher]
+    def taught_texts(self) -> set[str]:
+        """Names of the texts of which a teacher is asked."""
+        return {term.text for term in self._terms.values() if term.needs_teacher}
+
+    def ask_teacher(self, text: str) -> bool:
+        """Whether an objective reads what a teacher says of this text now."""
+        return any(term.needs_teacher and term.text == text and term.weight > 0 for term in self._terms.values())
+
+    def check_teacher(self, complete: bool | None) -> None:
+        """Refuse objectives that cannot work with a teacher.
+
+        Args:
+            complete: whether it gives whole distributions; None without a teacher.
+
+        Raises:
+            BadConfig: naming the objective.
+        """
+        for name, term in self._terms.items():
+            if term.needs_teacher and complete is None:
+                raise BadConfig(
+                    f"the objective {name} needs a teacher", hint="give a teacher: a model, or its stored output"
+                )
+            if complete is False:
+                term.check_partial(name)
+        if complete is not None and not self.taught_texts:
+            raise BadConfig("there is a teacher, but no objective asks it", hint="name the objective kd: kd: 1.0")
 
     def on_routers(self, text: str | None = None) -> dict[str, RouterObjective]:
         """The objectives on routers that read a text; without a name, any text."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -22,17 +24,22 @@ from transformers import (
 )
 
 from moekit._progress import Progress
+from moekit.data.batches import IGNORED_LABEL
 from moekit.errors import NumericFault
 from moekit.training.batch import MicroBatch
 from moekit.training.callback import MoECallback
 from moekit.training.compute import Precision, compute_context
 from moekit.training.config import TrainConfig
 from moekit.training.distribution import Distribution
+from moekit.training.figures import sum_over_ranks
 from moekit.training.head import OutputInputs, OutputTap
 from moekit.training.knobs import LR
 from moekit.training.layers import trained_layers
-from moekit.training.order import collate
+from moekit.training.order import TEXT, collate
 from moekit.training.resume import ExactResume
+from moekit.training.rows import ExpertRows
+from moekit.training.teacher import Teacher
+from moekit.training.texts import MAIN
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
@@ -46,6 +53,11 @@ class _Report(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._since = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the weights before they are kept: what the last step did, no loss has seen."""
+        if control.should_save or state.global_step >= state.max_steps:
+            check_finite(kwargs["model"], state.global_step)
 
     def on_log(
         self,
@@ -70,7 +82,32 @@ class _Report(TrainerCallback):  # type: ignore[misc]
             self._progress.advance(1, note=f"loss {logs['loss']:.3f}")
 
 
-def training_arguments(config: TrainConfig, folder: Path, steps: int, device: torch.device) -> TrainingArguments:
+@torch.no_grad()
+def check_finite(model: nn.Module, step: int) -> None:
+    """Refuse weights that are NaN, infinite, or so large that their squares are.
+
+    Raises:
+        NumericFault: naming the step and the parameter.
+    """
+    bad = ""
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if parameter.requires_grad and not bool(local.float().square().sum().isfinite()):
+            bad = name
+            break
+    device = next(model.parameters()).device
+    found = torch.tensor(float(bool(bad)), device=device)
+    sum_over_ranks([found])
+    if bool(found):
+        raise NumericFault(
+            f"after step {step} {repr(bad) if bad else 'a weight on another rank'} is not finite, or its square is not",
+            hint="resume from the last checkpoint with a lower learning rate",
+        )
+
+
+def training_arguments(
+    config: TrainConfig, folder: Path, steps: int, device: torch.device, texts: int = 1
+) -> TrainingArguments:
     """Trainer's settings for a run.
 
     Args:
@@ -78,13 +115,14 @@ def training_arguments(config: TrainConfig, folder: Path, steps: int, device: to
         folder: where checkpoints go.
         steps: optimizer steps.
         device: where the model is.
+        texts: how many texts share the micro-batches of a step.
     """
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=config.batch,
         per_device_eval_batch_size=config.batch,
-        gradient_accumulation_steps=config.accumulation,
+        gradient_accumulation_steps=config.accumulation * texts,
         learning_rate=config.lr,
         lr_scheduler_type=config.lr_schedule,
         warmup_steps=config.warmup_steps(steps),
@@ -128,6 +166,8 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         distribution: how the model lies on ranks, where more than data parallelism is at work.
         callback: told which micro-batch comes next; it holds the objectives.
         head: the output layer, if losses can be computed from what it reads (`readable_head`).
+        teacher: asked for each micro-batch whose text an objective with a teacher reads.
+        rows_kept: experts that must stay as they are.
     """
 
     def __init__(
@@ -140,6 +180,8 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         callback: MoECallback,
         *,
         head: nn.Linear | None = None,
+        teacher: Teacher | None = None,
+        rows_kept: ExpertRows | None = None,
         heldout: Dataset[dict[str, Tensor]] | None = None,
         progress: Progress | None = None,
         distribution: Distribution | None = None,
@@ -148,6 +190,9 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         self.precision = precision
         self.distribution = distribution
         self.callback = callback
+        self.teacher = teacher
+        self.rows_kept = rows_kept
+        self._counts: dict[str, Tensor] = {}
         self._tap = OutputTap(model, head, self._output_loss)
         super().__init__(model, args, data_collator=collate, train_dataset=rows, eval_dataset=heldout)
         for printing in (PrinterCallback, ProgressCallback):
@@ -164,11 +209,29 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         """The objectives on outputs, in evaluation the cross-entropy alone; no key-value cache is built for it."""
         device = next(self.model.parameters()).device
         progress = self.state.global_step / max(self.state.max_steps, 1)
-        batch = MicroBatch(inputs["input_ids"], inputs.get("attention_mask"), "train", self.state.global_step, progress)
+        text, rows_B = inputs.pop(TEXT, MAIN), inputs.pop("row", None)
+        batch = MicroBatch(inputs["input_ids"], inputs.get("attention_mask"), text, self.state.global_step, progress)
+        if self.model.training:
+            if self.teacher is not None and self.callback.terms.ask_teacher(text):
+                batch = replace(batch, teacher=self.teacher.output(batch, rows_B))
+            if num_items_in_batch is not None:
+                num_items_in_batch = self._counts.get(text, num_items_in_batch)
         self.callback.meet(batch)
         given = {**inputs, "use_cache": False}
         with compute_context(self.precision, device), self._tap.reading(batch):
             return super().compute_loss(model, given, return_outputs, num_items_in_batch)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
+        """As ever; where micro-batches are of several texts, each text's tokens are counted apart."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self._counts.clear()
+        if count is None or not batches or TEXT not in batches[0]:
+            return batches, count
+        for batch in batches:
+            counted = (batch["labels"][..., 1:] != IGNORED_LABEL).sum().to(self.args.device)
+            self._counts[batch[TEXT]] = self._counts.get(batch[TEXT], torch.zeros_like(counted)) + counted
+        sum_over_ranks([self._counts[text] for text in sorted(self._counts)])
+        return batches, count
 
     def _output_loss(self, inputs: OutputInputs) -> Tensor:
         return self.callback.terms.output_loss(inputs) if self.model.training else inputs.cross_entropy()
@@ -196,6 +259,8 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as ever, with the routers' parameters in groups of their own where they have their own rate."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.rows_kept is not None:
+            self.add_callback(self.rows_kept.split_decay(optimizer))
         rate = self.config.router_lr
         if rate is None or rate == self.config.lr:
             return optimizer

@@ -21,6 +21,7 @@ from moekit.training import LoraSettings, TrainConfig, train
 from moekit.training.compute import resolve_precision
 from moekit.training.identity import run_identity
 from moekit.training.order import row_order
+from moekit.training.texts import Texts
 from tests.families import EXPERTS, VOCAB, build, logits
 from tests.unit.training.helpers import word_tokenizer
 
@@ -326,7 +327,8 @@ def test_precision_is_decided_by_the_device_and_written_down(monkeypatch: pytest
     assert resolve_precision("fp32", cpu) == "fp32"
     assert train(build("olmoe"), None, text(), settings(steps=1, precision="auto")).precision == "bf16"
     rows, model = text(), build("olmoe")
-    same = [run_identity(model, rows, settings(precision=precision), 5) for precision in ("auto", "bf16", "fp32")]
+    configs = [settings(precision=precision) for precision in ("auto", "bf16", "fp32")]
+    same = [run_identity(model, Texts({"train": rows}, {"train"}, config, 1), config) for config in configs]
     assert same[0] == same[1] != same[2]
 
 

@@ -159,7 +159,7 @@ class JobOptions(BaseModel):
             kinds = kinds_of(info)
             value = getattr(self, name)
             if kinds and value:
-                found += [(kinds[0], item) for item in (value if isinstance(value, tuple | list) else [value])]
+                found += [(kinds[0], item) for item in _items(value)]
         further: list[tuple[str, str]] = self._call("further_inputs", [])
         return [*found, *further]
 
@@ -188,3 +188,10 @@ def _marks(field: Any) -> list[Any]:
             a for a in typing.get_args(annotation) if typing.get_origin(a) is not None or hasattr(a, "__metadata__")
         ]
     return marks
+
+
+def _items(value: Any) -> list[Any]:
+    """What a field names: one thing, several, or several by name."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, tuple | list) else [value]

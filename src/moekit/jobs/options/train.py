@@ -29,6 +29,15 @@ class TrainOptions(RankedOptions):
 
     model: ModelRef = Field(description="model: folder or hub id")
     text: TextRef = Field(description="training text: file, folder, source, mix or hub id")
+    texts: dict[str, TextRef] | None = Field(
+        default=None, description="further texts by name, which objectives read by their setting `text`"
+    )
+    teacher: ModelRef | None = Field(
+        default=None, description="model that the objective kd holds the output against: folder or hub id"
+    )
+    teacher_top_k: int | None = Field(
+        default=None, ge=1, description="ask the teacher beforehand and keep so many of its likeliest tokens on disk"
+    )
     plan: PlanRef | None = Field(default=None, description="routing plan to train under; the checkpoint's by default")
     split: Literal["train", "heldout"] | None = Field(default=None, description="part of the text to take")
     heldout: TextRef | None = Field(default=None, description="text whose loss is watched")

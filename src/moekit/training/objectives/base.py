@@ -53,6 +53,13 @@ class Objective(BaseModel, ABC):
             BadConfig: naming the layer and what does not fit.
         """
 
+    def check_partial(self, name: str) -> None:
+        """Refuse a teacher of whose distribution only the likeliest tokens are known.
+
+        Raises:
+            BadConfig: naming the objective and the setting.
+        """
+
 
 class RouterObjective(Objective):
     """A term of every MoE layer: the layers' values are added up, those of micro-batches and ranks are averaged.

@@ -69,6 +69,14 @@ class Distillation(OutputObjective):
 
     needs_teacher = True
 
+    def check_partial(self, name: str) -> None:
+        """Refuse any temperature but 1: the mass of what was not kept is unknown there."""
+        if self.temperature != 1:
+            raise BadConfig(
+                f"{name}: temperature {self.temperature} needs the teacher's whole distribution",
+                hint="set temperature: 1, or let the teacher itself be asked",
+            )
+
     def loss(self, inputs: OutputInputs) -> Tensor:
         """Nats a token."""
         teacher = inputs.batch.teacher
