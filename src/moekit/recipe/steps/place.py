@@ -15,6 +15,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlacementRef, TraceRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, model_location
+from moekit.jobs.shared.trained import trained_alike
 from moekit.recipe.steps.base import Step
 from moekit.report.results import REPLAY, placement_file
 
@@ -185,8 +186,9 @@ class PlaceStep(Step):
         from moekit.trace import Trace
 
         free = Placement.load(Path(self.baseline) / placement_file(devices))
-        gain = constraint_gain(Trace.load(self.baseline_trace), free, measured, placement, seed=seed)
-        return asdict(gain)
+        plain = Trace.load(self.baseline_trace)
+        gain = constraint_gain(plain, free, measured, placement, seed=seed)
+        return {**asdict(gain), "trained_alike": trained_alike(plain.meta, measured.meta)}
 
     def _routing_groups(self) -> int:
         if self.model is None:
