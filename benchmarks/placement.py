@@ -47,13 +47,13 @@ from moekit.trace.tokens import TokenLabels
 
 COUNTS = Path(__file__).parents[1] / "tests" / "fixtures" / "llama-moe-coactivation.safetensors"
 SOLVERS: dict[str, Solver] = {
-    "contiguous": Contiguous(),
-    "random": Random(),
-    "greedy": Greedy(),
-    "swap, no random starts": Swap(starts=0, kicks=0),
-    "swap": Swap(),
-    "exact": Exact(),
-    "exact (milp)": Exact(method="milp"),
+    "contiguous": Contiguous(load_weight=0),
+    "random": Random(load_weight=0),
+    "greedy": Greedy(load_weight=0),
+    "swap, no random starts": Swap(load_weight=0, starts=0, perturbations=0),
+    "swap": Swap(load_weight=0),
+    "exact": Exact(load_weight=0),
+    "exact (milp)": Exact(load_weight=0, method="milp"),
 }
 
 
@@ -90,13 +90,20 @@ def solver_rows(counts_LEE: torch.Tensor, devices: int) -> list[dict[str, Any]]:
 
 def matrix_rows(matrices: Mapping[str, torch.Tensor], devices: int) -> list[dict[str, Any]]:
     """Each matrix: contiguous, its own optimum, and the optimum of `base` applied to it."""
-    of_base = [Exact().solve(c, devices).groups for c in matrices["base"]]
+    of_base = [Exact(load_weight=0).solve(c, devices).groups for c in matrices["base"]]
     rows = []
     for name, counts_LEE in matrices.items():
-        order = [Contiguous().solve(c, devices) for c in counts_LEE]
-        best = [Exact().solve(c, devices) for c in counts_LEE]
+        order = [Contiguous(load_weight=0).solve(c, devices) for c in counts_LEE]
+        best = [Exact(load_weight=0).solve(c, devices) for c in counts_LEE]
         carried = [intra_share(c, groups) for c, groups in zip(counts_LEE, of_base, strict=True)]
-        shared = place(dict(enumerate(counts_LEE)), devices, solver="exact", per_layer=False, bound=False)
+        shared = place(
+            dict(enumerate(counts_LEE)),
+            devices,
+            solver="exact",
+            per_layer=False,
+            bound=False,
+            config={"load_weight": 0},
+        )
         alike = [intra_share(c, shared.layers[n]) for n, c in enumerate(counts_LEE)]
         rows.append(
             {
@@ -126,7 +133,7 @@ def planted_rows(seeds: int) -> list[dict[str, Any]]:
     for inside, outside in [(20, 1), (20, 5), (10, 5), (8, 5)]:
         for seed in range(seeds):
             counts, truth = planted(128, 8, inside, outside, seed)
-            found = Swap().solve(counts, 8, seed=seed)
+            found = Swap(load_weight=0).solve(counts, 8, seed=seed)
             gap = found.gap
             assert gap is not None
             rows.append(

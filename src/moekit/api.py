@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from moekit.checkpoint.carried import Mtp
 from moekit.checkpoint.model import load
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
-from moekit.errors import UnsupportedModel
+from moekit.errors import BadConfig, UnsupportedModel
 from moekit.routing.attach import active_policy
 from moekit.routing.restore import policy_entry  # importing it registers what restores a policy on load
 
 __all__ = ["load", "save"]
+
+_EXTRA_NAME = re.compile(r"layers\.\d+\.\w[\w.-]*")
 
 
 def save(
@@ -45,7 +48,7 @@ def save(
         folder: where to.
         tokenizer: saved beside the weights.
         record: how the model was made; without one, that Python saved it and what it was loaded from.
-        extra_tensors: for `moekit.safetensors`.
+        extra_tensors: for `moekit.safetensors`; named "layers.<layer>.<what>".
         overwrite: replace a folder that is there.
         max_shard_bytes: size of a shard.
         drop_unknown: leave out what the source holds beyond the model, such as a vision tower; otherwise it is copied.
@@ -54,6 +57,10 @@ def save(
 
     Returns:
         The record as written.
+
+    Raises:
+        BadConfig: a name of `extra_tensors` that nothing could read again.
+        BadConfig, BadCheckpoint, OutOfBudget: see `moekit.checkpoint.save`.
     """
     if record is None:
         origin = getattr(model, "_moekit", None)
@@ -63,6 +70,7 @@ def save(
             parent_fingerprint=origin.fingerprint if origin else None,
         )
     extra = dict(extra_tensors or {})
+    _check_names(extra)
     try:
         active = active_policy(model) if record.policy is None else None
     except UnsupportedModel:  # a dense model: nothing routes
@@ -86,3 +94,13 @@ def save(
         mtp=mtp,
         progress=progress,
     )
+
+
+def _check_names(extra: Mapping[str, Tensor]) -> None:
+    """Tensors that go beside the weights must say their layer; names of policies are taken."""
+    wrong = sorted(name for name in extra if not _EXTRA_NAME.fullmatch(name))
+    if wrong:
+        raise BadConfig(
+            f"an extra tensor cannot be called {wrong[0]!r}",
+            hint=f'name the layer that it belongs to, such as "layers.0.{wrong[0].rpartition(".")[2] or "scale"}"',
+        )

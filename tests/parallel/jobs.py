@@ -6,11 +6,14 @@ import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from moekit.anatomy import find_moe_layers
+from moekit.errors import UnsupportedModel
 from moekit.parallel import sharding
 from moekit.parallel.layout import ExpertLayout
-from moekit.parallel.ranks import Ranks
+from moekit.parallel.ranks import Ranks, expert_mesh
 from moekit.placement import Placement
 from tests.families import build
 
@@ -77,7 +80,6 @@ def tiny(family: str, policy: bool = False, overrides: dict[str, Any] | None = N
     """A tiny model, with C2R where asked."""
     model = build(family, **(overrides or {})).eval()
     if policy:
-        from moekit.anatomy import find_moe_layers
         from moekit.routing import plan_routing
         from moekit.routing.methods.c2r import C2R
 
@@ -100,6 +102,39 @@ def step(model: Any, tokens: Tensor) -> dict[str, Any]:
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), "loss": float(loss.detach()), "grads": grads}
+
+
+def hook_routers(model: Any, what: str) -> None:
+    """Hang hooks on all routers that change the indices chosen, or their weights alone."""
+    for layer in find_moe_layers(model):
+
+        def hook(_: Any, __: Any, answer: Any, experts: int = layer.geometry.experts) -> Any:
+            logits, weights, indices = answer
+            return (logits, weights, (indices + 1) % experts) if what == "indices" else (logits, weights / 2, indices)
+
+        layer.require_router().register_forward_hook(hook)
+
+
+def hooked_step(ranks: Ranks, family: str, what: str, tokens: Tensor) -> Tensor | str:
+    """Logits of a model whose routers are hooked, or why it is refused."""
+    model = tiny(family)
+    hook_routers(model, what)
+    sharding.expert_parallel(model, ranks)
+    try:
+        return step(model, tokens[ranks.rank :: ranks.size])["logits"]
+    except UnsupportedModel as error:
+        return str(error)
+
+
+def meshes(ranks: Ranks) -> tuple[bool, int]:
+    """Whether equal calls give one mesh, and process groups that twenty further calls make."""
+    first, other = expert_mesh(2), expert_mesh(4, nodes=2)
+    Ranks.of(other)
+    made = len(dist.distributed_c10d._world.pg_map)
+    again = [(expert_mesh(2), expert_mesh(4, nodes=2)) for _ in range(10)]
+    for pair in again:
+        Ranks.of(pair[1])
+    return all(pair == (first, other) for pair in again), len(dist.distributed_c10d._world.pg_map) - made
 
 
 def regathered(ranks: Ranks, family: str, placement: Placement) -> bool:

@@ -60,7 +60,7 @@ def test_a_rank_stuck_in_user_code_is_named_by_the_exchanges_it_did_not_enter(tm
     with by_hand(tmp_path, "spin", 1, "before", MOEKIT_RANK_TIMEOUT="6") as job:
         assert job.wait() == [GONE, GONE, GONE]
         _check_survivors(job, 1, 3, "lives but is behind: it has entered 15 exchanges")
-        assert "(this one) was given up" in job.last_words(1) or "the store" in job.last_words(1)
+        assert "(this one) was evicted" in job.last_words(1) or "the store" in job.last_words(1)
 
 
 def test_a_rank_that_ends_early_is_named_when_the_others_wait_for_it(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from moekit.anatomy import find_moe_layers
 from moekit.errors import BadConfig
 from moekit.placement import Placement
 from tests.families import EXPERTS, FAMILIES
-from tests.parallel.jobs import step, tiny
+from tests.parallel.jobs import hook_routers, step, tiny
 from tests.parallel.pool import Pool
 
 DISPATCHERS = ["all-gather", "all-reduce", "hierarchical", "once-per-expert", "once-per-rank"]
@@ -43,7 +43,8 @@ def check(answers: list[dict[str, Any]], whole: dict[str, Any], shared: bool) ->
     scale = whole["logits"].abs().max()
     for rank, answer in enumerate(answers):
         rows = whole["logits"] if shared else whole["logits"][rank::size]
-        assert (answer["logits"] - rows).abs().max() <= 1e-5 * max(scale, 1)
+        assert answer["logits"].shape == rows.shape
+        assert bool(((answer["logits"] - rows).abs() <= 1e-5 * max(scale, 1)).all())
     total = answers[0]["loss"] if shared else sum(answer["loss"] for answer in answers)
     assert total == pytest.approx(whole["loss"], rel=1e-5)
     owned = answers[0]["owned"]
@@ -88,6 +89,34 @@ def test_blocks_may_be_uneven(pool: Pool, dispatch: str) -> None:
     check(answers, alone("qwen2_moe", experts=7), dispatch == "all-reduce")
 
 
+@pytest.mark.parametrize("dispatch", [name for name in DISPATCHERS if name != "all-reduce"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_a_rank_may_have_no_tokens(pool: Pool, dispatch: str, family: str) -> None:
+    """One row of text for two ranks; with shared experts before and after the routed ones."""
+    answers = pool.run(2, "tests.parallel.jobs.model_step", family, dispatch, TOKENS[:1])
+    check(answers, step(tiny(family), TOKENS[:1]), shared=False)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "ernie4_5_moe", "deepseek_v3"])
+@pytest.mark.parametrize("what", ["indices", "weights"])
+def test_a_hook_that_changes_the_choice_is_heard_or_refused(pool: Pool, family: str, what: str) -> None:
+    """Families that call their shared experts first have dispatched before the hook runs."""
+    answers = pool.run(2, "tests.parallel.jobs.hooked_step", family, what, TOKENS)
+    for rank, answer in enumerate(answers):
+        if isinstance(answer, str):
+            assert "overlap=False" in answer
+        else:
+            assert (answer - hooked(family, what)[rank::2]).abs().max() <= 1e-5
+
+
+@cache
+def hooked(family: str, what: str) -> torch.Tensor:
+    """Logits of the hooked model in one process."""
+    model = tiny(family)
+    hook_routers(model, what)
+    return step(model, TOKENS)["logits"]
+
+
 def test_eight_bits_on_the_way_out_are_close(pool: Pool) -> None:
     whole = alone("qwen3_moe")
     answers = pool.run(2, "tests.parallel.jobs.model_step", "qwen3_moe", "once-per-rank", TOKENS, codec="int8")
@@ -125,3 +154,7 @@ def test_a_placement_for_something_else_is_refused(change: dict[str, Any], words
 
 def test_experts_come_back_in_logical_order(pool: Pool) -> None:
     assert all(pool.run(4, "tests.parallel.jobs.regathered", "gpt_oss", _placement(4, "gpt_oss")))
+
+
+def test_meshes_are_made_once(pool: Pool) -> None:
+    assert pool.run(4, "tests.parallel.jobs.meshes") == [(True, 0)] * 4

@@ -106,7 +106,7 @@ def test_renaming_experts_or_devices_changes_nothing(case, random) -> None:
 def test_rows_of_documents_add_up(case, data) -> None:
     tokens, placed, devices, _, _ = case
     documents = data.draw(st.lists(st.integers(-1, 3), min_size=len(tokens), max_size=len(tokens)))
-    rows, counts = rows_per_document(torch.tensor(tokens), placed, torch.tensor(documents), devices)
+    rows, counts = rows_per_document(torch.tensor(tokens), placed, torch.tensor(documents), devices, None)
     for document in range(max(documents) + 1):
         own = [t for t, d in zip(tokens, documents, strict=True) if d == document]
         assert int(counts[document]) == len(own)
@@ -122,18 +122,25 @@ def test_copies_are_used_by_the_stated_rule(case, data) -> None:
     load = [0] * devices
     rows = 0
     for number, (token, home) in enumerate(zip(tokens, homes, strict=True)):
-        used = set()
-        for expert in (e for e in token if e < len(placed)):
-            copies = held[expert]
-            near = [d for d in copies if node_of[d] == node_of[home]]
-            choice = near or copies
-            device = home if home in copies else choice[number % len(choice)]
+        chosen = [held[e] for e in token if e < len(placed)]
+        used = {copies[0] for copies in chosen if len(copies) == 1}
+        several = [copies for copies in chosen if len(copies) > 1]
+        for copies in chosen:
+            levels = (used, {home}, {d for d in copies if node_of[d] == node_of[home]}, set(copies))
+            best = next(level for level in ([d for d in copies if d in level] for level in levels) if level)
+            covers = [sum(d in other for other in several) for d in best]
+            best = [d for d, n in zip(best, covers, strict=True) if n == max(covers)]
+            device = copies[0] if len(copies) == 1 else best[number % len(best)]
             load[device] += 1
             used.add(device)
         rows += len(used)
     result = replay(torch.tensor(tokens), held, devices, torch.tensor(homes), nodes=nodes)
     assert result.load_D.tolist() == load
     assert result.rows_once_per_device == rows
+    # What is paired over documents is what is replayed, copies and nodes included.
+    document = torch.arange(len(tokens)) % 3
+    by_document, _ = rows_per_document(torch.tensor(tokens), held, document, devices, torch.tensor(homes), nodes=nodes)
+    assert int(by_document.sum()) == rows
 
 
 @settings(deadline=None, max_examples=100)

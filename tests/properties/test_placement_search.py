@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekit.placement.bounds import partner_bound, spectral_bound, upper_bound
-from moekit.placement.local import PairState, RowState, imbalance_after_EE
+from moekit.placement.bounds import least_imbalance, partner_bound, spectral_bound, upper_bound
+from moekit.placement.local import PairState, RowState, balanced_blocks, imbalance_after_EE
 from moekit.placement.objective import Problem, intra_pairs, max_over_mean, relabel
 from moekit.placement.partitions import best_partition
 from moekit.placement.solvers.swap import Swap
@@ -103,6 +104,32 @@ def test_bounds_are_above_the_optimum_and_search_below(
     for target in (0.0, problem.share(found)):
         assert upper_bound(problem, target=target, steps=40) >= best - 1e-9
     assert upper_bound(problem, steps=0) >= best - 1e-9
+
+
+@settings(deadline=None, max_examples=60)
+@given(SEEDS, SIZES)
+def test_no_balance_is_better_than_its_bound_and_search_is_worth_the_balanced_blocks(
+    seed: int, sizes: list[int]
+) -> None:
+    """Balanced blocks are what balancing by load alone (EPLB without copies) gives."""
+    rng = np.random.default_rng(seed)
+    load = rng.integers(0, 30, sum(sizes)).astype(np.float64)
+    # Without pairs the objective is balance alone: the optimum is found by listing all partitions.
+    alone = Problem(np.zeros((sum(sizes), sum(sizes))), tuple(sizes), load, 1.0, None, seed)
+    best = alone.imbalance(best_partition(alone))
+    assert least_imbalance(load, sizes) <= best + 1e-9
+    problem = Problem(random_counts(rng, sum(sizes)), tuple(sizes), load, 1.0, None, seed)
+    by_load = balanced_blocks(load, sizes)
+    assert np.bincount(by_load, minlength=len(sizes)).tolist() == list(sizes)
+    assert problem.value(Swap().search(problem)[0]) >= problem.value(by_load) - 1e-9
+
+
+def test_bounds_on_balance_by_hand() -> None:
+    """8, 1, 1, 1 on two devices: whoever holds 8 holds at least 1 more, so 9 of a mean of 5.5. 3, 3, 3, 1, 1, 1: two
+    of the three heaviest lie together, with at least 1."""
+    assert least_imbalance(np.array([8.0, 1, 1, 1]), [2, 2]) == pytest.approx(9 / 5.5)
+    assert least_imbalance(np.array([3.0, 3, 3, 1, 1, 1]), [3, 3]) == pytest.approx(7 / 6)
+    assert least_imbalance(np.zeros(4), [2, 2]) == 1.0
 
 
 @settings(deadline=None, max_examples=60)

@@ -16,7 +16,6 @@ from moekit.anatomy.probe import Geometry
 from moekit.checking.report import Finding
 from moekit.checking.scan import TensorScan
 from moekit.checking.units import Unit, read_unit, swap_halves, unit_digests, units_of
-from moekit.checkpoint.digest import config_digest
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.names import where
 from moekit.checkpoint.record import RECORD_FILE, TensorExpectation
@@ -72,7 +71,6 @@ class Integrity:
             message = "nearly no tensor in this shard is the recorded one: it is a shard of another model"
             yield self._find("error", "foreign-shard", message, shard)
         yield from self._explain([unit for unit in changed if self.checkpoint.tensors[unit.name].shard not in foreign])
-        yield from self._config()
 
     def _find(self, severity: str, code: str, message: str, shard: str | None, **place: int | None) -> Finding:
         file = self.checkpoint.path / shard if shard else self.checkpoint.path / RECORD_FILE
@@ -178,15 +176,3 @@ class Integrity:
         if list(info.shape) != expectation.shape:
             return "shape", f"{unit.name} is {list(info.shape)}, recorded was {expectation.shape}"
         return "changed", f"{unit.name} is not what was recorded"
-
-    def _config(self) -> Iterator[Finding]:
-        record = self.checkpoint.record
-        assert record is not None
-        if record.expectations.config not in {None, config_digest(self.checkpoint.config)}:
-            yield Finding(
-                severity="warning",
-                code="config-changed",
-                message="the config was edited after the checkpoint was written",
-                file=str(self.checkpoint.path / "config.json"),
-                hint="compare it with the parent's config",
-            )

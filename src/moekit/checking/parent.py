@@ -2,7 +2,9 @@
 
 Each matrix is represented by a sample of its elements; the cosine of two samples is near one for the same matrix, high
 for a fine-tuned one, near zero for unrelated ones. Experts that answer best to another expert of the parent were moved;
-that is legal if the router's rows moved with them (a placement does so), and a silent error if they did not.
+that is legal if the router's rows moved with them (a placement does so), and a silent error if they did not. A pruned
+child is compared with the experts that its record says it kept, or else with those that its router's rows came from.
+A matrix of zeros, as right after a residual conversion, says nothing.
 
 Legend: E experts, P parent's experts, N sampled elements, H hidden.
 """
@@ -10,131 +12,157 @@ Legend: E experts, P parent's experts, N sampled elements, H hidden.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from moekit import catalogue
 from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry, MoELayer
 from moekit.checking.report import Finding
-from moekit.checking.units import Unit, read_unit, swap_halves, units_of
-from moekit.checkpoint.expected import Layout, disk_names
+from moekit.checking.samples import RELATED, Side, matches, router_moves, sample, samples, shown, side_of
+from moekit.checking.units import read_unit, swap_halves
+from moekit.checkpoint.expected import Layout
 from moekit.checkpoint.folder import Checkpoint
-
-_SAMPLES = 4096
-# Cosines below this are unrelated; a better match elsewhere must win by the margin.
-_RELATED, _MARGIN = 0.25, 0.15
+from moekit.checkpoint.names import text_config
+from moekit.errors import MoekitError
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One checkpoint seen expert by expert: (layer, part) -> expert -> unit."""
+@dataclass
+class ParentCheck:
+    """Compares the experts and routers of two checkpoints.
 
-    checkpoint: Checkpoint
-    units: Mapping[tuple[int, str], Mapping[int, Unit]]
-
-
-def _side(checkpoint: Checkpoint) -> _Side:
-    units: dict[tuple[int, str], dict[int, Unit]] = defaultdict(dict)
-    for info in checkpoint.tensors.values():
-        for unit in units_of(info):
-            if unit.layer is not None and unit.expert is not None and "." not in unit.part:
-                units[unit.layer, unit.part][unit.expert] = unit
-    return _Side(checkpoint, units)
-
-
-def _sample(matrix: Tensor) -> Tensor:
-    flat = matrix.reshape(-1)
-    if flat.numel() > _SAMPLES:
-        flat = flat[torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()]
-    return torch.nn.functional.normalize(flat.float(), dim=0)
-
-
-def _samples(side: _Side, key: tuple[int, str]) -> Tensor | None:
-    rows = []
-    for expert in sorted(side.units[key]):
-        matrix = read_unit(side.checkpoint, side.units[key][expert])
-        if matrix is None:
-            return None
-        rows.append(_sample(matrix))
-    return torch.stack(rows) if rows else None
-
-
-def check_parent(
-    child: Checkpoint,
-    parent: Checkpoint,
-    layout: Layout | None,
-    layers: list[MoELayer],
-    progress: Progress | None = None,
-) -> Iterator[Finding]:
-    """Compare the experts and routers of two checkpoints with the same geometry.
-
-    Args:
+    Attributes:
         child: what is checked.
         parent: what it was made from, or another trusted version of it.
         layout: of the child.
         layers: MoE layers of the child's model.
-        progress: told layer by layer.
+        compared: decoder layers whose experts were compared.
+        apart: whether there are layers that could not be compared.
     """
-    ours, theirs = _side(child), _side(parent)
-    if ours.units.keys() != theirs.units.keys() or not ours.units:
-        yield _note(child, f"{parent.path} keeps its experts in other layers or another layout: not compared")
-        return
-    geometries = {layer.index: layer.geometry for layer in layers}
-    routers = _router_moves(child, parent, layout, layers)
-    for layer in track(sorted({layer for layer, _ in ours.units}), "comparing with the parent", progress):
-        parts = sorted(part for other, part in ours.units if other == layer)
-        counts = {len(side.units[layer, part]) for side in (ours, theirs) for part in parts}
-        if len(counts) > 1:
-            yield _note(child, "the parent has another number of experts here: not compared", layer)
-            continue
-        yield from _check_layer(ours, theirs, layer, parts, geometries.get(layer), routers.get(layer))
 
+    child: Checkpoint
+    parent: Checkpoint
+    layout: Layout | None
+    layers: list[MoELayer]
+    compared: list[int] = field(default_factory=list)
+    apart: bool = False
 
-def _note(child: Checkpoint, message: str, layer: int | None = None) -> Finding:
-    return Finding(severity="note", code="not-comparable", message=message, file=str(child.path), layer=layer)
+    def findings(self, progress: Progress | None = None) -> Iterator[Finding]:
+        """Everything that is not the parent's; told layer by layer."""
+        ours, theirs = side_of(self.child), side_of(self.parent)
+        both = sorted(n for n in ours.layers & theirs.layers if ours.parts(n) == theirs.parts(n))
+        kinds = {text_config(side.config).get("model_type") for side in (self.child, self.parent)}
+        if not both or (len(kinds) > 1 and ours.units.keys() != theirs.units.keys()):
+            yield self._note(f"{self.parent.path} keeps its experts in other layers or another layout: not compared")
+            return
+        for layer in sorted(ours.layers - set(both)):
+            yield self._note("the parent's experts of this layer lie in another layout, or are none", shown(layer))
+        geometries = {layer.index: layer.geometry for layer in self.layers}
+        routers = router_moves(self.child, self.parent, self.layout, self.layers)
+        kept = self._recorded()
+        for layer in track(both, "comparing with the parent", progress):
+            sizes = [{len(side.units[layer, part]) for part in side.parts(layer)} for side in (ours, theirs)]
+            expected = self._expected(layer, sizes, routers.get(layer), kept)
+            if expected is None:
+                yield self._note("the parent has another number of experts here: not compared", shown(layer))
+                continue
+            self.compared.append(layer)
+            yield from self._check_layer(ours, theirs, layer, expected, geometries.get(layer), routers.get(layer))
 
+    def _note(self, message: str, layer: int | None = None) -> Finding:
+        self.apart = True
+        return Finding(severity="note", code="not-comparable", message=message, file=str(self.child.path), layer=layer)
 
-def _matches(ours_EN: Tensor, theirs_PN: Tensor) -> tuple[list[int], list[float], list[float]]:
-    """For each expert: the parent's expert it is, its cosine with that one, and with the one of its own index."""
-    cosine_EP = ours_EN @ theirs_PN.T
-    own_E = cosine_EP.diagonal()
-    best_E, index_E = cosine_EP.max(dim=1)
-    stays_E = best_E - own_E < _MARGIN
-    index_E = torch.where(stays_E, torch.arange(len(own_E)), index_E)
-    return index_E.tolist(), best_E.tolist(), own_E.tolist()
+    def _recorded(self) -> Mapping[str, Sequence[int]]:
+        """Which of the parent's experts the record says were kept; nothing where it speaks of another parent."""
+        record = self.child.record
+        if record is None or record.parent_fingerprint != self.parent.fingerprint:
+            return {}
+        kept = record.scores.get("kept")
+        return kept if isinstance(kept, Mapping) else {}
 
+    def _expected(
+        self, layer: int, sizes: list[set[int]], router: list[int] | None, kept: Mapping[str, Sequence[int]]
+    ) -> list[int] | None:
+        """For each expert the parent's that it should be; None where nobody knows."""
+        if any(len(counts) > 1 for counts in sizes):
+            return None
+        mine, other = sizes[0].pop(), sizes[1].pop()
+        recorded = list(kept.get(str(layer)) or ())
+        if len(recorded) == mine and all(isinstance(e, int) and 0 <= e < other for e in recorded):
+            return recorded
+        if mine == other:
+            return list(range(mine))
+        # Rows of a pruned router are rows of the parent's, in their order.
+        pruned = router is not None and len(router) == mine and router == sorted(set(router))
+        return router if pruned else None
 
-def _check_layer(
-    ours: _Side, theirs: _Side, layer: int, parts: list[str], geometry: Geometry | None, router: list[int] | None
-) -> Iterator[Finding]:
-    moved: dict[int, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for part in parts:
-        ours_EN, theirs_PN = _samples(ours, (layer, part)), _samples(theirs, (layer, part))
-        if ours_EN is None or theirs_PN is None or ours_EN.shape != theirs_PN.shape:
-            continue
-        index_E, best_E, _ = _matches(ours_EN, theirs_PN)
-        for expert, (source, best) in enumerate(zip(index_E, best_E, strict=True)):
-            if best < _RELATED:
-                yield _unrelated(ours, theirs, layer, part, expert, geometry)
-            elif source != expert:
-                moved[expert][source].append(part)
-    yield from _explain_moves(ours.checkpoint, layer, len(parts), moved, router)
-    if router is not None and not moved and router != sorted(router):
-        rows = [expert for expert, source in enumerate(router) if expert != source]
-        message = f"the router's rows of experts {rows} were moved, the experts were not"
-        yield _error(ours.checkpoint, "router-rows-moved", message, layer, rows[0])
+    def _merges(self) -> bool:
+        """Whether the record says that a method has rewritten the experts that stayed."""
+        record = self.child.record
+        name = record.config.get("method") if record is not None else None
+        if record is None or not isinstance(name, str) or "kept" not in record.scores:
+            return False
+        try:
+            return bool(getattr(catalogue.get("prune", name).cls, "rewrites", False))
+        except MoekitError:
+            return True  # a method of another package
+
+    def _check_layer(
+        self,
+        ours: Side,
+        theirs: Side,
+        layer: int,
+        expected: list[int],
+        geometry: Geometry | None,
+        router: list[int] | None,
+    ) -> Iterator[Finding]:
+        moved: dict[int, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+        parts, silent = ours.parts(layer), set[str]()
+        for part in parts:
+            ours_EN, theirs_PN = samples(ours, (layer, part)), samples(theirs, (layer, part))
+            if ours_EN is None or theirs_PN is None or ours_EN.shape[1] != theirs_PN.shape[1]:
+                continue
+            index_E, best_E = matches(ours_EN, theirs_PN, expected)
+            blank = {e for e, source in enumerate(expected) if not (theirs_PN[source].any() and ours_EN[e].any())}
+            silent |= {part} if blank else set()
+            for expert, (source, best) in enumerate(zip(index_E, best_E, strict=True)):
+                if expert in blank:
+                    continue
+                if best < RELATED and not self._merges():
+                    yield _unrelated(ours, theirs, layer, part, (expert, expected[expert]), geometry)
+                elif best >= RELATED and source != expected[expert]:
+                    moved[expert][source].append(part)
+        if silent:
+            yield self._zeros(layer, silent)
+        if not self._merges():
+            yield from _explain_moves(self.child, shown(layer), len(set(parts) - silent), moved, router, expected)
+        if router is not None and not moved and router != expected:
+            rows = [expert for expert, source in enumerate(router) if source != expected[expert]]
+            message = f"the router's rows of experts {rows} were moved, the experts were not"
+            yield _error(self.child, "router-rows-moved", message, layer, rows[0])
+
+    def _zeros(self, layer: int, parts: set[str]) -> Finding:
+        message = f"zeros say nothing: {', '.join(sorted(parts))} of experts here or in the parent is all zeros"
+        return Finding(
+            severity="note", code="zeros-say-nothing", message=message, file=str(self.child.path), layer=shown(layer)
+        )
 
 
 def _explain_moves(
-    child: Checkpoint, layer: int, parts: int, moved: Mapping[int, Mapping[int, list[str]]], router: list[int] | None
+    child: Checkpoint,
+    layer: int,
+    parts: int,
+    moved: Mapping[int, Mapping[int, list[str]]],
+    router: list[int] | None,
+    expected: Sequence[int],
 ) -> Iterator[Finding]:
     lawful = router is not None and all(
         set(sources) == {router[expert]} and len(sources[router[expert]]) == parts for expert, sources in moved.items()
     )
-    if moved and lawful and router is not None and {e for e, s in enumerate(router) if e != s} == set(moved):
+    if moved and lawful and router is not None and {e for e, s in enumerate(router) if expected[e] != s} == set(moved):
         yield Finding(
             severity="note",
             code="permuted",
@@ -153,16 +181,19 @@ def _explain_moves(
             yield _error(child, "experts-swapped" if swapped else "expert-replaced", message, layer, expert)
 
 
-def _unrelated(ours: _Side, theirs: _Side, layer: int, part: str, expert: int, geometry: Geometry | None) -> Finding:
+def _unrelated(
+    ours: Side, theirs: Side, layer: int, part: str, pair: tuple[int, int], geometry: Geometry | None
+) -> Finding:
     """An expert that is none of the parent's as it stands: transposed, halves swapped, or foreign."""
+    expert, source = pair
     mine = read_unit(ours.checkpoint, ours.units[layer, part][expert])
-    other = read_unit(theirs.checkpoint, theirs.units[layer, part][expert])
+    other = read_unit(theirs.checkpoint, theirs.units[layer, part][source])
     assert mine is not None
     assert other is not None
 
     def related(left: Tensor | None, right: Tensor | None) -> bool:
         same = left is not None and right is not None and left.shape == right.shape
-        return same and float(_sample(left) @ _sample(right)) > _RELATED  # type: ignore[arg-type]
+        return same and float(sample(left) @ sample(right)) > RELATED  # type: ignore[arg-type]
 
     name = ours.units[layer, part][expert].name
     if mine.dim() == 2 and related(mine.T, other):
@@ -170,7 +201,7 @@ def _unrelated(ours: _Side, theirs: _Side, layer: int, part: str, expert: int, g
     if part.startswith("gate_up") and related(swap_halves(mine, geometry), other):
         return _error(ours.checkpoint, "gate-up-swapped", f"gate and up halves of {name} are swapped", layer, expert)
     twin = {"gate": "up", "up": "gate"}.get(part)
-    counterpart = theirs.units.get((layer, twin), {}).get(expert) if twin else None
+    counterpart = theirs.units.get((layer, twin), {}).get(source) if twin else None
     if counterpart is not None and related(mine, read_unit(theirs.checkpoint, counterpart)):
         message = f"{name} is the parent's {twin} projection"
         return _error(ours.checkpoint, "gate-up-swapped", message, layer, expert)
@@ -184,29 +215,7 @@ def _error(child: Checkpoint, code: str, message: str, layer: int, expert: int) 
         code=code,
         message=message,
         file=str(child.path),
-        layer=layer,
+        layer=shown(layer),
         expert=expert,
         hint="take this expert from the parent again, or make the checkpoint again",
     )
-
-
-def _router_moves(
-    child: Checkpoint, parent: Checkpoint, layout: Layout | None, layers: list[MoELayer]
-) -> dict[int, list[int]]:
-    """Layer -> for each router row the parent's row it is; layers whose routers cannot be compared are left out."""
-    if layout is None:
-        return {}
-    ours, theirs = disk_names(child.tensors, layout), disk_names(parent.tensors, layout)
-    moves: dict[int, list[int]] = {}
-    for layer in layers:
-        shape = (layer.geometry.experts, layer.geometry.hidden)
-        for live, name in ours.items():
-            if live.startswith(f"{layer.router_name}.") and child.tensors[name].shape == shape and live in theirs:
-                mine, other = child.read(name).float(), parent.read(theirs[live]).float()
-                if mine.shape != other.shape:
-                    continue
-                normal = torch.nn.functional.normalize
-                index_E, best_E, _ = _matches(normal(mine, dim=1), normal(other, dim=1))
-                if min(best_E) >= _RELATED:
-                    moves[layer.index] = index_E
-    return moves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +68,7 @@ class CheckReport(BaseModel):
         proven: what was proved, one sentence each.
         tensors: number of tensors read.
         nbytes: bytes read.
+        experts: decoder layer -> routed experts; empty for a dense model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,6 +78,7 @@ class CheckReport(BaseModel):
     proven: list[str] = []
     tensors: int = 0
     nbytes: int = 0
+    experts: dict[int, int] = {}
 
     @property
     def ok(self) -> bool:
@@ -136,8 +139,22 @@ def _collapse(findings: list[Finding]) -> list[Finding]:
     return result
 
 
-def make_report(folder: Path, findings: list[Finding], proven: list[str], tensors: int, nbytes: int) -> CheckReport:
+def make_report(
+    folder: Path,
+    findings: list[Finding],
+    proven: list[str],
+    tensors: int,
+    nbytes: int,
+    experts: Mapping[int, int] | None = None,
+) -> CheckReport:
     """Order the findings, drop repeated ones, and tell once what holds for many layers alike."""
     unique = _collapse(list(dict.fromkeys(findings)))
     unique.sort(key=lambda f: (_RANK[f.severity], f.layer is None, f.layer or 0, f.expert is None, f.expert or 0))
-    return CheckReport(folder=str(folder), findings=unique, proven=proven, tensors=tensors, nbytes=nbytes)
+    return CheckReport(
+        folder=str(folder),
+        findings=unique,
+        proven=proven,
+        tensors=tensors,
+        nbytes=nbytes,
+        experts=dict(experts or {}),
+    )

@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from moekit._progress import Progress
+from moekit.checking.contents import check_announced, check_lost, check_scales_present, expert_layers
 from moekit.checking.extras import check_extras
 from moekit.checking.integrity import Integrity
-from moekit.checking.parent import check_parent
+from moekit.checking.parent import ParentCheck
 from moekit.checking.peers import check_peers
 from moekit.checking.report import CheckReport, Finding, from_error, make_report
 from moekit.checking.routers import check_routers
 from moekit.checking.scan import TensorScan, scan
+from moekit.checking.settings import (
+    check_fingerprint,
+    check_generation_file,
+    check_parent_settings,
+    check_recorded_settings,
+)
 from moekit.checking.structure import (
     build_layout,
     check_dtypes,
@@ -66,10 +73,18 @@ def check(
         return make_report(path, findings, [], 0, 0)
     layout, layers, trouble = build_layout(checkpoint)
     findings += trouble
-    for looks in (check_index, check_dtypes, check_routing_sizes, check_tokenizer_file):
+    for looks in (
+        check_index,
+        check_dtypes,
+        check_routing_sizes,
+        check_tokenizer_file,
+        check_generation_file,
+        check_scales_present,
+    ):
         findings += looks(checkpoint)
     if layout is not None:
         findings += check_layout(checkpoint, layout)
+        findings += check_announced(checkpoint)
     try:
         scans = scan(path, checkpoint.tensors.values(), hidden=_hidden(checkpoint), progress=progress)
     except MoekitError as error:
@@ -78,15 +93,23 @@ def check(
     if checkpoint.record is not None:
         geometries = {layer.index: layer.geometry for layer in layers}
         findings += Integrity(checkpoint, scans, geometries).findings()
+        findings += check_recorded_settings(checkpoint)
+        if not any(finding.severity != "note" for finding in findings):
+            findings += check_fingerprint(checkpoint)
     findings += _numbers(checkpoint, scans, all(_gate_first(layer.geometry) for layer in layers))
     if layout is not None:
         findings += check_routers(checkpoint, layout, layers)
     findings += check_extras(checkpoint, layers)
+    comparison = None
     if parent is not None:
-        findings += check_parent(checkpoint, Checkpoint.open(parent), layout, layers, progress)
+        comparison = ParentCheck(checkpoint, Checkpoint.open(parent), layout, layers)
+        findings += comparison.findings(progress)
+        findings += check_parent_settings(checkpoint, comparison.parent)
+        findings += check_lost(checkpoint, comparison.parent, layout, build_layout(comparison.parent)[0])
     if for_ is not None:
         findings += check_target(checkpoint, layout, for_)
-    return make_report(path, findings, _proven(checkpoint, findings, parent), len(scans), checkpoint.nbytes)
+    proven = _proven(checkpoint, findings, comparison, parent)
+    return make_report(path, findings, proven, len(scans), checkpoint.nbytes, expert_layers(checkpoint))
 
 
 def _hidden(checkpoint: Checkpoint) -> int | None:
@@ -108,19 +131,23 @@ def _numbers(checkpoint: Checkpoint, scans: dict[str, TensorScan], gate_first: b
     ]
 
 
-def _proven(checkpoint: Checkpoint, findings: list[Finding], parent: str | Path | None) -> list[str]:
+def _proven(
+    checkpoint: Checkpoint, findings: list[Finding], comparison: ParentCheck | None, parent: str | Path | None
+) -> list[str]:
     """What holds, said plainly; only what was really compared."""
     codes = {finding.code for finding in findings if finding.severity == "error"}
+    said = codes | {finding.code for finding in findings}
     proven = []
     structure = {"missing-tensor", "missing-expert", "surplus-tensor", "surplus-expert", "shape", "transposed"}
-    if not codes & {*structure, "config", "dtype", "expert-count"}:
+    if not codes & {*structure, "config", "dtype", "expert-count", "missing-scales"} and "mtp-missing" not in said:
         proven.append(f"{len(checkpoint.tensors)} tensors have the names, shapes and dtypes that the config demands")
     if "non-finite" not in codes:
         proven.append("every number is finite")
     if checkpoint.record is not None and checkpoint.record.expectations.tensors and not codes:
         proven.append("every tensor is byte for byte the recorded one")
-    compared = parent is not None and not any(finding.code == "not-comparable" for finding in findings)
     moved = {"experts-swapped", "expert-replaced", "unrelated", "gate-up-swapped", "transposed", "router-rows-moved"}
-    if compared and not codes & moved:
-        proven.append(f"every expert is its counterpart in {parent}")
+    if comparison is not None and comparison.compared and not codes & moved:
+        which = "every expert" if not comparison.apart else f"every expert of {len(comparison.compared)} layers"
+        silent = ", as far as its weights are not zeros" if "zeros-say-nothing" in said else ""
+        proven.append(f"{which} is its counterpart in {parent}{silent}")
     return proven

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ import numpy as np
 from moekit._progress import Progress, track
 from moekit.checkpoint.experts import stacked_experts
 from moekit.checkpoint.record import TensorExpectation
-from moekit.checkpoint.safety import TensorInfo
+from moekit.checkpoint.safety import TensorInfo, check_name
 from moekit.errors import BadCheckpoint
 
 CHUNK_BYTES = 4 << 20
+# Files beside the weights that decide what goes in and comes out.
+_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "*processor*.json")
+_GENERATION_FILE = "generation_config.json"
+_LONG = 80
 # What transformers rewrites in config.json without changing the model.
 _VOLATILE = frozenset({"transformers_version", "_name_or_path", "_commit_hash"})
 
@@ -124,3 +128,32 @@ def config_digest(config: dict[str, Any]) -> str:
     """SHA-256 of a config, keys in order, volatile ones left out."""
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def config_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Every value of a config by its dotted key, as JSON; long ones by their SHA-256, volatile ones left out."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if key in _VOLATILE:
+            continue
+        if isinstance(value, Mapping) and value:
+            found |= {f"{key}.{inner}": text for inner, text in config_settings(value).items()}
+            continue
+        text = json.dumps(value, sort_keys=True)
+        found[key] = text if len(text) <= _LONG else f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    return found
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files beside the weights that decide what goes into the model and what is made of its answers.
+
+    Raises:
+        UnsafeInput: a link that leaves the folder.
+    """
+    names = {file.name for pattern in (*_FILES, _GENERATION_FILE) for file in folder.glob(pattern) if file.is_file()}
+    return {name: _whole_digest(check_name(folder, name)) for name in sorted(names)}
+
+
+def _whole_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

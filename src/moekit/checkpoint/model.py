@@ -18,7 +18,7 @@ from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder, atomic_write
 from moekit.checkpoint.card import CARD_FILE, licence_of, render
 from moekit.checkpoint.carried import Mtp, carried, write_carried
-from moekit.checkpoint.digest import config_digest, tensor_digests
+from moekit.checkpoint.digest import config_digest, config_settings, file_digests, tensor_digests
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import expert_counts
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
@@ -247,6 +247,8 @@ def seal(
         tensors=_all_digests(checkpoint, digests or {}, progress),
         extra=tensor_digests(folder, extra),
         config=config_digest(checkpoint.config),
+        settings=config_settings(checkpoint.config),
+        files=file_digests(folder),
     )
     full = record.model_copy(
         update={"fingerprint": checkpoint.fingerprint, "expectations": expectations, **_absolute_parent(record)}

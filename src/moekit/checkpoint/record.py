@@ -12,7 +12,7 @@ import moekit
 from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.safety import check_name, read_json
-from moekit.errors import BadCheckpoint
+from moekit.errors import BadCheckpoint, MoekitError
 
 RECORD_FILE = "moekit.json"
 TENSORS_FILE = "moekit.safetensors"
@@ -65,6 +65,8 @@ class Expectations(_Frozen):
         tensors: every tensor of the model's shards.
         extra: every tensor of moekit.safetensors.
         config: SHA-256 of config.json, volatile keys left out.
+        settings: every value of config.json by its dotted key, long ones by their SHA-256.
+        files: SHA-256 of the tokenizer's files, generation_config.json and the like, by name.
     """
 
     experts: dict[int, int] = {}
@@ -72,6 +74,8 @@ class Expectations(_Frozen):
     tensors: dict[str, TensorExpectation] = {}
     extra: dict[str, TensorExpectation] = {}
     config: str | None = None
+    settings: dict[str, str] = {}
+    files: dict[str, str] = {}
 
 
 class Record(_Frozen):
@@ -131,6 +135,21 @@ class Record(_Frozen):
     def write(self, folder: str | Path) -> None:
         """Write the record into a folder, whole or not at all."""
         atomic_write(Path(folder) / RECORD_FILE, self.model_dump_json(indent=1) + "\n")
+
+
+def ancestors(record: Record | None) -> list[str]:
+    """Fingerprints of the checkpoints that one was made from, its parent's first, as far back as records reach."""
+    found: list[str] = []
+    while record is not None and record.parent_fingerprint and record.parent_fingerprint not in found:
+        found.append(record.parent_fingerprint)
+        try:
+            local = record.parent is not None and Path(record.parent).is_dir()
+            record = Record.read(record.parent) if local and record.parent else None
+        except MoekitError:
+            break
+        if record is not None and record.fingerprint != found[-1]:
+            break  # another checkpoint lies there now
+    return found
 
 
 def package_versions() -> dict[str, str]:

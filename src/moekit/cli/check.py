@@ -47,8 +47,21 @@ def _show(terminal: Terminal, report: CheckReport) -> None:
     for line in report.proven:
         terminal.say(f"proven: {line}")
     errors = sum(finding.severity == "error" for finding in report.findings)
+    warnings = sum(finding.severity == "warning" for finding in report.findings)
     verdict = "nothing is wrong" if report.ok else f"{errors} error{'s' * (errors > 1)}"
-    terminal.say(f"{report.folder}: {verdict}; {report.tensors} tensors, {size(report.nbytes)} read")
+    if warnings:
+        verdict = f"{'no error' if report.ok else verdict}, {warnings} warning{'s' * (warnings > 1)}"
+    terminal.say(f"{report.folder}: {verdict}; {_layers(report)}{report.tensors} tensors, {size(report.nbytes)} read")
+
+
+def _layers(report: CheckReport) -> str:
+    if not report.tensors:
+        return ""
+    counts = sorted(set(report.experts.values()))
+    if not counts:
+        return "0 expert layers (a dense model), "
+    of = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{len(report.experts)} expert layers of {of} experts, "
 
 
 def _foretell(terminal: Terminal, folder: Path, parent: str | None) -> None:

@@ -5,7 +5,7 @@ from moekit._lazy import attach
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "Departure": "launch.pulse",
+        "Departure": "launch.beats",
         "Dispatcher": "dispatcher",
         "ExpertLayout": "layout",
         "ExpertShard": "sharding",
@@ -13,7 +13,7 @@ __getattr__, __dir__ = attach(
         "Ranks": "ranks",
         "StartedRanks": "launch.start",
         "Traffic": "traffic",
-        "agree": "launch.agreement",
+        "agree": "launch.start",
         "expert_mesh": "ranks",
         "expert_parallel": "sharding",
         "expert_parameters": "sharding",

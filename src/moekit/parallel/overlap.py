@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moekit.anatomy import MoELayer
 from moekit.errors import UnsupportedModel
 from moekit.parallel.dispatcher import Dispatcher
+from moekit.parallel.empty_batch import EmptyBatch
 
 _Forward = Callable[..., Any]
 
@@ -46,6 +47,21 @@ def _key(tensor: Tensor) -> tuple[int, int, int]:
 
 
 @dataclass(eq=False)
+class _Flight:
+    """Tokens dispatched early, and the choices they left with."""
+
+    key: tuple[int, int, int]
+    flight: Any
+    indices_NK: Tensor
+    weights_NK: Tensor
+
+    def left_with(self, indices_NK: Tensor, weights_NK: Tensor) -> bool:
+        """Whether these are still the choices, whatever a hook hung on them."""
+        same = torch.equal(weights_NK.detach(), self.weights_NK.detach().reshape(weights_NK.shape))
+        return same and torch.equal(indices_NK, self.indices_NK.reshape(indices_NK.shape))
+
+
+@dataclass(eq=False)
 class SharedOverlap:
     """What one layer has under way.
 
@@ -53,14 +69,18 @@ class SharedOverlap:
         router: its router, called early where the block begins with the shared experts.
         dispatcher: of the layer.
         shared: the shared experts.
+        empty: whether the pass under way stands for a batch of no rows.
+        experts: E.
     """
 
     router: nn.Module
     dispatcher: Dispatcher
     shared: tuple[nn.Module, ...]
+    empty: EmptyBatch
+    experts: int
     _results: dict[tuple[int, tuple[int, int, int]], Tensor] = field(default_factory=dict)
     _routed: tuple[tuple[int, int, int], Any] | None = None
-    _flight: tuple[tuple[int, int, int], Any, Tensor] | None = None
+    _flight: _Flight | None = None
     _begins_early: bool = True
 
     def install(self) -> None:
@@ -74,7 +94,7 @@ class SharedOverlap:
         for module in (*self.shared, self.router):
             module.__dict__.pop("forward", None)
 
-    def take(self, x_NH: Tensor, weights_NK: Tensor) -> tuple[Any, Tensor | None]:
+    def take(self, x_NH: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> tuple[Any, Tensor | None]:
         """What was dispatched early for these tokens, and a zero that ties the block's weights to the result.
 
         Hooks on a router may hang losses on the weights it returns; what was dispatched early are the weights before.
@@ -83,24 +103,21 @@ class SharedOverlap:
             Nothing if nothing was dispatched early.
 
         Raises:
-            UnsupportedModel: a hook changed the weights' values meanwhile.
+            UnsupportedModel: a hook changed the choices or the values of their weights meanwhile.
         """
         found, self._flight = self._flight, None
         if found is None:
             return None, None
-        key, flight, early_NK = found
-        if key != _key(x_NH):
+        if found.key != _key(x_NH):
             # The block gives its experts something else than its shared ones: never begin early again.
             self._begins_early = False
             return None, None
-        if weights_NK is early_NK:
-            return flight, None
-        if not torch.equal(weights_NK.detach().reshape(early_NK.shape), early_NK.detach()):
+        if not found.left_with(indices_NK, weights_NK):
             raise UnsupportedModel(
-                "a hook changes the router's weights, but tokens have left with the old ones",
+                "a hook changes what the router chose or its weights, but tokens have left with the old ones",
                 hint="call expert_parallel(..., overlap=False)",
             )
-        return flight, (weights_NK * 0).sum()
+        return found.flight, None if weights_NK is found.weights_NK else (weights_NK * 0).sum()
 
     def compute_shared(self, hidden: Tensor) -> None:
         """Run the shared experts now, for when the block asks."""
@@ -124,7 +141,8 @@ class SharedOverlap:
         answer = _own(self.router)(x_NH)
         self._routed = (_key(x_NH), answer)
         _, weights_NK, indices_NK = answer
-        self._flight = (_key(x_NH), self.dispatcher.dispatch(x_NH, indices_NK, weights_NK), weights_NK)
+        flight = self.dispatcher.dispatch(x_NH, *self.empty.choices(indices_NK, weights_NK, self.experts))
+        self._flight = _Flight(_key(x_NH), flight, indices_NK, weights_NK)
 
     def _router_forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         found, self._routed = self._routed, None
@@ -133,10 +151,10 @@ class SharedOverlap:
         return _own(self.router)(hidden, *args, **kwargs)
 
 
-def overlap_shared(layer: MoELayer, dispatcher: Dispatcher) -> SharedOverlap | None:
+def overlap_shared(layer: MoELayer, dispatcher: Dispatcher, empty: EmptyBatch) -> SharedOverlap | None:
     """Install the overlap on a layer with shared experts; None where its router does not follow the contract."""
     if layer.router is None:
         return None
-    overlap = SharedOverlap(layer.router, dispatcher, layer.shared)
+    overlap = SharedOverlap(layer.router, dispatcher, layer.shared, empty, layer.geometry.experts)
     overlap.install()
     return overlap

@@ -6,7 +6,7 @@ Legend: W world size, R ranks that share the experts, M nodes among them.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,22 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from moekit.errors import BadConfig
 
 COPIES, NODE, PLACE = "copies", "node", "place"
+
+
+@dataclass(eq=False)
+class _Made:
+    """Meshes made over one default process group: their groups hold threads and sockets until that group goes.
+
+    Attributes:
+        world: that group; meshes over one that is gone are forgotten.
+        meshes: by sizes and device type.
+    """
+
+    world: dist.ProcessGroup | None = None
+    meshes: dict[tuple[str, tuple[int, int, int]], DeviceMesh] = field(default_factory=dict)
+
+
+_made = _Made()
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +85,7 @@ def expert_mesh(ranks: int | None = None, nodes: int = 1, device_type: str | Non
     """A mesh over the whole world: copies x nodes x places.
 
     Neighbouring ranks share the experts, and among them neighbouring ranks share a node, as torchrun numbers them.
+    Calls with equal sizes get the same mesh, since process groups stay until the default group is destroyed.
 
     Args:
         ranks: R; all by default.
@@ -87,7 +104,12 @@ def expert_mesh(ranks: int | None = None, nodes: int = 1, device_type: str | Non
     if size % nodes:
         raise BadConfig(f"{size} ranks cannot stand in {nodes} nodes of equal size", hint="choose a divisor")
     kind = device_type or ("cuda" if "nccl" in dist.get_backend_config() else "cpu")
-    return init_device_mesh(kind, (world // size, nodes, size // nodes), mesh_dim_names=(COPIES, NODE, PLACE))
+    if _made.world is not dist.group.WORLD:
+        _made.world, _made.meshes = dist.group.WORLD, {}
+    sizes = (world // size, nodes, size // nodes)
+    if (kind, sizes) not in _made.meshes:
+        _made.meshes[kind, sizes] = init_device_mesh(kind, sizes, mesh_dim_names=(COPIES, NODE, PLACE))
+    return _made.meshes[kind, sizes]
 
 
 def node_count() -> int:

@@ -22,6 +22,7 @@ from moekit import catalogue
 from moekit.anatomy import MoELayer, find_moe_layers
 from moekit.errors import BadConfig
 from moekit.parallel.dispatcher import Dispatcher, Options
+from moekit.parallel.empty_batch import EmptyBatch
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.link import Link
 from moekit.parallel.overlap import overlap_shared
@@ -47,6 +48,7 @@ class ExpertShard:
         ranks: process groups.
         dispatcher: stands in for the experts.
         stacked: names of the tensors that hold one slice for each expert.
+        empty: whether the pass under way stands for a batch of no rows; one for the whole model.
         undo: takes the overlap with shared experts off.
     """
 
@@ -57,6 +59,7 @@ class ExpertShard:
     ranks: Ranks
     dispatcher: Dispatcher
     stacked: tuple[str, ...]
+    empty: EmptyBatch
     undo: Any = None
 
     @property
@@ -114,6 +117,8 @@ def expert_parallel(
     if placement is not None:
         _check_placement(placement, layers, ranks)
     found = []
+    empty = EmptyBatch()
+    empty.install(model)
     for layer in layers:
         device = layer.experts.down_proj.device
         assert isinstance(device, torch.device)
@@ -129,7 +134,7 @@ def expert_parallel(
             )
         if shared_batch and not dispatcher.needs_shared_batch:
             dispatcher = SharedBatch.sharing(dispatcher, Link(ranks.group))
-        found.append(_shard(layer, layout, ranks, dispatcher, overlap))
+        found.append(_shard(layer, layout, ranks, dispatcher, empty, overlap))
     return found
 
 
@@ -170,7 +175,9 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _shard(layer: MoELayer, layout: ExpertLayout, ranks: Ranks, dispatcher: Dispatcher, overlap: bool) -> ExpertShard:
+def _shard(
+    layer: MoELayer, layout: ExpertLayout, ranks: Ranks, dispatcher: Dispatcher, empty: EmptyBatch, overlap: bool
+) -> ExpertShard:
     experts: Any = layer.experts  # attributes of its own are set on it
     total = layer.geometry.experts
     owned = layout.owned(ranks.rank)
@@ -183,8 +190,8 @@ def _shard(layer: MoELayer, layout: ExpertLayout, ranks: Ranks, dispatcher: Disp
     experts.num_experts, experts.experts_in_layer = len(owned), total
     # Without it transformers' grouped kernel leaves NaN where a slot has no expert.
     experts._is_expert_parallel = True
-    shard = ExpertShard(layer.index, layer.experts_name, experts, layout, ranks, dispatcher, tuple(stacked))
-    in_flight = overlap_shared(layer, dispatcher) if overlap and layer.shared else None
+    shard = ExpertShard(layer.index, layer.experts_name, experts, layout, ranks, dispatcher, tuple(stacked), empty)
+    in_flight = overlap_shared(layer, dispatcher, empty) if overlap and layer.shared else None
     shard.undo = None if in_flight is None else in_flight.remove
     names = list(inspect.signature(own_forward).parameters)[:3]
 
@@ -192,9 +199,11 @@ def _shard(layer: MoELayer, layout: ExpertLayout, ranks: Ranks, dispatcher: Disp
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden, indices_NK, weights_NK = (given[name] for name in names)
         x_NH = hidden.reshape(-1, hidden.shape[-1])
-        flight, tie = (None, None) if in_flight is None else in_flight.take(x_NH, weights_NK)
+        flight, tie = (None, None) if in_flight is None else in_flight.take(x_NH, indices_NK, weights_NK)
         if flight is None:
-            flight = dispatcher.dispatch(x_NH, indices_NK.reshape(len(x_NH), -1), weights_NK.reshape(len(x_NH), -1))
+            # Of no tokens only the last size says how many choices each has.
+            indices_NK, weights_NK = (t.reshape(-1, t.shape[-1]) for t in (indices_NK, weights_NK))
+            flight = dispatcher.dispatch(x_NH, *empty.choices(indices_NK, weights_NK, total))
             if in_flight is not None:
                 in_flight.compute_shared(hidden)
         summed: Tensor = dispatcher.combine(flight, own_forward)
@@ -219,6 +228,7 @@ def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
 def detach(model: nn.Module) -> None:
     """Take dispatchers off; every layer keeps only its own rank's experts, so the model can't be run until refilled."""
     for shard in list(shards(model)):
+        shard.empty.remove()
         if shard.undo is not None:
             shard.undo()
         del shard.experts.forward

@@ -120,10 +120,30 @@ def upper_bound(problem: Problem, *, target: float = 0.0, steps: int = 150) -> f
     if steps and total:
         kept = min(kept, spectral_bound(weight_EE, problem.sizes, target=target * total, steps=steps))
     share = (kept / total if total else 1.0) if problem.sets is None else _row_share(problem, kept)
-    # Some device holds the heaviest expert, and no balance is better than perfect.
-    mean = problem.load_E.sum() / problem.devices
-    heaviest = float(problem.load_E.max() / mean) if mean > 0 else 1.0
-    return share - problem.load_weight * max(0.0, heaviest - 1.0)
+    return share - problem.load_weight * (least_imbalance(problem.load_E, problem.sizes) - 1.0)
+
+
+def least_imbalance(load_E: Floats, sizes: Sequence[int]) -> float:
+    """Lower bound on the largest device load over the mean, over all placements with these block sizes.
+
+    Of the j D + 1 heaviest experts some device holds j + 1, and its further places hold at least the lightest experts
+    there are; j = 0 is the device of the heaviest expert. No balance is better than perfect.
+
+    Args:
+        load_E: choices of each expert.
+        sizes: experts per device.
+    """
+    mean = float(load_E.sum()) / len(sizes)
+    if mean <= 0:
+        return 1.0
+    ascending_E = np.sort(load_E)
+    descending_E = ascending_E[::-1]
+    least = mean
+    for more in range((len(load_E) - 1) // len(sizes) + 1):
+        last = more * len(sizes)
+        together = float(descending_E[last - more : last + 1].sum())
+        least = max(least, together + float(ascending_E[: max(0, min(sizes) - more - 1)].sum()))
+    return least / mean
 
 
 def _least_pairs(choices: int, blocks: int) -> int:

@@ -1,4 +1,4 @@
-"""Pairwise-swap search: the state of a partition under two objectives, descent, and kicks out of local optima.
+"""Pairwise-swap search: the state of a partition under two objectives, descent, and perturbations out of local optima.
 
 Swapping two experts keeps every block size, so that uneven blocks need no special case. Both states answer "what is
 gained if experts i and j change places?" for all pairs at once and update themselves after a swap.
@@ -169,7 +169,7 @@ def descend(problem: Problem, state: SwapState, deadline: float) -> None:
         state.swap(first, second)
 
 
-def kick(state: SwapState, swaps: int, rng: np.random.Generator) -> None:
+def perturb(state: SwapState, swaps: int, rng: np.random.Generator) -> None:
     """Swap random pairs on different devices."""
     for _ in range(swaps):
         first = int(rng.integers(len(state.group_E)))
@@ -178,13 +178,15 @@ def kick(state: SwapState, swaps: int, rng: np.random.Generator) -> None:
             state.swap(first, int(rng.choice(others)))
 
 
-def _best(problem: Problem, starts: Sequence[Ints], kicks: int, rng: np.random.Generator, deadline: float) -> Ints:
-    """The best local optimum from these starts and from kicks of the best."""
+def _best(
+    problem: Problem, starts: Sequence[Ints], perturbations: int, rng: np.random.Generator, deadline: float
+) -> Ints:
+    """The best local optimum from these starts and from perturbations of the best."""
     best_E, best_value = starts[0], -math.inf
-    for number in range(len(starts) + kicks):
+    for number in range(len(starts) + perturbations):
         state = state_of(problem, starts[number] if number < len(starts) else best_E)
         if number >= len(starts):
-            kick(state, max(2, problem.experts // 16), rng)
+            perturb(state, max(2, problem.experts // 16), rng)
         descend(problem, state, deadline)
         value = problem.value(state.group_E)
         if value > best_value + EPSILON:
@@ -194,21 +196,41 @@ def _best(problem: Problem, starts: Sequence[Ints], kicks: int, rng: np.random.G
     return best_E
 
 
-def multi_start(problem: Problem, *, starts: int, kicks: int, time_limit: float) -> list[int]:
-    """Descend from the contiguous blocks, the greedy groups and random ones; kick the best; then count exact rows.
+def multi_start(problem: Problem, *, starts: int, perturbations: int, time_limit: float) -> list[int]:
+    """Descend from the contiguous blocks, the greedy groups and random ones; perturb the best; then count exact rows.
+
+    Where load counts, blocks balanced by load alone are a start, too: what is found is worth at least as much as they.
 
     Args:
         problem: with token sets the row objective starts where the search by pairs ended (and from the contiguous
-            blocks), so that it never sends more rows than that.
+            and the balanced blocks), so that it never sends more rows than that.
         starts: random starts.
-        kicks: disturbances of the best; a quarter of them for rows, which cost more.
+        perturbations: disturbances of the best; a quarter of them for rows, which cost more.
         time_limit: seconds; what is found by then is returned.
     """
     deadline = time.monotonic() + time_limit
     rng = np.random.default_rng(problem.seed)
     blocks_E = np.repeat(np.arange(problem.devices), problem.sizes)
-    first = [blocks_E, np.array(greedy_groups(problem)), *(rng.permutation(blocks_E) for _ in range(starts))]
-    group_E = _best(replace(problem, sets=None), first, kicks, rng, deadline)
+    plain = [blocks_E, *([balanced_blocks(problem.load_E, problem.sizes)] if problem.load_weight else [])]
+    first = [*plain, np.array(greedy_groups(problem)), *(rng.permutation(blocks_E) for _ in range(starts))]
+    group_E = _best(replace(problem, sets=None), first, perturbations, rng, deadline)
     if problem.sets is not None:
-        group_E = _best(problem, [group_E, blocks_E], math.ceil(kicks / 4), rng, deadline)
+        group_E = _best(problem, [group_E, *plain], math.ceil(perturbations / 4), rng, deadline)
     return [int(device) for device in group_E]
+
+
+def balanced_blocks(load_E: Floats, sizes: Sequence[int]) -> Ints:
+    """Device of each expert by load alone: the heaviest first, onto the device with least load that has room.
+
+    Args:
+        load_E: choices of each expert.
+        sizes: experts per device.
+    """
+    free, load_D = list(sizes), [0.0] * len(sizes)
+    group_E = np.zeros(len(load_E), dtype=np.int64)
+    for expert in np.argsort(-load_E, kind="stable"):
+        device = min((d for d in range(len(sizes)) if free[d]), key=lambda d: (load_D[d], d))
+        group_E[expert] = device
+        free[device] -= 1
+        load_D[device] += float(load_E[expert])
+    return group_E

@@ -24,7 +24,16 @@ import torch
 from moekit._intervals import RESAMPLES, ratio_interval
 from moekit.errors import BadConfig, BadData
 from moekit.placement.plan import Placement
-from moekit.placement.replaying import CHUNK_ENTRIES, Devices, check_choices, choose_copy, holders, presence
+from moekit.placement.replaying import (
+    CHUNK_ENTRIES,
+    Devices,
+    Home,
+    check_choices,
+    choose_copy,
+    holders,
+    presence,
+    resolve_home,
+)
 from moekit.placement.simulation import check_trace
 
 if TYPE_CHECKING:
@@ -65,15 +74,23 @@ class PairedRows:
 
 
 def rows_per_document(
-    indices_NK: torch.Tensor, device_of_E: Devices, document_N: torch.Tensor, devices: int
+    indices_NK: torch.Tensor,
+    device_of_E: Devices,
+    document_N: torch.Tensor,
+    devices: int,
+    home: Home = "round-robin",
+    *,
+    nodes: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows sent once per device, and tokens, of every document.
+    """Rows sent once per device, and tokens, of every document: those of `replay`, told apart by document.
 
     Args:
         indices_NK: choices, E for none.
         device_of_E: device of each expert, or all that hold a copy.
         document_N: document of each token; -1 (padding) is left out.
         devices: D.
+        home: see `replay`; which copy of an expert serves a token depends on it.
+        nodes: M.
 
     Returns:
         rows_B and tokens_B, int64, B the highest document number + 1.
@@ -86,11 +103,13 @@ def rows_per_document(
     number_N = document_N.to("cpu", torch.int64)
     if number_N.shape != (len(chosen_NK),):
         raise BadData(f"{list(number_N.shape)} document numbers for {len(chosen_NK)} tokens")
+    home_N = resolve_home(home, len(chosen_NK), devices, document_N)
     documents = int(number_N.max()) + 1 if len(number_N) else 0
     rows_B = torch.zeros(documents, dtype=torch.int64)
-    step = max(1, CHUNK_ENTRIES // (devices + chosen_NK.shape[1]))
+    step = max(1, CHUNK_ENTRIES // (2 * devices + 4 * max(1, chosen_NK.shape[1]) * holder_ER.shape[1]))
     for start in range(0, len(chosen_NK), step):
-        device_NK = choose_copy(chosen_NK[start : start + step], holder_ER, devices, 1, None, start)
+        part_home = None if home_N is None else home_N[start : start + step]
+        device_NK = choose_copy(chosen_NK[start : start + step], holder_ER, devices, nodes, part_home, start)
         rows_N = presence(device_NK, devices).sum(dim=1)
         part_N = number_N[start : start + step]
         rows_B.index_add_(0, part_N[part_N >= 0], rows_N[part_N >= 0])
@@ -158,7 +177,10 @@ def trace_rows_per_document(trace: Trace, placement: Placement) -> tuple[torch.T
     check_trace(trace, placement)
     layers = trace.meta.layers
     parts = [
-        rows_per_document(trace.indices(n), placement.holders(n), trace.document_N, placement.devices) for n in layers
+        rows_per_document(
+            trace.indices(n), placement.holders(n), trace.document_N, placement.devices, nodes=placement.nodes
+        )
+        for n in layers
     ]
     return torch.stack([rows_B for rows_B, _ in parts]).sum(dim=0), parts[0][1] * len(layers)
 

@@ -15,7 +15,7 @@ from moekit import catalogue
 from moekit._progress import Progress, track
 from moekit.errors import BadConfig
 from moekit.placement.bounds import upper_bound
-from moekit.placement.nested import check_routing_groups, nested_groups
+from moekit.placement.hierarchical import check_routing_groups, hierarchical_groups
 from moekit.placement.objective import balanced_sizes
 from moekit.placement.partitions import enumerable
 from moekit.placement.plan import Placement
@@ -79,7 +79,7 @@ def solve_layer(
         )
     check_routing_groups(len(coactivation_EE), devices, nodes, routing_groups)
     problem = solver.problem(coactivation_EE, devices, load_E, seed, sizes, indices_NK)
-    groups = nested_groups(
+    groups = hierarchical_groups(
         solver,
         torch.from_numpy(problem.weight_EE),
         torch.from_numpy(problem.load_E),

@@ -64,7 +64,9 @@ def choose_copy(
 ) -> torch.Tensor:
     """Device that serves each choice, [N, K]; D where there is no expert.
 
-    With copies: the token's own device if it holds one, else those in its node, else all, in turn by token number.
+    A choice with copies goes, in this order, to a device that the token visits anyway, to the token's own device, to
+    one in its node, to any holder; among equals to the one that holds most of the token's choices with copies, then in
+    turn by token number. Choices are settled in the order of a token's choices, those with a single holder first.
 
     Args:
         indices_NK: choices.
@@ -74,24 +76,58 @@ def choose_copy(
         home_N: home device of each token, None if unknown.
         start: number of the first token, so that chunks take turns as the whole would.
     """
-    none_1R = torch.full((1, holder_ER.shape[1]), -1, dtype=torch.int64)
-    held_NKR = torch.cat([holder_ER, none_1R])[indices_NK]
+    none_1R = torch.full((1, holder_ER.shape[1]), devices, dtype=torch.int64)
+    held_NKR = torch.cat([holder_ER.masked_fill(holder_ER < 0, devices), none_1R])[indices_NK]
+    device_NK = held_NKR[..., 0].clone()
     if holder_ER.shape[1] == 1:
-        device_NK = held_NKR[..., 0]
-        return torch.where(device_NK < 0, devices, device_NK)
-    eligible_NKR = held_NKR >= 0
-    if home_N is not None:
-        node_D = torch.tensor([*node_of_devices(devices, nodes), -1])
-        at_home_NKR = held_NKR == home_N[:, None, None]
-        in_node_NKR = node_D[held_NKR] == node_D[home_N][:, None, None]
-        near_NKR = torch.where(at_home_NKR.any(-1, keepdim=True), at_home_NKR, in_node_NKR)
-        eligible_NKR = torch.where(near_NKR.any(-1, keepdim=True), near_NKR, eligible_NKR)
-    turn_N1 = (torch.arange(len(indices_NK)) + start)[:, None]
-    turn_NK = turn_N1 % eligible_NKR.sum(dim=-1).clamp(min=1)
-    # The eligible copy that as many come before as its turn says.
-    pick_NK = (eligible_NKR & (eligible_NKR.cumsum(-1) == turn_NK[..., None] + 1)).long().argmax(-1)
-    device_NK = held_NKR.gather(-1, pick_NK[..., None])[..., 0]
-    return torch.where(device_NK < 0, devices, device_NK)
+        return device_NK
+    open_NK = (held_NKR < devices).sum(dim=-1) > 1
+    # Device D stands for "no holder" in both tables and is never a candidate.
+    visits_ND = torch.zeros(len(indices_NK), devices + 1, dtype=torch.bool)
+    visits_ND.scatter_(1, device_NK.masked_fill(open_NK, devices), True)
+    covers_ND = torch.zeros(len(indices_NK), devices + 1, dtype=torch.int16)
+    wanted_NKR = held_NKR.masked_fill(~open_NK[..., None], devices).flatten(1)
+    covers_ND.scatter_add_(1, wanted_NKR, torch.ones_like(wanted_NKR, dtype=torch.int16))
+    turn_N = torch.arange(len(indices_NK)) + start
+    for k in range(indices_NK.shape[1]):
+        held_NR = held_NKR[:, k]
+        chosen_N = _settle(
+            held_NR, held_NR < devices, visits_ND, covers_ND, _near(held_NR, home_N, devices, nodes), turn_N
+        )
+        device_NK[:, k] = torch.where(open_NK[:, k], chosen_N, device_NK[:, k])
+        visits_ND.scatter_(1, device_NK[:, k : k + 1], True)
+    return device_NK
+
+
+def _near(
+    held_NR: torch.Tensor, home_N: torch.Tensor | None, devices: int, nodes: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Which holders stand in the token's node, and which are its own device; None where homes are unknown."""
+    if home_N is None:
+        return None
+    node_D = torch.tensor([*node_of_devices(devices, nodes), -1])
+    return node_D[held_NR] == node_D[home_N][:, None], held_NR == home_N[:, None]
+
+
+def _settle(
+    held_NR: torch.Tensor,
+    holds_NR: torch.Tensor,
+    visits_ND: torch.Tensor,
+    covers_ND: torch.Tensor,
+    near: tuple[torch.Tensor, torch.Tensor] | None,
+    turn_N: torch.Tensor,
+) -> torch.Tensor:
+    """The holder of one choice of every token, [N], by the order that `choose_copy` states."""
+    candidate_NR = holds_NR
+    for better_NR in (*(near or ()), visits_ND.gather(1, held_NR)):
+        better_NR = better_NR & holds_NR
+        candidate_NR = torch.where(better_NR.any(dim=1, keepdim=True), better_NR, candidate_NR)
+    cover_NR = covers_ND.gather(1, held_NR).masked_fill(~candidate_NR, -1)
+    candidate_NR = candidate_NR & (cover_NR == cover_NR.amax(dim=1, keepdim=True))
+    turn_N = turn_N % candidate_NR.sum(dim=1).clamp(min=1)
+    # The candidate that as many come before as its turn says.
+    pick_N = (candidate_NR & (candidate_NR.cumsum(1) == turn_N[:, None] + 1)).long().argmax(1)
+    return held_NR.gather(1, pick_N[:, None])[:, 0]
 
 
 def check_choices(indices_NK: torch.Tensor, experts: int) -> torch.Tensor:
@@ -109,7 +145,12 @@ def check_choices(indices_NK: torch.Tensor, experts: int) -> torch.Tensor:
     return chosen_NK
 
 
-def _resolve_home(home: Home, tokens: int, devices: int, document_N: torch.Tensor | None) -> torch.Tensor | None:
+def resolve_home(home: Home, tokens: int, devices: int, document_N: torch.Tensor | None) -> torch.Tensor | None:
+    """Home device of each token [N], as `replay` takes it; None where homes are not told apart.
+
+    Raises:
+        BadData: homes that are no devices, or not one per token.
+    """
     if home is None:
         return None
     if isinstance(home, str):
@@ -238,9 +279,10 @@ def replay(
     """
     holder_ER = holders(device_of_E, devices)
     chosen_NK = check_choices(indices_NK, len(holder_ER))
-    home_N = _resolve_home(home, len(chosen_NK), devices, document_N)
+    home_N = resolve_home(home, len(chosen_NK), devices, document_N)
     width = 4 * max(1, chosen_NK.shape[1]) * holder_ER.shape[1]
-    step = max(1, CHUNK_ENTRIES // (width + min(devices, DENSE_DEVICES)))
+    tables = 2 * devices if holder_ER.shape[1] > 1 else min(devices, DENSE_DEVICES)
+    step = max(1, CHUNK_ENTRIES // (width + tables))
     total: ReplayResult | None = None
     for start in range(0, max(len(chosen_NK), 1), step):
         part = slice(start, start + step)

@@ -64,7 +64,12 @@ class Solver(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    load_weight: float = Field(default=0.0, ge=0, description="weight lambda of the load term (0: ignore load)")
+    load_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="weight lambda of the load term; 0 ignores load, which saves a few rows more and may give one "
+        "device several times the mean",
+    )
     equal: bool = Field(default=False, description="demand blocks of one size, as a stock export does")
     objective: Objective = Field(
         default="auto",

@@ -121,7 +121,7 @@ class TraceData:
     @property
     def digest(self) -> str:
         """SHA-256 over what was recorded: names the trace in plans made from it."""
-        digest = hashlib.sha256(self.meta.model_dump_json().encode())
+        digest = hashlib.sha256(self.meta.model_dump_json(exclude={"ancestors"}).encode())
         for name, tensor in sorted(self.tensors().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -148,6 +148,25 @@ class TraceData:
                 f"this trace was recorded on {self.meta.model or 'a model'} with fingerprint "
                 f"{self.meta.fingerprint[:12]}, not on {fingerprint[:12]}",
                 hint="`moekit profile` records a trace of this model",
+            )
+
+    def check_descent(self, other: TraceData) -> None:
+        """Refuse a trace of a model that has nothing to do with this one's.
+
+        Args:
+            other: a trace of the model that this one's was made from, or of the same model.
+
+        Raises:
+            BadData: naming both models; nothing is said where either is unknown ("").
+        """
+        mine, theirs = self.meta, other.meta
+        if not (mine.fingerprint and theirs.fingerprint):
+            return
+        if theirs.fingerprint not in (mine.fingerprint, *mine.ancestors):
+            raise BadData(
+                f"this trace was recorded on {mine.model or 'a model'} ({mine.fingerprint[:12]}), which is not "
+                f"made from {theirs.model or 'a model'} ({theirs.fingerprint[:12]}), the model of the other trace",
+                hint="record both on one model, or the second on a model that moekit has made from the first",
             )
 
     def require(self, names: Iterable[str]) -> Statistics:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.fingerprint import fingerprint_model
+from moekit.checkpoint.record import ancestors
 from moekit.errors import BadConfig, BadData, MoekitError, UnsupportedModel
 from moekit.trace.accumulator import LabelAccumulator, LayerAccumulator
 from moekit.trace.assembly import assemble
@@ -83,6 +84,7 @@ class Recorder:
         self._told = {
             "model": str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
             "fingerprint": fingerprint,
+            "ancestors": ancestors(getattr(getattr(model, "_moekit", None), "record", None)),
             "routing": routing_of(self._layers),
             "tokenizer": tokenizer_hash(tokenizer) if tokenizer is not None else "",
             "seed": recording.seed,

@@ -57,6 +57,7 @@ class TraceMeta(BaseModel):
         format: version of the files.
         model: name or path of the model, for people.
         fingerprint: of the model; "" if unknown.
+        ancestors: fingerprints of the checkpoints that the model was made from, its parent's first.
         routing: "stock", or the routing policy that was active.
         tokenizer: hash of the tokenizer; "" if unknown.
         data: the text, by source and domain.
@@ -79,6 +80,7 @@ class TraceMeta(BaseModel):
     format: Literal[1] = 1
     model: str = ""
     fingerprint: str = ""
+    ancestors: list[str] = Field(default_factory=list)
     routing: str = STOCK_ROUTING
     tokenizer: str = ""
     data: list[DataEntry] = Field(default_factory=list)

@@ -26,6 +26,7 @@ from moekit.anatomy.probe import Geometry, MoELayer
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.record import ancestors
 from moekit.data import vocabulary
 from moekit.errors import BadData, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
@@ -204,6 +205,7 @@ class Streamed:
         told = {
             "model": str(self.checkpoint.path),
             "fingerprint": self.checkpoint.fingerprint,
+            "ancestors": ancestors(self.checkpoint.record),
             "routing": STOCK_ROUTING,
             "tokenizer": tokenizer_hash(tokenizer) if tokenizer is not None else "",
             "seed": seed,

@@ -17,8 +17,7 @@ from moekit.cli._errors import explain, install_signals, show_warnings
 from moekit.errors import BadData
 from moekit.parallel.dispatcher import Options
 from moekit.parallel.dispatchers.once_per_rank import OncePerRank
-from moekit.parallel.launch.agreement import agree
-from moekit.parallel.launch.start import StartedRanks, start_ranks
+from moekit.parallel.launch.start import StartedRanks, agree, start_ranks
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.ranks import Ranks
 

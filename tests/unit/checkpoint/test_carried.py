@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3_5MoeForConditionalGeneration
 
 import moekit
+from moekit.anatomy import find_moe_layers
 from moekit.checking import check
 from moekit.checkpoint.carried import append_tensors
 from moekit.checkpoint.experts import expert_counts
@@ -23,6 +24,8 @@ from moekit.convert.methods.copy import CopyUpcycling
 from moekit.errors import BadCheckpoint, BadConfig
 from moekit.parallel import save_sharded
 from moekit.parallel.checkpoints.reshard import plain as plain_folder
+from moekit.routing import plan_routing
+from moekit.routing.methods.topk import TopK
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.families import VOCAB, build, logits
 from tests.odd_folders import nudge, spread, tensors_of, with_mtp, with_own_head, with_vision
@@ -210,3 +213,13 @@ def test_a_saved_folder_without_more_is_what_it_was(tmp_path):
     shutil.rmtree(source)  # nothing of it is needed
     record = moekit.save(model, tmp_path / "out", record=Record(command="x"))
     assert "left_out" not in record.config
+
+
+def test_extra_tensors_that_nothing_could_read_again_are_refused(tmp_path):
+    model = build("mixtral")
+    plan_routing(find_moe_layers(model), TopK(), "topk").apply(model)
+    for name in ("theta", "routing.0.partners", "layers.one.theta"):
+        with pytest.raises(BadConfig, match="extra tensor"):
+            moekit.save(model, tmp_path / "out", extra_tensors={name: torch.ones(3)})
+    moekit.save(model, tmp_path / "out", extra_tensors={"layers.0.theta": torch.ones(3)})
+    torch.testing.assert_close(logits(moekit.load(tmp_path / "out", device="cpu")), logits(model), rtol=0, atol=5e-6)

@@ -32,7 +32,11 @@ def kept(layer: int, groups: list[int]) -> int:
     return round(intra_pairs(pair_weights(COUNTS[layer]), groups))
 
 
-@pytest.mark.parametrize("solver", [Exact(), Exact(method="milp"), Swap()], ids=["exact", "milp", "swap"])
+@pytest.mark.parametrize(
+    "solver",
+    [Exact(load_weight=0), Exact(load_weight=0, method="milp"), Swap(load_weight=0)],
+    ids=["exact", "milp", "swap"],
+)
 @pytest.mark.parametrize(("layer", "devices", "best", "contiguous", "groups"), OPTIMA)
 def test_listed_optima(solver, layer, devices, best, contiguous, groups) -> None:
     solution = solver.solve(COUNTS[layer], devices)
@@ -45,7 +49,7 @@ def test_listed_optima(solver, layer, devices, best, contiguous, groups) -> None
         assert solution.bound == solution.value
     assert solution.bound is not None
     assert solution.bound >= best / PAIRS
-    assert kept(layer, Contiguous().solve(COUNTS[layer], devices).groups) == contiguous
+    assert kept(layer, Contiguous(load_weight=0).solve(COUNTS[layer], devices).groups) == contiguous
 
 
 def test_layer_0_by_hand() -> None:
@@ -70,9 +74,9 @@ def test_layer_0_by_hand() -> None:
     [(2, 0.7316, 0.4155, 1.04, 1.04), (4, 0.4779, 0.1299, 1.11, 1.12)],
 )
 def test_swap_search_reaches_all_optima(devices, mean, contiguous, load, contiguous_load) -> None:
-    exact = [Exact().solve(c, devices) for c in COUNTS]
-    swap = [Swap().solve(c, devices, bound=False) for c in COUNTS]
-    blocks_in_order = [Contiguous().solve(c, devices, bound=False) for c in COUNTS]
+    exact = [Exact(load_weight=0).solve(c, devices) for c in COUNTS]
+    swap = [Swap(load_weight=0).solve(c, devices, bound=False) for c in COUNTS]
+    blocks_in_order = [Contiguous(load_weight=0).solve(c, devices, bound=False) for c in COUNTS]
     assert [kept(n, s.groups) for n, s in enumerate(swap)] == [kept(n, s.groups) for n, s in enumerate(exact)]
     assert sum(s.value for s in exact) / 32 == pytest.approx(mean, abs=5e-5)
     assert sum(s.value for s in blocks_in_order) / 32 == pytest.approx(contiguous, abs=5e-5)
@@ -83,15 +87,15 @@ def test_swap_search_reaches_all_optima(devices, mean, contiguous, load, contigu
 
 def test_one_start_is_not_enough() -> None:
     """From the contiguous blocks alone, descent misses optima at D = 2: several starts earn their time."""
-    found = [Swap(starts=0, kicks=0).solve(c, 2, bound=False).value for c in COUNTS]
-    best = [Exact().solve(c, 2).value for c in COUNTS]
+    found = [Swap(load_weight=0, starts=0, perturbations=0).solve(c, 2, bound=False).value for c in COUNTS]
+    best = [Exact(load_weight=0).solve(c, 2).value for c in COUNTS]
     assert sum(f < b - 1e-9 for f, b in zip(found, best, strict=True)) >= 1
 
 
 def test_one_placement_for_all_layers_is_nearly_useless() -> None:
     counts = dict(enumerate(COUNTS))
     for devices, shared in [(2, 0.478), (4, 0.186)]:
-        placement = place(counts, devices, solver="exact", per_layer=False)
+        placement = place(counts, devices, solver="exact", per_layer=False, config={"load_weight": 0})
         assert len({tuple(groups) for groups in placement.layers.values()}) == 1
         assert sorted(placement.layers) == list(range(32))
         mean = sum(kept(n, placement.layers[n]) for n in range(32)) / 32 / PAIRS
@@ -100,7 +104,7 @@ def test_one_placement_for_all_layers_is_nearly_useless() -> None:
 
 def test_random_placement_keeps_what_chance_gives() -> None:
     for devices, chance in [(2, 3 / 7), (4, 1 / 7)]:
-        values = [Random().solve(c, devices, seed=s, bound=False).value for c in COUNTS for s in range(20)]
+        values = [Random(load_weight=0).solve(c, devices, seed=s, bound=False).value for c in COUNTS for s in range(20)]
         assert sum(values) / len(values) == pytest.approx(chance, abs=0.02)
 
 
@@ -113,7 +117,7 @@ def test_greedy_fills_every_group() -> None:
 
 def test_load_term_trades_pairs_for_balance() -> None:
     """Layer 0 at D = 4 keeps most pairs at 1.6 x mean load; a load term finds a flatter placement, still optimal."""
-    free = Exact().solve(COUNTS[0], 4)
+    free = Exact(load_weight=0).solve(COUNTS[0], 4)
     tied = Exact(load_weight=1.0).solve(COUNTS[0], 4)
     assert free.imbalance > 1.5
     assert tied.imbalance < free.imbalance

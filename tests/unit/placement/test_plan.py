@@ -40,7 +40,7 @@ def test_order_gives_each_device_a_block() -> None:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    placement = a_placement(replicas={1: {0: [0, 1]}}, seed=7, config={"kicks": 3}, proven=[4])
+    placement = a_placement(replicas={1: {0: [0, 1]}}, seed=7, config={"perturbations": 3}, proven=[4])
     placement.save(tmp_path / "placement.json")
     again = Placement.load(tmp_path / "placement.json")
     assert again == placement

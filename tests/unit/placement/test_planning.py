@@ -27,18 +27,18 @@ def a_trace(experts: int = 8, top_k: int = 2, tokens: int = 600, layers: int = 2
 
 def test_every_layer_gets_its_own_optimum() -> None:
     trace = a_trace()
-    placement = place_trace(trace, 2)
+    placement = place_trace(trace, 2, config={"load_weight": 0})
     assert placement.solver == "auto"
     assert placement.proven == [0, 1]
     assert placement.fingerprint == "model-a"
     assert placement.trace == trace.digest
     for layer in (0, 1):
-        best = Exact().solve(counts_of(trace.indices(layer), 8), 2)
+        best = Exact(load_weight=0).solve(counts_of(trace.indices(layer), 8), 2)
         assert placement.objective[layer] == pytest.approx(best.value)
         # K = 2: rows per token are 2 - f, exactly.
         result = simulate(trace, placement).layers[layer]
         assert result.rows_once_per_device == 1200 - round(best.value * 600)
-    shared = place_trace(trace, 2, per_layer=False)
+    shared = place_trace(trace, 2, per_layer=False, config={"load_weight": 0})
     assert shared.layers[0] == shared.layers[1]
     assert simulate(trace, placement).total.rows_once_per_device < simulate(trace, shared).total.rows_once_per_device
 
@@ -54,8 +54,9 @@ def test_automatic_choice_of_solver() -> None:
 
 def test_more_choices_than_two_optimise_rows() -> None:
     trace = a_trace(experts=24, top_k=6, tokens=1500)
-    by_rows = simulate(trace, place_trace(trace, 4, solver="swap")).total.rows_once_per_device
-    by_pairs = simulate(trace, place_trace(trace, 4, solver="swap", config={"objective": "pairs"})).total
+    config = {"load_weight": 0}
+    by_rows = simulate(trace, place_trace(trace, 4, solver="swap", config=config)).total.rows_once_per_device
+    by_pairs = simulate(trace, place_trace(trace, 4, solver="swap", config={**config, "objective": "pairs"})).total
     assert by_rows < by_pairs.rows_once_per_device
 
 
@@ -126,8 +127,8 @@ def test_refusals() -> None:
         place({}, 2)
     with pytest.raises(BadConfig, match="did you mean 'swap'"):
         place({0: torch.zeros(4, 4)}, 2, solver="swop")
-    with pytest.raises(BadConfig, match="kicks"):
-        make_solver("swap", {"kicks": -1})
+    with pytest.raises(BadConfig, match="perturbations"):
+        make_solver("swap", {"perturbations": -1})
     with pytest.raises(BadConfig, match="share a placement"):
         place({0: torch.zeros(4, 4), 1: torch.zeros(6, 6)}, 2, per_layer=False)
     with pytest.raises(BadConfig, match="do not divide"):
@@ -141,9 +142,9 @@ def test_layers_of_different_size() -> None:
 
 
 def test_solver_objects_are_named() -> None:
-    placement = place({0: torch.zeros(4, 4)}, 2, solver=Swap(kicks=1))
+    placement = place({0: torch.zeros(4, 4)}, 2, solver=Swap(perturbations=1))
     assert placement.solver == "swap"
-    assert placement.config["kicks"] == 1
+    assert placement.config["perturbations"] == 1
 
 
 def test_a_trace_of_another_model() -> None:

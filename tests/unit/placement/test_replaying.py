@@ -71,17 +71,25 @@ def test_round_robin() -> None:
 
 
 def test_copies() -> None:
-    """Expert 0 on devices 0 and 1, expert 1 on 2, expert 2 on 1 and 2. Without homes copies take turns by token."""
+    """Expert 0 on devices 0 and 1, expert 1 on 2, expert 2 on 1 and 2. Without homes copies take turns by token, but
+    for a device that the token visits anyway, or that holds both of its choices."""
     held = [[0, 1], [2], [1, 2]]
     tokens = torch.tensor([[0, 1], [0, 1], [0, 2], [3, 3]])
     free = replay(tokens, held, 3)
-    # token 0: 0->device 0, 1->2; token 1: 0->device 1, 1->2; token 2: 0->device 0, 2->device 1
-    assert free.rows_D.tolist() == [2, 2, 2]
-    assert free.rows_once_per_device == 6
+    # token 0: 0->device 0, 1->2; token 1: 0->device 1, 1->2; token 2: both->device 1, which holds both
+    assert free.rows_D.tolist() == [1, 2, 2]
+    assert free.rows_once_per_device == 5
     home = replay(tokens, held, 3, torch.tensor([1, 0, 1, 2]))
     # token 2 finds copies of both on its own device
     assert home.device_rows_DD.tolist() == [[1, 0, 1], [0, 2, 1], [0, 0, 0]]
     assert home.rows_once_per_device == 5
+
+
+def test_a_copy_where_the_token_goes_anyway_saves_a_row() -> None:
+    """Expert 0 is on device 3 alone; a copy of expert 1 lies there, too, and another on the token's own device."""
+    result = replay(torch.tensor([[1, 0]] * 3), [[3], [0, 3]], 4, torch.tensor([0, 1, 2]), nodes=2)
+    assert result.rows_D.tolist() == [0, 0, 0, 3]
+    assert result.load_D.tolist() == [0, 0, 0, 6]
 
 
 def test_copy_in_the_own_node_goes_before_others() -> None:

@@ -25,8 +25,8 @@ from moekit.checkpoint.record import Record
 from moekit.errors import BadConfig
 from moekit.parallel.checkpoints.beside import write_beside
 from moekit.parallel.checkpoints.index import WEIGHTS, Index, refuse_other
-from moekit.parallel.checkpoints.peers import Peers
 from moekit.parallel.checkpoints.pieces import Pieces, Stack, find_stacks, unwrapped, weights
+from moekit.parallel.checkpoints.ranks import Peers
 from moekit.parallel.checkpoints.states import empty_states, group_settings, optimizer_states, restore_groups
 from moekit.parallel.checkpoints.storage import ShardsReader, ShardsWriter
 from moekit.parallel.sharding import shards

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -184,29 +183,3 @@ def agree_through(store: Store, rank: int, world: int, topic: str, facts: Mappin
     store.set(f"{topic}/read/{rank}", "")
     await_keys(store, {other: f"{topic}/read/{other}" for other in everyone}, min(bound, READ_WITHIN))
     raise disagreement(compare(told))
-
-
-def agree(timeout: float | None = None, **facts: Any) -> None:
-    """Make sure that all ranks are about to do the same; without other ranks it does nothing.
-
-    Every rank calls it in the same order with the same names.
-
-    Args:
-        timeout: seconds to wait for the others; that of `start_ranks` by default.
-        **facts: what must be equal everywhere: numbers, strings, mappings, pydantic models, tensors, versions.
-
-    Raises:
-        BadConfig: on every rank alike, naming the facts, the ranks that differ and both values.
-        PeerLost: a rank did not say anything in time.
-    """
-    from moekit.parallel.launch.start import current
-
-    ranks = current()
-    if ranks is not None:
-        ranks.agree(facts, timeout)
-    elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, statements(facts))
-        lines = compare(dict(enumerate(told)))
-        if lines:
-            raise disagreement(lines)

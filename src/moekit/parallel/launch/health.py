@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from moekit.errors import PeerLost
-from moekit.parallel.launch.pulse import Beat, Departure, Kind, Notice, Pulses, counters
+from moekit.parallel.launch.beats import Beat, BeatMonitor, Departure, Kind, Notice, counters
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Heartbeat:
         self._connect, self._store_at, self._store_rank = connect, store_at, store_rank
         self._watched = [(rank + step) % len(people) for step in range(1, min(WATCHED + 1, len(people)))]
         self._everyone = [other for other in range(len(people)) if other != rank]
-        self._pulses = Pulses(2 * self.interval)
+        self._beats_heard = BeatMonitor(2 * self.interval)
         self._notices: list[Notice] = []
         self._read: set[int] = set()
         self._outbox: deque[Notice] = deque()
@@ -163,7 +163,7 @@ class Heartbeat:
         ranks = self._everyone if self._asking else self._watched
         texts = store.multi_get([f"beat/{rank}" for rank in ranks])
         beats = {rank: Beat.parse(text.decode()) for rank, text in zip(ranks, texts, strict=True)}
-        self._pulses.hear(beats, time.monotonic())
+        self._beats_heard.hear(beats, time.monotonic())
         # A rank may die between taking a number and writing under it: such a gap is passed by.
         for number in range(1, store.add("notices", 0) + 1):
             key = f"notice/{number}"
@@ -195,7 +195,7 @@ class Heartbeat:
 
     def forward(self, found: Departure) -> None:
         """Tell the others what was found here."""
-        if found.rank is not None and found.kind not in ("store", "given up"):
+        if found.rank is not None and found.kind not in ("store", "evicted"):
             self.tell(found.kind, found.reason, found.rank)
 
     def verdict(self, limit: float) -> Departure | None:
@@ -204,7 +204,7 @@ class Heartbeat:
             if notice.kind == "stopped" or notice.about == notice.by == self.rank:
                 continue
             if notice.about == self.rank:
-                return self.departure(self.rank, "given up", f"rank {notice.by} says: {notice.reason}")
+                return self.departure(self.rank, "evicted", f"rank {notice.by} says: {notice.reason}")
             return self.departure(notice.about, notice.kind, notice.reason)
         if self._store_error is not None:
             return self._without_store("is gone", "died")
@@ -212,10 +212,10 @@ class Heartbeat:
             return self._without_store(f"does not answer for {self.stall_after:.3g} s", "died or stalled")
         # Who was told of, and who told, is about to end and need not live on.
         ending = [rank for notice in self._notices for rank in (notice.about, notice.by)]
-        silent = self._pulses.most_silent(limit, but=ending)
+        silent = self._beats_heard.most_silent(limit, but=ending)
         if silent is None:
             return None
-        return self.departure(silent, "silent", f"no sign of life for {self._pulses.silence[silent]:.3g} s")
+        return self.departure(silent, "silent", f"no sign of life for {self._beats_heard.silence[silent]:.3g} s")
 
     def departure(self, rank: int, kind: Kind, reason: str) -> Departure:
         """With the process and host of a rank."""
@@ -263,14 +263,14 @@ class Heartbeat:
 
     def _all_stopping(self) -> bool:
         stopped = {notice.about for notice in self._notices if notice.kind == "stopped"}
-        left = {rank for rank, beat in list(self._pulses.beats.items()) if beat.state == "left"}
+        left = {rank for rank, beat in list(self._beats_heard.beats.items()) if beat.state == "left"}
         return stopped | left >= set(self._everyone)
 
     def _milder(self) -> Departure | None:
-        for rank, beat in list(self._pulses.beats.items()):
+        for rank, beat in list(self._beats_heard.beats.items()):
             if beat.state == "left":
                 return self.departure(rank, "left", "it had nothing more to do")
-        behind = self._pulses.behind(self.own_beat())
+        behind = self._beats_heard.behind(self.own_beat())
         if behind is not None:
             return self.departure(behind[0], "behind", behind[1])
         return self._stopped()

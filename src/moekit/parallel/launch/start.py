@@ -26,11 +26,11 @@ from moekit.parallel.launch.environment import (
     seconds,
 )
 from moekit.parallel.launch.health import Heartbeat, RankGone, is_lost_peer
-from moekit.parallel.launch.meeting import Meeting
+from moekit.parallel.launch.rendezvous import Rendezvous
 from moekit.parallel.launch.stopping import Terminations
 
 LINGER = 30.0  # seconds that a rank with nothing more to do stays for others that work on
-FAREWELL = 3.0  # seconds that the holder of the store stays for ranks that have been told why it ends
+SHUTDOWN = 3.0  # seconds that the holder of the store stays for ranks that have been told why it ends
 _current: StartedRanks | None = None
 
 
@@ -77,7 +77,7 @@ class StartedRanks:
         return self.rank == 0 and not self.place.launcher_holds_store
 
     def agree(self, facts: Mapping[str, Any], timeout: float | None = None) -> None:
-        """See `moekit.parallel.launch.agreement.agree`."""
+        """See `agree` below."""
         self._agreements += 1
         if self._store is None:
             return
@@ -150,7 +150,7 @@ class StartedRanks:
         if self._owns_group and error is None and dist.is_initialized():
             dist.destroy_process_group()
         if self._store is not None:
-            self._farewell(self._store)
+            self._shut_down(self._store)
             self._store = None
 
     def _tell(self, heartbeat: Heartbeat, error: BaseException) -> None:
@@ -177,11 +177,11 @@ class StartedRanks:
         except dist.DistError:
             return  # the others have gone, and the store with them
 
-    def _farewell(self, store: Store) -> None:
+    def _shut_down(self, store: Store) -> None:
         try:
             store.set(f"bye/{self.rank}", "")
             if self._holds_store:
-                agreement.await_keys(store, {rank: f"bye/{rank}" for rank in range(self.world)}, FAREWELL)
+                agreement.await_keys(store, {rank: f"bye/{rank}" for rank in range(self.world)}, SHUTDOWN)
         except dist.DistError:
             return
 
@@ -254,7 +254,7 @@ def _join(ranks: StartedRanks, backend: str, stall_after: float | None) -> None:
     holds = place.rank == 0 and not place.launcher_holds_store and not dist.is_initialized()
     store = ranks._store = place.connect(bound, serve=holds)
     try:
-        people = Meeting(place, store, backend).hold(bound)
+        people = Rendezvous(place, store, backend).hold(bound)
         if stall_after is not None:
             ranks.heartbeat = Heartbeat(
                 lambda: place.connect(stall_after),
@@ -285,3 +285,27 @@ def _start_group(ranks: StartedRanks, backend: str, store: Store) -> None:
         backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=ranks.timeout)
     )
     ranks._owns_group = True
+
+
+def agree(timeout: float | None = None, **facts: Any) -> None:
+    """Make sure that all ranks are about to do the same; without other ranks it does nothing.
+
+    Every rank calls it in the same order with the same names.
+
+    Args:
+        timeout: seconds to wait for the others; that of `start_ranks` by default.
+        **facts: what must be equal everywhere: numbers, strings, mappings, pydantic models, tensors, versions.
+
+    Raises:
+        BadConfig: on every rank alike, naming the facts, the ranks that differ and both values.
+        PeerLost: a rank did not say anything in time.
+    """
+    ranks = current()
+    if ranks is not None:
+        ranks.agree(facts, timeout)
+    elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, agreement.statements(facts))
+        lines = agreement.compare(dict(enumerate(told)))
+        if lines:
+            raise agreement.disagreement(lines)

@@ -47,7 +47,7 @@ class Exact(Solver):
                 f"exact rows of {problem.experts} experts cannot be enumerated",
                 hint="the solver 'swap' optimises them; or objective='pairs'",
             )
-        start = multi_start(problem, starts=8, kicks=16, time_limit=self.time_limit)
+        start = multi_start(problem, starts=8, perturbations=16, time_limit=self.time_limit)
         floor = problem.value(start)
         found = solve_milp(problem, floor=floor, time_limit=self.time_limit)
         groups = start

@@ -35,6 +35,9 @@ class PlaceStep(Step):
     replay: TraceRef | None = Field(
         default=None, description="trace to count rows on, of this model or of one tuned from it; the same by default"
     )
+    other_weights: bool = Field(
+        default=False, description="replay although the trace is of a model that is not known to be made from this one"
+    )
     compare: tuple[str, ...] = Field(default=("contiguous", "random"), description="other solvers to count for, too")
     baseline: PlacementRef | None = Field(default=None, description="folder of another place step, of the free model")
     baseline_trace: TraceRef | None = Field(default=None, description="trace of the free model on the same documents")
@@ -83,6 +86,8 @@ class PlaceStep(Step):
         measured = trace
         if self.replay is not None:
             measured = Trace.load(self.replay)
+            if not self.other_weights:
+                measured.check_descent(trace)
             # The placement is for the model that is replayed; it is planned on a trace of what that was tuned from.
             trace.meta = trace.meta.model_copy(update={"fingerprint": measured.meta.fingerprint})
         results: dict[str, Any] = {"method": self.method, "routing": measured.meta.routing, "trace": measured.digest}

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["silent", "failed", "stopped", "left", "behind", "given up", "store"]
+Kind = Literal["silent", "failed", "stopped", "left", "behind", "evicted", "store"]
 SAYING: dict[Kind, str] = {
     "silent": "is gone",
     "failed": "failed first",
     "stopped": "was stopped",
     "left": "had ended before",
     "behind": "lives but is behind",
-    "given up": "(this one) was given up",
+    "evicted": "(this one) was evicted",
 }
 
 
@@ -85,7 +85,7 @@ class Notice:
 
 
 @dataclass(eq=False)
-class Pulses:
+class BeatMonitor:
     """For how long each rank has been silent.
 
     Attributes:

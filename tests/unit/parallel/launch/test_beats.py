@@ -6,11 +6,11 @@ import pytest
 import torch.distributed as dist
 
 from moekit.errors import BadData, PeerLost
+from moekit.parallel.launch.beats import Beat, BeatMonitor, Departure
 from moekit.parallel.launch.health import Heartbeat, RankGone, is_lost_peer
-from moekit.parallel.launch.pulse import Beat, Departure, Pulses
 
 
-def _hear(pulses: Pulses, now: float, **counts: int) -> None:
+def _hear(pulses: BeatMonitor, now: float, **counts: int) -> None:
     pulses.hear({int(name[1:]): Beat(count, 0, 0) for name, count in counts.items()}, now)
 
 
@@ -20,7 +20,7 @@ def test_a_beat_survives_its_text() -> None:
 
 
 def test_silence_is_the_time_since_the_count_last_grew() -> None:
-    pulses = Pulses(longest_step=1.0)
+    pulses = BeatMonitor(longest_step=1.0)
     for now, one, two in [(0.0, 1, 1), (0.5, 2, 2), (1.0, 3, 2), (1.5, 4, 2), (2.0, 5, 2)]:
         _hear(pulses, now, r1=one, r2=two)
     assert pulses.silence == {1: 0.0, 2: 1.5}
@@ -32,28 +32,28 @@ def test_silence_is_the_time_since_the_count_last_grew() -> None:
 
 
 def test_the_longest_silence_is_named_first() -> None:
-    pulses = Pulses(longest_step=1.0)
+    pulses = BeatMonitor(longest_step=1.0)
     for now, one, two in [(0.0, 1, 1), (1.0, 2, 1), (2.0, 2, 1), (3.0, 2, 1)]:
         _hear(pulses, now, r1=one, r2=two)
     assert pulses.most_silent(1.0) == 2
 
 
 def test_time_in_which_this_process_stood_still_does_not_count() -> None:
-    pulses = Pulses(longest_step=1.0)
+    pulses = BeatMonitor(longest_step=1.0)
     _hear(pulses, 0.0, r1=5)
     _hear(pulses, 600.0, r1=5)  # the whole job was suspended
     assert pulses.silence[1] == 1.0
 
 
 def test_a_rank_that_has_left_is_not_silent() -> None:
-    pulses = Pulses(longest_step=10.0)
+    pulses = BeatMonitor(longest_step=10.0)
     for now in (0.0, 5.0):
         pulses.hear({1: Beat(3, 0, 0, "left")}, now)
     assert pulses.most_silent(1.0) is None
 
 
 def test_the_rank_with_fewest_exchanges_is_behind() -> None:
-    pulses = Pulses(1.0)
+    pulses = BeatMonitor(1.0)
     pulses.hear({1: Beat(1, 8, 8), 2: Beat(1, 9, 8), 3: Beat(1, 2, 2, "left")}, 0.0)
     rank, reason = pulses.behind(Beat(1, 9, 8)) or (None, "")
     assert rank == 1

@@ -48,7 +48,7 @@ def check_routing_groups(experts: int, devices: int, nodes: int, groups: int) ->
 
 @dataclass(frozen=True)
 class Stage:
-    """What every stage of a nested placement shares.
+    """What every stage of a hierarchical placement shares.
 
     Attributes:
         solver: used for each cut.
@@ -121,7 +121,7 @@ def _blocks(experts: int, devices: int, routing_groups: int, equal: bool) -> tup
     return balanced_sizes(experts // routing_groups, devices // routing_groups) * routing_groups
 
 
-def nested_groups(
+def hierarchical_groups(
     solver: Solver,
     coactivation_EE: torch.Tensor,
     load_E: torch.Tensor,

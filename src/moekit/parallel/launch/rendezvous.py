@@ -18,7 +18,7 @@ from moekit.parallel.launch import agreement
 from moekit.parallel.launch.environment import Environment
 
 
-class Meeting:
+class Rendezvous:
     """One rank's part in it.
 
     Args:

@@ -1,0 +1,109 @@
+"""What a folder lacks: of what its own config announces, and of what its parent holds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from moekit.checking.report import Finding
+from moekit.checkpoint.config_file import announced_mtp
+from moekit.checkpoint.expected import Layout, stated_differences, unknown_tensors
+from moekit.checkpoint.experts import expert_counts, mtp_tensors
+from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint, listed
+from moekit.checkpoint.names import text_config, where
+
+_FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+
+
+def check_announced(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Multi-token-prediction layers and towers that the config announces and no tensor holds."""
+    count = announced_mtp(checkpoint.config)
+    if count and not mtp_tensors(checkpoint.tensors, checkpoint.config):
+        yield Finding(
+            severity="warning",
+            code="mtp-missing",
+            message=f"the config announces multi-token-prediction layers ({count}), no tensor holds any",
+            file=str(checkpoint.path / CONFIG_FILE),
+            hint="answers are the same, speculative decoding with them fails; set the number to 0 if they are gone",
+        )
+    differences = stated_differences(checkpoint)
+    if differences is not None and differences.missing:
+        kind = (checkpoint.config.get("architectures") or ["?"])[0]
+        yield Finding(
+            severity="error",
+            code="missing-tensor",
+            message=f"{kind}, which the config names, demands {len(differences.missing)} tensors that are missing: "
+            f"{listed(differences.missing, 5)}",
+            file=str(checkpoint.path),
+            hint="make it again from its parent; moekit copies what the language model has no place for",
+        )
+
+
+def check_scales_present(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Weights in 8-bit floats mean nothing without their scales."""
+    if "quantization_config" not in checkpoint.config:
+        return
+    lacking: dict[int | None, list[str]] = defaultdict(list)
+    for name, info in checkpoint.tensors.items():
+        scales = (f"{name}_scale", f"{name}_scale_inv", f"{name.removesuffix('.weight')}.scale", f"{name}_scales")
+        if info.dtype in _FLOAT8 and len(info.shape) >= 2 and not any(s in checkpoint.tensors for s in scales):
+            lacking[where(name)[0]].append(name)
+    for layer, names in lacking.items():
+        yield Finding(
+            severity="error",
+            code="missing-scales",
+            message=f"{len(names)} weights in 8-bit floats have no scales: {listed(names, 3)}",
+            file=str(checkpoint.path),
+            layer=layer,
+            hint="fetch the shards with the scales, or quantize again",
+        )
+
+
+def check_lost(
+    child: Checkpoint, parent: Checkpoint, layout: Layout | None, theirs: Layout | None
+) -> Iterator[Finding]:
+    """Tensors of the parent that the child has in no form.
+
+    Args:
+        child: what is checked.
+        parent: what it was made from.
+        layout: of the child's config.
+        theirs: of the parent's.
+    """
+    if layout is None or theirs is None or layout.live.keys() != theirs.live.keys():
+        return  # another family or another number of layers: a conversion
+    lost = set(unknown_tensors(parent, theirs)) - set(child.tensors)
+    if not lost:
+        return
+    mtp = lost & mtp_tensors(parent.tensors, parent.config)
+    if mtp:
+        announced = announced_mtp(child.config)
+        yield _lost(child, mtp, "error" if announced else "note", "of multi-token-prediction layers")
+    if lost - mtp:
+        same = child.config.get("architectures") == parent.config.get("architectures")
+        yield _lost(child, lost - mtp, "error" if same else "warning", "beyond the language model")
+
+
+def _lost(child: Checkpoint, names: Iterable[str], severity: str, what: str) -> Finding:
+    ordered = sorted(names)
+    tail = {
+        "error": "and the config still announces them",
+        "warning": "and the config names another class",
+        "note": "and the config announces none: left out on purpose",
+    }[severity]
+    return Finding.model_validate(
+        {
+            "severity": severity,
+            "code": "lost-tensors",
+            "message": f"{len(ordered)} tensors {what} that the parent has are not here, {tail}: {listed(ordered, 3)}",
+            "file": str(child.path),
+            "hint": None if severity == "note" else "make it again from the parent with moekit, which copies them",
+        }
+    )
+
+
+def expert_layers(checkpoint: Checkpoint) -> dict[int, int]:
+    """Decoder layer -> routed experts, multi-token-prediction layers left out."""
+    layers = text_config(checkpoint.config).get("num_hidden_layers")
+    counts = expert_counts(checkpoint.tensors)
+    return {layer: count for layer, count in counts.items() if not isinstance(layers, int) or layer < layers}
