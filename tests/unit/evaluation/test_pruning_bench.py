@@ -413,7 +413,7 @@ def test_results_survive_the_disk(found: PruneBenchResult, tmp_path: Path) -> No
     found.save(tmp_path / "bench.json")
     assert PruneBenchResult.load(tmp_path / "bench.json") == found
     (tmp_path / "bench.json").write_text("{}")
-    with pytest.raises(BadData, match="no result of a pruning bench"):
+    with pytest.raises(BadData, match="damaged result of a pruning bench"):
         PruneBenchResult.load(tmp_path / "bench.json")
 
 
