@@ -23,7 +23,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moekit.anatomy import find_moe_layers
 from moekit.placement.solvers.exact import Exact
-from moekit.routing import C2R, RoutingPolicy, plan_routing
+from moekit.routing import C2R, RouterPart, plan_routing
 from moekit.trace import coactivation
 
 SEQUENCE, BATCH, EXPERTS, TOP_K, DEVICES = 64, 32, 8, 2, 2
@@ -121,7 +121,7 @@ def run(seed: int, steps: int, recovery: int) -> list[dict[str, float | str]]:
     loss, choices = evaluate(model, held_out)
     counts = {at: {"coactivation": coactivation(chosen, EXPERTS)} for at, chosen in choices.items()}
     devices = {at: Exact().solve(named["coactivation"], DEVICES).groups for at, named in counts.items()}
-    settings: list[tuple[str, RoutingPolicy | None]] = [("plain", None)]
+    settings: list[tuple[str, RouterPart | None]] = [("plain", None)]
     settings += [(f"T={t}", C2R(top_t=t)) for t in (7, 5, 3, 2, 1)]
     settings += [("device", C2R(mode="device"))]
     rows: list[dict[str, float | str]] = []

@@ -67,7 +67,7 @@ def measure(run: Path, rate: float | None, rounds: int, layers: int) -> tuple[Be
                 entry = Entry(peer="ours", variant=variant, routing=name, placement=f"placed for {name}")
                 entries.append(entry)
                 suffixes[entry.name] = suffix
-    model = moekit.load(run / "tuned", device="cpu", dtype="float32", policy=False)
+    model = moekit.load(run / "tuned", device="cpu", dtype="float32", parts=False)
     source = make_source(
         Setting(ranks=RANKS, nodes=NODES, tokens=512), model=model, traces=traces, placements=placements, layers=layers
     )

@@ -227,7 +227,7 @@ def about_stun(case: Case, result: PruneBenchResult, extra: PruneBenchResult) ->
 @torch.no_grad()
 def two_stages(case: Case) -> dict[tuple[int, float], float]:
     """(experts kept, share of the experts' weights gone) -> loss, with Wanda on what is left, if anything has to go."""
-    model = moekit.load(case.subject.checkpoint.path, device="cpu", dtype="float32", policy=False)
+    model = moekit.load(case.subject.checkpoint.path, device="cpu", dtype="float32", parts=False)
     rows = arrange(case.calibration, case.options.seq_len)
     method, wanda = Stun(), Wanda()
     needs = sorted({"load", *method.required, *wanda.required})
@@ -276,7 +276,7 @@ def _decide(model: Any, method: Any, seen: dict[int, LayerInputs], keep: int) ->
 @torch.no_grad()
 def how_experts_differ(case: Case) -> str:
     """What says that experts are not alike: their load, the domains they serve, their weights, and what they add."""
-    model = moekit.load(case.subject.checkpoint.path, device="cpu", dtype="float32", policy=False)
+    model = moekit.load(case.subject.checkpoint.path, device="cpu", dtype="float32", parts=False)
     rows = arrange(case.heldout, case.options.seq_len)
     routing = summarise(record(model, rows.batches(4), tokenizer=case.subject.tokenizer)).layers
     apart = [layer.domains.normalised for layer in routing if layer.domains]
@@ -336,7 +336,7 @@ def about_easy_ep(case: Case, result: PruneBenchResult) -> Iterator[Claim]:
 
 def localisation(case: Case) -> dict[str, float]:
     """Task -> share of the kept half that five sequences and all of the task's text have in common."""
-    model = moekit.load(case.subject.checkpoint.path, device="cpu", dtype="float32", policy=False)
+    model = moekit.load(case.subject.checkpoint.path, device="cpu", dtype="float32", parts=False)
     method = catalogue.get("prune", "easy-ep").cls()
     found = {}
     for task in case.tasks:
@@ -376,7 +376,7 @@ def about_premoe(case: Case, result: PruneBenchResult) -> Iterator[Claim]:
 
 def retrieval(case: Case) -> dict[int, float]:
     """Tokens of a prompt -> share of unseen prompts whose nearest pattern is their own task's."""
-    model = moekit.load(case.subject.checkpoint.path, device="cpu", dtype="float32", policy=False)
+    model = moekit.load(case.subject.checkpoint.path, device="cpu", dtype="float32", parts=False)
     method, layers = PreMoe(), len(find_moe_layers(model))
     patterns = {}
     for task in case.tasks:

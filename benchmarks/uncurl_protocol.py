@@ -32,8 +32,8 @@ from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerDecision
 from moekit.data import Document, TokenBatches, load_text, pack, train_tokenizer
-from moekit.routing import attach_policy
-from moekit.routing.methods.merge_redirect import MemberGates, share_rows
+from moekit.routing.methods.merge_redirect import MergeRedirect, share_rows
+from moekit.runtime import attach
 from moekit.trace import Statistics, record
 from moekit.training import TinyConfig, TrainConfig, build_tiny_model, train
 
@@ -115,10 +115,12 @@ def with_all_rows(
     small: PreTrainedModel, model: PreTrainedModel, decisions: Mapping[int, LayerDecision]
 ) -> PreTrainedModel:
     """Let a merged model route by the rows of the model it came from."""
-    for old, new in zip(find_moe_layers(model), find_moe_layers(small), strict=True):
+    rows = {}
+    for old in find_moe_layers(model):
         groups = decisions[old.index].groups
         assert groups is not None
-        attach_policy(new, MemberGates(), share_rows(groups, old.require_router().weight))
+        rows[old.index] = share_rows(groups, old.require_router().weight)
+    attach(small, MergeRedirect(), rows)
     return small
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from tests.families import VOCAB, build
 
+# Id of the beginning token.
+BOS = 1
 SENTENCES = {
     "prose": "the river runs down to the sea and the old mill turns all day. ",
     "sums": "12 + 7 = 19; 3 * 4 = 12; 81 / 9 = 9; 5 - 2 = 3; ",
@@ -29,6 +31,18 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def bos_tokenizer() -> Any:
+    """The same, but that it puts a beginning token before every text (as many families do), and one behind it."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = tokenizer()
+    name = made.bos_token
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{name} $A {name}", pair=f"{name} $A {name} $B", special_tokens=[(name, BOS)]
+    )
+    return made
 
 
 def write_model(folder: Path, family: str = "olmoe", seed: int = 0, **overrides: Any) -> Path:

@@ -12,7 +12,8 @@ def attach(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any]
 
     Args:
         package: the package's `__name__`.
-        names: public name -> module that defines it, relative to the package ("" for sub-modules themselves).
+        names: public name -> module that defines it, relative to the package ("" for sub-modules themselves), or by its
+            full name ("moekit. ...") where the package hands on what another one defines.
 
     Returns:
         The two functions, to be assigned to `__getattr__` and `__dir__`.
@@ -21,7 +22,8 @@ def attach(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any]
     def __getattr__(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(f"{package}.{names[name]}" if names[name] else f"{package}.{name}")
+        home = names[name] or name
+        module = importlib.import_module(home if home.startswith("moekit.") else f"{package}.{home}")
         return getattr(module, name) if names[name] else module
 
     def __dir__() -> list[str]:

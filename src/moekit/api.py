@@ -1,4 +1,4 @@
-"""`moekit.load` and `moekit.save`: the checkpoint functions, with everything registered that they may need."""
+"""`moekit.load` and `moekit.save`: the checkpoint functions, with the runtime parts that a record names."""
 
 from __future__ import annotations
 
@@ -7,23 +7,68 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moekit import catalogue
 from moekit._progress import Progress
 from moekit.checkpoint import model as checkpoint_model
 from moekit.checkpoint.carried import Mtp
-from moekit.checkpoint.model import load
+from moekit.checkpoint.fingerprint import provenance_of
+from moekit.checkpoint.model import read_extra_tensors
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
-from moekit.errors import BadConfig, UnsupportedModel
-from moekit.routing.attach import active_policy
-from moekit.routing.restore import policy_entry  # importing it registers what restores a policy on load
+from moekit.errors import BadConfig
+from moekit.runtime.saved import entries, restore
 
 __all__ = ["load", "save"]
 
 _EXTRA_NAME = re.compile(r"layers\.\d+\.\w[\w.-]*")
+
+
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    device_map: Any = None,
+    parts: bool = True,
+    allow_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Open, verify and load a checkpoint, and attach the runtime parts that its record names.
+
+    Args:
+        model: local folder or hub id.
+        revision: of a hub model.
+        token: hub token.
+        dtype: of the weights in memory; "auto" keeps the config's.
+        device: "auto" takes a GPU if there is one; ignored with `device_map`.
+        device_map: as in transformers.
+        parts: whether to attach the record's parts (a routing policy, say); False gives the stock model.
+        allow_remote_code: see `Checkpoint.open`.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        BadCheckpoint, UnsafeInput, UnsupportedModel: see `Checkpoint.open`; or the parts do not fit the model.
+        BadConfig: a part is unknown here (install the package that it came from).
+    """
+    loaded = checkpoint_model.load(
+        model,
+        revision=revision,
+        token=token,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        allow_remote_code=allow_remote_code,
+    )
+    origin = provenance_of(loaded)
+    if parts and origin is not None and origin.record is not None and origin.record.parts:
+        restore(loaded, origin.record.parts, read_extra_tensors(origin.path))
+    return loaded
 
 
 def save(
@@ -39,12 +84,12 @@ def save(
     mtp: Mtp = "keep",
     progress: Progress | None = None,
 ) -> Record:
-    """Save a model as a stock folder with its record, card and, if one is attached, its routing policy.
+    """Save a model as a stock folder with its record, its card and the runtime parts that are attached to it.
 
-    Like `moekit.checkpoint.save`, which see; the policy that the model routes by goes into the record by itself.
+    Like `moekit.checkpoint.save`; the parts, with what they have learned, go into the two extra files by themselves.
 
     Args:
-        model: the model, stock or routed by a policy.
+        model: the model, with or without parts.
         folder: where to.
         tokenizer: saved beside the weights.
         record: how the model was made; without one, that Python saved it and what it was loaded from.
@@ -59,11 +104,11 @@ def save(
         The record as written.
 
     Raises:
-        BadConfig: a name of `extra_tensors` that nothing could read again.
+        BadConfig: a name of `extra_tensors` that nothing could read again, or a part that is not in the catalogue.
         BadConfig, BadCheckpoint, OutOfBudget: see `moekit.checkpoint.save`.
     """
     if record is None:
-        origin = getattr(model, "_moekit", None)
+        origin = provenance_of(model)
         record = Record(
             command="moekit.save",
             parent=str(origin.path) if origin else None,
@@ -71,17 +116,9 @@ def save(
         )
     extra = dict(extra_tensors or {})
     _check_names(extra)
-    try:
-        active = active_policy(model) if record.policy is None else None
-    except UnsupportedModel:  # a dense model: nothing routes
-        active = None
-    if active is not None:
-        name = next(m.name for m in catalogue.methods("routing") if m.cls is type(active[0]))
-        found = policy_entry(model, name)
-        assert found is not None
-        entry, tensors = found
-        record = record.model_copy(update={"policy": entry})
-        extra.update(tensors)
+    found, tensors = entries(model)
+    record = record.model_copy(update={"parts": found})
+    extra |= tensors
     return checkpoint_model.save(
         model,
         folder,

@@ -3,7 +3,7 @@
 A method is one class under one decorator::
 
     @register(name="c2r", kind="routing", paper="arXiv:2504.01337", needs=("coactivation",))
-    class C2R(RoutingPolicy): ...
+    class C2R(ChoosePart): ...
 
 The record feeds `moekit methods`, `--help`, the docs page, the model card and the test matrix. Packages outside
 moekit register through the entry-point group ``moekit.methods``: each entry point names a module whose import

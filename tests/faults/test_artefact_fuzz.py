@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from moekit.compress.prune.plan import PrunePlan
 
 import moekit
 from moekit.checkpoint.expected import verify
@@ -24,6 +23,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import read_extra_tensors
 from moekit.checkpoint.record import Record
 from moekit.cli.main import main
+from moekit.compress.engine.plan import PrunePlan
 from moekit.data import load_text
 from moekit.errors import MoekitError
 from moekit.evaluation.documents import PerplexityResult
@@ -32,8 +32,8 @@ from moekit.jobs.shared.protection import parse_protected
 from moekit.placement import Placement
 from moekit.recipe.schema import load_recipe
 from moekit.report.results import load_evaluation, load_replay
-from moekit.routing import RoutingPlan, detach_policy
-from moekit.routing.restore import restore_policy
+from moekit.routing import RoutingPlan
+from moekit.runtime import detach, restore
 from moekit.serving.expert_sets.store import PatternStore
 from moekit.trace import Trace
 from tests.tiny import write_model, write_text
@@ -121,7 +121,7 @@ class Readers:
     def routed(self, folder: Path) -> None:
         record = Record.read(folder)
         assert record is not None
-        self._routed(lambda: restore_policy(self.model, record, read_extra_tensors(folder)))
+        self._routed(lambda: restore(self.model, record.parts, read_extra_tensors(folder)))
 
     def _routed(self, attach: Callable[[], None]) -> None:
         """Attach and run; whatever happens, the model routes as before afterwards."""
@@ -129,7 +129,7 @@ class Readers:
             attach()
             self.model(input_ids=TOKENS)
         finally:
-            detach_policy(self.model)
+            detach(self.model)
         self.model(input_ids=TOKENS)
 
     def moe(self, folder: Path) -> None:

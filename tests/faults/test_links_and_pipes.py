@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
+import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from moekit.checkpoint.atomic import atomic_folder, atomic_write
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.header import read_header
 from moekit.checkpoint.record import Record
-from moekit.errors import BadCheckpoint, BadConfig, UnsafeInput
+from moekit.errors import BadCheckpoint, BadConfig, OutOfBudget, UnsafeInput
 from moekit.jobs.undo import find_parent, undo
 from tests.checkpoints import edit_json, plain, saved
 
@@ -149,12 +152,15 @@ def test_a_pipe_where_transformers_would_read_is_refused_as_the_folder_is_opened
 
 # Where a path is opened without `_files`: what the system or this package itself wrote, never what a user names.
 _ALLOWED = {
+    "_device.py",  # /proc
     "_files.py",
+    "_memory.py",  # /proc
     "bench/dispatch/crew.py",  # logs in a temporary folder of its own
     "bench/dispatch/harness.py",
     "bench/dispatch/network.py",  # /proc, /sys
     "bench/dispatch/workers.py",
-    "parallel/checkpoints/peers.py",  # /proc
+    "cli/_errors.py",  # /dev/null
+    "parallel/checkpoints/ranks.py",  # /proc
     "data/sources/machine.py",  # files of the interpreter and the system
     "report/page.py",  # templates of this package
     "report/run_info.py",  # /proc
@@ -247,6 +253,51 @@ def test_undo_fetches_nothing(child: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(BadCheckpoint, match="cannot be opened"):
         find_parent(child)
     assert asked == [True]
+
+
+def test_undo_on_a_full_disk_changes_nothing_and_can_be_tried_again(
+    tmp_path: Path, child: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {f.name: f.read_bytes() for f in child.iterdir()}
+    link = os.link
+    left = [len(before) + 1]  # room for what is kept, and one file more
+
+    def full(*args: object, **more: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        link(*args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OutOfBudget, match="disk is full") as caught:
+        undo(child, keep=tmp_path / "kept")
+    assert "nothing was changed" in str(caught.value)
+    monkeypatch.undo()
+    assert {f.name: f.read_bytes() for f in child.iterdir()} == before
+    assert listing(tmp_path) == ["child", "parent"]
+    undo(child, keep=tmp_path / "kept")
+    with pytest.raises(BadConfig, match="already") as caught:
+        undo(tmp_path / "kept", keep=child)
+    assert "--overwrite" not in str(caught.value)
+
+
+def test_errors_name_the_folder_that_was_to_be_written(tmp_path: Path) -> None:
+    def damaged(folder: Path) -> None:
+        raise BadCheckpoint(f"{folder / 'x'} is damaged", file=folder / "x", hint=f"look at {folder}")
+
+    def ended(work: Callable[[Path], object]) -> Exception:
+        with pytest.raises((BadCheckpoint, OSError)) as caught, atomic_folder(tmp_path / "out") as folder:
+            work(folder)
+        return caught.value
+
+    told = ended(damaged)
+    assert (
+        str(told) == f"{tmp_path / 'out' / 'x'}: {tmp_path / 'out' / 'x'} is damaged\n  -> look at {tmp_path / 'out'}"
+    )
+    assert told.args == (f"{tmp_path / 'out' / 'x'} is damaged",)
+    missing = ended(lambda folder: os.stat(folder / "nothing"))
+    assert missing.filename == str(tmp_path / "out" / "nothing")  # type: ignore[attr-defined]
 
 
 # --- code on the hub

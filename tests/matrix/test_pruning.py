@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moekit import catalogue
 from moekit.anatomy import find_moe_layers
+from moekit.anatomy.identify import identify_gate
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.budget.sizes import Budget
@@ -30,7 +31,6 @@ from moekit.compress.engine.planning import Request, plan_pruning, redecide
 from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.engine.searching import search_pruning
 from moekit.errors import BadConfig
-from moekit.routing.gate import identify_gate
 from moekit.trace import Trace
 from moekit.trace.streamed import Streamed, record_streamed
 from tests.checkpoints import plain

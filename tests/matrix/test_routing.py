@@ -6,32 +6,42 @@ A policy of another package joins by being registered: its `examples` are tried 
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moekit
 from moekit import catalogue
 from moekit.anatomy import find_moe_layers
-from moekit.routing import RoutingPlan, RoutingPolicy, active_policy, detach_policy, plan_routing
+from moekit.routing import RouterPart, RoutingPlan, plan_routing
+from moekit.runtime import attached, detach
+from moekit.trace import record
 from tests.families import EXPERTS, FAMILIES, TOP_K, build, logits, tokens
 
 METHODS = [record.name for record in catalogue.methods("routing")]
+# Most choices a token that a policy of a family of K = 2 may make; policies of many choices say so by a field `top_k`.
+MOST = TOP_K
 
 
-def plans(model: PreTrainedModel, method: str) -> list[tuple[RoutingPolicy, RoutingPlan]]:
-    """A plan for each example of a method, from random statistics and two devices a layer."""
+@cache
+def statistics(family: str, needs: tuple[str, ...]) -> dict[int, dict[str, Tensor]] | None:
+    """What a method declares to need, recorded on the family's stock model."""
+    if not needs:
+        return None
+    return record(build(family), [tokens(8, 24, seed=1)], statistics=needs).require(needs)
+
+
+def plans(family: str, model: PreTrainedModel, method: str) -> list[tuple[RouterPart, RoutingPlan]]:
+    """A plan for each example of a method, from recorded statistics and two devices a layer."""
     layers = find_moe_layers(model)
-    generator = torch.Generator().manual_seed(0)
-    counts = {layer.index: torch.randint(0, 50, (EXPERTS, EXPERTS), generator=generator) for layer in layers}
-    statistics = {
-        index: {"coactivation": c + c.T, "load": c.sum(0), "gate_mass": c.sum(0).float()} for index, c in counts.items()
-    }
+    known = statistics(family, catalogue.get("routing", method).needs)
     devices = {layer.index: [e % 2 for e in range(EXPERTS)] for layer in layers}
     policies = catalogue.get("routing", method).cls.examples(layers[0].geometry)
-    return [(p, plan_routing(layers, p, method, statistics, devices=devices)) for p in policies]
+    return [(p, plan_routing(layers, p, method, known, devices=devices)) for p in policies]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -39,35 +49,37 @@ def plans(model: PreTrainedModel, method: str) -> list[tuple[RoutingPolicy, Rout
 def test_a_policy_routes_trains_and_generates(method: str, family: str) -> None:
     model = build(family)
     stock = logits(model)
-    for policy, plan in plans(model, method):
+    names = set(model.state_dict())
+    for policy, plan in plans(family, model, method):
         plan.apply(model)
-        assert active_policy(model) is not None
+        assert [attachment.part for attachment in attached(model)] == [policy]
         for layer in find_moe_layers(model):
-            _check_choices(layer.require_router(), layer.geometry.hidden)
-        assert set(model.state_dict()) == set(build(family).state_dict()), "a policy must not change parameter names"
+            _check_choices(layer.require_router(), layer.geometry.hidden, getattr(policy, "top_k", None) or MOST)
+        assert names <= set(model.state_dict()), "stock tensors keep their names"
         _check_gradients(model)
         generated = model.generate(tokens(1), max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert generated.shape[1] <= tokens(1).shape[1] + 3
         twin = copy.deepcopy(model)
-        detach_policy(model)
+        detach(model)
+        assert set(model.state_dict()) == names
         assert torch.equal(logits(model), stock), f"{policy!r} left something behind"
         plan.apply(model)
         assert torch.equal(logits(twin), logits(model)), "a deep copy must route alike"
-        detach_policy(model)
+        detach(model)
 
 
-def _check_choices(router: torch.nn.Module, hidden: int) -> None:
+def _check_choices(router: torch.nn.Module, hidden: int, most: int) -> None:
     x_TH = torch.randn(50, hidden, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         logits_TE, weights_TK, indices_TK = router(x_TH)
     assert logits_TE.shape == (50, EXPERTS)
     assert weights_TK.shape == indices_TK.shape
-    assert 1 <= indices_TK.shape[1] <= max(TOP_K, indices_TK.shape[1])
     assert bool(((indices_TK >= 0) & (indices_TK <= EXPERTS)).all())
     assert bool(torch.isfinite(weights_TK).all())
     assert bool((weights_TK[indices_TK == EXPERTS] == 0).all())
     real = [[e for e in row if e != EXPERTS] for row in indices_TK.tolist()]
     assert all(len(set(row)) == len(row) for row in real)
+    assert all(1 <= len(row) <= most for row in real), "a token visits one expert at least, and no more than it may"
 
 
 def _check_gradients(model: PreTrainedModel) -> None:
@@ -89,7 +101,7 @@ def test_a_saved_policy_comes_back_and_stock_transformers_still_opens_the_folder
 ) -> None:
     model = build(family)
     stock = logits(model)
-    _, plan = plans(model, method)[0]
+    _, plan = plans(family, model, method)[0]
     plan.apply(model)
     routed = logits(model)
     moekit.save(model, tmp_path / "out")
@@ -100,8 +112,8 @@ def test_a_saved_policy_comes_back_and_stock_transformers_still_opens_the_folder
     torch.testing.assert_close(logits(again), routed, atol=1e-5, rtol=1e-5)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(opened), stock, atol=1e-5, rtol=1e-5)
-    plain = moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu", policy=False).eval()
-    assert active_policy(plain) is None
+    plain = moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu", parts=False).eval()
+    assert attached(plain) == []
     assert torch.equal(logits(plain), logits(opened))
 
 
@@ -109,7 +121,7 @@ def test_a_saved_policy_comes_back_and_stock_transformers_still_opens_the_folder
 def test_the_loosest_list_starts_from_bit_equal_logits(family: str) -> None:
     model = build(family)
     stock = logits(model)
-    (plan,) = [plan for policy, plan in plans(model, "c2r") if getattr(policy, "top_t", None) == EXPERTS - 1]
+    (plan,) = [plan for policy, plan in plans(family, model, "c2r") if getattr(policy, "top_t", None) == EXPERTS - 1]
     plan.apply(model)
     assert torch.equal(logits(model), stock)
 
@@ -118,6 +130,6 @@ def test_the_loosest_list_starts_from_bit_equal_logits(family: str) -> None:
 def test_a_constraint_changes_the_logits(family: str) -> None:
     model = build(family)
     stock = logits(model)
-    _, plan = plans(model, "c2r")[0]
+    _, plan = plans(family, model, "c2r")[0]
     plan.apply(model)
     assert not torch.equal(logits(model), stock)

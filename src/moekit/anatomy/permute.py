@@ -13,6 +13,7 @@ from torch import nn
 
 from moekit.anatomy.layout import DiskLayout, find_expert_tensors
 from moekit.anatomy.probe import MoELayer, ask_router, find_moe_layers
+from moekit.checkpoint.names import is_part_tensor
 from moekit.errors import BadConfig, UnsupportedModel
 
 PROBE_ROWS = 64
@@ -60,15 +61,17 @@ def _permute_layer(layer: MoELayer, order: Sequence[int]) -> None:
 
 
 def _router_tensors(router: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from router.named_parameters()
-    yield from router.named_buffers()
+    """A router's own tensors; how those of attached parts follow, `moekit.runtime` knows."""
+    for name, tensor in (*router.named_parameters(), *router.named_buffers()):
+        if not is_part_tensor(name):
+            yield name, tensor
 
 
 def permute_experts(model: nn.Module, orders: Mapping[int, Sequence[int]]) -> None:
     """Reorder experts in place, and prove on random hidden states that the routers still choose the same experts.
 
     Args:
-        model: live model; routing policies must be detached first (their lists are permuted with their plan).
+        model: live model; its runtime parts must be off (`moekit.runtime.without_parts`, then `permute_parts`).
         orders: decoder layer -> order, `order[new] = old`; layers not named stay as they are.
 
     Raises:

@@ -15,7 +15,7 @@ Shapes: T tokens, H hidden size, E routed experts, K choices a token, I expert w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moekit.errors import UnsupportedModel
+from moekit.checkpoint.names import PARTS
+from moekit.errors import MoekitError, UnsupportedModel
+
+_Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Rows of random hidden states that a router candidate is asked about.
 PROBE_ROWS = 3
@@ -127,20 +130,38 @@ def experts_in_layer(experts: nn.Module) -> int:
     return count if isinstance(count, int) else down.shape[0]
 
 
-def ask_router(router: nn.Module, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+def ask_router(
+    router: nn.Module, hidden_TH: torch.Tensor, *, stock: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Call a router candidate without firing hooks or changing its mode; None unless it answers with the contract.
 
     `router.forward` rather than `router()`: recorders that hook the router must not see the question.
+
+    Args:
+        router: the candidate.
+        hidden_TH: rows to ask about.
+        stock: ask the family's own router, whatever parts are attached. Where parts need a forward pass around them,
+            it is the family's own that answers in any case.
     """
     training = router.training
     router.eval()
+    own = getattr(router, "stock_forward", router.forward)
     try:
-        with torch.no_grad():
-            answer = router.forward(hidden_TH)
-    except (TypeError, RuntimeError, ValueError, AttributeError, IndexError):
-        return None
+        for forward in (own,) if stock or own == router.forward else (router.forward, own):
+            answer = _called(forward, hidden_TH)
+            if answer is not None:
+                return answer
     finally:
         router.train(training)
+    return None
+
+
+def _called(forward: Callable[[torch.Tensor], object], hidden_TH: torch.Tensor) -> _Answer | None:
+    try:
+        with torch.no_grad():
+            answer = forward(hidden_TH)
+    except (TypeError, RuntimeError, ValueError, AttributeError, IndexError, MoekitError):
+        return None
     if not isinstance(answer, tuple) or len(answer) != 3 or not all(isinstance(a, torch.Tensor) for a in answer):
         return None
     logits_TE, weights_TK, indices_TK = answer
@@ -158,14 +179,15 @@ def ask_router(router: nn.Module, hidden_TH: torch.Tensor) -> tuple[torch.Tensor
 def _find_router(block: nn.Module, experts: nn.Module, count: int, hidden: int) -> tuple[str, nn.Module, int] | None:
     for name, child in block.named_children():
         tensors = [*child.parameters(), *child.buffers()]
-        if child is experts or not any(count in t.shape for t in tensors):
+        if child is experts or name == PARTS or not any(count in t.shape for t in tensors):
             continue
         like = next((p for p in child.parameters() if p.dim() == 2), tensors[0])
         # A generator of its own: looking at a model must not move the global random state.
         generator = torch.Generator().manual_seed(0)
         probe_TH = torch.randn(PROBE_ROWS, hidden, generator=generator).to(device=like.device, dtype=like.dtype)
         answer = ask_router(child, probe_TH)
-        if answer is not None and answer[0].shape[1] == count:
+        # Attached parts may route by more columns than there are experts.
+        if answer is not None and (answer[0].shape[1] == count or hasattr(child, "stock_forward")):
             return name, child, answer[2].shape[1]
     return None
 
@@ -183,7 +205,7 @@ def _find_shared(block: nn.Module, known: set[nn.Module], hidden: int) -> tuple[
     found: list[nn.Module] = []
     width = 0
     for name, child in block.named_children():
-        if child in known or (is_decoder_layer and "shared" not in name):
+        if child in known or name == PARTS or (is_decoder_layer and "shared" not in name):
             continue
         inner = _inner_width(child, hidden)
         if inner:

@@ -1,25 +1,29 @@
-"""Do the two extra files hold what the record says: the policy, its layers, its tensors?"""
+"""Do the two extra files hold what the record says: the parts, their layers, their tensors?"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from moekit.anatomy.probe import MoELayer, decoder_index
-from moekit.catalogue import get
 from moekit.checking.report import Finding, from_error
 from moekit.checkpoint.digest import tensor_digests
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import read_extra_tensors
+from moekit.checkpoint.parts import PartTensor
 from moekit.checkpoint.record import TENSORS_FILE, Record, TensorExpectation
 from moekit.checkpoint.safety import check_name, read_header
 from moekit.errors import MoekitError
+from moekit.runtime.axes import check_axes
+from moekit.runtime.saved import make_part
 
 _HINT = "restore both extra files from a copy, or make the change again"
 
 
 def check_extras(checkpoint: Checkpoint, layers: list[MoELayer]) -> Iterator[Finding]:
-    """Compare moekit.safetensors with the record's digests, and the policy with the layers it governs."""
+    """Compare moekit.safetensors with the record's digests, and the parts with the layers they are attached to."""
     record = checkpoint.record
     if record is None:
         return
@@ -36,7 +40,7 @@ def check_extras(checkpoint: Checkpoint, layers: list[MoELayer]) -> Iterator[Fin
         yield from_error(error, "policy-unreadable")
         return
     yield from _compare(checkpoint, expected, found)
-    yield from _check_policy(checkpoint, record, layers)
+    yield from _check_parts(checkpoint, record, layers)
 
 
 def _finding(checkpoint: Checkpoint, code: str, message: str, layer: int | None = None) -> Finding:
@@ -45,8 +49,9 @@ def _finding(checkpoint: Checkpoint, code: str, message: str, layer: int | None 
 
 
 def _layer(name: str) -> int:
-    """The layer in "routing.<layer>.<what>" or "layers.<layer>.<what>"."""
-    return decoder_index(f".{name}")
+    """The layer of a part's tensor, or the one in "layers.<layer>.<what>"."""
+    key = PartTensor.parse(name)
+    return decoder_index(f".{name}") if key is None or key.layer is None else key.layer
 
 
 def _compare(
@@ -70,19 +75,25 @@ def _compare(
             yield _finding(checkpoint, "policy-tensor-changed", f"{name} is not what was recorded", _layer(name))
 
 
-def _check_policy(checkpoint: Checkpoint, record: Record, layers: list[MoELayer]) -> Iterator[Finding]:
-    policy = record.policy
-    if policy is None:
-        return
-    try:
-        get("routing", policy.name)
-    except MoekitError as error:
-        yield from_error(error, "policy-unknown")
-    experts = {layer.index: layer.geometry.experts for layer in layers}
-    for layer in sorted(set(policy.layers) - experts.keys()):
-        yield _finding(checkpoint, "policy-layer", "the record routes this layer, but it is no MoE layer", layer)
-    for name, tensor in read_extra_tensors(checkpoint.path).items():
-        layer = _layer(name)
-        if name.startswith("routing.") and layer in experts and experts[layer] not in tensor.shape:
-            message = f"{name} of shape {list(tensor.shape)} is not made for {experts[layer]} experts"
-            yield _finding(checkpoint, "policy-layer", message, layer)
+def _check_parts(checkpoint: Checkpoint, record: Record, layers: list[MoELayer]) -> Iterator[Finding]:
+    geometry = {layer.index: layer.geometry for layer in layers}
+    named: dict[tuple[int, int], dict[str, Tensor]] = defaultdict(dict)
+    for text, tensor in read_extra_tensors(checkpoint.path).items():
+        key = PartTensor.parse(text)
+        if key is not None and key.layer is not None:
+            named[key.part, key.layer][key.name] = tensor
+    for number, entry in enumerate(record.parts):
+        try:
+            part = make_part(entry)
+        except MoekitError as error:
+            yield from_error(error, "policy-unknown")
+            continue
+        for layer in entry.layers:
+            if layer not in geometry:
+                message = f"the record has {entry.kind} {entry.name!r} in this layer, but it is no MoE layer"
+                yield _finding(checkpoint, "policy-layer", message, layer)
+                continue
+            try:
+                check_axes(named[number, layer], part.axes, geometry[layer], layer)
+            except MoekitError as error:
+                yield _finding(checkpoint, "policy-layer", str(error), layer)

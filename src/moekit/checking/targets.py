@@ -47,12 +47,11 @@ def _uneven(checkpoint: Checkpoint, target: str) -> Iterator[Finding]:
 
 
 def _policy(checkpoint: Checkpoint, target: str) -> Iterator[Finding]:
-    policy = checkpoint.record.policy if checkpoint.record else None
-    if policy is not None:
+    for part in checkpoint.record.parts if checkpoint.record else ():
         yield Finding(
             severity="warning",
             code="policy-ignored",
-            message=f"{target} loads the weights, but routes by plain top-k instead of {policy.name!r}: other outputs",
+            message=f"{target} loads the weights, but runs the plain model without {part.kind} {part.name!r}",
             file=str(checkpoint.path),
-            hint="use moekit.load, or evaluate the folder under plain top-k before you serve it",
+            hint="use moekit.load, or evaluate the plain model before you serve it",
         )

@@ -8,7 +8,7 @@ __getattr__, __dir__ = attach(
         "Checkpoint": "folder",
         "Estimate": "estimate",
         "Expectations": "record",
-        "PolicyEntry": "record",
+        "PartEntry": "parts",
         "Provenance": "provenance",
         "Record": "record",
         "ShardWriter": "shards",

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moekit._files import open_own
-from moekit.errors import BadConfig, OutOfBudget
+from moekit.errors import BadConfig, MoekitError, OutOfBudget
 
 LOCK_WAIT_SECONDS = 2.0
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -260,7 +260,19 @@ def atomic_folder(target: str | Path, *, overwrite: bool = False, need_bytes: in
             shutil.rmtree(temporary, ignore_errors=True)
             if is_disk_full(error):
                 raise _out_of_disk(target.parent, need_bytes, error) from error
+            _name_target(error, temporary, target)
             raise
+
+
+def _name_target(error: BaseException, temporary: Path, target: Path) -> None:
+    """Let an error speak of the folder that was to be written: the one under the hidden name is gone."""
+    if isinstance(error, MoekitError):
+        for name in ("file", "message", "hint"):
+            if (text := getattr(error, name)) is not None:
+                setattr(error, name, text.replace(str(temporary), str(target)))
+        error.args = (error.message,)
+    elif isinstance(error, OSError) and isinstance(error.filename, str):
+        error.filename = error.filename.replace(str(temporary), str(target))
 
 
 def _clean_dead_files(path: Path) -> None:

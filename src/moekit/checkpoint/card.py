@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from moekit._files import open_regular
 from moekit.checkpoint.hub import looks_like_hub_id
-from moekit.checkpoint.record import RECORD_FILE, TENSORS_FILE, Record
+from moekit.checkpoint.record import RECORD_FILE, TENSORS_FILE, Record, TensorExpectation
+from moekit.checkpoint.safety import DTYPE_BITS
 from moekit.errors import printable
 
 CARD_FILE = "README.md"
@@ -61,13 +63,49 @@ def _loading(record: Record) -> list[str]:
             f"Layers hold different numbers of experts, as `{RECORD_FILE}` says: `moekit.load` opens the folder; "
             "`AutoModelForCausalLM.from_pretrained`, which knows one number for all layers, does not."
         )
-    if record.policy:
+    if record.parts:
+        names = ", ".join(f"**{part.name}** ({part.kind})" for part in record.parts)
         lines += [
             "",
-            f"It was made for the routing policy **{record.policy.name}**, kept in `{RECORD_FILE}` and "
-            f"`{TENSORS_FILE}`. Only `moekit.load` restores that policy; stock transformers and vLLM route with "
-            "the family's plain top-k, so their outputs differ.",
+            f"It was made to run with {names}, kept in `{RECORD_FILE}` and `{TENSORS_FILE}`. Only `moekit.load` "
+            "restores that; stock transformers and vLLM run the plain model, so their outputs differ.",
         ]
+    return lines
+
+
+def _pruned(record: Record) -> list[str]:
+    """What a model with fewer experts has lost, and what that was measured to cost."""
+    before = record.scores.get("before")
+    if not isinstance(before, dict):
+        return []
+    counts = record.expectations.experts
+    old = {int(layer): count for layer, count in before["experts"].items()}
+    kept, total = sum(counts.get(layer, 0) for layer in old), sum(old.values())
+    nbytes = sum(_nbytes(tensor) for tensor in record.expectations.tensors.values())
+    lines = ["", "## What was made smaller", ""]
+    method = record.config.get("method")
+    if isinstance(method, str):
+        lines.append(f"- Method: `{method}` of moekit, with the settings below.")
+    lines.append(f"- Experts: {kept:,} of {total:,} are left, in {len(old)} layers.")
+    lines.append(f"- Weights: {nbytes:,} bytes of {before['bytes']:,} are left.")
+    return [*lines, *_proof(record.scores.get("proof"))]
+
+
+def _nbytes(tensor: TensorExpectation) -> int:
+    return math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8
+
+
+def _proof(proof: Any) -> list[str]:
+    if not isinstance(proof, dict):
+        return ["- Proof: none was made; nobody has measured what this costs."]
+    told = f"{proof['documents']:,} documents of `{proof['text']}`, {proof['tokens']:,} tokens"
+    lines = [f"- Proof: perplexity on {told}, on which nothing was decided; intervals are 95 % over documents.", ""]
+    lines += ["| variant | text | before | after | ratio |", "|---|---|---|---|---|"]
+    for variant, domains in proof["perplexity"].items():
+        for domain, row in domains.items():
+            ratio = row["ratio"]
+            shown = "" if ratio is None else f"{ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f})"
+            lines.append(f"| {variant} | {domain} | {row['before']:.2f} | {row['after']:.2f} | {shown} |")
     return lines
 
 
@@ -105,5 +143,7 @@ def render(record: Record, config: dict[str, Any], licence: str | None = None) -
         f"(fingerprint `{(record.fingerprint or '')[:16]}`).",
     ]
     title = ["", "# A Mixture-of-Experts checkpoint made with moekit", "", _sizes(record, config)]
-    text = "\n".join([_front_matter(record, licence), *title, *_loading(record), *made, *limits]) + "\n"
+    text = (
+        "\n".join([_front_matter(record, licence), *title, *_loading(record), *_pruned(record), *made, *limits]) + "\n"
+    )
     return printable(text)

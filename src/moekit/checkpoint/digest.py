@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moekit._files import open_regular
 from moekit._progress import Progress, track
 from moekit.checkpoint.experts import stacked_experts
 from moekit.checkpoint.record import TensorExpectation
@@ -155,5 +156,5 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def _whole_digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

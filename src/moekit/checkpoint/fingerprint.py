@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.checkpoint.names import config_top_k, text_config
+from moekit.checkpoint.names import config_top_k, is_part_tensor, text_config
 from moekit.checkpoint.stored import as_stored
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from moekit.checkpoint.provenance import Provenance
+
 SAMPLES = 64
+# Attribute of a live model that says where it came from.
+STAMP = "moekit_provenance"
 
 TORCH_NAMES = {
     "torch.float64": "F64",
@@ -83,9 +87,16 @@ def fingerprint_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str
     return combine(((n, TORCH_NAMES[str(t.dtype)], tuple(t.shape), _sampled(t)) for n, t in tensors.items()), config)
 
 
+def provenance_of(model: object) -> Provenance | None:
+    """Which checkpoint a model was loaded from, as `moekit.load` noted on it; None for any other model."""
+    found: Provenance | None = getattr(model, STAMP, None)
+    return found
+
+
 def live_fingerprint(model: PreTrainedModel) -> str:
     """Fingerprint of a live model by its in-memory layout; changes with its weights, differs from that on disk."""
-    return fingerprint_tensors(model.state_dict(), model.config.to_dict())
+    state = {name: tensor for name, tensor in model.state_dict().items() if not is_part_tensor(name)}
+    return fingerprint_tensors(state, model.config.to_dict())
 
 
 def fingerprint_model(model: PreTrainedModel) -> str:
@@ -94,7 +105,7 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     A model from `moekit.load` whose weights have not changed since answers with the stamp of its checkpoint; any other
     is brought into the stock on-disk layout (views, hardly a copy) and sampled.
     """
-    stamp = getattr(model, "_moekit", None)
+    stamp = provenance_of(model)
     if stamp is not None and stamp.live == live_fingerprint(model):
         return str(stamp.fingerprint)
     with as_stored(model):
@@ -102,8 +113,8 @@ def fingerprint_model(model: PreTrainedModel) -> str:
 
 
 def untied_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state dict with every tied weight once, under the name that is saved."""
-    state = dict(model.state_dict())
+    """The stock state dict with every tied weight once, under the name that is saved; runtime parts left out."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not is_part_tensor(name)}
     for copy, original in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if original in state:
             state.pop(copy, None)

@@ -1,10 +1,10 @@
-"""Load a model with its routing policy, and save one whole or not at all."""
+"""Load a stock model, and save one with what goes beside it, whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moekit._device import named_dtype, resolve_device
+from moekit._memory import naming_memory
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_folder, atomic_write
 from moekit.checkpoint.card import CARD_FILE, licence_of, render
@@ -33,11 +34,6 @@ from moekit.checkpoint.stored import as_stored, mark_stored, saved_bytes
 from moekit.checkpoint.uneven import live_counts, load_uneven, uneven_counts
 from moekit.errors import BadCheckpoint, BadConfig
 
-Restorer = Callable[[PreTrainedModel, Record, dict[str, torch.Tensor]], None]
-
-# `moekit.routing` registers here what puts a record's policy back into a loaded model.
-RESTORERS: list[Restorer] = []
-
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -51,6 +47,7 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@naming_memory("loading the model", "`moekit estimate` says what it needs; load it in a smaller dtype or elsewhere")
 def load(
     model: str | Path,
     *,
@@ -59,10 +56,9 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     device_map: Any = None,
-    policy: bool = True,
     allow_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Open, verify and load a checkpoint, and restore the routing policy of its record.
+    """Open, verify and load a checkpoint as the stock model; `moekit.load` attaches the parts of its record too.
 
     Args:
         model: local folder or hub id.
@@ -72,7 +68,6 @@ def load(
             emulate bfloat16 or float16. A model that "auto" has widened so is saved as it was stored.
         device: "auto" takes a GPU if there is one; ignored with `device_map`.
         device_map: as in transformers.
-        policy: whether to restore the record's routing policy.
         allow_remote_code: see `Checkpoint.open`.
 
     Returns:
@@ -80,8 +75,7 @@ def load(
 
     Raises:
         BadCheckpoint, UnsafeInput, UnsupportedModel: see `Checkpoint.open` and `verify`.
-        BadConfig: an unknown dtype or device; or the record holds a policy, but `moekit.routing` was not imported (use
-            `moekit.load`).
+        BadConfig: an unknown dtype or device.
     """
     place = resolve_device("auto" if device_map is not None else device)
     named_dtype(dtype)
@@ -97,8 +91,6 @@ def load(
     mark_stored(loaded, stored)
     loaded.eval()
     stamp(loaded, checkpoint, layout)
-    if policy and checkpoint.record is not None and checkpoint.record.policy is not None:
-        _restore(loaded, checkpoint.record, read_extra_tensors(checkpoint.path))
     return loaded
 
 
@@ -145,16 +137,6 @@ def _refuse_partial(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
         )
 
 
-def _restore(model: PreTrainedModel, record: Record, tensors: dict[str, torch.Tensor]) -> None:
-    if not RESTORERS:
-        raise BadConfig(
-            "the record holds a routing policy, but nothing that restores policies is imported",
-            hint="use moekit.load (or import moekit.routing first), or pass policy=False for plain routing",
-        )
-    for restorer in RESTORERS:
-        restorer(model, record, tensors)
-
-
 def read_extra_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of moekit.safetensors, its header checked first; empty without the file."""
     path = check_name(folder, TENSORS_FILE)
@@ -184,7 +166,7 @@ def save(
     type it was stored in.
 
     Args:
-        model: any causal LM; a routing policy attached to it is saved by giving `record.policy` and its tensors.
+        model: any causal LM; parts attached to it are saved by giving `record.parts` and their tensors.
         folder: target.
         tokenizer: saved beside the model.
         record: how it was made; fingerprint and expectations are filled in here.

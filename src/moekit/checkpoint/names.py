@@ -14,6 +14,9 @@ EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "mo
 # Names that families give to K; the first present one counts.
 TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_top_k", "num_experts_per_token", "top_k_experts", "moe_topk")
 
+# Child module that `moekit.runtime` hangs below a router, experts, a block or the base model: no stock tensor.
+PARTS = "moekit_parts"
+
 # Stacks of multi-token prediction beside the decoder's, numbered from 0 again.
 _MTP = re.compile(r"(?:^|\.)mtp(?:[._]|$)")
 
@@ -21,6 +24,11 @@ _MTP = re.compile(r"(?:^|\.)mtp(?:[._]|$)")
 def in_mtp_stack(name: str) -> bool:
     """Whether a tensor belongs to a stack of multi-token-prediction layers beside the decoder's."""
     return bool(_MTP.search(name))
+
+
+def is_part_tensor(name: str) -> bool:
+    """Whether a tensor of a live model belongs to an attached runtime part, not to the stock model."""
+    return f"{PARTS}." in name
 
 
 def where(name: str) -> tuple[int | None, int | None]:

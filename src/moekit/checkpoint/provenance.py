@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from moekit.checkpoint.expected import Layout, unknown_tensors
-from moekit.checkpoint.fingerprint import live_fingerprint
+from moekit.checkpoint.fingerprint import STAMP, live_fingerprint, provenance_of
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 
@@ -37,7 +37,7 @@ class Origin(BaseModel):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Stamp that `load` leaves on a model as `model._moekit`.
+    """Stamp that `load` leaves on a model; read it by `fingerprint.provenance_of`.
 
     Attributes:
         path: folder it was loaded from.
@@ -58,7 +58,7 @@ def stamp(model: PreTrainedModel, checkpoint: Checkpoint, layout: Layout) -> Non
     """Note on a model which checkpoint its weights are."""
     beyond = origin(checkpoint, layout, type(model).__name__)
     provenance = Provenance(checkpoint.path, checkpoint.fingerprint, checkpoint.record, live_fingerprint(model), beyond)
-    object.__setattr__(model, "_moekit", provenance)
+    object.__setattr__(model, STAMP, provenance)
 
 
 def origin(checkpoint: Checkpoint, layout: Layout, class_name: str) -> Origin | None:
@@ -80,5 +80,5 @@ def origin(checkpoint: Checkpoint, layout: Layout, class_name: str) -> Origin | 
 
 def origin_of(model: Any) -> Origin | None:
     """What the checkpoint that a model was loaded from holds beyond it; None if nothing, or if nobody knows."""
-    provenance = getattr(model, "_moekit", None)
-    return provenance.beyond if isinstance(provenance, Provenance) else None
+    provenance = provenance_of(model)
+    return None if provenance is None else provenance.beyond

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 import moekit
 from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write
+from moekit.checkpoint.parts import PartEntry
 from moekit.checkpoint.safety import check_name, read_json
 from moekit.errors import BadCheckpoint, MoekitError
 
@@ -24,20 +25,6 @@ _NOTED_PACKAGES = ("torch", "transformers", "safetensors")
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PolicyEntry(_Frozen):
-    """The routing policy that `moekit.load` restores.
-
-    Attributes:
-        name: catalogue name of the policy.
-        config: its knobs.
-        layers: decoder layers it governs.
-    """
-
-    name: str
-    config: dict[str, Any] = {}
-    layers: list[int] = []
 
 
 class TensorExpectation(_Frozen):
@@ -93,7 +80,7 @@ class Record(_Frozen):
         config: the method's settings.
         scores: what the plan was decided from.
         versions: packages that took part.
-        policy: routing policy to restore, if any.
+        parts: runtime parts that `moekit.load` attaches, in the order in which they act.
         expectations: what `moekit check` proves; filled in by `moekit.save`.
     """
 
@@ -108,7 +95,7 @@ class Record(_Frozen):
     config: dict[str, Any] = {}
     scores: dict[str, Any] = {}
     versions: dict[str, str] = Field(default_factory=lambda: package_versions())
-    policy: PolicyEntry | None = None
+    parts: list[PartEntry] = []
     expectations: Expectations = Expectations()
 
     @classmethod

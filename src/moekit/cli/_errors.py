@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from moekit._memory import is_out_of_memory
 from moekit.errors import BadConfig, Interrupted, MoekitError, OutOfBudget, printable, shortened
 
 if TYPE_CHECKING:
@@ -47,16 +49,6 @@ def config_error(error: ValidationError, where: str = "") -> BadConfig:
     return BadConfig(head + faults(error), hint="--help lists every option with its unit and bounds")
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    # torch's error classes are looked up without importing torch: where it was never imported it cannot have raised.
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError):
-        return True
-    if torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ())):
-        return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
-
-
 def _of_system(error: OSError) -> Explanation:
     name = error.strerror or str(error)
     where = f"{error.filename}: " if error.filename else ""
@@ -68,8 +60,6 @@ def _of_system(error: OSError) -> Explanation:
         return Explanation("BadConfig", f"{where}{name}", "check the path and its permissions", USAGE)
     if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL) and error.filename:
         return Explanation("BadConfig", f"{where}{name}", "this names no file that can be there; check it", USAGE)
-    if error.errno == errno.ENOMEM:
-        return Explanation("OutOfBudget", f"{where}{name}", "use a machine with more memory", RESOURCES)
     return Explanation(type(error).__name__, f"{where}{name}", None, 1)
 
 
@@ -81,7 +71,7 @@ def understand(error: BaseException) -> Explanation:
     if isinstance(error, KeyboardInterrupt):
         hint = "nothing is half-written; the same command goes on where what it had done was kept, or starts over"
         return Explanation("Interrupted", "interrupted", hint, INTERRUPTED)
-    if _out_of_memory(error):
+    if is_out_of_memory(error):
         hint = "use a smaller batch or sequence, or a machine with more memory; `moekit estimate` says what is needed"
         return Explanation("OutOfBudget", f"out of memory: {error}".rstrip(": "), hint, RESOURCES)
     if hasattr(error, "format_message"):  # typer's own usage errors
@@ -123,6 +113,20 @@ def _print_error(told: Explanation) -> None:
     console.print(Text.assemble(("error: ", "bold red"), shortened(told.message)))
     if told.hint:
         console.print(Text.assemble(("  -> ", "dim"), shortened(told.hint)))
+
+
+def reopen_closed() -> None:
+    """Give closed standard streams (`>&-`) nothing to write to: else the next file that is opened would be one."""
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def install_signals() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from moekit.cli._errors import INTERRUPTED, explain, install_signals, show_warnings
+from moekit.cli._errors import INTERRUPTED, explain, install_signals, reopen_closed, show_warnings
 
 if TYPE_CHECKING:
     from typer._click import Command, Context, HelpFormatter
@@ -110,6 +110,7 @@ def build() -> LazyGroup:
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code: 0 ok, 2 input, 3 unsafe, 4 resources, 5 peer, 130 interrupted."""
     argv = list(sys.argv[1:] if args is None else args)
+    reopen_closed()
     install_signals()
     show_warnings()
     try:

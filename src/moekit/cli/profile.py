@@ -12,8 +12,13 @@ from moekit.cli._terminal import Terminal
 def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
     terminal.say(f"{results['tokens']:,} tokens of {', '.join(results['domains'])}")
     columns = ("layer", "experts", "load cv", "max/mean", "never", "partners", "top share", "NMI", "by chance", "p")
-    rows = [_row(layer) for layer in results["summary"]["layers"]]
-    terminal.table("load, effective partners, and how well domains are told apart", columns, rows)
+    if results["summary"] is not None:
+        rows = [_row(layer) for layer in results["summary"]["layers"]]
+        terminal.table("load, effective partners, and how well domains are told apart", columns, rows)
+    figures = results["figures"]
+    if names := list(next(iter(figures.values()), {})):
+        lines = [(int(layer), *(named[name] for name in names)) for layer, named in figures.items()]
+        terminal.table("means over tokens, or largest values", ("layer", *names), lines)
 
 
 def _row(layer: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
+from moekit._memory import naming_memory, require_memory
 from moekit._progress import Progress, track
 from moekit.checkpoint.folder import listed
 from moekit.checkpoint.provenance import origin_of
@@ -96,7 +97,7 @@ class Conversion(BaseModel, ABC):
         elif self.needs_calibration:
             raise BadConfig(
                 f"{type(self).__name__} looks at activations and needs calibration text",
-                hint="pass token ids [rows, length]; about 4,000 tokens of the text the model is for",
+                hint="give text (--text) that the model is for, about 4,000 tokens; from Python, its token ids",
             )
         dense_layers = tuple(layer for layer in range(count) if layer not in set(chosen))
         geometry = self.geometry(model.config.intermediate_size, dense_layers)
@@ -106,8 +107,21 @@ class Conversion(BaseModel, ABC):
                 f"experts of {geometry.width} neurons: the width must be a multiple of {WIDTH_STEP}",
                 hint=f"choose numbers that give {low or WIDTH_STEP} or {low + WIDTH_STEP}",
             )
+        self._require_memory(model, geometry, len(set(chosen)))
         return geometry
 
+    @staticmethod
+    def _require_memory(model: PreTrainedModel, geometry: MoEGeometry, layers: int) -> None:
+        width = geometry.experts * (3 * geometry.width + 1) + 3 * geometry.shared_width
+        parameters = layers * model.config.hidden_size * width
+        itemsize = next(model.parameters()).element_size()
+        require_memory(
+            parameters * itemsize,
+            f"a model of {geometry.experts:,} experts in each of {layers} layers",
+            "make fewer or narrower experts, or convert fewer layers",
+        )
+
+    @naming_memory("converting the model", "make fewer or narrower experts, or convert fewer layers")
     def convert(
         self,
         dense_model: PreTrainedModel,
@@ -133,6 +147,7 @@ class Conversion(BaseModel, ABC):
         Raises:
             UnsupportedModel: see `check`.
             BadConfig: see `check`.
+            OutOfBudget: the result does not fit in memory.
         """
         geometry = self.check(dense_model, calibration)
         if not drop_unknown:

@@ -6,12 +6,13 @@ Shapes: R rows in all, B rows of a batch, S positions of a row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from moekit._progress import Progress, track
+from moekit.data.encoding import Bos, beginning, encode_document
 from moekit.data.text import Document
 from moekit.errors import BadConfig, BadData
 
@@ -31,11 +32,13 @@ class TokenizedDocument:
         ids: token ids, at least one.
         domain: its domain.
         index: its number in the list that was tokenized.
+        begins: how many of the ids are no part of its text: those of `moekit.data.encoding.beginning`.
     """
 
     ids: list[int]
     domain: str
     index: int
+    begins: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +51,7 @@ class Batch:
         document_BS: int32 [B, S], document number, -1 at padding.
         domain_BS: int16 [B, S], position in `domains`, -1 at padding.
         domains: names of the domains.
+        begins: ids that each document begins with.
     """
 
     input_ids: torch.Tensor
@@ -55,6 +59,7 @@ class Batch:
     document_BS: torch.Tensor
     domain_BS: torch.Tensor
     domains: tuple[str, ...]
+    begins: tuple[int, ...] = ()
 
     @property
     def labels(self) -> torch.Tensor:
@@ -76,12 +81,14 @@ class TokenBatches:
         document_RS: int32 [R, S], -1 at padding.
         domain_RS: int16 [R, S], -1 at padding.
         domains: names of the domains.
+        begins: ids that each document begins with.
     """
 
     input_ids: torch.Tensor
     document_RS: torch.Tensor
     domain_RS: torch.Tensor
     domains: tuple[str, ...]
+    begins: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -113,6 +120,7 @@ class TokenBatches:
             document_BS=document_BS,
             domain_BS=self.domain_RS[rows],
             domains=self.domains,
+            begins=self.begins,
         )
 
     def batches(self, batch_size: int, *, seed: int | None = None) -> Iterator[Batch]:
@@ -136,6 +144,7 @@ class TokenBatches:
                 batch.document_BS[:, :longest],
                 batch.domain_BS[:, :longest],
                 batch.domains,
+                batch.begins,
             )
 
 
@@ -145,36 +154,43 @@ def tokenize(
     max_tokens_per_doc: int | None = None,
     *,
     end_token: bool = False,
+    bos: Bos = "auto",
     progress: Progress | None = None,
 ) -> list[TokenizedDocument]:
-    """Tokenize documents, without special tokens.
+    """Tokenize documents, each behind the beginning that the tokenizer gives a text.
 
     Args:
         docs: documents; their order gives the numbers.
         tokenizer: any tokenizer of transformers.
         max_tokens_per_doc: only the first so many tokens of each.
         end_token: put the end-of-text token behind each document that was not cut.
+        bos: see `moekit.data.encoding.beginning`; it counts among the tokens.
         progress: told of each document.
 
     Raises:
         BadData: all documents together have fewer than two tokens, of which nothing can be predicted.
     """
     end = tokenizer.eos_token_id if end_token else None
+    begins = beginning(tokenizer, bos)
     tokenized = []
     for index, document in track(list(enumerate(docs)), "tokenizing", progress):
-        text = document.text
-        if max_tokens_per_doc is not None:
-            # Few tokens are longer than 16 characters: no need to tokenize a novel for its first page.
-            text = text[: 16 * max_tokens_per_doc]
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if end is not None and len(text) == len(document.text):
+        # Few tokens are longer than 16 characters: no need to tokenize a novel for its first page.
+        characters = None if max_tokens_per_doc is None else 16 * max_tokens_per_doc
+        ids = encode_document(document, tokenizer, bos=bos, characters=characters)
+        whole = characters is None or len(document.text) <= characters
+        if end is not None and whole and ids and ids[-1] != end:
             ids.append(end)
         ids = ids[:max_tokens_per_doc]
         if ids:
-            tokenized.append(TokenizedDocument(ids, document.domain, index))
+            tokenized.append(begun(ids, document.domain, index, begins))
     if sum(len(d.ids) for d in tokenized) < 2:
         raise BadData("the text has fewer than two tokens", hint="give more text: nothing can be predicted from this")
     return tokenized
+
+
+def begun(ids: list[int], domain: str, index: int, begins: Sequence[int]) -> TokenizedDocument:
+    """A document that knows how many of its ids are the beginning that all have."""
+    return TokenizedDocument(ids, domain, index, begins=len(begins) if ids[: len(begins)] == list(begins) else 0)
 
 
 def _rows(
@@ -230,7 +246,8 @@ def arrange(
             document_RS[r, here] = document.index
             domain_RS[r, here] = number[document.domain]
             at += stop - start
-    return TokenBatches(ids_RS, document_RS, domain_RS, domains)
+    begins = {tuple(document.ids[: document.begins]) for document in tokenized}
+    return TokenBatches(ids_RS, document_RS, domain_RS, domains, max(begins, key=len, default=()))
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -249,10 +266,11 @@ def pack(
     pad: bool = False,
     max_tokens_per_doc: int | None = None,
     end_token: bool = False,
+    bos: Bos = "auto",
     progress: Progress | None = None,
 ) -> TokenBatches:
     """Tokenize documents and lay them out in rows: `tokenize`, then `arrange`."""
-    tokenized = tokenize(docs, tokenizer, max_tokens_per_doc, end_token=end_token, progress=progress)
+    tokenized = tokenize(docs, tokenizer, max_tokens_per_doc, end_token=end_token, bos=bos, progress=progress)
     return arrange(tokenized, seq_len, pad=pad, pad_id=pad_id_of(tokenizer))
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from moekit._progress import Progress, track
-from moekit.data.batches import TokenizedDocument, tokenize
+from moekit.data.batches import TokenizedDocument, begun, tokenize
+from moekit.data.encoding import Bos, beginning, encode_document
 from moekit.data.text import Document
 from moekit.errors import BadData
 
@@ -28,14 +29,16 @@ def take_shares(
     tokenizer: PreTrainedTokenizerBase,
     most: int | None,
     *,
+    bos: Bos = "auto",
     progress: Progress | None = None,
 ) -> list[TokenizedDocument]:
-    """Tokenize at most so many tokens, without special tokens.
+    """Tokenize at most so many tokens, beginnings of documents among them.
 
     Args:
         documents: the text; their order gives the numbers.
         tokenizer: any tokenizer of transformers.
         most: tokens, at most; None for all.
+        bos: see `moekit.data.encoding.beginning`.
         progress: told of each document.
 
     Returns:
@@ -45,7 +48,7 @@ def take_shares(
         BadData: fewer than two tokens, of which nothing can be predicted.
     """
     if most is None:
-        return tokenize(documents, tokenizer, progress=progress)
+        return tokenize(documents, tokenizer, bos=bos, progress=progress)
     by_domain: dict[str, list[int]] = {}
     for number, document in enumerate(documents):
         by_domain.setdefault(document.domain, []).append(number)
@@ -54,28 +57,31 @@ def take_shares(
     taken: dict[int, list[int]] = {}
     left = most
     for place, numbers in enumerate(track(order, "tokenizing", progress)):
-        texts = [documents[n].text for n in numbers]
-        for at, ids in _fill(texts, tokenizer, left // (len(order) - place)):
+        chosen = [documents[n] for n in numbers]
+        for at, ids in _fill(chosen, tokenizer, left // (len(order) - place), bos):
             taken[numbers[at]] = ids
             left -= len(ids)
-    found = [TokenizedDocument(ids, documents[n].domain, n) for n, ids in sorted(taken.items())]
+    begins = beginning(tokenizer, bos)
+    found = [begun(ids, documents[n].domain, n, begins) for n, ids in sorted(taken.items())]
     if sum(len(document.ids) for document in found) < 2:
         raise BadData("the text has fewer than two tokens", hint="give more text: nothing can be predicted from this")
     return found
 
 
-def _fill(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, share: int) -> Iterator[tuple[int, list[int]]]:
-    """Numbers of texts, and what is read of each, until there are enough tokens."""
-    count = min(len(texts), max(1, -(-share // USEFUL)))
-    spread = [round(i * (len(texts) - 1) / max(1, count - 1)) for i in range(count)]
-    rest = sorted(set(range(len(texts))) - set(spread))
+def _fill(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, share: int, bos: Bos
+) -> Iterator[tuple[int, list[int]]]:
+    """Numbers of documents, and what is read of each, until there are enough tokens."""
+    count = min(len(documents), max(1, -(-share // USEFUL)))
+    spread = [round(i * (len(documents) - 1) / max(1, count - 1)) for i in range(count)]
+    rest = sorted(set(range(len(documents))) - set(spread))
     left = share
     # Short ones first, so that long ones know what is left for them.
-    for place, number in enumerate([*sorted(spread, key=lambda n: len(texts[n])), *rest]):
+    for place, number in enumerate([*sorted(spread, key=lambda n: len(documents[n].text)), *rest]):
         if left < 1:
             return
         each = min(left, -(-left // (count - place)) if place < count else USEFUL)
-        ids = list(tokenizer(texts[number][: _CHARACTERS * each], add_special_tokens=False, verbose=False)["input_ids"])
+        ids = encode_document(documents[number], tokenizer, bos=bos, characters=_CHARACTERS * each)
         if ids := ids[:each]:
             yield number, ids
             left -= len(ids)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moekit._files import read_text
 from moekit._progress import Progress
+from moekit.data.formats import SUFFIXES, Messages, read_records
 from moekit.data.mixes import MIXES, resolve_mix
 from moekit.data.sources import all_sources, get_source
 from moekit.data.sources.base import Source
 from moekit.data.split import Split, sample, split_texts
 from moekit.errors import BadConfig, BadData, printable
 
-SUFFIXES = (".txt", ".jsonl")
+logger = logging.getLogger(__name__)
+
+# Files that are not read are named, up to so many.
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class Document:
         text: plain text, never blank.
         domain: what kind of text it is; statistics and perplexities are reported per domain.
         source: where it came from: a path, or source and name within it.
+        messages: role and content of each turn, where it is a conversation; `text` is then their contents.
     """
 
     text: str
     domain: str
     source: str
+    messages: Messages = ()
 
 
 def load_text(
@@ -45,9 +50,9 @@ def load_text(
     """Load documents.
 
     Args:
-        spec: a .txt or .jsonl file (field `text`, optional `domain`); a folder, in which each file or sub-folder is a
-            domain; the name of a source (`moekit data list`) or mix ("demo", "six-domains"); a data set id on the hub,
-            `name` or `name:config`; or several of these joined by `+`.
+        spec: a file of plain text, or of JSON records (see `moekit.data.formats`); a folder, in which each file or
+            sub-folder is a domain; the name of a source (`moekit data list`) or mix ("demo", "six-domains"); a data
+            set id on the hub, `name` or `name:config`; or several of these joined by `+`.
         split: "train" or "heldout", which never overlap; None for all. See `moekit.data.split.split_texts`.
         limit_bytes: UTF-8 bytes in all, shared evenly among the domains; excerpts are then drawn at random. None
             keeps everything, in order.
@@ -78,10 +83,16 @@ def load_text(
         kept = split_texts([d.text for d in documents], split)
         if share is not None:
             kept = sample(kept, share, seed)
-        chosen += [Document(text, documents[i].domain, documents[i].source) for i, text in kept]
+        chosen += [_part(documents[i], text) for i, text in kept]
     if not chosen:
         raise BadData(f"no text is left of {spec!r}", hint=f"it is too short for split {split} and limit {limit_bytes}")
     return chosen
+
+
+def _part(document: Document, text: str) -> Document:
+    """A document, or a part of its text; a conversation that was cut is plain text."""
+    messages = document.messages if text == document.text else ()
+    return Document(text, document.domain, document.source, messages)
 
 
 # name, org/name, either with :config
@@ -115,57 +126,34 @@ def _load_part(spec: str, progress: Progress | None) -> Iterator[Document]:
             yield Document(text, spec.partition(":")[0], where)
 
 
-def _read(path: Path) -> str:
-    try:
-        return read_text(path)
-    except UnicodeDecodeError as error:
-        raise BadData(
-            f"is not UTF-8 text (byte {error.start})", file=path, hint="convert it, for example with iconv"
-        ) from error
-    except OSError as error:
-        raise BadData(f"cannot be read: {error.strerror}", file=path) from error
-
-
 def _load_file(path: Path, domain: str) -> Iterator[Document]:
-    if path.suffix != ".jsonl":
-        yield Document(_read(path), domain, printable(str(path)))
-        return
-    # Not splitlines(): JSON strings may hold other line separators unescaped.
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadData(f"line {number} is not JSON: {error}", file=path, hint="one JSON object a line") from error
-        text = fields.get("text") if isinstance(fields, dict) else None
-        if not isinstance(text, str):
-            raise BadData(f"line {number} has no string field `text`", file=path, hint='{"text": "..."} a line')
-        named = str(fields.get("domain") or domain)
-        if not (_is_text(text) and _is_text(named)):
-            raise BadData(f"line {number} holds half a character (a lone surrogate)", file=path, hint="mend the line")
-        yield Document(text, named, printable(f"{path}:{number}"))
-
-
-def _is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8, which no tokenizer and no file does without."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    name = printable(str(path))
+    for record in read_records(path):
+        source = f"{name}:{record.line}" if record.line else name
+        yield Document(record.text, record.domain or domain, source, record.messages)
 
 
 def _load_folder(folder: Path) -> Iterator[Document]:
-    found = False
+    """Files in order of their names; what is not read is said."""
+    found, passed = False, []
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
-        files = sorted(entry.rglob("*")) if entry.is_dir() else [entry]
-        for path in files:
-            if path.suffix in SUFFIXES and path.is_file():
-                found = True
-                # A name of bytes that are no UTF-8 is a domain all the same, in what of it can be written.
-                yield from _load_file(path, printable(entry.stem if entry.is_file() else entry.name))
+        for path in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
+            if path.is_dir() or path.name.startswith("."):
+                continue
+            if path.suffix not in SUFFIXES or not path.is_file() or not path.stat().st_size:
+                passed.append(path)
+                continue
+            found = True
+            # A name of bytes that are no UTF-8 is a domain all the same, in what of it can be written.
+            yield from _load_file(path, printable(entry.stem if entry.is_file() else entry.name))
     if not found:
-        raise BadData(f"the folder holds no {' or '.join(SUFFIXES)} file", file=folder, hint="rename or convert them")
+        raise BadData(
+            f"the folder holds no {', '.join(SUFFIXES)} file with text", file=folder, hint="rename or convert them"
+        )
+    if passed:
+        names = ", ".join(printable(str(path.relative_to(folder))) for path in passed[:_NAMED])
+        more = f" and {len(passed) - _NAMED} more" if len(passed) > _NAMED else ""
+        why = f"not read, as they are empty or none of {', '.join(SUFFIXES)}"
+        logger.warning("%s: %s: %s%s", printable(str(folder)), why, names, more)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from moekit._progress import Progress, track
 from moekit.data import vocabulary
+from moekit.data.encoding import encode
 from moekit.errors import BadConfig, BadData
 from moekit.evaluation.likelihood import Scorer, evaluating
 from moekit.evaluation.windows import Window, by_length
@@ -126,7 +127,7 @@ def complete(
     """
     if max_new_tokens < 1:
         raise BadConfig(f"max_new_tokens is {max_new_tokens}", hint="choose at least 1")
-    encoded = [tuple(int(i) for i in tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    encoded = [tuple(encode(prompt, tokenizer)) for prompt in prompts]
     if not encoded or not all(encoded):
         raise BadData("there is nothing to continue: no prompt, or an empty one", hint="give at least one word")
     vocabulary.check(max(max(ids) for ids in encoded), vocabulary.embedding_rows(model))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moekit._memory import is_out_of_memory
 from moekit.errors import NumericFault, OutOfBudget
 from moekit.evaluation.windows import Window
 
@@ -96,7 +97,7 @@ class Scorer:
         try:
             return self._score(windows)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         if len(windows) == 1:
             raise OutOfBudget(
@@ -173,7 +174,3 @@ def pad(windows: Sequence[Window], device: torch.device) -> tuple[Tensor, Tensor
         ids_BS[row, : len(window.inputs)] = torch.as_tensor(window.inputs, dtype=torch.int64)
         mask_BS[row, : len(window.inputs)] = 1
     return ids_BS.to(device), mask_BS.to(device)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

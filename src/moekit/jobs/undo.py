@@ -83,9 +83,18 @@ def undo(folder: str | Path, *, keep: str | Path) -> Parent:
         BadConfig: see `find_parent`; or `keep` is taken.
         BadCheckpoint: see `find_parent`.
     """
-    found = find_parent(folder)
-    copy_folder(found.folder, Path(keep), overwrite=False)
-    copy_folder(found.parent, found.folder, overwrite=True)
+    found, keep = find_parent(folder), Path(keep)
+    if keep.exists():
+        raise BadConfig("something is there already", file=keep, hint="move it away, or name another place (--keep)")
+    changed = found.folder.stat().st_ino
+    copy_folder(found.folder, keep, overwrite=False)
+    try:
+        copy_folder(found.parent, found.folder, overwrite=True)
+    except BaseException:
+        # As it was, if it still is: what was kept would stand in the way of the next try.
+        if found.folder.is_dir() and found.folder.stat().st_ino == changed:
+            shutil.rmtree(keep, ignore_errors=True)
+        raise
     return found
 
 

@@ -26,16 +26,15 @@ from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import read_extra_tensors, seal
 from moekit.checkpoint.names import text_config
-from moekit.checkpoint.record import Expectations, PolicyEntry, Record
+from moekit.checkpoint.parts import PartEntry
+from moekit.checkpoint.record import Expectations, Record
 from moekit.checkpoint.shards import ShardWriter
 from moekit.checkpoint.small_files import copy_small_files
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.placement.plan import Placement
-from moekit.routing.attach import active_policy, attach_policy, detach_policy
-from moekit.routing.plan import make_policy
-
-# Prefix of a routing policy's tensors in moekit.safetensors: "routing.<layer>.<name>".
-_POLICY_PREFIX = "routing"
+from moekit.runtime.attachment import without_parts
+from moekit.runtime.permute import permute_parts
+from moekit.runtime.saved import permuted_tensors
 
 
 def routing_groups(config: Mapping[str, Any] | Any) -> int:
@@ -95,7 +94,7 @@ def _check(placement: Placement, counts: Mapping[int, int], groups: int, equal: 
 
 
 def apply_placement(model: PreTrainedModel, placement: Placement) -> None:
-    """Reorder a live model's experts in place; a routing policy's lists follow.
+    """Reorder a live model's experts in place; the tensors of attached parts follow.
 
     Args:
         model: the model.
@@ -109,22 +108,9 @@ def apply_placement(model: PreTrainedModel, placement: Placement) -> None:
     counts = {layer.index: layer.geometry.experts for layer in find_moe_layers(model)}
     _check(placement, counts, routing_groups(model.config), equal=False)
     orders = placement.orders()
-    active = active_policy(model)
-    if active is None:
+    with without_parts(model):
         permute_all(model, orders)
-        return
-    policy, tensors = active
-    # Reorder the lists first: a policy that cannot is refused before anything moved.
-    moved = {layer: policy.permute(named, orders.get(layer, range(counts[layer]))) for layer, named in tensors.items()}
-    detach_policy(model)
-    reached = tensors
-    try:
-        permute_all(model, orders)
-        reached = moved
-    finally:
-        for layer in find_moe_layers(model):
-            if layer.index in reached:
-                attach_policy(layer, policy, reached[layer.index])
+    permute_parts(model, orders)
 
 
 def permute_all(model: nn.Module, orders: Mapping[int, Sequence[int]]) -> None:
@@ -145,25 +131,17 @@ def permute_all(model: nn.Module, orders: Mapping[int, Sequence[int]]) -> None:
         raise
 
 
-def _permuted_policy(
-    entry: PolicyEntry | None, tensors: Mapping[str, torch.Tensor], orders: Mapping[int, Sequence[int]], path: Path
+def _permuted_extra(
+    parts: Sequence[PartEntry], tensors: Mapping[str, torch.Tensor], orders: Mapping[int, Sequence[int]], path: Path
 ) -> dict[str, torch.Tensor]:
-    named: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        prefix, _, rest = key.partition(".")
-        if entry is None or prefix != _POLICY_PREFIX:
-            raise BadConfig(
-                f"how the extra tensor {key!r} follows reordered experts is not known",
-                file=path,
-                hint="place the parent checkpoint, before this change",
-            )
-        layer, _, name = rest.partition(".")
-        named.setdefault(int(layer), {})[name] = tensor
-    if entry is None:
-        return {}
-    policy = make_policy(entry.name, entry.config)
-    moved = {layer: policy.permute(t, orders[layer]) if layer in orders else t for layer, t in named.items()}
-    return {f"{_POLICY_PREFIX}.{layer}.{name}": t for layer, group in moved.items() for name, t in group.items()}
+    moved = permuted_tensors(parts, tensors, orders)
+    for key in tensors.keys() - moved.keys():
+        raise BadConfig(
+            f"how the extra tensor {key!r} follows reordered experts is not known",
+            file=path,
+            hint="place the parent checkpoint, before this change",
+        )
+    return moved
 
 
 def place_checkpoint(
@@ -178,7 +156,7 @@ def place_checkpoint(
 ) -> Record:
     """Write a stock checkpoint whose experts lie in the placement's order: equal logits, contiguous device blocks.
 
-    Streams one tensor at a time. A routing policy in the source's record is carried along, its lists reordered.
+    Streams one tensor at a time. Parts in the source's record are carried along, their tensors reordered.
 
     Args:
         source: folder, hub id or opened checkpoint.
@@ -203,8 +181,8 @@ def place_checkpoint(
     counts = expert_counts(shapes)
     _check(placement, counts, routing_groups(checkpoint.config), equal)
     orders = placement.orders()
-    entry = checkpoint.record.policy if checkpoint.record is not None else None
-    extra = _permuted_policy(entry, read_extra_tensors(checkpoint.path), orders, checkpoint.path)
+    parts = checkpoint.record.parts if checkpoint.record is not None else []
+    extra = _permuted_extra(parts, read_extra_tensors(checkpoint.path), orders, checkpoint.path)
     record = Record(
         command=command,
         parent=str(source if not isinstance(source, Checkpoint) else checkpoint.path),
@@ -213,7 +191,7 @@ def place_checkpoint(
         plan_hash=placement.hash,
         config={"devices": placement.devices, "nodes": placement.nodes, "solver": placement.solver, "orders": orders},
         scores={"objective": placement.objective, "bound": placement.bound},
-        policy=entry,
+        parts=parts,
         expectations=Expectations(experts=counts),
     )
     with atomic_folder(target, overwrite=overwrite, need_bytes=checkpoint.nbytes) as temporary:

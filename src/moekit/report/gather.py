@@ -17,6 +17,7 @@ from moekit.report.run_info import describe_run
 from moekit.report.sections.c2r import Curve, CurvePoint, curve_findings, curve_section, headline, key_figures
 from moekit.report.sections.evaluations import comparison_section, relative
 from moekit.report.sections.placements import PlacementRow, placement_section
+from moekit.report.sections.pruned import pruned_section
 from moekit.report.sections.super_experts import super_expert_finding, super_expert_sections
 from moekit.report.sections.traces import Coactivations, by_layer_section, coactivation_section, load_section
 from moekit.trace import Trace, summarise
@@ -51,6 +52,9 @@ def report_data(inputs: ReportInputs) -> ReportData:
     studies = load_studies(inputs.super_experts, inputs.finished)
     for name, study in studies.items():
         sections += super_expert_sections(study, name if len(studies) > 1 else "")
+    pruned = pruned_section(inputs.finished)
+    if pruned is not None:
+        sections.append(pruned)
     if inputs.finished:
         sections.append(_steps_section(inputs.finished))
     found = [super_expert_finding(study) for study in studies.values()]

@@ -44,10 +44,11 @@ def build(data: ReportData, out: str | Path, *, strict: bool = True) -> Path:
         page = page / "report.html"
     if page.suffix != ".html":
         raise BadConfig(f"a report is an .html file, not {page.name!r}", hint="end the name in .html, or name a folder")
-    page.parent.mkdir(parents=True, exist_ok=True)
     numbers = page.with_suffix(".json")
-    atomic_write(numbers, data.model_dump_json(indent=1))
-    atomic_write(page, to_html(data, numbers.name))
+    # Both texts first: what cannot be said leaves no empty folder.
+    texts = {numbers: data.model_dump_json(indent=1), page: to_html(data, numbers.name)}
+    for file, text in texts.items():
+        atomic_write(file, text)
     if strict and data.failures:
         raise BadData(
             f"the report says that the measurement failed: {data.failures[0]}",

@@ -24,8 +24,9 @@ from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.safety import load_tensors
 from moekit.errors import BadCheckpoint, BadConfig, BadData
-from moekit.routing.attach import attach_policy, detach_policy
-from moekit.routing.policy import PlanInputs, RoutingPolicy
+from moekit.runtime.attachment import attach, detach, reattach
+from moekit.runtime.part import PlanInputs, RuntimePart
+from moekit.runtime.router import ChoosePart, RouterPart
 
 PLAN_FILE = "plan.json"
 PLAN_TENSORS = "plan.safetensors"
@@ -85,7 +86,7 @@ class RoutingPlan:
         self.scores = {layer: dict(named) for layer, named in (scores or {}).items()}
 
     @property
-    def policy(self) -> RoutingPolicy:
+    def policy(self) -> RouterPart:
         """The policy object, made from name and knobs."""
         return make_policy(self.header.policy, self.header.config)
 
@@ -145,14 +146,17 @@ class RoutingPlan:
         return RoutingPlan(self.header.model_copy(update={"fingerprint": ""}), tensors)
 
     def apply(self, model: nn.Module, *, fingerprint: str = "") -> None:
-        """Make a live model route by this plan; stock routing is restored if any layer refuses.
+        """Make a live model route by this plan, whole or not at all.
+
+        It replaces what was attached by an earlier plan of the same policy and, if it chooses, whatever chose before;
+        parts of other stages stay and compose with it.
 
         Args:
             model: the model.
             fingerprint: the model's, compared with the plan's where both are known.
 
         Raises:
-            BadConfig: the plan was made for another model.
+            BadConfig: the plan was made for another model, or lacks tensors. The model routes as before.
         """
         if self.header.fingerprint and fingerprint and fingerprint != self.header.fingerprint:
             raise BadConfig(
@@ -168,11 +172,16 @@ class RoutingPlan:
                     hint=f"the model has MoE layers {sorted(layers)}; the plan belongs to another model",
                 )
         policy = self.policy
+
+        def gives_way(other: RuntimePart) -> bool:
+            return type(other) is type(policy) or (isinstance(other, ChoosePart) and isinstance(policy, ChoosePart))
+
+        replaced = detach(model, "router", only=gives_way)
         try:
-            for index in self.header.layers:
-                attach_policy(layers[index], policy, self.tensors[index])
+            attach(model, policy, {index: self.tensors[index] for index in self.header.layers})
         except BaseException:
-            detach_policy(model)
+            for attachment in replaced:
+                reattach(model, attachment)
             raise
 
 
@@ -197,19 +206,19 @@ def _read_parts(file: Path, layers: Sequence[int]) -> dict[str, dict[int, dict[s
     return parts
 
 
-def make_policy(name: str, config: Mapping[str, Any]) -> RoutingPolicy:
+def make_policy(name: str, config: Mapping[str, Any]) -> RouterPart:
     """A policy from its catalogue name and knobs.
 
     Raises:
         BadConfig: unknown name, or knobs it refuses.
     """
-    policy: RoutingPolicy = catalogue.make("routing", name, config)
+    policy: RouterPart = catalogue.make("routing", name, config)
     return policy
 
 
 def plan_routing(
     layers: Sequence[MoELayer],
-    policy: RoutingPolicy,
+    policy: RouterPart,
     name: str,
     statistics: Mapping[int, Mapping[str, Tensor]] | None = None,
     *,

@@ -248,10 +248,16 @@ class LabelAccumulator:
             self._kept.append(labels)
         return labels
 
-    def data(self, source: str, domains: Sequence[str]) -> list[DataEntry]:
+    def data(self, source: str, domains: Sequence[str], begins: Sequence[int] = ()) -> list[DataEntry]:
         """Documents and tokens by domain."""
         return [
-            DataEntry(source=source, domain=name, documents=len(self._documents[d]), tokens=self._tokens[d])
+            DataEntry(
+                source=source,
+                domain=name,
+                documents=len(self._documents[d]),
+                tokens=self._tokens[d],
+                begins=tuple(begins),
+            )
             for d, name in enumerate(domains)
             if d in self._tokens
         ]

@@ -26,6 +26,7 @@ def assemble(
     *,
     names: Sequence[str],
     source: str,
+    begins: Sequence[int],
     told: Mapping[str, Any],
 ) -> Trace:
     """Make a trace.
@@ -36,6 +37,7 @@ def assemble(
         domains: names of the domains, by number.
         names: of the statistics.
         source: where the text came from.
+        begins: ids that each document was read behind.
         told: model, fingerprint, routing, tokenizer, seed, as `TraceMeta` takes them.
     """
     numbers = sorted(records)
@@ -43,7 +45,7 @@ def assemble(
     statistics = Statistics({number: records[number].statistics for number in numbers}) if names else None
     meta = TraceMeta(
         **told,
-        data=labels.data(source, domains),
+        data=labels.data(source, domains, begins),
         layers=numbers,
         experts=[record.geometry.experts for record in ordered],
         top_k=[record.top_k for record in ordered],

@@ -79,10 +79,10 @@ def _merge_two(first: AnyTrace, second: AnyTrace, shared: bool) -> AnyTrace:
 
 
 def _merge_data(first: list[DataEntry], second: list[DataEntry], shared: bool) -> list[DataEntry]:
-    merged: dict[tuple[str, str], DataEntry] = {(e.source, e.domain): e for e in first}
+    merged = {(e.source, e.domain, e.begins): e for e in first}
     for entry in second:
-        key = (entry.source, entry.domain)
-        known = merged.get(key, DataEntry(source=entry.source, domain=entry.domain, documents=0, tokens=0))
+        key = (entry.source, entry.domain, entry.begins)
+        known = merged.get(key, entry.model_copy(update={"documents": 0, "tokens": 0}))
         # Ranks that share a text may share documents; the larger number is what is certain.
         number = max(known.documents, entry.documents) if shared else known.documents + entry.documents
         merged[key] = known.model_copy(update={"documents": number, "tokens": known.tokens + entry.tokens})
@@ -121,13 +121,12 @@ def _computable(trace: TraceData, name: str) -> bool:
 
 
 def _selected_data(trace: TraceData, labels: TokenLabels) -> list[DataEntry]:
-    sources: dict[str, str] = {entry.domain: entry.source for entry in trace.meta.data}
+    entries = {entry.domain: entry for entry in trace.meta.data}
     found = []
     for number, name in enumerate(trace.meta.domains):
         here = labels.domain_N == number
         if bool(here.any()):
             documents = len(torch.unique(labels.document_N[here]))
-            found.append(
-                DataEntry(source=sources.get(name, ""), domain=name, documents=documents, tokens=int(here.sum()))
-            )
+            known = entries.get(name, DataEntry(source="", domain=name, documents=0, tokens=0))
+            found.append(known.model_copy(update={"documents": documents, "tokens": int(here.sum())}))
     return found

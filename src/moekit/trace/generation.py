@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moekit._progress import Progress, track
+from moekit.data.encoding import encode
 from moekit.errors import BadConfig, BadData
 from moekit.trace.live import Recorder
 from moekit.trace.recorder import evaluating
@@ -87,7 +88,7 @@ def _to_ids(prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase | None) -
         elif tokenizer is None:
             raise BadConfig("prompts are text, but no tokenizer was given", hint="pass tokenizer=, or token ids")
         else:
-            ids.append(list(tokenizer(text)["input_ids"]))
+            ids.append(encode(text, tokenizer))
         if not ids[-1]:
             raise BadData(f"prompt {number} has no tokens", hint="leave empty prompts out")
     return ids, domains

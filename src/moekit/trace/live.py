@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moekit.anatomy.probe import find_moe_layers
-from moekit.checkpoint.fingerprint import fingerprint_model
+from moekit.checkpoint.fingerprint import fingerprint_model, provenance_of
 from moekit.checkpoint.record import ancestors
 from moekit.errors import BadConfig, BadData, MoekitError, UnsupportedModel
 from moekit.trace.accumulator import LabelAccumulator, LayerAccumulator
@@ -86,7 +86,7 @@ class Recorder:
         self._told = {
             "model": str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
             "fingerprint": fingerprint,
-            "ancestors": ancestors(getattr(getattr(model, "_moekit", None), "record", None)),
+            "ancestors": ancestors(getattr(provenance_of(model), "record", None)),
             "routing": routing_of([place.moe for place in self._places if place.moe is not None]),
             "tokenizer": tokenizer_hash(tokenizer) if tokenizer is not None else "",
             "seed": recording.seed,
@@ -281,6 +281,7 @@ class Recorder:
             domains,
             names=[entry.name for entry in self._entries],
             source=self.recording.source,
+            begins=self.counter.begins,
             told=self._told,
         )
 

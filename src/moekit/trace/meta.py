@@ -40,6 +40,7 @@ class DataEntry(BaseModel):
         domain: name of its domain.
         documents: number of documents.
         tokens: number of tokens, padding not counted.
+        begins: ids that each document was read behind, such as the tokenizer's beginning token.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +49,7 @@ class DataEntry(BaseModel):
     domain: str
     documents: int = Field(ge=0)
     tokens: int = Field(ge=0)
+    begins: tuple[int, ...] = ()
 
 
 class TraceMeta(BaseModel):

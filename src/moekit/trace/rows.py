@@ -64,12 +64,14 @@ class Labels:
         document_BS: number of each token's document; None makes each row a document of its own.
         domain_BS: position of each token's domain in `domains`; None puts all into the first.
         domains: names of the domains.
+        begins: ids that each document begins with.
     """
 
     mask_BS: Tensor
     document_BS: Tensor | None = None
     domain_BS: Tensor | None = None
     domains: tuple[str, ...] = (UNNAMED_DOMAIN,)
+    begins: tuple[int, ...] = ()
 
     def rows(self, which_B: Tensor) -> Labels:
         """Labels of some rows."""
@@ -79,6 +81,7 @@ class Labels:
             None if document_BS is None else document_BS[which_B],
             None if domain_BS is None else domain_BS[which_B],
             self.domains,
+            self.begins,
         )
 
     def columns(self, width: int) -> Labels:
@@ -89,6 +92,7 @@ class Labels:
             None if document_BS is None else document_BS[:, :width],
             None if domain_BS is None else domain_BS[:, :width],
             self.domains,
+            self.begins,
         )
 
 
@@ -123,6 +127,7 @@ def read_batch(batch: Any) -> tuple[Tensor, Labels]:
         None if mapping else batch.document_BS.cpu(),
         None if mapping else batch.domain_BS.cpu(),
         (UNNAMED_DOMAIN,) if mapping else tuple(batch.domains),
+        () if mapping else tuple(batch.begins),
     )
     return ids.cpu(), labels
 
@@ -132,6 +137,7 @@ class RowCounter:
 
     def __init__(self) -> None:
         self.domains: list[str] = []
+        self.begins: tuple[int, ...] = ()
         self._sequences = 0
         self._documents = 0
         self._open: Rows | None = None
@@ -154,6 +160,7 @@ class RowCounter:
         else:
             self._documents = max(self._documents, int(document_BS.max()) + 1 if document_BS.numel() else 0)
         table = self._domain_table(labels.domains)
+        self.begins = labels.begins or self.begins
         domain_BS = torch.zeros(count, length, dtype=torch.int64) if labels.domain_BS is None else labels.domain_BS
         rows = Rows(
             mask_BS=mask_BS,

@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moekit.anatomy.probe import MoELayer, ask_router, find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
+from moekit.runtime.slots import parts_on
 from moekit.trace.meta import STOCK_ROUTING
 
 IMPLEMENTATION = "moekit_recording"
@@ -99,9 +100,9 @@ def refuse_compiled(model: nn.Module) -> None:
 
 
 def routing_of(layers: Sequence[MoELayer]) -> str:
-    """How a model routes: "stock", or the policy that is attached, with its knobs."""
-    policies = {repr(getattr(layer.router, "_moekit_policy", None)) for layer in layers}
-    return STOCK_ROUTING if policies == {"None"} else " | ".join(sorted(policies))
+    """How a model routes: "stock", or the router parts that are attached, with their knobs."""
+    told = {" + ".join(map(repr, parts_on(layer.router))) or STOCK_ROUTING for layer in layers}
+    return " | ".join(sorted(told))
 
 
 def recorded_layers(model: nn.Module, wanted: Sequence[int] | None) -> list[MoELayer]:

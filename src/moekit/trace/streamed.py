@@ -240,7 +240,8 @@ class Streamed:
             "seed": seed,
         }
         names = [entry.name for entry in self.entries]
-        return assemble(self.records, self.labels, self.domains, names=names, source=source, told=told)
+        begins = self.counter.begins
+        return assemble(self.records, self.labels, self.domains, names=names, source=source, begins=begins, told=told)
 
     def _key(self) -> str:
         digest = hashlib.sha256(self.checkpoint.fingerprint.encode())

@@ -9,7 +9,9 @@ from moekit.errors import BadConfig, BadData
 from moekit.trace.domains import DomainReport, choose_unit, domain_report, mean_report
 from moekit.trace.metrics import Collaboration, LoadBalance, collaboration, load_balance, mean_collaboration
 from moekit.trace.recording import Recording
+from moekit.trace.statistics import Statistics
 from moekit.trace.store import Trace
+from moekit.trace.vocabulary import get
 
 
 class LayerSummary(BaseModel):
@@ -63,17 +65,37 @@ _COUNTS = ("load", "coactivation", "domain_load")
 
 
 def check_summary(recording: Recording) -> None:
-    """Refuse what is going to be recorded if no summary could be made of it.
+    """Refuse what is going to be recorded of experts if no summary could be made of it.
 
     Raises:
         BadConfig: neither choices are kept, nor does a statistic count them; or a statistic is unknown.
     """
     names = [entry.name for entry in recording.entries]
-    if not recording.keeps_choices and not set(names) & set(_COUNTS):
+    if recording.routed and not recording.keeps_choices and not set(names) & set(_COUNTS):
         raise BadConfig(
             f"neither choices nor their counts would be kept, only {', '.join(names) or 'nothing'}",
             hint="keep the choices, or record a statistic that counts them too (load, coactivation or domain_load)",
         )
+
+
+def single_figures(statistics: Statistics) -> dict[int, dict[str, float]]:
+    """Statistics that are one number a layer: sums as means over tokens, extremes as they are.
+
+    Args:
+        statistics: of a trace.
+
+    Returns:
+        Decoder layer -> name -> number.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for layer, stats in statistics.items():
+        found[layer] = {}
+        for name, value in stats.items():
+            entry = get(name)
+            if not entry.shape:
+                over = max(stats.tokens, 1) if entry.rule == "sum" else 1
+                found[layer][name] = float(value) / over
+    return found
 
 
 def summarise(

@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moekit.errors import BadConfig, NumericFault, UnsupportedModel
+from moekit.runtime.losses import attach_loss
+from moekit.runtime.tracker import tell_step
 from moekit.training.balance import BiasBalancer
 from moekit.training.collector import Routed, RouterCollector
 from moekit.training.figures import RoutingFigures, RoutingMeter
@@ -30,26 +32,6 @@ from moekit.training.layers import trained_layers
 from moekit.training.losses import balance_loss, cv_squared, expert_load, importance, z_loss
 
 logger = logging.getLogger(__name__)
-
-
-class _Attach(torch.autograd.Function):
-    """Identity on weights whose backward also sends a gradient of one into a loss."""
-
-    @staticmethod
-    def forward(ctx: Any, weights_TK: Tensor, loss: Tensor) -> Tensor:
-        ctx.like = (loss.dtype, loss.device)
-        return weights_TK.view_as(weights_TK)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
-        dtype, device = ctx.like
-        return grads[0], torch.ones((), dtype=dtype, device=device)
-
-
-def attach_loss(weights_TK: Tensor, loss: Tensor) -> Tensor:
-    """Weights that equal `weights_TK` and whose backward adds the gradient of `loss` (a scalar) to the graph."""
-    attached: Tensor = _Attach.apply(weights_TK, loss)  # type: ignore[no-untyped-call]
-    return attached
 
 
 class MoECallback(TrainerCallback):  # type: ignore[misc]
@@ -151,6 +133,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
             if rest and state.global_step % updates == updates - 1:
                 count = rest
         self._share = 1.0 / count
+        tell_step(kwargs["model"], step=state.global_step, steps=state.max_steps, share=self._share)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the selection biases; before a checkpoint is written, so that it holds them."""

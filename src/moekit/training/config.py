@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.training.figures import RoutingFigures
 from moekit.training.lora import LoraSettings
 
@@ -35,6 +36,7 @@ class TrainConfig(BaseModel):
     batch: int = Field(default=4, ge=1, description="rows of a micro-batch, on each device")
     accumulation: int = Field(default=1, ge=1, description="micro-batches of an optimizer step")
     end_token: bool = Field(default=True, description="mark the ends of documents")
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     pad: bool = Field(default=False, description="start each document in a row of its own")
 
     balance_coef: float = Field(default=0.0, ge=0, description="factor on each layer's balance loss")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from moekit.anatomy.probe import MoELayer, decoder_index
+from moekit.checkpoint.names import PARTS as PARTS_NAME
 from moekit.errors import BadConfig
 from moekit.training.layers import moe_layers, trained_layers
 
@@ -105,6 +106,14 @@ def _embedding_ids(model: nn.Module) -> set[int]:
     return found
 
 
+# Parameters of runtime parts that all layers share hang below the base model, by slot.
+_SHARED_PARTS = {"router": "router", "experts": "experts"}
+
+
+def _slot_of_shared(name: str) -> str:
+    return name.partition(f"{PARTS_NAME}.")[2].partition(".")[0]
+
+
 def _block_part(name: str, layer: MoELayer) -> str | None:
     """The part of a parameter below a MoE block, by its path."""
     if name.startswith(f"{layer.router_name}."):
@@ -127,7 +136,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     for full, parameter in model.named_parameters():
         name = _WRAPPER.sub("", full)
         block = next((layer for prefix, layer in blocks.items() if name.startswith(prefix)), None)
-        inside = _block_part(name, block) if block is not None else None
+        inside = _block_part(name, block) if block is not None else _SHARED_PARTS.get(_slot_of_shared(name))
         if "lora_" in name:
             part = "adapters"
         elif id(parameter) in embeddings:

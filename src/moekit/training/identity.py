@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from moekit._files import read_text
@@ -16,7 +17,7 @@ from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.fingerprint import live_fingerprint
 from moekit.data.batches import TokenBatches
 from moekit.errors import BadConfig
-from moekit.routing.attach import active_policy
+from moekit.runtime.saved import entries
 from moekit.training.compute import resolve_precision
 from moekit.training.config import TrainConfig
 from moekit.training.distribution import Distribution
@@ -41,19 +42,16 @@ def run_identity(
 
     Where ranks share a model, another number of them may continue it, if each step keeps its rows.
     """
-    policy = active_policy(model)
-    routing = hashlib.sha256()
-    if policy is not None:
-        routing.update(f"{policy[0].__class__.__name__} {policy[0].model_dump_json()}".encode())
-        for layer, tensors in sorted(policy[1].items()):
-            for name, tensor in sorted(tensors.items()):
-                routing.update(f"{layer} {name}".encode() + tensor.cpu().contiguous().numpy().tobytes())
+    parts, tensors = entries(model)
+    routing = hashlib.sha256("".join(part.model_dump_json() for part in parts).encode())
+    for name, tensor in sorted(tensors.items()):
+        routing.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     text = hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.document_RS.numpy().tobytes())
     precision = resolve_precision(config.precision, model.device)  # "auto" may mean something else elsewhere
     settings = config.model_copy(update={"precision": precision})
     if distribution is not None:
         return {
-            "routing": "stock" if policy is None else routing.hexdigest(),
+            "routing": routing.hexdigest() if parts else "stock",
             "text": text.hexdigest(),
             "settings": settings.model_dump_json(exclude=_WATCHING | {"batch", "accumulation"}),
             "steps": steps,
@@ -62,7 +60,7 @@ def run_identity(
         }
     return {
         "model": live_fingerprint(model),
-        "routing": "stock" if policy is None else routing.hexdigest(),
+        "routing": routing.hexdigest() if parts else "stock",
         "text": text.hexdigest(),
         "settings": settings.model_dump_json(exclude=_WATCHING),
         "steps": steps,

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from moekit.anatomy.gate import Gate
+from moekit.anatomy.identify import identify_gate
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.errors import UnsupportedModel
-from moekit.routing.gate import Gate, identify_gate
 from moekit.training.losses import Scores
 
 

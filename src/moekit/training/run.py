@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from moekit._files import read_text
+from moekit._memory import naming_memory
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.checkpoint.stored import mark_stored
@@ -30,6 +31,7 @@ from moekit.training.distribution import Distribution
 from moekit.training.freeze import FreezeReport, train_only
 from moekit.training.head import sliced_cross_entropy
 from moekit.training.identity import RESULT_FILE, prepare_folder, run_identity
+from moekit.training.learning import check_routers_learn
 from moekit.training.lora import add_lora, merge_lora
 from moekit.training.order import OrderedRows, row_order
 from moekit.training.resume import (
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 WINDOWS = 20
 
 
+@naming_memory("training", "take a smaller batch or shorter rows, or a machine with more memory")
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -88,6 +91,7 @@ def train(
         BadConfig: the model or the tokenizer does not fit, or `output` holds another run.
         BadData: the text is empty.
         NumericFault: the loss or a router's logits became NaN or infinite.
+        OutOfBudget: memory ran out.
     """
     rows = _rows(model, tokenizer, documents, config, progress)
     held = None if heldout is None else _rows(model, tokenizer, heldout, config, progress)
@@ -139,7 +143,15 @@ def _rows(
     if tokenizer is None:
         raise BadConfig("text needs a tokenizer", hint="give the model's tokenizer, or rows of token ids")
     vocabulary.check(tokenizer, embedded)
-    return pack(documents, tokenizer, config.seq_len, pad=config.pad, end_token=config.end_token, progress=progress)
+    return pack(
+        documents,
+        tokenizer,
+        config.seq_len,
+        pad=config.pad,
+        end_token=config.end_token,
+        bos=config.bos,
+        progress=progress,
+    )
 
 
 @contextmanager
@@ -187,6 +199,8 @@ class _Run:
         if self.config.lora is None:
             self.report = train_only(self.model, self.config.parts)
             _check_types(self.model)
+            if self.distribution is None:  # parameters dealt out to ranks do not answer alone
+                check_routers_learn(self.model, self.config)
             yield
             return
         wrapped = self.model = add_lora(self.base, self.config.lora)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from moekit.checking import check
 from moekit.checkpoint.model import save
-from moekit.checkpoint.record import TENSORS_FILE, PolicyEntry, Record
+from moekit.checkpoint.parts import PartEntry
+from moekit.checkpoint.record import TENSORS_FILE, Record
 from tests.checkpoints import edit_json, edit_shard, plain, saved
 from tests.families import EXPERTS, build
 
@@ -497,10 +498,10 @@ def routed(tmp_path):
     """A checkpoint with a policy's partner lists for both layers."""
     generator = torch.Generator().manual_seed(0)
     lists = {
-        f"routing.{layer}.partners": torch.stack([torch.randperm(8, generator=generator) for _ in range(8)]).short()
+        f"constants.0.{layer}.partners": torch.stack([torch.randperm(8, generator=generator) for _ in range(8)]).short()
         for layer in (0, 1)
     }
-    record = Record(command="route", policy=PolicyEntry(name="c2r", config={"top_t": 3}, layers=[0, 1]))
+    record = Record(command="route", parts=[PartEntry(kind="routing", name="c2r", config={"top_t": 3}, layers=[0, 1])])
     save(build("qwen2_moe"), tmp_path / "routed", record=record, extra_tensors=lists)
     return tmp_path / "routed"
 
@@ -517,7 +518,7 @@ def test_sound_policies_pass(routed):
 
 def test_partner_list_of_another_layer(routed):
     def change(tensors):
-        tensors["routing.1.partners"] = tensors["routing.0.partners"].clone()
+        tensors["constants.0.1.partners"] = tensors["constants.0.0.partners"].clone()
 
     edit_extra(routed, change)
     (error,) = only(check(routed), "policy-of-another-layer")
@@ -526,15 +527,15 @@ def test_partner_list_of_another_layer(routed):
 
 
 def test_partner_lists_of_two_layers_swapped(routed):
-    edit_extra(routed, lambda t: swap(t, ["routing.0.partners"], ["routing.1.partners"]))
+    edit_extra(routed, lambda t: swap(t, ["constants.0.0.partners"], ["constants.0.1.partners"]))
     assert {f.layer for f in only(check(routed), "policy-of-another-layer")} == {0, 1}
 
 
 def test_other_damage_to_the_policy(routed, tmp_path):
     changes = {
-        "policy-tensor-changed": lambda t: t["routing.1.partners"][0, 0].add_(1),
-        "policy-tensor-missing": lambda t: t.pop("routing.1.partners"),
-        "policy-tensor-surplus": lambda t: t.update({"routing.7.partners": torch.zeros(8, 8)}),
+        "policy-tensor-changed": lambda t: t["constants.0.1.partners"][0, 0].add_(1),
+        "policy-tensor-missing": lambda t: t.pop("constants.0.1.partners"),
+        "policy-tensor-surplus": lambda t: t.update({"constants.0.7.partners": torch.zeros(8, 8)}),
     }
     for code, change in changes.items():
         twin = shutil.copytree(routed, tmp_path / code)
@@ -545,7 +546,7 @@ def test_other_damage_to_the_policy(routed, tmp_path):
 
 
 def test_policy_of_another_model(routed):
-    edit_json(routed / "moekit.json", lambda record: record["policy"].update(layers=[0, 1, 7]))
+    edit_json(routed / "moekit.json", lambda record: record["parts"][0].update(layers=[0, 1, 7]))
     assert {f.layer for f in only(check(routed), "policy-layer")} == {7}
 
 

@@ -9,7 +9,8 @@ import torch
 from moekit.checking import check
 from moekit.checking.report import Finding, make_report
 from moekit.checkpoint.model import save
-from moekit.checkpoint.record import PolicyEntry, Record
+from moekit.checkpoint.parts import PartEntry
+from moekit.checkpoint.record import Record
 from moekit.errors import BadCheckpoint, BadConfig, UnsafeInput
 from tests.checkpoints import edit_json, edit_shard, plain, saved, write_header
 from tests.families import FAMILIES, VOCAB, build
@@ -78,8 +79,8 @@ def test_an_edited_config_is_noticed(tmp_path):
 
 
 def test_policies_are_ignored_elsewhere(tmp_path):
-    lists = {"routing.0.partners": torch.arange(64).view(8, 8).short()}
-    record = Record(command="route", policy=PolicyEntry(name="c2r", config={"top_t": 3}, layers=[0]))
+    lists = {"constants.0.0.partners": (torch.arange(64) % 8).view(8, 8).short()}
+    record = Record(command="route", parts=[PartEntry(kind="routing", name="c2r", config={"top_t": 3}, layers=[0])])
     save(build("qwen2_moe"), tmp_path / "model", record=record, extra_tensors=lists)
     for target in ("vllm", "transformers"):
         report = check(tmp_path / "model", for_=target)

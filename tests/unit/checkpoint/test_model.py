@@ -5,11 +5,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from moekit.checkpoint import model as checkpoint_model
 from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import load, read_extra_tensors, save
-from moekit.checkpoint.record import PolicyEntry, Record
+from moekit.checkpoint.parts import PartEntry
+from moekit.checkpoint.record import Record
 from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain, saved
 from tests.families import EXPERTS, FAMILIES, TOP_K, VOCAB, build, logits
@@ -62,9 +62,9 @@ def test_the_record_tells_what_must_be_there(tmp_path):
 def test_the_card_names_base_model_licence_and_how(tmp_path):
     parent = plain(tmp_path / "parent")
     (parent / "README.md").write_text("---\nlicense: apache-2.0\n---\nHello\n")
-    entry = PolicyEntry(name="c2r", config={"top_t": 3}, layers=[0, 1])
-    record = RECORD.model_copy(update={"parent": str(parent), "policy": entry})
-    save(build("qwen2_moe"), tmp_path / "model", record=record, extra_tensors={"routing.0.x": torch.zeros(8)})
+    entry = PartEntry(kind="routing", name="c2r", config={"top_t": 3}, layers=[0, 1])
+    record = RECORD.model_copy(update={"parent": str(parent), "parts": [entry]})
+    save(build("qwen2_moe"), tmp_path / "model", record=record, extra_tensors={"constants.0.0.x": torch.zeros(8)})
     text = (tmp_path / "model" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["license"] == "apache-2.0"
@@ -77,9 +77,11 @@ def test_the_card_names_base_model_licence_and_how(tmp_path):
 
 
 def test_extra_tensors_come_back_and_stock_loaders_do_not_mistake_them(tmp_path):
-    model, extra = build("olmoe"), {"routing.0.partners": torch.arange(64, dtype=torch.int16).view(8, 8)}
+    model, extra = build("olmoe"), {"constants.0.0.partners": torch.arange(64, dtype=torch.int16).view(8, 8)}
     save(model, tmp_path / "model", record=RECORD, extra_tensors=extra)
-    assert torch.equal(read_extra_tensors(tmp_path / "model")["routing.0.partners"], extra["routing.0.partners"])
+    assert torch.equal(
+        read_extra_tensors(tmp_path / "model")["constants.0.0.partners"], extra["constants.0.0.partners"]
+    )
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert "moekit.safetensors" not in index["weight_map"].values()
     stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
@@ -91,22 +93,6 @@ def test_extra_tensors_come_back_and_stock_loaders_do_not_mistake_them(tmp_path)
 def test_without_extra_tensors_there_is_no_extra_file(tmp_path):
     names = {path.name for path in saved(tmp_path / "model").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "moekit.json", "README.md"}
-
-
-def test_policies_are_restored_by_whoever_registered(tmp_path, monkeypatch):
-    entry, extra = PolicyEntry(name="c2r", config={}, layers=[0]), {"routing.0.x": torch.ones(8)}
-    record = RECORD.model_copy(update={"policy": entry})
-    save(build("olmoe"), tmp_path / "model", record=record, extra_tensors=extra)
-    monkeypatch.setattr(checkpoint_model, "RESTORERS", [])
-    with pytest.raises(BadConfig, match="nothing that restores"):
-        load(tmp_path / "model")
-    load(tmp_path / "model", policy=False)
-    seen = []
-    monkeypatch.setattr(checkpoint_model, "RESTORERS", [lambda *arguments: seen.append(arguments)])
-    model = load(tmp_path / "model", device="cpu")
-    assert seen[0][0] is model
-    assert seen[0][1].policy == entry
-    assert torch.equal(seen[0][2]["routing.0.x"], extra["routing.0.x"])
 
 
 def test_an_existing_folder_is_replaced_only_if_told(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 import moekit
-from moekit.checkpoint.record import FORMAT, RECORD_FILE, Expectations, PolicyEntry, Record, TensorExpectation
+from moekit.checkpoint.parts import PartEntry
+from moekit.checkpoint.record import FORMAT, RECORD_FILE, Expectations, Record, TensorExpectation
 from moekit.errors import BadCheckpoint, UnsafeInput
 
 FULL = Record(
@@ -15,7 +16,7 @@ FULL = Record(
     plan_hash="cd",
     config={"top_t": 4},
     scores={"0": [0.5, 0.25]},
-    policy=PolicyEntry(name="c2r", config={"top_t": 4}, layers=[0, 3]),
+    parts=[PartEntry(kind="routing", name="c2r", config={"top_t": 4}, layers=[0, 3])],
     expectations=Expectations(
         experts={0: 8, 3: 4}, top_k=2, tensors={"a": TensorExpectation(dtype="F32", shape=[2], sha256="00")}
     ),

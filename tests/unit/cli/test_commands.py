@@ -64,21 +64,21 @@ def test_place_counts_rows(moekit: Moekit, made: Path, tmp_path: Path) -> None:
 
 def test_a_routed_model_is_restored_checked_and_undone(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     import moekit as library
-    from moekit.routing import active_policy
+    from moekit.runtime import attached
     from tests.families import logits
 
     routed = tmp_path / "routed"
     options = ("--trace", made / "trace", "--top-t", 2, "--write", "model")
     assert moekit("route", "c2r", made / "moe", routed, *options).code == 0
     model = library.load(routed, dtype=torch.float32, device="cpu")
-    assert active_policy(model)[0].top_t == 2  # type: ignore[index, attr-defined]
+    assert attached(model)[0].part.top_t == 2  # type: ignore[attr-defined]
     assert moekit("check", routed, "--parent", made / "moe").code == 0
     done = moekit("undo", routed)
     assert done.code == 0
     back = library.load(routed, dtype=torch.float32, device="cpu")
-    assert active_policy(back) is None
+    assert attached(back) == []
     assert torch.equal(logits(back), logits(library.load(made / "moe", dtype=torch.float32, device="cpu")))
-    assert active_policy(library.load(tmp_path / "routed.undone", device="cpu")) is not None
+    assert attached(library.load(tmp_path / "routed.undone", device="cpu"))
 
 
 def test_train_evaluate_and_generate(moekit: Moekit, made: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class Knobs(BaseModel):
         (MemoryError(), 4),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x"), 4),
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/x"), 2),
+        (OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x" * 300), 2),
         (ZeroDivisionError("x"), 1),
     ],
 )
@@ -50,6 +51,9 @@ def test_out_of_memory_of_torch_is_a_resource() -> None:
     assert (
         understand(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")).exit_code == 4
     )
+    mmap = RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    assert understand(mmap).exit_code == 4
+    assert understand(OSError(errno.ENOMEM, "Cannot allocate memory")).exit_code == 4
     assert understand(RuntimeError("shapes differ")).exit_code == 1
 
 

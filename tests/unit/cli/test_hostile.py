@@ -7,6 +7,9 @@ import logging
 import os
 import re
 import shutil
+import stat
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -173,3 +176,53 @@ def test_errors_as_json_are_printable_too(moekit: Moekit, tmp_path: Path) -> Non
     assert done.code == 2
     assert not STEERS.search(done.out + done.err)
     assert json.loads(done.out)["error"]["file"] == str(tmp_path / EVIL)
+
+
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+def test_closed_streams_are_no_crash(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    # In a process of its own: the streams of this one are needed.
+    code = "import sys; from moekit.cli.main import main; main(sys.argv[1:])"
+    for arguments, expected in ((["--version"], 0), (["run", "nowhere.yaml", "--json"], 2)):
+        command = [sys.executable, "-c", code, *arguments]
+        redirected = " ".join(f"{number}>&-" if number else "<&-" for number in closed)
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$@" {redirected}', "sh", *command], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        assert done.returncode == expected, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_every_written_file_follows_the_umask(moekit: Moekit, evil: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    text = evil / "text"
+    try:
+        for command in (
+            ("profile", evil / "moe", tmp_path / "trace", "--text", text, "--max-tokens", 100),
+            ("place", "swap", tmp_path / "trace", tmp_path / "placed", "--compare", "[]", "--model", evil / "moe"),
+            ("route", "c2r", evil / "moe", tmp_path / "plan", "--trace", tmp_path / "trace", "--top-t", 3),
+            ("prune", evil / "moe", "--method", "random", "--keep", 0.5, "--no-proof", "-o", tmp_path / "pruned"),
+            ("train", evil / "moe", tmp_path / "tuned", "--text", text, "--steps", 1, "--seq-len", 32),
+            ("evaluate", evil / "moe", tmp_path / "evaluated", "--text", text),
+            ("report", tmp_path / "report", "--traces", tmp_path / "trace"),
+        ):
+            done = moekit(*command)
+            assert done.code == 0, done.err
+    finally:
+        os.umask(before)
+    files = {str(p.relative_to(tmp_path)): stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*") if p.is_file()}
+    assert len(files) > 20
+    assert {name: oct(mode) for name, mode in files.items() if mode != 0o640} == {}
+
+
+def test_a_report_that_cannot_be_made_leaves_nothing(
+    moekit: Moekit, evil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moekit.report import page
+
+    def fail(*args: object) -> str:
+        raise BadData("nothing to say")
+
+    monkeypatch.setattr(page, "to_html", fail)
+    assert moekit("profile", evil / "moe", tmp_path / "t", "--text", evil / "text", "--max-tokens", 100).code == 0
+    assert moekit("report", tmp_path / "report", "--traces", tmp_path / "t").code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]

@@ -22,7 +22,8 @@ def folder(tmp_path: Path) -> Path:
     (root / "prose.txt").write_text("\n".join(f"Sentence number {i} of the prose." for i in range(400)))
     for i in range(20):
         (root / "code" / f"{i:02d}.txt").write_text(f"def f{i}():\n    return {i}\n" * 40)
-    (root / "notes.md").write_text("not read")
+    (root / "table.csv").write_text("not read")
+    (root / "code" / "empty.txt").write_text("")
     (root / ".hidden.txt").write_text("not read")
     return root
 
@@ -32,6 +33,47 @@ def test_folder_makes_a_domain_of_each_file_and_sub_folder(folder: Path) -> None
     assert [d.domain for d in documents] == ["code"] * 20 + ["prose"]
     assert documents[3].text == (folder / "code" / "03.txt").read_text()
     assert documents[3].source == str(folder / "code" / "03.txt")
+
+
+def test_what_a_folder_does_not_give_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "notes.md").write_text("# read")
+    assert [d.domain for d in load_text(str(folder))] == ["code"] * 20 + ["notes", "prose"]
+    assert "not read, as they are empty or none of" in caplog.text
+    assert "code/empty.txt, table.csv" in caplog.text
+    assert ".hidden" not in caplog.text
+
+
+CHAT = [("user", "What is 2 + 2?"), ("assistant", "4")]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": role, "content": content} for role, content in CHAT]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": CHAT[0][1]}]},
+                {"role": "assistant", "content": "4"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": CHAT[0][1]}, {"from": "gpt", "value": "4"}]},
+        {"prompt": CHAT[0][1], "completion": "4"},
+        {"instruction": CHAT[0][1], "input": "", "output": "4"},
+    ],
+)
+def test_conversations_are_read_turn_by_turn(tmp_path: Path, record: dict[str, object]) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(record))
+    assert load_text(str(path)) == [Document("What is 2 + 2?\n\n4", "chat", f"{path}:1", tuple(CHAT))]
+
+
+@pytest.mark.parametrize("content", ['{"text": "a b"}\n{"text": "c"}\n', '[{"text": "a b"}, {"text": "c"}]'])
+def test_json_files_hold_a_list_or_a_record_a_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "texts.json"
+    path.write_text(content)
+    assert [d.text for d in load_text(str(path))] == ["a b", "c"]
+    path.write_text('{"text": "alone"}')
+    assert [d.text for d in load_text(str(path))] == ["alone"]
 
 
 def test_many_documents_hold_out_every_tenth(folder: Path) -> None:
@@ -93,8 +135,8 @@ def test_parts_are_joined_by_plus(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": "a"}\n{"txt": "b"}', "line 2 has no string field `text`"),
-        (b'{"text": 3}', "line 1 has no string field"),
+        (b'{"text": "a"}\n{"txt": "b"}', "record 2 holds no text, but 'txt'"),
+        (b'{"text": 3}', "record 1 holds no text"),
         (b"[" * 100_000, "line 1 is not JSON"),
         (b'{"text": "a"}\nnope', "line 2 is not JSON"),
         (b"\xff\xfe\x00", "not UTF-8"),
@@ -115,7 +157,7 @@ def test_empty_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="holds no text"):
         load_text(str(path))
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(BadData, match=r"no \.txt or \.jsonl file"):
+    with pytest.raises(BadData, match=r"holds no .* file with text"):
         load_text(str(tmp_path / "nothing"))
 
 
@@ -172,7 +214,7 @@ def test_sample_is_within_the_limit_and_leaves_no_crumbs() -> None:
 @pytest.mark.parametrize("line", [{"text": "half \ud800"}, {"text": "a", "domain": "\udc00"}])
 def test_half_characters_are_named(tmp_path: Path, line: dict[str, str]) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n' + json.dumps(line))
-    with pytest.raises(BadData, match="line 2 holds half a character"):
+    with pytest.raises(BadData, match="record 2 holds half a character"):
         load_text(str(tmp_path / "x.jsonl"))
 
 

@@ -19,10 +19,9 @@ from moekit.errors import BadConfig, UnsupportedModel
 from moekit.placement.apply import apply_placement, permute_all, place_checkpoint, routing_groups
 from moekit.placement.plan import Placement
 from moekit.placement.planning import place
-from moekit.routing.attach import active_policy
 from moekit.routing.methods.c2r import C2R, partner_lists
 from moekit.routing.plan import RoutingPlan, plan_routing
-from moekit.routing.restore import policy_entry
+from moekit.runtime import attached
 from tests.families import EXPERTS, FAMILIES, build, logits
 from tests.unit.placement.samples import counts_of, skewed_choices
 
@@ -123,7 +122,7 @@ def test_policy_lists_follow_in_memory() -> None:
     before = logits(model)
     assert not torch.allclose(before, stock, atol=1e-4)
     apply_placement(model, a_placement(model))
-    assert active_policy(model) is not None
+    assert len(attached(model)) == 1
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
 
 
@@ -131,13 +130,10 @@ def test_policy_lists_follow_on_disk(tmp_path: Path) -> None:
     model = build("qwen2_moe")
     c2r_plan(model).apply(model)
     before = logits(model)
-    found = policy_entry(model, "c2r")
-    assert found is not None
-    entry, tensors = found
-    save(model, tmp_path / "c2r", record=Record(command="test", policy=entry), extra_tensors=tensors)
+    moekit.save(model, tmp_path / "c2r", record=Record(command="test"))
     place_checkpoint(tmp_path / "c2r", a_placement(model), tmp_path / "placed")
     torch.testing.assert_close(
-        logits(load(tmp_path / "placed", dtype=torch.float32, device="cpu")), before, atol=1e-5, rtol=1e-5
+        logits(moekit.load(tmp_path / "placed", dtype=torch.float32, device="cpu")), before, atol=1e-5, rtol=1e-5
     )
 
 

@@ -15,6 +15,7 @@ from moekit.anatomy import Geometry
 from moekit.errors import BadConfig, BadData
 from moekit.routing import C2R, Gate, GateSpec, PlanInputs, partner_lists
 from moekit.routing.methods.c2r import allowed_partners
+from tests.routing import routed
 
 LOGITS = torch.tensor([[2.0, 1.5, 0.5, 1.0]])
 LISTS = torch.tensor([[2, 3, 1, 0], [0, 2, 3, 1], [0, 1, 3, 2], [0, 1, 2, 3]])
@@ -30,7 +31,7 @@ def gate(top_k: int = 2, **spec: object) -> Gate:
 
 def route(policy: C2R, tensors: dict[str, torch.Tensor], logits: torch.Tensor, top_k: int = 2, **spec: object):
     prepared = policy.prepare(tensors, geometry(logits.shape[1], top_k))
-    return policy.route(gate(top_k, **spec), logits, prepared, torch.empty(0))
+    return routed(policy, gate(top_k, **spec), logits, prepared)
 
 
 @pytest.mark.parametrize(("top_t", "expected"), [(1, {0, 2}), (2, {0, 3}), (3, {0, 1})])
@@ -169,8 +170,9 @@ def test_device_mode_is_group_limited_routing(seed: int, devices: int, limit: in
     assert max(reached) <= limit
     limited = gate(4, groups=devices, top_groups=limit, group_score="max")
     plain_weights, plain_indices = limited(logits)
-    assert torch.equal(indices, plain_indices)
-    assert torch.equal(weights, plain_weights)
+    # As sets: of two scores that are equal in fp32 either may come first.
+    assert torch.equal(indices.sort().values, plain_indices.sort().values)
+    assert torch.equal(weights.sort().values, plain_weights.sort().values)
 
 
 def test_a_list_is_stronger_than_expert_groups() -> None:

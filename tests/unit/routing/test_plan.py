@@ -9,7 +9,8 @@ import torch
 
 from moekit.anatomy import find_moe_layers, permute_experts
 from moekit.errors import BadConfig, BadData, UnsafeInput
-from moekit.routing import C2R, RoutingPlan, active_policy, detach_policy, partner_lists, plan_routing
+from moekit.routing import C2R, RoutingPlan, partner_lists, plan_routing
+from moekit.runtime import attached, detach
 from tests.families import EXPERTS, build, logits
 
 
@@ -66,11 +67,11 @@ def test_a_plan_for_another_model_is_refused_and_nothing_stays_attached() -> Non
         plan.apply(other)
     with pytest.raises(BadConfig, match="made for model aaaaaaaaaaaa"):
         plan.apply(build("mixtral"), fingerprint="b" * 64)
-    assert active_policy(other) is None
+    assert attached(other) == []
     small = build("mixtral", num_local_experts=4)
     with pytest.raises(BadConfig):
         plan.apply(small)
-    assert active_policy(small) is None
+    assert attached(small) == []
 
 
 def test_model_and_plan_permuted_together_compute_the_same() -> None:
@@ -78,7 +79,7 @@ def test_model_and_plan_permuted_together_compute_the_same() -> None:
     plan = a_plan(model, top_t=1)
     plan.apply(model)
     routed = logits(model)
-    detach_policy(model)
+    detach(model)
     orders = {0: [3, 1, 7, 0, 2, 5, 6, 4], 1: [7, 6, 5, 4, 3, 2, 1, 0]}
     permute_experts(model, orders)
     plan.permuted(orders).apply(model)

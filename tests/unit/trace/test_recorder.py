@@ -431,12 +431,12 @@ def test_the_trace_names_the_model_and_refuses_others() -> None:
 
 
 def test_a_policy_is_named_as_the_routing() -> None:
-    from moekit.routing import TopK, attach_policy
+    from moekit.routing import TopK
+    from moekit.runtime import attach
 
     model = build("mixtral")
     assert record(model, [tokens()]).meta.routing == "stock"
-    for layer in find_moe_layers(model):
-        attach_policy(layer, TopK(top_k=1), {})
+    attach(model, TopK(top_k=1))
     trace = record(model, [tokens()])
     assert trace.meta.routing == "TopK(top_k=1)"
     assert trace.meta.top_k == [1, 1]

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moekit.anatomy import MoELayer, find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.errors import BadConfig, UnsupportedModel
+from moekit.jobs.context import JobContext
 from moekit.jobs.shared.estimates import Sizes as ByteSizes
 from moekit.recipe.steps.profile import ProfileStep
 from moekit.trace import Recorder, Trace, record, record_generation
@@ -29,6 +30,7 @@ from moekit.trace.streamed import Streamed, record_streamed
 from moekit.trace.vocabulary import known_statistics, statistic
 from tests.checkpoints import plain
 from tests.families import build, logits, tokens
+from tests.tiny import tokenizer
 
 IDS = tokens(2, 8, seed=4)
 DENSE_NAMES = ("layer_cosine", "block_cosine", "attention_cosine", "neuron_magnitude", "attention_peak", "stream_peak")
@@ -94,6 +96,25 @@ def test_a_dense_model_is_streamed_saved_and_read_as_it_is_recorded(tmp_path: Pa
         for name, value in stats.items():
             assert torch.equal(again.statistics[index][name], value)
             torch.testing.assert_close(streamed.statistics[index][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_profile_of_a_dense_model(tmp_path: Path) -> None:
+    model, folder = llama(), tmp_path / "m"
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("the river runs down to the sea and the old mill turns all day. " * 4)
+    step = ProfileStep(model=str(folder), text=str(text), statistics=DENSE_NAMES, choices=False, device="cpu")
+    step.check()
+    results = step.run(JobContext(out=tmp_path / "out", scratch=tmp_path / "scratch"))
+    assert results["summary"] is None
+    trace = Trace.load(tmp_path / "out")
+    assert trace.statistics is not None
+    for layer, named in results["figures"].items():
+        stats = trace.statistics[int(layer)]
+        assert set(named) == set(DENSE_NAMES) - {"neuron_magnitude", "stream_peak"}
+        assert named["layer_cosine"] == pytest.approx(float(stats["layer_cosine"]) / trace.meta.tokens)
+        assert named["attention_peak"] == float(stats["attention_peak"])
 
 
 def test_experts_are_not_looked_for_in_a_dense_model() -> None:

@@ -14,7 +14,8 @@ from trl import SFTConfig, SFTTrainer
 
 from moekit.anatomy import find_moe_layers
 from moekit.errors import BadConfig, NumericFault
-from moekit.routing import C2R, attach_policy
+from moekit.routing import C2R
+from moekit.runtime import attach
 from moekit.training import MoECallback, collect
 from moekit.training.balance import bias_step
 from moekit.training.losses import balance_loss, cv_squared, importance, z_loss
@@ -98,8 +99,7 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool, tmp_path: Pat
 def test_a_routing_policy_is_balanced_by_what_it_chooses(tmp_path: Path) -> None:
     model, data = build("qwen2_moe"), Rows(2)
     lists = torch.stack([torch.tensor([*(j for j in range(EXPERTS) if j != i), i]) for i in range(EXPERTS)])
-    for layer in find_moe_layers(model):
-        attach_policy(layer, C2R(top_t=1), {"partners": lists})
+    attach(model, C2R(top_t=1), {layer.index: {"partners": lists} for layer in find_moe_layers(model)})
     expected = by_hand(model, batches_of(data, 2))
     got = gradients_of_one_step(model, data, tmp_path)
     for name, grad in expected.items():

@@ -15,7 +15,8 @@ from moekit import _device
 from moekit.anatomy import find_moe_layers
 from moekit.data import Document, TokenBatches
 from moekit.errors import BadConfig, BadData, NumericFault
-from moekit.routing import C2R, attach_policy
+from moekit.routing import C2R
+from moekit.runtime import attach
 from moekit.training import LoraSettings, TrainConfig, train
 from moekit.training.compute import resolve_precision
 from moekit.training.identity import run_identity
@@ -133,8 +134,7 @@ def test_a_run_never_continues_another(tmp_path: Path) -> None:
     }
     routed = build("olmoe")
     lists = torch.stack([torch.tensor([*(j for j in range(EXPERTS) if j != i), i]) for i in range(EXPERTS)])
-    for layer in find_moe_layers(routed):
-        attach_policy(layer, C2R(top_t=2), {"partners": lists})
+    attach(routed, C2R(top_t=2), {layer.index: {"partners": lists} for layer in find_moe_layers(routed)})
     cases["routing"] = (routed, text(), settings())
     for word, (model, rows, config) in cases.items():
         with pytest.raises(BadConfig, match=f"another run: {word}"):

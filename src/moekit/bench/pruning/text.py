@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING
 
 from moekit.bench.pruning.result import Cut
 from moekit.data.batches import TokenizedDocument, tokenize
-from moekit.data.split import excerpts
+from moekit.data.encoding import encode_document
+from moekit.data.passages import FEW, passages
 from moekit.data.text import Document
 from moekit.errors import BadData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Fewer documents than this in a domain tell no interval: they are cut into passages, which are then the units.
-FEW = 16
-PASSAGE_CHARACTERS = 2000
 # A domain of many documents gives some of them at this length rather than all of them cut to a few words.
 LEAST = 256
 
@@ -58,8 +56,7 @@ def take_tokens(
     chosen: list[TokenizedDocument] = []
     for found in by_domain.values():
         pieces = _passages(found) if len(found) < FEW else list(enumerate(found))
-        texts = [piece.text for _, piece in pieces]
-        for number, ids in _fill(texts, tokenizer, share):
+        for number, ids in _fill([piece for _, piece in pieces], tokenizer, share):
             chosen.append(Passage(ids, found[0].domain, len(chosen), pieces[number][0]))
     if sum(len(document.ids) for document in chosen) < 2:
         raise BadData("the text has fewer than two tokens", hint="give more text: nothing can be predicted from this")
@@ -76,14 +73,10 @@ def count(documents: Sequence[TokenizedDocument]) -> list[Cut]:
 
 
 def _passages(documents: Sequence[Document]) -> list[tuple[int, Document]]:
-    return [
-        (number, Document(passage, document.domain, document.source))
-        for number, document in enumerate(documents)
-        for passage in excerpts(document.text, PASSAGE_CHARACTERS)
-    ]
+    return [(number, passage) for number, document in enumerate(documents) for passage in passages(document)]
 
 
-def _fill(pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase, share: int) -> list[tuple[int, list[int]]]:
+def _fill(pieces: Sequence[Document], tokenizer: PreTrainedTokenizerBase, share: int) -> list[tuple[int, list[int]]]:
     """Numbers and ids of pieces from everywhere in the text, until there are enough."""
     count = min(len(pieces), -(-share // LEAST))
     spread = [round(i * (len(pieces) - 1) / max(1, count - 1)) for i in range(count)]
@@ -94,8 +87,7 @@ def _fill(pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase, share: int)
     for number in [*spread, *rest]:
         if left < 2:
             break
-        text = pieces[number][: 16 * each]
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])[: min(each, left)]
+        ids = encode_document(pieces[number], tokenizer, characters=16 * each)[: min(each, left)]
         if ids:
             taken[number], left = ids, left - len(ids)
     return sorted(taken.items())

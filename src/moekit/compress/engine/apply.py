@@ -124,7 +124,8 @@ def _rewriter(work: Work, rewrite: Rewrite) -> Rewriter:
 def _described(work: Work, record: Record) -> Record:
     """The record with what is known before the work."""
     kept = {str(layer): list(decision.keep) for layer, decision in work.decisions.items()}
-    update: dict[str, object] = {"scores": {"kept": kept, **record.scores}}
+    before = {"bytes": work.checkpoint.nbytes, "experts": {str(layer): n for layer, n in work.counts.items()}}
+    update: dict[str, object] = {"scores": {"kept": kept, "before": before, **record.scores}}
     if work.dropped_mtp:
         note = f"{work.dropped_mtp} tensors of multi-token-prediction layers were left out"
         update["config"] = {**record.config, "mtp": note}

@@ -183,13 +183,13 @@ def _config_text(
 
 def _refuse_policies(checkpoint: Checkpoint) -> None:
     """A routing policy's lists name experts by number, and would name others."""
-    policy = checkpoint.record.policy if checkpoint.record is not None else None
-    if policy is not None or (checkpoint.path / TENSORS_FILE).exists():
-        what = f"the routing policy {policy.name!r}" if policy is not None else "extra tensors"
+    parts = checkpoint.record.parts if checkpoint.record is not None else []
+    if parts or (checkpoint.path / TENSORS_FILE).exists():
+        what = f"{parts[0].kind} {parts[0].name!r}" if parts else "extra tensors"
         raise BadConfig(
             f"the checkpoint carries {what}, made for all of its experts",
             file=checkpoint.path / TENSORS_FILE,
-            hint="prune its parent (moekit undo), then make the policy again",
+            hint="prune its parent (moekit undo), then attach it again",
         )
 
 

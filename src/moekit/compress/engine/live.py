@@ -20,6 +20,7 @@ from moekit.compress.engine.limits import check_groups, check_layers, check_top_
 from moekit.compress.engine.outcome import LayerDecision
 from moekit.compress.engine.resize import Groups, read_block, resized_block, resized_config
 from moekit.errors import BadConfig
+from moekit.runtime.slots import parts_on
 
 
 @torch.no_grad()
@@ -93,11 +94,12 @@ def _new_blocks(
 
 def _refuse_policy(layers: Mapping[int, MoELayer]) -> None:
     for index, layer in layers.items():
-        if getattr(layer.router, "_moekit_policy", None) is not None:
+        parts = [*parts_on(layer.router), *parts_on(layer.experts), *parts_on(layer.block)]
+        if parts:
             raise BadConfig(
-                "a routing policy is attached, whose lists name experts by number",
+                f"{type(parts[0]).__name__} is attached, whose tensors were made for these experts",
                 layer=index,
-                hint="detach it, change the experts, then plan the policy anew",
+                hint="detach it (moekit.runtime.detach), change the experts, then make it anew",
             )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moekit.data.encoding import Bos
 from moekit.jobs.shared.estimates import Item, Sizes
 
 logger = logging.getLogger(__name__)
@@ -197,23 +198,35 @@ def read_text(
 
 
 def rows_of(
-    documents: list[Document], tokenizer: Any, *, seq_len: int, max_tokens: int | None, progress: Progress | None = None
+    documents: list[Document],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    max_tokens: int | None,
+    bos: Bos = "auto",
+    progress: Progress | None = None,
 ) -> TokenBatches:
     """Lay documents out in rows, each document cut so that all together have about `max_tokens`."""
     from moekit.data import pack
 
     per_document = None if max_tokens is None else max(1, -(-max_tokens // len(documents)))
-    return pack(documents, tokenizer, seq_len, max_tokens_per_doc=per_document, progress=progress)
+    return pack(documents, tokenizer, seq_len, max_tokens_per_doc=per_document, bos=bos, progress=progress)
 
 
 def calibration_rows(
-    documents: list[Document], tokenizer: Any, *, seq_len: int, max_tokens: int | None, progress: Progress | None = None
+    documents: list[Document],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    max_tokens: int | None,
+    bos: Bos = "auto",
+    progress: Progress | None = None,
 ) -> TokenBatches:
     """Lay at most `max_tokens` of a text out in rows, an equal share of each domain (`moekit.data.shares`)."""
     from moekit.data.batches import arrange
     from moekit.data.shares import take_shares
 
-    return arrange(take_shares(documents, tokenizer, max_tokens, progress=progress), seq_len)
+    return arrange(take_shares(documents, tokenizer, max_tokens, bos=bos, progress=progress), seq_len)
 
 
 def model_item(reference: str, sizes: Sizes) -> Item:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, named_dtype
 from moekit._validation import faults
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.errors import BadConfig, BadData, OutOfBudget
 from moekit.jobs.shared.estimates import disk_bytes
 from moekit.jobs.shared.hashes import text_hash
@@ -56,6 +57,7 @@ class WritingOptions(BaseModel):
     mtp: Literal["drop", "keep"] = Field(
         default="drop", description="multi-token-prediction layers: leave them out, or copy them"
     )
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
@@ -233,12 +235,13 @@ def read_heldout(options: WritingOptions, reference: str, split: Any, source: So
     Raises:
         BadData: there is none, or no document has two tokens.
     """
+    from moekit.data.passages import units
     from moekit.data.shares import take_shares
     from moekit.jobs.shared.proof import HeldOut
 
-    documents = read_text(reference, split=split, seed=work.seed, progress=work.progress)
+    documents = units(read_text(reference, split=split, seed=work.seed, progress=work.progress))
     try:
-        tokenized = take_shares(documents, source.tokenizer(), options.proof_tokens)
+        tokenized = take_shares(documents, source.tokenizer(), options.proof_tokens, bos=options.bos)
     except BadData:  # fewer than two tokens in all
         tokenized = []
     if not any(len(document.ids) > 1 for document in tokenized):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moekit.data.encoding import Bos
 from moekit.errors import BadData
 
 if TYPE_CHECKING:
@@ -22,7 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def texts_of_tasks(
-    documents: Sequence[Document], reference: str, task: str | None, tokenizer: Any, max_tokens: int | None
+    documents: Sequence[Document],
+    reference: str,
+    task: str | None,
+    tokenizer: Any,
+    max_tokens: int | None,
+    bos: Bos = "auto",
 ) -> Texts:
     """The documents of each task, tokenized.
 
@@ -32,6 +38,7 @@ def texts_of_tasks(
         task: the one task they are of; None makes each domain a task.
         tokenizer: of the model.
         max_tokens: of each task, at most, shared among its documents.
+        bos: see `moekit.data.encoding.beginning`.
 
     Raises:
         BadData: a task of fewer than two tokens, or a domain of the generalist's name.
@@ -51,7 +58,7 @@ def texts_of_tasks(
     found: Texts = {}
     for name, group in groups.items():
         try:
-            found[name] = take_shares(group, tokenizer, max_tokens)
+            found[name] = take_shares(group, tokenizer, max_tokens, bos=bos)
         except BadData as error:
             raise BadData(f"task {name!r}: {error.message}", file=reference, hint=error.hint) from error
     return found
@@ -80,7 +87,13 @@ def account(reference: str, text: list[TokenizedDocument]) -> list[DataEntry]:
     for document in text:
         domains.setdefault(document.domain, []).append(document)
     return [
-        DataEntry(source=where, domain=domain, documents=len(some), tokens=sum(len(d.ids) for d in some))
+        DataEntry(
+            source=where,
+            domain=domain,
+            documents=len(some),
+            tokens=sum(len(d.ids) for d in some),
+            begins=max((tuple(d.ids[: d.begins]) for d in some), key=len),
+        )
         for domain, some in domains.items()
     ]
 

@@ -202,6 +202,7 @@ class TaskModels:
     def _scores(self, prompts: Sequence[str]) -> list[Any]:
         from moekit._device import named_dtype
         from moekit.compress.engine.plan import make_method
+        from moekit.data.encoding import encode
         from moekit.serving.expert_sets.retrieval import queries_from_disk
 
         if "quantization_config" in self.source.checkpoint.config:
@@ -211,7 +212,7 @@ class TaskModels:
                 hint="name the task (--task)",
             )
         tokenizer = self.source.tokenizer()
-        read = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        read = [encode(prompt, tokenizer) for prompt in prompts]
         if not all(read):
             raise BadData("a prompt is empty: no task can be told from it", hint="give at least one word")
         return queries_from_disk(

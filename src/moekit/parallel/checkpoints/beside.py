@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from moekit import catalogue
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.record import RECORD_FILE, TENSORS_FILE, Record
-from moekit.errors import UnsupportedModel
+from moekit.runtime.saved import entries
 
 
 def write_beside(model: Any, tokenizer: Any, record: Record | None, folder: Path) -> tuple[str, ...]:
@@ -29,26 +27,10 @@ def write_beside(model: Any, tokenizer: Any, record: Record | None, folder: Path
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     beside = tuple(sorted({path.name for path in folder.iterdir() if path.is_file()} - before))
-    kept, tensors = _with_policy(model, record or Record(command="moekit.parallel.save_sharded"))
+    parts, tensors = entries(model)
+    kept = (record or Record(command="moekit.parallel.save_sharded")).model_copy(update={"parts": parts})
     if tensors:
         save_file(tensors, folder / TENSORS_FILE)
     # Not Record.write: until the weights are whole there is nothing for it to prove.
     atomic_write(folder / RECORD_FILE, kept.model_dump_json(indent=1) + "\n")
     return beside
-
-
-def _with_policy(model: nn.Module, record: Record) -> tuple[Record, dict[str, Tensor]]:
-    """A record with the routing policy that the model has, and the policy's tensors."""
-    from moekit.routing.attach import active_policy
-    from moekit.routing.restore import policy_entry
-
-    try:
-        active = active_policy(model)
-    except UnsupportedModel:
-        active = None
-    if active is None:
-        return record, {}
-    name = next(m.name for m in catalogue.methods("routing") if m.cls is type(active[0]))
-    found = policy_entry(model, name)
-    assert found is not None
-    return record.model_copy(update={"policy": found[0]}), {n: t.contiguous() for n, t in found[1].items()}

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from moekit import catalogue
 from moekit._device import DTYPE_HELP, DtypeName
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -27,6 +28,7 @@ class ConvertStep(Step):
     split: Literal["train", "heldout"] | None = Field(default="train", description="part of the text to take")
     max_tokens: int = Field(default=8192, ge=1, description="calibration tokens, at most")
     seq_len: int = Field(default=256, ge=2, description="tokens a row")
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     drop_unknown: bool = Field(
@@ -58,7 +60,7 @@ class ConvertStep(Step):
         calibration = None
         if self.text is not None:
             documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
-            rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens)
+            rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens, bos=self.bos)
             calibration = rows.calibration
         moe = conversion.convert(model, calibration, work.seed, progress=work.progress, drop_unknown=self.drop_unknown)
         save_changed(moe, tokenizer, work, parent=self.model, config={"method": self.method, **self.settings})

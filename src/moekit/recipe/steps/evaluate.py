@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, QuestionsRef, ResultsRef, TextRef
@@ -38,6 +39,7 @@ class EvaluateStep(RankedOptions, Step):
     tasks: tuple[str, ...] = Field(default=(), description="tasks of lm-eval's registry, fetched from the hub")
     limit: int | None = Field(default=None, ge=1, description="questions of each task, at most")
     baseline: ResultsRef | None = Field(default=None, description="evaluation to compare with")
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
@@ -97,12 +99,13 @@ class EvaluateStep(RankedOptions, Step):
 
     def _perplexity(self, model: Any, tokenizer: Any, name: str, work: JobContext) -> Any:
         from moekit.data import tokenize
+        from moekit.data.passages import units
         from moekit.evaluation import perplexity_of_documents
 
         assert self.text is not None
-        documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
+        documents = units(read_text(self.text, split=self.split, seed=work.seed, progress=work.progress))
         each = None if self.max_tokens is None else max(2, self.max_tokens // len(documents))
-        tokenized = tokenize(documents, tokenizer, each)
+        tokenized = tokenize(documents, tokenizer, each, bos=self.bos)
         return perplexity_of_documents(model, tokenized, window=self.window, name=name, progress=work.progress)
 
     def _questions(self, work: JobContext) -> list[Any]:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from moekit import catalogue
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, named_dtype, resolve_device
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, TextRef
@@ -64,6 +65,7 @@ class PatternStep(Step):
     )
     seq_len: int = Field(default=512, ge=2, description="tokens a row; the model's limit if that is less")
     batch_size: int = Field(default=8, ge=1, description="rows a pass")
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
@@ -127,7 +129,7 @@ class PatternStep(Step):
     def _texts(self, source: Source, work: JobContext) -> Texts:
         """Task -> its documents; read before any work, as one may turn out empty."""
         documents = read_text(self.data, seed=work.seed, progress=work.progress)
-        return texts_of_tasks(documents, self.data, self.task, source.tokenizer(), self.max_tokens)
+        return texts_of_tasks(documents, self.data, self.task, source.tokenizer(), self.max_tokens, self.bos)
 
     def _store_before(self, out: Path, source: Source) -> PatternStore | None:
         """The folder that tasks are added to; None where there is none yet, or it is made anew."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
@@ -36,6 +37,7 @@ class ProfileStep(Step):
     )
     choices: bool = Field(default=True, description="keep every token's choice, for replay and placement")
     weights: bool = Field(default=False, description="keep the gate weights too, 16 bits each")
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
@@ -55,37 +57,47 @@ class ProfileStep(Step):
         model, text = model_item(self.model, sizes), text_item(self.text, sizes)
         per_token = _bytes_per_token(self.model, self.weights) if self.choices else 0
         trace = None if self.max_tokens is None or per_token is None else self.max_tokens * (per_token + 11)
-        return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes, notes=self._notes())
+        nbytes, notes = self._cost()
+        if trace is not None:
+            trace += nbytes
+        return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes, notes=notes)
 
-    def _notes(self) -> tuple[str, ...]:
-        """What looking at the statistics costs, where the config is there to tell."""
+    def _cost(self) -> tuple[int, tuple[str, ...]]:
+        """Bytes of the statistics, and what looking at them costs, where the config is there to tell."""
         from moekit.checkpoint.strictjson import read_json
-        from moekit.trace.cost import notes_on, sizes_of
+        from moekit.trace.cost import cost_of, notes_on, sizes_of
 
         file = Path(self.model).expanduser() / "config.json"
-        if not file.is_file():
-            return ()
-        sizes = sizes_of(read_json(file), rows=self.batch_size, positions=self.seq_len)
-        return () if sizes is None else notes_on(self._recording(), sizes)
+        sizes = None
+        if file.is_file():
+            sizes = sizes_of(read_json(file), rows=self.batch_size, positions=self.seq_len)
+        if sizes is None:
+            return 0, ()
+        recording = self._recording()
+        return cost_of(recording, sizes)[1], notes_on(recording, sizes)
 
     def run(self, work: JobContext) -> dict[str, Any]:
         """Record and save."""
-        from moekit.trace import record, summarise
+        from moekit.trace import record, single_figures, summarise
 
+        recording = self._recording()
         model, tokenizer = open_model(
             self.model, plan=self.plan, device=self.device, dtype=self.dtype, progress=work.progress
         )
         documents = read_text(self.text, split=self.split, seed=work.seed, progress=work.progress)
-        rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens)
+        rows = rows_of(documents, tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens, bos=self.bos)
         trace = record(
             model,
             rows.batches(self.batch_size),
-            self._recording().model_copy(update={"tokenizer": tokenizer, "source": self.text, "seed": work.seed}),
+            recording.model_copy(update={"tokenizer": tokenizer, "source": self.text, "seed": work.seed}),
             progress=work.progress,
         )
         trace.save(work.out, overwrite=work.overwrite)
         told = {"tokens": trace.meta.tokens, "domains": list(trace.meta.domains), "warnings": trace.warnings}
-        return {**told, "summary": summarise(trace).model_dump(mode="json")}
+        figures = {} if trace.statistics is None else single_figures(trace.statistics)
+        # A dense model routes nothing that could be summarised.
+        summary = summarise(trace).model_dump(mode="json") if recording.routed else None
+        return {**told, "summary": summary, "figures": {str(layer): named for layer, named in figures.items()}}
 
 
 def _bytes_per_token(model: str, weights: bool) -> int | None:

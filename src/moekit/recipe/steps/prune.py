@@ -206,7 +206,9 @@ class PruneStep(WritingOptions, Step):
     def _rows(self, documents: list[Document], source: Source, work: JobContext) -> TokenBatches:
         if self.answers is None:
             length = min(self.seq_len, source.longest)
-            return calibration_rows(documents, source.tokenizer(), seq_len=length, max_tokens=self.max_tokens)
+            return calibration_rows(
+                documents, source.tokenizer(), seq_len=length, max_tokens=self.max_tokens, bos=self.bos
+            )
         return answered_rows(
             documents,
             source,

@@ -61,6 +61,8 @@ class RouteStep(Step):
             trace.check_model(fingerprint)
             statistics, trace_hash = trace.require(record.needs), trace.digest
         placed = None if self.placement is None else Placement.load(self.placement)
+        if placed is not None:
+            placed.check_model(fingerprint)
         plan = plan_routing(
             find_moe_layers(model),
             policy,

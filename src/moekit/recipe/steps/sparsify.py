@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from moekit import catalogue
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, resolve_device
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
@@ -81,6 +82,7 @@ class SparsifyStep(Step):
     window: int | None = Field(
         default=None, ge=2, description="longest context of the proof in tokens (default: the model's, ≤ 1024)"
     )
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
@@ -253,7 +255,7 @@ class SparsifyStep(Step):
         split = "train" if self.heldout is None else None
         documents = read_text(str(self.data), split=split, seed=work.seed, progress=work.progress)
         length = min(self.seq_len, source.longest)
-        return calibration_rows(documents, tokenizer, seq_len=length, max_tokens=self.max_tokens)
+        return calibration_rows(documents, tokenizer, seq_len=length, max_tokens=self.max_tokens, bos=self.bos)
 
     def _origin(self) -> str:
         """How the plan names its text: the part in brackets tells that the rest was kept apart."""
@@ -264,7 +266,7 @@ class SparsifyStep(Step):
         """Text to prove on: the one given, else what is kept apart, now or when the plan was made."""
         if not self._proves:
             return None
-        options = WritingOptions(proof_tokens=self.proof_tokens, window=self.window)
+        options = WritingOptions(proof_tokens=self.proof_tokens, window=self.window, bos=self.bos)
         if self.heldout is not None:
             return read_heldout(options, self.heldout, None, source, work)
         if plan is None:

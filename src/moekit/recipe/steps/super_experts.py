@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, resolve_device
+from moekit.data.encoding import BOS_HELP, Bos
 from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, TextRef
@@ -21,7 +20,7 @@ from moekit.jobs.shared.pruning import WritingOptions, bytes_between, check_disk
 from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
-    from moekit.data import TokenBatches, TokenizedDocument
+    from moekit.data import TokenBatches
     from moekit.diagnose.super_experts.massive_activations import LayerStream
     from moekit.diagnose.super_experts.report import SuperExpertReport
     from moekit.evaluation.super_expert_study import SuperExpertStudy
@@ -71,12 +70,13 @@ class SuperExpertsStep(Step):
     window: int | None = Field(
         default=None, ge=2, description="longest context of the check in tokens (default: the model's, ≤ 1024)"
     )
+    bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     @property
     def _options(self) -> WritingOptions:
-        return WritingOptions(proof_tokens=self.proof_tokens, window=self.window, dtype=self.dtype)
+        return WritingOptions(proof_tokens=self.proof_tokens, window=self.window, bos=self.bos, dtype=self.dtype)
 
     def check(self) -> None:
         """Refuse held-out text that nothing would be measured on."""
@@ -133,14 +133,13 @@ class SuperExpertsStep(Step):
         documents = read_text(self.data, split="train" if kept_apart else None, seed=work.seed, progress=work.progress)
         tokenizer = source.tokenizer()
         # Sinks stand at the beginning of a text: each document begins a row, as texts of this model do.
-        found = _begun(take_shares(documents, tokenizer, self.max_tokens, progress=work.progress), tokenizer)
+        found = take_shares(documents, tokenizer, self.max_tokens, bos=self.bos, progress=work.progress)
         length = min(self.seq_len, source.longest)
         rows = arrange(found, length, pad=True, pad_id=pad_id_of(tokenizer))
         if not self.proof:
             return rows, None
         text, split = (self.data, "heldout") if self.heldout is None else (self.heldout, None)
-        heldout = read_heldout(self._options, text, split, source, work)
-        return rows, dataclasses.replace(heldout, documents=_begun(heldout.documents, tokenizer))
+        return rows, read_heldout(self._options, text, split, source, work)
 
     def _look(
         self, source: Source, rows: TokenBatches, work: JobContext
@@ -188,14 +187,6 @@ class SuperExpertsStep(Step):
         path = Path(self.data).expanduser()
         name = str(path.resolve()) if path.exists() else self.data
         return f"{name}[train]" if self.proof and self.heldout is None else name
-
-
-def _begun(documents: Sequence[TokenizedDocument], tokenizer: Any) -> list[TokenizedDocument]:
-    """The documents, each behind what the tokenizer puts before a text, such as a token of its beginning."""
-    plain, usual = (list(tokenizer("a", add_special_tokens=told)["input_ids"]) for told in (False, True))
-    starts = (n for n in range(len(usual)) if usual[n : n + len(plain)] == plain)
-    before = usual[: next(starts, 0)]
-    return [dataclasses.replace(document, ids=[*before, *document.ids]) for document in documents]
 
 
 def _largest_layer(source: Source) -> int:

@@ -10,18 +10,17 @@ Legend: T tokens, E experts, K choices a token, D devices.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from moekit.anatomy.permute import inverse
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.errors import BadConfig, BadData
-from moekit.routing.gate import Gate
-from moekit.routing.policy import PlanInputs, RoutingPolicy
+from moekit.runtime.part import PlanInputs
+from moekit.runtime.router import ChoosePart, Routed, RouteInputs
 
 
 def partner_lists(coactivation_EE: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ def allowed_devices(selection_TE: Tensor, device_E: Tensor, devices: int, limit:
         "On models whose experts already collaborate in groups, placement alone may do most of the work.",
     ),
 )
-class C2R(RoutingPolicy):
+class C2R(ChoosePart):
     """Experts 2..K of a token come from the `top_t` favourite partners of its first expert.
 
     With scores s over E experts and i* = argmax s, list mode chooses i* and the K-1 best of P_T(i*), the T experts
@@ -82,6 +81,8 @@ class C2R(RoutingPolicy):
     softmax over the chosen logits alone ("selected"; LLaMA-MoE variant). Choose it when tokens travel between devices
     and a short fine-tune is affordable; place the experts first and see what the constraint adds.
     """
+
+    axes: ClassVar[Mapping[str, str]] = {"partners": "ER->E", "devices": "E"}
 
     top_t: int | None = Field(default=None, ge=1, description="partners a first expert may bring, K-1 to E-1 (list)")
     mode: Literal["list", "device"] = Field(default="list", description="constrain to partner lists or to devices")
@@ -97,7 +98,7 @@ class C2R(RoutingPolicy):
         return self
 
     @classmethod
-    def examples(cls, geometry: Geometry) -> Sequence[RoutingPolicy]:
+    def examples(cls, geometry: Geometry) -> Sequence[C2R]:
         """Strictest and loosest lists, both weights, and one device a token."""
         strict = max(geometry.top_k - 1, 1)
         return [
@@ -163,27 +164,21 @@ class C2R(RoutingPolicy):
             return {"devices": stored.to(torch.int64)}
         return {"allowed": allowed_partners(stored, self.top_t)}
 
-    def permute(self, tensors: Mapping[str, Tensor], order: Sequence[int]) -> dict[str, Tensor]:
-        """Lists and devices for reordered experts, `order[new] = old`."""
-        index = torch.tensor(order)
-        if self.mode == "device":
-            return {"devices": tensors["devices"][index]}
-        new_of_old = torch.tensor(inverse(order))
-        return {"partners": new_of_old[tensors["partners"].to(torch.int64)][index].to(torch.int16)}
-
-    def route(
-        self, gate: Gate, logits_TE: Tensor, tensors: Mapping[str, Tensor], hidden_TH: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def choose(self, inputs: RouteInputs) -> Routed:
         """Constrained top-k (paper section 3.3); same in training and inference."""
+        gate, logits_TE, constants = inputs.gate, inputs.logits, inputs.constants
         selection_TE = gate.selection(logits_TE)
+        first_T = gate.first(selection_TE)
         if self.mode == "device":
-            devices_E = tensors["devices"]
+            devices_E = constants["devices"]
             count = int(devices_E.max()) + 1
-            allowed_TE = allowed_devices(selection_TE, devices_E, count, min(self.max_devices, count))
+            # The first choice brings its device along, also where another device's best expert ties with it.
+            ranked_TE = selection_TE.scatter(1, first_T.unsqueeze(1), float("inf"))
+            allowed_TE = allowed_devices(ranked_TE, devices_E, count, min(self.max_devices, count))
         else:
-            allowed_TE = tensors["allowed"][selection_TE.argmax(dim=-1)]
-        indices_TK = gate.choose(selection_TE, allowed_TE)
+            allowed_TE = constants["allowed"][first_T]
+        indices_TK = gate.choose_allowed(logits_TE, first_T, allowed_TE)
         if self.weights == "selected":
             chosen_TK = logits_TE.gather(1, indices_TK)
-            return chosen_TK.softmax(dim=-1, dtype=torch.float32) * gate.spec.scale, indices_TK
-        return gate.weigh(logits_TE, indices_TK), indices_TK
+            return Routed(chosen_TK.softmax(dim=-1, dtype=torch.float32) * gate.spec.scale, indices_TK)
+        return Routed(gate.weigh(logits_TE, indices_TK), indices_TK)

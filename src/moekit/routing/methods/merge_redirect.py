@@ -11,24 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
 
+from moekit.anatomy.gate import Gate, group_mask
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.errors import BadConfig
-from moekit.routing.gate import Gate, group_mask
-from moekit.routing.policy import RoutingPolicy
+from moekit.runtime.router import ChoosePart, Routed, RouteInputs
 
 
 def share_rows(
     groups: Sequence[Sequence[int]], rows_RH: Tensor, bias_R: Tensor | None = None, choice_bias_R: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Tensors of `MemberGates` for one layer, by expert.
+    """Tensors of `MergeRedirect` for one layer, by expert.
 
     Args:
         groups: for each expert of the merged layer the rows that are its own: each row once.
@@ -75,7 +75,7 @@ def add_up(weights_TK: Tensor, expert_TK: Tensor, experts: int) -> tuple[Tensor,
 
 
 @register(
-    name="member-gates",
+    name="merge-redirect",
     kind="routing",
     paper="arXiv:2310.01334",
     changes="routing",
@@ -88,7 +88,7 @@ def add_up(weights_TK: Tensor, expert_TK: Tensor, experts: int) -> tuple[Tensor,
         "A token with two rows in one expert visits another with weight 0: it costs as much as before the merge.",
     ),
 )
-class MemberGates(RoutingPolicy):
+class MergeRedirect(ChoosePart):
     """After a merge, route by the rows of all experts that went in, and add up the gates of those in one expert.
 
     With rows w_r, gates p_r over all R rows and the expert c(r) that row r's own was merged into, the layer gives
@@ -96,6 +96,9 @@ class MemberGates(RoutingPolicy):
     of their gates. Choices and weights are those of the model before the merge, so that only the experts' weights make
     a difference. Choose it after merging (such as `uncurl`) where moekit itself serves or evaluates the model.
     """
+
+    # Members are numbers of rows, which stay what they are when experts are reordered.
+    axes: ClassVar[Mapping[str, str]] = {"members": "EM", "rows": "EMH", "bias": "EM", "choice_bias": "EM"}
 
     top_k: int | None = Field(default=None, ge=1, description="rows a token chooses; None: the model's own K")
     groups: int = Field(default=1, ge=1, description="groups of rows that limited the choice before the merge")
@@ -128,19 +131,16 @@ class MemberGates(RoutingPolicy):
         flat = {name: t[taken_EM][order] for name, t in tensors.items() if name != "members"}
         return {"expert": expert_EM[taken_EM][order], **flat}
 
-    def permute(self, tensors: Mapping[str, Tensor], order: Sequence[int]) -> dict[str, Tensor]:
-        """Tensors for reordered experts, `order[new] = old`; which rows an expert has does not change."""
-        return {name: tensor[torch.tensor(order)] for name, tensor in tensors.items()}
-
-    def route(
-        self, gate: Gate, logits_TE: Tensor, tensors: Mapping[str, Tensor], hidden_TH: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def choose(self, inputs: RouteInputs) -> Routed:
         """Choose among rows by the family's own gate, then add up."""
+        gate, logits_TE, tensors = inputs.gate, inputs.logits, inputs.constants
         if not tensors:
-            return gate(logits_TE)
+            return Routed(*gate(logits_TE))
         dtype = logits_TE.dtype
         bias_R = tensors.get("bias")
-        logits_TR = linear(hidden_TH.to(dtype), tensors["rows"].to(dtype), None if bias_R is None else bias_R.to(dtype))
+        logits_TR = linear(
+            inputs.hidden_TH.to(dtype), tensors["rows"].to(dtype), None if bias_R is None else bias_R.to(dtype)
+        )
         spec = replace(gate.spec, bias="", groups=self.groups, top_groups=self.top_groups, group_score=self.group_score)
         rows = Gate(spec if self.top_k is None else replace(spec, top_k=self.top_k), gate.router)
         selection_TR = rows.scores(logits_TR)
@@ -149,4 +149,5 @@ class MemberGates(RoutingPolicy):
         if self.groups > 1:
             selection_TR = selection_TR.masked_fill(~group_mask(selection_TR, spec), float("-inf"))
         indices_TK = rows.choose(selection_TR)
-        return add_up(rows.weigh(logits_TR, indices_TK), tensors["expert"][indices_TK], logits_TE.shape[1])
+        weights_TK = rows.weigh(logits_TR, indices_TK)
+        return Routed(*add_up(weights_TK, tensors["expert"][indices_TK], inputs.geometry.experts))

@@ -6,6 +6,7 @@ Legend: T and N tokens, E experts, K choices a token (2 here), B bins.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -14,8 +15,8 @@ from torch import Tensor
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.errors import BadConfig, BadData
-from moekit.routing.gate import Gate
-from moekit.routing.policy import PlanInputs, RoutingPolicy
+from moekit.runtime.part import PlanInputs
+from moekit.runtime.router import LimitPart, Routed, RouteInputs
 from moekit.trace.batch import TokenBatch
 from moekit.trace.vocabulary import BINS, statistic
 
@@ -59,7 +60,7 @@ def median(counts_B: Tensor) -> float:
         "Saves time only where the experts' kernels skip choices of no expert.",
     ),
 )
-class NAEESkip(RoutingPolicy):
+class NAEESkip(LimitPart):
     """A token's second expert is skipped where its weight is below beta times the first expert's.
 
     With w1 >= w2 the weights of a token's two experts, the second is skipped if w2 < beta w1, and the first gets the
@@ -68,12 +69,14 @@ class NAEESkip(RoutingPolicy):
     a top-2 model without changing its weights, after pruning or instead of it.
     """
 
+    axes: ClassVar[Mapping[str, str]] = {"beta": ""}
+
     beta: float | None = Field(
         default=None, ge=0, le=1, description="threshold for all layers; None takes each layer's median from the trace"
     )
 
     @classmethod
-    def examples(cls, geometry: Geometry) -> Sequence[RoutingPolicy]:
+    def examples(cls, geometry: Geometry) -> Sequence[NAEESkip]:
         """Some tokens skip, and all do."""
         return [cls(beta=0.5), cls(beta=1.0)]
 
@@ -87,7 +90,7 @@ class NAEESkip(RoutingPolicy):
             )
 
     def plan(self, inputs: PlanInputs) -> dict[str, Tensor]:
-        """The layer's beta [E] fp32, the same for every expert; nothing where the knob gives it.
+        """The layer's beta, a scalar in fp32; nothing where the knob gives it.
 
         Raises:
             BadData: the trace lacks the ratios, or no token chose two experts.
@@ -102,25 +105,25 @@ class NAEESkip(RoutingPolicy):
                 layer=inputs.layer,
                 hint="profile again with --statistics gate_ratio, or give beta",
             )
-        return {"beta": torch.full((inputs.geometry.experts,), median(counts_B))}
+        return {"beta": torch.tensor(median(counts_B), dtype=torch.float32)}
 
-    def permute(self, tensors: Mapping[str, Tensor], order: Sequence[int]) -> dict[str, Tensor]:
-        """As they are: every expert has the layer's beta."""
-        return dict(tensors)
-
-    def route(
-        self, gate: Gate, logits_TE: Tensor, tensors: Mapping[str, Tensor], hidden_TH: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Plain top-2, then skip; a skipped choice is expert E with weight 0."""
-        indices_TK = gate.choose(gate.selection(logits_TE))
-        weights_TK = gate.weigh(logits_TE, indices_TK)
+    def limit(self, inputs: RouteInputs, routed: Routed) -> Routed:
+        """Skip the second of two choices; a skipped choice is expert E with weight 0."""
+        gate, logits_TE = inputs.gate, inputs.logits
+        weights_TK, indices_TK = routed.weights, routed.indices
+        if indices_TK.shape[1] != 2:
+            raise BadConfig(
+                f"a token chooses {indices_TK.shape[1]} expert(s) here; skipping the second is defined for 2",
+                layer=inputs.layer,
+                hint="choose two experts before (topk with top_k 2), or leave skipping out",
+            )
         # A selection bias may put the smaller weight first.
         first_T1 = weights_TK.argmax(dim=1, keepdim=True)
         largest_T1, second_T1 = weights_TK.gather(1, first_T1), weights_TK.gather(1, 1 - first_T1)
-        beta = tensors["beta"][:1] if self.beta is None else self.beta
+        beta = inputs.constants["beta"] if self.beta is None else self.beta
         skip_T1 = second_T1.float() < beta * largest_T1.float()
-        alone_T1 = gate.weigh(logits_TE, indices_TK.gather(1, first_T1))
+        alone_T1 = gate.weigh(logits_TE, indices_TK.gather(1, first_T1)).to(weights_TK.dtype)
         stays_TK = torch.arange(2, device=first_T1.device) == first_T1
         skipped_TK = torch.where(stays_TK, alone_T1, torch.zeros_like(alone_T1))
         weights_TK = torch.where(skip_T1, skipped_TK, weights_TK)
-        return weights_TK, indices_TK.masked_fill(skip_T1 & ~stays_TK, logits_TE.shape[1])
+        return Routed(weights_TK, indices_TK.masked_fill(skip_T1 & ~stays_TK, inputs.geometry.experts))

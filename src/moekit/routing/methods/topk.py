@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from pydantic import Field
-from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.errors import BadConfig
-from moekit.routing.gate import Gate
-from moekit.routing.policy import RoutingPolicy
+from moekit.runtime.router import ChoosePart, Routed, RouteInputs, with_top_k
 
 
 @register(name="topk", kind="routing", paper="arXiv:1701.06538", changes="routing", stock=True)
-class TopK(RoutingPolicy):
+class TopK(ChoosePart):
     """Each token takes the K experts with the best scores, as the family itself does.
 
     Selection bias, expert groups, normalisation and scale are the family's own, so that without `top_k` indices and
@@ -27,7 +24,7 @@ class TopK(RoutingPolicy):
     top_k: int | None = Field(default=None, ge=1, description="experts a token; None keeps the model's own K")
 
     @classmethod
-    def examples(cls, geometry: Geometry) -> Sequence[RoutingPolicy]:
+    def examples(cls, geometry: Geometry) -> Sequence[TopK]:
         """The model's own K, and one expert a token."""
         return [cls(), cls(top_k=1)]
 
@@ -40,10 +37,6 @@ class TopK(RoutingPolicy):
                 hint=f"choose 1 to {geometry.experts}",
             )
 
-    def route(
-        self, gate: Gate, logits_TE: Tensor, tensors: Mapping[str, Tensor], hidden_TH: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def choose(self, inputs: RouteInputs) -> Routed:
         """Plain top-k through the family's gate."""
-        if self.top_k is not None:
-            gate = Gate(replace(gate.spec, top_k=self.top_k), gate.router)
-        return gate(logits_TE)
+        return Routed(*with_top_k(inputs.gate, self.top_k)(inputs.logits))

@@ -22,7 +22,8 @@ from moekit.checking import check
 from moekit.checkpoint.digest import tensor_digests
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint
-from moekit.checkpoint.record import PolicyEntry, Record
+from moekit.checkpoint.parts import PartEntry
+from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply, plan_bytes
 from moekit.compress.engine.outcome import LayerDecision
 from moekit.compress.engine.weights import LayerWeights
@@ -486,8 +487,8 @@ def test_too_little_disk_is_said_before_the_work(tmp_path: Path, monkeypatch: py
 
 def test_a_routing_policy_is_refused(tmp_path: Path) -> None:
     source = plain(tmp_path / "source", "mixtral")
-    Record(command="x", policy=PolicyEntry(name="c2r")).write(source)
-    save_file({"routing.0.partners": torch.zeros(8, 8)}, source / "moekit.safetensors")
+    Record(command="x", parts=[PartEntry(kind="routing", name="c2r")]).write(source)
+    save_file({"constants.0.0.partners": torch.zeros(8, 8)}, source / "moekit.safetensors")
     with pytest.raises(BadConfig, match="'c2r'"):
         run(source, tmp_path / "out", keeping(source, (0, 1)))
 

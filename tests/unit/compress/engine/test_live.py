@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moekit
 from moekit.anatomy import find_moe_layers
+from moekit.anatomy.gate import Gate
+from moekit.anatomy.identify import identify_gate
 from moekit.anatomy.probe import MoELayer
 from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
@@ -22,9 +24,8 @@ from moekit.compress.engine.live import change_model
 from moekit.compress.engine.outcome import LayerDecision
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig
-from moekit.routing.attach import attach_policy
-from moekit.routing.gate import Gate, identify_gate
 from moekit.routing.methods.c2r import C2R, partner_lists
+from moekit.runtime import attach
 from tests.families import EXPERTS, FAMILIES, build, logits, tokens
 
 KEEP = (0, 1, 3, 5, 6)
@@ -310,8 +311,8 @@ def test_decisions_of_another_model(decisions: dict[int, LayerDecision], layer: 
 def test_a_routing_policy_must_go_first() -> None:
     model = build("mixtral")
     layer = moe_layers(model)[1]
-    attach_policy(layer, C2R(top_t=3), {"partners": partner_lists(torch.ones(EXPERTS, EXPERTS))})
-    with pytest.raises(BadConfig, match="policy") as refused:
+    attach(model, C2R(top_t=3), {layer.index: {"partners": partner_lists(torch.ones(EXPERTS, EXPERTS))}})
+    with pytest.raises(BadConfig, match="C2R is attached") as refused:
         change_model(model, keeping(model, KEEP))
     assert refused.value.layer == 1
     assert "detach" in (refused.value.hint or "")

@@ -2,28 +2,20 @@
 
 A router is a linear map followed by a *gate*. Families differ in the gate only: how logits become scores (softmax,
 sigmoid, or logits as they are), whether a selection bias or expert groups change *which* experts are chosen, and how
-the weights of the chosen are normalised and scaled. `identify_gate` finds a router's gate by asking it: the
-candidates that its attributes allow are compared, bit for bit, with what the router itself answers. No class names.
+the weights of the chosen are normalised and scaled. `moekit.anatomy.identify` finds out which gate a router has.
 
 Legend: T tokens, H hidden, E experts, K choices a token, G expert groups.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from moekit.anatomy.probe import MoELayer, ask_router
-from moekit.errors import UnsupportedModel
-
 Scoring = Literal["softmax", "softmax_native", "sigmoid", "selected_softmax", "selected_softmax_native", "sparsemixer"]
-PROBE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,7 @@ class GateSpec:
         groups: number of expert groups G, 1 without.
         top_groups: groups a token may use.
         group_score: a group's score is its "max" (DeepSeek-V2) or the sum of its "top2" (DeepSeek-V3).
+        outside: score of experts outside the token's groups: -inf, or 0 (DeepSeek-V2), which ties with what underflows.
         jitter: PhiMoE's threshold.
         sorted: whether chosen experts come in falling order.
     """
@@ -56,6 +49,7 @@ class GateSpec:
     groups: int = 1
     top_groups: int = 1
     group_score: Literal["max", "top2"] = "top2"
+    outside: float = float("-inf")
     jitter: float = 0.0
     sorted: bool = True
 
@@ -101,6 +95,14 @@ def repeated_argmax(scores_TE: Tensor, top_k: int) -> Tensor:
     return torch.cat(indices, dim=1)
 
 
+def _inside_first(scores_TE: Tensor, inside_TE: Tensor, top_k: int) -> Tensor:
+    """The K best by score, all experts inside the token's groups before any outside; -inf is never chosen."""
+    experts = scores_TE.shape[-1]
+    rank_TE = scores_TE.argsort(dim=-1, stable=True).argsort(dim=-1)
+    rank_TE = torch.where(inside_TE, rank_TE + experts, rank_TE).masked_fill(scores_TE.isneginf(), -1)
+    return rank_TE.topk(top_k, dim=-1).indices
+
+
 class Gate:
     """A router's gate, bound to that router for its selection bias.
 
@@ -135,34 +137,52 @@ class Gate:
         assert isinstance(value, Tensor)
         return value.reshape(-1)
 
-    def selection(self, logits_TE: Tensor) -> Tensor:
-        """The scores experts are chosen by, bias added, experts outside the token's groups at -inf: [T, E]."""
-        choice_TE = self.scores(logits_TE)
+    def preference(self, logits_TE: Tensor) -> Tensor:
+        """Scores with the selection bias added, expert groups not considered: [T, E]."""
+        scores_TE = self.scores(logits_TE)
         bias_E = self.bias()
-        if bias_E is not None:
-            choice_TE = choice_TE + bias_E
-        if self.spec.groups > 1:
-            choice_TE = choice_TE.masked_fill(~group_mask(choice_TE, self.spec), float("-inf"))
-        return choice_TE
+        return scores_TE if bias_E is None else scores_TE + bias_E
 
-    def choose(self, selection_TE: Tensor, allowed_TE: Tensor | None = None) -> Tensor:
-        """The K best experts: [T, K] int64.
+    def selection(self, logits_TE: Tensor) -> Tensor:
+        """The scores experts are chosen by: `preference`, with experts outside the token's groups put back: [T, E]."""
+        preference_TE = self.preference(logits_TE)
+        if self.spec.groups == 1:
+            return preference_TE
+        return preference_TE.masked_fill(~group_mask(preference_TE, self.spec), self.spec.outside)
 
-        Args:
-            selection_TE: from `selection`.
-            allowed_TE: bool; experts outside are never chosen. Each row must allow K experts. A constraint is
-                stronger than expert groups: where fewer than K allowed experts lie in the token's groups, allowed ones
-                outside fill up.
-        """
-        if allowed_TE is not None:
-            floor_TE = torch.finfo(selection_TE.dtype).min
-            # -inf marks "outside the groups"; lift it above what is forbidden, below every real score.
-            if self.spec.groups > 1:
-                selection_TE = selection_TE.clamp(min=floor_TE)
-            selection_TE = selection_TE.masked_fill(~allowed_TE, float("-inf"))
+    def choose(self, selection_TE: Tensor) -> Tensor:
+        """The K best experts by `selection`: [T, K] int64."""
         if self.spec.scoring == "sparsemixer":
             return repeated_argmax(selection_TE, self.spec.top_k)
         return selection_TE.topk(self.spec.top_k, dim=-1, sorted=self.spec.sorted).indices
+
+    def first(self, selection_TE: Tensor) -> Tensor:
+        """The best expert of `choose`: [T] int64. Where scores tie, argmax might name one that is not chosen."""
+        chosen_TK = self.choose(selection_TE)
+        best_T1 = selection_TE.gather(1, chosen_TK).argmax(dim=-1, keepdim=True)
+        return chosen_TK.gather(1, best_T1).squeeze(1)
+
+    def choose_allowed(self, logits_TE: Tensor, first_T: Tensor, allowed_TE: Tensor) -> Tensor:
+        """The first choice and the K-1 best experts that are allowed beside it: [T, K] int64.
+
+        A constraint is stronger than expert groups: where fewer than K allowed experts lie in a token's groups, the
+        best allowed ones outside fill up. Where every choice of the family is allowed, it stands as it is.
+
+        Args:
+            logits_TE: router logits.
+            first_T: from `first`; always chosen.
+            allowed_TE: bool; experts outside are never chosen. Each row must allow K experts.
+        """
+        free_TK = self.choose(self.selection(logits_TE))
+        preference_TE = self.preference(logits_TE).masked_fill(~allowed_TE, float("-inf"))
+        preference_TE = preference_TE.scatter(1, first_T.unsqueeze(1), float("inf"))
+        if self.spec.groups > 1:
+            inside_TE = group_mask(self.preference(logits_TE), self.spec)
+            bound_TK = _inside_first(preference_TE, inside_TE, self.spec.top_k)
+        else:
+            bound_TK = self.choose(preference_TE)
+        stands_T1 = allowed_TE.gather(1, free_TK).all(dim=-1, keepdim=True)
+        return torch.where(stands_T1, free_TK, bound_TK)
 
     def weigh(self, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
         """The weights the family gives to chosen experts: [T, K], in the scores' dtype."""
@@ -185,91 +205,3 @@ class Gate:
         """Plain routing: (weights [T, K], indices [T, K])."""
         indices_TK = self.choose(self.selection(logits_TE))
         return self.weigh(logits_TE, indices_TK), indices_TK
-
-
-def _attribute(router: nn.Module, *names: str) -> object | None:
-    return next((getattr(router, name) for name in names if getattr(router, name, None) is not None), None)
-
-
-def _bias_names(router: nn.Module, experts: int) -> list[str]:
-    """Candidates for a selection bias: [E]-sized tensors below the router that are not the linear map's own bias."""
-    names = [n for n, t in (*router.named_parameters(), *router.named_buffers()) if t.numel() == experts]
-    return [n for n in names if n not in {"bias", "layer.bias"}]
-
-
-def _candidates(router: nn.Module, experts: int, top_k: int) -> Iterator[GateSpec]:
-    jitter = _attribute(router, "router_jitter_noise")
-    if isinstance(jitter, float) and top_k == 2:
-        yield GateSpec(top_k, scoring="sparsemixer", jitter=jitter)
-    scaling = _attribute(router, "routed_scaling_factor", "route_scale", "scaling_factor")
-    scales = [float(scaling), 1.0] if isinstance(scaling, int | float) and scaling != 1 else [1.0]
-    groups, top_groups = _attribute(router, "num_group", "n_group"), _attribute(router, "topk_group")
-    grouped: list[tuple[int, int]] = [(1, 1)]
-    if isinstance(groups, int) and isinstance(top_groups, int) and groups > 1:
-        grouped.insert(0, (groups, top_groups))
-    floor = _attribute(router, "norm_min")
-    normals: list[tuple[bool, float, float]] = [(False, 0.0, 0.0), (True, 0.0, 0.0), (True, 1e-20, 0.0)]
-    normals += [(True, 1e-6, 0.0), (True, 1e-9, 0.0), (True, 1e-12, 0.0)]
-    if isinstance(floor, float):
-        normals.insert(0, (True, 0.0, floor))
-    scorings: list[Scoring] = ["softmax", "softmax_native", "sigmoid", "selected_softmax", "selected_softmax_native"]
-    biases = [*_bias_names(router, experts), ""]
-    for scoring, bias, (count, top), (normal, epsilon, least), scale in itertools.product(
-        scorings, biases, grouped, normals, scales
-    ):
-        spec = GateSpec(top_k, scoring, normal, epsilon, least, scale, bias, count, top)
-        yield spec
-        if count > 1:
-            yield replace(spec, group_score="max")
-
-
-def _stirred(router: nn.Module) -> nn.Module:
-    """A copy with random tensors: fresh checkpoints have zero routers and biases, where every gate looks alike."""
-    twin = copy.deepcopy(router).to("cpu") if not _on_meta(router) else copy.deepcopy(router).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in (*twin.parameters(), *twin.buffers()):
-            if tensor.is_floating_point():
-                spread = 1.0 if tensor.dim() == 2 and tensor.shape[0] > 1 and tensor.shape[1] > 1 else 0.3
-                scale = spread / max(tensor.shape[-1], 1) ** 0.5 if tensor.dim() == 2 else spread
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
-    return twin
-
-
-def _on_meta(module: nn.Module) -> bool:
-    return any(p.is_meta for p in module.parameters())
-
-
-def identify_gate(layer: MoELayer) -> GateSpec:
-    """Find the gate of a layer's router by asking it.
-
-    A copy of the router with random weights and biases answers for 64 random rows; the first candidate whose indices
-    and weights equal the answer bit for bit is the gate.
-
-    Raises:
-        UnsupportedModel: no candidate reproduces the router; its routing can be traced but not replaced.
-    """
-    router = layer.require_router()
-    twin = _stirred(router)
-    generator = torch.Generator().manual_seed(1)
-    like = next(twin.parameters())
-    hidden_TH = torch.randn(PROBE_ROWS, layer.geometry.hidden, generator=generator).to(like.dtype)
-    answer = ask_router(twin, hidden_TH)
-    assert answer is not None  # require_router has asked already
-    logits_TE, weights_TK, indices_TK = answer
-    for spec in _candidates(twin, layer.geometry.experts, layer.geometry.top_k):
-        for choice in (spec, replace(spec, sorted=False)):
-            try:
-                guess_weights_TK, guess_indices_TK = Gate(choice, twin)(logits_TE)
-            except RuntimeError:  # a bias or grouping that does not fit these shapes
-                break
-            if torch.equal(guess_indices_TK, indices_TK) and torch.equal(
-                guess_weights_TK.to(weights_TK.dtype), weights_TK
-            ):
-                return choice
-    raise UnsupportedModel(
-        f"{type(router).__name__} follows none of the known gates (softmax, sigmoid, softmax over the chosen, "
-        "sparsemixer; with selection bias, groups, normalisation, scale)",
-        layer=layer.index,
-        hint="trace and place it without a routing policy, or add its gate to moekit/routing/gate.py",
-    )

@@ -15,10 +15,12 @@ from moekit.compress.engine.weights import LayerWeights, from_live, to_live
 from moekit.compress.maths.neurons.align import align_experts
 from moekit.compress.maths.neurons.merging import merge_groups
 from moekit.errors import BadConfig
-from moekit.routing import Gate, GateSpec, RoutingPlan, attach_policy, identify_gate
-from moekit.routing.methods.merge_redirect import MemberGates, add_up, share_rows
+from moekit.routing import Gate, GateSpec, RoutingPlan, identify_gate
+from moekit.routing.methods.merge_redirect import MergeRedirect, add_up, share_rows
 from moekit.routing.plan import PlanHeader
+from moekit.runtime import attach
 from tests.families import FAMILIES, build, logits
+from tests.routing import routed
 
 GROUPS = [(0, 5), (1, 2, 7), (3,), (4, 6)]
 
@@ -33,14 +35,14 @@ def test_gates_of_one_expert_add_up() -> None:
 
 def test_a_token_by_hand() -> None:
     # Rows are unit vectors, so logits are the hidden state; rows 0 and 2 are expert 1's, row 1 is expert 0's.
-    policy = MemberGates()
+    policy = MergeRedirect()
     tensors = share_rows([(1,), (0, 2)], torch.eye(3))
     assert tensors["members"].tolist() == [[1, -1], [0, 2]]
     prepared = policy.prepare(tensors, Geometry(3, 2, 2, 4, 0, True, False, False, True))
     assert prepared["expert"].tolist() == [1, 0, 1]
     gate = Gate(GateSpec(2), nn.Identity())
     hidden = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, -1.0]])
-    weights, indices = policy.route(gate, torch.zeros(2, 2), prepared, hidden)
+    weights, indices = routed(policy, gate, torch.zeros(2, 2), prepared, hidden)
     # softmax(2, 0, 1) = (.665241, .090031, .244728); softmax(0, 1, -1) = (.244728, .665241, .090031)
     assert indices.tolist() == [[1, 0], [0, 1]]
     torch.testing.assert_close(weights, torch.tensor([[0.909969, 0.0], [0.665241, 0.244728]]), atol=1e-6, rtol=0)
@@ -51,7 +53,7 @@ def test_every_row_needs_one_expert() -> None:
         with pytest.raises(BadConfig, match="3 router rows"):
             share_rows(groups, torch.eye(3))
     with pytest.raises(BadConfig, match="3 router rows do not divide into 2 groups"):
-        MemberGates(groups=2).prepare(
+        MergeRedirect(groups=2).prepare(
             share_rows([(0, 1), (2,)], torch.eye(3)), Geometry(3, 2, 1, 4, 0, True, False, False, True)
         )
 
@@ -65,12 +67,12 @@ def parts(layer: MoELayer) -> LayerWeights:
     return from_live(experts, rows, layer.geometry).map(torch.clone)
 
 
-def policy_for(layer: MoELayer, groups: list[tuple[int, ...]]) -> tuple[MemberGates, dict[str, Tensor]]:
+def policy_for(layer: MoELayer, groups: list[tuple[int, ...]]) -> tuple[MergeRedirect, dict[str, Tensor]]:
     """The policy that routes by a layer's own rows."""
     spec, router = identify_gate(layer), parts(layer).router
     choice = Gate(spec, layer.require_router()).bias()
     bias = next((t for n, t in router.items() if n in ("bias", "layer.bias")), None)
-    policy = MemberGates(groups=spec.groups, top_groups=spec.top_groups, group_score=spec.group_score)
+    policy = MergeRedirect(groups=spec.groups, top_groups=spec.top_groups, group_score=spec.group_score)
     return policy, share_rows(groups, parts(layer).router_EH, bias, choice)
 
 
@@ -78,8 +80,9 @@ def policy_for(layer: MoELayer, groups: list[tuple[int, ...]]) -> tuple[MemberGa
 def test_rows_that_each_have_their_expert_route_as_the_family_does(family: str) -> None:
     model = build(family)
     stock = logits(model)
-    for layer in find_moe_layers(model):
-        attach_policy(layer, *policy_for(layer, [(e,) for e in range(8)]))
+    made = {layer.index: policy_for(layer, [(e,) for e in range(8)]) for layer in find_moe_layers(model)}
+    policy, _ = next(iter(made.values()))
+    attach(model, policy, {layer: tensors for layer, (_, tensors) in made.items()})
     torch.testing.assert_close(logits(model), stock, atol=1e-6, rtol=1e-6)
 
 
@@ -135,21 +138,21 @@ def test_merged_copies_give_the_base_models_outputs_exactly(family: str, tmp_pat
     for old, new in zip(find_moe_layers(base), find_moe_layers(small), strict=True):
         policy, tensors[new.index] = policy_for(old, GROUPS)
     header = PlanHeader(
-        policy="member-gates", config=policy.model_dump(), layers=list(tensors), experts=[4] * len(tensors)
+        policy="merge-redirect", config=policy.model_dump(), layers=list(tensors), experts=[4] * len(tensors)
     )
     RoutingPlan(header, tensors).apply(small)
     torch.testing.assert_close(logits(small), wanted, atol=1e-5, rtol=1e-5)
     moekit.save(small, tmp_path / "out")
     again = moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu").eval()
     torch.testing.assert_close(logits(again), wanted, atol=1e-5, rtol=1e-5)
-    stock = moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu", policy=False).eval()
+    stock = moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu", parts=False).eval()
     torch.testing.assert_close(logits(stock), plain, atol=1e-5, rtol=1e-5)
 
 
 def test_reordered_experts_keep_their_rows() -> None:
     tensors = share_rows(GROUPS, torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), torch.arange(8.0))
     order = [2, 0, 3, 1]
-    policy, geometry = MemberGates(), Geometry(5, 4, 2, 4, 0, True, False, False, True)
+    policy, geometry = MergeRedirect(), Geometry(5, 4, 2, 4, 0, True, False, False, True)
     old, new = policy.prepare(tensors, geometry), policy.prepare(policy.permute(tensors, order), geometry)
     assert torch.equal(old["rows"], new["rows"])
     assert torch.equal(old["bias"], new["bias"])
@@ -157,14 +160,14 @@ def test_reordered_experts_keep_their_rows() -> None:
 
 
 def test_a_model_may_choose_more_rows_than_it_now_would() -> None:
-    prepared = MemberGates().prepare(
+    prepared = MergeRedirect().prepare(
         share_rows([(0, 1), (2,)], torch.eye(3)), Geometry(3, 2, 1, 4, 0, True, False, False, True)
     )
     gate = Gate(GateSpec(1, normalise=True), nn.Identity())
     hidden = torch.tensor([[2.0, 1.0, 0.0]])
-    weights, indices = MemberGates(top_k=2).route(gate, torch.zeros(1, 2), prepared, hidden)
+    weights, indices = routed(MergeRedirect(top_k=2), gate, torch.zeros(1, 2), prepared, hidden)
     assert indices.tolist() == [[0, 1]]
     torch.testing.assert_close(weights, torch.tensor([[1.0, 0.0]]))
     with pytest.raises(BadConfig, match="top_k is 3, but there are 2 experts") as caught:
-        MemberGates(top_k=3).check(Geometry(3, 2, 1, 4, 0, True, False, False, True), 5)
+        MergeRedirect(top_k=3).check(Geometry(3, 2, 1, 4, 0, True, False, False, True), 5)
     assert caught.value.layer == 5

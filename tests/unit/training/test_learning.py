@@ -1,0 +1,58 @@
+"""A router that cannot learn is named before a run begins."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from moekit.anatomy import find_moe_layers
+from moekit.errors import BadConfig
+from moekit.routing import TopK, plan_routing
+from moekit.training.config import TrainConfig
+from moekit.training.freeze import train_only
+from moekit.training.learning import check_routers_learn, learns_from_weights
+from tests.families import build
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "learns"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 1}, False),  # p / p = 1
+        ("mixtral", {"num_experts_per_tok": 1}, False),
+        ("gpt_oss", {"num_experts_per_tok": 1}, False),  # a softmax over one logit
+        ("qwen2_moe", {"num_experts_per_tok": 1}, True),  # the weight is p itself
+        ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": False}, True),
+        ("qwen3_moe", {}, True),
+        ("deepseek_v3", {}, True),
+    ],
+)
+def test_normalised_weights_of_one_expert_carry_nothing(family: str, changes: dict[str, object], learns: bool) -> None:
+    layer = find_moe_layers(build(family, **changes))[-1]
+    assert learns_from_weights(layer) is learns
+
+
+def test_training_the_router_alone_is_refused() -> None:
+    model = build("qwen3_moe", num_experts_per_tok=1)
+    train_only(model, ("router",))
+    with pytest.raises(BadConfig, match="nothing else is to train") as caught:
+        check_routers_learn(model, TrainConfig(steps=1, parts=("router",)))
+    assert caught.value.layer == 0
+    check_routers_learn(model, TrainConfig(steps=1, parts=("router",), balance_coef=0.01))
+
+
+def test_training_more_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("qwen3_moe", num_experts_per_tok=1)
+    train_only(model, ("all",))
+    with caplog.at_level(logging.WARNING):
+        check_routers_learn(model, TrainConfig(steps=1))
+    assert "layers 0, 1: no gradient" in caplog.text
+    assert "balance_coef" in caplog.text
+
+
+def test_a_policy_that_takes_one_expert_is_found_too() -> None:
+    model = build("qwen3_moe")
+    plan_routing(find_moe_layers(model), TopK(top_k=1), "topk").apply(model)
+    train_only(model, ("router",))
+    with pytest.raises(BadConfig, match="normalised to 1"):
+        check_routers_learn(model, TrainConfig(steps=1, parts=("router",)))
