@@ -161,7 +161,6 @@ _ALLOWED = {
     "bench/dispatch/workers.py",
     "cli/_errors.py",  # /dev/null
     "parallel/checkpoints/ranks.py",  # /proc
-    "data/sources/machine.py",  # files of the interpreter and the system
     "report/page.py",  # templates of this package
     "report/run_info.py",  # /proc
 }

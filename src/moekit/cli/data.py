@@ -16,11 +16,11 @@ from moekit.cli._terminal import Terminal, size
 def list_sources(terminal: Terminal) -> None:
     """List the sources that packages carry, and whether they can be had here. Nothing is downloaded."""
     from moekit.data import available
-    from moekit.data.mixes import MIXES
+    from moekit.data.sources import text_mixes
 
-    infos = available()
+    infos, mixes = available(), text_mixes()
     terminal.answer(
-        sources=[vars(info) for info in infos], mixes={name: list(map(list, m)) for name, m in MIXES.items()}
+        sources=[vars(info) for info in infos], mixes={name: list(map(list, m)) for name, m in mixes.items()}
     )
     rows = [
         (
@@ -35,7 +35,7 @@ def list_sources(terminal: Terminal) -> None:
         for info in infos
     ]
     terminal.table("", ("source", "kind", "domain", "from", "licence", "download", "here"), rows)
-    for name, places in MIXES.items():
+    for name, places in mixes.items():
         terminal.say(f"mix {name}: {', '.join(' or '.join(place) for place in places)}")
 
 
@@ -45,15 +45,14 @@ def fetch(
 ) -> None:
     """Bring sources into the cache, by the package clients of this machine."""
     from moekit.data import fetch as fetch_source
-    from moekit.data.mixes import MIXES, resolve_mix
-    from moekit.data.sources import get_source
+    from moekit.data.sources import get_source, resolve_mix, text_mixes
 
     folders: dict[str, str] = {}
     for name in names:
         if terminal.dry_run:
             _foretell(terminal, name)
             continue
-        for source in resolve_mix(name, terminal.progress) if name in MIXES else [name]:
+        for source in resolve_mix(name, terminal.progress) if name in text_mixes() else [name]:
             folders[source] = str(fetch_source(source, terminal.progress))
             terminal.say(f"{source}: {get_source(source).info().licence}, in {folders[source]}")
     if not terminal.dry_run:
@@ -61,12 +60,14 @@ def fetch(
 
 
 def _foretell(terminal: Terminal, name: str) -> None:
-    from moekit.data.cache import home
+    from moekit.data.sources import get_source, text_mixes
     from moekit.jobs.shared.estimates import Forecast, Item, Sizes
     from moekit.jobs.shared.inputs import text_item
 
     item = text_item(name, Sizes())
-    terminal.forecast(Forecast((item,), (Item(str(home()), item.nbytes),), disk=item.nbytes, memory=item.nbytes))
+    first = text_mixes()[name][0][0] if name in text_mixes() else name
+    kept = get_source(first).folder.parent
+    terminal.forecast(Forecast((item,), (Item(str(kept), item.nbytes),), disk=item.nbytes, memory=item.nbytes))
 
 
 def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from moekit._progress import Progress
 from moekit.data.continuations import continuation_questions
 from moekit.data.question_formats import Question, read_question_file
-from moekit.data.sources import all_sources, get_source
-from moekit.data.sources.base import Source
+from moekit.data.sources import all_sources, get_source, question_mixes
 from moekit.data.text import load_text
 from moekit.errors import BadConfig, BadData
 
@@ -23,9 +22,6 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".json", ".jsonl", ".csv")
 CONTINUATIONS = "continuations:"
 CONTINUATIONS_PER_DOMAIN = 100
-
-# As for text, of each place the first that can be had is taken; made questions need nothing but the text.
-MIXES: dict[str, tuple[tuple[str, ...], ...]] = {"demo": (("analogies", "quiz"), ("continuations:demo",))}
 
 
 def load_questions(
@@ -68,15 +64,15 @@ def load_questions(
 
 def _load_part(spec: str, limit: int | None, seed: int, progress: Progress | None) -> Iterator[Question]:
     path = Path(spec).expanduser()
-    if spec in MIXES:
-        for candidates in MIXES[spec]:
+    if spec in question_mixes():
+        for candidates in question_mixes()[spec]:
             yield from _first(candidates, limit, seed, progress)
     elif spec.startswith(CONTINUATIONS):
         documents = load_text(spec.removeprefix(CONTINUATIONS), split="heldout", progress=progress)
         yield from continuation_questions(documents, limit or CONTINUATIONS_PER_DOMAIN, seed)
     elif spec in all_sources():
         source = get_source(spec)
-        if not isinstance(source, Source) or source.kind != "questions":
+        if source.info().kind != "questions":
             raise BadData(f"the source {spec!r} holds no questions", hint=f"perhaps {CONTINUATIONS}{spec}")
         for piece in source.pieces(progress):
             fields = json.loads(piece.text)
@@ -93,7 +89,7 @@ def _load_part(spec: str, limit: int | None, seed: int, progress: Progress | Non
         raise BadData(
             f"{spec!r} is no file, folder or source of questions",
             hint="give a path, or one of: "
-            + ", ".join([*MIXES, *(i for i, s in all_sources().items() if s.info().kind == "questions")])
+            + ", ".join([*question_mixes(), *(i for i, s in all_sources().items() if s.info().kind == "questions")])
             + f", {CONTINUATIONS}TEXT",
         )
 

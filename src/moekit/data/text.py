@@ -10,9 +10,7 @@ from pathlib import Path
 
 from moekit._progress import Progress
 from moekit.data.formats import SUFFIXES, Messages, read_records
-from moekit.data.mixes import MIXES, resolve_mix
-from moekit.data.sources import all_sources, get_source
-from moekit.data.sources.base import Source
+from moekit.data.sources import all_sources, get_source, resolve_mix, text_mixes
 from moekit.data.split import Split, sample, split_texts
 from moekit.errors import BadConfig, BadData, printable
 
@@ -102,17 +100,17 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 def _load_part(spec: str, progress: Progress | None) -> Iterator[Document]:
     if not spec:
         raise BadData("no text is named", hint="give a file, a folder, or a source of `moekit data list`")
-    if spec in MIXES:
+    if spec in text_mixes():
         for name in resolve_mix(spec, progress):
             yield from _load_part(name, progress)
         return
     path = Path(spec).expanduser()
     if spec in all_sources():
         source = get_source(spec)
-        if not isinstance(source, Source) or source.kind != "text":
+        if source.info().kind != "text":
             raise BadData(f"the source {spec!r} is no text", hint="it is fetched by `moekit data fetch`")
         for piece in source.pieces(progress):
-            yield Document(piece.text, source.domain, f"{spec}:{piece.name}")
+            yield Document(piece.text, source.info().domain, f"{spec}:{piece.name}")
     elif path.is_dir():
         yield from _load_folder(path)
     elif path.exists():

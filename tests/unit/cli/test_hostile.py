@@ -226,3 +226,22 @@ def test_a_report_that_cannot_be_made_leaves_nothing(
     assert moekit("profile", evil / "moe", tmp_path / "t", "--text", evil / "text", "--max-tokens", 100).code == 0
     assert moekit("report", tmp_path / "report", "--traces", tmp_path / "t").code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_dry_runs_name_no_less_than_is_written(moekit: Moekit, evil: Path, tmp_path: Path) -> None:
+    moe, text, trace = evil / "moe", evil / "text", tmp_path / "trace"
+    # What a command says beforehand may be so much more than it writes.
+    slack = {"trace": 100 << 10, "placed": 100 << 10}
+    for name, command in {
+        "trace": ("profile", moe, trace, "--text", text),
+        "placed": ("place", "swap", trace, tmp_path / "placed", "--devices", "2,4", "--model", moe),
+        "routed": ("route", "c2r", moe, tmp_path / "routed", "--trace", trace, "--top-t", 3, "--write", "model"),
+        "pruned": ("prune", moe, "--method", "random", "--keep", 0.5, "--no-proof", "-o", tmp_path / "pruned"),
+        "tuned": ("train", moe, tmp_path / "tuned", "--text", text, "--steps", 1, "--seq-len", 32),
+    }.items():
+        told = moekit(*command, "--dry-run", "--json")
+        done = moekit(*command)
+        assert (told.code, done.code) == (0, 0), told.err + done.err
+        written = sum(file.stat().st_size for file in (tmp_path / name).rglob("*") if file.is_file())
+        foretold = told.json["writes"][0]["bytes"]
+        assert written <= foretold <= 1.25 * written + slack.get(name, 0), name

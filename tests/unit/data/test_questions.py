@@ -9,8 +9,9 @@ import pytest
 
 from moekit.data import Document, Question, load_questions
 from moekit.data.continuations import continuation_questions
-from moekit.data.sources.base import Piece, Source, as_json
+from moekit.data.sources import Piece, as_json
 from moekit.errors import BadConfig, BadData
+from moekit_demo.base import PackagedText
 
 
 def write(folder: Path, name: str, content: object) -> Path:
@@ -144,7 +145,7 @@ def test_nothing_there_is_refused(tmp_path: Path) -> None:
 
 def test_questions_of_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = [Piece("1", as_json("2 + 2 =", [" 4", " 5"], 0, "sums"))]
-    source = Source("sums", "sums", "none", lambda _: pieces, kind="questions")
+    source = PackagedText("sums", "sums", "none", lambda _: pieces, kind="questions")
     monkeypatch.setattr("moekit.data.questions.all_sources", lambda: {"sums": source})
     monkeypatch.setattr("moekit.data.questions.get_source", lambda name: source)
     assert load_questions("sums") == [Question("2 + 2 =", (" 4", " 5"), 0, "sums")]

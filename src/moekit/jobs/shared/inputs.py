@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moekit._progress import Progress
     from moekit.checking import CheckReport
     from moekit.checkpoint import Record
+    from moekit.checkpoint.safety import TensorInfo
     from moekit.data import Document, TokenBatches
     from moekit.jobs.context import JobContext
 
@@ -243,6 +244,26 @@ def model_item(reference: str, sizes: Sizes) -> Item:
     return Item(reference, _hub_bytes(reference))
 
 
+# Of a tensor in a record and an index: its names, digest and shape; of each expert that it stacks, a digest.
+_RECORDED, _RECORDED_EXPERT, _CARD = 400, 80, 8 << 10
+
+
+def record_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """Most bytes of record, index and card that a checkpoint of such tensors gets beside its weights."""
+    stacked = {info.name: info.shape[0] if len(info.shape) > 2 else 0 for info in tensors}
+    return _CARD + sum(_RECORDED + 2 * len(name) + _RECORDED_EXPERT * n for name, n in stacked.items())
+
+
+def changed_bytes(reference: str, model: Item) -> int | None:
+    """Most bytes of what a model becomes whose weights change and not their sizes; None if the model's are unknown."""
+    from moekit.checkpoint.folder import read_tensors
+
+    folder = Path(reference).expanduser()
+    if model.nbytes is None or not (folder / "config.json").is_file():
+        return model.nbytes
+    return model.nbytes + record_bytes(read_tensors(folder).values())
+
+
 def _refuse_bad_config(folder: Path) -> None:
     """A dry run of a model that no command would open says so."""
     from moekit.checkpoint.folder import CONFIG_FILE
@@ -268,9 +289,9 @@ def text_item(reference: str, sizes: Sizes) -> Item:
     known = sizes.of(Path(reference).expanduser())
     if known is not None:
         return Item(reference, known)
-    from moekit.data.mixes import MIXES
-    from moekit.data.sources import all_sources
+    from moekit.data.sources import all_sources, text_mixes
 
-    names = [candidates[0] for candidates in MIXES[reference]] if reference in MIXES else [reference]
+    mixes = text_mixes()
+    names = [candidates[0] for candidates in mixes[reference]] if reference in mixes else [reference]
     infos = [all_sources()[name].info() for name in names if name in all_sources()]
     return Item(reference, sum(info.download_bytes for info in infos) if infos else None)

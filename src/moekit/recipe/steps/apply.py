@@ -14,7 +14,7 @@ from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import model_item, text_item
+from moekit.jobs.shared.inputs import model_item, record_bytes, text_item
 from moekit.jobs.shared.opened import Source, check_runnable, open_source
 from moekit.jobs.shared.pruned import Decided, finish, in_groups, warn_of
 from moekit.jobs.shared.pruning import (
@@ -93,6 +93,7 @@ class ApplyStep(WritingOptions, Step):
         request = self._request(plan)
         refuse_uneven(request.budget, self.stock_only)
         nbytes = foresee(source, request, plan.file.method, stock_only=self.stock_only, mtp=self.mtp).nbytes
+        nbytes += record_bytes(source.checkpoint.tensors.values())
         disk = nbytes + self._between(source, plan)
         return Forecast((*reads, model), (Item(str(out), nbytes),), disk=disk, memory=1 << 30)
 

@@ -14,7 +14,7 @@ from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlacementRef, TraceRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import model_item, model_location
+from moekit.jobs.shared.inputs import changed_bytes, model_item, model_location
 from moekit.jobs.shared.trained import trained_alike
 from moekit.recipe.steps.base import Step
 from moekit.report.results import REPLAY, placement_file
@@ -74,7 +74,8 @@ class PlaceStep(Step):
         if self.model is not None:
             model = model_item(self.model, sizes)
             others.append(model)
-            written = None if model.nbytes is None else model.nbytes * len(self.devices)
+            each = changed_bytes(self.model, model)
+            written = None if each is None else (1 << 16) + each * len(self.devices)
         return Forecast(tuple(others), (Item(str(out), written),), disk=written, memory=memory)
 
     def run(self, work: JobContext) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from moekit.recipe.steps.base import Step
 if TYPE_CHECKING:
     from moekit.trace.recording import Recording
 
+# Sums of all layers and what describes them, of models of usual size.
+_STATISTICS = 64 << 10
+
 
 class ProfileStep(Step):
     """Run a model over text and keep which experts each token chose, and statistics of it."""
@@ -56,7 +59,10 @@ class ProfileStep(Step):
         """A choice takes one byte; the geometry is read from the config where it is there."""
         model, text = model_item(self.model, sizes), text_item(self.text, sizes)
         per_token = _bytes_per_token(self.model, self.weights) if self.choices else 0
-        trace = None if self.max_tokens is None or per_token is None else self.max_tokens * (per_token + 11)
+        # No token is shorter than a byte of the text; rows are filled up, which may take one more of each.
+        most = [n for n in (self.max_tokens, text.nbytes) if n is not None]
+        tokens = min(most) + self.seq_len if most else None
+        trace = None if tokens is None or per_token is None else tokens * (per_token + 11) + _STATISTICS
         nbytes, notes = self._cost()
         if trace is not None:
             trace += nbytes

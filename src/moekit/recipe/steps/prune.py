@@ -15,7 +15,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ExpertsRef, ModelRef, TextRef, TraceRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.hashes import text_hash
-from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item
+from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, record_bytes, text_item
 from moekit.jobs.shared.opened import Source, check_runnable, open_source
 from moekit.jobs.shared.protection import SUPER, parse_protected, protection_needs, super_experts
 from moekit.jobs.shared.pruned import Decided, finish, in_groups, told_of_plan, warn_of
@@ -141,10 +141,11 @@ class PruneStep(WritingOptions, Step):
         source = open_source(self.model)
         request = self._request(source, 0)
         outlook = self._foresee(source, request)
-        disk = outlook.nbytes + self._between(source, outlook, request)
+        nbytes = outlook.nbytes + record_bytes(source.checkpoint.tensors.values())
+        disk = nbytes + self._between(source, outlook, request)
         memory = 2 * max(_layer_bytes(source).values()) + (1 << 30)
         memory = memory if self.answers is None else max(memory, source.nbytes + (1 << 30))
-        return Forecast(tuple(reads), (Item(str(out), outlook.nbytes),), disk=disk, memory=memory, notes=tuple(notes))
+        return Forecast(tuple(reads), (Item(str(out), nbytes),), disk=disk, memory=memory, notes=tuple(notes))
 
     def run(self, work: JobContext) -> dict[str, Any]:
         """Refuse what is impossible, calibrate, decide, prove, write, check."""

@@ -11,7 +11,7 @@ from moekit import catalogue
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlacementRef, TraceRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import model_item, open_model, save_changed
+from moekit.jobs.shared.inputs import changed_bytes, model_item, open_model, save_changed
 from moekit.recipe.steps.base import Step
 
 
@@ -39,7 +39,7 @@ class RouteStep(Step):
         """A plan is small; a model is as large as its parent."""
         model = model_item(self.model, sizes)
         others = [sizes.item(path) for path in (self.trace, self.placement) if path is not None]
-        written = model.nbytes if self.write == "model" else 1 << 20
+        written = changed_bytes(self.model, model) if self.write == "model" else 1 << 20
         return Forecast((model, *others), (Item(str(out), written),), disk=written, memory=model.nbytes)
 
     def run(self, work: JobContext) -> dict[str, Any]:

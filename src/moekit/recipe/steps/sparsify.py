@@ -16,7 +16,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.hashes import text_hash
-from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, text_item
+from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, record_bytes, text_item
 from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.pruning import (
     PLAN_FILE,
@@ -145,7 +145,7 @@ class SparsifyStep(Step):
         source = open_source(reference)
         if self.from_plan is None:
             self._request(source, 0)
-        nbytes = _foresee(source)
+        nbytes = _foresee(source) + record_bytes(source.checkpoint.tensors.values())
         disk = nbytes + self._between(source)
         return Forecast((model, *reads), (Item(str(out), nbytes),), disk=disk, memory=1 << 30, notes=notes)
 

@@ -12,7 +12,15 @@ from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
-from moekit.jobs.shared.inputs import is_first_rank, model_item, open_model, read_text, save_changed, text_item
+from moekit.jobs.shared.inputs import (
+    changed_bytes,
+    is_first_rank,
+    model_item,
+    open_model,
+    read_text,
+    save_changed,
+    text_item,
+)
 from moekit.jobs.shared.ranked import RankedOptions, deal_out, ranks_of
 from moekit.recipe.steps.base import Step
 
@@ -80,7 +88,7 @@ class TrainStep(RankedOptions, Step):
         # What was learnt, then the model; two checkpoints with both moments where any are kept.
         copies = 2 if self.config(0).save_every is None else 8
         kept = None if model.nbytes is None else copies * model.nbytes
-        return Forecast((model, *texts), (Item(str(out), model.nbytes),), disk=kept, memory=needed)
+        return Forecast((model, *texts), (Item(str(out), changed_bytes(self.model, model)),), disk=kept, memory=needed)
 
     def run(self, work: JobContext) -> dict[str, Any]:
         """Train and save."""

@@ -6,7 +6,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from moekit.data.sources.base import Piece, Source
+from moekit.data.sources import Piece
+from moekit_demo.base import PackagedText
 
 LICENCES = Path("/usr/share/common-licenses")
 # Tests repeat themselves, generated tables are no code that people write.
@@ -34,14 +35,14 @@ def licence_texts() -> Iterator[Piece]:
 
 
 SOURCES = (
-    Source(
+    PackagedText(
         name="stdlib",
         domain="python-code",
         licence="PSF-2.0",
         extract=lambda _: standard_library(),
         present=lambda: any(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")),
     ),
-    Source(
+    PackagedText(
         name="licences",
         domain="licences",
         licence="each its own; all may be copied verbatim",

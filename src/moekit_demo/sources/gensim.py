@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moekit.data.packages import read_members
-from moekit.data.sources.base import Piece, Source, as_json
+from moekit.data.sources import Piece, as_json
+from moekit_demo.base import PackagedText
+from moekit_demo.packages import read_members
 
 FOLDER = "gensim/test/test_data/"
 NEWS_PER_DOCUMENT = 5
@@ -94,7 +95,7 @@ _VERSION = "4.4.0"
 _BYTES = 27_809_988
 
 SOURCES = (
-    Source(
+    PackagedText(
         name="news",
         domain="english-news",
         licence="test data of gensim (LGPL-2.1); news of the Australian Broadcasting Corporation",
@@ -105,7 +106,7 @@ SOURCES = (
         sha256="d70312a5b9d088178232fd4d295246dba676c200df91cc313f85a4774e32c4d0",
         download_bytes=_BYTES,
     ),
-    Source(
+    PackagedText(
         name="wikipedia",
         domain="english-encyclopedia",
         licence="CC-BY-SA-3.0",
@@ -116,7 +117,7 @@ SOURCES = (
         sha256="fa3252c482789b54aab8b9b262978bb7bf67faa571d5b51d94540bdc4f96e2af",
         download_bytes=_BYTES,
     ),
-    Source(
+    PackagedText(
         name="wikipedia-bg",
         domain="bulgarian-encyclopedia",
         licence="CC-BY-SA-3.0",
@@ -127,7 +128,7 @@ SOURCES = (
         sha256="93f41d4841c8ba6039853db85544611f85cb8ec6c088f1a4ad63572f26ce1d54",
         download_bytes=_BYTES,
     ),
-    Source(
+    PackagedText(
         name="analogies",
         domain="analogies",
         licence="Apache-2.0 (word2vec's question set)",

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from moekit.data.packages import read_members
-from moekit.data.sources.base import Piece, Source, as_json
+from moekit.data.sources import Piece, as_json
+from moekit_demo.base import PackagedText
+from moekit_demo.packages import read_members
 
 FOLDER = "usr/share/games/bsdgames/quiz/"
 CHOICES = 4
@@ -73,7 +74,7 @@ def _ask(file: str, task: str, rows: list[tuple[str, str]], phrase: str) -> Iter
 
 
 SOURCES = (
-    Source(
+    PackagedText(
         name="quiz",
         domain="quiz",
         licence="BSD-3-Clause",

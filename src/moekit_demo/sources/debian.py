@@ -9,8 +9,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from moekit.data.packages import read_members
-from moekit.data.sources.base import Piece, Source
+from moekit.data.sources import Piece
+from moekit_demo.base import PackagedText
+from moekit_demo.packages import read_members
 
 # Enough for small studies; the packages hold up to 40 MB of text.
 MAX_BYTES = 12_000_000
@@ -78,7 +79,7 @@ def _gcide(archive: Path) -> Iterator[Piece]:
 
 
 SOURCES = (
-    Source(
+    PackagedText(
         name="austen",
         domain="english-novels",
         licence="public domain (package: MIT)",
@@ -87,7 +88,7 @@ SOURCES = (
         packages=("r-cran-janeaustenr",),
         download_bytes=1_626_392,
     ),
-    Source(
+    PackagedText(
         name="kernel-docs",
         domain="kernel-docs",
         licence="GPL-2.0",
@@ -96,7 +97,7 @@ SOURCES = (
         packages=("linux-doc-6.1", "linux-doc-6.12"),
         download_bytes=37_342_932,
     ),
-    Source(
+    PackagedText(
         name="gcide",
         domain="english-dictionary",
         licence="GPL-3.0+",

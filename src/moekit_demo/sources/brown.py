@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from moekit.data.packages import read_members
-from moekit.data.sources.base import Piece, Source
+from moekit.data.sources import Piece
+from moekit_demo.base import PackagedText
+from moekit_demo.packages import read_members
 
 _FILE = re.compile(r"c[a-r]\d\d$")
 # Tagged text puts spaces around every sign; these rules undo it as far as that matters to a language model.
@@ -30,7 +31,7 @@ def _extract(archive: Path) -> Iterator[Piece]:
 
 
 SOURCES = (
-    Source(
+    PackagedText(
         name="brown",
         domain="english-1961",
         licence="redistribution permitted; historically for non-commercial use",

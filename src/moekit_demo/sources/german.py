@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from moekit.data.packages import read_members
-from moekit.data.sources.base import Piece, Source
+from moekit.data.sources import Piece
+from moekit_demo.base import PackagedText
+from moekit_demo.packages import read_members
 
 ENTRIES_PER_DOCUMENT = 100
 # Ten times what any experiment here reads; the whole list would only fill the disk.
@@ -26,7 +27,7 @@ def _extract(archive: Path) -> Iterator[Piece]:
 
 
 SOURCES = (
-    Source(
+    PackagedText(
         name="german",
         domain="german-dictionary",
         licence="CC-BY-SA-4.0",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moekit.data import load_text, mixes
+from moekit.data import load_text
+from moekit.data.sources import text_mixes
 from moekit.errors import BadData
 
 
@@ -15,12 +16,12 @@ from moekit.errors import BadData
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No npm and apt-get on the PATH, and a pip that always fails."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("moekit.data.packages.pip_command", lambda: ["/bin/false"])
+    monkeypatch.setattr("moekit_demo.packages.pip_command", lambda: ["/bin/false"])
 
 
 @pytest.mark.usefixtures("offline")
 def test_the_next_candidate_is_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(mixes.MIXES, "demo", (("news", "brown", "stdlib"), ("stdlib",)))
+    monkeypatch.setitem(text_mixes(), "demo", (("news", "brown", "stdlib"), ("stdlib",)))
     with caplog.at_level(logging.WARNING):
         documents = load_text("demo", limit_bytes=10_000)
     assert {d.domain for d in documents} == {"python-code"}
@@ -37,7 +38,7 @@ def test_a_place_without_candidates_names_every_reason() -> None:
 def test_mixes_name_known_sources_of_different_domains() -> None:
     from moekit.data.sources import all_sources
 
-    for places in mixes.MIXES.values():
+    for places in text_mixes().values():
         first = [all_sources()[candidates[0]] for candidates in places]
         assert len({source.info().domain for source in first}) == len(places) >= 4
         for candidates in places:
@@ -47,5 +48,5 @@ def test_mixes_name_known_sources_of_different_domains() -> None:
 def test_the_demo_needs_pip_alone() -> None:
     from moekit.data.sources import all_sources
 
-    origins = {all_sources()[candidates[0]].info().origin.partition(":")[0] for candidates in mixes.MIXES["demo"]}
+    origins = {all_sources()[candidates[0]].info().origin.partition(":")[0] for candidates in text_mixes()["demo"]}
     assert origins == {"pip", "this machine"}

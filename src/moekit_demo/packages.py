@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from moekit._files import open_regular
-from moekit.data.cache import home, new_folder
 from moekit.errors import BadData
+from moekit_demo.cache import home, new_folder
 
 Client = Literal["pip", "npm", "apt"]
 
