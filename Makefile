@@ -43,7 +43,7 @@ format: $(VENV)/.dev ## let ruff fix and format
 	$(BIN)/ruff format .
 
 test: $(VENV)/.dev ## all tests but the slow ones
-	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not full"
 
 test-all: $(VENV)/.dev ## all tests, the slow ones too
 	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS)

@@ -19,9 +19,9 @@ import time
 import torch
 
 from moekit.anatomy.probe import Geometry
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.dern import DERN
-from moekit.compress.weights import LayerWeights
 from moekit.trace.statistics import LayerStatistics
 
 GIB = 2**30
@@ -50,13 +50,13 @@ def random_layer(
     return LayerWeights(up, down_EHI, gate, router=router)
 
 
-def evidence(experts: int, width: int, hidden: int, seed: int = 0) -> LayerEvidence:
+def inputs(experts: int, width: int, hidden: int, seed: int = 0) -> LayerInputs:
     """Statistics of unevenly used experts."""
     share_E = torch.rand(experts, generator=torch.Generator().manual_seed(seed)) + 0.1
     share_E = share_E.double() / share_E.sum()
     values = {"gate_mass": share_E * TOKENS, "load": (share_E * TOKENS * TOP_K).long()}
     geometry = Geometry(hidden, experts, TOP_K, width, 0, True, False, False, True)
-    return LayerEvidence(0, geometry, LayerStatistics(experts, hidden, tokens=TOKENS, values=values))
+    return LayerInputs(0, geometry, LayerStatistics(experts, hidden, tokens=TOKENS, values=values))
 
 
 def peak() -> int:
@@ -87,7 +87,7 @@ def main() -> None:
     given = parser.parse_args()
     begun = time.perf_counter()
     weights = random_layer(given.experts, given.width, given.hidden, given.copies, getattr(torch, given.dtype))
-    seen = evidence(given.experts, given.width, given.hidden)
+    seen = inputs(given.experts, given.width, given.hidden)
     method = DERN(compare=given.compare, precision=given.precision)
     decision = method.decide(seen, method.score(seen), given.keep)
     print(

@@ -43,8 +43,8 @@ from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import ShardWriter
-from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.apply import apply, plan_bytes
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.trace.streamed import record_streamed
 
 EXPERTS, TOP_K, VOCABULARY = 8, 2, 32_000

@@ -22,15 +22,15 @@ from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.bench.pruning import Entry, PruneBenchResult, Subject
 from moekit.bench.pruning.ranking import mean_nll
-from moekit.compress import live
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.budget.sparsity import remaining_sparsity
+from moekit.compress.engine import live
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.resize import read_block
+from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.premoe import PreMoe
 from moekit.compress.prune.stun import Stun
-from moekit.compress.resize import read_block
-from moekit.compress.sparsify.accounting import remaining_sparsity
 from moekit.compress.sparsify.wanda import Wanda
-from moekit.compress.weights import LayerWeights
 from moekit.data import TokenBatches, TokenizedDocument
 from moekit.data.batches import arrange
 from moekit.evaluation import perplexity_of_documents
@@ -255,22 +255,22 @@ def two_stages(case: Case) -> dict[tuple[int, float], float]:
 
 
 def _sparsified(
-    wanda: Wanda, seen: dict[int, LayerEvidence], share: float, layer: int, weights: LayerWeights
+    wanda: Wanda, seen: dict[int, LayerInputs], share: float, layer: int, weights: LayerWeights
 ) -> LayerWeights:
     return wanda.transform(weights, seen[layer], share)
 
 
-def _evidence(model: Any, rows: TokenBatches, needs: Sequence[str]) -> dict[int, LayerEvidence]:
+def _evidence(model: Any, rows: TokenBatches, needs: Sequence[str]) -> dict[int, LayerInputs]:
     trace = record(model, rows.batches(4), statistics=needs, keep_choices=False, fingerprint="")
     taken = trace.require(needs)
     return {
-        layer.index: LayerEvidence(layer.index, layer.geometry, taken[layer.index], partial(read_block, layer))
+        layer.index: LayerInputs(layer.index, layer.geometry, taken[layer.index], partial(read_block, layer))
         for layer in find_moe_layers(model)
     }
 
 
-def _decide(model: Any, method: Any, seen: dict[int, LayerEvidence], keep: int) -> dict[int, LayerDecision]:
-    return {at: method.decide(evidence, method.score(evidence), keep) for at, evidence in seen.items()}
+def _decide(model: Any, method: Any, seen: dict[int, LayerInputs], keep: int) -> dict[int, LayerDecision]:
+    return {at: method.decide(inputs, method.score(inputs), keep) for at, inputs in seen.items()}
 
 
 @torch.no_grad()

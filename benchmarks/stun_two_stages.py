@@ -26,14 +26,14 @@ import torch
 from moekit import catalogue
 from moekit.bench.pruning import take_tokens
 from moekit.checkpoint import Checkpoint, Record
-from moekit.compress.budget import Budget
+from moekit.compress.budget.parents import expert_weights, find_original
+from moekit.compress.budget.sizes import Budget
+from moekit.compress.budget.sparsity import remaining_sparsity
+from moekit.compress.engine import planning
 from moekit.compress.engine.apply import apply
-from moekit.compress.prune import planning
-from moekit.compress.prune.rewriting import rewriter
-from moekit.compress.sparsify.accounting import remaining_sparsity
-from moekit.compress.sparsify.base import SparsifyMethod
-from moekit.compress.sparsify.lineage import expert_weights, find_original
-from moekit.compress.sparsify.sequential import Calibration, PlannedZeros, Request, plan_sparsity, zeros_of
+from moekit.compress.engine.rewriting import rewriter
+from moekit.compress.engine.sequential import Calibration, PlannedZeros, Request, plan_sparsity, zeros_of
+from moekit.compress.engine.zeroing import SparsifyMethod
 from moekit.data import TokenizedDocument, load_text
 from moekit.data.batches import arrange
 from moekit.evaluation import Evaluation, compare

@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 
 from moekit import catalogue
 from moekit.anatomy import find_moe_layers
-from moekit.compress import live
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.engine import live
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.data import Document, TokenBatches, load_text, pack, train_tokenizer
 from moekit.routing import attach_policy
 from moekit.routing.methods.merge_redirect import MemberGates, share_rows
@@ -102,10 +102,10 @@ def reduced(
 ) -> tuple[PreTrainedModel, dict[int, LayerDecision]]:
     """A copy of the model with `keep` experts a layer."""
     seen = {
-        layer.index: LayerEvidence(layer.index, layer.geometry, observed[layer.index], seed=seed)
+        layer.index: LayerInputs(layer.index, layer.geometry, observed[layer.index], seed=seed)
         for layer in find_moe_layers(model)
     }
-    decisions = {at: method.decide(evidence, method.score(evidence), keep) for at, evidence in seen.items()}
+    decisions = {at: method.decide(inputs, method.score(inputs), keep) for at, inputs in seen.items()}
     twin = copy.deepcopy(model)
     twin = live.change_model(twin, decisions, lambda at, weights: method.transform(weights, decisions[at], seen[at]))
     return twin, decisions

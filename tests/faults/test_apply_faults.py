@@ -17,9 +17,9 @@ from moekit.checkpoint.digest import tensor_digests
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import SINGLE_FILE, Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.apply import apply
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadCheckpoint, BadConfig, OutOfBudget
 from tests.checkpoints import plain
 

@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (
         "moekit.cli.prune",
         "moekit.compress.engine.apply",
-        "moekit.compress.prune.searching",
+        "moekit.compress.engine.searching",
         "moekit.evaluation.variants",
         "moekit.checking.whole",
     ):

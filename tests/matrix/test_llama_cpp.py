@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.budget import Budget
+from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.apply import apply
-from moekit.compress.prune.planning import Request, plan_pruning
+from moekit.compress.engine.planning import Request, plan_pruning
 from moekit.compress.prune.reap import REAP
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain

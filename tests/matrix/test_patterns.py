@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.apply import apply
-from moekit.compress.prune.planning import geometries_of
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.planning import geometries_of
 from moekit.serving.expert_sets.expert_set import Pattern, keep_sets, make_pattern
 from moekit.serving.expert_sets.loading import load_task
 from tests.checkpoints import plain

@@ -18,14 +18,15 @@ from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
-from moekit.compress.live import change_model
-from moekit.compress.resize import read_block
-from moekit.compress.sparsify.base import SparsifyMethod
-from moekit.compress.sparsify.masks import zeros_in
-from moekit.compress.sparsify.plan import SparsityPlan
-from moekit.compress.sparsify.sequential import Calibration, Request, plan_sparsity, zeros_of
+from moekit.compress.engine.live import change_model
+from moekit.compress.engine.resize import read_block
+from moekit.compress.engine.sequential import Calibration, Request, plan_sparsity, zeros_of
+from moekit.compress.engine.sparsity_plan import SparsityPlan
+from moekit.compress.engine.zeroing import SparsifyMethod
+from moekit.compress.maths.masks import zeros_in
 from tests.checkpoints import plain
-from tests.families import EXPERTS, FAMILIES, HIDDEN, WIDTH, build, logits, tokens
+from tests.contracts import cases
+from tests.families import EXPERTS, HIDDEN, WIDTH, build, logits, tokens
 
 METHODS = [record.name for record in catalogue.methods("sparsify")]
 TEXT = Calibration([tokens(4, 24, seed=21), tokens(2, 9, seed=22)])
@@ -65,8 +66,7 @@ def matrices(model: PreTrainedModel) -> dict[tuple[int, str], torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), cases(METHODS))
 def test_no_zeros_change_no_bit(name: str, family: str, checkpoint: Checkpoint) -> None:
     model = build(family)
     stock = logits(model)
@@ -78,9 +78,7 @@ def test_no_zeros_change_no_bit(name: str, family: str, checkpoint: Checkpoint) 
         assert torch.equal(logits(changed), stock), repr(method)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family", "fused"), cases(METHODS, [False, True]))
 def test_a_sparse_folder_is_the_sparse_model(
     name: str, family: str, fused: bool, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -121,8 +119,7 @@ def _check_zeros(
     assert counted / total == pytest.approx(plan.file.sparsity, abs=1 / FEWEST)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), cases(METHODS))
 def test_every_setting_gives_its_zeros_and_a_stored_plan_the_same(
     name: str, family: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from moekit.checkpoint.folder import CONFIG_FILE, read_tensors
 from moekit.checkpoint.hub import first_line, looks_like_hub_id, network_errors
 from moekit.checkpoint.names import config_top_k, text_config
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo, check_name, read_json
+from moekit.checkpoint.sanity import check_config
 from moekit.errors import BadCheckpoint, BadConfig
 
 # Rough rates; `Estimate.assumptions` states those used.
@@ -103,7 +104,9 @@ def _hub_headers(model: str, revision: str | None, token: str | None) -> _Header
 def _headers(model: str | Path, revision: str | None, token: str | None) -> _Headers:
     path = Path(model)
     if path.is_dir():
-        return _Headers(read_json(check_name(path, CONFIG_FILE)), read_tensors(path), remote=False)
+        config = read_json(check_name(path, CONFIG_FILE))
+        check_config(config, path / CONFIG_FILE)
+        return _Headers(config, read_tensors(path), remote=False)
     if not looks_like_hub_id(model):
         raise BadCheckpoint("there is no such folder", file=path, hint="give a model folder, or a hub id like org/name")
     return _hub_headers(str(model), revision, token)

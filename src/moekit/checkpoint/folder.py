@@ -28,6 +28,7 @@ from moekit.checkpoint.safety import (
     refuse_pickles,
     refuse_remote_code,
 )
+from moekit.checkpoint.sanity import check_config, check_scales
 from moekit.errors import BadCheckpoint
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ class Checkpoint:
         config = read_json(check_name(path, CONFIG_FILE))
         refuse_remote_code(config, allow=allow_remote_code, revision=revision, file=path / CONFIG_FILE)
         refuse_foreign_kernels(config, allow=allow_remote_code, file=path / CONFIG_FILE)
-        return cls(path, config, read_tensors(path), Record.read(path), allow_remote_code)
+        check_config(config, path / CONFIG_FILE)
+        tensors = read_tensors(path)
+        check_scales(config, tensors, path)
+        return cls(path, config, tensors, Record.read(path), allow_remote_code)
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
+MAX_NAME = 1000
 # Beyond it no machine's memory reaches, and products of sizes overflow 64 bits once they count bytes.
 _MOST_ELEMENTS = 2**59
 
@@ -102,6 +103,10 @@ def _integers(value: Any, length: int | None = None) -> tuple[int, ...] | None:
 def _tensor(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(entry, dict) or not set(entry) == {"dtype", "shape", "data_offsets"}:
         raise UnsafeInput(f"the header entry of {name!r} is malformed", file=path, hint="do not use this file")
+    if len(name) > MAX_NAME:
+        raise UnsafeInput(
+            f"the tensor name {name!r} has {len(name)} characters", file=path, hint="do not use this file"
+        )
     dtype, shape, offsets = entry["dtype"], _integers(entry["shape"]), _integers(entry["data_offsets"], 2)
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise UnsafeInput(

@@ -172,7 +172,7 @@ def refuse_remote_code(
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     model_type = config.get("model_type")
-    if model_type in CONFIG_MAPPING_NAMES:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES:
         return
     code = config.get("auto_map")
     if not isinstance(code, Mapping) or not code:

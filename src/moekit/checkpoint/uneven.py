@@ -15,6 +15,7 @@ from torch import nn
 from moekit.checkpoint.conversions import follow_names
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, stated_experts, text_config, where
 from moekit.checkpoint.record import RECORD_FILE
+from moekit.checkpoint.tying import tie
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def load_uneven(
     for names in groups.values():  # one layer at a time is in memory twice
         fill(model, {name: checkpoint.read(name) for name in names}, dtype=wanted, file=checkpoint.path)
     follow_names(model, checkpoint.tensors)
-    model.tie_weights()
+    tie(model)
     if model.can_generate() and (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
     return model, [name for name, tensor in model.state_dict().items() if tensor.is_meta]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -65,6 +66,10 @@ def _of_system(error: OSError) -> Explanation:
         error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError | FileExistsError
     ):
         return Explanation("BadConfig", f"{where}{name}", "check the path and its permissions", USAGE)
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL) and error.filename:
+        return Explanation("BadConfig", f"{where}{name}", "this names no file that can be there; check it", USAGE)
+    if error.errno == errno.ENOMEM:
+        return Explanation("OutOfBudget", f"{where}{name}", "use a machine with more memory", RESOURCES)
     return Explanation(type(error).__name__, f"{where}{name}", None, 1)
 
 
@@ -140,8 +145,27 @@ class _ByLevel(logging.Formatter):
         return printable(f"{'error' if record.levelno >= logging.ERROR else 'warning'}: {record.getMessage()}")
 
 
+def _printable_records() -> None:
+    """Make what libraries under us log of a stranger's config as printable as what we say ourselves."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "printable", False):
+        return
+
+    def made(*args: Any, **more: Any) -> logging.LogRecord:
+        record = make(*args, **more)
+        with contextlib.suppress(Exception):  # a library's faulty format is its own affair
+            text = record.getMessage()
+            if printable(text) != text:
+                record.msg, record.args = printable(text), ()
+        return record
+
+    made.printable = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(made)
+
+
 def show_warnings() -> None:
     """Print warnings and log records of warning level as one line each on stderr."""
+    _printable_records()
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         print(printable(f"warning: {message}"), file=sys.stderr)

@@ -13,20 +13,31 @@ from moekit.cli._terminal import Terminal
 if TYPE_CHECKING:
     from moekit.catalogue import MethodRecord
 
+# Not a kind of method, but what methods see.
+STATISTICS = "statistics"
+
 
 def methods(
     terminal: Terminal,
-    kind: Annotated[str | None, typer.Argument(help="Only this kind: routing, convert, place, ...")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="Only this kind: routing, convert, place, ...; or: statistics")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the documentation page of each method.")] = False,
 ) -> None:
-    """List every method, our own and those of installed packages, with its paper, needs and limits."""
+    """List every method, our own and those of installed packages, with its paper, needs and limits.
+
+    `moekit methods statistics` lists what `profile --statistics` can sum up instead, and what each one looks at.
+    """
     from moekit import catalogue
     from moekit.errors import BadConfig
 
+    if kind == STATISTICS:
+        _statistics(terminal)
+        return
     records = list(catalogue.methods(kind))
     if not records:
         kinds = sorted({record.kind for record in catalogue.methods()})
-        raise BadConfig(f"no method is of the kind {kind!r}", hint=f"there are: {', '.join(kinds)}")
+        raise BadConfig(f"no method is of the kind {kind!r}", hint=f"there are: {', '.join([*kinds, STATISTICS])}")
     terminal.answer(methods=[as_dict(record) for record in records])
     if markdown:
         for record in records:
@@ -34,6 +45,34 @@ def methods(
         return
     rows = [(r.kind, r.name, r.paper or "-", r.stock, r.origin, r.summary) for r in records]
     terminal.table("", ("kind", "method", "paper", "stock", "from", "what it does"), rows)
+
+
+def _statistics(terminal: Terminal) -> None:
+    from moekit.trace.sources.table import source_of
+    from moekit.trace.vocabulary import GROUPS, known_families, known_statistics
+
+    entries = known_statistics().values()
+    families = known_families()
+    terminal.answer(
+        statistics=[
+            {
+                "name": entry.name,
+                "shape": entry.shape,
+                "origin": entry.origin,
+                "summary": entry.doc,
+                "looks_at": {name: source_of(name).shows for name in entry.sources},
+                "live_only": next((live for name in entry.sources if (live := source_of(name).live)), ""),
+            }
+            for entry in entries
+        ],
+        families=[{"name": name, "summary": doc} for name, doc in families.items()],
+        groups={name: list(members) for name, members in GROUPS.items()},
+    )
+    rows = [(e.name, e.shape or "-", ", ".join(e.sources), e.origin, e.doc) for e in entries]
+    rows += [(f"{name}(...)", "", "", "", doc) for name, doc in families.items()]
+    terminal.table("", ("statistic", "axes", "looks at", "from", "what it is"), rows)
+    for name, members in GROUPS.items():
+        terminal.say(f"group {name}: {', '.join(members)}")
 
 
 def as_dict(record: MethodRecord) -> dict[str, Any]:
@@ -71,4 +110,6 @@ def page(record: MethodRecord) -> str:
 
 def build() -> Any:
     """The command."""
-    return build_command(methods, examples=["moekit methods routing", "moekit methods --json"])
+    return build_command(
+        methods, examples=["moekit methods routing", "moekit methods statistics", "moekit methods --json"]
+    )

@@ -140,6 +140,9 @@ def build(config: PreTrainedConfig, state: dict[str, torch.Tensor]) -> PreTraine
         # a shared expert of width 0
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         model: PreTrainedModel = cls(config)
+    head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and head is not None and embedding is not None and not torch.equal(head, embedding):
+        config.tie_word_embeddings = False  # the dense model was stored with a head of its own
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     try:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import MoELayer, flat_output
-from moekit.compress.decision import LayerDecision
-from moekit.compress.resize import Groups, resized_block, resized_config
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.resize import Groups, resized_block, resized_config
+from moekit.compress.engine.weights import LayerWeights
 from moekit.trace.seam import read_arguments
 
 Rewrite = Callable[[int, LayerWeights], LayerWeights]
@@ -31,7 +31,7 @@ class Variant:
         decisions: decoder layer -> which experts stay.
         rewrite: (layer, all experts' weights) -> weights of what stays; None keeps those as they are.
         top_k: choices a token makes; None as before.
-        groups: "free" or "equal"; see `moekit.compress.resize.resized_config`.
+        groups: "free" or "equal"; see `moekit.compress.engine.resize.resized_config`.
     """
 
     name: str

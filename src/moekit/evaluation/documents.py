@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -52,6 +52,10 @@ class DomainPerplexity(BaseModel):
     high: float | None
 
 
+# More than any text has; squares of it are numbers still.
+_MOST_NATS = 1e15
+
+
 class PerplexityResult(BaseModel):
     """Likelihood of each document under one model.
 
@@ -66,8 +70,10 @@ class PerplexityResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     domains: tuple[str, ...]
-    tokens: tuple[int, ...]
-    nll: tuple[float, ...] = Field(description="nats, summed over the document's scored tokens")
+    tokens: tuple[Annotated[int, Field(ge=0, le=2**53)], ...]
+    nll: tuple[Annotated[float, Field(ge=-_MOST_NATS, le=_MOST_NATS)], ...] = Field(
+        description="nats, summed over the document's scored tokens"
+    )
     model: str = ""
     digests: tuple[str, ...] = ()
 
@@ -77,6 +83,8 @@ class PerplexityResult(BaseModel):
             raise ValueError("domains, tokens and nll must be of one length")
         if len(self.digests) not in (0, len(self.domains)):
             raise ValueError("there must be a digest for each document, or none")
+        if not any(self.tokens):
+            raise ValueError("no document has a scored token")
         return self
 
     def only(self, chosen: Sequence[int]) -> PerplexityResult:

@@ -20,7 +20,7 @@ from moekit._progress import Progress
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.skeleton import empty_model
-from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.diagnose.super_experts.ablation import Pair, by_layer, skipped
 from moekit.errors import BadConfig
 from moekit.evaluation.changes import Variant

@@ -20,7 +20,7 @@ from torch import Tensor
 from moekit._progress import Progress, track
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.resize import read_block
+from moekit.compress.engine.resize import read_block
 from moekit.errors import BadConfig
 from moekit.evaluation.changes import ChangedLayer, Variant, as_written, changed_layer, compare_layer, watched
 from moekit.evaluation.documents import PerplexityResult

@@ -66,6 +66,7 @@ class Placement(BaseModel):
         for layer, groups in self.layers.items():
             if not groups or not all(0 <= device < self.devices for device in groups):
                 raise ValueError(f"layer {layer}: devices must be 0..{self.devices - 1}")
+        self._check_figures()
         if max(map(len, self.layers.values())) != self.experts:
             raise ValueError(f"no layer places {self.experts} experts")
         for layer, copies in self.replicas.items():
@@ -76,6 +77,14 @@ class Placement(BaseModel):
                 if len(set(held)) != len(held) or not all(0 <= device < self.devices for device in held):
                     raise ValueError(f"layer {layer}, expert {expert}: copies must be on distinct devices")
         return self
+
+    def _check_figures(self) -> None:
+        copies = {layer: sum(map(len, further.values())) for layer, further in self.replicas.items()}
+        most = max(len(groups) + copies.get(layer, 0) for layer, groups in self.layers.items())
+        if self.devices > most:
+            raise ValueError(f"{self.devices} devices, but no layer has more than {most} experts and copies")
+        if self.bound is not None and (missing := sorted(set(self.objective) - set(self.bound))):
+            raise ValueError(f"bound lacks layer {missing[0]}, whose objective is there")
 
     def _of(self, layer: int) -> list[int]:
         if layer not in self.layers:

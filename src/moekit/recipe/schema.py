@@ -101,7 +101,7 @@ def _expand(document: Document, variables: Mapping[str, Any]) -> tuple[list[dict
     origins: list[int] = []
     for position, step in enumerate(raw):
         where = f"line {document.line(('steps', position))}"
-        if not isinstance(step, dict) or step.get("use") not in STEPS:
+        if not isinstance(step, dict) or not isinstance(step.get("use"), str) or step["use"] not in STEPS:
             near = difflib.get_close_matches(str(step.get("use")) if isinstance(step, dict) else "", STEPS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(STEPS)}"
             raise BadConfig(f"{where}: a step needs a key `use` that names what to do", file=document.file, hint=hint)

@@ -98,6 +98,8 @@ def repeated(over: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     Raises:
         BadConfig: a value is no list, or there are too many combinations.
     """
+    if not isinstance(over, Mapping):
+        raise BadConfig(f"over is {over!r}, no mapping of names to lists", hint="e.g. over: {t: [3, 7, 15]}")
     count = 1
     for name, values in over.items():
         if not isinstance(values, list | tuple) or not values:

@@ -76,6 +76,7 @@ def attach_policy(layer: MoELayer, policy: RoutingPolicy, tensors: Mapping[str, 
                 layer=layer.index,
                 hint="the plan belongs to another model",
             )
+    ready = _prepared(layer, policy, tensors)
     gate = Gate(identify_gate(layer), router)
     device = next(router.parameters()).device
     router.__class__ = _policy_class(type(router))
@@ -88,8 +89,25 @@ def attach_policy(layer: MoELayer, policy: RoutingPolicy, tensors: Mapping[str, 
         ("_moekit_stored", dict(tensors)),
     ):
         object.__setattr__(router, name, value)
-    for name, tensor in policy.prepare(tensors, layer.geometry).items():
+    for name, tensor in ready.items():
         router.register_buffer(_BUFFER + name, tensor.to(device), persistent=False)
+
+
+def _prepared(layer: MoELayer, policy: RoutingPolicy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the policy makes of its stored tensors, before anything of the router is changed.
+
+    Raises:
+        BadConfig: the tensors are not those that the policy stores.
+    """
+    try:
+        return policy.prepare(tensors, layer.geometry)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise BadConfig(
+            f"the tensors are not what {type(policy).__name__} stores: {reason}",
+            layer=layer.index,
+            hint="the plan is damaged or belongs to another policy; plan the routing again",
+        ) from error
 
 
 def _let_choose_none(experts: nn.Module, wanted: bool) -> None:

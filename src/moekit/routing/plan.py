@@ -14,7 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from moekit import catalogue
@@ -55,6 +55,14 @@ class PlanHeader(BaseModel):
     trace: str = ""
     layers: list[int]
     experts: list[int]
+
+    @model_validator(mode="after")
+    def _check(self) -> PlanHeader:
+        if len(self.layers) != len(self.experts):
+            raise ValueError(f"{len(self.layers)} layers, but experts of {len(self.experts)}")
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError("a layer is planned twice")
+        return self
 
 
 class RoutingPlan:
@@ -127,10 +135,13 @@ class RoutingPlan:
     def permuted(self, orders: Mapping[int, Sequence[int]]) -> RoutingPlan:
         """The plan for a model whose experts were reordered, `order[new] = old`; its fingerprint is dropped."""
         policy = self.policy
-        tensors = {
-            layer: policy.permute(named, orders[layer]) if layer in orders else named
-            for layer, named in self.tensors.items()
-        }
+        try:
+            tensors = {
+                layer: policy.permute(named, orders[layer]) if layer in orders else named
+                for layer, named in self.tensors.items()
+            }
+        except (LookupError, RuntimeError, TypeError) as error:
+            raise BadData(f"damaged routing plan: {error!r}", hint=_AGAIN) from error
         return RoutingPlan(self.header.model_copy(update={"fingerprint": ""}), tensors)
 
     def apply(self, model: nn.Module, *, fingerprint: str = "") -> None:

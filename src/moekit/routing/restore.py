@@ -45,9 +45,16 @@ def restore_policy(model: nn.Module, record: Record, tensors: Mapping[str, Tenso
         )
     named: dict[int, dict[str, Tensor]] = {layer: {} for layer in record.policy.layers}
     for key, tensor in tensors.items():
-        prefix, layer, name = key.split(".", 2)
-        if prefix == _PREFIX:
-            named.setdefault(int(layer), {})[name] = tensor
+        prefix, _, rest = key.partition(".")
+        layer, _, name = rest.partition(".")
+        if prefix != _PREFIX:
+            continue
+        if not layer.isdecimal() or int(layer) not in named or not name:
+            raise BadCheckpoint(
+                f"a tensor {key!r} of the routing policy belongs to no layer that it routes",
+                hint="moekit.safetensors belongs to another model: load with policy=False for stock routing",
+            )
+        named[int(layer)][name] = tensor
     header = PlanHeader(
         policy=record.policy.name,
         config=record.policy.config,

@@ -16,6 +16,7 @@ from moekit.checkpoint.names import in_mtp_stack, where
 from moekit.checkpoint.precision import reading_dtype, stored_dtype
 from moekit.checkpoint.reading import TensorReader
 from moekit.checkpoint.skeleton import empty_model
+from moekit.checkpoint.tying import tie
 from moekit.checkpoint.uneven import fill
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
@@ -139,11 +140,12 @@ class LayerLoader:
     def load_rest(self) -> None:
         """Load what belongs to no decoder layer: embedding, final norm, head (tied or not)."""
         self._fill(self.names(None))
-        self.model.tie_weights()
+        tie(self.model)
 
     def release_rest(self) -> None:
         """Forget embedding, final norm and head."""
-        for name, parameter in list(self.model.named_parameters()):
+        # A tied head is named too: forgetting the embedding alone would leave it in memory.
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if where(name)[0] is None and not parameter.is_meta:
                 _set(self.model, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 

@@ -22,6 +22,7 @@ __getattr__, __dir__ = attach(
         "Trace": "store",
         "TraceMeta": "meta",
         "TraceSummary": "summary",
+        "check_summary": "summary",
         "coactivation": "statistics",
         "collaboration": "metrics",
         "domain_divergence": "domains",

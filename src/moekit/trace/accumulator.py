@@ -14,8 +14,9 @@ from torch import Tensor
 from moekit.anatomy.probe import Geometry, MoELayer
 from moekit.errors import BadData, NumericFault, UnsupportedModel
 from moekit.trace.batch import TokenBatch
-from moekit.trace.layer_hook import LayerBuffer
+from moekit.trace.layer_hook import LayerBuffer, LayerHook
 from moekit.trace.meta import DataEntry, index_dtype
+from moekit.trace.sources.base import ForwardPass, Place
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.tokens import TokenLabels
 from moekit.trace.vocabulary import Statistic
@@ -36,7 +37,7 @@ class LayerAccumulator:
     """
 
     def __init__(
-        self, layer: MoELayer, statistics: Sequence[Statistic], *, keep_choices: bool, keep_weights: bool
+        self, layer: MoELayer | Place, statistics: Sequence[Statistic], *, keep_choices: bool, keep_weights: bool
     ) -> None:
         self.layer = layer
         self.top_k = layer.geometry.top_k
@@ -133,14 +134,17 @@ class LayerAccumulator:
         return half_NK
 
     def _check(self, waiting: Sequence[LayerBuffer]) -> None:
-        sums = torch.stack([check for s in waiting for check in s.checks])
-        if not bool(sums.isfinite().all()):
+        checks = [check for s in waiting for check in s.checks]
+        if checks and not bool(torch.stack(checks).isfinite().all()):
             raise NumericFault(
                 "NaN or infinity among the router's logits or weights",
                 layer=self.layer.index,
                 hint="weights of this or an earlier layer are damaged (see `moekit check`), or precision is too low",
             )
-        extremes = torch.stack([s.extremes for s in waiting if s.extremes is not None])
+        found = [s.extremes for s in waiting if s.extremes is not None]
+        if not found:  # a dense layer
+            return
+        extremes = torch.stack(found)
         least, most = int(extremes[:, 0].min()), int(extremes[:, 1].max())
         experts = self.layer.geometry.experts
         if least < 0 or most > experts:
@@ -183,6 +187,24 @@ class LayerRecord:
     statistics: LayerStatistics
     indices: Tensor | None = None
     weights: Tensor | None = None
+
+
+class LayerRecording:
+    """One layer while it is seen."""
+
+    def __init__(self, place: Place, hook: LayerHook, accumulator: LayerAccumulator) -> None:
+        self.place = place
+        self.hook = hook
+        self.accumulator = accumulator
+
+    def take(self, current: ForwardPass, domains: Sequence[str]) -> None:
+        """Enter what the last pass showed."""
+        buffer = self.hook.buffer
+        self.hook.begin(None)
+        if buffer is None:
+            raise UnsupportedModel("the experts did not show what they were given", layer=self.place.index)
+        self.accumulator.add(buffer, domains)
+        self.accumulator.flush(current.labels, domains)
 
 
 class LabelAccumulator:

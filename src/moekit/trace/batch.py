@@ -1,16 +1,22 @@
 """What is known about some tokens at one MoE layer; statistics are measured on it.
 
-Legend: N tokens, n tokens of one expert, K choices a token, E experts, H hidden, I expert width, D domains.
+Legend: N tokens, n tokens of one expert, K choices a token, E experts, H hidden, I expert width, D domains, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from moekit.trace.attention_batch import AttentionBatch
+from moekit.trace.expert_batch import ExpertBatch, have, wide
+
+__all__ = ["ExpertBatch", "TokenBatch", "accumulate", "wide", "widest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +44,15 @@ class TokenBatch:
         routed: what the routed experts add to it, gated and summed, [N, H].
         shared: output of the shared experts, [N, H].
         stream: residual stream after the decoder layer, [N, H].
+        layer_input: residual stream before the decoder layer, [N, H].
+        block_input: what the feed-forward block is given, [N, H].
+        block_output: what it gives, [N, H].
+        modules: input and output, [N, C] each, of modules by their paths below the decoder layer.
+        attention: queries and keys of the layer, of the whole pass.
+        received: attention paid to each token, [N], where taken out of `attention` already.
+        all_outputs: outputs of all experts, [N, E, H].
+        stream_gradient: of the loss, with respect to `stream`, [N, H].
+        block_gradient: of the loss, with respect to `block_output`, [N, H].
     """
 
     experts: int
@@ -57,38 +72,65 @@ class TokenBatch:
     routed: Tensor | None = None
     shared: Tensor | None = None
     stream: Tensor | None = None
+    layer_input: Tensor | None = None
+    block_input: Tensor | None = None
+    block_output: Tensor | None = None
+    modules: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    attention: AttentionBatch | None = None
+    received: Tensor | None = None
+    all_outputs: Tensor | None = None
+    stream_gradient: Tensor | None = None
+    block_gradient: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """N."""
         return self.indices_NK.shape[0]
 
-    @staticmethod
-    def _have(value: Tensor | None, name: str) -> Tensor:
-        if value is None:
-            raise LookupError(f"{name} were not recorded: name them in the statistic's `sources`")
+    def given(self, name: str) -> Tensor:
+        """A recorded tensor by its field's name, in the model's own type.
+
+        Raises:
+            LookupError: it was not recorded.
+        """
+        value: Tensor = have(getattr(self, name), name)
         return value
+
+    def rows(self, which: slice) -> TokenBatch:
+        """Some of the tokens."""
+        cut: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Tensor):
+                cut[entry.name] = value[which]
+        if self.peaks is not None:
+            cut["peaks"] = (self.peaks[0][which], self.peaks[1][which])
+        if self.modules is not None:
+            cut["modules"] = {path: (a[which], b[which]) for path, (a, b) in self.modules.items()}
+        if self.attention is not None:
+            cut |= {"attention": None, "received": self.received_N[which]}
+        return replace(self, **cut)
 
     @property
     def domain_N(self) -> Tensor:
         """Number of each token's domain, [N] int64."""
-        return self._have(self.domain, "domains").to(device=self.indices_NK.device, dtype=torch.int64)
+        return have(self.domain, "domains").to(device=self.indices_NK.device, dtype=torch.int64)
 
     @property
     def position_N(self) -> Tensor:
         """Each token's position in its sequence, [N] int64."""
-        return self._have(self.position, "positions").to(device=self.indices_NK.device, dtype=torch.int64)
+        return have(self.position, "positions").to(device=self.indices_NK.device, dtype=torch.int64)
 
     @cached_property
     def weights_NK(self) -> Tensor:
         """Gate weights, fp32; zero where the choice is none."""
-        weights_NK = self._have(self.weights, "weights").float()
+        weights_NK = wide(have(self.weights, "weights"))
         return weights_NK.masked_fill(self.indices_NK >= self.experts, 0.0)
 
     @cached_property
     def logits_NE(self) -> Tensor:
         """Router logits, fp32."""
-        return self._have(self.logits, "logits").float()
+        return wide(have(self.logits, "logits"))
 
     @cached_property
     def scores_NE(self) -> Tensor:
@@ -98,12 +140,12 @@ class TokenBatch:
     @cached_property
     def hidden_NH(self) -> Tensor:
         """What the experts saw, fp32."""
-        return self._have(self.hidden, "inputs").float()
+        return wide(have(self.hidden, "inputs"))
 
     @cached_property
     def outputs_NKH(self) -> Tensor:
         """Output of each chosen expert before gating, fp32."""
-        return self._have(self.outputs, "outputs").float()
+        return wide(have(self.outputs, "outputs"))
 
     @cached_property
     def output_norm_NK(self) -> Tensor:
@@ -124,12 +166,12 @@ class TokenBatch:
     @cached_property
     def shared_NH(self) -> Tensor:
         """Output of the shared experts, fp32."""
-        return self._have(self.shared, "outputs of shared experts").float()
+        return wide(have(self.shared, "outputs of shared experts"))
 
     @cached_property
     def stream_NH(self) -> Tensor:
         """Residual stream after the decoder layer, fp32."""
-        return self._have(self.stream, "the residual stream after the layer").float()
+        return wide(have(self.stream, "the residual stream after the layer"))
 
     def expert_batches(self) -> Iterator[ExpertBatch]:
         """What each expert saw and gave, expert by expert; experts that no token chose are left out."""
@@ -145,10 +187,56 @@ class TokenBatch:
                 )
 
     @cached_property
+    def layer_input_NH(self) -> Tensor:
+        """Residual stream before the decoder layer, fp32 or wider."""
+        return wide(have(self.layer_input, "inputs of the decoder layer"))
+
+    @cached_property
+    def block_input_NH(self) -> Tensor:
+        """What the feed-forward block is given, fp32 or wider."""
+        return wide(have(self.block_input, "inputs of the block"))
+
+    @cached_property
+    def block_output_NH(self) -> Tensor:
+        """What the feed-forward block gives, fp32 or wider."""
+        return wide(have(self.block_output, "outputs of the block"))
+
+    def module(self, path: str) -> tuple[Tensor, Tensor]:
+        """Input [N, C] and output [N, C'] of a module by its path below the decoder layer, fp32 or wider."""
+        if self.modules is None or path not in self.modules:
+            raise LookupError(f"{path} was not recorded: name 'module:{path}' in the statistic's `sources`")
+        given, made = self.modules[path]
+        return wide(given), wide(made)
+
+    @cached_property
+    def received_N(self) -> Tensor:
+        """Attention paid to each token by all tokens of its row, mean over heads, fp32 or wider."""
+        if self.received is not None:
+            return self.received
+        if self.attention is None:
+            raise LookupError("attention was not recorded: name it in the statistic's `sources`")
+        return self.attention.received_N
+
+    @cached_property
+    def all_outputs_NEH(self) -> Tensor:
+        """Outputs of all experts before gating, fp32 or wider; of a few tokens at a time."""
+        return wide(have(self.all_outputs, "all_outputs"))
+
+    @cached_property
+    def stream_gradient_NH(self) -> Tensor:
+        """Gradient of the loss with respect to the stream after the layer, fp32 or wider."""
+        return wide(have(self.stream_gradient, "stream_gradients"))
+
+    @cached_property
+    def block_gradient_NH(self) -> Tensor:
+        """Gradient of the loss with respect to the block's output, fp32 or wider."""
+        return wide(have(self.block_gradient, "stream_gradients"))
+
+    @cached_property
     def change_N(self) -> Tensor:
         """How much the routed experts turn the residual stream: max(1 - cos(h, h + routed), 0), arXiv:2504.06792."""
-        residual_NH = self._have(self.residual, "the residual stream").float()
-        routed_NH = self._have(self.routed, "routed outputs").float()
+        residual_NH = wide(have(self.residual, "the residual stream"))
+        routed_NH = wide(have(self.routed, "routed outputs"))
         cosine_N = torch.nn.functional.cosine_similarity(residual_NH, residual_NH + routed_NH, dim=-1)
         return (1.0 - cosine_N).clamp_min(0.0)
 
@@ -170,51 +258,6 @@ class TokenBatch:
     def per_expert(self, values_NK: Tensor) -> Tensor:
         """Sum over tokens of a value of each choice, by expert: [E] fp64."""
         return accumulate(self.spread(values_NK), 0)
-
-
-@dataclass(frozen=True, eq=False)
-class ExpertBatch:
-    """What one expert saw and gave.
-
-    Attributes:
-        expert: which one.
-        weights: gate weights of its n tokens, [n].
-        hidden: its inputs, [n, H].
-        inner: inputs of its down projection, [n, I].
-        outputs: its outputs before gating, [n, H].
-    """
-
-    expert: int
-    weights: Tensor | None = None
-    hidden: Tensor | None = None
-    inner: Tensor | None = None
-    outputs: Tensor | None = None
-
-    @staticmethod
-    def _have(value: Tensor | None, name: str) -> Tensor:
-        if value is None:
-            raise LookupError(f"{name} were not recorded: name them in the statistic's `sources`")
-        return value.float()
-
-    @property
-    def weights_n(self) -> Tensor:
-        """Gate weights, fp32."""
-        return self._have(self.weights, "weights")
-
-    @property
-    def hidden_nH(self) -> Tensor:
-        """Inputs, fp32."""
-        return self._have(self.hidden, "inputs")
-
-    @property
-    def inner_nI(self) -> Tensor:
-        """Inputs of the down projection, fp32."""
-        return self._have(self.inner, "inputs of the down projection")
-
-    @property
-    def outputs_nH(self) -> Tensor:
-        """Outputs before gating, fp32."""
-        return self._have(self.outputs, "outputs")
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -22,8 +22,12 @@ OneExpert = Callable[[int, Tensor], tuple[Tensor | None, Tensor]]
 _STOCK = ("eager", "grouped_mm", "batched_mm", None)
 
 
-def plain_expert(module: Any) -> OneExpert | None:
+def plain_expert(module: Any, leaves: dict[str, Tensor] | None = None) -> OneExpert | None:
     """The plain formula of a family's experts, read off the flags of transformers' experts interface.
+
+    Args:
+        module: the experts.
+        leaves: where given, one expert's weights are put here by name as leaves of the graph, to be differentiated by.
 
     Returns:
         None for a module that computes in another way: quantized, adapted, spread over ranks.
@@ -37,9 +41,15 @@ def plain_expert(module: Any) -> OneExpert | None:
     if not flags or not whole or implementation not in (*_STOCK, "moekit_recording"):
         return None
 
+    def leaf(name: str, expert: int) -> Tensor:
+        tensor: Tensor = getattr(module, name)[expert]
+        if leaves is not None:
+            tensor = leaves[name] = tensor.detach().requires_grad_()
+        return tensor
+
     def of(name: str, expert: int) -> tuple[Tensor, Tensor | None]:
-        weight = getattr(module, name)[expert]
-        bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+        weight = leaf(name, expert)
+        bias = leaf(f"{name}_bias", expert) if module.has_bias else None
         return (weight.T if module.is_transposed else weight), bias
 
     def run(expert: int, hidden_nH: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +89,7 @@ class Figures:
 
 
 def each_expert(
-    one: OneExpert,
+    one: OneExpert | None,
     hidden_NH: Tensor,
     index_NK: Tensor,
     weights_NK: Tensor,
@@ -92,7 +102,7 @@ def each_expert(
     """Run every token through the experts it chose.
 
     Args:
-        one: runs one expert.
+        one: runs one expert; None only looks at what each one sees.
         hidden_NH: what the experts see.
         index_NK: chosen experts, int64; E means none.
         weights_NK: gate weights.
@@ -115,6 +125,10 @@ def each_expert(
             continue
         token_n = pair_n // top_k
         input_nH, weight_n = hidden_NH[token_n], weights_NK.flatten()[pair_n]
+        if one is None:
+            if look is not None:
+                look(ExpertBatch(expert, weight_n, input_nH))
+            continue
         inner_nI, output_nH = one(expert, input_nH)
         norm_P[pair_n] = torch.linalg.vector_norm(output_nH, dim=-1, dtype=wide)
         if peaks:

@@ -15,7 +15,7 @@ from moekit.errors import BadCheckpoint, BadData
 from moekit.trace.data import AnyTrace, TraceData
 from moekit.trace.meta import TraceMeta, index_dtype
 from moekit.trace.statistics import LayerStatistics, Statistics
-from moekit.trace.tokens import RUN_NAMES, TokenLabels
+from moekit.trace.tokens import RUN_DTYPES, TokenLabels
 from moekit.trace.vocabulary import get
 
 META_FILE = "trace.json"
@@ -44,13 +44,15 @@ def read_meta(folder: Path) -> TraceMeta:
     return parse_file(TraceMeta, file, what="trace", missing=missing, hint=_AGAIN, limit=MAX_META_BYTES)
 
 
-def _expected(meta: TraceMeta) -> dict[str, tuple[str, tuple[int, ...]] | None]:
-    """Dtype and shape of each tensor a trace of this description holds; None where only the number of runs is open."""
-    names: dict[str, tuple[str, tuple[int, ...]] | None] = {}
+_KINDS = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}
+
+
+def _expected(meta: TraceMeta) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """Dtype and shape of each tensor a trace of this description holds; None for a list whose length is open."""
+    names: dict[str, tuple[str, tuple[int, ...] | None]] = {}
     for layer, experts, top_k in zip(meta.layers, meta.experts, meta.top_k, strict=True):
         if meta.has_choices:
-            kind = "U8" if index_dtype(experts) is torch.uint8 else "I16"
-            names[f"layers.{layer}.indices"] = (kind, (meta.tokens, top_k))
+            names[f"layers.{layer}.indices"] = (_KINDS[index_dtype(experts)], (meta.tokens, top_k))
         if meta.has_weights:
             names[f"layers.{layer}.weights"] = ("F16", (meta.tokens, top_k))
         blank = LayerStatistics(experts, meta.hidden, meta.domains, width=meta.width_of(layer))
@@ -58,7 +60,7 @@ def _expected(meta: TraceMeta) -> dict[str, tuple[str, tuple[int, ...]] | None]:
             entry = get(name)
             names[f"statistics.{layer}.{name}"] = ("I64" if entry.integer else "F64", blank.shape(entry))
     if meta.has_choices:
-        names |= dict.fromkeys(RUN_NAMES)
+        names |= {f"run_{name}": (_KINDS[dtype], None) for name, dtype in RUN_DTYPES.items()}
     return names
 
 
@@ -68,16 +70,13 @@ def _check_header(meta: TraceMeta, found: dict[str, TensorInfo], file: Path) -> 
         raise BadData(f"damaged trace: tensors are missing: {', '.join(missing)}", file=file, hint=_AGAIN)
     if strange := sorted(set(found) - set(expected)):
         raise BadData(f"damaged trace: tensors nobody described: {', '.join(strange)}", file=file, hint=_AGAIN)
-    for name, kind in expected.items():
+    for name, (kind, shape) in expected.items():
         info = found[name]
-        if kind is None and len(info.shape) == 1:
-            continue
-        if kind is None or (info.dtype, info.shape) != kind:
+        fits = len(info.shape) == 1 if shape is None else info.shape == shape
+        if info.dtype != kind or not fits:
+            wanted = f"{kind} {'[number of runs]' if shape is None else list(shape)}"
             raise BadData(
-                f"damaged trace: {name} is {info.dtype} {list(info.shape)}"
-                + (f", not {kind[0]} {list(kind[1])}" if kind else ", not a list"),
-                file=file,
-                hint=_AGAIN,
+                f"damaged trace: {name} is {info.dtype} {list(info.shape)}, not {wanted}", file=file, hint=_AGAIN
             )
 
 

@@ -201,6 +201,11 @@ def record_generation(
         fingerprint=fingerprint,
     )
     recorder = Recorder(model, recording)
+    if recorder.needs_loss:
+        raise BadConfig(
+            "what a model writes has no loss to take gradients of",
+            hint="record statistics of gradients on a given text",
+        )
     for name in _REFUSED & set(generate):
         raise BadConfig(f"generation with {name} cannot be recorded", hint="leave it out")
     generate = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -25,11 +25,14 @@ from moekit.checkpoint.record import ancestors
 from moekit.errors import BadConfig, BadData, MoekitError, UnsupportedModel
 from moekit.trace.accumulator import LabelAccumulator, LayerAccumulator
 from moekit.trace.assembly import assemble
-from moekit.trace.layer_hook import ForwardPass, LayerHook
+from moekit.trace.layer_hook import LayerHook
 from moekit.trace.meta import tokenizer_hash
 from moekit.trace.recording import Recording, RecordingOptions
 from moekit.trace.rows import Labels, RowCounter, RowSource, read_batch, rows_of_pass
-from moekit.trace.seam import chosen_implementation, recorded_layers, redirect, refuse_compiled, routing_of
+from moekit.trace.seam import chosen_implementation, redirect, refuse_compiled, routing_of
+from moekit.trace.sources.base import ForwardPass
+from moekit.trace.sources.gradients import differentiate
+from moekit.trace.sources.places import recorded_places
 from moekit.trace.store import Trace
 
 
@@ -64,18 +67,17 @@ class Recorder:
         **options: Unpack[RecordingOptions],
     ) -> None:
         refuse_compiled(model)
-        recording = self._recording = Recording(**options) if recording is None else recording
+        recording = self.recording = Recording(**options) if recording is None else recording
         self.model = model
         self.counter = RowCounter()
         self._entries = recording.entries
-        self._layers = recorded_layers(model, recording.layers)
-        early = [entry for entry in self._entries if not entry.from_choices]
-        self._hooks = [LayerHook(model, layer, early) for layer in self._layers]
+        self._places = recorded_places(model, recording.layers, routed=recording.routed)
+        self._hooks = [LayerHook(place, recording.early) for place in self._places]
         self._accumulators = [
             LayerAccumulator(
-                layer, self._entries, keep_choices=recording.keeps_choices, keep_weights=recording.keeps_weights
+                place, self._entries, keep_choices=recording.keeps_choices, keep_weights=recording.keeps_weights
             )
-            for layer in self._layers
+            for place in self._places
         ]
         self._labels = LabelAccumulator(keep=recording.keeps_choices)
         fingerprint, tokenizer = recording.fingerprint, recording.tokenizer
@@ -85,7 +87,7 @@ class Recorder:
             "model": str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
             "fingerprint": fingerprint,
             "ancestors": ancestors(getattr(getattr(model, "_moekit", None), "record", None)),
-            "routing": routing_of(self._layers),
+            "routing": routing_of([place.moe for place in self._places if place.moe is not None]),
             "tokenizer": tokenizer_hash(tokenizer) if tokenizer is not None else "",
             "seed": recording.seed,
         }
@@ -93,6 +95,8 @@ class Recorder:
         self._expected: Labels | None = None
         self._row_source: RowSource | None = None
         self._pass: ForwardPass | None = None
+        self._gradients = [hook.gradients for hook in self._hooks if hook.gradients is not None]
+        self._held: ForwardPass | None = None
         self._fault: MoekitError | None = None
         self._handles: list[RemovableHandle] = []
         self._undo: Callable[[], None] | None = None
@@ -116,13 +120,18 @@ class Recorder:
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._end))
         for hook in self._hooks:
-            self._handles.extend(hook.hooks(on_experts=self._recording.via == "hooks"))
-        if self._recording.via == "experts":
+            self._handles.extend(hook.hooks(on_experts=self.recording.via == "hooks"))
+        if self._gradients:
+            # So that there is a way back from the loss even where no parameter learns.
+            embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+            self._handles.append(embedding.register_forward_hook(_learns))
+        if self.recording.via == "experts":
             if not isinstance(self.model, PreTrainedModel):
                 raise BadConfig(f"{type(self.model).__name__} is no transformers model", hint='use via="hooks"')
             # The layers that are not recorded share the config that names the implementation: they must answer too.
             chosen = {layer.experts: chosen_implementation(layer) for layer in find_moe_layers(self.model)}
-            hooks = {hook.layer.experts: hook.implementation(chosen[hook.layer.experts]) for hook in self._hooks}
+            recorded = [(hook, hook.place.moe.experts) for hook in self._hooks if hook.place.moe is not None]
+            hooks = {experts: hook.implementation(chosen[experts]) for hook, experts in recorded}
             self._undo = redirect(self.model, chosen | hooks)
 
     def _remove(self) -> None:
@@ -135,7 +144,7 @@ class Recorder:
         self._forget()
 
     def _forget(self) -> None:
-        self._pass = None
+        self._pass, self._held = None, None
         for hook in self._hooks:
             hook.begin(None)
 
@@ -154,6 +163,10 @@ class Recorder:
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             raise UnsupportedModel("the model is compiled while it is recorded", hint="record it without torch.compile")
+        if self._held is not None:
+            raise BadConfig(
+                "the pass before waits for its gradients", hint="call recorder.backward(loss) after each forward pass"
+            )
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
         if self._row_source is not None:
             rows = self._row_source(arguments)
@@ -168,9 +181,40 @@ class Recorder:
         current = self._pass
         if current is None:
             return
-        buffer = [hook.buffer for hook in self._hooks]
+        if self._gradients and current.tokens:
+            self._held, self._pass = current, None
+            return
+        self._finish(current)
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate a loss of the pass that just ran, where statistics read gradients; no `grad` is touched.
+
+        Args:
+            loss: one number, made from the output of the pass; a sum over tokens, so that passes add up.
+
+        Raises:
+            BadConfig: no pass waits for it.
+            UnsupportedModel: the pass ran without gradients, or the loss does not depend on it.
+        """
+        current = self._held
+        if current is None:
+            raise BadConfig(
+                "no forward pass waits for gradients",
+                hint="name a statistic of gradients, and call this once after each forward pass",
+            )
+        try:
+            differentiate(loss, self._gradients)
+            for hook in self._hooks:
+                hook.measure()
+        except BaseException:
+            self._forget()
+            raise
+        self._finish(current)
+
+    def _finish(self, current: ForwardPass) -> None:
+        buffers = [hook.buffer for hook in self._hooks]
         self._forget()
-        silent = [layer.index for layer, shown in zip(self._layers, buffer, strict=True) if shown is None]
+        silent = [place.index for place, shown in zip(self._places, buffers, strict=True) if shown is None]
         if silent:
             raise UnsupportedModel(
                 f"experts of {len(silent)} MoE layers did not show what they were given in this forward pass",
@@ -178,7 +222,7 @@ class Recorder:
                 hint="hooks do not run in compiled code and CUDA graphs: turn them off, or name the layers to record",
             )
         with self._accounting():
-            for shown, accumulator in zip(buffer, self._accumulators, strict=True):
+            for shown, accumulator in zip(buffers, self._accumulators, strict=True):
                 assert shown is not None
                 accumulator.add(shown, self.counter.domains)
         self._labels.add(current.labels)
@@ -209,6 +253,11 @@ class Recorder:
                 accumulator.flush(labels, self.counter.domains)
 
     @property
+    def needs_loss(self) -> bool:
+        """Whether statistics read gradients, so that `backward` must follow each forward pass."""
+        return bool(self._gradients)
+
+    @property
     def tokens(self) -> int:
         """Tokens recorded so far, padding not counted."""
         return self._labels.tokens
@@ -221,15 +270,20 @@ class Recorder:
             BadData: a router chose what is no expert, or no pass was recorded at all.
         """
         self.flush()
-        if any(accumulator.top_k == 0 for accumulator in self._accumulators):
+        pairs = zip(self._places, self._accumulators, strict=True)
+        if any(accumulator.top_k == 0 and place.moe is not None for place, accumulator in pairs):
             raise BadData("no forward pass was recorded", hint="run the model inside the `with` block")
         domains = list(self.counter.domains)
-        pairs = zip(self._layers, self._accumulators, strict=True)
+        pairs = zip(self._places, self._accumulators, strict=True)
         return assemble(
-            {layer.index: accumulator.record(domains) for layer, accumulator in pairs},
+            {place.index: accumulator.record(domains) for place, accumulator in pairs},
             self._labels,
             domains,
             names=[entry.name for entry in self._entries],
-            source=self._recording.source,
+            source=self.recording.source,
             told=self._told,
         )
+
+
+def _learns(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()

@@ -63,8 +63,8 @@ class TraceMeta(BaseModel):
         data: the text, by source and domain.
         seed: of what was drawn while recording; None without.
         layers: decoder layers, ascending.
-        experts: E of each layer.
-        top_k: K of each layer.
+        experts: E of each layer; 0 where it is dense.
+        top_k: K of each layer; 0 where it is dense.
         hidden: H.
         widths: I of each layer; empty where unknown.
         tokens: N.
@@ -105,8 +105,12 @@ class TraceMeta(BaseModel):
             raise ValueError("layers, experts and top_k must be of one length")
         if self.widths and len(self.widths) != len(self.layers):
             raise ValueError("widths must be of each layer, or none")
-        if any(e < 1 or e > 32767 or k < 1 or k > e for e, k in zip(self.experts, self.top_k, strict=True)):
-            raise ValueError("every layer needs 1 to 32767 experts and 1 to E choices")
+        for e, k in zip(self.experts, self.top_k, strict=True):
+            dense = e == k == 0 and not self.has_choices
+            if not dense and not 1 <= k <= e <= 32767:
+                raise ValueError(
+                    "every layer needs 1 to 32767 experts and 1 to E choices; or 0 of both, without choices"
+                )
         if len(set(self.domains)) != len(self.domains):
             raise ValueError("domains must be distinct")
         if self.has_weights and not self.has_choices:

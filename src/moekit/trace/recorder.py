@@ -54,11 +54,18 @@ def run_batch(recorder: Recorder, batch: Any) -> int:
             hint="tokenize with the tokenizer that belongs to the model",
         )
     device = embedding.weight.device
-    # Nobody reads the logits: most families can leave all but the last out.
-    spared = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     recorder.expect(labels)
-    mask_BS = labels.mask_BS.to(device=device, dtype=torch.int64)
-    model(input_ids=ids_BS.to(device), attention_mask=mask_BS, use_cache=False, **spared)
+    inputs: dict[str, Any] = {"input_ids": ids_BS.to(device), "use_cache": False}
+    inputs["attention_mask"] = labels.mask_BS.to(device=device, dtype=torch.int64)
+    if recorder.needs_loss:
+        with torch.enable_grad():
+            logits_BSV = model(**inputs).logits
+            recorder.backward(recorder.recording.loss(logits_BSV, inputs["input_ids"], labels.mask_BS.to(device)))
+        return int(labels.mask_BS.sum())
+    # Nobody reads the logits: most families can leave all but the last out.
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    model(**inputs)
     return int(labels.mask_BS.sum())
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from moekit.trace.vocabulary import Statistic, resolve
+from moekit.trace.loss import Loss, next_token_loss
+from moekit.trace.sources.table import refuse_streaming
+from moekit.trace.vocabulary import Statistic, resolve, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +30,7 @@ class RecordingOptions(TypedDict, total=False):
     source: str
     seed: int | None
     fingerprint: str | None
+    loss: Loss
 
 
 def _names(statistics: Any) -> tuple[str, ...]:
@@ -49,6 +52,8 @@ class Recording(BaseModel):
         source: where the text came from, for people.
         seed: of what was drawn for this text, noted in the trace.
         fingerprint: the model's; None computes it.
+        loss: what gradients are taken of, where a statistic reads any: (logits [B, S, V], ids [B, S], mask [B, S]) -> a
+            sum over tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +67,7 @@ class Recording(BaseModel):
     source: str = ""
     seed: int | None = None
     fingerprint: str | None = None
+    loss: Loss = next_token_loss
 
     @cached_property
     def entries(self) -> tuple[Statistic, ...]:
@@ -81,3 +87,18 @@ class Recording(BaseModel):
     def keeps_choices(self) -> bool:
         """Whether choices are kept token by token: asked for, needed by name, or their weights are."""
         return self.keep_choices or "choices" in self.statistics or self.keeps_weights
+
+    @property
+    def routed(self) -> bool:
+        """Whether anything asked for is of experts, so that dense layers cannot show it."""
+        return self.keeps_choices or any(entry.routed for entry in self.entries)
+
+    @property
+    def early(self) -> list[Statistic]:
+        """Statistics that are measured while a pass runs, because they read more than choices and weights."""
+        return [entry for entry in self.entries if not entry.from_choices]
+
+    @property
+    def whole_model(self) -> str:
+        """Why the model must be in memory as a whole; "" where layers may be streamed one at a time."""
+        return refuse_streaming(sources_of(self.entries)) or ""

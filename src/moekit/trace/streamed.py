@@ -11,20 +11,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moekit._files import read_text
 from moekit._progress import Progress, track
-from moekit.anatomy.probe import Geometry, MoELayer
+from moekit.anatomy.probe import MoELayer
 from moekit.anatomy.swap import replaced
-from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import ancestors
 from moekit.data import vocabulary
@@ -32,21 +28,23 @@ from moekit.errors import BadData, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.states import MEMORY_BYTES, States
 from moekit.streaming.walk import Inputs, Walk
-from moekit.trace.accumulator import LabelAccumulator, LayerAccumulator, LayerRecord
+from moekit.trace.accumulator import LabelAccumulator, LayerAccumulator, LayerRecord, LayerRecording
 from moekit.trace.assembly import assemble
-from moekit.trace.layer_hook import ForwardPass, LayerHook
+from moekit.trace.expert_inputs import ExpertInputs
+from moekit.trace.layer_hook import LayerHook
 from moekit.trace.meta import STOCK_ROUTING, tokenizer_hash
 from moekit.trace.recording import Recording
+from moekit.trace.resuming import note, resume
 from moekit.trace.rows import RowCounter, read_batch, rows_of_pass
 from moekit.trace.seam import chosen_implementation, redirect
+from moekit.trace.sources.base import ForwardPass, Place
+from moekit.trace.sources.places import dense_place, moe_place
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace
-from moekit.trace.vocabulary import Statistic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROGRESS = "progress.json"
 # (layer with its weights, what was recorded of it) -> the block that the text goes on through
 Change = Callable[[MoELayer, LayerStatistics], nn.Module | None]
 
@@ -64,6 +62,10 @@ class Streamed:
         limit: bytes of states kept in memory where no folder is given.
         dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
         device: where layers run; "auto" is a GPU if there is one.
+        keep_inputs: keep what a layer's experts are given until the next layer, so that a change may go through it.
+
+    Attributes:
+        inputs: of the experts of the layer that has just run, where kept: each expert's second moments, for example.
     """
 
     def __init__(
@@ -78,8 +80,15 @@ class Streamed:
         limit: int = MEMORY_BYTES,
         dtype: torch.dtype | None = None,
         device: str = "auto",
+        keep_inputs: bool = False,
     ) -> None:
-        recording = Recording(statistics=statistics, keep_choices=keep_choices, weights=weights)
+        recording = self.asked = Recording(statistics=statistics, keep_choices=keep_choices, weights=weights)
+        if recording.whole_model:
+            raise UnsupportedModel(
+                f"these statistics cannot be taken layer by layer: {recording.whole_model}",
+                file=checkpoint.path,
+                hint="load the model and record it whole (moekit.trace.record)",
+            )
         self.checkpoint = checkpoint
         self.entries = recording.entries
         self.keep_weights, self.keep_choices = recording.keeps_weights, recording.keeps_choices
@@ -108,6 +117,10 @@ class Streamed:
             vocabulary.check(batch.input_ids, vocabulary.embedding_rows(self.loader.model))
         self.walk = Walk(self.loader, inputs, folder=self.folder, limit=limit)
         self.records: dict[int, LayerRecord] = {}
+        self.inputs: ExpertInputs | None = None
+        if keep_inputs:
+            hidden, kind = self.walk.hidden, self.loader.dtype
+            self.inputs = ExpertInputs(self.passes, hidden, kind, folder=self.folder, limit=limit)
 
     def __enter__(self) -> Streamed:
         return self
@@ -137,24 +150,37 @@ class Streamed:
             self.loader.release_rest()
         for index in track(range(done + 1, self.loader.layers), "calibrating", progress):
             self._layer(index, states[index % 2], states[(index + 1) % 2], change)
-            self._note(key, index)
+            if self.folder is not None:
+                note(self.folder, key, index, self.records.get(index))
         for side in states:
             side.close()
+        if self.inputs is not None:
+            self.inputs.close()
 
     def _layer(self, index: int, before: States, after: States, change: Change | None) -> None:
         with self.loader.loaded(index):
             moe = self.walk.moe(index)
-            recording = contextlib.nullcontext(None) if moe is None else self.recording(moe)
-            with torch.no_grad(), recording as layer:
+            place = None
+            if moe is not None:
+                place = moe_place(self.loader.model, moe)
+            elif not self.asked.routed:
+                place = dense_place(self.loader.model, index, self.loader.layer(index))
+            recording = contextlib.nullcontext(None) if place is None else self.recording_at(place)
+            watching: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if moe is not None and self.inputs is not None:
+                watching = self.inputs.watching(moe)
+            with torch.no_grad(), recording as layer, watching:
                 for number, current in enumerate(self.passes):
                     if layer is not None:
                         layer.hook.begin(current)
                     after.put(number, self.walk.run(index, number, before.get(number)))
                     if layer is not None:
                         layer.take(current, self.domains)
-            if layer is None or moe is None:
+            if layer is None:
                 return
             self.records[index] = layer.accumulator.record(self.domains)
+            if moe is None:
+                return
             block = None if change is None else change(moe, self.records[index].statistics)
             if block is not None:
                 self._pass_through(moe, block, before, after)
@@ -166,23 +192,26 @@ class Streamed:
             for number in range(len(self.passes)):
                 after.put(number, self.walk.run(moe.index, number, before.get(number)))
 
+    def recording(self, moe: MoELayer) -> contextlib.AbstractContextManager[LayerRecording]:
+        """See a loaded MoE layer for as long as the block lasts."""
+        return self.recording_at(moe_place(self.loader.model, moe))
+
     @contextlib.contextmanager
-    def recording(self, moe: MoELayer) -> Iterator[_Recording]:
+    def recording_at(self, place: Place) -> Iterator[LayerRecording]:
         """See a loaded layer for as long as the block lasts."""
-        early: list[Statistic] = [entry for entry in self.entries if not entry.from_choices]
-        hook = LayerHook(self.loader.model, moe, early)
+        hook = LayerHook(place, self.asked.early)
         accumulator = LayerAccumulator(
-            moe, self.entries, keep_choices=self.keep_choices, keep_weights=self.keep_weights
+            place, self.entries, keep_choices=self.keep_choices, keep_weights=self.keep_weights
         )
         undo = None
-        try:
-            chosen = chosen_implementation(moe)
-            undo = redirect(self.loader.model, {moe.experts: hook.implementation(chosen)})
-        except UnsupportedModel:
-            pass  # experts outside transformers' interface are seen by hooks
+        if place.moe is not None:
+            # Experts outside transformers' interface are seen by hooks.
+            with contextlib.suppress(UnsupportedModel):
+                chosen = chosen_implementation(place.moe)
+                undo = redirect(self.loader.model, {place.moe.experts: hook.implementation(chosen)})
         handles = list(hook.hooks(on_experts=undo is None))
         try:
-            yield _Recording(moe, hook, accumulator)
+            yield LayerRecording(place, hook, accumulator)
         finally:
             hook.begin(None)
             for handle in handles:
@@ -226,61 +255,12 @@ class Streamed:
             digest.update(current.labels.domain_N.numpy().tobytes())
         return digest.hexdigest()
 
-    def _note(self, key: str, index: int) -> None:
-        if self.folder is None:
-            return
-        if index in self.records:
-            record = self.records[index]
-            tensors = {f"statistics.{n}": t.contiguous() for n, t in record.statistics.items()}
-            tensors |= {n: t for n in ("indices", "weights") if (t := getattr(record, n)) is not None}
-            about = {"geometry": json.dumps(asdict(record.geometry)), "top_k": str(record.top_k)}
-            save_file(tensors, self.folder / f"layer-{index}.safetensors", metadata=about)
-        atomic_write(self.folder / _PROGRESS, json.dumps({"key": key, "done": index}))
-
     def _resume(self, key: str) -> int:
         """The last layer that an interrupted run of the same work finished, its records read; -1 for none."""
-        if self.folder is None or not (self.folder / _PROGRESS).is_file():
+        if self.folder is None:
             return -1
-        noted = json.loads(read_text(self.folder / _PROGRESS))
-        if noted.get("key") != key:
-            return -1
-        done = int(noted["done"])
-        for index in range(done + 1):
-            file = self.folder / f"layer-{index}.safetensors"
-            if file.is_file():
-                self.records[index] = self._read(file)
+        done, self.records = resume(self.folder, key, self.domains, self.tokens)
         return done
-
-    def _read(self, file: Path) -> LayerRecord:
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as opened:
-            about = opened.metadata()
-        geometry = Geometry(**json.loads(about["geometry"]))
-        tensors = load_file(file)
-        values = {n.removeprefix("statistics."): t for n, t in tensors.items() if n.startswith("statistics.")}
-        statistics = LayerStatistics(
-            geometry.experts, geometry.hidden, self.domains, self.tokens, values, width=geometry.width
-        )
-        return LayerRecord(geometry, int(about["top_k"]), statistics, tensors.get("indices"), tensors.get("weights"))
-
-
-class _Recording:
-    """One layer while it is seen."""
-
-    def __init__(self, moe: MoELayer, hook: LayerHook, accumulator: LayerAccumulator) -> None:
-        self.moe = moe
-        self.hook = hook
-        self.accumulator = accumulator
-
-    def take(self, current: ForwardPass, domains: Sequence[str]) -> None:
-        """Enter what the last pass showed."""
-        buffer = self.hook.buffer
-        self.hook.begin(None)
-        if buffer is None:
-            raise UnsupportedModel("the experts did not show what they were given", layer=self.moe.index)
-        self.accumulator.add(buffer, domains)
-        self.accumulator.flush(current.labels, domains)
 
 
 def record_streamed(

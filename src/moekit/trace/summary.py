@@ -5,9 +5,10 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from moekit._progress import Progress, track
-from moekit.errors import BadData
+from moekit.errors import BadConfig, BadData
 from moekit.trace.domains import DomainReport, choose_unit, domain_report, mean_report
 from moekit.trace.metrics import Collaboration, LoadBalance, collaboration, load_balance, mean_collaboration
+from moekit.trace.recording import Recording
 from moekit.trace.store import Trace
 
 
@@ -19,7 +20,7 @@ class LayerSummary(BaseModel):
         experts: E.
         top_k: K.
         load: how even the load is.
-        collaboration: how broadly experts fire together; None where K is 1.
+        collaboration: how broadly experts fire together; None where K is 1, or where pairs were not counted.
         domains: how well routing tells domains apart; None without choices, or with a single domain.
     """
 
@@ -57,35 +58,57 @@ class TraceSummary(BaseModel):
     warnings: list[str]
 
 
+# Any of these counts choices, so that a summary can be made without the choices themselves.
+_COUNTS = ("load", "coactivation", "domain_load")
+
+
+def check_summary(recording: Recording) -> None:
+    """Refuse what is going to be recorded if no summary could be made of it.
+
+    Raises:
+        BadConfig: neither choices are kept, nor does a statistic count them; or a statistic is unknown.
+    """
+    names = [entry.name for entry in recording.entries]
+    if not recording.keeps_choices and not set(names) & set(_COUNTS):
+        raise BadConfig(
+            f"neither choices nor their counts would be kept, only {', '.join(names) or 'nothing'}",
+            hint="keep the choices, or record a statistic that counts them too (load, coactivation or domain_load)",
+        )
+
+
 def summarise(
     trace: Trace, *, permutations: int = 200, seed: int = 0, progress: Progress | None = None
 ) -> TraceSummary:
     """Compute every figure a trace allows.
 
     Args:
-        trace: with choices, or with the statistics "load" and "coactivation".
+        trace: with choices, or with a statistic that counts them ("load", "coactivation" or "domain_load").
         permutations: shuffles for the significance of domains.
         seed: of the shuffles.
         progress: told of each layer.
 
     Raises:
-        BadData: the trace is empty, or has neither choices nor those statistics.
+        BadData: the trace is empty, or has neither choices nor their counts.
     """
     if not trace.meta.tokens:
         raise BadData("the trace is empty", hint="record a text that is not empty")
-    counts = trace.require(("load", "coactivation"))
+    names: tuple[str, ...] = ("load", "coactivation")
+    if not trace.meta.has_choices:
+        names = tuple(name for name in _COUNTS if name in trace.meta.statistics) or names
+    counts = trace.require(names)
     layers = []
     for layer, experts, top_k in track(
         list(zip(trace.meta.layers, trace.meta.experts, trace.meta.top_k, strict=True)), "summarising", progress
     ):
-        paired = bool(counts[layer]["coactivation"].triu(1).any())
+        load_E, pairs_EE = counts[layer].load_E, counts[layer].get("coactivation")
+        paired = pairs_EE is not None and bool(pairs_EE.triu(1).any())
         layers.append(
             LayerSummary(
                 layer=layer,
                 experts=experts,
                 top_k=top_k,
-                load=load_balance(counts[layer]["load"]),
-                collaboration=collaboration(counts[layer]["coactivation"], counts[layer]["load"]) if paired else None,
+                load=load_balance(load_E),
+                collaboration=collaboration(pairs_EE, load_E) if paired and pairs_EE is not None else None,
                 domains=_domains(trace, layer, permutations, seed),
             )
         )

@@ -76,14 +76,14 @@ class TokenLabels:
     def encode(self) -> dict[str, Tensor]:
         """As runs: name -> [R] tensor."""
         if not len(self):
-            return {f"run_{name}": torch.zeros(0, dtype=dtype) for name, dtype in _RUN_DTYPES.items()}
+            return {f"run_{name}": torch.zeros(0, dtype=dtype) for name, dtype in RUN_DTYPES.items()}
         follows = self.position_N[1:] == self.position_N[:-1] + 1
         for name in ("sequence_N", "document_N", "domain_N", "phase_N"):
             value = getattr(self, name)
             follows &= value[1:] == value[:-1]
         start_R = torch.cat([torch.zeros(1, dtype=torch.int64), (~follows).nonzero().flatten() + 1])
         stop_R = torch.cat([start_R[1:], torch.tensor([len(self)])])
-        found = {name: getattr(self, f"{name}_N")[start_R] for name in _RUN_DTYPES if name != "length"}
+        found = {name: getattr(self, f"{name}_N")[start_R] for name in RUN_DTYPES if name != "length"}
         return {"run_length": (stop_R - start_R).to(torch.int32), **{f"run_{n}": v for n, v in found.items()}}
 
     @classmethod
@@ -94,11 +94,11 @@ class TokenLabels:
             BadData: the runs do not describe that many tokens.
         """
         length_R = runs["run_length"].long()
-        if len({len(runs[f"run_{name}"]) for name in _RUN_DTYPES}) != 1:
+        if len({len(runs[f"run_{name}"]) for name in RUN_DTYPES}) != 1:
             raise BadData("the labels of its tokens have different lengths", hint="record the trace again")
         if bool((length_R < 1).any()) or int(length_R.sum()) != tokens:
             raise BadData(f"its runs hold {int(length_R.sum())} tokens, not {tokens}", hint="record the trace again")
-        names = [name for name in _RUN_DTYPES if name != "length"]
+        names = [name for name in RUN_DTYPES if name != "length"]
         spread = {f"{name}_N": torch.repeat_interleave(runs[f"run_{name}"], length_R) for name in names}
         first_R = length_R.cumsum(0) - length_R
         inside_N = torch.arange(tokens) - torch.repeat_interleave(first_R, length_R)
@@ -106,7 +106,7 @@ class TokenLabels:
         return cls(**spread)
 
 
-_RUN_DTYPES = {
+RUN_DTYPES = {
     "length": torch.int32,
     "sequence": torch.int32,
     "document": torch.int32,
@@ -114,4 +114,3 @@ _RUN_DTYPES = {
     "position": torch.int32,
     "phase": torch.uint8,
 }
-RUN_NAMES = tuple(f"run_{name}" for name in _RUN_DTYPES)

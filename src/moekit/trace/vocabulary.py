@@ -32,9 +32,10 @@ from torch import Tensor
 from moekit import catalogue
 from moekit.errors import BadConfig
 from moekit.trace.batch import ExpertBatch, TokenBatch
+from moekit.trace.sources.table import source_of
 
-# What must be seen of a forward pass. Choices (the expert indices) always are.
-Source = Literal["choices", "weights", "logits", "inputs", "inner", "outputs", "residual", "shared", "stream"]
+# Name of what must be seen of a forward pass (`moekit.trace.sources.table`). Choices (the expert indices) always are.
+Source = str
 # How the tensors of two sets of tokens combine. "peak": the row with the larger first column.
 Rule = Literal["sum", "max", "peak"]
 Measure = Callable[[TokenBatch], Tensor]
@@ -63,6 +64,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "output_peak",
     ),
     "inner": ("load", "inner_square"),
+    "block": ("layer_cosine", "block_cosine", "block_residual_cosine", "block_output_norm"),
     "residual": ("residual_change", "residual_max", "residual_change_weighted_output_norm"),
 }
 
@@ -93,6 +95,16 @@ class Statistic:
     of_expert: MeasureExpert | None = None
 
     @property
+    def origin(self) -> str:
+        """The package it came from."""
+        return self.measure.__module__.split(".")[0]
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is of experts, so that dense layers cannot have it."""
+        return any(source_of(source).routed for source in self.sources)
+
+    @property
     def from_choices(self) -> bool:
         """Whether kept choices (with weights, if it reads them) suffice to compute it later."""
         return set(self.sources) <= {"choices", "weights"}
@@ -104,7 +116,7 @@ def expert_statistic(
     """Enter a function that measures one expert's tokens; its result is the expert's row of a tensor [E, ...].
 
     Raises:
-        BadConfig: another function already has this name.
+        BadConfig: another function already has this name, or there is no such source.
     """
 
     def enter(of_expert: MeasureExpert) -> MeasureExpert:
@@ -132,11 +144,13 @@ def statistic(
     """Enter a function into the vocabulary under its own name.
 
     Raises:
-        BadConfig: another function already has this name.
+        BadConfig: another function already has this name, or there is no such source.
     """
 
     def enter(measure: Measure) -> Measure:
         name = getattr(measure, "__name__", "")
+        for source in sources:
+            source_of(source)  # an unknown one is refused where it is named
         known = _statistics.get(name)
         if known is not None and known.measure.__module__ != measure.__module__:
             raise BadConfig(

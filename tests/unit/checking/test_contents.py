@@ -14,8 +14,8 @@ from moekit.checking import check
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.cli.main import main
-from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.apply import apply
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.convert.methods.residual import Residual
 from tests.checkpoints import edit_json, edit_shard, plain, saved
 from tests.families import EXPERTS

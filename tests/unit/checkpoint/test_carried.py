@@ -18,8 +18,8 @@ from moekit.checkpoint.experts import expert_counts
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.safety import read_header
-from moekit.compress.decision import LayerDecision
-from moekit.compress.live import change_model
+from moekit.compress.engine.live import change_model
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.convert.methods.copy import CopyUpcycling
 from moekit.errors import BadCheckpoint, BadConfig
 from moekit.parallel import save_sharded

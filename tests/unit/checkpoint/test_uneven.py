@@ -15,9 +15,9 @@ from moekit.checking import check
 from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.apply import apply
-from moekit.compress.live import change_model
+from moekit.compress.engine.live import change_model
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.families import EXPERTS, FAMILIES, build, logits, tokens
@@ -109,6 +109,22 @@ def test_a_layer_that_keeps_all_routes_as_freely_as_the_others(family: str, tmp_
     expected = change_model(build(family), kept)
     torch.testing.assert_close(logits(loaded), logits(expected), rtol=1e-5, atol=1e-5)
     assert expected.config.n_group == loaded.config.n_group == 1
+
+
+def test_a_stored_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
+    build("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path / "even")
+    changed = change_model(moekit.load(tmp_path / "even", device="cpu"), decisions("qwen3_moe"))
+    moekit.save(changed, tmp_path / "out")
+    head: list[torch.Tensor] = []
+
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        head.append(tensors["model.embed_tokens.weight"].flip(0).contiguous())
+        tensors["lm_head.weight"] = head[0]
+
+    edit_shard(tmp_path / "out" / "model.safetensors", store)
+    loaded = moekit.load(tmp_path / "out", device="cpu")
+    assert torch.equal(loaded.lm_head.weight, head[0])
+    assert not torch.equal(loaded.model.embed_tokens.weight, head[0])
 
 
 def test_a_loaded_model_is_like_a_stock_one(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ PLUGIN = '''
 """Keep the experts with the largest numbers."""
 import torch
 from moekit.catalogue import register
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.engine.dropping import PruneMethod
 from pydantic import Field
 
 
@@ -32,8 +32,8 @@ class Latest(PruneMethod):
 
     reverse: bool = Field(default=False, description="keep the smallest numbers instead")
 
-    def score(self, evidence):
-        order = torch.arange(evidence.experts, dtype=torch.float64)
+    def score(self, inputs):
+        order = torch.arange(inputs.experts, dtype=torch.float64)
         return -order if self.reverse else order
 '''
 

@@ -70,11 +70,15 @@ def test_nothing_that_is_printed_steers_the_terminal(
     explain(ValueError(EVIL), debug=True)
     explain(FileNotFoundError(2, "no such file", EVIL))
     # Whatever a test changes here is put back.
+    before = logging.getLogRecordFactory()
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setattr(logging.getLogger("moekit"), "handlers", [])
     show_warnings()
     warnings.showwarning(EVIL, UserWarning, "x", 1)
     logging.getLogger("moekit").warning("%s", EVIL)
+    record = logging.getLogger("another.library").makeRecord("x", logging.WARNING, "x", 1, "%s", (EVIL,), None)
+    assert not STEERS.search(logging.Formatter().format(record))
+    logging.setLogRecordFactory(before)
     told = capsys.readouterr()
     assert not STEERS.search(told.out + told.err)
     assert "\\x1b[2J" in told.out

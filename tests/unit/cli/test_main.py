@@ -72,6 +72,17 @@ def test_debug_shows_the_traceback() -> None:
     assert done.returncode == 2
 
 
+def test_methods_lists_statistics_and_what_they_look_at() -> None:
+    done = json.loads(moekit("methods", "statistics", "--json").stdout)
+    found = {entry["name"]: entry for entry in done["statistics"]}
+    assert found["gate_ratio"]["origin"] == "moekit"
+    assert found["gate_ratio"]["looks_at"] == {"weights": "gate weights of the choices"}
+    assert "all layers above" in found["neuron_taylor"]["live_only"]
+    assert "power" in {family["name"] for family in done["families"]}
+    assert "load" in done["groups"]["basic"]
+    assert "gate_ratio" in moekit("methods", "statistics").stdout
+
+
 def test_methods_lists_c2r() -> None:
     done = moekit("methods", "--json")
     records = {(r["kind"], r["name"]): r for r in json.loads(done.stdout)["methods"]}

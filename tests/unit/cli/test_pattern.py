@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.cli.main import main
-from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.apply import apply
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.evaluation import complete
 from moekit.serving.expert_sets import loading
 from moekit.serving.expert_sets.expert_set import keep_sets

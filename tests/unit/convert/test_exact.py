@@ -47,6 +47,18 @@ def test_logits_equal_the_dense_models(name: str, llama: PreTrainedModel, ids: t
     assert torch.equal(logits(again, ids), got)
 
 
+def test_a_head_of_its_own_stays_though_the_config_says_tied(
+    build: Callable[..., PreTrainedModel], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """Stock transformers loads such a folder with the stored head, and keeps the config as it is."""
+    dense = build("llama", tie_word_embeddings=True)
+    dense.lm_head.weight = torch.nn.Parameter(dense.model.embed_tokens.weight.detach().flip(0).clone())
+    moe = CopyUpcycling(experts=4, top_k=1).convert(dense, calibration=ids, seed=5)
+    assert (logits(moe, ids) - logits(dense, ids)).abs().max() <= 1e-4
+    moe.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(moe, ids))
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "target"),
     [

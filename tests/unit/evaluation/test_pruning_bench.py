@@ -22,11 +22,11 @@ from moekit.bench.pruning.ranking import all_rankings, part, removed
 from moekit.bench.pruning.setting import default_entries
 from moekit.bench.pruning.text import Passage, count, take_tokens
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.budget import Budget
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
-from moekit.compress.prune.plan import make_method
-from moekit.compress.prune.planning import Request, geometries_of, plan_pruning
+from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.plan import make_method
+from moekit.compress.engine.planning import Request, geometries_of, plan_pruning
 from moekit.data.batches import TokenizedDocument, arrange
 from moekit.data.text import Document
 from moekit.errors import BadConfig, BadData, UnsupportedModel
@@ -72,8 +72,8 @@ def alone(subject: Subject, name: str, keep: float, text: list[TokenizedDocument
     geometries = geometries_of(subject.checkpoint)
 
     def rewrite(layer: int, weights: Any) -> Any:
-        evidence = LayerEvidence(layer, geometries[layer], plan.statistics[layer], lambda: weights, seed)
-        return method.transform(weights, plan.decisions[layer], evidence)
+        inputs = LayerInputs(layer, geometries[layer], plan.statistics[layer], lambda: weights, seed)
+        return method.transform(weights, plan.decisions[layer], inputs)
 
     variant = Variant(name, plan.decisions, rewrite if method.rewrites else None)
     _, [result] = compare_variants(subject.checkpoint, HELDOUT, [variant], window=16)
@@ -191,8 +191,8 @@ def broken() -> Iterator[str]:
     class Broken(PruneMethod):
         """Refuses every model."""
 
-        def score(self, evidence: LayerEvidence) -> Tensor:
-            raise UnsupportedModel("cannot be done here", layer=evidence.layer)
+        def score(self, inputs: LayerInputs) -> Tensor:
+            raise UnsupportedModel("cannot be done here", layer=inputs.layer)
 
     yield "broken"
     catalogue._records.pop(("prune", "broken"))
@@ -216,11 +216,11 @@ def unmade() -> Iterator[str]:
 
         rewrites = True
 
-        def score(self, evidence: LayerEvidence) -> Tensor:
-            return torch.arange(evidence.experts, dtype=torch.float64)
+        def score(self, inputs: LayerInputs) -> Tensor:
+            return torch.arange(inputs.experts, dtype=torch.float64)
 
-        def transform(self, weights: Any, decision: Any, evidence: LayerEvidence) -> Any:
-            raise UnsupportedModel("no new weights", layer=evidence.layer)
+        def transform(self, weights: Any, decision: Any, inputs: LayerInputs) -> Any:
+            raise UnsupportedModel("no new weights", layer=inputs.layer)
 
     yield "unmade"
     catalogue._records.pop(("prune", "unmade"))
@@ -413,7 +413,7 @@ def test_results_survive_the_disk(found: PruneBenchResult, tmp_path: Path) -> No
     found.save(tmp_path / "bench.json")
     assert PruneBenchResult.load(tmp_path / "bench.json") == found
     (tmp_path / "bench.json").write_text("{}")
-    with pytest.raises(BadData, match="no result of a pruning bench"):
+    with pytest.raises(BadData, match="damaged result of a pruning bench"):
         PruneBenchResult.load(tmp_path / "bench.json")
 
 

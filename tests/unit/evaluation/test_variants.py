@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.decision import LayerDecision
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import perplexity_of_documents

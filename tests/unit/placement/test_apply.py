@@ -13,8 +13,8 @@ from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import load, save
 from moekit.checkpoint.record import Record
-from moekit.compress.decision import LayerDecision
-from moekit.compress.live import change_model
+from moekit.compress.engine.live import change_model
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.placement.apply import apply_placement, permute_all, place_checkpoint, routing_groups
 from moekit.placement.plan import Placement

@@ -12,7 +12,7 @@ import torch
 
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.skeleton import empty_model
-from moekit.compress.prune.plan import make_method
+from moekit.compress.engine.plan import make_method
 from moekit.data import pack
 from moekit.errors import BadConfig, BadData
 from moekit.jobs.context import JobContext

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.prune.plan import PrunePlan, make_method
-from moekit.compress.prune.planning import Request, plan_pruning
+from moekit.compress.engine.plan import PrunePlan, make_method
+from moekit.compress.engine.planning import Request, plan_pruning
 from moekit.data import tokenize
 from moekit.errors import BadConfig
 from moekit.evaluation import perplexity_of_documents

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint
@@ -13,7 +14,7 @@ from moekit.checkpoint.skeleton import empty_model
 from moekit.errors import BadCheckpoint, UnsupportedModel
 from moekit.streaming import LayerLoader, States, Walk
 from moekit.streaming.walk import Inputs
-from tests.checkpoints import edit_json, plain
+from tests.checkpoints import edit_json, edit_shard, plain
 from tests.families import FAMILIES, HIDDEN, build, tokens
 
 IDS = tokens(3, 12, seed=8)
@@ -70,6 +71,27 @@ def test_walking_gives_the_whole_models_logits(family: str, spilled: bool, tmp_p
             expected = model(**inputs).logits
         real = batch.attention_mask.bool()
         torch.testing.assert_close(logits[real], expected[real], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["left out", "equal", "own"])
+def test_the_head_is_the_one_that_loading_the_folder_gives(head: str, tmp_path: Path) -> None:
+    """A config may say "tied" while the file holds a head of its own: stock transformers keeps it."""
+    folder = plain(tmp_path / "m", "qwen3_moe", tie_word_embeddings=True)
+
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        embedding = tensors["model.embed_tokens.weight"]
+        if head != "left out":
+            tensors["lm_head.weight"] = embedding.clone() if head == "equal" else embedding.flip(0)
+
+    edit_shard(folder / "model.safetensors", store)
+    expected = AutoModelForCausalLM.from_pretrained(folder).lm_head.weight
+    loader = LayerLoader(Checkpoint.open(folder))
+    for _ in range(2):  # a second time too, after it was forgotten
+        loader.load_rest()
+        assert torch.equal(loader.model.lm_head.weight, expected)
+        assert (loader.model.lm_head.weight is loader.model.model.embed_tokens.weight) == (head != "own")
+        loader.release_rest()
+        assert loader.model.lm_head.weight.is_meta
 
 
 def test_an_empty_model_has_shapes_but_no_weights(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from moekit.errors import BadConfig, BadData, MoekitError, OutOfBudget, UnsafeInput
 from moekit.trace import Trace, TraceMeta
 from moekit.trace.meta import index_dtype, tokenizer_hash
-from moekit.trace.tokens import RUN_NAMES, TokenLabels
+from moekit.trace.tokens import RUN_DTYPES, TokenLabels
 from tests.unit.trace.samples import labels_of, random_trace, same_statistics, same_trace
 
 
@@ -174,7 +174,11 @@ def test_impossible_numbers_are_named(tmp_path: Path) -> None:
     refused("run_length", torch.tensor([4, -1, 9], dtype=torch.int32), "runs hold 12 tokens")
     refused("run_domain", torch.tensor([0, 1, 2], dtype=torch.int16), "domains outside 0..1")
     refused("run_domain", torch.tensor([0, 1], dtype=torch.int16), "different lengths")
-    refused("run_phase", torch.zeros(3, 1, dtype=torch.uint8), "not a list")
+    refused("run_phase", torch.zeros(3, 1, dtype=torch.uint8), r"not U8 \[number of runs\]")
+    # Whatever reads the file converts silently: 4-bit floats, halves and wide integers are labels of nothing.
+    refused("run_phase", torch.zeros(3, dtype=torch.float4_e2m1fn_x2), "run_phase is F4")
+    refused("run_domain", torch.zeros(3, dtype=torch.bfloat16), "run_domain is BF16")
+    refused("run_length", torch.tensor([4, 1, 7]), "run_length is I64")
     refused("layers.1.weights", torch.zeros(12, 2), "F32")
 
 
@@ -183,7 +187,7 @@ def test_labels_as_runs() -> None:
     runs = labels.encode()
     assert runs["run_length"].tolist() == [3, 1, 2]
     assert runs["run_position"].tolist() == [0, 0, 0]
-    assert set(runs) == set(RUN_NAMES)
+    assert set(runs) == {f"run_{name}" for name in RUN_DTYPES}
     odd = labels[torch.tensor([2, 0, 1, 5])]  # any order survives
     for case in (labels, odd, TokenLabels.empty()):
         back = TokenLabels.decode(case.encode(), len(case))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moekit.errors import BadData
-from moekit.trace import collaboration, record, summarise
+from moekit.errors import BadConfig, BadData
+from moekit.recipe.steps.profile import ProfileStep
+from moekit.trace import Recording, check_summary, collaboration, record, summarise
 from moekit.trace.domains import domain_report
 from tests.families import build, tokens
 from tests.unit.trace.samples import random_trace
@@ -49,8 +50,26 @@ def test_what_a_trace_cannot_tell_is_left_out() -> None:
 def test_nothing_to_describe() -> None:
     with pytest.raises(BadData, match="empty"):
         summarise(random_trace(lengths=[]))
-    with pytest.raises(BadData, match="'coactivation'"):
-        summarise(random_trace(keep=False, statistics=("load",)))
+    with pytest.raises(BadData, match="'load'"):
+        summarise(random_trace(keep=False, statistics=("gate_mass",)))
+
+
+@pytest.mark.parametrize("name", ["load", "domain_load", "coactivation"])
+def test_one_statistic_that_counts_choices_is_enough(name: str) -> None:
+    check_summary(Recording(statistics=name, keep_choices=False))
+    whole, counted = summarise(random_trace()), summarise(random_trace(keep=False, statistics=(name,)))
+    assert [layer.load for layer in counted.layers] == [layer.load for layer in whole.layers]
+    assert (counted.layers[0].collaboration is None) == (name != "coactivation")
+
+
+def test_what_could_not_be_summarised_is_refused_before_anything_runs() -> None:
+    for statistics, choices, complaint in [
+        (("gate_mass",), False, "neither choices nor their counts"),
+        (("gate_mess",), True, "no statistic is called"),
+    ]:
+        with pytest.raises(BadConfig, match=complaint):
+            ProfileStep(model="none", text="none", statistics=statistics, choices=choices).check()
+    ProfileStep(model="none", text="none", statistics=("gate_mass", "load"), choices=False).check()
 
 
 def test_warnings_of_a_real_trace_are_passed_on() -> None:

@@ -20,13 +20,13 @@ from moekit.bench.pruning.calibration import Calibrated, Subject
 from moekit.bench.pruning.result import Skipped
 from moekit.bench.pruning.setting import Entry, Keep, Setting
 from moekit.checkpoint.atomic import atomic_write
-from moekit.compress.budget import Budget, Sizes, uniform_count
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
-from moekit.compress.prune.planning import Request, geometries_of, sizes_of, weights_reader
-from moekit.compress.prune.searching import search_pruning
-from moekit.compress.weights import LayerWeights
+from moekit.compress.budget.sizes import Budget, Sizes, uniform_count
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.planning import Request, geometries_of, sizes_of, weights_reader
+from moekit.compress.engine.searching import search_pruning
+from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import MoekitError
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace
@@ -77,7 +77,7 @@ class Candidate:
         decision = self.decisions[layer]
         if len(decision.keep) == weights.experts:
             return weights.select(decision.keep), {}
-        own = LayerEvidence(layer, self.geometries[layer], self.statistics[layer], lambda: weights, self.seed)
+        own = LayerInputs(layer, self.geometries[layer], self.statistics[layer], lambda: weights, self.seed)
         made = self.method.transform(weights, decision, own)
         told = getattr(self.method, "figures", None)
         return made, {} if told is None else dict(told(weights, decision, own))
@@ -99,7 +99,7 @@ def mean_figures(layers: Sequence[Mapping[str, float | list[float]]]) -> dict[st
     return found
 
 
-class _Watched(LayerEvidence):
+class _Watched(LayerInputs):
     """Evidence that notes whether numbers were drawn."""
 
     def generator(self, purpose: str = "") -> object:  # type: ignore[override]
@@ -199,10 +199,10 @@ class Decider:
         self, job: _Job, layer: int, seed: int, weights: LayerWeights | None
     ) -> tuple[dict[str, LayerDecision], bool]:
         read = (lambda: weights) if weights is not None and job.method.reads_weights else None
-        evidence = _Watched(layer, self.geometries[layer], job.statistics[layer], read, seed)
-        scores_E = job.method.score(evidence)
-        made = {keep: job.method.decide(evidence, scores_E, counts[layer]) for keep, counts in self.counts.items()}
-        return made, evidence.drawn
+        inputs = _Watched(layer, self.geometries[layer], job.statistics[layer], read, seed)
+        scores_E = job.method.score(inputs)
+        made = {keep: job.method.decide(inputs, scores_E, counts[layer]) for keep, counts in self.counts.items()}
+        return made, inputs.drawn
 
     def _candidates(self, job: _Job) -> list[Candidate]:
         seeds = job.seeds if job.random or job.entry.seeds is not None else job.seeds[:1]

@@ -18,8 +18,8 @@ from moekit.bench.pruning.deciding import Candidate, mean_figures
 from moekit.bench.pruning.result import Skipped
 from moekit.bench.pruning.setting import Setting
 from moekit.checkpoint.atomic import atomic_write
-from moekit.compress.budget import Sizes
-from moekit.compress.weights import LayerWeights
+from moekit.compress.budget.sizes import Sizes
+from moekit.compress.engine.weights import LayerWeights
 from moekit.data.batches import TokenizedDocument
 from moekit.errors import MoekitError
 from moekit.evaluation.changes import Variant

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from moekit import catalogue
 from moekit.anatomy.probe import Geometry
-from moekit.compress.budget import Budget
-from moekit.compress.prune.base import PruneMethod
-from moekit.compress.prune.plan import make_method
+from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.plan import make_method
 from moekit.errors import BadConfig
 
 Keep = int | float | str

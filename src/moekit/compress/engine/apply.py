@@ -21,11 +21,11 @@ from moekit.checkpoint.model import seal
 from moekit.checkpoint.record import Expectations, Record, TensorExpectation
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.small_files import copy_small_files
-from moekit.compress.decision import LayerDecision
-from moekit.compress.engine.prepare import Mtp, Work, plan_bytes, prepare
-from moekit.compress.engine.rewriting import Rewrite, Rewriter
+from moekit.compress.engine.layer_writer import Rewrite, Rewriter
+from moekit.compress.engine.layout import Mtp, Work, plan_bytes, prepare
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.resize import Groups
 from moekit.compress.engine.shard_writer import Output
-from moekit.compress.resize import Groups
 from moekit.errors import UnsupportedModel
 
 __all__ = ["apply", "plan_bytes"]

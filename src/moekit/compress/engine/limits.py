@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.checkpoint.names import config_groups, config_top_k
-from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.errors import BadConfig
 
 

@@ -25,7 +25,7 @@ from moekit.checkpoint.expected import renamer
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.names import in_mtp_stack, text_config
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
-from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import BadCheckpoint, UnsupportedModel
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.dropping import PruneMethod, ratio
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.clustering.spherical_kmeans import spherical_kmeans
 from moekit.compress.maths.neurons.segments import (
     Compare,
@@ -29,8 +31,6 @@ from moekit.compress.maths.neurons.segments import (
     share_router_rows,
     write_segments,
 )
-from moekit.compress.prune.base import PruneMethod, ratio
-from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault, UnsupportedModel
 
 # Finding the nearest segments is most of the work, and `transform` and `figures` both need it.
@@ -107,27 +107,27 @@ class DERN(PruneMethod):
         """The load, and gate mass or the sum of gated output norms."""
         return ("gate_mass" if self.importance == "gate_mass" else "gated_output_norm", "load")
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Importance C of each expert, [E]."""
-        total_E, load_E = (evidence.statistics[name] for name in self.required)
-        tokens_E = torch.full_like(load_E, evidence.statistics.tokens)
+        total_E, load_E = (inputs.statistics[name] for name in self.required)
+        tokens_E = torch.full_like(load_E, inputs.statistics.tokens)
         return ratio(total_E, tokens_E if self.importance == "gate_mass" else load_E)
 
-    def decide(self, evidence: LayerEvidence, scores_E: Tensor, keep: int) -> LayerDecision:
+    def decide(self, inputs: LayerInputs, scores_E: Tensor, keep: int) -> LayerDecision:
         """The `keep` most important experts; refuses `balance` where it would change what experts compute."""
-        self._check(evidence)
-        return super().decide(evidence, scores_E, keep)
+        self._check(inputs)
+        return super().decide(inputs, scores_E, keep)
 
-    def _check(self, evidence: LayerEvidence) -> None:
+    def _check(self, inputs: LayerInputs) -> None:
         # gpt-oss, the family with biases, adds 1 to the up projection, and an activation is not linear in it either.
-        if self.balance and (evidence.geometry.has_bias or not evidence.geometry.has_gate):
+        if self.balance and (inputs.geometry.has_bias or not inputs.geometry.has_gate):
             raise UnsupportedModel(
                 "up and down of a neuron cannot be rescaled where experts have biases or no gates",
-                layer=evidence.layer,
+                layer=inputs.layer,
                 hint="leave balance off",
             )
 
-    def transform(self, weights: LayerWeights, decision: LayerDecision, evidence: LayerEvidence) -> LayerWeights:
+    def transform(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> LayerWeights:
         """Kept experts with what moved into them; those that receive nothing are copied bit for bit.
 
         Nothing moves into protected experts, nor out of experts that no token chose. The down bias of a dropped expert
@@ -137,32 +137,32 @@ class DERN(PruneMethod):
             NumericFault: weights hold NaN or infinity; names layer and expert.
             UnsupportedModel: experts have tensors of which it is not known how neurons lie in them.
         """
-        nearest = self._nearest(weights, decision, evidence)
+        nearest = self._nearest(weights, decision, inputs)
         result = weights.select(decision.keep)
         share_MD = nearest.shares(decision.keep, self.alpha)
-        score_E = self.score(evidence)
+        score_E = self.score(inputs)
         for position, expert in enumerate(decision.keep):
             if moved := nearest.moved(expert, self.alpha):
-                write_segments(result, position, self._recombined(weights, expert, moved, score_E, evidence))
+                write_segments(result, position, self._recombined(weights, expert, moved, score_E, inputs))
         router = share_router_rows(weights.router, decision.keep, nearest.sources, share_MD, self.router)
         return result.with_router(router)
 
-    def figures(self, weights: LayerWeights, decision: LayerDecision, evidence: LayerEvidence) -> dict[str, float]:
+    def figures(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> dict[str, float]:
         """What became of the dropped experts' segments; names as in `recombination_figures`."""
         dropped = [e for e in range(weights.experts) if e not in decision.keep]
-        return recombination_figures(self._nearest(weights, decision, evidence), dropped, self.alpha)
+        return recombination_figures(self._nearest(weights, decision, inputs), dropped, self.alpha)
 
-    def _nearest(self, weights: LayerWeights, decision: LayerDecision, evidence: LayerEvidence) -> Nearest:
+    def _nearest(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> Nearest:
         """Nearest kept segments, remembered as long as the weights live."""
-        self._check(evidence)
-        score = self.score(evidence).tolist()
-        targets = [e for e in decision.keep if e not in evidence.protected]
+        self._check(inputs)
+        score = self.score(inputs).tolist()
+        targets = [e for e in decision.keep if e not in inputs.protected]
         dropped = [e for e in range(weights.experts) if e not in decision.keep and score[e] > 0]
         sources = dropped if targets and self.alpha < 1 else []
         if sources and weights.others:
             raise UnsupportedModel(
                 f"neurons cannot move: it is not known where they lie in {', '.join(sorted(weights.others))}",
-                layer=evidence.layer,
+                layer=inputs.layer,
                 hint="prune without recombining, with the method gate-mass",
             )
         key = (sources, targets, self.compare, self.balance, self.precision)
@@ -173,12 +173,12 @@ class DERN(PruneMethod):
                     weights, sources, targets, compare=self.compare, balance=self.balance, precision=self.precision
                 )
             except NumericFault as fault:
-                raise NumericFault(fault.message, layer=evidence.layer, expert=fault.expert, hint=fault.hint) from fault
+                raise NumericFault(fault.message, layer=inputs.layer, expert=fault.expert, hint=fault.hint) from fault
             known = _found[weights] = (key, found)
         return known[1]
 
     def _recombined(
-        self, weights: LayerWeights, expert: int, moved: dict[int, Tensor], score_E: Tensor, evidence: LayerEvidence
+        self, weights: LayerWeights, expert: int, moved: dict[int, Tensor], score_E: Tensor, inputs: LayerInputs
     ) -> Tensor:
         """The segments of an expert after k-means over its own and those that moved into it, [I, F]."""
         members = [(expert, torch.arange(weights.width)), *moved.items()]
@@ -190,7 +190,7 @@ class DERN(PruneMethod):
             peak_N = points_NF[:, : weights.hidden].abs().amax(dim=1)
             start_I = peak_N.sort(descending=True, stable=True).indices[: weights.width]
         elif self.init == "random":
-            start_I = torch.randperm(len(points_NF), generator=evidence.generator(f"dern {expert}"))[: weights.width]
+            start_I = torch.randperm(len(points_NF), generator=inputs.generator(f"dern {expert}"))[: weights.width]
         return spherical_kmeans(
             points_NF, weight_N, start_I, iterations=self.iterations, tolerance=self.tolerance, rescale=self.rescale
         ).centroids_IF

@@ -11,8 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod, ratio
+from moekit.compress.engine.dropping import PruneMethod, ratio
+from moekit.compress.engine.inputs import LayerInputs
 
 _CONDITIONAL = "A conditional mean: on badly balanced models a rare expert with large outputs outranks busy ones."
 
@@ -32,9 +32,9 @@ class EAN(PruneMethod):
     are nearly uniform.
     """
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Sum of output norms of each expert, [E]."""
-        return evidence.statistics["output_norm"].double()
+        return inputs.statistics["output_norm"].double()
 
 
 @register(
@@ -52,9 +52,9 @@ class MAN(PruneMethod):
     calibration text uses an expert: task-agnostic, and on models whose load is balanced.
     """
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Mean output norm of each expert, [E]."""
-        return ratio(evidence.statistics["output_norm"], evidence.statistics["load"])
+        return ratio(inputs.statistics["output_norm"], inputs.statistics["load"])
 
 
 @register(
@@ -72,9 +72,9 @@ class MSAN(PruneMethod):
     outputs should decide: they count quadratically.
     """
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Mean squared output norm of each expert, [E]."""
-        return ratio(evidence.statistics["output_square"], evidence.statistics["load"])
+        return ratio(inputs.statistics["output_square"], inputs.statistics["load"])
 
 
 @register(
@@ -92,6 +92,6 @@ class WeightedEAN(PruneMethod):
     models whose load is not balanced: of scores that cost one pass it is among the strongest there.
     """
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Sum of gated output norms of each expert, [E]."""
-        return evidence.statistics["gated_output_norm"].double()
+        return inputs.statistics["gated_output_norm"].double()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod, ratio
+from moekit.compress.engine.dropping import PruneMethod, ratio
+from moekit.compress.engine.inputs import LayerInputs
 from moekit.errors import BadConfig
 from moekit.trace.batch import TokenBatch, widest
 from moekit.trace.vocabulary import statistic
@@ -119,16 +119,16 @@ class EasyEP(PruneMethod):
         whole = "residual_change_weighted_output_norm" if self.token_weight else "gated_output_norm"
         return ("load", whole if self.mix == "sum" else f"domain_{whole}")
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Importance of each expert, [E]: the plain sum, or the weighted sum of the domains' shares.
 
         Raises:
             BadConfig: weights for domains that are not there.
         """
-        sums = evidence.statistics[self.required[1]].double()
+        sums = inputs.statistics[self.required[1]].double()
         if self.mix == "sum":
             return sums
-        domains = evidence.statistics.domains
+        domains = inputs.statistics.domains
         if self.mix == "auto" and len(domains) < 2 and not self.domain_weights:
             return sums.sum(0)
         return mix_domains(sums, domains, self.domain_weights)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
 
 
 @register(
@@ -27,6 +27,6 @@ class Frequency(PruneMethod):
     the baseline that costs nothing but router outputs. On models with well balanced load it is close to random.
     """
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Tokens that chose each expert, [E]."""
-        return evidence.statistics["load"].double()
+        return inputs.statistics["load"].double()

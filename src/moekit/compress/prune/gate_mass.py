@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
 
 
 @register(
@@ -28,6 +28,6 @@ class GateMass(PruneMethod):
     not at hand: it costs router outputs only and weighs a first choice more than a last one.
     """
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Sum of gate weights of each expert, [E]."""
-        return evidence.statistics["gate_mass"].double()
+        return inputs.statistics["gate_mass"].double()

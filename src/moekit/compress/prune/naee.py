@@ -21,9 +21,9 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod, Reconstruction
+from moekit.compress.engine.dropping import PruneMethod, Reconstruction
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.errors import BadConfig, NumericFault
 
 Loss = Callable[[tuple[int, ...]], float]
@@ -108,7 +108,7 @@ class NAEE(PruneMethod):
         """Progressive mode decides layer after layer."""
         return self.mode == "progressive"
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Not from statistics: `search` leaves the rises of the loss among the decision's figures.
 
         Raises:
@@ -116,22 +116,22 @@ class NAEE(PruneMethod):
         """
         raise BadConfig(
             "naee has no scores without its search: it needs the model's blocks, not only statistics",
-            layer=evidence.layer,
+            layer=inputs.layer,
             hint="run its search; the decision's figures then hold each expert's \"rise\"",
         )
 
-    def search(self, evidence: LayerEvidence, block: Reconstruction, keep: int) -> LayerDecision:
+    def search(self, inputs: LayerInputs, block: Reconstruction, keep: int) -> LayerDecision:
         """The kept experts, with `loss`, `rise` (of removing each expert alone) and `evaluations` as figures.
 
         Raises:
             BadConfig: more experts are protected than may stay, or far too many subsets for an exhaustive search.
             NumericFault: a loss is NaN or infinite.
         """
-        experts, fixed = evidence.experts, evidence.protected
+        experts, fixed = inputs.experts, inputs.protected
         if len(fixed) > keep:
             raise BadConfig(
                 f"{len(fixed)} experts are protected, but only {keep} may stay",
-                layer=evidence.layer,
+                layer=inputs.layer,
                 hint=f"keep at least {len(fixed)}, or protect fewer",
             )
 
@@ -139,10 +139,10 @@ class NAEE(PruneMethod):
         def loss(kept: tuple[int, ...]) -> float:
             value = float(block.loss(kept))
             if not math.isfinite(value):
-                raise _fault(evidence, value)
+                raise _fault(inputs, value)
             return value
 
-        exhaustive = self._exhaustive(math.comb(experts - len(fixed), keep - len(fixed)), evidence.layer)
+        exhaustive = self._exhaustive(math.comb(experts - len(fixed), keep - len(fixed)), inputs.layer)
         # With all of them there is nothing to choose, and a token may need as many.
         rise = rises(loss, experts) if keep < experts else [0.0] * experts
         kept = (best_subset if exhaustive else greedy_subset)(loss, experts, keep, fixed)
@@ -165,15 +165,15 @@ def _damaged(tensors: Sequence[Tensor]) -> bool:
     return any(not bool(torch.isfinite(t).all()) for t in tensors)
 
 
-def _fault(evidence: LayerEvidence, value: float) -> NumericFault:
+def _fault(inputs: LayerInputs, value: float) -> NumericFault:
     """The error for a loss that is no number; names the expert where the weights can be looked at."""
     expert = None
-    if evidence.read_weights is not None:
-        weights = evidence.weights
+    if inputs.read_weights is not None:
+        weights = inputs.weights
         expert = next((e for e in range(weights.experts) if _damaged(weights.expert(e))), None)
     return NumericFault(
         f"the loss of the layer's output is {value}",
-        layer=evidence.layer,
+        layer=inputs.layer,
         expert=expert,
         hint="weights or activations are damaged (see `moekit check`)",
     )

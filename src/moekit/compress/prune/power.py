@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod, ratio
+from moekit.compress.engine.dropping import PruneMethod, ratio
+from moekit.compress.engine.inputs import LayerInputs
 from moekit.trace.batch import TokenBatch
 from moekit.trace.vocabulary import Source, Statistic, member_name, statistic_family
 
@@ -91,9 +91,9 @@ class Power(PruneMethod):
         """Load and the family's member with these exponents."""
         return ("load", member_name("power", self.token, self.gate, self.norm))
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """The sum over load^count of each expert, [E]; 0 where no token chose it."""
-        load, total = (evidence.statistics[name].double() for name in self.required)
+        load, total = (inputs.statistics[name].double() for name in self.required)
         return ratio(total, load**self.count)
 
 

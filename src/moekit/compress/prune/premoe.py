@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
 from moekit.trace.batch import TokenBatch, accumulate, widest
 from moekit.trace.vocabulary import BINS, Statistic, member_name, statistic_family
 
@@ -181,17 +181,17 @@ class PreMoe(PruneMethod):
         peak = (member_name("pool_peak", size),) if self.threshold == "adaptive" else ()
         return ("load", sums, *peak)
 
-    def cut(self, evidence: LayerEvidence) -> float:
+    def cut(self, inputs: LayerInputs) -> float:
         """The threshold r of a layer; 0 for none."""
         if isinstance(self.threshold, float):
             return self.threshold
-        if self.threshold is None or not evidence.statistics.tokens:
+        if self.threshold is None or not inputs.statistics.tokens:
             return 0.0
-        return float(evidence.statistics[self.required[2]]) / evidence.statistics.tokens
+        return float(inputs.statistics[self.required[2]]) / inputs.statistics.tokens
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Mean over all tokens of what they add to each expert, [E]."""
-        sums_EB = evidence.statistics[self.required[1]]
-        if not evidence.statistics.tokens:
-            return torch.zeros(evidence.experts, dtype=torch.float64)
-        return above(sums_EB, self.cut(evidence)) / evidence.statistics.tokens
+        sums_EB = inputs.statistics[self.required[1]]
+        if not inputs.statistics.tokens:
+            return torch.zeros(inputs.experts, dtype=torch.float64)
+        return above(sums_EB, self.cut(inputs)) / inputs.statistics.tokens

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
 
 
 @register(
@@ -26,6 +26,6 @@ class Random(PruneMethod):
     it on the same budget has learnt nothing from its data.
     """
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Uniform numbers, [E]."""
-        return torch.rand(evidence.experts, generator=evidence.generator("random"), dtype=torch.float64)
+        return torch.rand(inputs.experts, generator=inputs.generator("random"), dtype=torch.float64)

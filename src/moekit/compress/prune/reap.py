@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod, ratio
+from moekit.compress.engine.dropping import PruneMethod, ratio
+from moekit.compress.engine.inputs import LayerInputs
 from moekit.trace.batch import TokenBatch
 from moekit.trace.vocabulary import statistic
 
@@ -57,7 +57,7 @@ class REAP(PruneMethod):
         """Load and the sum of gated output norms, with gates of either kind."""
         return ("load", "renormalised_output_norm" if self.renormalise else "gated_output_norm")
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Mean gated output norm of each expert, [E]."""
-        load, total = (evidence.statistics[name] for name in self.required)
+        load, total = (inputs.statistics[name] for name in self.required)
         return ratio(total, load)

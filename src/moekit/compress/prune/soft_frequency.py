@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
 
 
 @register(
@@ -29,6 +29,6 @@ class SoftFrequency(PruneMethod):
     not the sum of gate weights over routed tokens, which some papers call by the same name: that is gate-mass.
     """
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Sum of router scores of each expert, [E]."""
-        return evidence.statistics["soft_frequency"].double()
+        return inputs.statistics["soft_frequency"].double()

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.dropping import PruneMethod, ranking
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.clustering.complete_linkage import Dendrogram, complete_linkage
 from moekit.compress.maths.neurons.merging import merge_groups
-from moekit.compress.prune.base import PruneMethod, ranking
-from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault
 
 
@@ -105,51 +105,51 @@ class Stun(PruneMethod):
         counts = ("coactivation",) if self.coactivation else ()
         return (*counts, "load", "gated_output_norm") if self.representative == "saliency" else counts
 
-    def distances(self, evidence: LayerEvidence) -> Tensor:
+    def distances(self, inputs: LayerInputs) -> Tensor:
         """d_ij between experts, [E, E] fp64, the diagonal 0.
 
         Raises:
             NumericFault: a router row holds NaN or infinity; names layer and expert.
         """
-        total_EE = torch.zeros(evidence.experts, evidence.experts, dtype=torch.float64)
+        total_EE = torch.zeros(inputs.experts, inputs.experts, dtype=torch.float64)
         if self.router_distance:
-            rows_EH = evidence.weights.router_EH.detach().cpu()
+            rows_EH = inputs.weights.router_EH.detach().cpu()
             if bool((bad_E := ~rows_EH.isfinite().all(-1)).any()):
                 bad, hint = int(bad_E.nonzero()[0]), "run moekit check on the model"
-                raise NumericFault("the router's row is not finite", layer=evidence.layer, expert=bad, hint=hint)
+                raise NumericFault("the router's row is not finite", layer=inputs.layer, expert=bad, hint=hint)
             total_EE += self.router_distance * router_distances(rows_EH)
         if self.coactivation:
-            total_EE -= self.coactivation * normalised_coactivation(evidence.statistics["coactivation"].cpu())
+            total_EE -= self.coactivation * normalised_coactivation(inputs.statistics["coactivation"].cpu())
         return total_EE.fill_diagonal_(0.0)
 
-    def dendrogram(self, evidence: LayerEvidence) -> Dendrogram:
+    def dendrogram(self, inputs: LayerInputs) -> Dendrogram:
         """The clustering: exact copies meet first, protected experts never meet another."""
-        gap_EE = self.distances(evidence)
+        gap_EE = self.distances(inputs)
         if self.coactivation:
             nearest = float(gap_EE.min()) - 1.0
-            for i, j in _copies(evidence.weights):
+            for i, j in _copies(inputs.weights):
                 gap_EE[i, j] = gap_EE[j, i] = nearest
-        if evidence.protected:
-            index = sorted(evidence.protected)
+        if inputs.protected:
+            index = sorted(inputs.protected)
             gap_EE[index] = gap_EE[:, index] = float("inf")
         return complete_linkage(gap_EE)
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Sum of gated output norms ("saliency"), or the distance to the closest other expert ("nearest")."""
         if self.representative == "saliency":
-            return evidence.statistics["gated_output_norm"].double()
-        return self.distances(evidence).fill_diagonal_(float("inf")).amin(-1).nan_to_num(posinf=0.0)
+            return inputs.statistics["gated_output_norm"].double()
+        return self.distances(inputs).fill_diagonal_(float("inf")).amin(-1).nan_to_num(posinf=0.0)
 
-    def decide(self, evidence: LayerEvidence, scores_E: Tensor, keep: int) -> LayerDecision:
+    def decide(self, inputs: LayerInputs, scores_E: Tensor, keep: int) -> LayerDecision:
         """Cut the clustering where `keep` clusters are left and choose one expert of each."""
-        ranked_E = ranking(scores_E, evidence)
-        tree = self.dendrogram(evidence)
+        ranked_E = ranking(scores_E, inputs)
+        tree = self.dendrogram(inputs)
         clusters = tree.leaving(keep)
-        joins = evidence.experts - len(clusters)
+        joins = inputs.experts - len(clusters)
         if len(clusters) > keep:  # protected experts stand apart: what is too much goes whole, the least worth first
             clusters = tuple(sorted(clusters, key=lambda c: (-float(ranked_E[list(c)].max()), c))[:keep])
         means = self.reconstruct and keep < self.kappa
-        chosen = {self._representative(evidence, ranked_E, cluster): cluster for cluster in clusters}
+        chosen = {self._representative(inputs, ranked_E, cluster): cluster for cluster in clusters}
         keepers = tuple(sorted(chosen))
         return LayerDecision(
             keep=keepers,
@@ -161,24 +161,24 @@ class Stun(PruneMethod):
             },
         )
 
-    def _representative(self, evidence: LayerEvidence, ranked_E: Tensor, cluster: Sequence[int]) -> int:
+    def _representative(self, inputs: LayerInputs, ranked_E: Tensor, cluster: Sequence[int]) -> int:
         if len(cluster) == 1:
             return cluster[0]
         if self.representative == "nearest":
-            return nearest_to_mean(evidence.weights, cluster)
+            return nearest_to_mean(inputs.weights, cluster)
         return max(cluster, key=lambda expert: (float(ranked_E[expert]), -expert))
 
-    def transform(self, weights: LayerWeights, decision: LayerDecision, evidence: LayerEvidence) -> LayerWeights:
+    def transform(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> LayerWeights:
         """The representatives, bit for bit; where the layer is reconstructed, means of clusters and router rows."""
         return merge_groups(weights, decision.keep, decision.groups or (), decision.shares or ())
 
     def allocate(
-        self, evidence: Mapping[int, LayerEvidence], scores: Mapping[int, Tensor], total: int, least: int, most: int
+        self, inputs: Mapping[int, LayerInputs], scores: Mapping[int, Tensor], total: int, least: int, most: int
     ) -> dict[int, int]:
         """One threshold for all layers: the closest joins of any layer are made until `total` clusters are left."""
-        counts = {layer: seen.experts for layer, seen in evidence.items()}
+        counts = {layer: seen.experts for layer, seen in inputs.items()}
         offers: list[tuple[float, int]] = []
-        for layer, seen in evidence.items():
+        for layer, seen in inputs.items():
             # Read anew, so that no more than one layer's weights are in memory. Joins that protection forbids come
             # last of all, so that the bounds can still be met.
             heights = [*self.dendrogram(dataclasses.replace(seen)).heights, *[float("inf")] * seen.experts][

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.clustering.spectral import Array, Similarity, join_nearest, similarity, spectral_clusters
 from moekit.compress.maths.neurons.align import align_experts
 from moekit.compress.maths.neurons.merging import member_shares, merge_groups
-from moekit.compress.prune.base import PruneMethod
-from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, NumericFault
 
 
@@ -67,11 +67,11 @@ class UNCURL(PruneMethod):
         """Each affinity, with and without alignment, both router rows."""
         return [cls(), cls(affinity="pearson", router="representative"), cls(affinity="rbf", align=False)]
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """The load nu_e, by which members of a cluster count and representatives are chosen."""
-        return evidence.statistics.load_E.double()
+        return inputs.statistics.load_E.double()
 
-    def decide(self, evidence: LayerEvidence, scores_E: Tensor, keep: int) -> LayerDecision:
+    def decide(self, inputs: LayerInputs, scores_E: Tensor, keep: int) -> LayerDecision:
         """Cluster all experts into `keep` groups, each kept under its most used member.
 
         Protected experts are groups of their own. Where they alone fill the budget, the others are dropped, since
@@ -81,14 +81,14 @@ class UNCURL(PruneMethod):
             BadConfig: fewer experts are kept than are protected.
             NumericFault: the statistics hold NaN or infinity.
         """
-        statistics = evidence.statistics
+        statistics = inputs.statistics
         gram_EE = statistics["logit_gram"]
         if not bool(gram_EE.isfinite().all()):
             expert = int((~gram_EE.isfinite()).sum(1).argmax())
-            raise NumericFault("router logits were NaN or infinite", layer=evidence.layer, expert=expert)
+            raise NumericFault("router logits were NaN or infinite", layer=inputs.layer, expert=expert)
         alike_EE = similarity(gram_EE, statistics["logit_sum"], statistics.tokens, self.affinity)
         load_E = statistics.load_E
-        groups = self._groups(alike_EE, load_E, keep, evidence)
+        groups = self._groups(alike_EE, load_E, keep, inputs)
         # A stable maximum: of equally used members the lowest.
         named = sorted((max(group, key=lambda e: (int(load_E[e]), -e)), tuple(group)) for group in groups)
         pairs = [alike_EE[i, j] for _, group in named for i, j in combinations(group, 2)]
@@ -102,23 +102,23 @@ class UNCURL(PruneMethod):
             figures=figures,
         )
 
-    def _groups(self, alike_EE: Array, load_E: Tensor, keep: int, evidence: LayerEvidence) -> list[list[int]]:
-        protected = sorted(evidence.protected)
+    def _groups(self, alike_EE: Array, load_E: Tensor, keep: int, inputs: LayerInputs) -> list[list[int]]:
+        protected = sorted(inputs.protected)
         slots = keep - len(protected)
         if slots < 0:
             raise BadConfig(
                 f"{len(protected)} experts are protected, but only {keep} may stay",
-                layer=evidence.layer,
+                layer=inputs.layer,
                 hint=f"keep at least {len(protected)}, or protect fewer",
             )
         own = [[e] for e in protected]
         if slots == 0:
             return own
-        free = [e for e in range(evidence.experts) if e not in evidence.protected]
+        free = [e for e in range(inputs.experts) if e not in inputs.protected]
         used, unused = ([e for e in free if bool(load_E[e] > 0) == wanted] for wanted in (True, False))
         if len(used) < slots:
-            return own + [[e] for e in used] + self._cluster(alike_EE, load_E, unused, [], slots - len(used), evidence)
-        return own + self._cluster(alike_EE, load_E, used, unused, slots, evidence)
+            return own + [[e] for e in used] + self._cluster(alike_EE, load_E, unused, [], slots - len(used), inputs)
+        return own + self._cluster(alike_EE, load_E, used, unused, slots, inputs)
 
     def _cluster(
         self,
@@ -127,10 +127,10 @@ class UNCURL(PruneMethod):
         experts: list[int],
         joining: list[int],
         count: int,
-        evidence: LayerEvidence,
+        inputs: LayerInputs,
     ) -> list[list[int]]:
         """Clusters of some experts, to the nearest of which others are added."""
-        seed = int(torch.randint(2**31 - 1, (1,), generator=evidence.generator("uncurl")))
+        seed = int(torch.randint(2**31 - 1, (1,), generator=inputs.generator("uncurl")))
         chosen, everyone = np.array(experts), np.array(experts + joining)
         found = spectral_clusters(
             alike_EE[np.ix_(chosen, chosen)],
@@ -142,7 +142,7 @@ class UNCURL(PruneMethod):
         labels = join_nearest(np.concatenate([found, np.full(len(joining), -1)]), alike_EE[np.ix_(everyone, everyone)])
         return [sorted(everyone[labels == cluster].tolist()) for cluster in range(count)]
 
-    def transform(self, weights: LayerWeights, decision: LayerDecision, evidence: LayerEvidence) -> LayerWeights:
+    def transform(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> LayerWeights:
         """Align each group's members to the one that is kept, and merge them by their shares."""
         if decision.groups is None or decision.shares is None:
             return weights.select(decision.keep)

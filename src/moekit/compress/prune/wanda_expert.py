@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.weights import LayerWeights
 
 
 def mean_importance(weights: LayerWeights, input_norm_EH: Tensor, inner_norm_EI: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class WandaExpert(PruneMethod):
 
     reads_weights: ClassVar[bool] = True
 
-    def score(self, evidence: LayerEvidence) -> Tensor:
+    def score(self, inputs: LayerInputs) -> Tensor:
         """Mean importance of each expert's weights, [E]."""
-        stats = evidence.statistics
+        stats = inputs.statistics
         norms = (stats[name].double().sqrt() for name in ("input_square", "inner_square"))
-        return mean_importance(evidence.weights, *norms)
+        return mean_importance(inputs.weights, *norms)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.sparsify.base import Part, SparsifyMethod, sparsity_of, valid_pattern
-from moekit.compress.sparsify.masks import UNSTRUCTURED, smallest
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.zeroing import Part, SparsifyMethod, sparsity_of, valid_pattern
+from moekit.compress.maths.masks import UNSTRUCTURED, smallest
 
 
 @register(
@@ -51,6 +51,6 @@ class Magnitude(SparsifyMethod):
         """The pattern's share."""
         return sparsity_of(self.pattern)
 
-    def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, evidence: LayerEvidence, sparsity: float) -> Tensor:
+    def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, inputs: LayerInputs, sparsity: float) -> Tensor:
         """Where |W| is smallest."""
         return smallest(matrix_RC.float().abs(), sparsity, self.pattern, self.per)

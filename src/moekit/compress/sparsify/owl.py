@@ -14,22 +14,22 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.sparsify.base import FIELDS, Part, SparsifyMethod, check_sparsity
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.engine.zeroing import FIELDS, Part, SparsifyMethod, check_sparsity
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.wanda import Wanda, input_norms, statistics_of
-from moekit.compress.weights import LayerWeights
 from moekit.errors import BadData
 
 
-def outlier_share(weights: LayerWeights, evidence: LayerEvidence, multiple: float, *, gated: bool = False) -> float:
+def outlier_share(weights: LayerWeights, inputs: LayerInputs, multiple: float, *, gated: bool = False) -> float:
     """D = 100 x share of the layer's Wanda scores that exceed `multiple` times their mean.
 
     The scores of all matrices of all experts count together. Experts that no token chose have no scores.
 
     Args:
         weights: of the layer.
-        evidence: of the layer.
+        inputs: of the layer.
         multiple: M.
         gated: as in Wanda.
 
@@ -39,7 +39,7 @@ def outlier_share(weights: LayerWeights, evidence: LayerEvidence, multiple: floa
 
     def scores(part: Part, expert: int) -> Tensor | None:
         stacked: Tensor | None = getattr(weights, FIELDS[part])
-        norms_C = input_norms(evidence, part, expert, gated=gated)
+        norms_C = input_norms(inputs, part, expert, gated=gated)
         if stacked is None or norms_C is None:
             return None
         return stacked[expert].float().abs().mul_(norms_C.to(stacked.device))
@@ -51,7 +51,7 @@ def outlier_share(weights: LayerWeights, evidence: LayerEvidence, multiple: floa
         if (found := scores(*place)) is not None:
             total, count = total + float(found.double().sum()), count + found.numel()
     if not count:
-        raise BadData("no token reached the layer's experts", layer=evidence.layer, hint="calibrate on more text")
+        raise BadData("no token reached the layer's experts", layer=inputs.layer, hint="calibrate on more text")
     for place in places:
         if (found := scores(*place)) is not None:
             outliers += int((found > multiple * total / count).sum())
@@ -131,21 +131,21 @@ class OWL(SparsifyMethod):
     def _within(self) -> Wanda | Magnitude:
         return Wanda(gated=self.gated) if self.score == "wanda" else Magnitude()
 
-    def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, evidence: LayerEvidence, sparsity: float) -> Tensor:
+    def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, inputs: LayerInputs, sparsity: float) -> Tensor:
         """Where the chosen score is smallest."""
-        return self._within.zeroed(matrix_RC, part, expert, evidence, sparsity)
+        return self._within.zeroed(matrix_RC, part, expert, inputs, sparsity)
 
-    def figures(self, evidence: LayerEvidence) -> dict[str, float | list[float]]:
+    def figures(self, inputs: LayerInputs) -> dict[str, float | list[float]]:
         """Those of the method within the layer."""
-        return self._within.figures(evidence)
+        return self._within.figures(inputs)
 
-    def allocate(self, evidence: Mapping[int, LayerEvidence], sparsity: float) -> dict[int, float]:
+    def allocate(self, inputs: Mapping[int, LayerInputs], sparsity: float) -> dict[int, float]:
         """Sparsity of each layer by its outliers, in the dense model."""
         check_sparsity(sparsity)
         shares, sizes = [], []
-        for seen in evidence.values():
+        for seen in inputs.values():
             # Read anew, so that no more than one layer's weights are in memory.
             weights = dataclasses.replace(seen).weights
             shares.append(outlier_share(weights, seen, self.multiple, gated=self.gated))
             sizes.append(sum(t.numel() for name in FIELDS.values() if (t := getattr(weights, name)) is not None))
-        return dict(zip(evidence, owl_sparsities(shares, sparsity, self.strength, sizes), strict=True))
+        return dict(zip(inputs, owl_sparsities(shares, sparsity, self.strength, sizes), strict=True))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.sparsify.base import Part, SparsifyMethod, sparsity_of, valid_pattern
-from moekit.compress.sparsify.masks import UNSTRUCTURED, smallest
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.zeroing import Part, SparsifyMethod, sparsity_of, valid_pattern
+from moekit.compress.maths.masks import UNSTRUCTURED, smallest
 from moekit.errors import NumericFault
 from moekit.trace.batch import ExpertBatch
 from moekit.trace.vocabulary import expert_statistic
@@ -38,11 +38,11 @@ def statistics_of(gated: bool) -> tuple[str, str, str]:
     return ("load", "gated_input_square", "gated_inner_square") if gated else ("load", "input_square", "inner_square")
 
 
-def input_norms(evidence: LayerEvidence, part: Part, expert: int, *, gated: bool = False) -> Tensor | None:
+def input_norms(inputs: LayerInputs, part: Part, expert: int, *, gated: bool = False) -> Tensor | None:
     """Root mean square of each input channel of a matrix over the tokens that its expert saw, [C] fp32.
 
     Args:
-        evidence: of the layer.
+        inputs: of the layer.
         part: "gate" and "up" read the block's input, "down" what gate and up make of it.
         expert: whose matrix.
         gated: each token counts with its gate weight.
@@ -51,14 +51,14 @@ def input_norms(evidence: LayerEvidence, part: Part, expert: int, *, gated: bool
         The norms; None for an expert that no token chose.
     """
     load, outer, inner = statistics_of(gated)
-    tokens = int(evidence.statistics[load][expert])
+    tokens = int(inputs.statistics[load][expert])
     if not tokens:
         return None
-    squares_C = evidence.statistics[inner if part == "down" else outer][expert].double()
+    squares_C = inputs.statistics[inner if part == "down" else outer][expert].double()
     if not bool(squares_C.isfinite().all()):
         raise NumericFault(
             f"the inputs of its {part} projection sum up to {float(squares_C[~squares_C.isfinite()][0])}",
-            layer=evidence.layer,
+            layer=inputs.layer,
             expert=expert,
             hint="calibrate in a wider format (--dtype float32 or bfloat16), or see `moekit check`",
         )
@@ -106,15 +106,15 @@ class Wanda(SparsifyMethod):
         """The pattern's share."""
         return sparsity_of(self.pattern)
 
-    def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, evidence: LayerEvidence, sparsity: float) -> Tensor:
+    def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, inputs: LayerInputs, sparsity: float) -> Tensor:
         """Where |W_ij| ||X_j|| is smallest in its row (|W_ij| where the expert saw no token)."""
         scores_RC = matrix_RC.float().abs()
-        norms_C = input_norms(evidence, part, expert, gated=self.gated)
+        norms_C = input_norms(inputs, part, expert, gated=self.gated)
         if norms_C is not None and bool((largest := norms_C.max()) > 0):
             # A factor of the row changes nothing; this one makes equal norms exactly 1, so that no score is rounded.
             scores_RC *= (norms_C / largest).to(scores_RC.device)
         return smallest(scores_RC, sparsity, self.pattern)
 
-    def figures(self, evidence: LayerEvidence) -> dict[str, float | list[float]]:
+    def figures(self, inputs: LayerInputs) -> dict[str, float | list[float]]:
         """Experts that were sparsified by magnitude, since no token chose them."""
-        return {"by_magnitude": [float(expert) for expert in evidence.statistics.never_routed]}
+        return {"by_magnitude": [float(expert) for expert in inputs.statistics.never_routed]}

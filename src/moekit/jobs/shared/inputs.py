@@ -220,6 +220,7 @@ def model_item(reference: str, sizes: Sizes) -> Item:
     """A model with its bytes on disk: measured, forecast, or read from the hub's headers without a download."""
     known = sizes.of(Path(reference).expanduser())
     if known is not None:
+        _refuse_bad_config(Path(reference).expanduser())
         return Item(reference, known)
     if is_packaged_model(reference):
         from moekit.data.sources import get_source
@@ -227,6 +228,16 @@ def model_item(reference: str, sizes: Sizes) -> Item:
         packed = get_source(reference).info().download_bytes
         return Item(reference, sizes.of(get_source(reference).folder) or _UNPACKED * packed)
     return Item(reference, _hub_bytes(reference))
+
+
+def _refuse_bad_config(folder: Path) -> None:
+    """A dry run of a model that no command would open says so."""
+    from moekit.checkpoint.folder import CONFIG_FILE
+    from moekit.checkpoint.safety import check_name, read_json
+    from moekit.checkpoint.sanity import check_config
+
+    if folder.is_dir() and (folder / CONFIG_FILE).exists():
+        check_config(read_json(check_name(folder, CONFIG_FILE)), folder / CONFIG_FILE)
 
 
 def _hub_bytes(reference: str) -> int | None:

@@ -70,7 +70,7 @@ def open_source(reference: str, progress: Any = None) -> Source:
     """
     from moekit.checkpoint import Checkpoint
     from moekit.checkpoint.expected import verify
-    from moekit.compress.prune.planning import geometries_of
+    from moekit.compress.engine.planning import geometries_of
 
     location = model_location(reference, progress)
     local = Path(location).expanduser()

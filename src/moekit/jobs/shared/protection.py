@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,8 +55,9 @@ def _read_protected(file: Path, source: Source) -> dict[int, set[int]]:
     from moekit.diagnose.super_experts.report import SuperExpertReport
 
     hint = 'write super, pairs such as 1:68,2:92, or a JSON file {"1": [68], "2": [92]}, or OUT of super-experts'
-    file = file / _STUDY if file.is_dir() else file
-    if not file.is_file():
+    # Not Path.is_file: what is no path at all, too long for one, would end in an error of the system.
+    file = file / _STUDY if os.path.isdir(file) else file
+    if not os.path.exists(file):
         raise BadConfig(f"{str(file)!r} names no protected experts", hint=hint)
     try:
         told = read_json(file)

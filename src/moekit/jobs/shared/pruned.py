@@ -19,9 +19,9 @@ from moekit.jobs.shared.pruning import WritingOptions
 if TYPE_CHECKING:
     from moekit.checking import CheckReport
     from moekit.checkpoint import Record
-    from moekit.compress.prune.plan import LayerPlan, PrunePlan
-    from moekit.compress.prune.planning import Request
-    from moekit.compress.prune.rewriting import PlannedRewrite
+    from moekit.compress.engine.plan import LayerPlan, PrunePlan
+    from moekit.compress.engine.planning import Request
+    from moekit.compress.engine.rewriting import PlannedRewrite
     from moekit.jobs.context import JobContext
     from moekit.jobs.shared.proof import HeldOut, Proof
     from moekit.trace.statistics import LayerStatistics
@@ -34,7 +34,7 @@ _FEW = 4
 
 def in_groups(source: Source, plan: PrunePlan) -> dict[int, LayerPlan]:
     """The layers of a plan, with equally many kept of each routing group where that was asked for."""
-    from moekit.compress.prune.grouped import by_group, routing_groups
+    from moekit.compress.engine.grouped import by_group, routing_groups
 
     groups = routing_groups(source.checkpoint.config)
     if plan.file.groups == "free" or groups == 1:
@@ -54,8 +54,8 @@ def baseline(
         statistics: with what it needs.
         seed: of random choices.
     """
-    from moekit.compress.prune.plan import PrunePlan, make_method
-    from moekit.compress.prune.planning import Evidences, decide
+    from moekit.compress.engine.plan import PrunePlan, make_method
+    from moekit.compress.engine.planning import InputsByLayer, decide
     from moekit.trace.statistics import LayerStatistics
 
     method = make_method(name, {})
@@ -71,9 +71,9 @@ def baseline(
         )
         for layer, g in source.geometries.items()
     }
-    evidence = Evidences(source.geometries, narrow, own, None)
-    scores = {layer: method.score(evidence[layer]) for layer in evidence}
-    plan = decide(source.checkpoint, evidence, scores, own, narrow, None)
+    inputs = InputsByLayer(source.geometries, narrow, own, None)
+    scores = {layer: method.score(inputs[layer]) for layer in inputs}
+    plan = decide(source.checkpoint, inputs, scores, own, narrow, None)
     return PrunePlan(plan.file.model_copy(update={"layers": in_groups(source, plan)}), narrow)
 
 
@@ -247,7 +247,7 @@ def finish(
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it."""
     from moekit.checkpoint import Checkpoint
-    from moekit.compress.prune.rewriting import rewriter
+    from moekit.compress.engine.rewriting import rewriter
 
     decided.rewrite = rewriter(decided.plan, decided.source.checkpoint, folder=work.scratch / "rewritten")
     proof = None if heldout is None else prove_plan(decided, heldout, options, work)

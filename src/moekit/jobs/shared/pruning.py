@@ -23,10 +23,10 @@ from moekit.jobs.shared.inputs import read_text
 from moekit.jobs.shared.opened import Source
 
 if TYPE_CHECKING:
-    from moekit.compress.budget import Budget
-    from moekit.compress.decision import LayerDecision
-    from moekit.compress.prune.plan import PrunePlan
-    from moekit.compress.prune.planning import Request
+    from moekit.compress.budget.sizes import Budget
+    from moekit.compress.engine.outcome import LayerDecision
+    from moekit.compress.engine.plan import PrunePlan
+    from moekit.compress.engine.planning import Request
     from moekit.jobs.context import JobContext
     from moekit.jobs.shared.proof import HeldOut
 
@@ -71,7 +71,7 @@ def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Bud
     Raises:
         BadConfig: an impossible value.
     """
-    from moekit.compress.budget import Budget
+    from moekit.compress.budget.sizes import Budget
 
     if scope == "uniform" and (least is not None or most is not None):
         raise BadConfig(
@@ -128,8 +128,8 @@ def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mt
         BadConfig: the budget against the choices a token makes, routing groups, protected experts, a routing policy.
         BadCheckpoint, UnsupportedModel: experts that cannot be told apart on disk.
     """
-    from moekit.compress.engine.prepare import prepare
-    from moekit.compress.prune.grouped import check_grouping, routing_groups
+    from moekit.compress.engine.grouped import check_grouping, routing_groups
+    from moekit.compress.engine.layout import prepare
 
     counts = _counts(source, request)
     groups = routing_groups(source.checkpoint.config) if request.groups == "equal" else 1
@@ -162,15 +162,15 @@ def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mt
 
 def _any_decision(experts: int, keep: int, groups: int) -> LayerDecision:
     """A decision of the right size: how large the result is does not depend on who stays."""
-    from moekit.compress.decision import LayerDecision
+    from moekit.compress.engine.outcome import LayerDecision
 
     size, share = experts // groups, keep // groups
     return LayerDecision(keep=tuple(group * size + e for group in range(groups) for e in range(share)))
 
 
 def _counts(source: Source, request: Request) -> dict[int, int]:
-    from moekit.compress.budget import bounds, check_total, total_count, uniform_count
-    from moekit.compress.prune.planning import sizes_of
+    from moekit.compress.budget.sizes import bounds, check_total, total_count, uniform_count
+    from moekit.compress.engine.planning import sizes_of
 
     sizes = sizes_of(source.checkpoint, source.geometries, request.top_k)
     if request.budget.scope == "uniform":

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from moekit.checking import CheckReport
     from moekit.checkpoint import Record
-    from moekit.compress.sparsify.plan import SparsityPlan
-    from moekit.compress.sparsify.sequential import PlannedZeros
+    from moekit.compress.engine.sequential import PlannedZeros
+    from moekit.compress.engine.sparsity_plan import SparsityPlan
     from moekit.evaluation.changes import Variant
     from moekit.jobs.context import JobContext
     from moekit.jobs.shared.opened import Source
@@ -43,7 +43,7 @@ def finish(
         BadCheckpoint: what was written is not what it must be; nothing is left.
         OutOfBudget: not enough disk.
     """
-    from moekit.compress.sparsify.sequential import zeros_of
+    from moekit.compress.engine.sequential import zeros_of
 
     proof = None if heldout is None else _prove(plan, source, heldout, machine, work)
     zeros = zeros_of(plan, source.checkpoint)
@@ -80,7 +80,7 @@ def _prove(plan: SparsityPlan, source: Source, heldout: HeldOut, machine: Machin
 
 
 def _variant(plan: SparsityPlan, source: Source) -> Variant:
-    from moekit.compress.sparsify.sequential import zeros_of
+    from moekit.compress.engine.sequential import zeros_of
     from moekit.evaluation.changes import Variant
 
     return Variant(plan.file.method, plan.decisions, zeros_of(plan, source.checkpoint))
@@ -88,8 +88,8 @@ def _variant(plan: SparsityPlan, source: Source) -> Variant:
 
 def _baseline(plan: SparsityPlan, source: Source) -> SparsityPlan | None:
     """Magnitudes at the same sparsity, in the same pattern; None where that is the method itself."""
-    from moekit.compress.sparsify.plan import make_method
-    from moekit.compress.sparsify.sequential import Request, plan_sparsity
+    from moekit.compress.engine.sequential import Request, plan_sparsity
+    from moekit.compress.engine.sparsity_plan import make_method
 
     if plan.file.method == BASELINE:
         return None

@@ -18,7 +18,7 @@ from moekit.jobs.shared.pruning import budget_of
 
 if TYPE_CHECKING:
     from moekit._progress import Progress
-    from moekit.compress.engine.prepare import Work
+    from moekit.compress.engine.layout import Work
     from moekit.evaluation.generation import Completion
     from moekit.serving.expert_sets.expert_set import Pattern
     from moekit.serving.expert_sets.store import PatternStore
@@ -201,7 +201,7 @@ class TaskModels:
 
     def _scores(self, prompts: Sequence[str]) -> list[Any]:
         from moekit._device import named_dtype
-        from moekit.compress.prune.plan import make_method
+        from moekit.compress.engine.plan import make_method
         from moekit.serving.expert_sets.retrieval import queries_from_disk
 
         if "quantization_config" in self.source.checkpoint.config:

@@ -33,9 +33,9 @@ from moekit.jobs.shared.pruning import (
 from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
-    from moekit.compress.budget import Budget
-    from moekit.compress.prune.plan import PrunePlan
-    from moekit.compress.prune.planning import Request
+    from moekit.compress.budget.sizes import Budget
+    from moekit.compress.engine.plan import PrunePlan
+    from moekit.compress.engine.planning import Request
     from moekit.jobs.shared.proof import HeldOut
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class ApplyStep(WritingOptions, Step):
         return finish(decided, heldout, self, work, warn_of(decided.plan))
 
     def _load(self) -> PrunePlan:
-        from moekit.compress.prune.plan import PrunePlan
+        from moekit.compress.engine.plan import PrunePlan
 
         return PrunePlan.load(_plan_path(self.plan))
 
@@ -124,7 +124,7 @@ class ApplyStep(WritingOptions, Step):
         Raises:
             BadConfig: it was made for another one.
         """
-        from moekit.compress.prune.plan import PrunePlan
+        from moekit.compress.engine.plan import PrunePlan
 
         if not self.other_weights:
             plan.check_model(source.checkpoint.fingerprint, source.checkpoint.path)
@@ -150,14 +150,14 @@ class ApplyStep(WritingOptions, Step):
         return budget_of(self.keep, scope, self.least or before.least, self.most or before.most)
 
     def _request(self, plan: PrunePlan) -> Request:
-        from moekit.compress.prune.planning import Request
+        from moekit.compress.engine.planning import Request
 
         file = plan.file
         return Request(plan.method, self._budget(plan), file.top_k, file.groups, file.seed, file.protected)
 
     def _decided(self, plan: PrunePlan, source: Source, request: Request) -> PrunePlan:
-        from moekit.compress.prune.plan import PrunePlan
-        from moekit.compress.prune.planning import redecide
+        from moekit.compress.engine.plan import PrunePlan
+        from moekit.compress.engine.planning import redecide
 
         if self.keep is None:
             return plan

@@ -24,7 +24,7 @@ from moekit.recipe.steps.base import Step
 if TYPE_CHECKING:
     import torch
 
-    from moekit.compress.prune.base import PruneMethod
+    from moekit.compress.engine.dropping import PruneMethod
     from moekit.data import TokenizedDocument
     from moekit.jobs.shared.task_texts import Texts
     from moekit.serving.expert_sets.expert_set import Pattern

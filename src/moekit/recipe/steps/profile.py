@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,9 @@ from moekit.jobs.options.base import ModelRef, PlanRef, TextRef
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, text_item
 from moekit.recipe.steps.base import Step
+
+if TYPE_CHECKING:
+    from moekit.trace.recording import Recording
 
 
 class ProfileStep(Step):
@@ -28,19 +31,42 @@ class ProfileStep(Step):
     seq_len: int = Field(default=512, ge=2, description="tokens a row")
     batch_size: int = Field(default=4, ge=1, description="rows a forward pass")
     statistics: tuple[str, ...] = Field(
-        default=("basic",), description="what to sum up: names or groups, such as basic, gates, outputs"
+        default=("basic",),
+        description="what to sum up: names or groups, such as basic, gates, outputs (moekit methods statistics)",
     )
     choices: bool = Field(default=True, description="keep every token's choice, for replay and placement")
     weights: bool = Field(default=False, description="keep the gate weights too, 16 bits each")
     device: str = Field(default="auto", description=DEVICE_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
+    def check(self) -> None:
+        """Refuse an unknown statistic, and what could not be summarised in the end."""
+        from moekit.trace import check_summary
+
+        check_summary(self._recording())
+
+    def _recording(self) -> Recording:
+        from moekit.trace.recording import Recording
+
+        return Recording(statistics=self.statistics, keep_choices=self.choices, weights=self.weights)
+
     def forecast(self, out: Path, sizes: Sizes) -> Forecast:
         """A choice takes one byte; the geometry is read from the config where it is there."""
         model, text = model_item(self.model, sizes), text_item(self.text, sizes)
         per_token = _bytes_per_token(self.model, self.weights) if self.choices else 0
         trace = None if self.max_tokens is None or per_token is None else self.max_tokens * (per_token + 11)
-        return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes)
+        return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes, notes=self._notes())
+
+    def _notes(self) -> tuple[str, ...]:
+        """What looking at the statistics costs, where the config is there to tell."""
+        from moekit.checkpoint.strictjson import read_json
+        from moekit.trace.cost import notes_on, sizes_of
+
+        file = Path(self.model).expanduser() / "config.json"
+        if not file.is_file():
+            return ()
+        sizes = sizes_of(read_json(file), rows=self.batch_size, positions=self.seq_len)
+        return () if sizes is None else notes_on(self._recording(), sizes)
 
     def run(self, work: JobContext) -> dict[str, Any]:
         """Record and save."""
@@ -54,12 +80,7 @@ class ProfileStep(Step):
         trace = record(
             model,
             rows.batches(self.batch_size),
-            statistics=self.statistics,
-            keep_choices=self.choices,
-            weights=self.weights,
-            tokenizer=tokenizer,
-            source=self.text,
-            seed=work.seed,
+            self._recording().model_copy(update={"tokenizer": tokenizer, "source": self.text, "seed": work.seed}),
             progress=work.progress,
         )
         trace.save(work.out, overwrite=work.overwrite)

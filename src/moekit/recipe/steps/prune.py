@@ -35,8 +35,8 @@ from moekit.jobs.shared.self_calibration import answered_rows, load_for_answers
 from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
-    from moekit.compress.prune.plan import PrunePlan
-    from moekit.compress.prune.planning import Request
+    from moekit.compress.engine.plan import PrunePlan
+    from moekit.compress.engine.planning import Request
     from moekit.data import Document, TokenBatches
     from moekit.jobs.shared.proof import HeldOut
     from moekit.trace import Trace
@@ -168,7 +168,7 @@ class PruneStep(WritingOptions, Step):
         return told_of_plan(decided, warnings, outlook.tensors)
 
     def _request(self, source: Source, seed: int) -> Request:
-        from moekit.compress.prune.planning import Request
+        from moekit.compress.engine.planning import Request
 
         method = catalogue.make("prune", self.method, self.settings)
         budget = budget_of(self.keep, self.scope, self.least, self.most)
@@ -217,8 +217,8 @@ class PruneStep(WritingOptions, Step):
         )
 
     def _decide(self, source: Source, request: Request, rows: TokenBatches | None, work: JobContext) -> Decided:
-        from moekit.compress.prune.planning import plan_pruning
-        from moekit.compress.prune.searching import search_pruning
+        from moekit.compress.engine.planning import plan_pruning
+        from moekit.compress.engine.searching import search_pruning
         from moekit.trace import Trace
         from moekit.trace.streamed import Streamed
 
@@ -263,8 +263,8 @@ class PruneStep(WritingOptions, Step):
 
     def _complete(self, source: Source, request: Request, plan: PrunePlan, trace: Trace | None) -> Decided:
         """The plan in its final form, with what baselines decide from."""
-        from moekit.compress.prune.plan import PrunePlan
-        from moekit.compress.prune.planning import plan_file
+        from moekit.compress.engine.plan import PrunePlan
+        from moekit.compress.engine.planning import plan_file
 
         layers = in_groups(source, plan)
         if layers != plan.file.layers:
@@ -279,7 +279,7 @@ class PruneStep(WritingOptions, Step):
 
 def _layer_bytes(source: Source) -> dict[int, int]:
     """Bytes of all routed experts of each layer."""
-    from moekit.compress.prune.planning import sizes_of
+    from moekit.compress.engine.planning import sizes_of
 
     sizes = sizes_of(source.checkpoint, source.geometries)
     return {layer: each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items()}
@@ -287,7 +287,7 @@ def _layer_bytes(source: Source) -> dict[int, int]:
 
 def _known_plan(work: JobContext, trace: Trace, request: Request) -> PrunePlan | None:
     """The plan that an interrupted run of the same work had come to."""
-    from moekit.compress.prune.plan import PrunePlan
+    from moekit.compress.engine.plan import PrunePlan
 
     file = work.scratch / PLAN_FILE
     try:

@@ -29,10 +29,10 @@ from moekit.jobs.shared.sparse import Machine, finish, told_of, warn_of
 from moekit.recipe.steps.base import Step
 
 if TYPE_CHECKING:
-    from moekit.compress.sparsify.base import SparsifyMethod
-    from moekit.compress.sparsify.lineage import Original
-    from moekit.compress.sparsify.plan import SparsityPlan
-    from moekit.compress.sparsify.sequential import Request
+    from moekit.compress.budget.parents import Original
+    from moekit.compress.engine.sequential import Request
+    from moekit.compress.engine.sparsity_plan import SparsityPlan
+    from moekit.compress.engine.zeroing import SparsifyMethod
     from moekit.data import TokenBatches
     from moekit.jobs.shared.proof import HeldOut
 
@@ -114,7 +114,7 @@ class SparsifyStep(Step):
         if self.sparsity is None and self.total is None and method.fixed_sparsity is None:
             raise BadConfig("nothing says how many weights go", hint="--sparsity 0.5, or --total 0.65")
         if self.sparsity is not None:
-            from moekit.compress.sparsify.base import check_sparsity
+            from moekit.compress.engine.zeroing import check_sparsity
 
             check_sparsity(self.sparsity, method.fixed_sparsity)
         if self.data is None and (method.required or method.sequential):
@@ -183,7 +183,7 @@ class SparsifyStep(Step):
         return method
 
     def _stored(self) -> SparsityPlan:
-        from moekit.compress.sparsify.plan import SparsityPlan
+        from moekit.compress.engine.sparsity_plan import SparsityPlan
 
         return SparsityPlan.load(_plan_path(str(self.from_plan)))
 
@@ -193,9 +193,9 @@ class SparsifyStep(Step):
         Raises:
             BadConfig: a total that cannot be met, or a parent that says how many weights there were is gone.
         """
-        from moekit.compress.sparsify.accounting import remaining_sparsity
-        from moekit.compress.sparsify.lineage import expert_weights
-        from moekit.compress.sparsify.sequential import Request
+        from moekit.compress.budget.parents import expert_weights
+        from moekit.compress.budget.sparsity import remaining_sparsity
+        from moekit.compress.engine.sequential import Request
 
         method, original = self._method(), self._original(source)
         weights = None if original is None else original.weights
@@ -211,7 +211,7 @@ class SparsifyStep(Step):
         return Request(method, share, self.total, weights, seed)
 
     def _original(self, source: Source) -> Original | None:
-        from moekit.compress.sparsify.lineage import find_original
+        from moekit.compress.budget.parents import find_original
 
         try:
             return find_original(source.checkpoint, self.original)
@@ -229,8 +229,8 @@ class SparsifyStep(Step):
         return bytes_between(source, tokens, proof, 2, 0)
 
     def _plan(self, source: Source, request: Request, work: JobContext) -> SparsityPlan:
-        from moekit.compress.sparsify.plan import SparsityPlan
-        from moekit.compress.sparsify.sequential import Calibration, plan_sparsity
+        from moekit.compress.engine.sequential import Calibration, plan_sparsity
+        from moekit.compress.engine.sparsity_plan import SparsityPlan
 
         text = None
         if self.data is not None:
@@ -286,8 +286,8 @@ def _foresee(source: Source) -> int:
         UnsupportedModel: the weights are quantized, or experts cannot be told apart on disk.
         BadConfig: the checkpoint carries a routing policy.
     """
-    from moekit.compress.decision import LayerDecision
-    from moekit.compress.engine.prepare import prepare
+    from moekit.compress.engine.layout import prepare
+    from moekit.compress.engine.outcome import LayerDecision
 
     quantized = source.checkpoint.config.get("quantization_config")
     if quantized is not None:
@@ -306,7 +306,7 @@ def _fixed(share: float, total: float, removed: float, source: Source) -> float:
     Raises:
         BadConfig: it does not; names the total that it gives.
     """
-    from moekit.compress.sparsify.accounting import total_sparsity
+    from moekit.compress.budget.sparsity import total_sparsity
 
     whole = total_sparsity(removed, share)
     inputs = max(max(g.hidden, g.width) for g in source.geometries.values())

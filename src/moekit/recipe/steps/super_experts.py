@@ -200,7 +200,7 @@ def _begun(documents: Sequence[TokenizedDocument], tokenizer: Any) -> list[Token
 
 def _largest_layer(source: Source) -> int:
     """Bytes of the routed experts of the layer that has most of them."""
-    from moekit.compress.prune.planning import sizes_of
+    from moekit.compress.engine.planning import sizes_of
 
     sizes = sizes_of(source.checkpoint, source.geometries)
     return max(each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items())

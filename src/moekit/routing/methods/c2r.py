@@ -153,10 +153,15 @@ class C2R(RoutingPolicy):
 
     def prepare(self, tensors: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
         """The mask that `route` indexes by first expert (list mode), or devices as indices (device mode)."""
-        if self.mode == "device":
-            return {"devices": tensors["devices"].to(torch.int64)}
-        assert self.top_t is not None
-        return {"allowed": allowed_partners(tensors["partners"], self.top_t)}
+        name, sizes = ("devices", 1) if self.mode == "device" else ("partners", 2)
+        stored = tensors[name]
+        if stored.shape != (geometry.experts,) * sizes or stored.is_floating_point():
+            raise ValueError(f"{name} is {stored.dtype} of shape {list(stored.shape)}")
+        if bool(((stored < 0) | (stored >= geometry.experts)).any()):
+            raise ValueError(f"{name} outside 0 to {geometry.experts - 1}")
+        if self.top_t is None:
+            return {"devices": stored.to(torch.int64)}
+        return {"allowed": allowed_partners(stored, self.top_t)}
 
     def permute(self, tensors: Mapping[str, Tensor], order: Sequence[int]) -> dict[str, Tensor]:
         """Lists and devices for reordered experts, `order[new] = old`."""

@@ -12,7 +12,7 @@ import torch
 
 from moekit._progress import Progress
 from moekit.checkpoint.fingerprint import TORCH_NAMES
-from moekit.compress.engine.prepare import Work
+from moekit.compress.engine.layout import Work
 from moekit.compress.engine.slicing import Kept
 from moekit.errors import BadCheckpoint
 

@@ -1,6 +1,6 @@
 """Load the experts of one task alone: of each layer those that its pattern names, and no byte of any other.
 
-What would be written for the same decision is planned by `moekit.compress.engine.prepare`: names, byte ranges and the
+What would be written for the same decision is planned by `moekit.compress.engine.layout`: names, byte ranges and the
 config of the smaller model. Here these bytes go into memory instead of a folder, through transformers' own loading,
 which asks for one tensor after the other.
 
@@ -30,11 +30,11 @@ from moekit.checkpoint.folder import Checkpoint, listed
 from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.precision import loading_dtype
 from moekit.checkpoint.stored import mark_stored
-from moekit.compress.budget import Budget, uniform_count
-from moekit.compress.decision import LayerDecision
-from moekit.compress.engine.prepare import Work, prepare
-from moekit.compress.prune.planning import geometries_of, sizes_of
-from moekit.compress.resize import Groups
+from moekit.compress.budget.sizes import Budget, uniform_count
+from moekit.compress.engine.layout import Work, prepare
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.planning import geometries_of, sizes_of
+from moekit.compress.engine.resize import Groups
 from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
 from moekit.serving.expert_sets.expert_set import Pattern, keep_sets
 from moekit.serving.expert_sets.kept_bytes import KeptBytes

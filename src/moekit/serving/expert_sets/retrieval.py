@@ -18,7 +18,7 @@ from moekit._progress import Progress
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.answers import prompt_ids
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.engine.dropping import PruneMethod
 from moekit.errors import BadConfig, BadData, NumericFault
 from moekit.serving.expert_sets.expert_set import Pattern
 from moekit.serving.expert_sets.recording import GroupedText

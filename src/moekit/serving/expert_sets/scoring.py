@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moekit import catalogue
 from moekit.anatomy.probe import Geometry, find_moe_layers
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod, ranking
+from moekit.compress.engine.dropping import PruneMethod, ranking
+from moekit.compress.engine.inputs import LayerInputs
 from moekit.errors import BadConfig, BadData
 from moekit.serving.expert_sets.expert_set import Pattern, make_pattern
 from moekit.trace.meta import DataEntry
@@ -57,7 +57,7 @@ def score_layers(
     """
     if strange := sorted(set(statistics) - set(geometries)):
         raise BadData("the model has no such MoE layer", layer=strange[0], hint="trace the model itself")
-    return {layer: method.score(LayerEvidence(layer, geometries[layer], found)) for layer, found in statistics.items()}
+    return {layer: method.score(LayerInputs(layer, geometries[layer], found)) for layer, found in statistics.items()}
 
 
 def from_statistics(
@@ -90,7 +90,7 @@ def from_statistics(
     scores = score_layers(method, statistics, geometries)
     for layer, scores_E in scores.items():
         # Refuses scores that are not finite, and says which.
-        ranking(scores_E, LayerEvidence(layer, geometries[layer], statistics[layer]))
+        ranking(scores_E, LayerInputs(layer, geometries[layer], statistics[layer]))
     return make_pattern(
         task,
         scores,

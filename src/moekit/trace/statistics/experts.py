@@ -19,13 +19,13 @@ from moekit.trace.vocabulary import expert_statistic, statistic
 @statistic(shape="EH", sources=("inputs",))
 def input_sum(seen: TokenBatch) -> Tensor:
     """Sum of the expert's inputs, by channel."""
-    return seen.chosen_NE.T @ seen.hidden_NH
+    return seen.chosen_NE.T.to(seen.hidden_NH.dtype) @ seen.hidden_NH
 
 
 @statistic(shape="EH", sources=("inputs",))
 def input_square(seen: TokenBatch) -> Tensor:
     """Sum of the expert's squared inputs, by channel (Wanda's norms are its roots, arXiv:2306.11695)."""
-    return seen.chosen_NE.T @ seen.hidden_NH.square()
+    return seen.chosen_NE.T.to(seen.hidden_NH.dtype) @ seen.hidden_NH.square()
 
 
 @statistic(shape="E", sources=("inputs",))

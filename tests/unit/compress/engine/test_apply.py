@@ -23,9 +23,9 @@ from moekit.checkpoint.digest import tensor_digests
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import PolicyEntry, Record
-from moekit.compress.decision import LayerDecision
 from moekit.compress.engine.apply import apply, plan_bytes
-from moekit.compress.weights import LayerWeights
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadCheckpoint, BadConfig, NumericFault, OutOfBudget, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.families import EXPERTS, FAMILIES, HIDDEN, TOP_K, WIDTH, build, logits
@@ -39,7 +39,7 @@ COUNTING = [
     (r"\.gate\.e_score_correction_bias$", 0),
     (r"\.moe_statics\.e_score_correction_bias$", 1),
 ]
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
@@ -541,7 +541,7 @@ from pathlib import Path
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
-from moekit.compress.decision import LayerDecision
+from moekit.compress.engine.outcome import LayerDecision
 keep = (1, 3, 4, 6)
 def kilobytes(what):  # not ru_maxrss: a child begins with that of its parent
     return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from moekit import catalogue
 from moekit.anatomy import Geometry
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import PruneMethod
+from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.weights import LayerWeights, outputs
 from moekit.compress.prune.ean import EAN, MAN, MSAN, WeightedEAN
 from moekit.compress.prune.frequency import Frequency
 from moekit.compress.prune.gate_mass import GateMass
@@ -20,7 +21,6 @@ from moekit.compress.prune.random import Random
 from moekit.compress.prune.reap import REAP
 from moekit.compress.prune.soft_frequency import SoftFrequency
 from moekit.compress.prune.wanda_expert import WandaExpert
-from moekit.compress.weights import LayerWeights, outputs
 from moekit.errors import NumericFault
 from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
@@ -58,19 +58,19 @@ def measured(method: PruneMethod, *batches: TokenBatch, hidden: int = 3, width: 
     return stats
 
 
-def evidence_of(stats: LayerStatistics, weights: LayerWeights | None = None, **others: object) -> LayerEvidence:
+def evidence_of(stats: LayerStatistics, weights: LayerWeights | None = None, **others: object) -> LayerInputs:
     geometry = Geometry(stats.hidden, stats.experts, 2, stats.width, 0, True, False, False, True)
     read = None if weights is None else lambda: weights
-    return LayerEvidence(LAYER, geometry, stats, read, **others)  # type: ignore[arg-type]
+    return LayerInputs(LAYER, geometry, stats, read, **others)  # type: ignore[arg-type]
 
 
 def scored(method: PruneMethod, seen: TokenBatch, hidden: int = 3) -> torch.Tensor:
     return method.score(evidence_of(measured(method, seen, hidden=hidden)))
 
 
-def dropped(method: PruneMethod, evidence: LayerEvidence, keep: int) -> set[int]:
-    kept = method.decide(evidence, method.score(evidence), keep).keep
-    return set(range(evidence.experts)) - set(kept)
+def dropped(method: PruneMethod, inputs: LayerInputs, keep: int) -> set[int]:
+    kept = method.decide(inputs, method.score(inputs), keep).keep
+    return set(range(inputs.experts)) - set(kept)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def dropped(method: PruneMethod, evidence: LayerEvidence, keep: int) -> set[int]
 def test_worked_example(
     method: PruneMethod, renormalised: bool, scores: list[float], first: int, two: set[int]
 ) -> None:
-    evidence = evidence_of(measured(method, worked_example(renormalise=renormalised)))
-    assert method.score(evidence).tolist() == pytest.approx(scores, abs=1e-6)
-    assert dropped(method, evidence, 4) == set()
-    assert dropped(method, evidence, 3) == {first}
-    assert dropped(method, evidence, 2) == two
+    inputs = evidence_of(measured(method, worked_example(renormalise=renormalised)))
+    assert method.score(inputs).tolist() == pytest.approx(scores, abs=1e-6)
+    assert dropped(method, inputs, 4) == set()
+    assert dropped(method, inputs, 3) == {first}
+    assert dropped(method, inputs, 2) == two
 
 
 @pytest.mark.parametrize("method", ROUTED, ids=repr)
@@ -138,7 +138,7 @@ def layer_weights(seed: int = 0) -> LayerWeights:
     return LayerWeights(up, down, gate, router={"weight": torch.randn(E, H, generator=g)})
 
 
-def inputs(seed: int = 1, tokens: int = TOKENS) -> torch.Tensor:
+def hidden_states(seed: int = 1, tokens: int = TOKENS) -> torch.Tensor:
     return torch.randn(tokens, H, generator=torch.Generator().manual_seed(seed))
 
 
@@ -173,14 +173,14 @@ def observe(
 
 
 def test_sums_over_all_experts() -> None:
-    seen = observe(layer_weights(), inputs())
+    seen = observe(layer_weights(), hidden_states())
     assert float(scored(Frequency(), seen, H).sum()) == TOKENS * 2
     assert float(scored(GateMass(), seen, H).sum()) == pytest.approx(TOKENS)
     assert float(scored(SoftFrequency(), seen, H).sum()) == pytest.approx(TOKENS)
 
 
 def test_sums_are_counts_times_means() -> None:
-    seen = observe(layer_weights(), inputs(), renormalise=False)
+    seen = observe(layer_weights(), hidden_states(), renormalise=False)
     load_E = scored(Frequency(), seen, H)
     assert 0 < int(load_E.min()) < int(load_E.max())
     torch.testing.assert_close(scored(WeightedEAN(), seen, H), load_E * scored(REAP(renormalise=False), seen, H))
@@ -189,7 +189,7 @@ def test_sums_are_counts_times_means() -> None:
 
 @pytest.mark.parametrize("method", [*ROUTED, SoftFrequency(), Power(token=1, count=0)], ids=repr)
 def test_batches_and_ranks_add_up(method: PruneMethod) -> None:
-    weights, hidden_NH = layer_weights(), inputs()
+    weights, hidden_NH = layer_weights(), hidden_states()
     parts = [observe(weights, part) for part in hidden_NH.split([1, 24, 15])]
     whole = method.score(evidence_of(measured(method, observe(weights, hidden_NH), hidden=H)))
     one_run = measured(method, *parts, hidden=H)
@@ -207,15 +207,15 @@ def test_doubling_a_down_projection(method: PruneMethod, factor: int) -> None:
     weights = layer_weights()
     down = weights.down_EHI.clone()
     down[4] *= 2
-    expected_E = scored(method, observe(weights, inputs()), H)
+    expected_E = scored(method, observe(weights, hidden_states()), H)
     expected_E[4] *= factor
     doubled = dataclasses.replace(weights, down_EHI=down)
-    torch.testing.assert_close(scored(method, observe(doubled, inputs()), H), expected_E)
+    torch.testing.assert_close(scored(method, observe(doubled, hidden_states()), H), expected_E)
 
 
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_one_choice_with_renormalised_gates_makes_reap_man(renormalise: bool) -> None:
-    seen = observe(layer_weights(), inputs(), top_k=1, renormalise=renormalise)
+    seen = observe(layer_weights(), hidden_states(), top_k=1, renormalise=renormalise)
     torch.testing.assert_close(scored(REAP(), seen, H), scored(MAN(), seen, H))
     plain = scored(REAP(renormalise=False), seen, H)
     assert torch.allclose(plain, scored(MAN(), seen, H)) == renormalise
@@ -223,7 +223,7 @@ def test_one_choice_with_renormalised_gates_makes_reap_man(renormalise: bool) ->
 
 def test_renormalised_gates_forget_the_scaling_factor() -> None:
     weights = layer_weights()
-    plain, scaled = observe(weights, inputs()), observe(weights, inputs(), scale=2.5)
+    plain, scaled = observe(weights, hidden_states()), observe(weights, hidden_states(), scale=2.5)
     torch.testing.assert_close(scored(REAP(), scaled, H), scored(REAP(), plain, H))
     off = REAP(renormalise=False)
     torch.testing.assert_close(scored(off, scaled, H), 2.5 * scored(off, plain, H))
@@ -232,10 +232,10 @@ def test_renormalised_gates_forget_the_scaling_factor() -> None:
 @pytest.mark.parametrize("method", [*ROUTED, SoftFrequency(), Random()], ids=repr)
 def test_keeping_all_changes_no_bit(method: PruneMethod) -> None:
     weights = layer_weights()
-    evidence = evidence_of(measured(method, observe(weights, inputs()), hidden=H), weights)
-    decision = method.decide(evidence, method.score(evidence), E)
+    inputs = evidence_of(measured(method, observe(weights, hidden_states()), hidden=H), weights)
+    decision = method.decide(inputs, method.score(inputs), E)
     assert decision.keep == tuple(range(E))
-    after = method.transform(weights, decision, evidence)
+    after = method.transform(weights, decision, inputs)
     assert torch.equal(after.router_EH, weights.router_EH)
     for name in ("up_EIH", "down_EHI", "gate_EIH"):
         assert torch.equal(getattr(after, name), getattr(weights, name))
@@ -244,10 +244,10 @@ def test_keeping_all_changes_no_bit(method: PruneMethod) -> None:
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("method", [Frequency(), REAP(), Random()], ids=repr)
 def test_masking_equals_slicing(method: PruneMethod, renormalise: bool) -> None:
-    weights, hidden_NH = layer_weights(), inputs()
-    evidence = evidence_of(measured(method, observe(weights, hidden_NH), hidden=H), weights, seed=5)
-    decision = method.decide(evidence, method.score(evidence), 3)
-    sliced = method.transform(weights, decision, evidence)
+    weights, hidden_NH = layer_weights(), hidden_states()
+    inputs = evidence_of(measured(method, observe(weights, hidden_NH), hidden=H), weights, seed=5)
+    decision = method.decide(inputs, method.score(inputs), 3)
+    sliced = method.transform(weights, decision, inputs)
     assert sliced.experts == 3
 
     def block(layer: LayerWeights, gone: list[int]) -> torch.Tensor:
@@ -266,17 +266,17 @@ def test_masking_equals_slicing(method: PruneMethod, renormalise: bool) -> None:
 def test_an_expert_of_nan_weights_is_named(method: PruneMethod) -> None:
     weights = layer_weights()
     weights.down_EHI[4, 0, 0] = float("nan")
-    evidence = evidence_of(measured(method, observe(weights, inputs()), hidden=H))
-    scores_E = method.score(evidence)
+    inputs = evidence_of(measured(method, observe(weights, hidden_states()), hidden=H))
+    scores_E = method.score(inputs)
     with pytest.raises(NumericFault) as caught:
-        method.decide(evidence, scores_E, 3)
+        method.decide(inputs, scores_E, 3)
     assert (caught.value.layer, caught.value.expert) == (LAYER, 4)
 
 
 # Wanda
 
 
-def wanda_evidence(weights: LayerWeights, hidden_NH: torch.Tensor) -> tuple[LayerEvidence, TokenBatch]:
+def wanda_evidence(weights: LayerWeights, hidden_NH: torch.Tensor) -> tuple[LayerInputs, TokenBatch]:
     seen = observe(weights, hidden_NH)
     assert weights.gate_EIH is not None
     every_NEI = torch.nn.functional.silu(torch.einsum("nh,eih->nei", hidden_NH, weights.gate_EIH)) * torch.einsum(
@@ -288,8 +288,8 @@ def wanda_evidence(weights: LayerWeights, hidden_NH: torch.Tensor) -> tuple[Laye
 
 
 def test_wanda_against_a_loop_over_single_weights() -> None:
-    weights, hidden_NH = layer_weights(), inputs()
-    evidence, seen = wanda_evidence(weights, hidden_NH)
+    weights, hidden_NH = layer_weights(), hidden_states()
+    inputs, seen = wanda_evidence(weights, hidden_NH)
     assert seen.inner is not None
     assert weights.gate_EIH is not None
     expected = []
@@ -302,7 +302,7 @@ def test_wanda_against_a_loop_over_single_weights() -> None:
                 for b, weight in enumerate(row):
                     values.append(abs(weight) * sum(v * v for v in input_nb[:, b].tolist()) ** 0.5)
         expected.append(sum(values) / len(values))
-    assert WandaExpert().score(evidence).tolist() == pytest.approx(expected, rel=1e-5)
+    assert WandaExpert().score(inputs).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_wanda_by_hand_without_a_gate() -> None:
@@ -318,17 +318,17 @@ def test_wanda_by_hand_without_a_gate() -> None:
 def test_wanda_names_damaged_weights_and_ranks_unseen_experts_last() -> None:
     weights = layer_weights()
     weights.router["weight"][3] = 0
-    hidden_NH = inputs().abs()
+    hidden_NH = hidden_states().abs()
     weights.router["weight"][0] = 9
     weights.router["weight"][1] = 8
-    evidence, seen = wanda_evidence(weights, hidden_NH)
+    inputs, seen = wanda_evidence(weights, hidden_NH)
     assert 3 not in seen.indices_NK
-    scores_E = WandaExpert().score(evidence)
+    scores_E = WandaExpert().score(inputs)
     assert scores_E[3] == 0
-    assert 3 not in WandaExpert().decide(evidence, scores_E, 2).keep
+    assert 3 not in WandaExpert().decide(inputs, scores_E, 2).keep
     weights.up_EIH[1, 0, 0] = float("nan")
     with pytest.raises(NumericFault) as caught:
-        WandaExpert().decide(evidence, WandaExpert().score(evidence), 3)
+        WandaExpert().decide(inputs, WandaExpert().score(inputs), 3)
     assert (caught.value.layer, caught.value.expert) == (LAYER, 1)
 
 
@@ -347,13 +347,13 @@ NAMED: dict[str, PruneMethod] = {
 
 @pytest.mark.parametrize("name", sorted(NAMED))
 def test_presets_are_the_named_methods(name: str) -> None:
-    seen = observe(layer_weights(), inputs(), renormalise=False)
+    seen = observe(layer_weights(), hidden_states(), renormalise=False)
     torch.testing.assert_close(scored(PRESETS[name], seen, H), scored(NAMED[name], seen, H))
 
 
 def test_the_preset_of_easy_ep_is_its_statistic() -> None:
     assert set(PRESETS) == {*NAMED, "easy-ep"}
-    seen = observe(layer_weights(), inputs())
+    seen = observe(layer_weights(), hidden_states())
     stats = LayerStatistics.empty(resolve(["residual_change_weighted_output_norm"]), E, H)
     stats.update(seen)
     assert float(stats["residual_change_weighted_output_norm"].min()) > 0
@@ -361,7 +361,7 @@ def test_the_preset_of_easy_ep_is_its_statistic() -> None:
 
 
 def test_a_count_between_sum_and_mean() -> None:
-    seen = observe(layer_weights(), inputs())
+    seen = observe(layer_weights(), hidden_states())
     load_E = scored(Frequency(), seen, H)
     half = scored(Power(gate=0, norm=1, count=0.5), seen, H)
     torch.testing.assert_close(half, scored(EAN(), seen, H) / load_E.sqrt())
@@ -391,8 +391,8 @@ def test_random_keeps_every_expert_about_equally_often() -> None:
     stats = LayerStatistics(8, 3)
     kept = torch.zeros(8)
     for seed in range(400):
-        evidence = evidence_of(stats, seed=seed)
-        kept[list(Random().decide(evidence, Random().score(evidence), 4).keep)] += 1
+        inputs = evidence_of(stats, seed=seed)
+        kept[list(Random().decide(inputs, Random().score(inputs), 4).keep)] += 1
     # 200 of 400 on average, standard deviation 10.
     assert 150 < float(kept.min()) <= float(kept.max()) < 250
 

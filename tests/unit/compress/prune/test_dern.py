@@ -12,11 +12,11 @@ from torch.nn.functional import cosine_similarity, silu
 
 from moekit import catalogue
 from moekit.anatomy import Geometry, find_moe_layers
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.weights import LayerWeights, from_live, outputs, to_live
 from moekit.compress.maths.neurons.segments import Nearest, gather, nearest_targets, write_segments
 from moekit.compress.prune.dern import DERN
-from moekit.compress.weights import LayerWeights, from_live, outputs, to_live
 from moekit.errors import NumericFault, UnsupportedModel
 from moekit.trace import record
 from moekit.trace.batch import TokenBatch
@@ -36,12 +36,12 @@ def by_hand() -> LayerWeights:
     return LayerWeights(torch.tensor(up), torch.tensor(down).transpose(1, 2).clone(), torch.tensor(gate), router=router)
 
 
-def seen_by_hand() -> LayerEvidence:
+def seen_by_hand() -> LayerInputs:
     chosen = PROBABILITIES.topk(2)
     observation = TokenBatch(3, chosen.indices, weights=chosen.values / chosen.values.sum(1, keepdim=True))
     found = LayerStatistics.empty(resolve(DERN().required), 3, 2)
     found.update(observation)
-    return LayerEvidence(3, Geometry(2, 3, 2, 2, 0, True, False, False, True), found)
+    return LayerInputs(3, Geometry(2, 3, 2, 2, 0, True, False, False, True), found)
 
 
 def layer(
@@ -63,13 +63,13 @@ def layer(
     )
 
 
-def evidence(weights: LayerWeights, mass: list[float], protected: set[int] | None = None) -> LayerEvidence:
+def inputs(weights: LayerWeights, mass: list[float], protected: set[int] | None = None) -> LayerInputs:
     mass_E = torch.tensor(mass, dtype=torch.float64)
     values = {"gate_mass": mass_E, "load": (mass_E > 0).long() * 7, "gated_output_norm": mass_E * 3}
     statistics = LayerStatistics(weights.experts, weights.hidden, tokens=10, values=values)
     gate, bias = weights.gate_EIH is not None, weights.up_bias_EI is not None
     geometry = Geometry(weights.hidden, weights.experts, 2, weights.width, 0, gate, bias, False, True)
-    return LayerEvidence(3, geometry, statistics, protected=frozenset(protected or ()))
+    return LayerInputs(3, geometry, statistics, protected=frozenset(protected or ()))
 
 
 def permuted(weights: LayerWeights, source: int, target: int, seed: int = 0) -> LayerWeights:
@@ -80,7 +80,7 @@ def permuted(weights: LayerWeights, source: int, target: int, seed: int = 0) -> 
     return changed
 
 
-def run(method: DERN, weights: LayerWeights, seen: LayerEvidence, keep: int) -> tuple[LayerWeights, LayerDecision]:
+def run(method: DERN, weights: LayerWeights, seen: LayerInputs, keep: int) -> tuple[LayerWeights, LayerDecision]:
     decision = method.decide(seen, method.score(seen), keep)
     assert len(decision.keep) == keep
     return method.transform(weights, decision, seen), decision
@@ -149,7 +149,7 @@ def test_router_rows_by_hand(router: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_keeping_all_changes_nothing(kind: dict[str, bool]) -> None:
     weights = layer(**kind)
-    seen = evidence(weights, [3, 1, 4, 2, 5])
+    seen = inputs(weights, [3, 1, 4, 2, 5])
     for method in DERN.examples(seen.geometry):
         assert isinstance(method, DERN)
         result, _ = run(method, weights, seen, 5)
@@ -160,7 +160,7 @@ def test_keeping_all_changes_nothing(kind: dict[str, bool]) -> None:
 @pytest.mark.parametrize("alpha", [1.0, 1.01, 2.0])
 def test_a_high_alpha_is_pruning_by_gate_mass(kind: dict[str, bool], alpha: float) -> None:
     weights = permuted(layer(**kind), 0, 1)
-    seen = evidence(weights, [3, 1, 4, 2, 5])
+    seen = inputs(weights, [3, 1, 4, 2, 5])
     result, decision = run(DERN(alpha=alpha, router="add"), weights, seen, 3)
     assert decision.keep == (0, 2, 4)
     assert_same(result, weights.select([0, 2, 4]))
@@ -174,7 +174,7 @@ def test_a_high_alpha_is_pruning_by_gate_mass(kind: dict[str, bool], alpha: floa
 def test_a_shuffled_copy_moves_home_as_a_whole(kind: dict[str, bool], compare: Any) -> None:
     weights = permuted(layer(**kind), 0, 1)
     weights.router["weight"][1], weights.router["bias"][1] = weights.router["weight"][0], weights.router["bias"][0]
-    seen = evidence(weights, [3, 2.5, 4, 2, 5])
+    seen = inputs(weights, [3, 2.5, 4, 2, 5])
     for init in ("own", "random"):
         method = DERN(alpha=0.97, compare=compare, init=init, router="mean")
         result, decision = run(method, weights, seen, 3)
@@ -208,7 +208,7 @@ def test_among_duplicates_the_largest_gates_lose_neurons_and_own_segments_do_not
     weights = layer(4, 24, 32)
     for e in (1, 2, 3):
         weights = permuted(weights, 0, e, seed=e)
-    seen = evidence(weights, [9, 3, 2, 1])
+    seen = inputs(weights, [9, 3, 2, 1])
     own, _ = run(DERN(init="own"), weights, seen, 1)
     gate, _ = run(DERN(init="gate"), weights, seen, 1)
     drawn, _ = run(DERN(init="random"), weights, seen, 1)
@@ -228,7 +228,7 @@ def test_the_order_of_neurons_does_not_matter(kind: dict[str, bool], init: Any) 
     shuffled = weights
     for e in range(5):
         shuffled = permuted(shuffled, e, e, seed=e)
-    seen = evidence(weights, [3, 1, 4, 2, 5])
+    seen = inputs(weights, [3, 1, 4, 2, 5])
     method = DERN(alpha=0.1, init=init)
     first, decision = run(method, weights, seen, 2)
     second, _ = run(method, shuffled, seen, 2)
@@ -242,8 +242,8 @@ def test_the_order_of_experts_does_not_matter() -> None:
     weights, mass = layer(6, 10), [3.0, 1, 4, 2, 5, 0.5]
     order = [4, 2, 0, 5, 3, 1]
     method = DERN(alpha=0.1)
-    first, decision = run(method, weights, evidence(weights, mass), 3)
-    again, other = run(method, weights.select(order), evidence(weights, [mass[e] for e in order]), 3)
+    first, decision = run(method, weights, inputs(weights, mass), 3)
+    again, other = run(method, weights.select(order), inputs(weights, [mass[e] for e in order]), 3)
     names = [order[e] for e in other.keep]
     assert sorted(names) == list(decision.keep)
     for at, name in enumerate(names):
@@ -259,7 +259,7 @@ def test_biases_travel_with_their_neuron_and_the_down_bias_stays(kind: dict[str,
     for name in ("up_EIH", "gate_EIH", "down_EHI", "up_bias_EI", "gate_bias_EI"):
         if (tensor := getattr(weights, name)) is not None:
             tensor[1] = tensor[0] * 1.5 + 0.1 * tensor[1]
-    result, _ = run(DERN(rescale=False), weights, evidence(weights, [3, 1]), 1)
+    result, _ = run(DERN(rescale=False), weights, inputs(weights, [3, 1]), 1)
     first, second = (gather(weights, [(e, torch.arange(1))], balance=False)[0] for e in (0, 1))
     norm = (first.norm() + second.norm()) / 2
     expected = 0.75 * first / first.norm() * norm + 0.25 * second / second.norm() * norm
@@ -275,7 +275,7 @@ def test_weights_come_from_the_source() -> None:
     weights.up_EIH[1], weights.down_EHI[1] = weights.up_EIH[0] + 0.3, weights.down_EHI[0] + 0.3
 
     def nearness(mass: list[float], method: DERN) -> float:
-        result, _ = run(method, weights, evidence(weights, mass), 1)
+        result, _ = run(method, weights, inputs(weights, mass), 1)
         one, other = (gather(w, [(e, torch.arange(1))], balance=False)[0] for w, e in ((result, 0), (weights, 1)))
         return float(cosine_similarity(one, other, dim=0))
 
@@ -285,12 +285,12 @@ def test_weights_come_from_the_source() -> None:
 
 def test_experts_that_no_token_chose_move_nothing() -> None:
     weights = permuted(permuted(layer(), 0, 1, seed=1), 0, 3, seed=3)
-    seen = evidence(weights, [3, 1, 4, 0, 5])
+    seen = inputs(weights, [3, 1, 4, 0, 5])
     result, decision = run(DERN(), weights, seen, 3)
     figures = DERN().figures(weights, decision, seen)
     assert figures["moved_share"] == 0.5
     assert figures["moved_share_least"] == 0
-    without = evidence(weights.select([0, 1, 2, 4]), [3, 1, 4, 5])
+    without = inputs(weights.select([0, 1, 2, 4]), [3, 1, 4, 5])
     alone, _ = run(DERN(), weights.select([0, 1, 2, 4]), without, 3)
     assert_same(result, alone)
 
@@ -298,7 +298,7 @@ def test_experts_that_no_token_chose_move_nothing() -> None:
 @pytest.mark.parametrize("mass", [[0.0, 0, 0, 0, 0], [0, 2, 0, 0, 0], [1, 2, 3, 0, 0]])
 def test_few_or_no_chosen_experts_leave_finite_weights(mass: list[float]) -> None:
     weights = layer()
-    seen = evidence(weights, mass)
+    seen = inputs(weights, mass)
     seen = replace(seen, statistics=LayerStatistics(5, 8, tokens=int(sum(mass)), values=dict(seen.statistics)))
     for method in (*DERN.examples(seen.geometry), DERN(alpha=-1.0)):
         assert isinstance(method, DERN)
@@ -310,12 +310,12 @@ def test_few_or_no_chosen_experts_leave_finite_weights(mass: list[float]) -> Non
 
 def test_nothing_moves_into_protected_experts() -> None:
     weights = permuted(layer(), 0, 1)
-    seen = evidence(weights, [3, 1, 4, 2, 5], protected={0})
+    seen = inputs(weights, [3, 1, 4, 2, 5], protected={0})
     method = DERN(alpha=-1.0)
     result, decision = run(method, weights, seen, 3)
     assert_same(result.select([0]), weights.select([0]))
     assert method.figures(weights, decision, seen)["receiving"] == 2
-    everything = evidence(weights, [3, 1, 4, 2, 5], protected={0, 2, 4})
+    everything = inputs(weights, [3, 1, 4, 2, 5], protected={0, 2, 4})
     result, decision = run(method, weights, everything, 3)
     assert_same(result, weights.select([0, 2, 4]))
     assert method.figures(weights, decision, everything)["moved_share"] == 0
@@ -325,7 +325,7 @@ def test_balance_recombines_a_copy_in_another_scale() -> None:
     weights = permuted(layer(), 0, 1)
     weights.up_EIH[1] *= -4
     weights.down_EHI[1] /= -4
-    seen = evidence(weights, [3, 2.5, 4, 2, 5])
+    seen = inputs(weights, [3, 2.5, 4, 2, 5])
     result, decision = run(DERN(balance=True, alpha=0.9), weights, seen, 3)
     assert DERN(balance=True, alpha=0.9).figures(weights, decision, seen)["moved_share_most"] == 1
     assert DERN(alpha=0.9).figures(weights, decision, seen)["moved_share_most"] == 0
@@ -336,7 +336,7 @@ def test_balance_recombines_a_copy_in_another_scale() -> None:
 @pytest.mark.parametrize("kind", KINDS[:1] + KINDS[2:], ids=str)
 def test_balance_is_refused_where_it_would_change_what_experts_compute(kind: dict[str, bool]) -> None:
     weights = layer(**kind)
-    seen = evidence(weights, [3, 1, 4, 2, 5])
+    seen = inputs(weights, [3, 1, 4, 2, 5])
     with pytest.raises(UnsupportedModel, match="cannot be rescaled") as caught:
         DERN(balance=True).decide(seen, DERN().score(seen), 3)
     assert caught.value.layer == 3
@@ -346,7 +346,7 @@ def test_balance_is_refused_where_it_would_change_what_experts_compute(kind: dic
 
 def test_tensors_of_unknown_meaning_are_refused_only_where_something_may_move() -> None:
     weights = replace(layer(), others={"scales": torch.ones(5, 3)})
-    seen = evidence(weights, [3, 1, 4, 2, 5])
+    seen = inputs(weights, [3, 1, 4, 2, 5])
     with pytest.raises(UnsupportedModel, match="scales") as caught:
         run(DERN(), weights, seen, 3)
     assert caught.value.layer == 3
@@ -358,7 +358,7 @@ def test_damaged_weights_name_layer_and_expert() -> None:
     weights = layer()
     assert weights.gate_EIH is not None
     weights.gate_EIH[3, 0, 0] = float("nan")
-    seen = evidence(weights, [3, 1, 4, 2, 5])
+    seen = inputs(weights, [3, 1, 4, 2, 5])
     with pytest.raises(NumericFault) as caught:
         run(DERN(), weights, seen, 3)
     assert (caught.value.layer, caught.value.expert) == (3, 3)
@@ -373,7 +373,7 @@ def test_figures_do_not_search_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("moekit.compress.prune.dern.nearest_targets", counted)
     weights = layer()
-    seen = evidence(weights, [3, 1, 4, 2, 5])
+    seen = inputs(weights, [3, 1, 4, 2, 5])
     method = DERN(alpha=0.2)
     _, decision = run(method, weights, seen, 3)
     method.figures(weights, decision, seen)
@@ -387,7 +387,7 @@ def test_figures_do_not_search_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_transform_leaves_its_input_alone_and_is_repeatable() -> None:
     weights = layer()
     before = weights.map(torch.clone)
-    seen = evidence(weights, [3, 1, 4, 2, 5])
+    seen = inputs(weights, [3, 1, 4, 2, 5])
     for method in DERN.examples(seen.geometry):
         assert isinstance(method, DERN)
         first, _ = run(method, weights, seen, 2)
@@ -401,7 +401,7 @@ def test_what_it_needs() -> None:
     assert entry.needs == ("gate_mass", "load")
     assert DERN().required == ("gate_mass", "load")
     assert DERN(importance="reap").required == ("gated_output_norm", "load")
-    seen = evidence(layer(), [3, 1, 4, 0, 5])
+    seen = inputs(layer(), [3, 1, 4, 0, 5])
     assert DERN().score(seen).tolist() == pytest.approx([0.3, 0.1, 0.4, 0, 0.5])
     assert DERN(importance="reap").score(seen).tolist() == pytest.approx([9 / 7, 3 / 7, 12 / 7, 0, 15 / 7])
 
@@ -419,7 +419,7 @@ def test_shuffled_copies_give_the_expert_itself_in_every_family(family: str) -> 
         weights = permuted(weights, 0, e, seed=e)
     if weights.down_bias_EH is not None:
         weights.down_bias_EH[:] = weights.down_bias_EH[0].clone()
-    seen = LayerEvidence(block.index, block.geometry, trace.statistics[block.index])
+    seen = LayerInputs(block.index, block.geometry, trace.statistics[block.index])
     result, decision = run(DERN(), weights, seen, 3)
     assert DERN().figures(weights, decision, seen)["moved_share"] > 0
     x_NH = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))

@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from moekit.anatomy import Geometry
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import ranking
+from moekit.compress.engine.dropping import ranking
+from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.prune.easy_ep import EasyEP, mix_domains
 from moekit.data.batches import Batch
 from moekit.errors import BadConfig
@@ -30,12 +30,12 @@ EVERY = [
 ]
 
 
-def evidence(*seen: TokenBatch, domains: tuple[str, ...] = ("maths",), names: list[str] = EVERY) -> LayerEvidence:
+def inputs(*seen: TokenBatch, domains: tuple[str, ...] = ("maths",), names: list[str] = EVERY) -> LayerInputs:
     experts, hidden = seen[0].experts, 2
     stats = LayerStatistics.empty(resolve(names), experts, hidden, domains)
     for part in seen:
         stats.update(part)
-    return LayerEvidence(3, Geometry(hidden, experts, 2, 8, 0, True, False, False, True), stats)
+    return LayerInputs(3, Geometry(hidden, experts, 2, 8, 0, True, False, False, True), stats)
 
 
 def example(scale: float = 1.0) -> TokenBatch:
@@ -76,14 +76,14 @@ def near(scores: torch.Tensor, expected: list[float]) -> None:
 
 @pytest.mark.parametrize("mix", ["auto", "sum"])
 def test_the_worked_example(mix: str) -> None:
-    found = evidence(example())
+    found = inputs(example())
     near(EasyEP(mix=mix).score(found), [0.30, 0.20, 0.0])
     near(EasyEP(mix=mix, token_weight=False).score(found), [1.5, 1.7071068, 1.4142136])
     near(found.statistics["gate_mass"], [0.75, 0.75, 0.5])
 
 
 def test_the_token_weight_changes_who_stays() -> None:
-    found = evidence(example())
+    found = inputs(example())
     kept = {}
     for weigh in (True, False):
         method = EasyEP(token_weight=weigh)
@@ -92,7 +92,7 @@ def test_the_token_weight_changes_who_stays() -> None:
 
 
 def test_one_domain_normalised_ranks_alike() -> None:
-    near(EasyEP(mix="domains").score(evidence(example())), [0.6, 0.4, 0.0])
+    near(EasyEP(mix="domains").score(inputs(example())), [0.6, 0.4, 0.0])
 
 
 def test_with_unit_norms_and_token_weights_it_is_the_gate_mass() -> None:
@@ -110,11 +110,11 @@ def test_with_unit_norms_and_token_weights_it_is_the_gate_mass() -> None:
         routed=torch.tensor([[-2.0, 3.0]]).expand(50, 2),
     )
     mass = [float(gates_NK[chosen_NK == e].sum()) for e in range(3)]
-    assert EasyEP().score(evidence(seen)).tolist() == pytest.approx(mass, rel=1e-5)
+    assert EasyEP().score(inputs(seen)).tolist() == pytest.approx(mass, rel=1e-5)
 
 
 def test_without_token_weights_it_is_the_load_times_the_conditional_mean() -> None:
-    found, seen = evidence(example()), example()
+    found, seen = inputs(example()), example()
     expected = [0.0, 0.0, 0.0]
     for expert in range(3):
         terms = [
@@ -129,7 +129,7 @@ def test_without_token_weights_it_is_the_load_times_the_conditional_mean() -> No
 
 
 def test_a_louder_expert_scores_higher_in_proportion() -> None:
-    near(EasyEP().score(evidence(example(scale=5.0))), [0.30, 1.0, 0.0])
+    near(EasyEP().score(inputs(example(scale=5.0))), [0.30, 1.0, 0.0])
 
 
 def test_tokens_that_the_experts_do_not_turn_count_nothing() -> None:
@@ -143,7 +143,7 @@ def test_tokens_that_the_experts_do_not_turn_count_nothing() -> None:
         residual=torch.tensor([[1.0, 2.0], [3.0, -1.0]]),
         routed=torch.tensor([[2.0, 4.0], [0.3, -0.1]]),
     )
-    near(EasyEP().score(evidence(straight)), [0.0, 0.0, 0.0])
+    near(EasyEP().score(inputs(straight)), [0.0, 0.0, 0.0])
 
 
 # Sums of the domains: [1, 3, 0] and [10, 0, 10].
@@ -152,7 +152,7 @@ TWO = single([0, 1, 0, 2], [1.0, 3.0, 10.0, 10.0], [0, 0, 1, 1], 2)
 
 @pytest.mark.parametrize("token_weight", [True, False])
 def test_domains_have_the_same_say_whatever_their_length(token_weight: bool) -> None:
-    found = evidence(TWO, domains=("maths", "code"))
+    found = inputs(TWO, domains=("maths", "code"))
     near(EasyEP(mix="sum", token_weight=token_weight).score(found), [11, 3, 10])
     near(EasyEP(token_weight=token_weight).score(found), [0.75, 0.75, 0.5])
     near(EasyEP(domain_weights={"code": 3.0}, token_weight=token_weight).score(found), [1.75, 0.75, 1.5])
@@ -160,13 +160,13 @@ def test_domains_have_the_same_say_whatever_their_length(token_weight: bool) -> 
 
 
 def test_a_domain_without_tokens_adds_nothing() -> None:
-    found = evidence(replace(TWO, domains=3), domains=("maths", "code", "law"))
+    found = inputs(replace(TWO, domains=3), domains=("maths", "code", "law"))
     near(EasyEP().score(found), [0.75, 0.75, 0.5])
     near(mix_domains(torch.zeros(2, 3), ("a", "b"), {}), [0, 0, 0])
 
 
 def test_impossible_domain_weights() -> None:
-    found = evidence(TWO, domains=("maths", "code"))
+    found = inputs(TWO, domains=("maths", "code"))
     with pytest.raises(BadConfig, match="'cod'") as caught:
         EasyEP(domain_weights={"cod": 2.0}).score(found)
     assert "'code'" in str(caught.value.hint)
@@ -197,14 +197,14 @@ def test_batches_add_up() -> None:
     chosen, gates = torch.rand(90, 3, generator=g).topk(2).indices, torch.rand(90, 2, generator=g)
     outputs, domain = torch.randn(90, 2, 2, generator=g), torch.randint(0, 2, (90,), generator=g)
     residual, routed = torch.randn(90, 2, generator=g), torch.randn(90, 2, generator=g)
-    whole = evidence(rows(0, 90), domains=("a", "b"))
-    parts = evidence(rows(0, 7), rows(7, 60), rows(60, 90), domains=("a", "b"))
+    whole = inputs(rows(0, 90), domains=("a", "b"))
+    parts = inputs(rows(0, 7), rows(7, 60), rows(60, 90), domains=("a", "b"))
     for method in EasyEP.examples(whole.geometry):
         torch.testing.assert_close(method.score(whole), method.score(parts), rtol=1e-6, atol=1e-9)
 
 
 def test_all_experts_stay_where_all_may_and_equal_scores_keep_the_lower() -> None:
-    found = evidence(single([0, 2], [1.0, 1.0], [0, 0], 1))
+    found = inputs(single([0, 2], [1.0, 1.0], [0, 0], 1))
     scores = EasyEP().score(found)
     assert EasyEP().decide(found, scores, 3).keep == (0, 1, 2)
     assert EasyEP().decide(found, scores, 2).keep == (0, 2)  # no token chose expert 1

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moekit import catalogue
 from moekit.anatomy import Geometry
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.naee import NAEE, best_subset, greedy_subset, rises
-from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, NumericFault
 from moekit.trace.statistics import LayerStatistics
 
@@ -55,17 +55,17 @@ def random_block(seed: int, experts: int = 6) -> Block:
     return Block(logits_NE, torch.randn(experts, 3, generator=g, dtype=torch.float64))
 
 
-def evidence(experts: int = 4, protected: frozenset[int] = frozenset(), weights: LayerWeights | None = None):
+def inputs(experts: int = 4, protected: frozenset[int] = frozenset(), weights: LayerWeights | None = None):
     geometry = Geometry(2, experts, 2, 3, 0, True, False, False, True)
     read = None if weights is None else lambda: weights
-    return LayerEvidence(7, geometry, LayerStatistics(experts, 2), read, protected=protected)
+    return LayerInputs(7, geometry, LayerStatistics(experts, 2), read, protected=protected)
 
 
 def test_losses_of_every_pair() -> None:
     block = Block()
     for kept, loss in LOSSES.items():
         assert block.loss(kept) == pytest.approx(loss, abs=1e-6)
-    decision = NAEE(strategy="exhaustive").search(evidence(), block, 2)
+    decision = NAEE(strategy="exhaustive").search(inputs(), block, 2)
     assert decision.keep == (0, 2)
     assert decision.figures["loss"] == pytest.approx(0.491343, abs=1e-6)
     # Frequency (3, 3, 1, 1) would have kept 0 and 1.
@@ -74,7 +74,7 @@ def test_losses_of_every_pair() -> None:
 
 @pytest.mark.parametrize("strategy", ["auto", "exhaustive", "greedy"])
 def test_keeping_all_has_loss_0(strategy: str) -> None:
-    decision = NAEE(strategy=strategy).search(evidence(), Block(), 4)  # type: ignore[arg-type]
+    decision = NAEE(strategy=strategy).search(inputs(), Block(), 4)  # type: ignore[arg-type]
     assert decision.keep == (0, 1, 2, 3)
     assert decision.figures["loss"] == 0
 
@@ -86,7 +86,7 @@ def test_one_less_is_one_by_one(seed: int) -> None:
     losses = [block.loss(sorted(everyone - {e})) for e in range(6)]
     expected = tuple(sorted(everyone - {losses.index(min(losses))}))
     for strategy in ("exhaustive", "greedy"):
-        decision = NAEE(strategy=strategy).search(evidence(6), block, 5)  # type: ignore[arg-type]
+        decision = NAEE(strategy=strategy).search(inputs(6), block, 5)  # type: ignore[arg-type]
         assert decision.keep == expected
         assert decision.figures["rise"] == pytest.approx(losses)  # the loss of all is 0
         assert decision.figures["loss"] == pytest.approx(min(losses))
@@ -126,7 +126,7 @@ def test_an_expert_that_no_token_would_choose_goes_first() -> None:
     logits_NE = LOGITS_NE.clone()
     logits_NE[:, 0] = -50
     for strategy in ("exhaustive", "greedy"):
-        decision = NAEE(strategy=strategy).search(evidence(), Block(logits_NE), 3)  # type: ignore[arg-type]
+        decision = NAEE(strategy=strategy).search(inputs(), Block(logits_NE), 3)  # type: ignore[arg-type]
         assert decision.keep == (1, 2, 3)
         assert decision.figures["rise"][0] == 0  # type: ignore[index]
 
@@ -134,30 +134,30 @@ def test_an_expert_that_no_token_would_choose_goes_first() -> None:
 @pytest.mark.parametrize("strategy", ["exhaustive", "greedy"])
 def test_protected_experts_stay(strategy: str) -> None:
     method = NAEE(strategy=strategy)  # type: ignore[arg-type]
-    assert 3 in method.search(evidence(protected=frozenset({3})), Block(), 2).keep
-    best = NAEE(strategy="exhaustive").search(evidence(protected=frozenset({3})), Block(), 2)
+    assert 3 in method.search(inputs(protected=frozenset({3})), Block(), 2).keep
+    best = NAEE(strategy="exhaustive").search(inputs(protected=frozenset({3})), Block(), 2)
     assert best.keep == (0, 3)  # 1.328784, the best of those with 3
     with pytest.raises(BadConfig, match="3 experts are protected") as caught:
-        method.search(evidence(protected=frozenset({0, 1, 3})), Block(), 2)
+        method.search(inputs(protected=frozenset({0, 1, 3})), Block(), 2)
     assert caught.value.layer == 7
 
 
 def test_auto_is_exhaustive_up_to_a_bound_and_asks_each_subset_once() -> None:
     few, many = Block(), Block()
-    NAEE(most_subsets=6).search(evidence(), few, 2)
-    NAEE(most_subsets=5).search(evidence(), many, 2)
+    NAEE(most_subsets=6).search(inputs(), few, 2)
+    NAEE(most_subsets=5).search(inputs(), many, 2)
     assert set(LOSSES) <= set(few.asked)
     # All, four without one, then the pairs within the best three.
     assert len(many.asked) == 1 + 4 + 3
     for block in (few, many):
         assert len(set(block.asked)) == len(block.asked)
-    assert NAEE(most_subsets=6).search(evidence(), Block(), 2).figures["evaluations"] == 1 + 4 + 6
+    assert NAEE(most_subsets=6).search(inputs(), Block(), 2).figures["evaluations"] == 1 + 4 + 6
 
 
 def test_an_endless_search_is_refused_before_it_starts() -> None:
     block = random_block(0, experts=32)
     with pytest.raises(BadConfig, match=r"6e\+08 times") as caught:  # C(32, 16) = 601080390
-        NAEE(strategy="exhaustive").search(evidence(32), block, 16)
+        NAEE(strategy="exhaustive").search(inputs(32), block, 16)
     assert caught.value.layer == 7
     assert not block.asked
 
@@ -177,7 +177,7 @@ def test_only_progressive_mode_is_sequential() -> None:
 
 def test_scores_need_the_search() -> None:
     with pytest.raises(BadConfig, match="search") as caught:
-        NAEE().score(evidence())
+        NAEE().score(inputs())
     assert caught.value.layer == 7
 
 
@@ -185,11 +185,11 @@ def test_a_loss_that_is_no_number_names_layer_and_expert() -> None:
     outputs_EH = OUTPUTS_EH.clone()
     outputs_EH[1] = float("nan")
     with pytest.raises(NumericFault) as caught:
-        NAEE().search(evidence(), Block(outputs_EH=outputs_EH), 2)
+        NAEE().search(inputs(), Block(outputs_EH=outputs_EH), 2)
     assert (caught.value.layer, caught.value.expert) == (7, None)
     up = torch.ones(4, 3, 2)
     up[1, 2, 0] = float("nan")
     weights = LayerWeights(up, torch.ones(4, 2, 3))
     with pytest.raises(NumericFault) as caught:
-        NAEE().search(evidence(weights=weights), Block(outputs_EH=outputs_EH), 2)
+        NAEE().search(inputs(weights=weights), Block(outputs_EH=outputs_EH), 2)
     assert (caught.value.layer, caught.value.expert) == (7, 1)

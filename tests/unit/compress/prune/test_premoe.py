@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from moekit.anatomy import Geometry, find_moe_layers
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.prune.premoe import PreMoe
 from moekit.trace import record
 from moekit.trace.batch import TokenBatch
@@ -18,16 +18,16 @@ from tests.families import FAMILIES, TOP_K, build, tokens
 LOGITS = torch.tensor([[2.0, 1.0, -1.0, -3.0], [-0.5, -1.0, -2.0, -4.0], [1.0, 3.0, 0.0, 2.9]])
 
 
-def evidence(method: PreMoe, logits_NE: torch.Tensor = LOGITS, top_k: int = 2) -> LayerEvidence:
+def inputs(method: PreMoe, logits_NE: torch.Tensor = LOGITS, top_k: int = 2) -> LayerInputs:
     experts = logits_NE.shape[1]
     stats = LayerStatistics.empty(resolve(method.required), experts, 4)
     if len(logits_NE):
         stats.update(TokenBatch(experts, logits_NE.topk(top_k).indices, logits=logits_NE))
-    return LayerEvidence(0, Geometry(4, experts, top_k, 8, 0, True, False, False, True), stats)
+    return LayerInputs(0, Geometry(4, experts, top_k, 8, 0, True, False, False, True), stats)
 
 
 def near(method: PreMoe, expected: list[float], logits_NE: torch.Tensor = LOGITS) -> None:
-    assert method.score(evidence(method, logits_NE)).tolist() == pytest.approx(expected, abs=1e-6)
+    assert method.score(inputs(method, logits_NE)).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def tcess(pool: int | None, threshold: float | str | None = None) -> PreMoe:
@@ -46,7 +46,7 @@ def test_tcess_ranks_an_expert_chosen_once_above_one_that_is_twice_the_best() ->
 
 def test_peu_of_the_worked_example() -> None:
     for method in (PreMoe(), PreMoe(pool=2)):
-        assert method.cut(evidence(method)) == pytest.approx(0.6261657, abs=1e-6)
+        assert method.cut(inputs(method)) == pytest.approx(0.6261657, abs=1e-6)
         near(method, [0.6666667, 0, 0, 0])
 
 
@@ -86,7 +86,7 @@ def test_one_pass_gives_what_two_give(token_score: str, pool: int | None, thresh
     method = PreMoe(token_score=token_score, pool=pool, threshold=threshold)  # type: ignore[arg-type]
     fixed = None if threshold == "adaptive" else float(threshold)
     expected = reference(method, logits_NE, pool or 2, fixed)
-    torch.testing.assert_close(method.score(evidence(method, logits_NE)), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(method.score(inputs(method, logits_NE)), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -99,7 +99,7 @@ def test_scores_of_a_recorded_model(family: str) -> None:
         )
     trace = record(model, [tokens()], statistics=PreMoe().required)
     for layer in layers:
-        found = LayerEvidence(layer.index, layer.geometry, trace.require(PreMoe().required)[layer.index])
+        found = LayerInputs(layer.index, layer.geometry, trace.require(PreMoe().required)[layer.index])
         expected = reference(PreMoe(), seen[layer.index].float(), TOP_K, None)
         torch.testing.assert_close(PreMoe().score(found), expected, rtol=1e-4, atol=1e-5)
 
@@ -123,7 +123,7 @@ def test_impossible_settings() -> None:
 def test_experts_that_no_token_chose_go_first() -> None:
     """With a threshold over a pool wider than the choice, an expert may score without ever being chosen."""
     method = PreMoe(pool=4, threshold=None)
-    found = evidence(method)
+    found = inputs(method)
     scores = method.score(found)
     assert float(scores[2]) > 0
     assert found.statistics.never_routed == [2]

@@ -10,10 +10,10 @@ import torch
 from pydantic import ValidationError
 
 from moekit.anatomy import Geometry, find_moe_layers
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.weights import LayerWeights, from_live
 from moekit.compress.maths.clustering.complete_linkage import complete_linkage
 from moekit.compress.prune.stun import Stun, nearest_to_mean, normalised_coactivation, router_distances
-from moekit.compress.weights import LayerWeights, from_live
 from moekit.errors import NumericFault
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import resolve
@@ -40,17 +40,15 @@ def layer(rows: Iterable[float], hidden: int = 4, width: int = 3, seed: int = 0)
     )
 
 
-def evidence(
-    weights: LayerWeights, number: int = 0, *, protected: Iterable[int] = (), **values: object
-) -> LayerEvidence:
+def inputs(weights: LayerWeights, number: int = 0, *, protected: Iterable[int] = (), **values: object) -> LayerInputs:
     experts, hidden = weights.experts, weights.hidden
     tensors = {name: torch.as_tensor(value) for name, value in values.items()}
     stats = LayerStatistics(experts, hidden, values=tensors, width=weights.width)
     geometry = Geometry(hidden, experts, 2, weights.width, 0, True, False, False, True)
-    return LayerEvidence(number, geometry, stats, lambda: weights, protected=frozenset(protected))
+    return LayerInputs(number, geometry, stats, lambda: weights, protected=frozenset(protected))
 
 
-def decide(method: Stun, seen: LayerEvidence, keep: int):
+def decide(method: Stun, seen: LayerInputs, keep: int):
     return method.decide(seen, method.score(seen), keep)
 
 
@@ -66,7 +64,7 @@ NEAREST = Stun(representative="nearest")
 
 
 def test_the_line_of_router_rows_by_hand() -> None:
-    seen = evidence(layer(LINE))
+    seen = inputs(layer(LINE))
     tree = NEAREST.dendrogram(seen)
     assert tree.below(0.6) == ((0,), (1,), (2,), (3, 4))
     assert tree.below(1.1) == tree.below(1.3) == tree.below(2.0) == ((0, 1), (2,), (3, 4))
@@ -85,7 +83,7 @@ def test_the_nearest_to_the_mean_by_hand() -> None:
 
 
 def test_the_largest_gated_output_stays_by_default() -> None:
-    seen = evidence(layer(LINE), gated_output_norm=[3.0, 5.0, 1.0, 2.0, 2.0])
+    seen = inputs(layer(LINE), gated_output_norm=[3.0, 5.0, 1.0, 2.0, 2.0])
     decision = decide(Stun(), seen, 3)
     assert decision.keep == (1, 2, 3)  # 3 and 4 are equal: the lower number stays
     assert decision.groups == ((0, 1), (2,), (3, 4))
@@ -99,14 +97,14 @@ def test_statistics_asked_for_follow_the_knobs() -> None:
     assert Stun(representative="nearest", router_distance=0, coactivation=1).required == ("coactivation",)
     assert resolve(Stun(coactivation=0.5).required)
     with pytest.raises(KeyError):
-        decide(Stun(), evidence(layer(LINE)), 3)
+        decide(Stun(), inputs(layer(LINE)), 3)
     with pytest.raises(ValidationError, match="nothing tells experts apart"):
         Stun(router_distance=0)
 
 
 def test_keeping_all_experts_keeps_all_bits() -> None:
     weights = layer(LINE)
-    seen = evidence(weights)
+    seen = inputs(weights)
     for method in (NEAREST, Stun(representative="nearest", reconstruct=True, kappa=9)):
         decision = decide(method, seen, 5)
         assert decision.groups == ((0,), (1,), (2,), (3,), (4,))
@@ -115,7 +113,7 @@ def test_keeping_all_experts_keeps_all_bits() -> None:
 
 def test_without_means_the_representatives_stay_bit_for_bit() -> None:
     weights = layer(LINE)
-    seen = evidence(weights)
+    seen = inputs(weights)
     decision = decide(NEAREST, seen, 2)
     assert decision.merges
     assert same(NEAREST.transform(weights, decision, seen), weights.select(decision.keep))
@@ -123,7 +121,7 @@ def test_without_means_the_representatives_stay_bit_for_bit() -> None:
 
 def test_means_only_where_the_layer_has_fewer_than_kappa_clusters() -> None:
     weights = layer(LINE)
-    seen = evidence(weights)
+    seen = inputs(weights)
     method = Stun(representative="nearest", reconstruct=True)
     # Three clusters, of 2, 1 and 2 members: the number of clusters counts, not of members.
     three = decide(method, seen, 3)
@@ -160,7 +158,7 @@ def test_copies_always_fall_together(method: Stun) -> None:
     counts = torch.ones(6, 6)
     counts[2, 4] = counts[4, 2] = 1000.0  # a popular pair may not go before the copies
     for keep in range(1, 6):
-        seen = evidence(weights, gated_output_norm=torch.arange(6.0), coactivation=counts)
+        seen = inputs(weights, gated_output_norm=torch.arange(6.0), coactivation=counts)
         decision = decide(method, seen, keep)
         assert any({1, 5} <= set(group) for group in decision.groups or ()), keep
         if keep == 5:
@@ -173,7 +171,7 @@ def test_coactivation_by_hand() -> None:
     expected = torch.tensor([[0.0, 3.0, 0.75], [3.0, 0.0, 0.75], [0.75, 0.75, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(normalised_coactivation(counts), expected)  # the mean of all nine is 12 / 9
     assert normalised_coactivation(torch.zeros(3, 3)).tolist() == torch.zeros(3, 3).tolist()
-    seen = evidence(layer((0.0, 5.0, 5.5)), coactivation=counts)
+    seen = inputs(layer((0.0, 5.0, 5.5)), coactivation=counts)
     alone = Stun(router_distance=0, coactivation=1, representative="nearest")
     torch.testing.assert_close(alone.distances(seen), -expected)
     assert set(decide(alone, seen, 2).groups or ()) == {(0, 1), (2,)}
@@ -184,7 +182,7 @@ def test_coactivation_by_hand() -> None:
 
 
 def test_protected_experts_stand_alone() -> None:
-    seen = evidence(layer(LINE), protected=[3, 0], gated_output_norm=[0.1, 5.0, 6.0, 0.1, 7.0])
+    seen = inputs(layer(LINE), protected=[3, 0], gated_output_norm=[0.1, 5.0, 6.0, 0.1, 7.0])
     decision = decide(Stun(), seen, 4)
     assert decision.groups == ((0,), (1, 2), (3,), (4,))
     assert decide(Stun(), seen, 3).keep == (0, 3, 4)  # 1, 2 and 4 can meet
@@ -195,7 +193,7 @@ def test_one_threshold_for_all_layers() -> None:
     """The count of each layer is what some one threshold gives, found here by bisection as the paper does."""
     rows = {0: LINE, 3: (0.0, 0.3, 0.7, 1.5, 3.1), 5: (0.0, 20.0, 40.0, 45.0, 100.0)}
     method = NEAREST
-    seen = {number: evidence(layer(r), number) for number, r in rows.items()}
+    seen = {number: inputs(layer(r), number) for number, r in rows.items()}
     scores = {number: method.score(s) for number, s in seen.items()}
     trees = {n: complete_linkage((torch.tensor(r)[:, None] - torch.tensor(r)[None]).abs()) for n, r in rows.items()}
     for total in range(3, 16):
@@ -215,7 +213,7 @@ def test_one_threshold_for_all_layers() -> None:
 
 def test_bounds_of_layers_hold() -> None:
     rows = {0: (0.0, 0.1, 0.2, 0.3), 1: (0.0, 10.0, 20.0, 40.0)}
-    seen = {number: evidence(layer(r), number) for number, r in rows.items()}
+    seen = {number: inputs(layer(r), number) for number, r in rows.items()}
     scores = {number: NEAREST.score(s) for number, s in seen.items()}
     assert NEAREST.allocate(seen, scores, 5, 1, 4) == {0: 1, 1: 4}
     assert NEAREST.allocate(seen, scores, 5, 2, 4) == {0: 2, 1: 3}
@@ -225,7 +223,7 @@ def test_bounds_of_layers_hold() -> None:
 
 
 def test_no_more_than_one_layer_is_held_while_sharing() -> None:
-    seen = {number: evidence(layer(LINE), number) for number in range(2)}
+    seen = {number: inputs(layer(LINE), number) for number in range(2)}
     NEAREST.allocate(seen, {}, 8, 1, 5)
     assert not any("weights" in vars(s) for s in seen.values())
 
@@ -234,14 +232,14 @@ def test_a_damaged_router_is_named() -> None:
     weights = layer(LINE)
     weights.router["weight"][2, 1] = float("nan")
     with pytest.raises(NumericFault) as caught:
-        NEAREST.score(evidence(weights, 7))
+        NEAREST.score(inputs(weights, 7))
     assert (caught.value.layer, caught.value.expert) == (7, 2)
 
 
 def test_half_precision_means_are_taken_in_full() -> None:
     weights = layer((0.0, 0.1, 0.2)).map(lambda t: t.bfloat16())
     method = Stun(representative="nearest", reconstruct=True)
-    seen = evidence(weights)
+    seen = inputs(weights)
     merged = method.transform(weights, decide(method, seen, 1), seen)
     assert torch.equal(merged.up_EIH[0], (weights.up_EIH.double().mean(0)).bfloat16())
 
@@ -256,7 +254,7 @@ def test_every_family(family: str) -> None:
     with torch.no_grad():
         weights = from_live(experts, rows, block.geometry).map(torch.clone)
     counts = torch.randint(0, 9, (count, count), generator=torch.Generator().manual_seed(1))
-    seen = evidence(weights, gated_output_norm=torch.arange(float(count)), coactivation=counts + counts.T)
+    seen = inputs(weights, gated_output_norm=torch.arange(float(count)), coactivation=counts + counts.T)
     for method in Stun.examples(block.geometry):
         assert isinstance(method, Stun)
         decision = decide(method, seen, count // 2)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from moekit.anatomy import Geometry, find_moe_layers
-from moekit.compress.decision import LayerDecision
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.weights import LayerWeights, from_live, outputs, to_live
 from moekit.compress.prune.uncurl import UNCURL
-from moekit.compress.weights import LayerWeights, from_live, outputs, to_live
 from moekit.errors import BadConfig, NumericFault
 from moekit.trace import record
 from moekit.trace.statistics import LayerStatistics
@@ -25,15 +25,15 @@ LOGITS = torch.tensor(
 LOAD = torch.tensor([2, 1, 2, 1])
 
 
-def evidence(logits: Tensor, load: Tensor, protected: set[int] | None = None, seed: int = 0) -> LayerEvidence:
+def inputs(logits: Tensor, load: Tensor, protected: set[int] | None = None, seed: int = 0) -> LayerInputs:
     experts = logits.shape[1]
     values = {"logit_gram": logits.T @ logits, "logit_sum": logits.sum(0), "load": load}
     statistics = LayerStatistics(experts, 8, tokens=len(logits), values=values)
     geometry = Geometry(8, experts, 1, 8, 0, True, False, False, True)
-    return LayerEvidence(3, geometry, statistics, seed=seed, protected=frozenset(protected or ()))
+    return LayerInputs(3, geometry, statistics, seed=seed, protected=frozenset(protected or ()))
 
 
-def decide(method: UNCURL, seen: LayerEvidence, keep: int) -> LayerDecision:
+def decide(method: UNCURL, seen: LayerInputs, keep: int) -> LayerDecision:
     decision = method.decide(seen, method.score(seen), keep)
     assert len(decision.keep) == keep
     return decision
@@ -54,7 +54,7 @@ def random_case(experts: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def test_four_experts_by_hand() -> None:
     assert torch.equal(torch.bincount(LOGITS.argmax(1), minlength=4), LOAD)
-    decision = decide(UNCURL(), evidence(LOGITS, LOAD), 2)
+    decision = decide(UNCURL(), inputs(LOGITS, LOAD), 2)
     assert decision.keep == (0, 2)
     assert decision.groups == ((0, 1), (2, 3))
     assert decision.shares == (pytest.approx((2 / 3, 1 / 3)), pytest.approx((2 / 3, 1 / 3)))
@@ -64,23 +64,23 @@ def test_four_experts_by_hand() -> None:
 
 @pytest.mark.parametrize("affinity", ["cosine", "pearson", "rbf"])
 def test_every_affinity_finds_the_two_pairs(affinity: str) -> None:
-    assert decide(UNCURL(affinity=affinity), evidence(LOGITS, LOAD), 2).groups == ((0, 1), (2, 3))
+    assert decide(UNCURL(affinity=affinity), inputs(LOGITS, LOAD), 2).groups == ((0, 1), (2, 3))
 
 
 def test_the_most_used_is_the_representative() -> None:
-    decision = decide(UNCURL(), evidence(LOGITS, torch.tensor([1, 5, 2, 2])), 2)
+    decision = decide(UNCURL(), inputs(LOGITS, torch.tensor([1, 5, 2, 2])), 2)
     assert decision.keep == (1, 2)
     assert decision.groups == ((0, 1), (2, 3))
     assert decision.shares == (pytest.approx((1 / 6, 5 / 6)), pytest.approx((0.5, 0.5)))
 
 
 def test_the_score_is_the_load() -> None:
-    assert UNCURL().score(evidence(LOGITS, LOAD)).tolist() == [2.0, 1.0, 2.0, 1.0]
+    assert UNCURL().score(inputs(LOGITS, LOAD)).tolist() == [2.0, 1.0, 2.0, 1.0]
 
 
 @pytest.mark.parametrize("method", UNCURL.examples(Geometry(8, 4, 1, 6, 0, True, False, False, True)), ids=repr)
 def test_keeping_all_copies_the_layer_bit_for_bit(method: UNCURL) -> None:
-    seen, weights = evidence(LOGITS, LOAD), layer(4)
+    seen, weights = inputs(LOGITS, LOAD), layer(4)
     decision = decide(method, seen, 4)
     assert decision.groups == ((0,), (1,), (2,), (3,))
     kept = method.transform(weights, decision, seen)
@@ -93,7 +93,7 @@ def test_keeping_all_copies_the_layer_bit_for_bit(method: UNCURL) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_groups_hold_every_expert_once_and_do_not_depend_on_numbers_or_scale(keep: int, seed: int) -> None:
     logits, load = random_case(9, seed)
-    decision = decide(UNCURL(), evidence(logits, load), keep)
+    decision = decide(UNCURL(), inputs(logits, load), keep)
     assert decision.groups is not None
     assert decision.shares is not None
     assert sorted(e for group in decision.groups for e in group) == list(range(9))
@@ -101,13 +101,13 @@ def test_groups_hold_every_expert_once_and_do_not_depend_on_numbers_or_scale(kee
     for kept, group in zip(decision.keep, decision.groups, strict=True):
         assert load[kept] == max(load[e] for e in group)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
-    moved = decide(UNCURL(), evidence(logits[:, order], load[order]), keep)
+    moved = decide(UNCURL(), inputs(logits[:, order], load[order]), keep)
     assert {frozenset(order[list(g)].tolist()) for g in moved.groups or ()} == {frozenset(g) for g in decision.groups}
-    assert decide(UNCURL(), evidence(logits * 31.7, load), keep).groups == decision.groups
+    assert decide(UNCURL(), inputs(logits * 31.7, load), keep).groups == decision.groups
 
 
 def test_a_merge_by_hand() -> None:
-    seen, weights = evidence(LOGITS, LOAD), layer(4)
+    seen, weights = inputs(LOGITS, LOAD), layer(4)
     method = UNCURL(align=False)
     merged = method.transform(weights, decide(method, seen, 2), seen)
     assert weights.gate_EIH is not None
@@ -137,7 +137,7 @@ def test_shuffled_copies_merge_to_the_expert_itself_in_every_family(family: str)
             if tensor is not None:
                 tensor[e] = tensor[e][order]
         first.down_EHI[e] = first.down_EHI[e][:, order]
-    seen = LayerEvidence(block.index, block.geometry, trace.statistics[block.index])
+    seen = LayerInputs(block.index, block.geometry, trace.statistics[block.index])
     decision = decide(UNCURL(), seen, 3)
     assert decision.merges
     merged = UNCURL().transform(first, decision, seen)
@@ -154,7 +154,7 @@ def test_shuffled_copies_merge_to_the_expert_itself_in_every_family(family: str)
 
 
 def test_protected_experts_are_alone_and_copied_bit_for_bit() -> None:
-    seen, weights = evidence(LOGITS, LOAD, protected={1}), layer(4)
+    seen, weights = inputs(LOGITS, LOAD, protected={1}), layer(4)
     decision = decide(UNCURL(), seen, 2)
     assert decision.groups == ((0, 2, 3), (1,)) or decision.groups == ((1,), (0, 2, 3))
     merged = UNCURL().transform(weights, decision, seen)
@@ -164,10 +164,10 @@ def test_protected_experts_are_alone_and_copied_bit_for_bit() -> None:
 
 
 def test_where_protected_experts_fill_the_budget_the_others_are_dropped() -> None:
-    decision = decide(UNCURL(), evidence(LOGITS, LOAD, protected={1, 3}), 2)
+    decision = decide(UNCURL(), inputs(LOGITS, LOAD, protected={1, 3}), 2)
     assert decision.groups == ((1,), (3,))
     with pytest.raises(BadConfig, match="2 experts are protected, but only 1 may stay") as caught:
-        decide(UNCURL(), evidence(LOGITS, LOAD, protected={1, 3}), 1)
+        decide(UNCURL(), inputs(LOGITS, LOAD, protected={1, 3}), 1)
     assert "layer 3" in str(caught.value)
 
 
@@ -176,7 +176,7 @@ def test_experts_that_no_token_chose_take_no_cluster() -> None:
     dead = torch.tensor([-5.0, -4.0, -5.0, -3.0, -5.0, -4.0], dtype=torch.float64)
     logits = torch.cat([LOGITS, dead[:, None], dead.flip(0)[:, None]], dim=1)
     load = torch.tensor([2, 1, 2, 1, 0, 0])
-    decision = decide(UNCURL(), evidence(logits, load), 2)
+    decision = decide(UNCURL(), inputs(logits, load), 2)
     assert decision.groups is not None
     assert decision.shares is not None
     assert [{0, 1}, {2, 3}] == [set(g) & {0, 1, 2, 3} for g in decision.groups]
@@ -190,7 +190,7 @@ def test_experts_that_no_token_chose_take_no_cluster() -> None:
 
 def test_fewer_chosen_experts_than_slots() -> None:
     logits, _ = random_case(6, 0)
-    decision = decide(UNCURL(), evidence(logits, torch.tensor([0, 3, 0, 0, 9, 0])), 4)
+    decision = decide(UNCURL(), inputs(logits, torch.tensor([0, 3, 0, 0, 9, 0])), 4)
     assert decision.groups is not None
     assert (1,) in decision.groups
     assert (4,) in decision.groups
@@ -200,7 +200,7 @@ def test_fewer_chosen_experts_than_slots() -> None:
 
 
 def test_without_any_tokens_nothing_is_nan() -> None:
-    seen, weights = evidence(torch.zeros(0, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)), layer(4)
+    seen, weights = inputs(torch.zeros(0, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)), layer(4)
     for method in UNCURL.examples(seen.geometry):
         assert isinstance(method, UNCURL)
         decision = decide(method, seen, 2)
@@ -212,11 +212,11 @@ def test_damaged_statistics_are_named() -> None:
     logits = LOGITS.clone()
     logits[0, 2] = float("nan")
     with pytest.raises(NumericFault) as caught:
-        decide(UNCURL(), evidence(logits, LOAD), 2)
+        decide(UNCURL(), inputs(logits, LOAD), 2)
     assert "layer 3, expert 2" in str(caught.value)
 
 
 def test_the_same_seed_decides_the_same() -> None:
     logits, load = random_case(12, 1)
-    found = {decide(UNCURL(restarts=1), evidence(logits, load, seed=4), 5).groups for _ in range(3)}
+    found = {decide(UNCURL(restarts=1), inputs(logits, load, seed=4), 5).groups for _ in range(3)}
     assert len(found) == 1

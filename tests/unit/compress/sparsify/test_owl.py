@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.anatomy import Geometry
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.owl import OWL, outlier_share, owl_sparsities
 from moekit.compress.sparsify.wanda import Wanda
-from moekit.compress.weights import LayerWeights
 from moekit.errors import BadData
 from moekit.trace.statistics import LayerStatistics
 
 
-def sample(seed: int, tail: float, experts: int = 3, width: int = 6, hidden: int = 10) -> LayerEvidence:
+def sample(seed: int, tail: float, experts: int = 3, width: int = 6, hidden: int = 10) -> LayerInputs:
     """A layer whose weights have the more outliers the larger `tail`; its last expert saw no token."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -40,10 +40,10 @@ def sample(seed: int, tail: float, experts: int = 3, width: int = 6, hidden: int
     }
     geometry = Geometry(hidden, experts, 2, width, 0, True, False, False, True)
     stats = LayerStatistics(experts, hidden, values=values, width=width)
-    return LayerEvidence(seed, geometry, stats, lambda: weights)
+    return LayerInputs(seed, geometry, stats, lambda: weights)
 
 
-def counted(seen: LayerEvidence, multiple: float) -> float:
+def counted(seen: LayerInputs, multiple: float) -> float:
     """D by the definition: all scores in one list, in Python's floats."""
     weights, scores = seen.weights, []
     for expert in range(weights.experts):

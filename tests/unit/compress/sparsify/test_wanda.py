@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from moekit.anatomy import Geometry
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.wanda import Wanda, input_norms
-from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault
 from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
@@ -18,12 +18,12 @@ from moekit.trace.vocabulary import resolve
 EXPERTS, HIDDEN, WIDTH, TOKENS = 4, 12, 8, 40
 
 
-def evidence_of(stats: LayerStatistics, top_k: int = 2) -> LayerEvidence:
+def evidence_of(stats: LayerStatistics, top_k: int = 2) -> LayerInputs:
     geometry = Geometry(stats.hidden, stats.experts, top_k, stats.width, 0, True, False, False, True)
-    return LayerEvidence(2, geometry, stats)
+    return LayerInputs(2, geometry, stats)
 
 
-def given(**values: object) -> LayerEvidence:
+def given(**values: object) -> LayerInputs:
     tensors = {name: torch.as_tensor(value) for name, value in values.items()}
     experts, hidden = tensors["input_square"].shape
     return evidence_of(LayerStatistics(experts, hidden, values=tensors, width=tensors["inner_square"].shape[1]))
@@ -86,7 +86,7 @@ def sample(seed: int = 0) -> tuple[LayerWeights, TokenBatch, torch.Tensor, torch
     return weights, seen, hidden_NH, inner_NKI
 
 
-def measured(method: Wanda, seen: TokenBatch) -> LayerEvidence:
+def measured(method: Wanda, seen: TokenBatch) -> LayerInputs:
     stats = LayerStatistics.empty(resolve(method.required), EXPERTS, HIDDEN, ("a",), width=WIDTH)
     stats.update(seen)
     return evidence_of(stats)
@@ -108,8 +108,8 @@ def reference(matrix: torch.Tensor, inputs: torch.Tensor, ratio: float) -> torch
 def test_each_expert_is_judged_on_its_own_tokens(gated: bool, ratio: float) -> None:
     weights, seen, hidden_NH, inner_NKI = sample()
     method = Wanda(gated=gated)
-    evidence = measured(method, seen)
-    sparse = method.transform(weights, evidence, ratio)
+    inputs = measured(method, seen)
+    sparse = method.transform(weights, inputs, ratio)
     for expert in range(3):
         tokens, slots = (seen.indices_NK == expert).nonzero(as_tuple=True)
         factor = seen.weights_NK[tokens, slots, None] if gated else torch.ones(len(tokens), 1)
@@ -130,12 +130,12 @@ def test_gates_matter() -> None:
 
 def test_an_expert_without_tokens_goes_by_magnitude_and_is_told() -> None:
     weights, seen, _, _ = sample()
-    evidence = measured(Wanda(), seen)
-    sparse = Wanda().transform(weights, evidence, 0.5)
-    plain = Magnitude(per="row").transform(weights, evidence, 0.5)
+    inputs = measured(Wanda(), seen)
+    sparse = Wanda().transform(weights, inputs, 0.5)
+    plain = Magnitude(per="row").transform(weights, inputs, 0.5)
     for name in ("gate_EIH", "up_EIH", "down_EHI"):
         assert torch.equal(getattr(sparse, name)[3], getattr(plain, name)[3])
-    assert Wanda().figures(evidence) == {"by_magnitude": [3.0]}
+    assert Wanda().figures(inputs) == {"by_magnitude": [3.0]}
 
 
 def test_channels_that_are_always_zero_go_first() -> None:

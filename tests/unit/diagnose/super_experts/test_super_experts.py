@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from moekit.anatomy import Geometry, find_moe_layers
-from moekit.compress.evidence import LayerEvidence
-from moekit.compress.prune.base import keep_highest
+from moekit.compress.engine.dropping import keep_highest
+from moekit.compress.engine.inputs import LayerInputs
 from moekit.diagnose.super_experts.ablation import without_experts
 from moekit.diagnose.super_experts.finding import (
     NEEDS,
@@ -223,8 +223,8 @@ def test_pruners_keep_what_the_report_protects() -> None:
     stats = LayerStatistics(50, 4, tokens=9, values={"load": torch.ones(50, dtype=torch.int64)})
     geometry = Geometry(4, 50, 2, 4, 0, True, False, False, True)
     for layer, kept in ((0, (0, 1, 2)), (1, (0, 1, 7)), (2, (0, 1, 3))):
-        evidence = LayerEvidence(layer, geometry, stats, protected=protected.get(layer, frozenset()))
-        assert keep_highest(worst_last, 3, evidence) == kept
+        inputs = LayerInputs(layer, geometry, stats, protected=protected.get(layer, frozenset()))
+        assert keep_highest(worst_last, 3, inputs) == kept
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.budget import Budget
-from moekit.compress.decision import LayerDecision
+from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.apply import apply
+from moekit.compress.engine.outcome import LayerDecision
 from moekit.errors import BadCheckpoint, BadConfig, MoekitError
 from moekit.serving.expert_sets.expert_set import Pattern, keep_sets, make_pattern
 from moekit.serving.expert_sets.kept_bytes import KeptBytes

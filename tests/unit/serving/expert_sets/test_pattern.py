@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moekit.anatomy import find_moe_layers
-from moekit.compress.evidence import LayerEvidence
+from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.prune.premoe import PreMoe
 from moekit.errors import BadConfig, BadData, MoekitError, NumericFault, UnsafeInput, UnsupportedModel
 from moekit.serving.expert_sets.expert_set import Pattern, generalist, keep_sets, make_pattern
@@ -328,7 +328,7 @@ def test_patterns_of_a_model_keep_what_the_method_keeps(family: str, tmp_path: P
     for keep in range(1, EXPERTS + 1):
         sets = keep_sets(made, keep)
         for layer in find_moe_layers(model):
-            scores_E = method.score(LayerEvidence(layer.index, layer.geometry, found[layer.index]))
+            scores_E = method.score(LayerInputs(layer.index, layer.geometry, found[layer.index]))
             assert sets[layer.index] == top(scores_E, keep)
     PatternStore(tmp_path).save(made)
     same(PatternStore(tmp_path, "model-a").load("text"), made)

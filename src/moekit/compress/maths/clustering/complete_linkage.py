@@ -1,7 +1,7 @@
 """Agglomerative clustering under complete linkage: exact, and the same on every machine.
 
 Two clusters are as far apart as their farthest members. The closest two are joined first; of equally close pairs the
-one with the lower smallest member goes first. So at a threshold t every pair inside a cluster is closer than t, and
+one of the lower items goes first. So at a threshold t every pair inside a cluster is closer than t, and
 clusters for larger t are unions of those for smaller t.
 
 Legend: N items.
@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.cluster import hierarchy
 from torch import Tensor
 
 from moekit.errors import NumericFault
@@ -60,23 +61,25 @@ def complete_linkage(distance_NN: Tensor) -> Dendrogram:
     Raises:
         NumericFault: a distance is NaN or minus infinity.
     """
-    gap = np.array(distance_NN.detach().cpu().double().numpy())
-    items = len(gap)
-    if np.isnan(gap).any() or np.isneginf(gap).any():
+    gap_NN = distance_NN.detach().cpu().double().numpy()
+    if np.isnan(gap_NN).any() or np.isneginf(gap_NN).any():
         raise NumericFault("a distance between experts is not a number", hint="run moekit check on the model")
-    gap = np.maximum(gap, gap.T)
-    np.fill_diagonal(gap, np.inf)
-    joins: list[tuple[int, int]] = []
-    heights: list[float] = []
-    for _ in range(items - 1):
-        # A cluster lives in the row of its smallest member, so the first minimum is the pair of lowest members.
-        stays, goes = sorted(map(int, np.unravel_index(gap.argmin(), gap.shape)))
-        height = float(gap[stays, goes])
-        if height == math.inf:
+    items = len(gap_NN)
+    if items < 2:
+        return Dendrogram(items, (), ())
+    pairs = np.triu_indices(items, 1)
+    gaps = np.maximum(gap_NN[pairs], gap_NN.T[pairs])
+    # Complete linkage only asks which of two distances is larger: ranks give the same tree, break ties by the lowest
+    # pair, and are finite where distances are not.
+    order = gaps.argsort(kind="stable")
+    rank = np.empty(len(gaps))
+    rank[order] = np.arange(len(gaps))
+    lowest, joins, heights = list(range(items)), [], []
+    for left, right, at, _ in hierarchy.linkage(rank, "complete"):
+        if (height := float(gaps[order[int(at)]])) == math.inf:
             break
+        stays, goes = sorted((lowest[int(left)], lowest[int(right)]))
+        lowest.append(stays)
         joins.append((stays, goes))
         heights.append(height)
-        gap[stays] = gap[:, stays] = np.maximum(gap[stays], gap[goes])
-        gap[goes] = gap[:, goes] = np.inf
-        gap[stays, stays] = np.inf
     return Dendrogram(items, tuple(joins), tuple(heights))

@@ -74,7 +74,11 @@ def laplacian(affinity_EE: Array) -> Array:
 
 
 def embedding(affinity_EE: Array, clusters: int) -> Array:
-    """Rows of the Laplacian's eigenvectors of the P smallest eigenvalues, each of length 1 (0 stays 0): [E, P]."""
+    """Rows of the Laplacian's eigenvectors of the P smallest eigenvalues, each of length 1 (0 stays 0): [E, P].
+
+    `sklearn.cluster.SpectralClustering` divides rows by the root of their degree instead, which is another algorithm
+    (Shi and Malik) than that of Ng, Jordan and Weiss.
+    """
     _, vectors = np.linalg.eigh(laplacian(affinity_EE))
     rows = vectors[:, :clusters]
     length = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -123,7 +127,7 @@ def spectral_clusters(
     labels = np.full(count, -1, dtype=np.int64)
     if inner:
         points = embedding(weights[np.ix_(connected, connected)], inner)
-        labels[connected] = kmeans(points, inner, restarts, np.random.default_rng(seed))
+        labels[connected] = kmeans(points, inner, restarts, seed)
     for number, expert in enumerate(alone[: clusters - inner]):
         labels[expert] = inner + number
     return renumbered(join_nearest(labels, similarity_EE))
@@ -149,64 +153,22 @@ def renumbered(labels_E: Labels) -> Labels:
     return numbered
 
 
-def kmeans(points_ED: Array, clusters: int, restarts: int, rng: np.random.Generator) -> Labels:
-    """K-means with k-means++ starts: the run of the least squared distance, without empty clusters."""
-    best, least = np.arange(len(points_ED)) % clusters, np.inf
-    for _ in range(restarts):
-        labels = _fill_empty(points_ED, _lloyd(points_ED, _plus_plus(points_ED, clusters, rng)), clusters)
-        centres = _means(points_ED, labels, clusters)
-        inertia = float(np.square(points_ED - centres[labels]).sum())
-        # Runs that end in the same clusters differ by rounding.
-        if inertia < least - 1e-12:
-            best, least = labels, inertia
-    return best
+def kmeans(points_ED: Array, clusters: int, restarts: int, seed: int) -> Labels:
+    """K-means with k-means++ starts: the run of the least squared distance, without empty clusters.
 
+    Where there are fewer different points than clusters, equal points share the clusters that would stay empty.
 
-def _distances(points: Array, centres: Array) -> Array:
-    squares: Array = np.square(points[:, None] - centres[None]).sum(-1)
-    return squares
+    Args:
+        points_ED: what is clustered.
+        clusters: P, at most E.
+        restarts: runs, of which the best is kept.
+        seed: of the starts.
+    """
+    from sklearn.cluster import KMeans
 
-
-def _means(points: Array, labels: Labels, clusters: int) -> Array:
-    member_PE = (labels == np.arange(clusters)[:, None]).astype(np.float64)
-    means: Array = member_PE @ points / member_PE.sum(1, keepdims=True).clip(1.0)
-    return means
-
-
-def _plus_plus(points: Array, clusters: int, rng: np.random.Generator) -> Array:
-    """Starting centres: far from each other, at random (Arthur and Vassilvitskii, SODA 2007)."""
-    chosen = [int(rng.integers(len(points)))]
-    for _ in range(clusters - 1):
-        nearest = _distances(points, points[chosen]).min(1)
-        nearest[chosen] = 0.0
-        total = nearest.sum()
-        free = np.setdiff1d(np.arange(len(points)), chosen)
-        chosen.append(int(rng.choice(len(points), p=nearest / total) if total > 0 else free[0]))
-    return np.asarray(points[chosen])
-
-
-def _lloyd(points: Array, centres: Array) -> Labels:
-    labels: Labels = _distances(points, centres).argmin(1)
-    for _ in range(_LLOYD_ROUNDS):
-        means = _means(points, labels, len(centres))
-        filled = np.bincount(labels, minlength=len(centres)) > 0
-        centres = np.where(filled[:, None], means, centres)
-        moved = _distances(points, centres).argmin(1)
-        if np.array_equal(moved, labels):
-            break
-        labels = moved
-    return labels
-
-
-def _fill_empty(points: Array, labels: Labels, clusters: int) -> Labels:
-    """Split the largest cluster for each empty one: its outermost member leaves, with all that are nearer to it."""
-    labels = labels.copy()
-    for empty in np.flatnonzero(np.bincount(labels, minlength=clusters) == 0):
-        members = np.flatnonzero(labels == np.bincount(labels, minlength=clusters).argmax())
-        mean = points[members].mean(0, keepdims=True)
-        from_mean = _distances(points[members], mean)[:, 0]
-        outermost = members[from_mean.argmax()]
-        nearer = _distances(points[members], points[[outermost]])[:, 0] < from_mean
-        moving = members[nearer] if 0 < nearer.sum() < len(members) else members[members == outermost]
-        labels[moving] = empty
+    different = min(clusters, len(np.unique(points_ED, axis=0)))
+    found = KMeans(different, n_init=restarts, max_iter=_LLOYD_ROUNDS, tol=0.0, random_state=seed).fit(points_ED)
+    labels: Labels = found.labels_.astype(np.int64)
+    for empty in range(different, clusters):
+        labels[np.flatnonzero(labels == np.bincount(labels).argmax())[-1]] = empty
     return labels

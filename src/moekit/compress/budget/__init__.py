@@ -1,0 +1,1 @@
+"""What may stay: counts, bytes, bits and zeros, and how a budget is shared among layers."""

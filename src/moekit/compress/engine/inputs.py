@@ -1,0 +1,53 @@
+"""What a method may look at when it decides about one layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from moekit.anatomy.probe import Geometry
+from moekit.compress.engine.weights import LayerWeights
+from moekit.trace.statistics import LayerStatistics
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """One layer as a method sees it.
+
+    Attributes:
+        layer: decoder layer index.
+        geometry: its sizes.
+        statistics: those that the method needs, by name.
+        read_weights: reads the layer's weights from the checkpoint; called at most once.
+        seed: of everything random.
+        protected: experts that must stay as they are, whatever their score.
+    """
+
+    layer: int
+    geometry: Geometry
+    statistics: LayerStatistics
+    read_weights: Callable[[], LayerWeights] | None = None
+    seed: int = 0
+    protected: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.geometry.experts
+
+    @cached_property
+    def weights(self) -> LayerWeights:
+        """The layer's weights; only for methods that declare `reads_weights`."""
+        if self.read_weights is None:
+            raise LookupError("the method reads weights: declare `reads_weights = True`")
+        return self.read_weights()
+
+    def generator(self, purpose: str = "") -> torch.Generator:
+        """A random generator of this layer, seed and purpose: the same whatever ran before."""
+        key = f"{self.seed}|{self.layer}|{purpose}".encode()
+        number = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
+        return torch.Generator().manual_seed(number)

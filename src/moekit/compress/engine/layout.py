@@ -1,0 +1,204 @@
+"""All that is known of a smaller checkpoint before a weight is read: tensors, shards, config, bytes, what is refused.
+
+Legend: E experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from moekit.checkpoint.config_file import edited_config, without_mtp
+from moekit.checkpoint.experts import stacked_experts
+from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
+from moekit.checkpoint.meta import model_config
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, config_top_k
+from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
+from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
+from moekit.checkpoint.skeleton import empty_model
+from moekit.checkpoint.small_files import small_files
+from moekit.checkpoint.uneven import without_common_loss
+from moekit.compress.engine.config_file import renamed_experts
+from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.resize import Groups, resized_config
+from moekit.compress.engine.shard_writer import Shard, lay_out
+from moekit.compress.engine.slicing import Axes, Kept, expert_counts, is_mtp, kept_tensors
+from moekit.errors import BadConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Mtp = Literal["drop", "keep"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that is known of the output before a weight is read.
+
+    Attributes:
+        checkpoint: the source.
+        decisions: of every MoE layer.
+        counts: decoder layer -> E of the source.
+        kept: tensors of the output, in the order of the source.
+        shards: where they will lie.
+        index: text of the index; None without.
+        config: transformers config of the output.
+        config_text: its config.json; None where the source's is taken over.
+        dropped_mtp: how many multi-token-prediction tensors go.
+    """
+
+    checkpoint: Checkpoint
+    decisions: Mapping[int, LayerDecision]
+    counts: Mapping[int, int]
+    kept: tuple[Kept, ...]
+    shards: tuple[Shard, ...]
+    index: str | None
+    config: PreTrainedConfig
+    config_text: str | None
+    dropped_mtp: int
+
+    @property
+    def cut_layers(self) -> set[int]:
+        """Decoder layers that lose experts."""
+        return {layer for layer, decision in self.decisions.items() if len(decision.keep) < self.counts[layer]}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of shards, index, config and small files; the record and the card come on top."""
+        folder = self.checkpoint.path
+        small = {file.name: file.stat().st_size for file in small_files(folder)}
+        if self.config_text is not None:
+            small[CONFIG_FILE] = len(self.config_text.encode())
+        index = len(self.index.encode()) if self.index is not None else 0
+        return sum(shard.nbytes for shard in self.shards) + index + sum(small.values())
+
+    def record_bytes(self, record: Record) -> int:
+        """Bytes of the record, told by one with digests of zeros."""
+        zeros = "0" * 64
+        tensors = {
+            info.name: TensorExpectation(
+                dtype=info.dtype,
+                shape=list(info.shape),
+                sha256=zeros,
+                experts=[zeros] * count if (count := stacked_experts(info)) else None,
+            )
+            for shard in self.shards
+            for info in shard.tensors
+        }
+        counts = {layer: len(decision.keep) for layer, decision in self.decisions.items()}
+        full = record.model_copy(update={"expectations": Expectations(experts=counts, tensors=tensors)})
+        return len(full.model_dump_json(indent=1))
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    decisions: Mapping[int, LayerDecision],
+    *,
+    top_k: int | None = None,
+    groups: Groups = "free",
+    mtp: Mtp = "drop",
+    stock_only: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Work:
+    """Find out what `apply` would write, and refuse what is impossible; no weight is read.
+
+    Args, raises: see `apply`.
+    """
+    counts = expert_counts(checkpoint)
+    config_path = checkpoint.path / CONFIG_FILE
+    _refuse_policies(checkpoint)
+    check_layers(decisions, counts, checkpoint.path)
+    check_top_k(decisions, (config_top_k(checkpoint.config) or 1) if top_k is None else top_k, config_path)
+    if stock_only:
+        check_even(decisions, checkpoint.path)
+    if groups == "equal":
+        check_groups(decisions, counts, checkpoint.config, top_k, config_path)
+    most = max(len(decision.keep) for decision in decisions.values())
+    tells = is_mtp(checkpoint)
+    extra = [name for name in checkpoint.tensors if tells(name)]
+    if mtp == "keep":
+        _check_mtp(checkpoint, most)
+    before = model_config(checkpoint)
+    dropped = any(len(decisions[layer].keep) < count for layer, count in counts.items())
+    after = resized_config(before, most, top_k=top_k, groups=groups, dropped=dropped)
+    if len({len(decision.keep) for decision in decisions.values()}) > 1:
+        without_common_loss(after)
+    kept = kept_tensors(checkpoint, decisions, _axes(before, decisions, counts), mtp == "keep")
+    shards, index = lay_out((tensor.spec for tensor in kept), max_shard_bytes)
+    text = _config_text(checkpoint, before, after, decisions, bool(extra) and mtp == "drop")
+    dropped_mtp = len(extra) if mtp == "drop" else 0
+    return Work(checkpoint, decisions, counts, tuple(kept), tuple(shards), index, after, text, dropped_mtp)
+
+
+def plan_bytes(checkpoint: Checkpoint, decisions: Mapping[int, LayerDecision], **options: Any) -> int:
+    """Bytes of what `apply` would write, the record and the card left out; no weight is read.
+
+    Args:
+        checkpoint: the source.
+        decisions: of every MoE layer.
+        options: as for `prepare`.
+
+    Raises:
+        BadConfig, BadCheckpoint, UnsupportedModel: see `apply`.
+    """
+    return prepare(checkpoint, decisions, **options).nbytes
+
+
+def _axes(before: PreTrainedConfig, decisions: Mapping[int, LayerDecision], counts: Mapping[int, int]) -> Axes:
+    """Compare the model's shapes with those of one with another number of experts."""
+    other = copy.deepcopy(before)
+    inner = other.get_text_config()
+    for key in EXPERT_COUNT_KEYS:
+        if isinstance(value := getattr(inner, key, None), int) and not isinstance(value, bool):
+            setattr(inner, key, max(counts.values()) + 1)
+    return Axes(empty_model(before), empty_model(other))
+
+
+def _config_text(
+    checkpoint: Checkpoint,
+    before: PreTrainedConfig,
+    after: PreTrainedConfig,
+    decisions: Mapping[int, LayerDecision],
+    mtp_dropped: bool,
+) -> str | None:
+    """The new config.json; None where nothing changes."""
+    edited = edited_config(checkpoint.config, before, after)
+    if mtp_dropped:
+        edited = without_mtp(edited)
+    if "quantization_config" in edited:
+
+        def rename(layer: int, expert: int) -> int | None:
+            if layer not in decisions:
+                return expert
+            keep = decisions[layer].keep
+            return keep.index(expert) if expert in keep else None
+
+        edited["quantization_config"] = renamed_experts(edited["quantization_config"], rename)
+    return None if edited == checkpoint.config else json.dumps(edited, indent=2) + "\n"
+
+
+def _refuse_policies(checkpoint: Checkpoint) -> None:
+    """A routing policy's lists name experts by number, and would name others."""
+    policy = checkpoint.record.policy if checkpoint.record is not None else None
+    if policy is not None or (checkpoint.path / TENSORS_FILE).exists():
+        what = f"the routing policy {policy.name!r}" if policy is not None else "extra tensors"
+        raise BadConfig(
+            f"the checkpoint carries {what}, made for all of its experts",
+            file=checkpoint.path / TENSORS_FILE,
+            hint="prune its parent (moekit undo), then make the policy again",
+        )
+
+
+def _check_mtp(checkpoint: Checkpoint, experts: int) -> None:
+    for layer, count in expert_counts(checkpoint, mtp=True).items():
+        if count != experts:
+            raise BadConfig(
+                f"the multi-token-prediction layer has {count} experts, the config would say {experts}",
+                file=checkpoint.path,
+                layer=layer,
+                hint='leave it out (mtp="drop"): it only speeds up decoding, and answers stay the same',
+            )

@@ -1,0 +1,121 @@
+"""Carry a decision out on a model in memory.
+
+Legend: E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moekit.anatomy.probe import MoELayer, find_moe_layers
+from moekit.anatomy.swap import replace
+from moekit.checkpoint.names import config_top_k, stated_experts
+from moekit.checkpoint.uneven import without_common_loss
+from moekit.compress.engine.layer_writer import Rewrite
+from moekit.compress.engine.limits import check_groups, check_layers, check_top_k
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.resize import Groups, read_block, resized_block, resized_config
+from moekit.errors import BadConfig
+
+
+@torch.no_grad()
+def change_model(
+    model: PreTrainedModel,
+    decisions: Mapping[int, LayerDecision],
+    rewrite: Rewrite | None = None,
+    *,
+    top_k: int | None = None,
+    groups: Groups = "free",
+) -> PreTrainedModel:
+    """Drop or rewrite experts of a live model, in place.
+
+    Layers that keep different numbers of experts work too; what such a model is saved as, `moekit.load` opens. The
+    stock balance loss, which wants one number for all layers, is switched off for it (`output_router_logits`).
+
+    Args:
+        model: the model, with its stock routing.
+        decisions: of every MoE layer; position in `keep` is an expert's new number.
+        rewrite: makes new weights out of a layer's; None keeps those of `keep` as they are.
+        top_k: choices a token from now on; None as before.
+        groups: "free" routes without expert groups once experts are dropped, "equal" keeps them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        BadConfig: layers or experts that are not there, fewer experts than choices, torn groups, or a routing policy
+            is attached. The model is as before.
+        UnsupportedModel: a layer that cannot be resized. The model is as before.
+    """
+    layers = {layer.index: layer for layer in find_moe_layers(model)}
+    counts = {index: layer.geometry.experts for index, layer in layers.items()}
+    _refuse_policy(layers)
+    check_layers(decisions, counts)
+    check_top_k(decisions, (config_top_k(model.config.to_dict()) or 1) if top_k is None else top_k)
+    if groups == "equal":
+        check_groups(decisions, counts, model.config.to_dict(), top_k)
+    dropped = any(len(decisions[index].keep) < count for index, count in counts.items())
+    most = max(len(decision.keep) for decision in decisions.values())
+    config = resized_config(model.config, most, top_k=top_k, groups=groups, dropped=dropped)
+    blocks = _new_blocks(layers, decisions, rewrite, config)
+    if len({len(decision.keep) for decision in decisions.values()}) > 1:
+        without_common_loss(config)
+    for index, layer in layers.items():
+        replace(model, layer.name, blocks[index])
+        _follow(blocks[index], model)
+    _adopt(model, config)
+    return model
+
+
+def _new_blocks(
+    layers: Mapping[int, MoELayer],
+    decisions: Mapping[int, LayerDecision],
+    rewrite: Rewrite | None,
+    config: PreTrainedConfig,
+) -> dict[int, nn.Module]:
+    blocks: dict[int, nn.Module] = {}
+    for index, layer in layers.items():
+        decision, weights = decisions[index], read_block(layer)
+        made = weights.select(decision.keep) if rewrite is None else rewrite(index, weights)
+        if made.experts != len(decision.keep):
+            raise BadConfig(
+                f"the rewriting gave {made.experts} experts, the decision keeps {len(decision.keep)}", layer=index
+            )
+        # The new config says already how tokens choose: only the number of experts is the layer's own.
+        own = resized_config(config, made.experts, groups="equal")
+        blocks[index] = resized_block(layer, own, made)
+    return blocks
+
+
+def _refuse_policy(layers: Mapping[int, MoELayer]) -> None:
+    for index, layer in layers.items():
+        if getattr(layer.router, "_moekit_policy", None) is not None:
+            raise BadConfig(
+                "a routing policy is attached, whose lists name experts by number",
+                layer=index,
+                hint="detach it, change the experts, then plan the policy anew",
+            )
+
+
+def _follow(block: nn.Module, model: PreTrainedModel) -> None:
+    """Which experts implementation runs is chosen in the config that all modules share."""
+    for module in block.modules():
+        if hasattr(module, "config"):
+            module.config = model.config.get_text_config()
+
+
+def _adopt(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Set the model's config to another one's values, in place: many modules hold it."""
+    for own, new in ((model.config, config), (model.config.get_text_config(), config.get_text_config())):
+        for key, value in vars(new).items():
+            if vars(own).get(key) != value and not isinstance(value, type(model.config)):
+                setattr(own, key, value)
+    # Balance losses divide by the number of experts, which families keep on the model too.
+    values = config.to_dict()
+    for name, value in (("num_experts", stated_experts(values)), ("num_experts_per_tok", config_top_k(values))):
+        if isinstance(getattr(model, name, None), int) and value is not None:
+            setattr(model, name, value)

@@ -1,0 +1,215 @@
+"""MoE blocks with another number of experts, built by the family's own code from a config that says so.
+
+Legend: E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moekit.anatomy.permute import expert_axis
+from moekit.anatomy.probe import MoELayer, iterate_moe_layers
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, TOP_K_KEYS, config_top_k
+from moekit.checkpoint.skeleton import empty_model
+from moekit.compress.engine.weights import LayerWeights, from_live, to_live
+from moekit.errors import BadConfig, UnsupportedModel
+
+Groups = Literal["free", "equal"]
+
+
+def resized_config(
+    config: PreTrainedConfig,
+    experts: int,
+    *,
+    top_k: int | None = None,
+    groups: Groups = "free",
+    dropped: bool | None = None,
+) -> PreTrainedConfig:
+    """A copy of a config with another number of experts.
+
+    Args:
+        config: of the model.
+        experts: routed experts a layer from now on.
+        top_k: choices a token from now on; None as before.
+        groups: once experts are dropped, "free" lets tokens choose from all experts, "equal" keeps the router's limits
+            to groups of neighbouring experts.
+        dropped: whether any layer of the model loses experts; None where all layers get the same number.
+
+    Raises:
+        BadConfig: fewer experts than choices, a number of choices that the family's router does not make, or groups
+            that do not divide the experts or become too small for the router to score.
+        UnsupportedModel: the config does not say how many experts there are.
+    """
+    made = copy.deepcopy(config)
+    text: Any = made.get_text_config()
+    own = text.to_dict()
+    counts = [key for key in EXPERT_COUNT_KEYS if isinstance(own.get(key), int)]
+    if not counts:
+        raise UnsupportedModel(
+            f"{type(config).__name__} names its number of experts by none of {', '.join(EXPERT_COUNT_KEYS)}"
+        )
+    before = own[counts[0]]
+    for key in counts:
+        setattr(text, key, experts)
+    choices = [key for key in TOP_K_KEYS if isinstance(own.get(key), int)]
+    for key in choices:
+        if top_k is not None:
+            setattr(text, key, top_k)
+    chosen = int(getattr(text, choices[0])) if choices else 1
+    if chosen < 1:
+        raise BadConfig(f"a token cannot choose {chosen} experts", hint=f"choose 1 to {experts} (top_k)")
+    if experts < chosen:
+        raise BadConfig(
+            f"{experts} experts would stay, but each token chooses {chosen}",
+            hint=f"keep at least {chosen}, or let tokens choose fewer (top_k={experts})",
+        )
+    if (experts != before) if dropped is None else dropped:
+        _set_groups(made, text, experts, groups)
+    if top_k is not None and top_k != (config_top_k(own) or 0):
+        _check_choices(made, top_k)
+    return made
+
+
+def _check_choices(made: PreTrainedConfig, top_k: int) -> None:
+    """Refuse a number of choices that the config can say, but the router does not make (PhiMoE's are always two)."""
+    layer = next(iterate_moe_layers(_skeleton_of(made)), None)
+    if layer is not None and layer.router is not None and layer.geometry.top_k != top_k:
+        raise BadConfig(
+            f"this family's router always chooses {layer.geometry.top_k} experts, not {top_k}",
+            hint=f"keep at least {layer.geometry.top_k} experts, and leave top_k as it is",
+        )
+
+
+def _set_groups(made: PreTrainedConfig, text: Any, experts: int, groups: Groups) -> None:
+    count = getattr(text, "n_group", None)
+    if not isinstance(count, int) or count < 1:
+        return
+    if groups == "free" and count > 1:
+        count = text.n_group = text.topk_group = 1
+    if experts % count:
+        raise BadConfig(
+            f"{experts} experts are not equally many in {count} routing groups",
+            hint=f"keep a multiple of {count}, or route without groups (groups=free)",
+        )
+    if experts == count and any(layer.router is None for layer in iterate_moe_layers(_skeleton_of(made))):
+        # Some families score a group by its two best experts; asked on meta, their routers fail on smaller groups.
+        raise BadConfig(
+            "routing groups of a single expert would be left, too few for this family's router to score",
+            hint=f"keep at least {2 * count}" + ("" if count == 1 else ", or route without groups (groups=free)"),
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _skeleton(kind: Callable[..., PreTrainedConfig], text: str) -> PreTrainedModel:
+    return empty_model(kind(json.loads(text)))
+
+
+def _skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
+    values = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return _skeleton(type(config).from_dict, values)
+
+
+def empty_block(config: PreTrainedConfig, name: str) -> nn.Module:
+    """The MoE block at a module path, of a model of this config, without weights.
+
+    Args:
+        config: of the model.
+        name: module path of the block.
+    """
+    # A copy of the module tree whose parameters stay on meta.
+    block: nn.Module = copy.deepcopy(_skeleton_of(config).get_submodule(name))
+    return block
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    persistent = set(module.state_dict())
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+
+
+def _router_axes(layer: MoELayer) -> dict[str, int]:
+    """Tensors of the router that count experts, by name, and along which axis."""
+    count = layer.geometry.experts
+    axes = {name: expert_axis(name, tensor.shape, count) for name, tensor in _tensors(layer.require_router())}
+    return {name: axis for name, axis in axes.items() if axis is not None}
+
+
+def read_block(layer: MoELayer) -> LayerWeights:
+    """The weights of a live layer in the common layout; views where that can be.
+
+    Raises:
+        UnsupportedModel: the router does not follow the contract, or the layer holds one rank's experts.
+    """
+    experts, count = layer.experts, layer.geometry.experts
+    own = {n: t for n, t in (*experts._parameters.items(), *experts._buffers.items()) if t is not None}
+    stacked = {name: t.detach() for name, t in own.items() if t.dim() and t.shape[0] == count}
+    if "down_proj" not in stacked:
+        raise UnsupportedModel("this process does not hold all experts of the layer", layer=layer.index)
+    axes = _router_axes(layer)
+    router = {n: t.detach().movedim(axes[n], 0) for n, t in _tensors(layer.require_router()) if n in axes}
+    return from_live(stacked, router, layer.geometry)
+
+
+@torch.no_grad()
+def resized_block(layer: MoELayer, config: PreTrainedConfig, weights: LayerWeights) -> nn.Module:
+    """A new block of as many experts as there are weights; all else is shared with the old block, not copied.
+
+    Args:
+        layer: the old block.
+        config: of a model whose layers hold so many experts; see `resized_config`.
+        weights: of its experts and router.
+
+    Raises:
+        UnsupportedModel: the family's block of this size has other tensors than the old one.
+    """
+    made = empty_block(config, layer.name)
+    axes = _router_axes(layer)
+    router_name = layer.router_name.removeprefix(f"{layer.name}.")
+    experts_name = layer.experts_name.removeprefix(f"{layer.name}.")
+    new = {f"{experts_name}.{name}": tensor for name, tensor in to_live(weights, layer.geometry).items()}
+    for name, tensor in weights.router.items():
+        new[f"{router_name}.{name}"] = tensor.movedim(0, axes[name]).contiguous()
+    old = dict(_tensors(layer.block))
+    for name, empty in list(_tensors(made)):
+        value = new.get(name, old.get(name))
+        if value is None or tuple(value.shape) != tuple(empty.shape):
+            raise UnsupportedModel(
+                f"a block of {weights.experts} experts holds {name} of shape {tuple(empty.shape)}, which the old one "
+                "does not give",
+                layer=layer.index,
+                hint="the family sizes more by its experts than moekit knows: this cannot be resized",
+            )
+        _put(made, name, value.to(old[name]) if name in new else value, old[name].requires_grad)
+    _share_rest(made, layer.block)
+    for module in made.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            # One object for the whole model: which experts implementation runs is chosen there.
+            module.config = config.get_text_config()
+    made.train(layer.block.training)
+    return made
+
+
+def _put(root: nn.Module, name: str, value: Tensor, trained: bool = False) -> None:
+    path, _, last = name.rpartition(".")
+    module = root.get_submodule(path) if path else root
+    if last in module._parameters:
+        kept = isinstance(value, nn.Parameter)
+        module._parameters[last] = value if kept else nn.Parameter(value, requires_grad=trained)  # type: ignore[assignment]
+    else:
+        module._buffers[last] = value
+
+
+def _share_rest(made: nn.Module, old: nn.Module) -> None:
+    """Buffers that are computed, not saved, lie where the old ones lie."""
+    known: Mapping[str, Tensor] = dict(old.named_buffers())
+    for name, buffer in list(made.named_buffers()):
+        if name in known and buffer.shape == known[name].shape:
+            _put(made, name, known[name])

@@ -1,0 +1,229 @@
+"""Methods that decide by trying: each layer is loaded, its block run on the calibration text with some experts only.
+
+Two chains of states walk the text: the unchanged model's, whose block outputs are the targets, and for sequential
+methods the one behind the pruned layers, whose block inputs the decisions are made on. What a block gets and gives lies
+where the states lie, so that memory holds one batch of it.
+
+Legend: T positions of a batch, N of them no padding, H hidden, M experts kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekit._progress import Progress, track
+from moekit.anatomy.probe import MoELayer, flat_output
+from moekit.anatomy.swap import replaced
+from moekit.checkpoint.folder import Checkpoint
+from moekit.compress.budget.sizes import uniform_count
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.plan import LayerPlan, PrunePlan
+from moekit.compress.engine.planning import Request, geometries_of, layer_plan, plan_file, sizes_of
+from moekit.compress.engine.resize import read_block, resized_block, resized_config
+from moekit.compress.engine.weights import LayerWeights
+from moekit.errors import BadConfig, UnsupportedModel
+from moekit.streaming.states import States
+from moekit.trace.statistics import LayerStatistics
+from moekit.trace.store import Trace
+from moekit.trace.streamed import Streamed
+
+
+def search_pruning(
+    checkpoint: Checkpoint, trace: Trace, streamed: Streamed, request: Request, progress: Progress | None = None
+) -> PrunePlan:
+    """Let a searching method decide layer by layer.
+
+    Args:
+        checkpoint: what is to be pruned.
+        trace: of the same text, for the plan's account of it; with the load, which tells experts never routed.
+        streamed: the calibration text on its way through the checkpoint, not run yet or run already.
+        request: method, budget and the rest; the budget must be uniform.
+        progress: told layer by layer.
+
+    Raises:
+        BadConfig: the budget is impossible, or not uniform.
+        UnsupportedModel: a block does not stand alone, so it cannot be run alone.
+    """
+    if request.budget.scope != "uniform":
+        raise BadConfig("a search needs to know how many experts each layer keeps", hint="use a uniform budget")
+    geometries = geometries_of(checkpoint)
+    counts = uniform_count(request.budget, sizes_of(checkpoint, geometries, request.top_k))
+    search = _Search(streamed, request, counts, trace)
+    layers = search.run(progress)
+    statistics = {layer: LayerStatistics(g.experts, g.hidden, width=g.width) for layer, g in geometries.items()}
+    return PrunePlan(plan_file(checkpoint, request, layers, trace), statistics)
+
+
+class _Search:
+    def __init__(self, streamed: Streamed, request: Request, counts: dict[int, int], trace: Trace) -> None:
+        self.streamed = streamed
+        self.request = request
+        self.counts = counts
+        self.loads = trace.require(("load",))
+        self.walk = streamed.walk
+        self.masks = [current.mask_T for current in streamed.passes]
+
+    @torch.no_grad()
+    def run(self, progress: Progress | None) -> dict[int, LayerPlan]:
+        loader, found = self.streamed.loader, {}
+        plain = self.walk.new_states("search-plain")
+        pruned = self.walk.new_states("search-pruned") if self.request.method.sequential else None
+        self.calls, self.targets = _Calls(self.walk.new_states("search-inputs")), self.walk.new_states("search-targets")
+        loader.load_rest()
+        for states in (plain, pruned):
+            if states is not None:
+                self.walk.embed(states)
+        loader.release_rest()
+        for index in track(range(loader.layers), "searching", progress):
+            with loader.loaded(index):
+                moe = self.walk.moe(index)
+                if moe is None or index not in self.counts:
+                    self._advance(index, plain, pruned, None)
+                else:
+                    found[index] = self._layer(moe, plain, pruned)
+        for states in (plain, pruned, self.calls.states, self.targets):
+            if states is not None:
+                states.close()
+        return found
+
+    def _layer(self, moe: MoELayer, plain: States, pruned: States | None) -> LayerPlan:
+        index, weights = moe.index, read_block(moe)
+        self._see(moe, plain, targets=True)
+        if pruned is not None:
+            self._see(moe, pruned, targets=False)
+        config = self.streamed.loader.model.config
+        block = _Block(moe, weights, config, self.request, self.calls, self.targets, self.masks)
+        protected = frozenset((self.request.protected or {}).get(index, ()))
+        inputs = LayerInputs(index, moe.geometry, self.loads[index], lambda: weights, self.request.seed, protected)
+        decision = self.request.method.search(inputs, block, self.counts[index])
+        if pruned is not None:
+            self._advance(index, None, pruned, block.changed(decision))
+        rise = decision.figures.get("rise", [])
+        scores = torch.tensor(rise if isinstance(rise, list) else [rise], dtype=torch.float64)
+        return layer_plan(inputs, scores, _readable(decision))
+
+    def _see(self, moe: MoELayer, states: States, *, targets: bool) -> None:
+        """Keep what the block is called with on each batch; of the unchanged model also what it gives, and go on."""
+        seen: list[int] = []
+
+        def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            whole = self.calls.keep(number, args, kwargs)
+            seen.extend([number] * whole)
+            if targets:
+                self.targets.put(
+                    number, flat_output(output).reshape(*states.shapes[number], states.hidden).to(states.dtype)
+                )
+
+        handle = moe.block.register_forward_hook(see, with_kwargs=True)
+        try:
+            for number in range(len(states)):
+                after = self.walk.run(moe.index, number, states.get(number))
+                if targets:
+                    states.put(number, after)
+        finally:
+            handle.remove()
+        if seen != list(range(len(states))):
+            raise UnsupportedModel(
+                "the experts stand in no block of their own, which could be run alone",
+                layer=moe.index,
+                hint="choose a method that decides from statistics (moekit methods prune)",
+            )
+
+    def _advance(self, index: int, plain: States | None, pruned: States | None, block: nn.Module | None) -> None:
+        loader = self.streamed.loader
+        moe = self.walk.moe(index) if block is not None else None
+        with replaced(loader.model, moe.name, block) if moe is not None else contextlib.nullcontext():
+            for states in (plain, pruned):
+                for number in range(len(states) if states is not None else 0):
+                    assert states is not None
+                    states.put(number, self.walk.run(index, number, states.get(number)))
+
+
+class _Calls:
+    """What a block was called with on each batch, its hidden states apart from the rest.
+
+    Args:
+        states: where hidden states are kept.
+    """
+
+    def __init__(self, states: States) -> None:
+        self.states = states
+        self._rest: dict[int, tuple[list[Any], dict[str, Any], int | str, torch.Size]] = {}
+
+    def keep(self, number: int, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Keep a call; False if no argument holds the hidden states of the whole batch."""
+        rows, length = self.states.shapes[number]
+        rest, named = list(args), dict(kwargs)
+        given: list[tuple[int | str, Any]] = [*enumerate(rest), *named.items()]
+        for key, value in given:
+            if isinstance(value, Tensor) and value.numel() == rows * length * self.states.hidden:
+                self.states.put(number, value.reshape(rows, length, -1).to(self.states.dtype))
+                if isinstance(key, int):
+                    rest[key] = None
+                else:
+                    named[key] = None
+                self._rest[number] = (rest, named, key, value.shape)
+                return True
+        return False
+
+    def get(self, number: int, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments and keywords of a call."""
+        rest, named, key, shape = self._rest[number]
+        rest, named = list(rest), dict(named)
+        hidden = self.states.get(number).to(device).reshape(shape)
+        if isinstance(key, int):
+            rest[key] = hidden
+        else:
+            named[key] = hidden
+        return rest, named
+
+
+def _readable(decision: LayerDecision) -> LayerDecision:
+    return decision.model_copy(update={"figures": {k: v for k, v in decision.figures.items() if k != "rise"}})
+
+
+class _Block:
+    """A layer's MoE block on the calibration inputs, with some experts only."""
+
+    def __init__(
+        self,
+        moe: MoELayer,
+        weights: LayerWeights,
+        config: Any,
+        request: Request,
+        calls: _Calls,
+        targets: States,
+        masks: Sequence[Tensor],
+    ) -> None:
+        self._moe = moe
+        self._weights = weights
+        self._calls = calls
+        self._targets = targets
+        self._masks = masks
+        self._config: Callable[[int], Any] = lambda count: resized_config(
+            config, count, top_k=request.top_k, groups=request.groups
+        )
+
+    def changed(self, decision: LayerDecision) -> nn.Module:
+        """The block with what a decision keeps."""
+        return self._with(decision.keep)
+
+    def _with(self, kept: Sequence[int]) -> nn.Module:
+        return resized_block(self._moe, self._config(len(kept)), self._weights.select(kept))
+
+    def loss(self, kept: Sequence[int]) -> float:
+        """Sum over batches of ||Z - Z'||_F over tokens that are no padding, in fp64."""
+        block = self._moe.block if len(kept) == self._weights.experts else self._with(kept)
+        device, total = self._weights.up_EIH.device, 0.0
+        for number, mask_T in enumerate(self._masks):
+            args, kwargs = self._calls.get(number, device)
+            made_NH = flat_output(block(*args, **kwargs))[mask_T]
+            target_NH = self._targets.get(number).to(device).flatten(0, 1)[mask_T]
+            total += float((target_NH.double() - made_NH.double()).norm())
+        return total

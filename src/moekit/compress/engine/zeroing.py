@@ -1,0 +1,183 @@
+"""What a method is that zeroes single weights of the experts.
+
+A method is a frozen pydantic config. `zeroed` says for one matrix of one expert which entries go; a method that changes
+the surviving weights too overrides `transform`. `allocate` shares a sparsity among the layers. It is registered with
+`@register(kind="sparsify", needs=...)`; reading, streaming, writing and proving are not its business.
+
+Routers, biases and whatever else a layer holds stay as they are.
+
+Legend: E experts, H hidden, I expert width, R rows (outputs) and C columns (inputs) of a matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from moekit import catalogue
+from moekit.anatomy.probe import Geometry
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.maths.masks import groups_of
+from moekit.errors import BadConfig, MoekitError, NumericFault
+
+Part = Literal["gate", "up", "down"]
+FIELDS: dict[Part, str] = {"gate": "gate_EIH", "up": "up_EIH", "down": "down_EHI"}
+
+
+class SparsifyMethod(BaseModel, ABC):
+    """Base of all methods that zero single weights; fields are the method's knobs.
+
+    Attributes:
+        reads_weights: `allocate` looks at the layers' weights.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reads_weights: ClassVar[bool] = False
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a layer is measured on what the sparse layers before it give; so wherever activations are."""
+        return bool(self.required)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Statistics the method needs with these knobs; those of its record by default."""
+        return catalogue.of(type(self)).needs
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The one sparsity the knobs allow (.5 of 2:4); None where any will do."""
+        return None
+
+    @classmethod
+    def examples(cls, geometry: Geometry) -> Sequence[SparsifyMethod]:
+        """Settings that the generic tests try; the defaults, unless fields are required."""
+        return [cls()]
+
+    @abstractmethod
+    def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, inputs: LayerInputs, sparsity: float) -> Tensor:
+        """Where one matrix becomes zero.
+
+        Args:
+            matrix_RC: finite weights, rows are outputs; not to be changed.
+            part: which of the expert's matrices.
+            expert: whose.
+            inputs: of the layer as it is now.
+            sparsity: share of zeros.
+
+        Returns:
+            A mask [R, C], True where the weight goes.
+        """
+
+    def figures(self, inputs: LayerInputs) -> dict[str, float | list[float]]:
+        """What else is worth telling of a layer, by name."""
+        return {}
+
+    def transform(self, weights: LayerWeights, inputs: LayerInputs, sparsity: float) -> LayerWeights:
+        """The layer with zeros in its gate, up and down matrices; a copy, bit for bit the same elsewhere.
+
+        Args:
+            weights: of the layer as it is now.
+            inputs: statistics of the same experts in the same order.
+            sparsity: share of zeros, in [0, 1).
+
+        Raises:
+            BadConfig: an impossible sparsity, or a pattern that does not fit the matrices.
+            NumericFault: a weight is NaN or infinite; names layer and expert.
+        """
+        check_sparsity(sparsity, self.fixed_sparsity, inputs.layer)
+        if weights.experts != inputs.experts:
+            raise BadConfig(
+                f"weights of {weights.experts} experts, statistics of {inputs.experts}",
+                layer=inputs.layer,
+                hint="measure the layer after its experts were pruned",
+            )
+        return map_matrices(
+            weights,
+            lambda matrix, part, expert: matrix.masked_fill(self.zeroed(matrix, part, expert, inputs, sparsity), 0),
+            inputs.layer,
+        )
+
+    def allocate(self, inputs: Mapping[int, LayerInputs], sparsity: float) -> dict[int, float]:
+        """Share a sparsity among the layers: by default all have the same.
+
+        Args:
+            inputs: of each layer of the model as it was calibrated, nothing zeroed yet.
+            sparsity: share of zeros in all layers together.
+
+        Raises:
+            BadConfig: an impossible sparsity; names the one that the knobs allow.
+        """
+        check_sparsity(sparsity, self.fixed_sparsity)
+        return dict.fromkeys(inputs, sparsity)
+
+
+def check_sparsity(sparsity: float, fixed: float | None = None, layer: int | None = None) -> None:
+    """Refuse what is no share, or not the one that a pattern fixes.
+
+    Raises:
+        BadConfig: says what is allowed.
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise BadConfig(f"the sparsity is {sparsity}", layer=layer, hint="it is a share: at least 0 and below 1")
+    if fixed is not None and abs(sparsity - fixed) > 1e-6:
+        raise BadConfig(
+            f"the sparsity is {sparsity:g}, but the pattern zeroes exactly {fixed:g}",
+            layer=layer,
+            hint=f"ask for {fixed:g}, or for pattern=unstructured",
+        )
+
+
+def sparsity_of(pattern: str) -> float | None:
+    """Share of zeros of a pattern; None for "unstructured"."""
+    groups = groups_of(pattern)
+    return None if groups is None else groups[0] / groups[1]
+
+
+def valid_pattern(pattern: str) -> str:
+    """For pydantic: the pattern, if it is one."""
+    try:
+        groups_of(pattern)
+    except BadConfig as error:
+        raise ValueError(str(error)) from error
+    return pattern
+
+
+@torch.no_grad()
+def map_matrices(
+    weights: LayerWeights, change: Callable[[Tensor, Part, int], Tensor], layer: int | None = None
+) -> LayerWeights:
+    """Apply (matrix, part, expert) -> matrix to all experts' matrices, one at a time; returns a copy.
+
+    Raises:
+        NumericFault: a weight is NaN or infinite; names layer and expert.
+    """
+    changed: dict[str, Any] = {}
+    for part, name in FIELDS.items():
+        stacked: Tensor | None = getattr(weights, name)
+        if stacked is None:
+            continue
+        result = torch.empty_like(stacked, memory_format=torch.contiguous_format)
+        for expert, matrix_RC in enumerate(stacked):
+            if not bool(matrix_RC.isfinite().all()):
+                raise NumericFault(
+                    f"the {part} projection has weights that are not finite",
+                    layer=layer,
+                    expert=expert,
+                    hint="run moekit check on the model",
+                )
+            try:
+                result[expert] = change(matrix_RC, part, expert)
+            except MoekitError as error:
+                error.layer = layer if error.layer is None else error.layer
+                raise
+        changed[name] = result
+    return dataclasses.replace(weights, **changed)

@@ -1,0 +1,139 @@
+"""What the experts of one layer were given on a whole text, kept to be gone through expert by expert.
+
+Second moments X^T X of every expert and projection are E (H^2 + I^2) numbers a layer, more than its weights: so one
+expert's are made at a time, consumed, and freed. What is kept instead is the layer's input, N H numbers, which go to a
+file where they are many.
+
+Legend: T positions of a batch, N tokens of the text, n tokens of one expert, K choices a token, E experts, H hidden, I
+expert width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekit.anatomy.probe import MoELayer
+from moekit.errors import UnsupportedModel
+from moekit.streaming.states import MEMORY_BYTES, States
+from moekit.trace.batch import widest
+from moekit.trace.each_expert import plain_expert
+from moekit.trace.expert_batch import ExpertBatch
+from moekit.trace.seam import read_arguments
+from moekit.trace.sources.base import ForwardPass
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments of one expert's inputs over a text.
+
+    Attributes:
+        expert: which one.
+        tokens: n, tokens routed to it.
+        inputs_HH: sum of x x^T, x what gate and up projection are given; fp64 (fp32 on Apple's GPUs).
+        inner_II: sum of h h^T, h what the down projection is given.
+    """
+
+    expert: int
+    tokens: int
+    inputs_HH: Tensor
+    inner_II: Tensor
+
+
+class ExpertInputs:
+    """Inputs of one layer's experts, batch by batch.
+
+    Args:
+        passes: the batches of the text.
+        hidden: H.
+        dtype: of the inputs.
+        folder: where they go; None keeps them in memory up to `limit`.
+        limit: bytes kept in memory where no folder is given.
+    """
+
+    def __init__(
+        self,
+        passes: Sequence[ForwardPass],
+        hidden: int,
+        dtype: torch.dtype,
+        *,
+        folder: Path | None = None,
+        limit: int = MEMORY_BYTES,
+    ) -> None:
+        shapes = [current.shape for current in passes]
+        self._states = States(shapes, hidden, dtype, folder=folder, name="expert-inputs", limit=limit)
+        self._passes = list(passes)
+        self._choices: dict[int, tuple[Tensor, Tensor]] = {}
+        self._moe: MoELayer | None = None
+        self._number = 0
+
+    @contextlib.contextmanager
+    def watching(self, moe: MoELayer) -> Iterator[None]:
+        """Keep what this layer's experts are given in the passes that run meanwhile, in order."""
+        self._moe, self._number = moe, 0
+
+        def see(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            hidden_TH, index_TK, weights_TK = read_arguments(moe, args, kwargs)
+            current = self._passes[self._number]
+            self._states.put(self._number, hidden_TH.reshape(*current.shape, -1))
+            self._choices[self._number] = (current.keep(index_TK).cpu(), current.keep(weights_TK).detach().cpu())
+            self._number += 1
+
+        handle = moe.experts.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def of(self, expert: int) -> Iterator[ExpertBatch]:
+        """What one expert was given and made of it, batch by batch; the layer must still be loaded.
+
+        Raises:
+            UnsupportedModel: this family's experts do not follow the plain formula.
+        """
+        assert self._moe is not None  # watched before
+        one = plain_expert(self._moe.experts)
+        if one is None:
+            raise UnsupportedModel(
+                f"{type(self._moe.experts).__name__} does not show the inputs of its down projections",
+                layer=self._moe.index,
+                hint="give the unquantized checkpoint",
+            )
+        device = next(self._moe.experts.parameters()).device
+        for number, current in enumerate(self._passes):
+            index_NK, weights_NK = self._choices[number]
+            token_n, slot_n = (index_NK == expert).nonzero(as_tuple=True)
+            if not len(token_n):
+                continue
+            hidden_NH = current.keep(self._states.get(number).flatten(0, 1))
+            hidden_nH = hidden_NH[token_n].to(device)
+            with torch.no_grad():
+                inner_nI, output_nH = one(expert, hidden_nH)
+            yield ExpertBatch(expert, weights_NK[token_n, slot_n].to(device), hidden_nH, inner_nI, output_nH)
+
+    def second_moments(self) -> Iterator[Moments]:
+        """Each expert's second moments, one expert in memory at a time; zeros where no token chose it."""
+        assert self._moe is not None
+        geometry = self._moe.geometry
+        device = next(self._moe.experts.parameters()).device
+        dtype = widest(device)
+        for expert in range(geometry.experts):
+            inputs_HH = torch.zeros(geometry.hidden, geometry.hidden, dtype=dtype, device=device)
+            inner_II = torch.zeros(geometry.width, geometry.width, dtype=dtype, device=device)
+            tokens = 0
+            for batch in self.of(expert):
+                inputs_HH += batch.hidden_nH.T @ batch.hidden_nH
+                inner_II += batch.inner_nI.T @ batch.inner_nI
+                tokens += len(batch.hidden_nH)
+            yield Moments(expert, tokens, inputs_HH, inner_II)
+
+    def close(self) -> None:
+        """Forget the inputs."""
+        self._states.close()
+        self._choices.clear()

@@ -1,0 +1,48 @@
+"""Which families a method is tried on: one for each kind of layout and gate, and one more that differs by method.
+
+For weights the families are few kinds: gate and up rows concatenated or alternating, matrices either way round, with
+biases or without; for gates a softmax, or sigmoids with a selection bias in groups. What holds for every family is held
+by the engine's own tests; a method need only meet each kind once. The other families are marked `full` (and `slow`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+
+from tests.families import FAMILIES
+
+CONTRACT = {
+    "qwen3_moe": "concatenated, softmax",
+    "deepseek_v3": "sigmoid in groups with a selection bias, shared expert, first layer dense",
+    "gpt_oss": "interleaved, transposed, biases",
+}
+
+
+def drawn(name: str, families: Iterable[str] = FAMILIES) -> str:
+    """One more family for a method: the same on every machine, and another for another method."""
+    rest = sorted(set(families) - set(CONTRACT))
+    number = int.from_bytes(hashlib.sha256(f"{name}|{','.join(rest)}".encode()).digest()[:8], "big")
+    return rest[number % len(rest)]
+
+
+def cases(names: Sequence[str], *further: Sequence[Any]) -> list[Any]:
+    """Parameters (name, family, ...) of all methods on all families; those beyond the contract are marked.
+
+    Args:
+        names: of the methods.
+        further: for each parameter behind the family its values; of these only the first is tried on the drawn family.
+    """
+    made = []
+    for name, family in itertools.product(names, sorted(FAMILIES)):
+        for values in itertools.product(*further):
+            first = all(value == options[0] for value, options in zip(values, further, strict=True))
+            contract = family in CONTRACT or (first and family == drawn(name))
+            marks = () if contract else (pytest.mark.full, pytest.mark.slow)
+            label = "-".join(map(str, (name, family, *values)))
+            made.append(pytest.param(name, family, *values, marks=marks, id=label))
+    return made
