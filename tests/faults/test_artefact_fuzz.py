@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from moekit.compress.prune.plan import PrunePlan
 
 import moekit
 from moekit.checkpoint.expected import verify
@@ -23,7 +24,6 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import read_extra_tensors
 from moekit.checkpoint.record import Record
 from moekit.cli.main import main
-from moekit.compress.prune.plan import PrunePlan
 from moekit.data import load_text
 from moekit.errors import MoekitError
 from moekit.evaluation.documents import PerplexityResult
