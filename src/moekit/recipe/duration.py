@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from moekit.recipe.steps import AnyStep
 
-# What attention, norms, routing and small products leave of the rate of large ones (measured in training on a CPU with AVX2).
+# What attention, norms, routing and small products leave of the rate of large ones (training on a CPU with AVX2).
 EFFICIENCY = 0.5
 # Bytes of text to a token, as English comes out with vocabularies of 30,000 to 150,000.
 BYTES_PER_TOKEN = 4.0
