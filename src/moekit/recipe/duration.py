@@ -213,8 +213,8 @@ def _profile(step: Any, shape: Shape, sizes: Sizes) -> float:
 def _train(step: Any, shape: Shape, sizes: Sizes) -> float:
     config = step.config(0)
     rows = round(_tokens(step.text, None, sizes) / config.seq_len)
-    tokens = config.planned_steps(max(rows, 1)) * config.batch * config.accumulation * config.seq_len
-    return tokens * (shape.forward + shape.backward(("all",) if config.lora is not None else config.parts))
+    tokens: int = config.planned_steps(max(rows, 1)) * config.batch * config.accumulation * config.seq_len
+    return float(tokens) * (shape.forward + shape.backward(("all",) if config.lora is not None else config.parts))
 
 
 def _evaluate(step: Any, shape: Shape, sizes: Sizes) -> float:
