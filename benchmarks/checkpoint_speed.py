@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import moekit
 from moekit.checkpoint import Checkpoint, Record
-from moekit.convert.methods.residual import Residual
+from moekit.conversion.methods.residual import Residual
 from moekit.placement import Placement, place_checkpoint
 
 CHUNK = 16 << 20

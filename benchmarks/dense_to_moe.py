@@ -21,7 +21,7 @@ from statistics import mean
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from moekit.convert import ActivationSplit, RandomSplit, SplitConversion, WeightSplit
+from moekit.conversion import ActivationSplit, RandomSplit, SplitConversion, WeightSplit
 from moekit.data import Document, fetch, load_text, pack
 from moekit.errors import BadData
 

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import moekit
 from moekit.anatomy import find_moe_layers
 from moekit.cli._terminal import Terminal
-from moekit.cli.super_experts import show
-from moekit.convert import ActivationSplit, Residual
+from moekit.cli.views.super_experts import show
+from moekit.conversion import ActivationSplit, Residual
 from moekit.data import TokenBatches, TokenizedDocument, fetch, load_text, pack
 from moekit.diagnose.super_experts.ablation import Pair, without_experts
 from moekit.diagnose.super_experts.attention_sinks import find_sinks, measure_sink_decay, sink_router_scores, sinks_mask
@@ -40,7 +40,7 @@ from moekit.evaluation.super_expert_study import SuperExpertStudy
 from moekit.evaluation.super_experts import check_super_experts
 from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.protection import find_in_trace, protection_needs
-from moekit.recipe.steps.super_experts import told_of
+from moekit.jobs.super_experts import told_of
 from moekit.trace import Trace
 from moekit.trace.each_expert import plain_expert
 from moekit.trace.seam import read_arguments

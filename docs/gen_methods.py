@@ -13,27 +13,15 @@ from mkdocs.structure.files import File, Files
 from moekit import catalogue
 from moekit.cli.methods import page
 
-KINDS = {
-    "convert": "Dense to MoE",
-    "prune": "Dropping and merging experts",
-    "sparsify": "Zeroing single weights",
-    "routing": "Routing policies",
-    "place": "Placement solvers",
-    "dispatch": "Dispatchers between ranks",
-}
-
 
 def pages() -> dict[str, str]:
     """Path below docs/ -> Markdown."""
     made: dict[str, str] = {}
     rows = ["# Methods", "", "Every method that `moekit methods` lists.", ""]
     records = list(catalogue.methods())
-    for kind in sorted(
-        {record.kind for record in records},
-        key=lambda k: (k not in KINDS, list(KINDS).index(k) if k in KINDS else 0, k),
-    ):
-        rows += [f"## {KINDS.get(kind, kind)}", "", "| method | paper | what it does |", "|---|---|---|"]
-        for record in (r for r in records if r.kind == kind):
+    for kind in catalogue.kinds():
+        rows += [f"## {kind.title}", "", "| method | paper | what it does |", "|---|---|---|"]
+        for record in (r for r in records if r.kind == kind.name):
             name = f"{record.kind}-{record.name}.md"
             made[f"methods/{name}"] = page(record)
             rows.append(f"| [{record.name}]({name}) | {record.paper or '-'} | {record.summary} |")

@@ -1,13 +1,14 @@
-"""The one protocol by which long work tells how far it is; `cli/` draws it, libraries may pass their own."""
+"""The one protocol by which long work tells how far it is; `moekit.progress` draws it, libraries may pass their own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Receives how far a piece of work has come."""
 

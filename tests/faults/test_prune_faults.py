@@ -30,7 +30,7 @@ KILLS = 10
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and text; and everything a run imports, so that its processes only work."""
     for name in (
-        "moekit.cli.prune",
+        "moekit.jobs.prune",
         "moekit.compress.engine.apply",
         "moekit.compress.engine.searching",
         "moekit.evaluation.variants",

@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from moekit import catalogue
+from moekit.catalogue import method
 from moekit.cli._options import describe, fields_of
 from moekit.errors import BadConfig
 
@@ -67,4 +68,4 @@ def test_the_same_class_may_be_registered_again() -> None:
     record = catalogue.get("routing", "topk")
     again = catalogue.register(name="topk", kind="routing", changes="routing", paper=record.paper)(record.cls)
     assert again is record.cls
-    catalogue._records["routing", "topk"] = record
+    method._records["routing", "topk"] = record

@@ -7,7 +7,7 @@ import torch
 
 from moekit import _memory
 from moekit._memory import is_out_of_memory, machine_bytes, naming_memory, require_memory
-from moekit.convert.methods.copy import CopyUpcycling
+from moekit.conversion.methods.copy import CopyUpcycling
 from moekit.errors import OutOfBudget
 
 

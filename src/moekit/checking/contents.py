@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from moekit.checking.report import Finding
@@ -10,9 +9,7 @@ from moekit.checkpoint.config_file import announced_mtp
 from moekit.checkpoint.expected import Layout, stated_differences, unknown_tensors
 from moekit.checkpoint.experts import expert_counts, mtp_tensors
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint, listed
-from moekit.checkpoint.names import text_config, where
-
-_FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+from moekit.checkpoint.names import text_config
 
 
 def check_announced(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -36,26 +33,6 @@ def check_announced(checkpoint: Checkpoint) -> Iterator[Finding]:
             f"{listed(differences.missing, 5)}",
             file=str(checkpoint.path),
             hint="make it again from its parent; moekit copies what the language model has no place for",
-        )
-
-
-def check_scales_present(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Weights in 8-bit floats mean nothing without their scales."""
-    if "quantization_config" not in checkpoint.config:
-        return
-    lacking: dict[int | None, list[str]] = defaultdict(list)
-    for name, info in checkpoint.tensors.items():
-        scales = (f"{name}_scale", f"{name}_scale_inv", f"{name.removesuffix('.weight')}.scale", f"{name}_scales")
-        if info.dtype in _FLOAT8 and len(info.shape) >= 2 and not any(s in checkpoint.tensors for s in scales):
-            lacking[where(name)[0]].append(name)
-    for layer, names in lacking.items():
-        yield Finding(
-            severity="error",
-            code="missing-scales",
-            message=f"{len(names)} weights in 8-bit floats have no scales: {listed(names, 3)}",
-            file=str(checkpoint.path),
-            layer=layer,
-            hint="fetch the shards with the scales, or quantize again",
         )
 
 

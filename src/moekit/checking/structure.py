@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moekit.anatomy.layout import parse_expert_tensor
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.checking.report import Finding, from_error
 from moekit.checkpoint.expected import Differences, Layout, compare, count_hint, layout_of
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_weight_map
 from moekit.checkpoint.meta import meta_model
-from moekit.checkpoint.names import config_top_k, text_config, where
+from moekit.checkpoint.names import text_config, where
 from moekit.checkpoint.record import TENSORS_FILE
 from moekit.checkpoint.safety import check_name, read_json
 from moekit.errors import MoekitError, UnsafeInput, UnsupportedModel
@@ -196,22 +195,6 @@ def check_dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:
             for name in names if dtype != common else ():
                 layer, expert = where(name)
                 yield _dtype(checkpoint, name, f"{name} is {dtype}, all its peers are {common}", layer, expert)
-
-
-def check_routing_sizes(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """K against E."""
-    top_k = config_top_k(checkpoint.config)
-    stated = {key: text_config(checkpoint.config).get(key) for key in ("num_experts", "num_local_experts")}
-    counts = {value for value in stated.values() if isinstance(value, int)}
-    has_experts = any(parse_expert_tensor(name) for name in checkpoint.tensors)
-    if has_experts and top_k is not None and (top_k < 1 or any(top_k > count for count in counts)):
-        yield Finding(
-            severity="error",
-            code="top-k",
-            message=f"a token would choose {top_k} of {max(counts, default=0)} experts",
-            file=str(checkpoint.path / "config.json"),
-            hint="correct num_experts_per_tok",
-        )
 
 
 def check_tokenizer_file(checkpoint: Checkpoint) -> Iterator[Finding]:

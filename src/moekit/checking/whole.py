@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moekit._progress import Progress
-from moekit.checking.contents import check_announced, check_lost, check_scales_present, expert_layers
+from moekit.checking.contents import check_announced, check_lost, expert_layers
 from moekit.checking.extras import check_extras
 from moekit.checking.integrity import Integrity
 from moekit.checking.parent import ParentCheck
@@ -24,7 +24,6 @@ from moekit.checking.structure import (
     check_dtypes,
     check_index,
     check_layout,
-    check_routing_sizes,
     check_tokenizer_file,
     open_checkpoint,
 )
@@ -76,10 +75,8 @@ def check(
     for looks in (
         check_index,
         check_dtypes,
-        check_routing_sizes,
         check_tokenizer_file,
         check_generation_file,
-        check_scales_present,
     ):
         findings += looks(checkpoint)
     if layout is not None:
@@ -139,7 +136,7 @@ def _proven(
     said = codes | {finding.code for finding in findings}
     proven = []
     structure = {"missing-tensor", "missing-expert", "surplus-tensor", "surplus-expert", "shape", "transposed"}
-    if not codes & {*structure, "config", "dtype", "expert-count", "missing-scales"} and "mtp-missing" not in said:
+    if not codes & {*structure, "config", "dtype", "expert-count"} and "mtp-missing" not in said:
         proven.append(f"{len(checkpoint.tensors)} tensors have the names, shapes and dtypes that the config demands")
     if "non-finite" not in codes:
         proven.append("every number is finite")

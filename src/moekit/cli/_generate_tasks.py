@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moekit.cli._terminal import Terminal, size
 
 if TYPE_CHECKING:
-    from moekit.jobs.shared.tasks import TaskOptions
+    from moekit.jobs.options.tasks import TaskOptions
 
 
 def generate_by_task(

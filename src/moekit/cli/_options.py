@@ -30,6 +30,7 @@ def option_parameters(
     without: Collection[str] = (),
     arguments: Collection[str] = (),
     panel: str | None = "Method",
+    flags: Mapping[str, str] | None = None,
 ) -> list[inspect.Parameter]:
     """One keyword parameter per field, to be handed to typer.
 
@@ -39,6 +40,7 @@ def option_parameters(
         without: fields to leave out.
         arguments: fields that become arguments instead of options, in this order, before the others.
         panel: heading of the options in --help.
+        flags: field -> its option, where that is not its name.
 
     Returns:
         Parameters whose default is None where the field has one, so that pydantic's own default holds.
@@ -51,7 +53,7 @@ def option_parameters(
         kind = _cli_type(field.annotation)
         flag = name.replace("_", "-")
         safe = f"method_{name}" if name in taken else name
-        names = (f"--method-{flag}",) if name in taken else (f"--{flag}",)
+        names = (f"--method-{flag}",) if name in taken else ((flags or {}).get(name, f"--{flag}"),)
         if kind is bool:
             names = (f"{names[0]}/--no-{names[0][2:]}",)
         option = typer.Option(*names, help=describe(field), rich_help_panel=panel, show_default=False)
@@ -75,8 +77,10 @@ def keyword_parameter(name: str, kind: Any, option: Any, default: Any = inspect.
 
 
 def _argument(name: str, field: Any) -> inspect.Parameter:
-    annotation: Any = Annotated[str, typer.Argument(help=describe(field), show_default=False)]
-    return inspect.Parameter(name, _KEYWORD, annotation=annotation)
+    argument = typer.Argument(help=describe(field), show_default=False)
+    if field.is_required():
+        return inspect.Parameter(name, _KEYWORD, annotation=Annotated[str, argument])
+    return inspect.Parameter(name, _KEYWORD, default=None, annotation=Annotated[str | None, argument])
 
 
 def read_options(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moekit.cli._progress import PlainProgress, RichProgress, SilentProgress
+from moekit._ranks import is_first_rank
 from moekit.errors import printable
+from moekit.progress import PlainProgress, RichProgress, SilentProgress
 
 PIPE_WIDTH = 160
 
@@ -123,11 +124,6 @@ class Terminal:
         """Print the JSON answer, if it was asked for."""
         if self.json and is_first_rank():
             print(json.dumps(self._answer, default=_plain, indent=2 if sys.stdout.isatty() else None))
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the only one or, under torchrun, the first."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def size(nbytes: int | None) -> str:

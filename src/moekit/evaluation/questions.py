@@ -7,7 +7,6 @@ that read the same tokens and differ in the last one only (answers of one token)
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 import math
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from moekit._names import hint_for
 from moekit._progress import Progress
 from moekit.errors import BadConfig, BadData, UnsafeInput
 from moekit.evaluation.likelihood import evaluating
@@ -157,11 +157,8 @@ def _named(names: Sequence[str], taken: set[str]) -> dict[str, Any]:
     manager = _lm_eval.manager()
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            raise BadConfig(
-                f"lm-eval has no task {name!r}",
-                hint=f"did you mean {' or '.join(map(repr, near))}?" if near else "see `lm-eval ls tasks`",
-            )
+            hint = hint_for(name, manager.all_tasks, otherwise="see `lm-eval ls tasks`")
+            raise BadConfig(f"lm-eval has no task {name!r}", hint=hint)
     built = _lm_eval.registered(manager, names)
     for name, task in built.items():
         if name in taken:

@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from moekit._progress import Progress
+from moekit.report.results import StepResult
 
-if TYPE_CHECKING:
-    from moekit.report.results import StepResult
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A model that is in memory already.
+
+    Attributes:
+        name: that tells it from others.
+        model: the model.
+        tokenizer: its tokenizer.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
 
 
 @dataclass
@@ -25,6 +38,7 @@ class JobContext:
         command: what the record of a written checkpoint says made it.
         overwrite: whether `out` may be replaced.
         finished: steps of the same run that are done, by id.
+        live: the model itself, where it is in memory already.
     """
 
     out: Path
@@ -34,3 +48,4 @@ class JobContext:
     command: str = ""
     overwrite: bool = True
     finished: Mapping[str, StepResult] = field(default_factory=dict)
+    live: LiveModel | None = None

@@ -20,8 +20,6 @@ from moekit.jobs.shared.estimates import Sizes
 if TYPE_CHECKING:
     import torch
 
-    from moekit.recipe.steps import AnyStep
-
 # What attention, norms, routing and small products leave of the rate of large ones (training on a CPU with AVX2).
 EFFICIENCY = 0.5
 # Bytes of text to a token, as English comes out with vocabularies of 30,000 to 150,000.
@@ -129,7 +127,7 @@ class Machine:
         return flops / (EFFICIENCY * self.rate(shape.hidden, dtype))
 
 
-def durations(steps: Mapping[str, AnyStep], sizes: Sizes, machine: Machine | None = None) -> dict[str, float | None]:
+def durations(steps: Mapping[str, Any], sizes: Sizes, machine: Machine | None = None) -> dict[str, float | None]:
     """Seconds of each step; None where nothing says how large its model is.
 
     Args:
@@ -182,7 +180,7 @@ def _known_shape(reference: str, shapes: Mapping[str, Shape | None]) -> Shape | 
         return None  # the step itself will say what is wrong with it
 
 
-def _made(step: AnyStep, shape: Shape | None) -> Shape | None:
+def _made(step: Any, shape: Shape | None) -> Shape | None:
     """The shape of the model that a step writes."""
     if shape is None or step.use not in ("convert", "train"):
         return shape
@@ -211,7 +209,9 @@ def _profile(step: Any, shape: Shape, sizes: Sizes) -> float:
 
 
 def _train(step: Any, shape: Shape, sizes: Sizes) -> float:
-    config = step.config(0)
+    from moekit.training import TrainConfig
+
+    config = TrainConfig(**step.settings)
     rows = round(_tokens(step.text, None, sizes) / config.seq_len)
     tokens: int = config.planned_steps(max(rows, 1)) * config.batch * config.accumulation * config.seq_len
     return float(tokens) * (shape.forward + shape.backward(("all",) if config.lora is not None else config.parts))

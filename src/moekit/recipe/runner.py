@@ -91,7 +91,7 @@ def forecast(recipe: Recipe) -> dict[str, Forecast]:
     forecasts: dict[str, Forecast] = {}
     for step in recipe.steps:
         ready = _with_folders(step, folders, before=list(forecasts))
-        forecasts[step.id] = ready.forecast(Path(folders[step.id]), sizes)
+        forecasts[step.id] = ready.estimate(Path(folders[step.id]), sizes)
         sizes.expect(forecasts[step.id])
     return forecasts
 
@@ -111,7 +111,7 @@ def durations(recipe: Recipe, *, done: bool = True) -> dict[str, float | None]:
     for step in recipe.steps:
         before = [known.id for known in ready.values()]
         ready[folders[step.id]] = _with_folders(step, folders, before=before)
-        sizes.expect(ready[folders[step.id]].forecast(Path(folders[step.id]), sizes))
+        sizes.expect(ready[folders[step.id]].estimate(Path(folders[step.id]), sizes))
     found = dict(zip(folders, estimated(ready, sizes).values(), strict=True))
     return {name: took for name, took in found.items() if done or read_marker(recipe.folder, name) is None}
 

@@ -12,13 +12,13 @@ Unknown keys are refused, and every complaint names the line.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moekit._names import hint_for
 from moekit.errors import BadConfig
 from moekit.recipe.document import Document, KeyPath, read_document
 from moekit.recipe.steps import STEPS, AnyStep
@@ -102,8 +102,7 @@ def _expand(document: Document, variables: Mapping[str, Any]) -> tuple[list[dict
     for position, step in enumerate(raw):
         where = f"line {document.line(('steps', position))}"
         if not isinstance(step, dict) or not isinstance(step.get("use"), str) or step["use"] not in STEPS:
-            near = difflib.get_close_matches(str(step.get("use")) if isinstance(step, dict) else "", STEPS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(STEPS)}"
+            hint = hint_for(str(step.get("use")) if isinstance(step, dict) else "", STEPS)
             raise BadConfig(f"{where}: a step needs a key `use` that names what to do", file=document.file, hint=hint)
         body = {key: value for key, value in step.items() if key != "over"}
         try:
@@ -136,8 +135,7 @@ def _near_key(document: Document, path: KeyPath) -> str | None:
     known: list[str] = list(Recipe.model_fields)
     if path[:1] == ("steps",):
         known = list(STEPS[document.data["steps"][path[1]]["use"]].model_fields)
-    near = difflib.get_close_matches(str(path[-1]), known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return hint_for(str(path[-1]), known)
 
 
 def _named(document: Document, steps: Sequence[AnyStep], origins: Sequence[int]) -> tuple[AnyStep, ...]:

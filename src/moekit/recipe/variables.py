@@ -5,7 +5,6 @@ References to other steps, `${steps.ID}`, are left alone here: the runner replac
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from moekit._names import hint_for
 from moekit.errors import BadConfig
 
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
@@ -46,9 +46,7 @@ def override(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     """
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known) or 'none'}"
-            raise BadConfig(f"the recipe has no variable {name!r}", hint=hint)
+            raise BadConfig(f"the recipe has no variable {name!r}", hint=hint_for(name, known))
     return {**known, **given}
 
 
@@ -85,11 +83,8 @@ def substitute(value: Any, variables: Mapping[str, Any]) -> Any:
 def _look_up(name: str, variables: Mapping[str, Any]) -> Any:
     if name in variables:
         return variables[name]
-    near = difflib.get_close_matches(name, variables, n=3)
-    raise BadConfig(
-        f"${{{name}}} is not defined",
-        hint=f"did you mean {' or '.join(near)}?" if near else "define it under vars, or write ${steps.ID} for a step",
-    )
+    way_out = "define it under vars, or write ${steps.ID} for a step"
+    raise BadConfig(f"${{{name}}} is not defined", hint=hint_for(name, variables, otherwise=way_out))
 
 
 def repeated(over: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

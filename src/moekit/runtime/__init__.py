@@ -25,6 +25,7 @@ __getattr__, __dir__ = _lazy(
         "Attachment": "attachment",
         "detach": "attachment",
         "parts_on": "slots",
+        "learns": "slots",
         "without_parts": "attachment",
         "permute_parts": "permute",
         "entries": "saved",

@@ -18,7 +18,7 @@ from moekit.runtime.axes import check_axes
 from moekit.runtime.hanging import Prepared, base_of, base_parts, hang, keep_out_of_shards, module_of, strip
 from moekit.runtime.part import LayerInit, RuntimePart, Slot
 from moekit.runtime.router import ChoosePart
-from moekit.runtime.slots import PartOnLayer, slot_of, slots_in
+from moekit.runtime.slots import PartOnLayer, slot_of, slots_in, stage_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +146,11 @@ def attached(model: nn.Module, slot: Slot | None = None) -> list[Attachment]:
             if slot is None or on.part.slot == slot:
                 groups.setdefault((on.part.slot, on.order), []).append(on)
     found = [Attachment(ons[0].part, {on.layer: on for on in ons}, ons[0].shared) for ons in groups.values()]
-    numbers = {"router": 0, "experts": 1, "block": 2}
-    return sorted(found, key=lambda a: (numbers[a.part.slot], next(iter(a.layers.values())).order))
+    slots = ("router", "experts", "block")
+    return sorted(
+        found,
+        key=lambda a: (slots.index(a.part.slot), stage_number(a.part), next(iter(a.layers.values())).order),
+    )
 
 
 def detach(

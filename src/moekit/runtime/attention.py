@@ -28,6 +28,21 @@ class _Captured(Exception):
         self.query, self.key, self.mask, self.options = query, key, mask, options
 
 
+class _Filled:
+    """A key-value cache that this pass has written already: it gives what it holds, and takes nothing."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions."""
+        layer = self._cache.layers[layer_idx]
+        return layer.keys, layer.values
+
+
 def _capture(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -53,7 +68,9 @@ class BlockAttention:
             config: Any = getattr(self.module, "config", None)
             if config is None:
                 raise UnsupportedModel("the attention of this layer has no config to choose by", layer=self.layer)
-            kwargs = {**self.kwargs, "past_key_values": None}
+            kwargs = dict(self.kwargs)
+            if kwargs.get("past_key_values") is not None:
+                kwargs["past_key_values"] = _Filled(kwargs["past_key_values"])
             before = config._attn_implementation
             config._attn_implementation = _CAPTURE
             try:
@@ -77,17 +94,14 @@ class BlockAttention:
     @property
     def key(self) -> Tensor:
         """[B, key heads, L, D], rotated; earlier positions from the key-value cache."""
-        cache = self.kwargs.get("past_key_values")
-        if cache is None:
-            return self._ask().key
-        kept: Tensor = cache.layers[self.module.layer_idx].keys
-        if kept.shape[2] != self.context.past + self.context.length:
+        key = self._ask().key
+        if key.shape[2] != self.context.past + self.context.length:
             raise UnsupportedModel(
                 "the key-value cache does not hold every position (a sliding window, say)",
                 layer=self.layer,
                 hint="run without a cache (use_cache=False)",
             )
-        return kept
+        return key
 
     def mix(self, values: Tensor) -> Tensor:
         """Values of all positions averaged by attention, mean over heads: [B, L, C] -> [B, S, C].

@@ -18,7 +18,7 @@ from moekit.runtime.block import BlockWithParts
 from moekit.runtime.experts import IMPLEMENTATION
 from moekit.runtime.part import RuntimePart, Slot
 from moekit.runtime.router import RouterWithParts
-from moekit.runtime.slots import BaseParts, PartOnLayer, SlotParts, slot_of, slots_in, subclass_with
+from moekit.runtime.slots import BaseParts, PartOnLayer, SlotParts, parts_on, slot_of, slots_in, subclass_with
 from moekit.runtime.tracker import PassTracker
 
 _MIXINS: dict[Slot, type[nn.Module]] = {"router": RouterWithParts, "block": BlockWithParts}
@@ -51,7 +51,7 @@ def hang(ready: Prepared, part: RuntimePart, tracker: PassTracker, model: nn.Mod
     slot = slot_of(module)
     assert slot is not None
     slot.add_module(type(part).__name__, ready.on)
-    if part.slot == "router":
+    if part.slot != "block":
         let_choose_none(ready.layer.experts, True)
 
 
@@ -128,7 +128,7 @@ def strip(model: nn.Module, left: set[Slot]) -> None:
             assert isinstance(model, PreTrainedModel)
             model.set_experts_implementation(slot.chosen)
     for layer in find_moe_layers(model):
-        if slot_of(layer.router or nn.Identity()) is None:
+        if not parts_on(layer.router) and not parts_on(layer.experts):
             let_choose_none(layer.experts, False)
 
 

@@ -134,6 +134,12 @@ def parts_on(module: nn.Module | None) -> list[RuntimePart]:
     return [] if slot is None else [on.part for on in slot.of_layer()]
 
 
+def learns(model: nn.Module) -> bool:
+    """Whether any attached part has learned state, of a layer or shared."""
+    ons = [on for _, slot in slots_in(model) for on in slot.of_layer()]
+    return any(on.learned is not None or on.shared is not None for on in ons)
+
+
 def slots_in(model: nn.Module) -> Iterator[tuple[nn.Module, SlotParts]]:
     """Every module that carries parts, in module order, with its parts."""
     for module in model.modules():

@@ -18,7 +18,6 @@ channel, position).
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -30,6 +29,7 @@ from typing import Literal
 from torch import Tensor
 
 from moekit import catalogue
+from moekit._names import hint_for
 from moekit.errors import BadConfig
 from moekit.trace.batch import ExpertBatch, TokenBatch
 from moekit.trace.sources.table import source_of
@@ -225,11 +225,9 @@ def get(name: str) -> Statistic:
         found = _statistics.get(name) or _member(name)
         if found is not None:
             return found
-    near = difflib.get_close_matches(name, [*_statistics, *GROUPS, *KEPT], n=3)
-    known = ", ".join([*GROUPS, *sorted(_statistics)])
+    way_out = f"there are: {', '.join([*GROUPS, *sorted(_statistics)])}"
     raise BadConfig(
-        f"no statistic is called {name!r}",
-        hint=f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {known}",
+        f"no statistic is called {name!r}", hint=hint_for(name, [*_statistics, *GROUPS, *KEPT], otherwise=way_out)
     )
 
 

@@ -24,6 +24,7 @@ from moekit.data import vocabulary
 from moekit.data.batches import TokenBatches, pack
 from moekit.data.text import Document
 from moekit.errors import BadConfig
+from moekit.runtime.slots import learns
 from moekit.training.callback import MoECallback
 from moekit.training.compute import attention_for, checkpointed_activations, frozen_weights_in, resolve_precision
 from moekit.training.config import TrainConfig, TrainResult
@@ -101,6 +102,10 @@ def train(
     identity = run_identity(model, rows, config, steps, world, distribution)
     if distribution is not None and config.lora is not None:
         raise BadConfig("adapters cannot train while ranks share the experts", hint="train parts, or on one rank")
+    if distribution is not None and learns(model):
+        raise BadConfig(
+            "what runtime parts learn cannot be kept while ranks share the experts", hint="train on one rank, or by DDP"
+        )
     with ExitStack() as stack:
         # Every rank finds the same files; the first alone holds the lock.
         if output is not None and int(os.environ.get("RANK", "0")) == 0:

@@ -67,7 +67,9 @@ def test_a_config_that_builds_nothing_is_one_finding_among_others(tmp_path):
 def test_more_choices_than_experts(tmp_path):
     folder = plain(tmp_path / "model")
     edit_json(folder / "config.json", lambda config: config.update(num_experts_per_tok=9))
-    assert "top-k" in check(folder).codes()
+    (finding,) = check(folder).findings
+    assert finding.code == "unreadable"
+    assert "9" in finding.message
 
 
 def test_an_edited_config_is_noticed(tmp_path):

@@ -20,7 +20,7 @@ from moekit.checkpoint.record import Record
 from moekit.checkpoint.safety import read_header
 from moekit.compress.engine.live import change_model
 from moekit.compress.engine.outcome import LayerDecision
-from moekit.convert.methods.copy import CopyUpcycling
+from moekit.conversion.methods.copy import CopyUpcycling
 from moekit.errors import BadCheckpoint, BadConfig
 from moekit.parallel import save_sharded
 from moekit.parallel.checkpoints.reshard import plain as plain_folder
@@ -29,7 +29,7 @@ from moekit.routing.methods.topk import TopK
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.families import VOCAB, build, logits
 from tests.odd_folders import nudge, spread, tensors_of, with_mtp, with_own_head, with_vision
-from tests.unit.convert.conftest import dense_model
+from tests.unit.conversion.conftest import dense_model
 
 TEXT_ONLY = {"dtype", "transformers_version"}
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from moekit.cli._errors import explain, show_warnings
-from moekit.cli._progress import PlainProgress
 from moekit.cli._terminal import Terminal
 from moekit.errors import BadData, MoekitError, printable, shortened
+from moekit.progress import PlainProgress
 from tests.commands import Moekit
 from tests.tiny import write_model, write_text
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moekit.cli.main import COMMANDS
+from moekit.cli.main import COMMANDS, HAND_MADE
+from moekit.jobs.table import jobs
 
 HEAVY = ("torch", "transformers", "numpy", "scipy", "sklearn", "matplotlib")
 
@@ -96,9 +97,16 @@ def test_version() -> None:
     assert moekit("--version").stdout.strip() == __version__
 
 
-def test_every_command_has_a_module() -> None:
+def test_every_command_is_a_job_or_has_a_module() -> None:
     folder = Path(sys.modules["moekit.cli.main"].__file__ or "").parent
-    assert {file.stem.replace("_", "-") for file in folder.glob("[a-z]*.py")} - {"main"} == set(COMMANDS)
+    made = {file.stem.replace("_", "-") for file in folder.glob("[a-z]*.py")} - {"main"}
+    assert made == set(HAND_MADE)
+    of_jobs = {name for name, job in jobs().items() if job.line}
+    assert not of_jobs & made
+    assert of_jobs | made == set(COMMANDS)
+    # A view that no job is called like would never be shown.
+    views = {file.stem.replace("_", "-") for file in (folder / "views").glob("[a-z]*.py")}
+    assert views <= set(jobs())
 
 
 @pytest.mark.parametrize("statement", ["import moekit", "from moekit.cli.main import main; main(['--help'])"])

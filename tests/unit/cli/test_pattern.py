@@ -15,7 +15,7 @@ from moekit.cli.main import main
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.outcome import LayerDecision
 from moekit.evaluation import complete
-from moekit.serving.expert_sets import loading
+from moekit.jobs.shared import tasks as loading
 from moekit.serving.expert_sets.expert_set import keep_sets
 from moekit.serving.expert_sets.store import INDEX_FILE, PatternStore
 from moekit.streaming.loader import LayerLoader

@@ -117,7 +117,8 @@ def test_a_dry_run_writes_nothing_and_knows_the_bytes(moekit: Moekit, made: Path
     assert done.code == 0, done.err
     assert list(tmp_path.iterdir()) == []
     written = {file.name: file.stat().st_size for file in (made / "half").iterdir()}
-    assert done.json["writes"][0]["bytes"] == sum(written.values()) - written["moekit.json"] - written["README.md"]
+    # The record's and the card's bytes are not known before: at most so many.
+    assert sum(written.values()) <= done.json["writes"][0]["bytes"] <= 1.25 * sum(written.values())
 
 
 def test_uneven_layers_are_announced_and_load_in_moekit(moekit: Moekit, made: Path, tmp_path: Path) -> None:
@@ -225,16 +226,16 @@ def test_what_is_read_is_not_replaced(moekit: Moekit, made: Path, tmp_path: Path
 def test_the_same_command_twice_at_once(
     moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moekit.cli import _steps
+    from moekit.jobs import call
 
     monkeypatch.setattr("moekit.checkpoint.atomic.LOCK_WAIT_SECONDS", 0.0)
-    command, real, seconds = prune(made, "-o", tmp_path / "out"), _steps._run, []
+    command, real, seconds = prune(made, "-o", tmp_path / "out"), call._run, []
 
     def run(*given: Any) -> dict[str, Any]:
         seconds.append(moekit(*command))
         return real(*given)
 
-    monkeypatch.setattr(_steps, "_run", run)
+    monkeypatch.setattr(call, "_run", run)
     assert moekit(*command).code == 0
     assert [done.code for done in seconds] == [2]
     assert_told(seconds[0].err, "process [0-9]+ is writing this folder")
@@ -249,7 +250,7 @@ def test_an_interrupted_run_that_wrote_its_plan_goes_on(
 
     command = prune(made, "-o", tmp_path / "out", "--plan", tmp_path / "p.json")
     with monkeypatch.context() as patched:
-        patched.setattr("moekit.recipe.steps.prune.finish", interrupted)
+        patched.setattr("moekit.jobs.prune.finish", interrupted)
         assert moekit(*command).code == 130
     assert (tmp_path / "p.json").exists()
     assert not (tmp_path / "out").exists()
@@ -271,7 +272,7 @@ def test_an_interrupted_run_does_not_go_on_with_other_inputs(
     free = moekit(*prune(made, "-o", tmp_path / "free", "--json")).json["layers"][0]["kept"]
     protect.write_text(json.dumps({"0": free[:1]}))
     with monkeypatch.context() as patched:
-        patched.setattr("moekit.recipe.steps.prune.finish", interrupted)
+        patched.setattr("moekit.jobs.prune.finish", interrupted)
         assert moekit(*command).code == 130
     lost = [expert for expert in range(8) if expert not in free]
     protect.write_text(json.dumps({"0": lost}))

@@ -21,6 +21,7 @@ from moekit.bench.pruning.joining import joined
 from moekit.bench.pruning.ranking import all_rankings, part, removed
 from moekit.bench.pruning.setting import default_entries
 from moekit.bench.pruning.text import Passage, count, take_tokens
+from moekit.catalogue import method
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.dropping import PruneMethod
@@ -195,7 +196,7 @@ def broken() -> Iterator[str]:
             raise UnsupportedModel("cannot be done here", layer=inputs.layer)
 
     yield "broken"
-    catalogue._records.pop(("prune", "broken"))
+    method._records.pop(("prune", "broken"))
 
 
 def test_a_method_that_refuses_the_model_is_told_of_and_the_others_go_on(
@@ -223,7 +224,7 @@ def unmade() -> Iterator[str]:
             raise UnsupportedModel("no new weights", layer=inputs.layer)
 
     yield "unmade"
-    catalogue._records.pop(("prune", "unmade"))
+    method._records.pop(("prune", "unmade"))
 
 
 def test_a_method_that_fails_beside_others_takes_none_of_them_along(

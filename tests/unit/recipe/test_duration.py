@@ -14,9 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moekit.cli.main import main
 from moekit.jobs.shared.estimates import Sizes
 from moekit.recipe.duration import STEP_SECONDS, Machine, durations, in_words, shape_of
-from moekit.recipe.steps.evaluate import EvaluateStep
-from moekit.recipe.steps.profile import ProfileStep
-from moekit.recipe.steps.train import TrainStep
+from moekit.recipe.steps import STEPS
 from tests.families import build
 from tests.tiny import write_model
 
@@ -68,12 +66,12 @@ def test_seconds_are_operations_over_the_rate(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("four" * 1000)
     steps: dict[str, Any] = {
-        "look": ProfileStep(model=str(tmp_path / "model"), text=str(text), max_tokens=500),
-        "judge": EvaluateStep(model=str(tmp_path / "model"), text=str(text)),
-        "learn": TrainStep(
+        "look": STEPS["profile"](model=str(tmp_path / "model"), text=str(text), max_tokens=500),
+        "judge": STEPS["evaluate"](model=str(tmp_path / "model"), text=str(text)),
+        "learn": STEPS["train"](
             model=str(tmp_path / "model"), text=str(text), settings={"steps": 3, "batch": 2, "seq_len": 10}
         ),
-        "other": ProfileStep(model="org/unknown", text=str(text)),
+        "other": STEPS["profile"](model="org/unknown", text=str(text)),
     }
     found = durations(steps, Sizes(), Fixed("cpu"))
     shape = shape_of(DENSE)

@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from moekit.errors import BadConfig, BadData
+from moekit.jobs.options.data import DataOptions
 from moekit.jobs.shared.hashes import artefact_hash
 from moekit.recipe import runner
 from moekit.recipe.schema import Recipe, load_recipe
-from moekit.recipe.steps.data import DataStep
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again. "
 
@@ -115,16 +115,16 @@ def test_a_failing_step_is_named_and_leaves_no_marker(recipe: Recipe, tmp_path: 
 
 
 def _slow_run(recipe: Recipe, ready: Any) -> None:
-    original = DataStep.run
+    original = DataOptions.run
 
-    def slow(self: DataStep, work: Any) -> dict[str, Any]:
+    def slow(self: DataOptions, work: Any) -> dict[str, Any]:
         if self.id == "second":
             (work.scratch / "half").write_text("half")
             ready.set()
             time.sleep(60)
         return original(self, work)
 
-    DataStep.run = slow  # type: ignore[method-assign]
+    DataOptions.run = slow  # type: ignore[method-assign]
     runner.run(recipe)
 
 
@@ -142,13 +142,13 @@ def test_a_killed_run_goes_on_with_its_scratch(recipe: Recipe, monkeypatch: pyte
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
     found: list[str] = []
-    original = DataStep.run
+    original = DataOptions.run
 
-    def look(self: DataStep, work: Any) -> dict[str, Any]:
+    def look(self: DataOptions, work: Any) -> dict[str, Any]:
         found.extend(path.name for path in work.scratch.iterdir())
         return original(self, work)
 
-    monkeypatch.setattr(DataStep, "run", look)
+    monkeypatch.setattr(DataOptions, "run", look)
     assert runner.run(recipe).ran == ["second"]
     assert found == ["half"]
     assert not list((recipe.folder / runner.SCRATCH).iterdir())

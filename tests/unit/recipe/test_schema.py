@@ -44,17 +44,17 @@ def test_a_step_is_repeated_over_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("steps: [{use: data, source: demo, sauce: 1}]", r"line 3: unknown key 'sauce'.*did you mean source"),
+        ("steps: [{use: data, source: demo, sauce: 1}]", r"line 3: unknown key 'sauce'.*did you mean 'source'"),
         ("steps:\n  - use: data\n    source: demo\n    train_bytes: many", r"line 6: train_bytes: .*integer"),
         ("steps:\n  - use: data\n    source: demo\n    train_bytes: 0", r"line 6: train_bytes: .*greater than"),
-        ("steps: [{use: dta}]", r"line 3: a step needs a key `use`.*did you mean data"),
+        ("steps: [{use: dta}]", r"line 3: a step needs a key `use`.*did you mean 'data'"),
         ("steps: [{source: demo}]", "a step needs a key `use`"),
         ("steps: {use: data}", "steps must be a list"),
         ("steps: []", "steps"),
         ("colour: red\nsteps: [{use: data, source: demo}]", r"line 3: unknown key 'colour'"),
         ("vars: [1]\nsteps: [{use: data, source: demo}]", "vars must be a mapping"),
         ("steps: [{use: data, source: '${modle}'}]", r"\$\{modle\} is not defined"),
-        ("vars: {model: a}\nsteps: [{use: data, source: '${modle}'}]", r"line 4: .*did you mean model"),
+        ("vars: {model: a}\nsteps: [{use: data, source: '${modle}'}]", r"line 4: .*did you mean 'model'"),
         ("steps: [{use: data, source: a}, {use: data, source: b}]", "two steps are called 'data'"),
         ("steps: [{use: data, id: a, source: '${steps.b}'}]", "refers to the step 'b', which does not come before it"),
         ("steps: [{use: data, id: a, source: '${steps.a}'}]", "does not come before it"),
@@ -73,7 +73,7 @@ def test_complaints_name_file_and_line(tmp_path: Path, text: str, words: str) ->
 
 
 def test_an_override_that_the_recipe_does_not_know(tmp_path: Path) -> None:
-    with pytest.raises(BadConfig, match="did you mean model"):
+    with pytest.raises(BadConfig, match="did you mean 'model'"):
         load(tmp_path, "vars: {model: a}\nsteps: [{use: data, source: demo}]", modle="b")
 
 

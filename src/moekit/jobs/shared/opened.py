@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moekit.anatomy.probe import Geometry
+from moekit.checkpoint import Checkpoint
+from moekit.checkpoint.expected import verify
+from moekit.checkpoint.names import text_config
+from moekit.compress.engine.planning import geometries_of
+from moekit.data import vocabulary
 from moekit.errors import UnsupportedModel
 from moekit.jobs.shared.inputs import load_tokenizer, model_location
-
-if TYPE_CHECKING:
-    from moekit.anatomy.probe import Geometry
-    from moekit.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,6 @@ class Source:
             BadCheckpoint: it cannot be loaded.
             BadConfig: it has ids that the model does not embed.
         """
-        from moekit.checkpoint.names import text_config
-        from moekit.data import vocabulary
-
         tokenizer = load_tokenizer(self.location)
         vocabulary.check(tokenizer, int(text_config(self.checkpoint.config).get("vocab_size") or 0))
         return tokenizer
@@ -55,8 +54,6 @@ class Source:
     @property
     def longest(self) -> int:
         """Positions the model knows; a large number where it does not say."""
-        from moekit.checkpoint.names import text_config
-
         known = text_config(self.checkpoint.config).get("max_position_embeddings")
         return known if isinstance(known, int) and known > 1 else 1 << 20
 
@@ -68,10 +65,6 @@ def open_source(reference: str, progress: Any = None) -> Source:
         BadCheckpoint: damaged, or not what its config says.
         UnsupportedModel: no Mixture of Experts.
     """
-    from moekit.checkpoint import Checkpoint
-    from moekit.checkpoint.expected import verify
-    from moekit.compress.engine.planning import geometries_of
-
     location = model_location(reference, progress)
     local = Path(location).expanduser()
     # Plans and records name it: they are read from other working folders too.

@@ -11,21 +11,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moekit._files import read_bytes
+from moekit._progress import Progress
+from moekit.checkpoint import Checkpoint, atomic_write
+from moekit.data import TokenizedDocument
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.comparison import Comparison, Evaluation, compare
 from moekit.evaluation.variants import VariantResult, compare_variants
-
-if TYPE_CHECKING:
-    import torch
-
-    from moekit._progress import Progress
-    from moekit.checkpoint import Checkpoint
-    from moekit.data import TokenizedDocument
 
 UNCHANGED = "unchanged"
 
@@ -202,8 +199,6 @@ def prove(
         against=tuple(compare(other, measured[0], seed) for other in measured[1:]),
         random=_spread([r for r in results[1:] if r.name.startswith("random")]),
     )
-    from moekit.checkpoint import atomic_write
-
     atomic_write(known, proof.model_dump_json())
     return proof
 

@@ -6,14 +6,16 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moekit.checkpoint.names import text_config
+from moekit.checkpoint.strictjson import read_json
+from moekit.diagnose.super_experts.finding import NEEDS, find_super_experts
+from moekit.diagnose.super_experts.report import SuperExpertReport
 from moekit.errors import BadCheckpoint, BadConfig
-
-if TYPE_CHECKING:
-    from moekit.diagnose.super_experts.report import SuperExpertReport
-    from moekit.jobs.shared.opened import Source
-    from moekit.trace import Trace
+from moekit.evaluation.super_expert_study import SuperExpertStudy
+from moekit.jobs.shared.opened import Source
+from moekit.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +53,6 @@ def parse_protected(text: str, source: Source) -> dict[int, tuple[int, ...]]:
 
 
 def _read_protected(file: Path, source: Source) -> dict[int, set[int]]:
-    from moekit.checkpoint.strictjson import read_json
-    from moekit.diagnose.super_experts.report import SuperExpertReport
-
     hint = 'write super, pairs such as 1:68,2:92, or a JSON file {"1": [68], "2": [92]}, or OUT of super-experts'
     # Not Path.is_file: what is no path at all, too long for one, would end in an error of the system.
     file = file / _STUDY if os.path.isdir(file) else file
@@ -82,8 +81,6 @@ def _numbers(layer: str, experts: Any) -> set[int]:
 
 def _of_study(file: Path, source: Source) -> dict[int, set[int]]:
     """What a study of super experts protects; it must be of this model."""
-    from moekit.evaluation.super_expert_study import SuperExpertStudy
-
     study = SuperExpertStudy.load(file)
     study.report.check_model(source.checkpoint.fingerprint, file)
     if not study.protect:
@@ -93,8 +90,6 @@ def _of_study(file: Path, source: Source) -> dict[int, set[int]]:
 
 def protection_needs(source: Source) -> tuple[str, ...]:
     """Statistics by which super experts are found."""
-    from moekit.diagnose.super_experts.finding import NEEDS
-
     shared = all(geometry.shared_width for geometry in source.geometries.values())
     return (*NEEDS, "shared_peak") if shared else NEEDS
 
@@ -111,9 +106,6 @@ def find_in_trace(source: Source, trace: Trace, **rule: Any) -> SuperExpertRepor
         BadData: the trace does not hold what tells them.
         NumericFault: an output is infinite.
     """
-    from moekit.checkpoint.names import text_config
-    from moekit.diagnose.super_experts.finding import find_super_experts
-
     layers = text_config(source.checkpoint.config).get("num_hidden_layers")
     return find_super_experts(
         trace.require(protection_needs(source)),

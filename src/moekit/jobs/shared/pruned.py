@@ -9,22 +9,24 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moekit._device import named_dtype
+from moekit.checking import CheckReport
+from moekit.checkpoint import Checkpoint, Record
+from moekit.compress.engine.apply import apply
+from moekit.compress.engine.grouped import by_group, routing_groups
+from moekit.compress.engine.plan import LayerPlan, PrunePlan, make_method
+from moekit.compress.engine.planning import InputsByLayer, Request, decide
+from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
+from moekit.evaluation.changes import Variant
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.writing import WritingOptions
+from moekit.jobs.shared.checked import DEAD, write_checked
 from moekit.jobs.shared.hashes import hash_of
 from moekit.jobs.shared.opened import Source
-from moekit.jobs.shared.pruning import WritingOptions
-
-if TYPE_CHECKING:
-    from moekit.checking import CheckReport
-    from moekit.checkpoint import Record
-    from moekit.compress.engine.plan import LayerPlan, PrunePlan
-    from moekit.compress.engine.planning import Request
-    from moekit.compress.engine.rewriting import PlannedRewrite
-    from moekit.jobs.context import JobContext
-    from moekit.jobs.shared.proof import HeldOut, Proof
-    from moekit.trace.statistics import LayerStatistics
+from moekit.jobs.shared.proof import HeldOut, Proof, prove
+from moekit.trace.statistics import LayerStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,6 @@ _FEW = 4
 
 def in_groups(source: Source, plan: PrunePlan) -> dict[int, LayerPlan]:
     """The layers of a plan, with equally many kept of each routing group where that was asked for."""
-    from moekit.compress.engine.grouped import by_group, routing_groups
-
     groups = routing_groups(source.checkpoint.config)
     if plan.file.groups == "free" or groups == 1:
         return dict(plan.file.layers)
@@ -54,10 +54,6 @@ def baseline(
         statistics: with what it needs.
         seed: of random choices.
     """
-    from moekit.compress.engine.plan import PrunePlan, make_method
-    from moekit.compress.engine.planning import InputsByLayer, decide
-    from moekit.trace.statistics import LayerStatistics
-
     method = make_method(name, {})
     own = dataclasses.replace(request, method=method, seed=seed)
     narrow = {
@@ -128,11 +124,8 @@ def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, PrunePl
     return found
 
 
-def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, work: JobContext) -> Proof:
+def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, context: JobContext) -> Proof:
     """Measure a plan against its baselines on held-out text."""
-    from moekit.evaluation.changes import Variant
-    from moekit.jobs.shared.proof import prove
-
     file = decided.plan.file
     others = baselines_of(decided, options.random_seeds)
     return prove(
@@ -141,16 +134,16 @@ def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, work
         Variant(file.method, decided.plan.decisions, decided.rewrite, file.top_k, file.groups),
         [Variant(name, plan.decisions, None, file.top_k, file.groups) for name, plan in others],
         key=hash_of([decided.plan.hash, *([name, plan.hash] for name, plan in others), options.dtype]),
-        folder=work.scratch / "proof",
-        seed=work.seed,
-        dtype=options.torch_dtype,
+        folder=context.scratch / "proof",
+        seed=context.seed,
+        dtype=named_dtype(options.dtype),
         device=options.device,
-        progress=work.progress,
+        progress=context.progress,
     )
 
 
 def write_pruned(
-    decided: Decided, proof: Proof | None, options: WritingOptions, work: JobContext
+    decided: Decided, proof: Proof | None, options: WritingOptions, context: JobContext
 ) -> tuple[Record, CheckReport]:
     """Write what was decided; it takes its name once it has been checked.
 
@@ -158,56 +151,37 @@ def write_pruned(
         BadCheckpoint: what was written is not what it must be; nothing is left.
         OutOfBudget: not enough disk.
     """
-    from moekit.checking import check
-    from moekit.checkpoint import Record, atomic_folder
-    from moekit.compress.engine.apply import apply
-
     file = decided.plan.file
     told = file.model_dump(mode="json", include={"method", "settings", "budget", "top_k", "groups", "data", "tokens"})
-    record = Record(
-        command=work.command,
+    before = Record(
+        command=context.command,
         parent=decided.source.parent,
         parent_fingerprint=decided.source.checkpoint.fingerprint,
-        seed=work.seed,
+        seed=context.seed,
         plan_hash=decided.plan.hash,
         config=told,
         scores={} if proof is None else {"proof": proof.short()},
     )
-    with atomic_folder(work.out, overwrite=work.overwrite) as folder:
-        inner = folder / work.out.name
-        record = apply(
+    record, report = write_checked(
+        context,
+        lambda folder: apply(
             decided.source.checkpoint,
             decided.plan.decisions,
-            inner,
+            folder,
             rewrite=decided.rewrite,
-            record=record,
+            record=before,
             top_k=file.top_k,
             groups=file.groups,
             mtp=options.mtp,
             stock_only=options.stock_only,
-            progress=work.progress,
-        )
-        report = check(inner, progress=work.progress)
-        _judge(report, work.out)
-        for written in list(inner.iterdir()):
-            written.rename(folder / written.name)
-        inner.rmdir()
-    return record, report
-
-
-def _judge(report: CheckReport, out: Path) -> None:
-    """Raise what writing may have done; an expert that can only answer zero was so in the source."""
-    silent = [finding for finding in report.findings if finding.code == "dead-expert"]
-    others = [finding for finding in report.findings if finding.code != "dead-expert"]
-    report.model_copy(update={"findings": others}).raise_if_bad()
+            progress=context.progress,
+        ),
+        most=_FEW,
+    )
+    silent = sum(finding.code == DEAD for finding in report.findings)
     if silent:
-        logger.warning("%s: %d experts that stay can only answer zero, as in the source", out, len(silent))
-    warnings = [finding for finding in others if finding.severity == "warning"]
-    for finding in warnings[:_FEW]:
-        place = "" if finding.layer is None else f"layer {finding.layer}: "
-        logger.warning("%s: %s%s", out, place, finding.message)
-    if len(warnings) > _FEW:
-        logger.warning("%s: and %d more; see moekit check", out, len(warnings) - _FEW)
+        logger.warning("%s: %d experts that stay can only answer zero, as in the source", context.out, silent)
+    return record, report
 
 
 def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict[str, Any]:
@@ -243,16 +217,13 @@ def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict
 
 
 def finish(
-    decided: Decided, heldout: HeldOut | None, options: WritingOptions, work: JobContext, warnings: Sequence[str]
+    decided: Decided, heldout: HeldOut | None, options: WritingOptions, context: JobContext, warnings: Sequence[str]
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it."""
-    from moekit.checkpoint import Checkpoint
-    from moekit.compress.engine.rewriting import rewriter
-
-    decided.rewrite = rewriter(decided.plan, decided.source.checkpoint, folder=work.scratch / "rewritten")
-    proof = None if heldout is None else prove_plan(decided, heldout, options, work)
-    record, report = write_pruned(decided, proof, options, work)
-    results = told_of_plan(decided, warnings, Checkpoint.open(work.out).nbytes)
+    decided.rewrite = rewriter(decided.plan, decided.source.checkpoint, folder=context.scratch / "rewritten")
+    proof = None if heldout is None else prove_plan(decided, heldout, options, context)
+    record, report = write_pruned(decided, proof, options, context)
+    results = told_of_plan(decided, warnings, Checkpoint.open(context.out).nbytes)
     for layer in results["layers"]:
         layer["figures"] |= {} if decided.rewrite is None else decided.rewrite.figures.get(layer["layer"], {})
     return {

@@ -10,26 +10,27 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, named_dtype
 from moekit._validation import faults
-from moekit.data.encoding import BOS_HELP, Bos
+from moekit.compress.budget.sizes import Budget, bounds, check_total, total_count, uniform_count
+from moekit.compress.engine.grouped import check_grouping, routing_groups
+from moekit.compress.engine.layout import prepare
+from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.plan import PrunePlan
+from moekit.compress.engine.planning import Request, sizes_of
+from moekit.data.encoding import Bos
+from moekit.data.passages import units
+from moekit.data.shares import take_shares
 from moekit.errors import BadConfig, BadData, OutOfBudget
+from moekit.jobs.context import JobContext
 from moekit.jobs.shared.estimates import disk_bytes
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import read_text
 from moekit.jobs.shared.opened import Source
-
-if TYPE_CHECKING:
-    from moekit.compress.budget.sizes import Budget
-    from moekit.compress.engine.outcome import LayerDecision
-    from moekit.compress.engine.plan import PrunePlan
-    from moekit.compress.engine.planning import Request
-    from moekit.jobs.context import JobContext
-    from moekit.jobs.shared.proof import HeldOut
+from moekit.jobs.shared.proof import HeldOut
 
 logger = logging.getLogger(__name__)
 
@@ -40,41 +41,12 @@ _HALF = ("bfloat16", "float16")
 _TOO_SHORT = "no document has two tokens in the tenth that is kept apart for the proof"
 
 
-class WritingOptions(BaseModel):
-    """How a pruned checkpoint is written and proved."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    proof: bool = Field(default=True, description="measure what it costs, against frequency and random pruning")
-    proof_tokens: int | None = Field(
-        default=32768, ge=2, description="held-out tokens, at most, an equal share of each domain"
-    )
-    window: int | None = Field(
-        default=None, ge=2, description="longest context of the proof in tokens (default: the model's, ≤ 1024)"
-    )
-    random_seeds: int = Field(default=1, ge=1, le=100, description="random choices that the proof compares with")
-    stock_only: bool = Field(default=False, description="refuse what stock transformers does not load")
-    mtp: Literal["drop", "keep"] = Field(
-        default="drop", description="multi-token-prediction layers: leave them out, or copy them"
-    )
-    bos: Bos = Field(default="auto", description=BOS_HELP)
-    device: str = Field(default="auto", description=DEVICE_HELP)
-    dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
-
-    @property
-    def torch_dtype(self) -> Any:
-        """As torch names it; None for auto."""
-        return named_dtype(self.dtype)
-
-
 def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Budget:
     """A budget from options.
 
     Raises:
         BadConfig: an impossible value.
     """
-    from moekit.compress.budget.sizes import Budget
-
     if scope == "uniform" and (least is not None or most is not None):
         raise BadConfig(
             "least and most bound what a layer keeps where layers may differ",
@@ -130,9 +102,6 @@ def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mt
         BadConfig: the budget against the choices a token makes, routing groups, protected experts, a routing policy.
         BadCheckpoint, UnsupportedModel: experts that cannot be told apart on disk.
     """
-    from moekit.compress.engine.grouped import check_grouping, routing_groups
-    from moekit.compress.engine.layout import prepare
-
     counts = _counts(source, request)
     groups = routing_groups(source.checkpoint.config) if request.groups == "equal" else 1
     if groups > 1:
@@ -164,16 +133,11 @@ def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mt
 
 def _any_decision(experts: int, keep: int, groups: int) -> LayerDecision:
     """A decision of the right size: how large the result is does not depend on who stays."""
-    from moekit.compress.engine.outcome import LayerDecision
-
     size, share = experts // groups, keep // groups
     return LayerDecision(keep=tuple(group * size + e for group in range(groups) for e in range(share)))
 
 
 def _counts(source: Source, request: Request) -> dict[int, int]:
-    from moekit.compress.budget.sizes import bounds, check_total, total_count, uniform_count
-    from moekit.compress.engine.planning import sizes_of
-
     sizes = sizes_of(source.checkpoint, source.geometries, request.top_k)
     if request.budget.scope == "uniform":
         return uniform_count(request.budget, sizes)
@@ -222,26 +186,33 @@ def bytes_between(source: Source, tokens: int, proof_tokens: int, variants: int,
     return hidden * wide * (2 * tokens + 2 * proof_tokens * (variants + 1)) + rewritten
 
 
-def read_heldout(options: WritingOptions, reference: str, split: Any, source: Source, work: JobContext) -> HeldOut:
+def read_heldout(
+    reference: str,
+    split: Any,
+    source: Source,
+    context: JobContext,
+    *,
+    tokens: int | None,
+    window: int | None,
+    bos: Bos = "auto",
+) -> HeldOut:
     """Tokenize held-out text.
 
     Args:
-        options: how much of it, in which windows.
         reference: the text.
         split: part of it; None for all.
         source: whose tokenizer is used.
-        work: seed and progress.
+        context: seed and progress.
+        tokens: at most, an equal share of each domain; None for all.
+        window: longest context in tokens; None for the model's, at most 1024.
+        bos: see `moekit.data.encoding.beginning`.
 
     Raises:
         BadData: there is none, or no document has two tokens.
     """
-    from moekit.data.passages import units
-    from moekit.data.shares import take_shares
-    from moekit.jobs.shared.proof import HeldOut
-
-    documents = units(read_text(reference, split=split, seed=work.seed, progress=work.progress))
+    documents = units(read_text(reference, split=split, seed=context.seed, progress=context.progress))
     try:
-        tokenized = take_shares(documents, source.tokenizer(), options.proof_tokens, bos=options.bos)
+        tokenized = take_shares(documents, source.tokenizer(), tokens, bos=bos)
     except BadData:  # fewer than two tokens in all
         tokenized = []
     if not any(len(document.ids) > 1 for document in tokenized):
@@ -250,8 +221,8 @@ def read_heldout(options: WritingOptions, reference: str, split: Any, source: So
             file=reference,
             hint="give longer documents, another text with --heldout, or say --no-proof",
         )
-    window = options.window or min(1024, source.longest)
-    return HeldOut(reference if split is None else f"{reference}[{split}]", tokenized, window)
+    name = reference if split is None else f"{reference}[{split}]"
+    return HeldOut(name, tokenized, window or min(1024, source.longest))
 
 
 def check_unchanged(text: str, sha256: str) -> None:

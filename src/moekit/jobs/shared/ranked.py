@@ -5,48 +5,38 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+import transformers
 
+from moekit import catalogue
+from moekit.checkpoint import fingerprint_model
 from moekit.errors import BadConfig
+from moekit.jobs.options.ranked import RankedOptions
+from moekit.parallel import expert_mesh, expert_parallel
+from moekit.parallel.launch.start import StartedRanks, start_ranks
+from moekit.parallel.ranks import Ranks
+from moekit.placement import Placement
 
-if TYPE_CHECKING:
-    from moekit.parallel.launch.start import StartedRanks
-    from moekit.parallel.ranks import Ranks
 
+def check_ranks(options: RankedOptions) -> None:
+    """Refuse what cannot work before anything is loaded.
 
-class RankedOptions(BaseModel):
-    """How ranks share the experts of a model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    ep: int = Field(default=1, ge=1, description="ranks that share each layer's experts; start them with torchrun")
-    nodes: int = Field(default=1, ge=1, description="nodes that these ranks stand in, for hierarchical dispatch")
-    dispatch: str = Field(default="once-per-rank", description="how tokens travel; see moekit methods dispatch")
-    placement: Path | None = Field(default=None, description="placement file: which rank holds which expert")
-    codec: Literal["none", "int8"] = Field(default="none", description="int8 sends hidden states in 8 bits; lossy")
-
-    def check_ranks(self) -> None:
-        """Refuse what cannot work before anything is loaded.
-
-        Raises:
-            BadConfig: no such dispatcher; options without ranks; ranks that torchrun has not started.
-        """
-        from moekit import catalogue
-
-        catalogue.get("dispatch", self.dispatch)
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.ep == 1:
-            if self.placement is not None or self.codec != "none":
-                raise BadConfig("placement and codec are about several ranks", hint="give --ep, the number of ranks")
-            return
-        if world % self.ep:
-            raise BadConfig(
-                f"{world} rank{'s' * (world > 1)} cannot share experts {self.ep} by {self.ep}",
-                hint=f"torchrun --nproc-per-node {self.ep} -m moekit ... --ep {self.ep}",
-            )
+    Raises:
+        BadConfig: no such dispatcher; options without ranks; ranks that torchrun has not started.
+    """
+    catalogue.get("dispatch", options.dispatch)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.ep == 1:
+        if options.placement is not None or options.codec != "none":
+            raise BadConfig("placement and codec are about several ranks", hint="give --ep, the number of ranks")
+        return
+    if world % options.ep:
+        raise BadConfig(
+            f"{world} rank{'s' * (world > 1)} cannot share experts {options.ep} by {options.ep}",
+            hint=f"torchrun --nproc-per-node {options.ep} -m moekit ... --ep {options.ep}",
+        )
 
 
 @contextmanager
@@ -55,8 +45,6 @@ def ranks_of(options: RankedOptions) -> Iterator[StartedRanks | None]:
     if options.ep == 1:
         yield None
         return
-    from moekit.parallel.launch.start import start_ranks
-
     with start_ranks() as started:
         yield started
 
@@ -76,14 +64,6 @@ def deal_out(
     Raises:
         BadConfig: the ranks disagree, or the options do not fit the model.
     """
-    import torch
-    import transformers
-
-    from moekit.checkpoint import fingerprint_model
-    from moekit.parallel import expert_mesh, expert_parallel
-    from moekit.parallel.ranks import Ranks
-    from moekit.placement import Placement
-
     fingerprint = fingerprint_model(model)
     placement = None if options.placement is None else Placement.load(options.placement)
     if placement is not None:

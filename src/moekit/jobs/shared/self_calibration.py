@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import moekit
 from moekit._files import read_text
+from moekit.compress.answers import answer_tokens, demonstrations, prompt_ids
+from moekit.data import Document, TokenBatches, TokenizedDocument
+from moekit.data.batches import arrange, pad_id_of
 from moekit.errors import BadConfig
-
-if TYPE_CHECKING:
-    from moekit.data import Document, TokenBatches, TokenizedDocument
-    from moekit.jobs.context import JobContext
-    from moekit.jobs.shared.opened import Source
+from moekit.jobs.context import JobContext
+from moekit.jobs.shared.opened import Source
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +22,14 @@ FILE = "answers.json"
 
 
 def answered_rows(
-    documents: list[Document], source: Source, work: JobContext, *, new_tokens: int, each: int, load: Any
+    documents: list[Document], source: Source, context: JobContext, *, new_tokens: int, each: int, load: Any
 ) -> TokenBatches:
     """Let the model answer some documents of each domain, and lay each prompt with its answer out in a row of its own.
 
     Args:
         documents: prompts.
         source: whose tokenizer asks, and whose positions bound prompt and answer together.
-        work: seed, progress, and where answers are kept for a run that goes on.
+        context: seed, progress, and where answers are kept for a run that goes on.
         new_tokens: longest answer.
         each: prompts of each domain, the longest that fit.
         load: opens the whole model, if answers are still wanted.
@@ -37,16 +38,13 @@ def answered_rows(
         BadConfig: no prompt leaves room for an answer.
         BadData: an empty prompt.
     """
-    from moekit.compress.answers import answer_tokens
-    from moekit.data.batches import arrange, pad_id_of
-
-    file = work.scratch / FILE
+    file = context.scratch / FILE
     found = _read(file)
     tokenizer = source.tokenizer()
     if found is None:
-        prompts = _fitting(documents, tokenizer, source.longest - new_tokens, each, work.seed)
+        prompts = _fitting(documents, tokenizer, source.longest - new_tokens, each, context.seed)
         model = load()
-        found = answer_tokens(model, tokenizer, prompts, max_new_tokens=new_tokens, progress=work.progress)
+        found = answer_tokens(model, tokenizer, prompts, max_new_tokens=new_tokens, progress=context.progress)
         _write(file, found)
     # In gapless rows answers would follow other prompts, and be cut off from their own.
     return arrange(found, max(len(answered.ids) for answered in found), pad=True, pad_id=pad_id_of(tokenizer))
@@ -54,14 +52,10 @@ def answered_rows(
 
 def load_for_answers(source: Source, device: str, dtype: str) -> Any:
     """The whole model, with its routing policy if it has one."""
-    import moekit
-
     return moekit.load(source.location, device=device, dtype=dtype).eval()
 
 
 def _fitting(documents: list[Document], tokenizer: Any, room: int, each: int, seed: int) -> list[Document]:
-    from moekit.compress.answers import demonstrations, prompt_ids
-
     fitting = [document for document in documents if len(prompt_ids(tokenizer, document.text)) <= room]
     if not fitting:
         raise BadConfig(
@@ -74,8 +68,6 @@ def _fitting(documents: list[Document], tokenizer: Any, room: int, each: int, se
 
 
 def _read(file: Path) -> list[TokenizedDocument] | None:
-    from moekit.data import TokenizedDocument
-
     try:
         entries = json.loads(read_text(file))
         return [TokenizedDocument(list(map(int, e["ids"])), str(e["domain"]), int(e["index"])) for e in entries]

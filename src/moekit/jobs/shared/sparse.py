@@ -5,25 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from moekit.checking import CheckReport
+from moekit.checkpoint import Record
+from moekit.compress.engine.apply import apply
+from moekit.compress.engine.sequential import PlannedZeros, Request, plan_sparsity, zeros_of
+from moekit.compress.engine.sparsity_plan import SparsityPlan, make_method
+from moekit.evaluation.changes import Variant
+from moekit.jobs.context import JobContext
+from moekit.jobs.shared.checked import write_checked
 from moekit.jobs.shared.hashes import hash_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from moekit.checking import CheckReport
-    from moekit.checkpoint import Record
-    from moekit.compress.engine.sequential import PlannedZeros
-    from moekit.compress.engine.sparsity_plan import SparsityPlan
-    from moekit.evaluation.changes import Variant
-    from moekit.jobs.context import JobContext
-    from moekit.jobs.shared.opened import Source
-    from moekit.jobs.shared.proof import HeldOut, Proof
+from moekit.jobs.shared.opened import Source
+from moekit.jobs.shared.proof import HeldOut, Proof, prove
 
 logger = logging.getLogger(__name__)
 
 BASELINE = "magnitude"
+# Up to so many warnings are logged one by one.
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Machine:
 
 
 def finish(
-    plan: SparsityPlan, source: Source, heldout: HeldOut | None, machine: Machine, work: JobContext
+    plan: SparsityPlan, source: Source, heldout: HeldOut | None, machine: Machine, context: JobContext
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it.
 
@@ -43,11 +45,9 @@ def finish(
         BadCheckpoint: what was written is not what it must be; nothing is left.
         OutOfBudget: not enough disk.
     """
-    from moekit.compress.engine.sequential import zeros_of
-
-    proof = None if heldout is None else _prove(plan, source, heldout, machine, work)
+    proof = None if heldout is None else _prove(plan, source, heldout, machine, context)
     zeros = zeros_of(plan, source.checkpoint)
-    record, report = _write(plan, source, zeros, proof, work)
+    record, report = _write(plan, source, zeros, proof, context)
     return {
         **told_of(plan, zeros),
         "proof": None if proof is None else proof.model_dump(mode="json"),
@@ -60,9 +60,7 @@ def finish(
     }
 
 
-def _prove(plan: SparsityPlan, source: Source, heldout: HeldOut, machine: Machine, work: JobContext) -> Proof:
-    from moekit.jobs.shared.proof import prove
-
+def _prove(plan: SparsityPlan, source: Source, heldout: HeldOut, machine: Machine, context: JobContext) -> Proof:
     base = _baseline(plan, source)
     others = [] if base is None else [base]
     return prove(
@@ -71,26 +69,20 @@ def _prove(plan: SparsityPlan, source: Source, heldout: HeldOut, machine: Machin
         _variant(plan, source),
         [_variant(other, source) for other in others],
         key=hash_of(["sparsify", plan.hash, *(other.hash for other in others), str(machine.dtype)]),
-        folder=work.scratch / "proof",
-        seed=work.seed,
+        folder=context.scratch / "proof",
+        seed=context.seed,
         dtype=machine.dtype,
         device=machine.device,
-        progress=work.progress,
+        progress=context.progress,
     )
 
 
 def _variant(plan: SparsityPlan, source: Source) -> Variant:
-    from moekit.compress.engine.sequential import zeros_of
-    from moekit.evaluation.changes import Variant
-
     return Variant(plan.file.method, plan.decisions, zeros_of(plan, source.checkpoint))
 
 
 def _baseline(plan: SparsityPlan, source: Source) -> SparsityPlan | None:
     """Magnitudes at the same sparsity, in the same pattern; None where that is the method itself."""
-    from moekit.compress.engine.sequential import Request, plan_sparsity
-    from moekit.compress.engine.sparsity_plan import make_method
-
     if plan.file.method == BASELINE:
         return None
     pattern = plan.file.settings.get("pattern") if plan.method.fixed_sparsity is not None else None
@@ -99,43 +91,34 @@ def _baseline(plan: SparsityPlan, source: Source) -> SparsityPlan | None:
 
 
 def _write(
-    plan: SparsityPlan, source: Source, zeros: PlannedZeros, proof: Proof | None, work: JobContext
+    plan: SparsityPlan, source: Source, zeros: PlannedZeros, proof: Proof | None, context: JobContext
 ) -> tuple[Record, CheckReport]:
     """Write the sparse model; it takes its name once it has been checked."""
-    from moekit.checking import check
-    from moekit.checkpoint import Record, atomic_folder
-    from moekit.compress.engine.apply import apply
-
     told = {"method", "settings", "sparsity", "total", "original", "weights", "data", "tokens"}
     record = Record(
-        command=work.command,
+        command=context.command,
         parent=source.parent,
         parent_fingerprint=source.checkpoint.fingerprint,
-        seed=work.seed,
+        seed=context.seed,
         plan_hash=plan.hash,
         config=plan.file.model_dump(mode="json", include=told),
         scores={} if proof is None else {"proof": proof.short()},
     )
-    with atomic_folder(work.out, overwrite=work.overwrite) as folder:
-        inner = folder / work.out.name
-        record = apply(
+    # No row or matrix loses all of its weights: an expert that can only answer zero was so in the source.
+    return write_checked(
+        context,
+        lambda folder: apply(
             source.checkpoint,
             plan.decisions,
-            inner,
+            folder,
             rewrite=zeros,
             rewrite_full=True,
             record=record,
             mtp="keep",
-            progress=work.progress,
-        )
-        report = check(inner, progress=work.progress)
-        # An expert that can only answer zero was so in the source: no row or matrix loses all of its weights.
-        others = [finding for finding in report.findings if finding.code != "dead-expert"]
-        report.model_copy(update={"findings": others}).raise_if_bad()
-        for written in list(inner.iterdir()):
-            written.rename(folder / written.name)
-        inner.rmdir()
-    return record, report
+            progress=context.progress,
+        ),
+        most=_FEW,
+    )
 
 
 def told_of(plan: SparsityPlan, zeros: PlannedZeros | None) -> dict[str, Any]:
@@ -180,7 +163,7 @@ def told_of(plan: SparsityPlan, zeros: PlannedZeros | None) -> dict[str, Any]:
 
 def warn_of(lines: Sequence[str]) -> None:
     """Log what a reader must know, each kind at most a few times."""
-    for line in lines[:4]:
+    for line in lines[:_FEW]:
         logger.warning("%s", line)
-    if len(lines) > 4:
-        logger.warning("and %d more warnings, in the plan and in --json", len(lines) - 4)
+    if len(lines) > _FEW:
+        logger.warning("and %d more warnings, in the plan and in --json", len(lines) - _FEW)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moekit.checkpoint.names import where
+from moekit.data import Document, TokenizedDocument
 from moekit.data.encoding import Bos
+from moekit.data.shares import take_shares
 from moekit.errors import BadData
+from moekit.jobs.shared.opened import Source
+from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern
+from moekit.trace.meta import DataEntry
 
-if TYPE_CHECKING:
-    from moekit.data import Document, TokenizedDocument
-    from moekit.jobs.shared.opened import Source
-    from moekit.serving.expert_sets.expert_set import Pattern
-    from moekit.trace.meta import DataEntry
+# Task -> its documents.
 
-    # Task -> its documents.
-    Texts = dict[str, list[TokenizedDocument]]
+# Task -> its documents.
+Texts = dict[str, list[TokenizedDocument]]
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +45,6 @@ def texts_of_tasks(
     Raises:
         BadData: a task of fewer than two tokens, or a domain of the generalist's name.
     """
-    from moekit.data.shares import take_shares
-    from moekit.serving.expert_sets.expert_set import GENERALIST
-
     groups: dict[str, list[Document]] = {}
     for document in documents:
         groups.setdefault(task or document.domain, []).append(document)
@@ -79,8 +78,6 @@ def warn_of(pattern: Pattern) -> None:
 
 def account(reference: str, text: list[TokenizedDocument]) -> list[DataEntry]:
     """Documents and tokens of a text, by domain."""
-    from moekit.trace.meta import DataEntry
-
     path = Path(reference).expanduser()
     where = str(path.resolve()) if path.exists() else reference
     domains: dict[str, list[TokenizedDocument]] = {}
@@ -100,8 +97,6 @@ def account(reference: str, text: list[TokenizedDocument]) -> list[DataEntry]:
 
 def largest_layer(source: Source) -> int:
     """Bytes of the largest decoder layer, experts and all."""
-    from moekit.checkpoint.names import where
-
     layers: dict[int | None, int] = {}
     for name, info in source.checkpoint.tensors.items():
         layers[where(name)[0]] = layers.get(where(name)[0], 0) + info.nbytes

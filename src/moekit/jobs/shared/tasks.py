@@ -5,73 +5,45 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from moekit._device import named_dtype
+from moekit._progress import Progress
+from moekit.compress.engine.layout import Work
+from moekit.compress.engine.plan import make_method
+from moekit.data.encoding import encode
 from moekit.errors import BadConfig, BadData, UnsupportedModel
+from moekit.evaluation import complete
+from moekit.evaluation.generation import Completion
+from moekit.jobs.options.tasks import TaskOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import model_item
 from moekit.jobs.shared.opened import Source, open_source
 from moekit.jobs.shared.protection import SUPER, parse_protected
 from moekit.jobs.shared.pruning import budget_of
-
-if TYPE_CHECKING:
-    from moekit._progress import Progress
-    from moekit.compress.engine.layout import Work
-    from moekit.evaluation.generation import Completion
-    from moekit.serving.expert_sets.expert_set import Pattern
-    from moekit.serving.expert_sets.store import PatternStore
+from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern
+from moekit.serving.expert_sets.loading import load_task, plan_task
+from moekit.serving.expert_sets.retrieval import queries_from_disk, retrieve
+from moekit.serving.expert_sets.store import PatternStore
 
 
-class TaskOptions(BaseModel):
-    """Which of a model's experts are loaded for a prompt."""
+def check_tasks(options: TaskOptions) -> None:
+    """Refuse what cannot work before anything is read.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    patterns: str | None = Field(
-        default=None, description="folder of patterns (moekit pattern): load only the experts of each prompt's task"
-    )
-    keep: int | float | str | None = Field(
-        default=None, description="what is loaded: experts a layer (64), their fraction (0.5), or bytes (12GiB)"
-    )
-    task: str | None = Field(default=None, description="the task of all prompts; without it each prompt's is retrieved")
-    retrieval_layers: int = Field(default=1, ge=1, description="MoE layers, from the first, by which it is retrieved")
-    metric: Literal["l2", "cosine"] | None = Field(
-        default=None,
-        description="distance of a prompt from a task; by default l2 for patterns of premoe, cosine for other methods, "
-        "whose scores grow with the text",
-    )
-    max_distance: float | None = Field(
-        default=None, ge=0, description="a prompt farther than this from all tasks gets the generalist's experts"
-    )
-    protect: str | None = Field(
-        default=None, description="experts that are always loaded: pairs such as 1:68,2:92, or a JSON file"
-    )
-    top_k: int | None = Field(default=None, ge=1, description="choices a token makes; as before by default")
-    other_weights: bool = Field(
-        default=False,
-        description="accept patterns of a model of the same shape and other weights, such as the original of a "
-        "quantized copy",
-    )
-
-    def check_tasks(self) -> None:
-        """Refuse what cannot work before anything is read.
-
-        Raises:
-            BadConfig: options of patterns without patterns, no budget, or an impossible one.
-        """
-        given = sorted(self.model_fields_set - {"patterns"})
-        if self.patterns is None:
-            if given:
-                names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-                raise BadConfig(f"{names}: about a task's experts", hint="give the folder of patterns (--patterns)")
-            return
-        if self.keep is None:
-            raise BadConfig("nothing says how many experts to load", hint="--keep 64, --keep 0.5 or --keep 12GiB")
-        budget_of(self.keep, "uniform", None, None)
-        if self.protect == SUPER:
-            raise BadConfig("super experts are found on text, and there is none here", hint="name them, such as 1:68")
+    Raises:
+        BadConfig: options of patterns without patterns, no budget, or an impossible one.
+    """
+    given = sorted(options.model_fields_set - {"patterns"})
+    if options.patterns is None:
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise BadConfig(f"{names}: about a task's experts", hint="give the folder of patterns (--patterns)")
+        return
+    if options.keep is None:
+        raise BadConfig("nothing says how many experts to load", hint="--keep 64, --keep 0.5 or --keep 12GiB")
+    budget_of(options.keep, "uniform", None, None)
+    if options.protect == SUPER:
+        raise BadConfig("super experts are found on text, and there is none here", hint="name them, such as 1:68")
 
 
 @dataclass(frozen=True)
@@ -130,9 +102,7 @@ class TaskModels:
     def __init__(
         self, options: TaskOptions, reference: str, *, device: str, dtype: str, progress: Progress | None = None
     ) -> None:
-        from moekit.serving.expert_sets.store import PatternStore
-
-        options.check_tasks()
+        check_tasks(options)
         self.options = options
         self.reference = reference
         self.source: Source = open_source(reference, progress)
@@ -150,8 +120,6 @@ class TaskModels:
 
     def plan(self, task: str) -> Work:
         """What would be read for a task."""
-        from moekit.serving.expert_sets.loading import plan_task
-
         return plan_task(self.source.checkpoint, self.patterns[task], self._budget, **self._choice)
 
     @property
@@ -174,9 +142,6 @@ class TaskModels:
             BadConfig: more layers than there are.
             UnsupportedModel: the weights are quantized.
         """
-        from moekit.serving.expert_sets.expert_set import GENERALIST
-        from moekit.serving.expert_sets.retrieval import retrieve
-
         if self.options.task is not None:
             return [Assigned(prompt, self.options.task) for prompt in prompts]
         fallback = GENERALIST if GENERALIST in self.patterns else None
@@ -200,11 +165,6 @@ class TaskModels:
         return next(iter(self.patterns.values())).origin
 
     def _scores(self, prompts: Sequence[str]) -> list[Any]:
-        from moekit._device import named_dtype
-        from moekit.compress.engine.plan import make_method
-        from moekit.data.encoding import encode
-        from moekit.serving.expert_sets.retrieval import queries_from_disk
-
         if "quantization_config" in self.source.checkpoint.config:
             raise UnsupportedModel(
                 "the weights are quantized, and prompts are scored by layers in full precision",
@@ -235,9 +195,6 @@ class TaskModels:
             tokens: longest continuation.
             tell: told each task before it is loaded, and what is read for it.
         """
-        from moekit.evaluation import complete
-        from moekit.serving.expert_sets.loading import load_task
-
         tokenizer = self.source.tokenizer()
         done: dict[int, Answered] = {}
         for task in dict.fromkeys(item.task for item in assigned):

@@ -30,6 +30,7 @@ from moekit.parallel.checkpoints.ranks import Peers
 from moekit.parallel.checkpoints.states import empty_states, group_settings, optimizer_states, restore_groups
 from moekit.parallel.checkpoints.storage import ShardsReader, ShardsWriter
 from moekit.parallel.sharding import shards
+from moekit.runtime.slots import learns
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,17 @@ def save_sharded(
         overwrite: replace a folder that is there, at the very end.
 
     Raises:
-        BadConfig: the folder exists; `extra` is no JSON; no rank owns some expert.
+        BadConfig: the folder exists; `extra` is no JSON; no rank owns some expert; runtime parts have learned.
         OutOfBudget: some rank's disk is full; names the rank.
         PeerLost: a rank died or stalled.
     """
     folder, model = Path(folder).absolute(), unwrapped(model)
+    if learns(model):
+        raise BadConfig(
+            "the model has runtime parts that learn, which no checkpoint in pieces keeps",
+            file=folder,
+            hint="save it whole (moekit.save), or detach them",
+        )
     peers = Peers(group if group is not None else default_group(model))
     stacks: dict[str, Stack] = {}
     pieces = Pieces()

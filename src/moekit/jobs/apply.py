@@ -1,0 +1,247 @@
+"""`use: apply`: carry a pruning plan out, with its own budget or another one, without a new pass over the text."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from moekit._device import DtypeName, resolve_device
+from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine.plan import PrunePlan
+from moekit.compress.engine.planning import Request, redecide
+from moekit.data.encoding import Bos
+from moekit.errors import BadConfig, MoekitError
+from moekit.jobs.call import TextLike, call
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.apply import ApplyOptions
+from moekit.jobs.prune import PruneResult
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import model_item, record_bytes, text_item
+from moekit.jobs.shared.opened import Source, check_runnable, open_source
+from moekit.jobs.shared.proof import HeldOut
+from moekit.jobs.shared.pruned import Decided, finish, in_groups, warn_of
+from moekit.jobs.shared.pruning import (
+    PLAN_FILE,
+    budget_of,
+    bytes_between,
+    check_disk,
+    check_unchanged,
+    foresee,
+    heldout_of_plan,
+    read_heldout,
+    refuse_uneven,
+    tell_uneven,
+)
+from moekit.progress import ProgressLike
+
+logger = logging.getLogger(__name__)
+
+
+def apply(
+    plan: str | Path,
+    *,
+    model: str | Path | None = None,
+    heldout: TextLike | None = None,
+    keep: int | float | str | None = None,
+    scope: Literal["uniform", "global"] | None = None,
+    least: int | None = None,
+    most: int | None = None,
+    other_weights: bool = False,
+    proof: bool = True,
+    proof_tokens: int | None = 32768,
+    window: int | None = None,
+    random_seeds: int = 1,
+    stock_only: bool = False,
+    mtp: Literal["drop", "keep"] = "drop",
+    bos: Bos = "auto",
+    device: str = "auto",
+    dtype: DtypeName = "auto",
+    out: str | Path,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> PruneResult:
+    """Write the model that a pruning plan describes, or decide anew from the plan's scores with another budget.
+
+    Args:
+        plan: plan file, or the folder of a prune step that wrote one.
+        model: MoE: folder or hub id; the plan's own by default.
+        heldout: text to prove the result on; by default what was kept apart when the plan was made.
+        keep: what stays instead: experts a layer, their fraction, or bytes; see moekit prune.
+        scope: equally many in each layer, or wherever they are worth most; the plan's by default.
+        least: fewest a layer keeps, with scope global.
+        most: most a layer keeps, with scope global.
+        other_weights: accept a model of the same shape and other weights, such as a quantized copy.
+        proof: measure what it costs, against frequency and random pruning.
+        proof_tokens: held-out tokens, at most, an equal share of each domain.
+        window: longest context of the proof in tokens (default: the model's, ≤ 1024)
+        random_seeds: random choices that the proof compares with.
+        stock_only: refuse what stock transformers does not load.
+        mtp: multi-token-prediction layers: leave them out, or copy them.
+        bos: what stands before each text: see `moekit.data.encoding.beginning`.
+        device: where layers run: cpu, cuda, ...
+        dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
+            precision.
+        out: folder of the smaller model.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit apply` prints.
+
+    Raises:
+        BadConfig: an impossible option, a budget that the model cannot have, or nothing to decide or prove on.
+        BadData: no text.
+        BadCheckpoint: the model is damaged, or what was written is not what it must be; then nothing is left.
+        OutOfBudget: the disk is too small.
+    """
+    return call(ApplyOptions, PruneResult, dict(locals()))
+
+
+def further_inputs(options: ApplyOptions) -> list[tuple[str, str]]:
+    """The plan's own model, too, where no other is given."""
+    if options.model is None and _plan_path(options.plan).is_file():
+        with contextlib.suppress(MoekitError):  # told where the plan is read
+            return [("model", _load(options).file.model)]
+    return []
+
+
+def settle(options: ApplyOptions, out: Path | None, overwrite: bool) -> tuple[ApplyOptions, Path, bool]:
+    """Refuse to begin without a place to write.
+
+    Raises:
+        BadConfig: there is none.
+    """
+    if out is None:
+        raise BadConfig("nothing says where to write", hint="-o OUT, the folder of the smaller model")
+    return options, out, overwrite
+
+
+def check(options: ApplyOptions) -> None:
+    """Refuse an impossible budget."""
+    resolve_device(options.device)
+    if options.keep is None and (options.scope or options.least or options.most):
+        raise BadConfig("scope, least and most are about another budget", hint="give --keep as well")
+    if options.keep is not None:
+        budget_of(options.keep, options.scope or "global", options.least, options.most)
+
+
+def estimate(options: ApplyOptions, out: Path, sizes: Sizes) -> Forecast:
+    """Exact where plan and model lie here."""
+    reads = [sizes.item(options.plan), *(text_item(text, sizes) for text in (options.heldout,) if text)]
+    if not _plan_path(options.plan).is_file():
+        return Forecast(tuple(reads), (Item(str(out), None),))
+    plan = _load(options)
+    reference = options.model or plan.file.model
+    model = model_item(reference, sizes)
+    if model.nbytes is None or not (Path(reference).expanduser() / "config.json").is_file():
+        return Forecast((*reads, model), (Item(str(out), model.nbytes),), disk=model.nbytes)
+    source = open_source(reference)
+    plan = _fitting(options, plan, source)
+    request = _request(options, plan)
+    refuse_uneven(request.budget, options.stock_only)
+    nbytes = foresee(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp).nbytes
+    nbytes += record_bytes(source.checkpoint.tensors.values())
+    disk = nbytes + _between(options, source, plan)
+    return Forecast((*reads, model), (Item(str(out), nbytes),), disk=disk, memory=1 << 30)
+
+
+def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
+    """Refuse what is impossible, decide anew if asked, prove, write, check."""
+    check(options)
+    plan = _load(options)
+    source = open_source(options.model or plan.file.model, context.progress)
+    plan = _fitting(options, plan, source)
+    request = _request(options, plan)
+    refuse_uneven(request.budget, options.stock_only)
+    tell_uneven(request.budget)
+    outlook = foresee(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp)
+    if options.proof:
+        check_runnable(source)
+    check_disk(context.out, context.scratch, outlook.nbytes, _between(options, source, plan))
+    heldout = _heldout(options, plan, source, context)
+    decided = Decided(source, request, _decided(options, plan, source, request), plan.statistics)
+    return finish(decided, heldout, options, context, warn_of(decided.plan))
+
+
+def _load(options: ApplyOptions) -> PrunePlan:
+    return PrunePlan.load(_plan_path(options.plan))
+
+
+def _fitting(options: ApplyOptions, plan: PrunePlan, source: Source) -> PrunePlan:
+    """The plan as one of this model.
+
+    Raises:
+        BadConfig: it was made for another one.
+    """
+    if not options.other_weights:
+        plan.check_model(source.checkpoint.fingerprint, source.checkpoint.path)
+        return plan
+    told = {layer: (p.experts, p.hidden, p.width) for layer, p in plan.file.layers.items()}
+    here = {layer: (g.experts, g.hidden, g.width) for layer, g in source.geometries.items()}
+    if told != here:
+        raise BadConfig(
+            f"this plan was made for {plan.file.model}, a model of another shape",
+            file=source.checkpoint.path,
+            hint="make a plan for this model: scores of one say nothing of another",
+        )
+    update = {"fingerprint": source.checkpoint.fingerprint}
+    return PrunePlan(plan.file.model_copy(update=update), plan.statistics)
+
+
+def _budget(options: ApplyOptions, plan: PrunePlan) -> Budget:
+    if options.keep is None:
+        return plan.file.budget
+    before = plan.file.budget
+    scope = options.scope or before.scope
+    if scope == "uniform":
+        return budget_of(options.keep, scope, options.least, options.most)
+    return budget_of(options.keep, scope, options.least or before.least, options.most or before.most)
+
+
+def _request(options: ApplyOptions, plan: PrunePlan) -> Request:
+    file = plan.file
+    return Request(plan.method, _budget(options, plan), file.top_k, file.groups, file.seed, file.protected)
+
+
+def _decided(options: ApplyOptions, plan: PrunePlan, source: Source, request: Request) -> PrunePlan:
+    if options.keep is None:
+        return plan
+    made = redecide(plan, source.checkpoint, request.budget)
+    return PrunePlan(made.file.model_copy(update={"layers": in_groups(source, made)}), made.statistics)
+
+
+def _between(options: ApplyOptions, source: Source, plan: PrunePlan) -> int:
+    proof = (options.proof_tokens or (1 << 20)) if options.proof else 0
+    rewritten = source.nbytes if plan.method.rewrites else 0
+    return bytes_between(source, 0, proof, 2 + options.random_seeds, rewritten)
+
+
+def _heldout(options: ApplyOptions, plan: PrunePlan, source: Source, context: JobContext) -> HeldOut | None:
+    """Text to prove on: the one given, else what was kept apart when the plan was made."""
+    if not options.proof:
+        return None
+    if options.heldout is not None:
+        return read_heldout(
+            options.heldout, None, source, context, tokens=options.proof_tokens, window=options.window, bos=options.bos
+        )
+    known = heldout_of_plan(plan)
+    if known is not None:
+        check_unchanged(known, plan.file.text_sha256)
+    try:
+        if known is not None:
+            return read_heldout(
+                known, "heldout", source, context, tokens=options.proof_tokens, window=options.window, bos=options.bos
+            )
+    except MoekitError as error:
+        logger.warning("the text of the plan cannot be read again: %s", error.message)
+    logger.warning("there is no text to prove the result on, so nothing says what it costs: give --heldout TEXT")
+    return None
+
+
+def _plan_path(reference: str) -> Path:
+    path = Path(reference).expanduser()
+    return path / PLAN_FILE if path.is_dir() else path

@@ -1,0 +1,52 @@
+"""Options of `moekit.jobs.train`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from moekit._device import DEVICE_HELP
+from moekit.jobs.options.base import CommandLine, ModelRef, PlanRef, TextRef
+from moekit.jobs.options.ranked import RankedOptions
+
+
+class TrainOptions(RankedOptions):
+    """Train a model on text, under the routing policy that it carries or is given; a killed run resumes exactly."""
+
+    job: ClassVar[str] = "moekit.jobs.train"
+    command: ClassVar[CommandLine] = CommandLine(
+        help="Train or fine-tune a model on text. A killed run goes on where it was, when called again alike.",
+        writes="folder of the trained checkpoint",
+        arguments=("model",),
+        examples=(
+            "moekit train ./moe ./tuned --text demo --split train --tokens 100000 --lr 2e-4 --balance-coef 0.01",
+            "moekit train ./moe ./tuned --text ./text --plan ./plan --steps 50 --parts router,experts",
+        ),
+        settings="moekit.training.config:TrainConfig",
+        panel="Training",
+    )
+
+    model: ModelRef = Field(description="model: folder or hub id")
+    text: TextRef = Field(description="training text: file, folder, source, mix or hub id")
+    plan: PlanRef | None = Field(default=None, description="routing plan to train under; the checkpoint's by default")
+    split: Literal["train", "heldout"] | None = Field(default=None, description="part of the text to take")
+    heldout: TextRef | None = Field(default=None, description="text whose loss is watched")
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    data_parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)"
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, balance_coef, ...: TrainConfig")
+    drop_unknown: bool = Field(
+        default=False, description="leave out what the source holds beyond the model, such as a vision tower"
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """Where ranks share the model, their number and way are none of it: others may go on with the run."""
+        told = self.model_dump(mode="json", exclude={"device"})
+        if self.ep == 1:
+            return told
+        for name in (*RankedOptions.model_fields, "data_parallel"):
+            del told[name]
+        told["settings"] = {k: v for k, v in told["settings"].items() if k not in ("batch", "accumulation")}
+        return told

@@ -1,0 +1,211 @@
+"""`use: train`: train or fine-tune a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from moekit._ranks import is_first_rank
+from moekit._validation import faults
+from moekit.checkpoint import fingerprint_model
+from moekit.errors import BadConfig
+from moekit.jobs.call import JobResult, TextLike, call
+from moekit.jobs.context import JobContext
+from moekit.jobs.options.train import TrainOptions
+from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.inputs import changed_bytes, model_item, open_model, read_text, save_changed, text_item
+from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
+from moekit.parallel.checkpoints.gathering import gather_state
+from moekit.parallel.data_parallel import RankedTraining
+from moekit.parallel.launch.start import StartedRanks
+from moekit.progress import ProgressLike
+from moekit.training import TrainConfig
+from moekit.training import train as train_model
+
+# Weights, gradients and two moments of Adam, four bytes each, for weights that may be stored in two.
+_TRAINING_FACTOR = 8
+
+
+class TrainResult(JobResult):
+    """What a run of training did.
+
+    Attributes:
+        steps: optimizer steps, of this process and those it continued.
+        tokens: trained on, padding left out.
+        seconds: spent in steps.
+        losses: language-modelling loss of each step, without router losses.
+        heldout_losses: step -> loss on held-out text.
+        routing: routing figures of the last steps.
+        precision: of matrix products.
+        trained: part -> parameters that trained.
+        parameters: of the model.
+        resumed_from: step that this process continued from.
+        tokens_per_second: over the run.
+        final_loss: of the last step.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    losses: list[float]
+    heldout_losses: dict[Any, float]
+    routing: dict[str, Any] | None
+    precision: str
+    trained: dict[str, int]
+    parameters: int
+    resumed_from: int | None
+    tokens_per_second: float
+    final_loss: float
+
+
+def train(
+    model: str | Path,
+    *,
+    text: TextLike,
+    plan: str | Path | None = None,
+    split: Literal["train", "heldout"] | None = None,
+    heldout: TextLike | None = None,
+    device: str = "auto",
+    data_parallel: Literal["ddp", "fsdp"] = "ddp",
+    settings: Mapping[str, Any] | None = None,
+    ep: int = 1,
+    nodes: int = 1,
+    dispatch: str = "once-per-rank",
+    placement: str | Path | None = None,
+    codec: Literal["none", "int8"] = "none",
+    drop_unknown: bool = False,
+    out: str | Path,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: ProgressLike = None,
+) -> TrainResult:
+    """Train a model on text, under the routing policy that it carries or is given; a killed run resumes exactly.
+
+    Args:
+        model: model: folder or hub id.
+        text: training text: file, folder, source, mix or hub id.
+        plan: routing plan to train under; the checkpoint's by default.
+        split: part of the text to take.
+        heldout: text whose loss is watched.
+        device: cpu, cuda, ..., or auto: a GPU if there is one.
+        data_parallel: under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)
+        settings: steps, lr, balance_coef, ...: TrainConfig.
+        ep: ranks that share each layer's experts; start them with torchrun.
+        nodes: nodes that these ranks stand in, for hierarchical dispatch.
+        dispatch: how tokens travel; see moekit methods dispatch.
+        placement: placement file: which rank holds which expert.
+        codec: int8 sends hidden states in 8 bits; lossy.
+        drop_unknown: leave out what the source holds beyond the model, such as a vision tower.
+        out: folder of the trained checkpoint.
+        overwrite: replace what is there, at the very end.
+        seed: of everything random; the same seed gives the same result.
+        progress: see `moekit.progress`.
+
+    Returns:
+        What `moekit train` prints.
+
+    Raises:
+        BadConfig: an impossible option, or `out` exists.
+        BadData: a text or an artefact is missing or damaged.
+        BadCheckpoint: a model is damaged.
+    """
+    return call(TrainOptions, TrainResult, dict(locals()))
+
+
+def check(options: TrainOptions) -> None:
+    """Refuse impossible settings."""
+    config_of(options, 0)
+    check_ranks(options)
+
+
+def config_of(options: TrainOptions, seed: int) -> TrainConfig:
+    """The run's knobs.
+
+    Raises:
+        BadConfig: an unknown or impossible one.
+    """
+    try:
+        return TrainConfig(**{"seed": seed, **options.settings})
+    except ValidationError as error:
+        raise BadConfig(f"training: {faults(error)}", hint="moekit train --help lists every option") from error
+
+
+def estimate(options: TrainOptions, out: Path, sizes: Sizes) -> Forecast:
+    """The trained model, and a checkpoint with optimizer state while it runs."""
+    model = model_item(options.model, sizes)
+    texts = [text_item(item, sizes) for item in (options.text, options.heldout) if item]
+    needed = None if model.nbytes is None else _TRAINING_FACTOR * model.nbytes
+    # What was learnt, then the model; two checkpoints with both moments where any are kept.
+    copies = 2 if config_of(options, 0).save_every is None else 8
+    kept = None if model.nbytes is None else copies * model.nbytes
+    return Forecast((model, *texts), (Item(str(out), changed_bytes(options.model, model)),), disk=kept, memory=needed)
+
+
+def run(options: TrainOptions, context: JobContext) -> dict[str, Any]:
+    """Train and save."""
+    check_ranks(options)
+    with ranks_of(options) as started:
+        return _train(options, context, started)
+
+
+def _train(options: TrainOptions, context: JobContext, started: StartedRanks | None) -> dict[str, Any]:
+    config = config_of(options, context.seed)
+    model, tokenizer = _open(options, context)
+    distribution = None
+    if started is not None:
+        distribution = _distribute(options, model, started, config.model_dump(mode="json"))
+    documents = read_text(options.text, split=options.split, seed=context.seed, progress=context.progress)
+    heldout = (
+        None if options.heldout is None else read_text(options.heldout, seed=context.seed, progress=context.progress)
+    )
+    result = train_model(
+        model,
+        tokenizer,
+        documents,
+        config,
+        output=context.scratch,
+        heldout=heldout,
+        progress=context.progress,
+        distribution=distribution,
+    )
+    if distribution is not None:
+        model = _whole(options, model, context)
+    scores = result.model_dump(mode="json", exclude={"history"})
+    settings = {**config.model_dump(mode="json", exclude_defaults=True), "text": options.text}
+    save_changed(
+        model,
+        tokenizer,
+        context,
+        parent=options.model,
+        config=settings,
+        scores=scores,
+        drop_unknown=options.drop_unknown,
+    )
+    return {**scores, "tokens_per_second": result.tokens_per_second, "final_loss": result.losses[-1]}
+
+
+def _open(options: TrainOptions, context: JobContext, device: str | None = None) -> tuple[Any, Any]:
+    return open_model(
+        options.model, plan=options.plan, device=device or options.device, dtype="float32", progress=context.progress
+    )
+
+
+def _distribute(options: TrainOptions, model: Any, started: StartedRanks, settings: dict[str, Any]) -> RankedTraining:
+    facts = {"model": fingerprint_model(model)}
+    ranks = deal_out(model, options, started, shared_batch=False, facts=settings)
+    distribution = RankedTraining(ranks, options.data_parallel, facts)
+    distribution.prepare(model)
+    return distribution
+
+
+def _whole(options: TrainOptions, model: Any, context: JobContext) -> Any:
+    """A whole model with what the ranks have learnt, on the first; elsewhere the shared one."""
+    state = gather_state(model)
+    if not is_first_rank():
+        return model
+    whole, _ = _open(options, context, "cpu")
+    whole.load_state_dict(state)
+    return whole

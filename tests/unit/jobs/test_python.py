@@ -1,0 +1,139 @@
+"""`moekit.prune(...)` and its like: the same work, the same answer as the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import moekit
+from moekit.checkpoint import Record
+from moekit.cli.main import main
+from moekit.errors import BadConfig
+from tests.tiny import write_model, write_text
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text of two domains, and a trace."""
+    folder = tmp_path_factory.mktemp("made")
+    write_model(folder / "moe", "qwen3_moe", num_hidden_layers=2)
+    write_text(folder / "text", documents=20)
+    moekit.profile(folder / "moe", text=folder / "text", out=folder / "trace", seq_len=64, max_tokens=2000)
+    return folder
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """What a command answers with --json, but for the folder it wrote."""
+
+    def call(*words: object) -> dict[str, Any]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main([*map(str, words), "--json", "--quiet"])
+        assert left.value.code == 0
+        return without_out(json.loads(capsys.readouterr().out))
+
+    return call
+
+
+def without_out(answer: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in answer.items() if key != "out"}
+
+
+def plain(result: Any) -> dict[str, Any]:
+    """A result as it reads after JSON."""
+    told: dict[str, Any] = json.loads(json.dumps(result.to_dict()))
+    return without_out(told)
+
+
+def test_profile_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
+    how = ["--text", made / "text", "--seq-len", 64, "--max-tokens", 500]
+    asked = command("profile", made / "moe", tmp_path / "a", *how)
+    called = moekit.profile(made / "moe", text=made / "text", seq_len=64, max_tokens=500, out=tmp_path / "b")
+    assert plain(called) == asked
+    assert called.out == tmp_path / "b"
+    assert (tmp_path / "b" / "trace.json").is_file() == (tmp_path / "a" / "trace.json").is_file()
+
+
+def test_prune_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
+    how = ["--method", "reap", "--keep", 0.5, "--data", made / "text", "--max-tokens", 500, "--proof-tokens", 200]
+    asked = command("prune", made / "moe", *how, "-o", tmp_path / "a")
+    called = moekit.prune(
+        made / "moe",
+        method="reap",
+        keep=0.5,
+        data=made / "text",
+        max_tokens=500,
+        proof_tokens=200,
+        out=tmp_path / "a",
+        overwrite=True,
+    )
+    assert plain(called) == asked
+    assert called.proof is not None
+    assert called.experts == {"before": 16, "after": 8}
+    record = Record.read(tmp_path / "a")
+    assert record is not None
+    assert record.command.startswith("moekit.prune(")
+
+
+def test_place_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
+    asked = command("place", "swap", made / "trace", tmp_path / "a", "--devices", "2")
+    called = moekit.place(made / "trace", method="swap", devices=(2,), out=tmp_path / "b")
+    assert plain(called) == asked
+    kept = moekit.place(made / "trace", method="swap", devices=(2,))
+    assert kept.out is None
+    assert kept.to_dict() == without_out(called.to_dict())
+
+
+def test_evaluate_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
+    asked = command("evaluate", made / "moe", tmp_path / "a", "--text", made / "text", "--max-tokens", 400)
+    called = moekit.evaluate(made / "moe", text=made / "text", max_tokens=400)
+    assert plain(called) == asked
+
+
+def test_a_model_in_memory_is_measured_as_its_folder_is(made: Path) -> None:
+    model = moekit.load(made / "moe", device="cpu").train()
+    tokenizer = AutoTokenizer.from_pretrained(made / "moe")
+    of_folder = moekit.evaluate(made / "moe", text=made / "text", max_tokens=400, device="cpu")
+    of_memory = moekit.evaluate(model, tokenizer=tokenizer, text=made / "text", max_tokens=400, name="moe")
+    assert of_memory.domains == of_folder.domains
+    assert model.training, "left in the mode it came in"
+    # What is measured is this model, not what it was loaded from.
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    flat = moekit.evaluate(model, tokenizer=tokenizer, text=made / "text", max_tokens=400)
+    assert flat.domains[0]["perplexity"] == pytest.approx(model.config.vocab_size, rel=1e-4)
+    with pytest.raises(BadConfig, match="no tokenizer"):
+        moekit.evaluate(model, text=made / "text")
+
+
+def test_texts_may_be_given_as_they_are(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEKIT_HOME", str(tmp_path / "home"))
+    texts = {"prose": ["one two three four five six"] * 3, "sums": ["1 + 2 = 3, 4 + 5 = 9"] * 3}
+    (tmp_path / "same.jsonl").write_text(
+        "".join(json.dumps({"text": t, "domain": d}) + "\n" for d, some in texts.items() for t in some)
+    )
+    given = moekit.evaluate(made / "moe", text=texts)
+    assert [d["domain"] for d in given.domains][1:] == ["prose", "sums"]
+    assert given.domains == moekit.evaluate(made / "moe", text=tmp_path / "same.jsonl").domains
+    with pytest.raises(BadConfig, match="no text"):
+        moekit.evaluate(made / "moe", text=[1, 2])  # type: ignore[list-item]
+
+
+def test_progress_is_told_to_a_function_and_silent_on_request(made: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    seen: list[tuple[str, int, int | None, str]] = []
+    moekit.evaluate(made / "moe", text=made / "text", max_tokens=200, progress=lambda *told: seen.append(told))
+    assert seen
+    capfd.readouterr()
+    moekit.evaluate(made / "moe", text=made / "text", max_tokens=200, progress=False)
+    # No terminal here: nothing is drawn either where nothing was said.
+    moekit.evaluate(made / "moe", text=made / "text", max_tokens=200)
+    assert capfd.readouterr().err == ""
+    moekit.evaluate(made / "moe", text=made / "text", max_tokens=200, progress=True)
+    assert seen[0][0].split()[0] in capfd.readouterr().err
