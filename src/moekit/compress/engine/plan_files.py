@@ -2,7 +2,7 @@
 
 The second holds statistics, one tensor for each layer and name, so that a plan can be carried out without the text it
 was made from. The first names the second by its digest: a kill between the two files of a plan that replaces another
-leaves a pair that is refused, and never old decisions with new statistics.
+leaves a pair that is refused, and never old outcomes with new statistics.
 """
 
 from __future__ import annotations
