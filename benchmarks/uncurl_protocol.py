@@ -54,8 +54,7 @@ def config_of(experts: int, steps: int, seed: int) -> TinyConfig:
         beta2=0.98,
         seq_len=128,
         batch=16,
-        balance_coef=0.01,
-        z_coef=0.001,
+        objectives={"balance": 0.01, "z": 0.001},
         save_every=None,
         seed=seed,
     )
