@@ -89,7 +89,7 @@ def main() -> None:
     weights = random_layer(given.experts, given.width, given.hidden, given.copies, getattr(torch, given.dtype))
     seen = inputs(given.experts, given.width, given.hidden)
     method = DERN(compare=given.compare, precision=given.precision)
-    decision = method.decide(seen, method.score(seen), given.keep)
+    outcome = method.decide(seen, method.score(seen), given.keep)
     print(
         f"{platform.platform()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{time.strftime('%Y-%m-%d')}\n{given.experts} -> {given.keep} experts of {given.width} x {given.hidden}, "
@@ -98,10 +98,10 @@ def main() -> None:
     )
     row("making the layer", (0.0, 0.0), (time.perf_counter() - begun, time.process_time()))
     start = clock()
-    figures = method.figures(weights, decision, seen)
+    figures = method.told(weights, outcome, seen)
     middle = clock()
     row("nearest segments", start, middle)
-    method.transform(weights, decision, seen)
+    method.transform(weights, outcome, seen)
     row("recombination", middle, clock())
     row("both", start, clock())
     print(f"\n{figures['moved_share']:.1%} of the dropped segments moved")

@@ -43,12 +43,12 @@ def bare_loop(config: TinyConfig, training: TrainConfig, rows: TokenBatches) -> 
     ordered = OrderedRows(rows, row_order(len(rows), steps * training.batch, training.seed))
     precision = resolve_precision(training.precision, model.device)
     seconds = []
-    with attention_for(model, training.seq_len), sliced_cross_entropy(model):
+    with attention_for(model, training.seq_len), sliced_cross_entropy(model) as sliced:
         for step in range(steps):
             start = time.perf_counter()
             batch = collate([ordered[step * training.batch + i] for i in range(training.batch)])
             with compute_context(precision, model.device):
-                loss = model(**batch, use_cache=False).loss
+                loss = sliced(**batch, use_cache=False)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
             optimizer.step()
@@ -60,7 +60,7 @@ def bare_loop(config: TinyConfig, training: TrainConfig, rows: TokenBatches) -> 
 def overhead(config: TinyConfig, steps: int, rounds: int) -> None:
     """Print the speed of a bare loop and of `train`, with and without router losses."""
     changes = {"steps": steps, "tokens": None, "save_every": None}
-    plain = config.training.model_copy(update={**changes, "balance_coef": 0.0, "z_coef": 0.0})
+    plain = config.training.model_copy(update={**changes, "objectives": {}})
     full = config.training.model_copy(update=changes)
     rows = random_rows(config, 64)
     times: dict[str, list[float]] = {"bare loop": [], "train, no router losses": [], "train": []}

@@ -44,7 +44,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import ShardWriter
 from moekit.compress.engine.apply import apply, plan_bytes
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.trace.streamed import record_streamed
 
 EXPERTS, TOP_K, VOCABULARY = 8, 2, 32_000
@@ -127,9 +127,9 @@ def make(folder: Path, config: MixtralConfig, fused: bool) -> None:
                 writer.add(name, tensor)
 
 
-def decisions_for(config: MixtralConfig) -> dict[int, LayerDecision]:
+def decisions_for(config: MixtralConfig) -> dict[int, LayerOutcome]:
     """Every other expert, in turns of the layers, so that what stays is scattered over the files."""
-    return {layer: LayerDecision(keep=tuple(range(layer % 2, EXPERTS, 2))) for layer in range(config.num_hidden_layers)}
+    return {layer: LayerOutcome(keep=tuple(range(layer % 2, EXPERTS, 2))) for layer in range(config.num_hidden_layers)}
 
 
 def forget(folder: Path) -> None:

@@ -38,8 +38,8 @@ DENSE_STEPS, MOE_STEPS = 700, 500
 def config_of(steps: int, seed: int, experts: int = 16, top_k: int = 2) -> TinyConfig:
     """The model, trained for some steps of 18 x 128 tokens."""
     training = TrainConfig(
-        steps=steps, lr=3e-3, warmup=0.05, weight_decay=0.1, beta2=0.98, seq_len=128, batch=18, balance_coef=0.0,
-        z_coef=0.0, save_every=None, seed=seed,
+        steps=steps, lr=3e-3, warmup=0.05, weight_decay=0.1, beta2=0.98, seq_len=128, batch=18,
+        save_every=None, seed=seed,
     )  # fmt: skip
     return TinyConfig(
         vocabulary=BYTES, hidden=96, layers=4, heads=4, kv_heads=4, experts=experts, top_k=top_k, width=64,

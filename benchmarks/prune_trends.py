@@ -25,7 +25,7 @@ from moekit.bench.pruning.ranking import mean_nll
 from moekit.compress.budget.sparsity import remaining_sparsity
 from moekit.compress.engine import live
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.premoe import PreMoe
@@ -240,10 +240,10 @@ def two_stages(case: Case) -> dict[tuple[int, float], float]:
             break
         small = copy.deepcopy(model)
         if keep < experts:
-            decisions = _decide(small, method, _evidence(small, rows, needs), keep)
-            small = live.change_model(small, decisions)
+            outcomes = _decide(small, method, _evidence(small, rows, needs), keep)
+            small = live.change_model(small, outcomes)
         seen = _evidence(small, rows, needs)
-        whole = {at: LayerDecision(keep=tuple(range(keep))) for at in seen}
+        whole = {at: LayerOutcome(keep=tuple(range(keep))) for at in seen}
         for total in totals:
             share = remaining_sparsity(total, 1 - keep / experts)
             rewrite = partial(_sparsified, wanda, seen, share)
@@ -269,7 +269,7 @@ def _evidence(model: Any, rows: TokenBatches, needs: Sequence[str]) -> dict[int,
     }
 
 
-def _decide(model: Any, method: Any, seen: dict[int, LayerInputs], keep: int) -> dict[int, LayerDecision]:
+def _decide(model: Any, method: Any, seen: dict[int, LayerInputs], keep: int) -> dict[int, LayerOutcome]:
     return {at: method.decide(inputs, method.score(inputs), keep) for at, inputs in seen.items()}
 
 

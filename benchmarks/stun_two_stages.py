@@ -28,11 +28,12 @@ from moekit.bench.pruning import take_tokens
 from moekit.checkpoint import Checkpoint, Record
 from moekit.compress.budget.parents import expert_weights, find_original
 from moekit.compress.budget.sizes import Budget
-from moekit.compress.budget.sparsity import remaining_sparsity
-from moekit.compress.engine import planning
+from moekit.compress.budget.sparsity import SparsityBudget, remaining_sparsity
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.rewriting import rewriter
-from moekit.compress.engine.sequential import Calibration, PlannedZeros, Request, plan_sparsity, zeros_of
+from moekit.compress.engine.measuring import geometries_of
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import Calibration, PlanRequest
+from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
 from moekit.compress.engine.zeroing import SparsifyMethod
 from moekit.data import TokenizedDocument, load_text
 from moekit.data.batches import arrange
@@ -90,23 +91,23 @@ def read_texts(options: argparse.Namespace) -> Texts:
 
 def without_experts(checkpoint: Checkpoint, trace: Trace, name: str, keep: float, folder: Path) -> Checkpoint:
     """The checkpoint with a share of its experts, written to a folder."""
-    request = planning.Request(catalogue.get("prune", name).cls(), Budget(keep=keep))
-    plan = planning.plan_pruning(checkpoint, trace, request)
+    request = PlanRequest(catalogue.get("prune", name).cls(), Budget(keep=keep))
+    plan = plan_weights(checkpoint, trace, request)
     record = Record(command="a benchmark", parent=str(checkpoint.path), parent_fingerprint=checkpoint.fingerprint)
-    apply(checkpoint, plan.decisions, folder, rewrite=rewriter(plan, checkpoint), record=record)
+    apply(checkpoint, plan.outcomes, folder, rewrite=rewriter(plan, checkpoint), record=record)
     return Checkpoint.open(folder)
 
 
 def sparse(checkpoint: Checkpoint, method: SparsifyMethod, totals: Sequence[float], texts: Texts) -> list[Variant]:
     """A variant for each total that what is left can still meet."""
-    geometries = planning.geometries_of(checkpoint)
+    geometries = geometries_of(checkpoint)
     removed = 1 - expert_weights(geometries) / find_original(checkpoint).weights
     made = []
     for total in totals:
         if total >= removed:
-            request = Request(method, remaining_sparsity(total, removed), total)
-            plan = plan_sparsity(checkpoint, texts.calibration if method.required else None, request)
-            made.append(Variant(f"{total}", plan.decisions, zeros_of(plan, checkpoint)))
+            request = PlanRequest(method, SparsityBudget(sparsity=remaining_sparsity(total, removed), total=total))
+            plan = plan_weights(checkpoint, texts.calibration if method.required else None, request)
+            made.append(Variant(f"{total}", plan.outcomes, rewriter(plan, checkpoint)))
     return made
 
 
@@ -117,10 +118,10 @@ def measure(
     variants = sparse(checkpoint, method, options.totals, texts)
     plain, results = compare_variants(checkpoint, texts.heldout, variants, window=texts.window)
     original = find_original(checkpoint).weights
-    kept = max(geometry.experts for geometry in planning.geometries_of(checkpoint).values())
+    kept = max(geometry.experts for geometry in geometries_of(checkpoint).values())
     rows = []
     for variant, result in zip(variants, results, strict=True):
-        assert isinstance(variant.rewrite, PlannedZeros)
+        assert isinstance(variant.rewrite, PlannedRewrite)
         gone = variant.rewrite.count.gone_of(original)
         rows.append(Row(start, kept, float(variant.name), gone, result.perplexity))
     return plain, rows

@@ -30,7 +30,7 @@ from moekit.anatomy import find_moe_layers
 from moekit.compress.engine import live
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.data import Document, TokenBatches, load_text, pack, train_tokenizer
 from moekit.routing.methods.merge_redirect import MergeRedirect, share_rows
 from moekit.runtime import attach
@@ -54,8 +54,7 @@ def config_of(experts: int, steps: int, seed: int) -> TinyConfig:
         beta2=0.98,
         seq_len=128,
         batch=16,
-        balance_coef=0.01,
-        z_coef=0.001,
+        objectives={"balance": 0.01, "z": 0.001},
         save_every=None,
         seed=seed,
     )
@@ -99,25 +98,25 @@ def loss_of(model: PreTrainedModel, rows: TokenBatches) -> float:
 
 def reduced(
     model: PreTrainedModel, method: PruneMethod, observed: Statistics, keep: int, seed: int
-) -> tuple[PreTrainedModel, dict[int, LayerDecision]]:
+) -> tuple[PreTrainedModel, dict[int, LayerOutcome]]:
     """A copy of the model with `keep` experts a layer."""
     seen = {
         layer.index: LayerInputs(layer.index, layer.geometry, observed[layer.index], seed=seed)
         for layer in find_moe_layers(model)
     }
-    decisions = {at: method.decide(inputs, method.score(inputs), keep) for at, inputs in seen.items()}
+    outcomes = {at: method.decide(inputs, method.score(inputs), keep) for at, inputs in seen.items()}
     twin = copy.deepcopy(model)
-    twin = live.change_model(twin, decisions, lambda at, weights: method.transform(weights, decisions[at], seen[at]))
-    return twin, decisions
+    twin = live.change_model(twin, outcomes, lambda at, weights: method.transform(weights, outcomes[at], seen[at]))
+    return twin, outcomes
 
 
 def with_all_rows(
-    small: PreTrainedModel, model: PreTrainedModel, decisions: Mapping[int, LayerDecision]
+    small: PreTrainedModel, model: PreTrainedModel, outcomes: Mapping[int, LayerOutcome]
 ) -> PreTrainedModel:
     """Let a merged model route by the rows of the model it came from."""
     rows = {}
     for old in find_moe_layers(model):
-        groups = decisions[old.index].groups
+        groups = outcomes[old.index].sources
         assert groups is not None
         rows[old.index] = share_rows(groups, old.require_router().weight)
     attach(small, MergeRedirect(), rows)
@@ -151,11 +150,11 @@ def compare(
             for name, method in methods.items():
                 draws = []
                 for draw in range(DRAWS if name == "random" else 1):
-                    small, decisions = reduced(models[experts], method, trace.statistics, keep, seed + 1000 * draw)
+                    small, outcomes = reduced(models[experts], method, trace.statistics, keep, seed + 1000 * draw)
                     draws.append(judged(copy.deepcopy(small)))
                 losses[name] = statistics.fmean(draws)
                 if name == "uncurl":
-                    losses["rows"] = judged(with_all_rows(small, models[experts], decisions))
+                    losses["rows"] = judged(with_all_rows(small, models[experts], outcomes))
             found[experts, keep] = losses
     return found
 

@@ -18,13 +18,13 @@ from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import SINGLE_FILE, Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadCheckpoint, BadConfig, OutOfBudget
 from tests.checkpoints import plain
 
 KEEP = (1, 2, 5, 6)
-DECISIONS = {layer: LayerDecision(keep=KEEP) for layer in range(2)}
+DECISIONS = {layer: LayerOutcome(keep=KEEP) for layer in range(2)}
 
 
 def halve(layer: int, weights: LayerWeights) -> LayerWeights:

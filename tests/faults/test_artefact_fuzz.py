@@ -23,7 +23,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import read_extra_tensors
 from moekit.checkpoint.record import Record
 from moekit.cli.main import main
-from moekit.compress.engine.plan import PrunePlan
+from moekit.compress.engine.plan import WeightPlan
 from moekit.data import load_text
 from moekit.errors import MoekitError
 from moekit.evaluation.documents import PerplexityResult
@@ -138,9 +138,9 @@ class Readers:
         verify(checkpoint)
 
     def pruned(self, folder: Path) -> None:
-        plan = PrunePlan.load(folder / "plan.json")
+        plan = WeightPlan.load(folder / "plan.json")
         plan.check_model(self.source.checkpoint.fingerprint)
-        _ = (plan.hash, plan.method, plan.decisions)
+        _ = (plan.hash, plan.method, plan.outcomes)
 
     def patterns(self, folder: Path) -> None:
         PatternStore(folder).load_all()

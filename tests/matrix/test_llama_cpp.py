@@ -17,7 +17,8 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.planning import Request, plan_pruning
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import PlanRequest
 from moekit.compress.prune.reap import REAP
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain
@@ -34,8 +35,8 @@ KEPT, NEW = 5, 12
 def test_a_pruned_folder_opens_in_llama_cpp(family: str, tmp_path: Path) -> None:
     checkpoint, method = Checkpoint.open(plain(tmp_path / "whole", family)), REAP()
     trace = record_streamed(checkpoint, [tokens(4, 24, seed=21)], statistics=("load", *method.required))
-    plan = plan_pruning(checkpoint, trace, Request(method, Budget(keep=KEPT)))
-    apply(checkpoint, plan.decisions, tmp_path / "out", record=Record(command="a test"))
+    plan = plan_weights(checkpoint, trace, PlanRequest(method, Budget(keep=KEPT)))
+    apply(checkpoint, plan.outcomes, tmp_path / "out", record=Record(command="a test"))
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert find_moe_layers(model)[0].geometry.experts == KEPT

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.outcome import LayerDecision
-from moekit.compress.engine.planning import geometries_of
+from moekit.compress.engine.measuring import geometries_of
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.serving.expert_sets.expert_set import Pattern, keep_sets, make_pattern
 from moekit.serving.expert_sets.loading import load_task
 from tests.checkpoints import plain
@@ -32,9 +32,9 @@ def any_pattern(checkpoint: Checkpoint, seed: int = 4) -> Pattern:
 
 
 def written(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]], folder: Path) -> PreTrainedModel:
-    """The folder that `apply` writes for the same decision, as stock transformers opens it."""
-    decisions = {layer: LayerDecision(keep=tuple(experts)) for layer, experts in keep.items()}
-    apply(checkpoint, decisions, folder, record=Record(command="a test"))
+    """The folder that `apply` writes for the same outcome, as stock transformers opens it."""
+    outcomes = {layer: LayerOutcome(keep=tuple(experts)) for layer, experts in keep.items()}
+    apply(checkpoint, outcomes, folder, record=Record(command="a test"))
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         # Mapped weights lie anywhere; kernels round the last bit by where they lie.

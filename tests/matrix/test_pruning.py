@@ -25,11 +25,12 @@ from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.engine.live import change_model
-from moekit.compress.engine.outcome import LayerDecision
-from moekit.compress.engine.plan import PrunePlan
-from moekit.compress.engine.planning import Request, plan_pruning, redecide
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.planning import plan_weights, redecide
+from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.rewriting import rewriter
-from moekit.compress.engine.searching import search_pruning
+from moekit.compress.engine.searching import plan_by_search
 from moekit.errors import BadConfig
 from moekit.trace import Trace
 from moekit.trace.streamed import Streamed, record_streamed
@@ -71,12 +72,12 @@ def recorded(family: str, request: pytest.FixtureRequest, tmp_path_factory: pyte
     return _RECORDED[family, fused]
 
 
-def plan_of(recorded: Recorded, method: PruneMethod, budget: Budget) -> PrunePlan:
-    request = Request(method, budget, seed=3)
+def plan_of(recorded: Recorded, method: PruneMethod, budget: Budget) -> WeightPlan:
+    request = PlanRequest(method, budget, seed=3)
     if not method.searches:
-        return plan_pruning(recorded.checkpoint, recorded.trace, request)
+        return plan_weights(recorded.checkpoint, recorded.trace, request)
     with Streamed(recorded.checkpoint, TEXT, statistics=("load",)) as streamed:
-        return search_pruning(recorded.checkpoint, recorded.trace, streamed, request)
+        return plan_by_search(recorded.checkpoint, recorded.trace, streamed, request)
 
 
 @pytest.mark.parametrize(("name", "family"), cases(METHODS))
@@ -85,8 +86,8 @@ def test_keeping_all_changes_no_bit(name: str, family: str, recorded: Recorded) 
     stock = logits(model)
     for method in examples(name, model):
         plan = plan_of(recorded, method, Budget(keep=1.0))
-        assert all(len(d.keep) == EXPERTS for d in plan.decisions.values())
-        changed = change_model(copy.deepcopy(model), plan.decisions, rewriter(plan, recorded.checkpoint))
+        assert all(len(d.keep) == EXPERTS for d in plan.outcomes.values())
+        changed = change_model(copy.deepcopy(model), plan.outcomes, rewriter(plan, recorded.checkpoint))
         assert torch.equal(logits(changed), stock), repr(method)
 
 
@@ -97,11 +98,11 @@ def test_a_pruned_folder_is_the_pruned_model(
     model = build(family)
     checkpoint, method = recorded.checkpoint, examples(name, model)[0]
     plan = plan_of(recorded, method, Budget(keep=5))
-    assert all(len(d.keep) == 5 for d in plan.decisions.values())
-    changed = change_model(copy.deepcopy(model), plan.decisions, rewriter(plan, checkpoint))
+    assert all(len(d.keep) == 5 for d in plan.outcomes.values())
+    changed = change_model(copy.deepcopy(model), plan.outcomes, rewriter(plan, checkpoint))
     apply(
         checkpoint,
-        plan.decisions,
+        plan.outcomes,
         tmp_path / "out",
         rewrite=rewriter(plan, checkpoint),
         record=Record(command="a test"),
@@ -125,9 +126,9 @@ def test_a_saved_plan_decides_again_as_it_would_have_decided(
             redecide(plan_of(recorded, method, Budget(keep=6)), recorded.checkpoint, Budget(keep=4))
         return
     plan_of(recorded, method, Budget(keep=6)).save(tmp_path / "plan.json")
-    again = redecide(PrunePlan.load(tmp_path / "plan.json"), recorded.checkpoint, Budget(keep=4))
+    again = redecide(WeightPlan.load(tmp_path / "plan.json"), recorded.checkpoint, Budget(keep=4))
     straight = plan_of(recorded, method, Budget(keep=4))
-    assert again.decisions == straight.decisions
+    assert again.outcomes == straight.outcomes
     assert again.hash == straight.hash
     assert again.file.warnings == straight.file.warnings
 
@@ -188,7 +189,7 @@ def test_masking_equals_slicing(family: str) -> None:
             layer.index: set(torch.randperm(EXPERTS, generator=g)[: TOP_K + 2 + seed].tolist())
             for layer in find_moe_layers(model)
         }
-        decisions = {index: LayerDecision(keep=tuple(sorted(kept))) for index, kept in keep.items()}
-        sliced = logits(change_model(copy.deepcopy(model), decisions))
+        outcomes = {index: LayerOutcome(keep=tuple(sorted(kept))) for index, kept in keep.items()}
+        sliced = logits(change_model(copy.deepcopy(model), outcomes))
         assert not torch.allclose(sliced, stock, atol=1e-3), "removing experts must change something"
         torch.testing.assert_close(sliced, masked_reference(model, keep), rtol=1e-4, atol=1e-5)

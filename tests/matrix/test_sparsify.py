@@ -17,11 +17,14 @@ from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
+from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.live import change_model
+from moekit.compress.engine.plan import WeightPlan, zero_budget
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import Calibration, PlanRequest
 from moekit.compress.engine.resize import read_block
-from moekit.compress.engine.sequential import Calibration, Request, plan_sparsity, zeros_of
-from moekit.compress.engine.sparsity_plan import SparsityPlan
+from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.engine.zeroing import SparsifyMethod
 from moekit.compress.maths.masks import zeros_in
 from tests.checkpoints import plain
@@ -51,9 +54,11 @@ def examples(name: str, model: PreTrainedModel) -> list[SparsifyMethod]:
     return list(cls.examples(find_moe_layers(model)[0].geometry))
 
 
-def plan_of(checkpoint: Checkpoint, method: SparsifyMethod, sparsity: float) -> SparsityPlan:
+def plan_of(checkpoint: Checkpoint, method: SparsifyMethod, sparsity: float) -> WeightPlan:
     share = sparsity if method.fixed_sparsity is None else method.fixed_sparsity
-    return plan_sparsity(checkpoint, TEXT if method.required else None, Request(method, share))
+    return plan_weights(
+        checkpoint, TEXT if method.required else None, PlanRequest(method, SparsityBudget(sparsity=share))
+    )
 
 
 def matrices(model: PreTrainedModel) -> dict[tuple[int, str], torch.Tensor]:
@@ -74,7 +79,7 @@ def test_no_zeros_change_no_bit(name: str, family: str, checkpoint: Checkpoint) 
         if method.fixed_sparsity is not None:
             continue
         plan = plan_of(checkpoint, method, 0.0)
-        changed = change_model(copy.deepcopy(model), plan.decisions, zeros_of(plan, checkpoint))
+        changed = change_model(copy.deepcopy(model), plan.outcomes, rewriter(plan, checkpoint))
         assert torch.equal(logits(changed), stock), repr(method)
 
 
@@ -84,10 +89,10 @@ def test_a_sparse_folder_is_the_sparse_model(
 ) -> None:
     model, method = build(family), examples(name, build(family))[0]
     plan = plan_of(checkpoint, method, 0.6)
-    changed = change_model(copy.deepcopy(model), plan.decisions, zeros_of(plan, checkpoint))
-    zeros, target = zeros_of(plan, checkpoint), tmp_path / "out"
+    changed = change_model(copy.deepcopy(model), plan.outcomes, rewriter(plan, checkpoint))
+    zeros, target = rewriter(plan, checkpoint), tmp_path / "out"
     record = Record(command="a test")
-    apply(checkpoint, plan.decisions, target, rewrite=zeros, rewrite_full=True, record=record, mtp="keep")
+    apply(checkpoint, plan.outcomes, target, rewrite=zeros, record=record, mtp="keep")
     opened = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     memory = changed.state_dict()
     assert all(torch.equal(value, memory[key]) for key, value in opened.state_dict().items())
@@ -101,12 +106,12 @@ def test_a_sparse_folder_is_the_sparse_model(
 
 
 def _check_zeros(
-    after: dict[tuple[int, str], Any], before: dict[tuple[int, str], Any], plan: SparsityPlan, told: int
+    after: dict[tuple[int, str], Any], before: dict[tuple[int, str], Any], plan: WeightPlan, told: int
 ) -> None:
     counted = 0
     for (layer, part), found in after.items():
         experts, rows, columns = found.shape
-        share, zero = plan.file.layers[layer].sparsity, found == 0
+        share, zero = plan.file.layers[layer].outcome.sparsity or 0.0, found == 0
         assert torch.equal(found[~zero], before[layer, part][~zero]), "what is left is what it was"
         assert (before[layer, part] != 0).all()
         # Where rows are compared each row has as many zeros; where matrices are, each matrix.
@@ -116,7 +121,7 @@ def _check_zeros(
         assert experts == EXPERTS
     total = sum(found.numel() for found in after.values())
     assert counted == told
-    assert counted / total == pytest.approx(plan.file.sparsity, abs=1 / FEWEST)
+    assert counted / total == pytest.approx(zero_budget(plan.file.budget).sparsity, abs=1 / FEWEST)
 
 
 @pytest.mark.parametrize(("name", "family"), cases(METHODS))
@@ -127,11 +132,11 @@ def test_every_setting_gives_its_zeros_and_a_stored_plan_the_same(
     for number, method in enumerate(examples(name, model)):
         plan = plan_of(checkpoint, method, 0.5)
         plan.save(tmp_path / f"{number}.json")
-        stored = SparsityPlan.load(tmp_path / f"{number}.json")
+        stored = WeightPlan.load(tmp_path / f"{number}.json")
         read = stored.file.model_copy(update={"statistics_sha256": ""})  # filled in as it is written
         assert (read, stored.hash) == (plan.file, plan.hash)
         assert stored.method == method
-        zeros, again = zeros_of(plan, checkpoint), zeros_of(stored, checkpoint)
+        zeros, again = rewriter(plan, checkpoint), rewriter(stored, checkpoint)
         for layer in find_moe_layers(model):
             weights = read_block(layer)
             made, same = zeros(layer.index, weights), again(layer.index, weights)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "train_script.py"
-STEPS = {"steps": 20, "balance_coef": 0.01, "z_coef": 0.001, "weight_decay": 0.1, "save_every": None}
+STEPS = {"steps": 20, "objectives": {"balance": 0.01, "z": 0.001}, "weight_decay": 0.1, "save_every": None}
 
 
 def run(folder: Path, ranks: int, settings: dict[str, Any], code: int = 0) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def test_two_hundred_steps_stray_no_further_than_another_order_of_sums(tmp_path:
 
 
 def test_a_run_killed_on_four_ranks_goes_on_with_two(tmp_path: Path) -> None:
-    settings = {"steps": 8, "balance_coef": 0.01, "save_every": 3, "copies": 1}
+    settings = {"steps": 8, "objectives": {"balance": 0.01}, "save_every": 3, "copies": 1}
     whole = run(tmp_path / "whole", 4, settings)
     broken = tmp_path / "broken"
     run(broken, 4, settings | {"stop": 4}, code=1)

@@ -43,7 +43,7 @@ def main(out: Path, settings: dict[str, Any]) -> None:
         accumulation=micro // world,
         seq_len=16,
         lr=1e-2,
-        schedule="constant",
+        lr_schedule="constant",
         warmup=0,
         **{"precision": "fp32", **settings},
     )

@@ -99,6 +99,27 @@ OWN = (
         title="Dispatchers between ranks",
         laws=("tests/parallel",),
     ),
+    Kind(
+        name="objective",
+        package="moekit.training.objectives",
+        base="moekit.training.objectives.base:Objective",
+        title="What training minimises",
+        laws=("tests/laws/test_objectives.py",),
+    ),
+    Kind(
+        name="balancer",
+        package="moekit.training.balancers",
+        base="moekit.training.balancers.base:Balancer",
+        title="Balancing without a loss",
+        laws=("tests/laws/test_balancers.py",),
+    ),
+    Kind(
+        name="schedule",
+        package="moekit.training.schedules",
+        base="moekit.training.schedules.base:Schedule",
+        title="Settings that move during training",
+        laws=("tests/laws/test_schedules.py",),
+    ),
 )
 
 

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict
 from moekit.checkpoint.experts import expert_counts, is_expert_tensor
 from moekit.checkpoint.folder import CONFIG_FILE, read_tensors
 from moekit.checkpoint.hub import first_line, looks_like_hub_id, network_errors
-from moekit.checkpoint.names import config_top_k, text_config
+from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo, check_name, read_json
 from moekit.checkpoint.sanity import check_config
+from moekit.checkpoint.spec import MoESpec
 from moekit.errors import BadCheckpoint, BadConfig
 
 # Rough rates; `Estimate.assumptions` states those used.
@@ -124,15 +125,6 @@ def measured_flops(seconds: float = 0.05) -> float:
     return count * 2 * 384**3 / (time.perf_counter() - start)
 
 
-def _cache_bytes(config: Mapping[str, Any], itemsize: float) -> int:
-    inner = text_config(config)
-    layers, heads = inner.get("num_hidden_layers") or 0, inner.get("num_attention_heads") or 0
-    if inner.get("kv_lora_rank"):  # multi-head latent attention caches the latent and the rotary part of the key
-        return int(layers * (inner["kv_lora_rank"] + (inner.get("qk_rope_head_dim") or 0)) * itemsize)
-    head_dim = inner.get("head_dim") or ((inner.get("hidden_size") or 0) // heads if heads else 0)
-    return int(layers * (inner.get("num_key_value_heads") or heads) * head_dim * 2 * itemsize)
-
-
 def estimate(
     model: str | Path,
     *,
@@ -189,7 +181,7 @@ def estimate(
         load_bytes=load,
         peak_load_bytes=load + int(stack * itemsize),
         train_bytes=parameters * TRAIN_BYTES_PER_PARAMETER,
-        cache_bytes_per_token=_cache_bytes(headers.config, itemsize),
+        cache_bytes_per_token=int(MoESpec.from_config(headers.config).cached_numbers * itemsize),
         seconds={
             "download": download / download_rate,
             "read": disk / read_rate,

@@ -23,7 +23,7 @@ def generate_by_task(
         return
 
     def tell(task: str, work: Any) -> None:
-        counts = sorted({len(decision.keep) for decision in work.decisions.values()})
+        counts = sorted({len(outcome.keep) for outcome in work.outcomes.values()})
         terminal.note(
             f"{task}: {counts[0]} of {max(work.counts.values())} experts a layer, {size(read_bytes(work))} of "
             f"{size(models.source.nbytes)}"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import MoELayer, flat_output
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.carrying import carried_out
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, resized_block, resized_config
 from moekit.compress.engine.weights import LayerWeights
 from moekit.trace.seam import read_arguments
@@ -28,14 +29,14 @@ class Variant:
 
     Attributes:
         name: what to call it.
-        decisions: decoder layer -> which experts stay.
+        outcomes: decoder layer -> which experts stay.
         rewrite: (layer, all experts' weights) -> weights of what stays; None keeps those as they are.
         top_k: choices a token makes; None as before.
         groups: "free" or "equal"; see `moekit.compress.engine.resize.resized_config`.
     """
 
     name: str
-    decisions: Mapping[int, LayerDecision]
+    outcomes: Mapping[int, LayerOutcome]
     rewrite: Rewrite | None = None
     top_k: int | None = None
     groups: Groups = "free"
@@ -121,14 +122,16 @@ def changed_layer(variant: Variant, moe: MoELayer, weights: LayerWeights, config
         weights: of all its experts.
         config: the unchanged model's.
     """
-    decision = variant.decisions[moe.index]
+    outcome = variant.outcomes[moe.index]
     own = variant.rewrite
-    made = weights.select(decision.keep) if own is None else own(moe.index, weights)
+    made = carried_out(weights, outcome, moe.index) if own is None else own(moe.index, weights)
     # Where any layer loses experts, all of them give up routing groups, also one that keeps all of its own.
-    dropped = {len(d.keep) for d in variant.decisions.values()} != {moe.geometry.experts}
-    resized = resized_config(config, len(decision.keep), top_k=variant.top_k, groups=variant.groups, dropped=dropped)
+    dropped = {len(d.keep) for d in variant.outcomes.values()} != {moe.geometry.experts}
+    resized = resized_config(
+        config, outcome.experts, top_k=variant.top_k, groups=variant.groups, dropped=dropped, width=outcome.width
+    )
     keep = torch.zeros(moe.geometry.experts + 1, dtype=torch.bool)
-    keep[list(decision.keep)] = True
+    keep[list(outcome.keep)] = True
     keep[-1] = True  # no expert, no loss
     return ChangedLayer(resized_block(moe, resized, made), keep)
 

@@ -20,7 +20,7 @@ from moekit._progress import Progress
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.skeleton import empty_model
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.diagnose.super_experts.ablation import Pair, by_layer, skipped
 from moekit.errors import BadConfig
 from moekit.evaluation.changes import Variant
@@ -85,7 +85,7 @@ class _SkippingWalk(SideBySideWalk):
         every = {moe.index: tuple(range(moe.geometry.experts)) for moe in find_moe_layers(empty)}
         # All experts stay; the layers named are those from which on a variant goes its own way.
         variants = [
-            Variant(name, {layer: LayerDecision(keep=every[layer]) for layer in layers})
+            Variant(name, {layer: LayerOutcome(keep=every[layer]) for layer in layers})
             for name, layers in self.gone.items()
         ]
         super().__init__(checkpoint, corpus, variants, folder=folder, dtype=dtype, device=device)

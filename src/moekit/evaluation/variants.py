@@ -115,7 +115,7 @@ class SideBySideWalk:
 
     def _layer(self, index: int) -> None:
         moe = self.walk.moe(index)
-        changed = [t for t in self.tracks if moe is not None and index in t.variant.decisions]
+        changed = [t for t in self.tracks if moe is not None and index in t.variant.outcomes]
         if moe is not None and changed:
             weights = read_block(moe)
             for track_ in changed:
@@ -149,7 +149,7 @@ class SideBySideWalk:
     def _part(self, index: int) -> None:
         """Variants go the unchanged model's way up to the first layer that they change."""
         for track_ in self.tracks:
-            if not track_.parted and index in track_.variant.decisions:
+            if not track_.parted and index in track_.variant.outcomes:
                 for number in range(len(self.groups)):
                     track_.states.put(number, self.plain.get(number).clone())
                 track_.parted = True
@@ -164,7 +164,7 @@ class SideBySideWalk:
                 reconstruction=t.reconstruction,
                 lost_tokens=t.lost_tokens,
                 lost_choices=t.lost_choices,
-                experts={layer: len(d.keep) for layer, d in t.variant.decisions.items()},
+                experts={layer: len(d.keep) for layer, d in t.variant.outcomes.items()},
             )
             for t in self.tracks
         ]

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from moekit._device import DtypeName, resolve_device
 from moekit.compress.budget.sizes import Budget
-from moekit.compress.engine.plan import PrunePlan
-from moekit.compress.engine.planning import Request, redecide
+from moekit.compress.engine.plan import WeightPlan, keep_budget
+from moekit.compress.engine.planning import redecide
+from moekit.compress.engine.request import PlanRequest
 from moekit.data.encoding import Bos
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.call import TextLike, call
@@ -142,7 +143,7 @@ def estimate(options: ApplyOptions, out: Path, sizes: Sizes) -> Forecast:
     source = open_source(reference)
     plan = _fitting(options, plan, source)
     request = _request(options, plan)
-    refuse_uneven(request.budget, options.stock_only)
+    refuse_uneven(request.keep_budget, options.stock_only)
     nbytes = foresee(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp).nbytes
     nbytes += record_bytes(source.checkpoint.tensors.values())
     disk = nbytes + _between(options, source, plan)
@@ -156,8 +157,8 @@ def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
     source = open_source(options.model or plan.file.model, context.progress)
     plan = _fitting(options, plan, source)
     request = _request(options, plan)
-    refuse_uneven(request.budget, options.stock_only)
-    tell_uneven(request.budget)
+    refuse_uneven(request.keep_budget, options.stock_only)
+    tell_uneven(request.keep_budget)
     outlook = foresee(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp)
     if options.proof:
         check_runnable(source)
@@ -167,11 +168,11 @@ def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
     return finish(decided, heldout, options, context, warn_of(decided.plan))
 
 
-def _load(options: ApplyOptions) -> PrunePlan:
-    return PrunePlan.load(_plan_path(options.plan))
+def _load(options: ApplyOptions) -> WeightPlan:
+    return WeightPlan.load(_plan_path(options.plan), kind="prune")
 
 
-def _fitting(options: ApplyOptions, plan: PrunePlan, source: Source) -> PrunePlan:
+def _fitting(options: ApplyOptions, plan: WeightPlan, source: Source) -> WeightPlan:
     """The plan as one of this model.
 
     Raises:
@@ -189,38 +190,38 @@ def _fitting(options: ApplyOptions, plan: PrunePlan, source: Source) -> PrunePla
             hint="make a plan for this model: scores of one say nothing of another",
         )
     update = {"fingerprint": source.checkpoint.fingerprint}
-    return PrunePlan(plan.file.model_copy(update=update), plan.statistics)
+    return WeightPlan(plan.file.model_copy(update=update), plan.statistics)
 
 
-def _budget(options: ApplyOptions, plan: PrunePlan) -> Budget:
+def _budget(options: ApplyOptions, plan: WeightPlan) -> Budget:
     if options.keep is None:
-        return plan.file.budget
-    before = plan.file.budget
+        return keep_budget(plan.file.budget)
+    before = keep_budget(plan.file.budget)
     scope = options.scope or before.scope
     if scope == "uniform":
         return budget_of(options.keep, scope, options.least, options.most)
     return budget_of(options.keep, scope, options.least or before.least, options.most or before.most)
 
 
-def _request(options: ApplyOptions, plan: PrunePlan) -> Request:
+def _request(options: ApplyOptions, plan: WeightPlan) -> PlanRequest:
     file = plan.file
-    return Request(plan.method, _budget(options, plan), file.top_k, file.groups, file.seed, file.protected)
+    return PlanRequest(plan.method, _budget(options, plan), file.top_k, file.groups, file.seed, file.protected)
 
 
-def _decided(options: ApplyOptions, plan: PrunePlan, source: Source, request: Request) -> PrunePlan:
+def _decided(options: ApplyOptions, plan: WeightPlan, source: Source, request: PlanRequest) -> WeightPlan:
     if options.keep is None:
         return plan
-    made = redecide(plan, source.checkpoint, request.budget)
-    return PrunePlan(made.file.model_copy(update={"layers": in_groups(source, made)}), made.statistics)
+    made = redecide(plan, source.checkpoint, request.keep_budget)
+    return WeightPlan(made.file.model_copy(update={"layers": in_groups(source, made)}), made.statistics)
 
 
-def _between(options: ApplyOptions, source: Source, plan: PrunePlan) -> int:
+def _between(options: ApplyOptions, source: Source, plan: WeightPlan) -> int:
     proof = (options.proof_tokens or (1 << 20)) if options.proof else 0
     rewritten = source.nbytes if plan.method.rewrites else 0
     return bytes_between(source, 0, proof, 2 + options.random_seeds, rewritten)
 
 
-def _heldout(options: ApplyOptions, plan: PrunePlan, source: Source, context: JobContext) -> HeldOut | None:
+def _heldout(options: ApplyOptions, plan: WeightPlan, source: Source, context: JobContext) -> HeldOut | None:
     """Text to prove on: the one given, else what was kept apart when the plan was made."""
     if not options.proof:
         return None

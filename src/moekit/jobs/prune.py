@@ -10,9 +10,12 @@ from typing import Any, Literal
 from moekit import catalogue
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
-from moekit.compress.engine.plan import PrunePlan
-from moekit.compress.engine.planning import Request, plan_file, plan_pruning, sizes_of
-from moekit.compress.engine.searching import search_pruning
+from moekit.compress.engine.describing import plan_file
+from moekit.compress.engine.measuring import refuse_damaged, sizes_of
+from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.searching import plan_by_search
 from moekit.data import Document, TokenBatches
 from moekit.data.encoding import Bos
 from moekit.errors import BadConfig, MoekitError
@@ -140,7 +143,7 @@ def prune(
         max_tokens: tokens of data, at most, shared by its domains; answered prompts count apart.
         seq_len: tokens a row, the model's limit if that is less; a prompt and its answer are one.
         batch_size: rows a pass.
-        plan: also write scores and decision to this file.
+        plan: also write scores and outcome to this file.
         write: write the smaller model, or the plan alone.
         proof: measure what it costs, against frequency and random pruning.
         proof_tokens: held-out tokens, at most, an equal share of each domain.
@@ -176,9 +179,9 @@ def settle(options: PruneOptions, out: Path | None, overwrite: bool) -> tuple[Pr
 
 def check(options: PruneOptions) -> None:
     """Refuse an unknown method, impossible knobs and budgets, and a run without what it needs."""
+    budget = budget_of(options.keep, options.scope, options.least, options.most)  # first: it is known at once
     resolve_device(options.device)
     method = catalogue.make("prune", options.method, options.settings)
-    budget = budget_of(options.keep, options.scope, options.least, options.most)
     refuse_uneven(budget, options.stock_only)
     if budget.scope == "global" and method.searches:
         raise BadConfig(f"{options.method} needs to know how many experts each layer keeps", hint="--scope uniform")
@@ -237,7 +240,7 @@ def run(options: PruneOptions, context: JobContext) -> dict[str, Any]:
     check(options)
     source = open_source(options.model, context.progress)
     request = _request(options, source, context.seed)
-    tell_uneven(request.budget)
+    tell_uneven(request.keep_budget)
     outlook = _foresee(options, source, request)
     if _proves(options):
         check_runnable(source)
@@ -254,19 +257,19 @@ def run(options: PruneOptions, context: JobContext) -> dict[str, Any]:
     return told_of_plan(decided, warnings, outlook.tensors)
 
 
-def _request(options: PruneOptions, source: Source, seed: int) -> Request:
+def _request(options: PruneOptions, source: Source, seed: int) -> PlanRequest:
     method = catalogue.make("prune", options.method, options.settings)
     budget = budget_of(options.keep, options.scope, options.least, options.most)
     named = options.protect is not None and options.protect != SUPER
     protected = parse_protected(str(options.protect), source) if named else None
-    return Request(method, budget, options.top_k, options.groups, seed, protected)
+    return PlanRequest(method, budget, options.top_k, options.groups, seed, protected)
 
 
-def _foresee(options: PruneOptions, source: Source, request: Request) -> Outlook:
+def _foresee(options: PruneOptions, source: Source, request: PlanRequest) -> Outlook:
     return foresee(source, request, options.method, stock_only=options.stock_only, mtp=options.mtp)
 
 
-def _between(options: PruneOptions, source: Source, outlook: Outlook, request: Request) -> int:
+def _between(options: PruneOptions, source: Source, outlook: Outlook, request: PlanRequest) -> int:
     tokens = 0 if options.data is None else options.max_tokens or (1 << 20)
     tokens *= 2 if request.method.searches else 1
     proof = (options.proof_tokens or (1 << 20)) if _proves(options) else 0
@@ -325,13 +328,13 @@ def _rows(options: PruneOptions, documents: list[Document], source: Source, cont
 
 
 def _decide(
-    options: PruneOptions, source: Source, request: Request, rows: TokenBatches | None, context: JobContext
+    options: PruneOptions, source: Source, request: PlanRequest, rows: TokenBatches | None, context: JobContext
 ) -> Decided:
     if rows is None:
         trace = None if options.trace is None else Trace.load(options.trace)
         request = _protected(options, request, source, trace)
         return _complete(
-            options, source, request, plan_pruning(source.checkpoint, trace, request, context.progress), trace
+            options, source, request, plan_weights(source.checkpoint, trace, request, context.progress), trace
         )
     with Streamed(
         source.checkpoint,
@@ -341,16 +344,16 @@ def _decide(
         dtype=named_dtype(options.dtype),
         device=options.device,
     ) as streamed:
-        streamed.run(context.progress)
+        streamed.run(context.progress, refuse_damaged)
         trace = streamed.trace(tokenizer=source.tokenizer(), source=_origin(options), seed=context.seed)
         request = _protected(options, request, source, trace)
         known = _known_plan(context, trace, request)
         if known is not None:
             plan = known
         elif request.method.searches:
-            plan = search_pruning(source.checkpoint, trace, streamed, request, context.progress)
+            plan = plan_by_search(source.checkpoint, trace, streamed, request, context.progress)
         else:
-            plan = plan_pruning(source.checkpoint, trace, request, context.progress)
+            plan = plan_weights(source.checkpoint, trace, request, context.progress)
     if known is None:
         plan.save(context.scratch / PLAN_FILE)
     return _complete(options, source, request, plan, trace)
@@ -363,18 +366,20 @@ def _origin(options: PruneOptions) -> str:
     return name if options.heldout is not None else f"{name}[train]"
 
 
-def _protected(options: PruneOptions, request: Request, source: Source, trace: Trace | None) -> Request:
+def _protected(options: PruneOptions, request: PlanRequest, source: Source, trace: Trace | None) -> PlanRequest:
     if options.protect != SUPER or trace is None:
         return request
     return dataclasses.replace(request, protected=super_experts(source, trace))
 
 
-def _complete(options: PruneOptions, source: Source, request: Request, plan: PrunePlan, trace: Trace | None) -> Decided:
+def _complete(
+    options: PruneOptions, source: Source, request: PlanRequest, plan: WeightPlan, trace: Trace | None
+) -> Decided:
     """The plan in its final form, with what baselines decide from."""
     layers = in_groups(source, plan)
     if layers != plan.file.layers:
-        plan = PrunePlan(plan_file(source.checkpoint, request, layers, trace), plan.statistics)
-    plan = PrunePlan(plan.file.model_copy(update={"text_sha256": text_hash(options.data)}), plan.statistics)
+        plan = WeightPlan(plan_file(source.checkpoint, request, layers, trace), plan.statistics)
+    plan = WeightPlan(plan.file.model_copy(update={"text_sha256": text_hash(options.data)}), plan.statistics)
     try:
         counted = {} if trace is None else dict(trace.require(("load",)))
     except MoekitError:
@@ -388,11 +393,11 @@ def _layer_bytes(source: Source) -> dict[int, int]:
     return {layer: each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items()}
 
 
-def _known_plan(context: JobContext, trace: Trace, request: Request) -> PrunePlan | None:
+def _known_plan(context: JobContext, trace: Trace, request: PlanRequest) -> WeightPlan | None:
     """The plan that an interrupted run of the same work had come to."""
     file = context.scratch / PLAN_FILE
     try:
-        plan = PrunePlan.load(file) if file.is_file() else None
+        plan = WeightPlan.load(file) if file.is_file() else None
     except MoekitError:
         return None
     if plan is None or plan.file.trace != trace.digest or plan.file.protected != (request.protected or {}):
@@ -400,7 +405,7 @@ def _known_plan(context: JobContext, trace: Trace, request: Request) -> PrunePla
     return plan
 
 
-def _save_plan(plan: PrunePlan, context: JobContext) -> None:
+def _save_plan(plan: WeightPlan, context: JobContext) -> None:
     """As a file of that name, or in a folder, whole or not at all."""
     if context.out.suffix == ".json":
         plan.save(context.out)

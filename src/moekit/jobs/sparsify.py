@@ -11,11 +11,12 @@ from moekit import catalogue
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
 from moekit.compress.budget.parents import Original, expert_weights, find_original
-from moekit.compress.budget.sparsity import remaining_sparsity, total_sparsity
+from moekit.compress.budget.sparsity import SparsityBudget, remaining_sparsity, total_sparsity
 from moekit.compress.engine.layout import prepare
-from moekit.compress.engine.outcome import LayerDecision
-from moekit.compress.engine.sequential import Calibration, Request, plan_sparsity
-from moekit.compress.engine.sparsity_plan import SparsityPlan
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import Calibration, PlanRequest
 from moekit.compress.engine.zeroing import SparsifyMethod, check_sparsity
 from moekit.data import TokenBatches
 from moekit.data.encoding import Bos
@@ -226,11 +227,11 @@ def _method(options: SparsifyOptions) -> SparsifyMethod:
     return method
 
 
-def _stored(options: SparsifyOptions) -> SparsityPlan:
-    return SparsityPlan.load(_plan_path(str(options.from_plan)))
+def _stored(options: SparsifyOptions) -> WeightPlan:
+    return WeightPlan.load(_plan_path(str(options.from_plan)), kind="sparsify")
 
 
-def _request(options: SparsifyOptions, source: Source, seed: int) -> Request:
+def _request(options: SparsifyOptions, source: Source, seed: int) -> PlanRequest:
     """What is asked for, in shares of the weights that are there.
 
     Raises:
@@ -241,13 +242,14 @@ def _request(options: SparsifyOptions, source: Source, seed: int) -> Request:
     if options.total is None:
         share = method.fixed_sparsity if options.sparsity is None else options.sparsity
         assert share is not None
-        return Request(method, share, None, weights, seed)
+        return PlanRequest(method, SparsityBudget(sparsity=share, original=weights), seed=seed)
     assert weights is not None
     removed = 1 - expert_weights(source.geometries) / weights
     share = remaining_sparsity(options.total, removed)
     if method.fixed_sparsity is not None:
         share = _fixed(method.fixed_sparsity, options.total, removed, source)
-    return Request(method, share, options.total, weights, seed)
+    budget = SparsityBudget(sparsity=share, total=options.total, original=weights)
+    return PlanRequest(method, budget, seed=seed)
 
 
 def _original(options: SparsifyOptions, source: Source) -> Original | None:
@@ -268,7 +270,7 @@ def _between(options: SparsifyOptions, source: Source) -> int:
     return bytes_between(source, tokens, proof, 2, 0)
 
 
-def _plan(options: SparsifyOptions, source: Source, request: Request, context: JobContext) -> SparsityPlan:
+def _plan(options: SparsifyOptions, source: Source, request: PlanRequest, context: JobContext) -> WeightPlan:
     text = None
     if options.data is not None:
         tokenizer = source.tokenizer()
@@ -280,9 +282,9 @@ def _plan(options: SparsifyOptions, source: Source, request: Request, context: J
             tokenizer,
             _origin(options),
         )
-    plan = plan_sparsity(source.checkpoint, text, request, context.progress)
+    plan = plan_weights(source.checkpoint, text, request, context.progress)
     kept = _named(options.data) if options.data is not None and options.heldout is None else ""
-    return SparsityPlan(
+    return WeightPlan(
         plan.file.model_copy(update={"kept_apart": kept, "text_sha256": text_hash(options.data)}), plan.statistics
     )
 
@@ -306,9 +308,7 @@ def _origin(options: SparsifyOptions) -> str:
     return name if options.heldout is not None else f"{name}[train]"
 
 
-def _heldout(
-    options: SparsifyOptions, source: Source, plan: SparsityPlan | None, context: JobContext
-) -> HeldOut | None:
+def _heldout(options: SparsifyOptions, source: Source, plan: WeightPlan | None, context: JobContext) -> HeldOut | None:
     """Text to prove on: the one given, else what is kept apart, now or when the plan was made."""
     if not _proves(options):
         return None
@@ -358,8 +358,8 @@ def _foresee(source: Source) -> int:
             file=source.checkpoint.path,
             hint="give the unquantized checkpoint, and quantize what comes out",
         )
-    decisions = {layer: LayerDecision(keep=tuple(range(g.experts))) for layer, g in source.geometries.items()}
-    return prepare(source.checkpoint, decisions, mtp="keep").nbytes
+    outcomes = {layer: LayerOutcome(keep=tuple(range(g.experts))) for layer, g in source.geometries.items()}
+    return prepare(source.checkpoint, outcomes, mtp="keep").nbytes
 
 
 def _fixed(share: float, total: float, removed: float, source: Source) -> float:
@@ -390,7 +390,7 @@ def _plan_path(reference: str) -> Path:
     return path / PLAN_FILE if path.is_dir() else path
 
 
-def _save_plan(plan: SparsityPlan, context: JobContext) -> None:
+def _save_plan(plan: WeightPlan, context: JobContext) -> None:
     """As a file of that name, or in a folder, whole or not at all."""
     if context.out.suffix == ".json":
         plan.save(context.out)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
-from moekit.compress.engine.planning import sizes_of
+from moekit.compress.engine.measuring import sizes_of
 from moekit.data import TokenBatches
 from moekit.data.batches import arrange, pad_id_of
 from moekit.data.encoding import Bos

@@ -92,7 +92,7 @@ def train(
         heldout: text whose loss is watched.
         device: cpu, cuda, ..., or auto: a GPU if there is one.
         data_parallel: under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)
-        settings: steps, lr, balance_coef, ...: TrainConfig.
+        settings: steps, lr, objectives, ...: TrainConfig.
         ep: ranks that share each layer's experts; start them with torchrun.
         nodes: nodes that these ranks stand in, for hierarchical dispatch.
         dispatch: how tokens travel; see moekit methods dispatch.

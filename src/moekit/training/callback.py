@@ -6,9 +6,9 @@ that layer's losses, exactly as if they had been added to the loss with their co
 language-modelling loss and can be compared between models, and activation checkpointing, accumulation and DDP work
 unchanged: per optimizer step the gradient is that of
 
-    loss + sum over layers (balance_coef * balance + importance_coef * CV^2(importance) + z_coef * z),
+    loss + sum over layers and objectives of weight * value,
 
-each averaged over micro-batches and ranks.
+each value averaged over micro-batches and ranks.
 
 Legend: T tokens, K choices a token.
 """
@@ -16,6 +16,8 @@ Legend: T tokens, K choices a token.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,61 +27,70 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from moekit.errors import BadConfig, NumericFault, UnsupportedModel
 from moekit.runtime.losses import attach_loss
 from moekit.runtime.tracker import tell_step
-from moekit.training.balance import BiasBalancer
+from moekit.training.balancers.base import Balancer, read_balancer
+from moekit.training.balancing import SelectionBiases
+from moekit.training.batch import MicroBatch
 from moekit.training.collector import Routed, RouterCollector
-from moekit.training.figures import RoutingFigures, RoutingMeter
-from moekit.training.layers import trained_layers
-from moekit.training.losses import balance_loss, cv_squared, expert_load, importance, z_loss
+from moekit.training.figures import RoutingFigures, RoutingMeter, world_size
+from moekit.training.layers import TrainedLayer, trained_layers
+from moekit.training.losses import expert_load
+from moekit.training.objectives.balance import Balance
+from moekit.training.objectives.base import Objective, RouterObjective, read_objectives
+from moekit.training.objectives.z import RouterZ
+from moekit.training.terms import Terms, weighted_sum
 
 logger = logging.getLogger(__name__)
 
 
 class MoECallback(TrainerCallback):  # type: ignore[misc]
-    """Balance and z losses from the real selection, loss-free balancing, and routing figures in the log.
+    """Objectives on routers from the real selection, loss-free balancing, and routing figures in the log.
 
     >>> trainer = SFTTrainer(model, args=SFTConfig(router_aux_loss_coef=0.0, ...), ...)
-    >>> MoECallback(balance_coef=0.01).install(trainer)
+    >>> MoECallback({"balance": 0.01, "z": 0.001}).install(trainer)
 
     Args:
-        balance_coef: factor on each layer's `balance_loss`.
-        z_coef: factor on each layer's `z_loss`.
-        importance_coef: factor on each layer's squared coefficient of variation of gate weights (Shazeer).
-        bias_rate: step of DeepSeek-style selection biases after each optimizer step; 0 leaves them alone.
+        objectives: objectives on routers: name -> weight, or settings, or the objective itself.
+        balancer: rule that moves selection biases after each optimizer step: its name, settings, or the rule itself;
+            None leaves them alone.
         every: figures are logged at every so many steps (where the trainer logs), over all steps since; 1 for each.
 
     Attributes:
+        terms: the objectives.
+        biases: the selection biases, while a run with a balancer is on.
         figures: the latest routing figures logged, None before.
+
+    Raises:
+        BadConfig: an objective on outputs: those need `moekit.training.train`.
     """
 
     def __init__(
         self,
+        objectives: Mapping[str, Any] | Terms | None = None,
         *,
-        balance_coef: float = 0.0,
-        z_coef: float = 0.0,
-        importance_coef: float = 0.0,
-        bias_rate: float = 0.0,
+        balancer: str | Mapping[str, Any] | Balancer | None = None,
         every: int = 1,
     ) -> None:
-        for name, value in (
-            ("balance_coef", balance_coef),
-            ("z_coef", z_coef),
-            ("importance_coef", importance_coef),
-            ("bias_rate", bias_rate),
-        ):
-            if not value >= 0:
-                raise BadConfig(f"{name} is {value}", hint="give 0 or more")
         if every < 1:
             raise BadConfig(f"every is {every}", hint="give at least 1")
-        self.balance_coef = balance_coef
-        self.z_coef = z_coef
-        self.importance_coef = importance_coef
-        self.bias_rate = bias_rate
+        if isinstance(objectives, Terms):
+            self.terms = objectives
+        else:
+            self.terms = Terms(_read(objectives or {}))
+            for name in self.terms.on_outputs():
+                raise BadConfig(
+                    f"{name!r} is an objective on outputs: the trainer's own loss stands in its place here",
+                    hint="call moekit.training.train, or leave it out",
+                )
+        self.balancer = balancer if balancer is None or isinstance(balancer, Balancer) else read_balancer(balancer)
         self.every = every
+        self.biases: SelectionBiases | None = None
         self.figures: RoutingFigures | None = None
         self._collector: RouterCollector | None = None
         self._meter: RoutingMeter | None = None
-        self._balancer: BiasBalancer | None = None
+        self._layers: list[TrainedLayer] = []
+        self._now = MicroBatch()
         self._share = 1.0
+        self._read_at = 0
 
     def install(self, trainer: Trainer) -> MoECallback:
         """Add this callback to a trainer, in front of the trackers, so that they see its figures; checks at once.
@@ -95,17 +106,17 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         """Remove all hooks from the model."""
         if self._collector is not None:
             self._collector.close()
-        self._collector = self._meter = self._balancer = None
+        self._collector = self._meter = self.biases = None
 
     def _check(self, args: TrainingArguments, model: Any) -> None:
         config = model.config.get_text_config()
         if getattr(config, "output_router_logits", False):
             message = "transformers' own balance loss is on (output_router_logits): it pools all layers"
             hint = "set model.config.output_router_logits = False; with trl, SFTConfig(router_aux_loss_coef=0.0)"
-            if self.balance_coef or self.importance_coef:
-                raise BadConfig(f"{message}, and balance would count twice", hint=hint)
+            if self.terms.on_routers():
+                raise BadConfig(f"{message}, and its term would be added to ours", hint=hint)
             logger.warning("%s; %s", message, hint)
-        if args.fp16 and (self.balance_coef or self.z_coef or self.importance_coef):
+        if args.fp16 and self.terms.on_routers():
             raise BadConfig("fp16 scales the loss, but not what routers add", hint="use bf16 or fp32")
 
     def on_train_begin(
@@ -114,12 +125,14 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         """Find the routers and start observing them."""
         model = kwargs["model"]
         self.detach()
+        self._read_at = state.global_step
         self._check(args, model)
-        layers = trained_layers(model)
-        self._balancer = BiasBalancer(layers, self.bias_rate) if self.bias_rate else None
+        self._layers = layers = trained_layers(model)
+        self.terms.check(layers)
+        self.biases = None if self.balancer is None else SelectionBiases(layers, self.balancer)
         device = next(layers[0].router.parameters()).device
         self._meter = RoutingMeter({layer.index: layer.experts for layer in layers}, device)
-        self._collector = RouterCollector(model, self._consume, layers)
+        self._collector = RouterCollector(model, self._consume, layers, self._batch)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,8 +150,8 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the selection biases; before a checkpoint is written, so that it holds them."""
-        if self._balancer is not None:
-            self._balancer.step()
+        if self.biases is not None:
+            self.biases.step()
 
     def on_log(
         self,
@@ -152,10 +165,14 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         if self._meter is None or not logs or "loss" not in logs or state.global_step % self.every:
             return
         figures = self._meter.read()
+        given = {
+            f"objective/{name}": value for name, value in self.terms.take(state.global_step - self._read_at).items()
+        }
+        self._read_at = state.global_step
         if figures is not None:
             self.figures = figures
-            logs.update(figures.scalars())
-            state.log_history[-1].update(figures.scalars())
+            logs.update(figures.scalars(), **given)
+            state.log_history[-1].update(figures.scalars(), **given)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -173,36 +190,60 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
             raise NumericFault(
                 f"the router's logits are not finite in step {state.global_step + 1}",
                 layer=bad,
-                hint="resume from the last checkpoint with a lower learning rate, or with z_coef",
+                hint="resume from the last checkpoint with a lower learning rate, or with the objective z",
             )
+
+    def meet(self, batch: MicroBatch) -> None:
+        """Say which micro-batch comes next: its text, its place in the run, its teacher."""
+        self._now = batch
+
+    def _batch(self, ids_BS: Tensor | None, mask_BS: Tensor | None) -> MicroBatch:
+        return replace(self._now, ids_BS=ids_BS, mask_BS=mask_BS)
 
     def _consume(self, routed: Routed) -> Tensor | None:
         """Count an answer, and hang the losses on its weights."""
-        layer, mask_T = routed.layer, routed.mask_T
-        wanted = bool(self.balance_coef or self.z_coef or self.importance_coef) and torch.is_grad_enabled()
-        with torch.set_grad_enabled(wanted):
-            balance = balance_loss(routed.logits_TE, routed.indices_TK, mask_T, scores=layer.scores)
-            z = z_loss(routed.logits_TE, mask_T)
-            total = self.balance_coef * balance + self.z_coef * z
-            if self.importance_coef:
-                received_E = importance(routed.weights_TK, routed.indices_TK, layer.experts, mask_T)
-                total = total + self.importance_coef * cv_squared(received_E)
+        terms = self.terms.on_routers(routed.batch.text)
+        with torch.set_grad_enabled(bool(terms) and torch.is_grad_enabled()):
+            values = {name: term.loss(routed) for name, term in terms.items()}
         if not routed.repeated:
-            self._count(routed, balance, z)
-        if not total.requires_grad:
+            self._count(routed, terms, values)
+        total = weighted_sum(terms, values)
+        if total is None or not total.requires_grad:
             return None
         if not routed.weights_TK.requires_grad:
             raise UnsupportedModel(
                 "the router's weights carry no gradient, so its losses cannot enter the backward pass",
-                layer=layer.index,
-                hint="set the coefficients to 0, or add the losses yourself (moekit.training.collect)",
+                layer=routed.layer.index,
+                hint="leave the objectives on routers out, or add the losses yourself (moekit.training.collect)",
             )
         return attach_loss(routed.weights_TK, total * self._share)
 
     @torch.no_grad()
-    def _count(self, routed: Routed, balance: Tensor, z: Tensor) -> None:
-        load_E = expert_load(routed.indices_TK, routed.layer.experts, routed.mask_T)
+    def _count(self, routed: Routed, terms: Mapping[str, RouterObjective], values: Mapping[str, Tensor]) -> None:
+        layer = routed.layer
         if self._meter is not None:
-            self._meter.add(routed.layer.index, load_E, balance, z)
-        if self._balancer is not None:
-            self._balancer.add(routed.layer.index, load_E)
+            load_E = expert_load(routed.indices_TK, layer.experts, routed.mask_T)
+            figures = [self._figure(plain, routed, terms, values) for plain in (Balance(), RouterZ())]
+            self._meter.add(layer.index, load_E, *figures)
+        for name, value in values.items():
+            self.terms.note(name, value * (self._share / (len(self._layers) * world_size())))
+        if self.biases is not None:
+            self.biases.add(routed)
+
+    @staticmethod
+    def _figure(
+        plain: RouterObjective,
+        routed: Routed,
+        terms: Mapping[str, RouterObjective],
+        values: Mapping[str, Tensor],
+    ) -> Tensor:
+        """A figure that is logged always: what an objective has just computed, or the same once more."""
+        alike = (n for n, t in terms.items() if type(t) is type(plain) and t.pool == plain.pool)
+        same = (values[name] for name in alike)
+        found = next(same, None)
+        return plain.loss(routed) if found is None else found
+
+
+def _read(stated: Mapping[str, Any]) -> dict[str, Objective]:
+    made = {name: term for name, term in stated.items() if isinstance(term, Objective)}
+    return {**made, **read_objectives({name: term for name, term in stated.items() if name not in made})}

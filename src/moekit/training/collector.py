@@ -5,15 +5,15 @@ and closes with the forward of the whole model; what routers answer outside of i
 checkpointing, which must build the same graph again but counts nowhere. Evaluation and forwards without gradients are
 ignored.
 
-Legend: T tokens of the micro-batch (rows times positions), E experts, K choices a token.
+Legend: B rows, S positions, T tokens of the micro-batch (B times S), E experts, K choices a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,20 +21,23 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moekit.errors import BadData, UnsupportedModel
+from moekit.training.batch import MakeBatch, MicroBatch
 from moekit.training.layers import TrainedLayer, trained_layers
+from moekit.training.losses import probabilities, token_count
 
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """One layer's answer for one micro-batch.
+    """One layer's answer for one micro-batch: what objectives on routers see.
 
     Attributes:
-        layer: which layer.
+        layer: which layer, with its geometry, scores and selection bias.
         logits_TE: router logits, in the graph.
         weights_TK: weights of the chosen experts, in the graph.
         indices_TK: chosen experts, E where a place stayed empty.
         mask_T: bool, False at padding; None where the forward was given no attention mask.
         repeated: whether activation checkpointing repeats a forward already seen.
+        batch: the micro-batch: ids, mask, text, step, progress, teacher.
     """
 
     layer: TrainedLayer
@@ -43,6 +46,35 @@ class Routed:
     indices_TK: Tensor
     mask_T: Tensor | None
     repeated: bool
+    batch: MicroBatch
+
+    @cached_property
+    def probabilities_TE(self) -> Tensor:
+        """Gate probabilities that sum to one per token, fp32, in the graph."""
+        return probabilities(self.logits_TE, self.layer.scores)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens that are no padding: int64 scalar."""
+        return token_count(self.logits_TE, self.mask_T)
+
+    def sequences(self) -> Iterator[Routed]:
+        """The same for each row [1, S] of the batch.
+
+        Raises:
+            BadData: the forward was given neither ids nor a mask, so rows are not known.
+        """
+        if self.batch.shape is None:
+            raise BadData("where rows begin is not known: give input_ids or attention_mask", layer=self.layer.index)
+        for row in range(self.batch.shape[0]):
+            part = slice(row * self.batch.shape[1], (row + 1) * self.batch.shape[1])
+            yield replace(
+                self,
+                logits_TE=self.logits_TE[part],
+                weights_TK=self.weights_TK[part],
+                indices_TK=self.indices_TK[part],
+                mask_T=None if self.mask_T is None else self.mask_T[part],
+            )
 
 
 # Receives each answer; may return weights [T, K] to be used in place of the router's.
@@ -52,20 +84,28 @@ Consumer = Callable[[Routed], Tensor | None]
 class RouterCollector:
     """Hands every answer of every router to a consumer, during training forwards only.
 
-    Keeps nothing but the padding mask of the latest forward: what the consumer keeps is its own affair.
+    Keeps nothing but ids and mask of the latest forward: what the consumer keeps is its own affair.
 
     Args:
         model: the model whose forward is called with the batch (peft-wrapped or not; not its DDP wrapper).
         consumer: called once per layer and forward, and once more per repetition.
         layers: its layers, if already known.
+        make_batch: says more of a micro-batch than its ids and its mask.
     """
 
-    def __init__(self, model: nn.Module, consumer: Consumer, layers: list[TrainedLayer] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        consumer: Consumer,
+        layers: list[TrainedLayer] | None = None,
+        make_batch: MakeBatch = MicroBatch,
+    ) -> None:
         self.layers = trained_layers(model) if layers is None else layers
         self._consumer = consumer
+        self._make_batch = make_batch
         self._inside = False
         self._armed = False
-        self._mask_T: Tensor | None = None
+        self._batch = MicroBatch()
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
             model.register_forward_hook(self._close, always_call=True),
@@ -77,16 +117,17 @@ class RouterCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._mask_T = None
+        self._batch = MicroBatch()
 
     def _open(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._inside = True
         # A forward for evaluation or of a reference must not disturb the repetitions that are still to come.
         self._armed = model.training and torch.is_grad_enabled()
         if self._armed:
+            ids = kwargs.get("input_ids", args[0] if args else None)
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             usable = isinstance(mask, Tensor) and mask.dim() == 2
-            self._mask_T = mask.reshape(-1).bool() if usable else None
+            self._batch = self._make_batch(ids, mask if usable else None)
 
     def _close(self, *_: object) -> None:
         self._inside = False
@@ -95,7 +136,7 @@ class RouterCollector:
         if not router.training or (self._inside and not self._armed):
             return None
         logits_TE, weights_TK, indices_TK = answer
-        mask_T = self._mask_T
+        mask_T = None if self._batch.mask_BS is None else self._batch.mask_BS.reshape(-1).bool()
         if mask_T is not None and mask_T.numel() != logits_TE.shape[0]:
             raise BadData(
                 f"the attention mask covers {mask_T.numel()} positions, but the router saw {logits_TE.shape[0]} tokens",
@@ -104,7 +145,8 @@ class RouterCollector:
             )
         if mask_T is not None:
             mask_T = mask_T.to(logits_TE.device)
-        replaced = self._consumer(Routed(layer, logits_TE, weights_TK, indices_TK, mask_T, not self._inside))
+        routed = Routed(layer, logits_TE, weights_TK, indices_TK, mask_T, not self._inside, self._batch)
+        replaced = self._consumer(routed)
         return None if replaced is None else (logits_TE, replaced, indices_TK)
 
 

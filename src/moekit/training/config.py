@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from moekit import catalogue
 from moekit.data.encoding import BOS_HELP, Bos
+from moekit.training.balancers.base import read_balancer
 from moekit.training.figures import RoutingFigures
 from moekit.training.lora import LoraSettings
+from moekit.training.objectives.base import read_objectives, stated
+from moekit.training.objectives.ce import CrossEntropy
+from moekit.training.schedules.base import Schedule, read_schedule
+from moekit.training.terms import Terms, moved_objectives
 
 
 class TrainConfig(BaseModel):
@@ -26,7 +33,7 @@ class TrainConfig(BaseModel):
 
     lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
     router_lr: float | None = Field(default=None, gt=0, description="peak learning rate of routers; lr by default")
-    schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="after the warm-up")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="after the warm-up")
     warmup: float = Field(default=0.03, ge=0, description="steps, or below 1 the share of them, until the peak")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's, on matrices")
     beta2: float = Field(default=0.999, gt=0, lt=1, description="AdamW's memory of squared gradients")
@@ -39,10 +46,19 @@ class TrainConfig(BaseModel):
     bos: Bos = Field(default="auto", description=BOS_HELP)
     pad: bool = Field(default=False, description="start each document in a row of its own")
 
-    balance_coef: float = Field(default=0.0, ge=0, description="factor on each layer's balance loss")
-    importance_coef: float = Field(default=0.0, ge=0, description="factor on each layer's CV^2 of gate weights")
-    z_coef: float = Field(default=0.0, ge=0, description="factor on each layer's router z-loss")
-    bias_rate: float = Field(default=0.0, ge=0, description="step of DeepSeek-style selection biases; 0 leaves them")
+    objectives: dict[str, Any] = Field(
+        default_factory=dict,
+        description="what is minimised beside the cross-entropy: NAME -> weight, or settings",
+    )
+    balancer: dict[str, Any] | None = Field(
+        default=None,
+        description="rule that moves selection biases after each step: NAME, or settings (moekit methods balancer)",
+    )
+    schedules: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="settings that move during the run: lr, objective.NAME.weight, ... -> settings with `use` "
+        "(moekit methods schedule)",
+    )
 
     parts: tuple[str, ...] = Field(default=("all",), description="what trains: router, experts:20-29, ...; or all")
     lora: LoraSettings | None = Field(default=None, description="train adapters, merged at the end, instead of parts")
@@ -56,6 +72,39 @@ class TrainConfig(BaseModel):
     save_every: int | None = Field(default=100, ge=1, description="steps between checkpoints; none: only at the end")
     eval_every: int | None = Field(default=None, ge=1, description="steps between losses on held-out text, if given")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_objectives(cls, values: Any) -> Any:
+        """`balance: 0.01` beside the settings means the same as `objectives: {balance: 0.01}`."""
+        if not isinstance(values, Mapping) or all(name in TrainConfig.model_fields for name in values):
+            return values
+        known = {record.name for record in catalogue.methods("objective")}
+        named = {n: v for n, v in values.items() if n not in TrainConfig.model_fields and n.replace("_", "-") in known}
+        rest = {name: value for name, value in values.items() if name not in named}
+        objectives = {**(values.get("objectives") or {}), **{n.replace("_", "-"): v for n, v in named.items()}}
+        return {**rest, "objectives": objectives} if named else values
+
+    @field_validator("objectives", mode="after")
+    @classmethod
+    def _known_objectives(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return stated(read_objectives(value))
+
+    @field_validator("balancer", mode="before")
+    @classmethod
+    def _known_balancer(cls, value: Any) -> dict[str, Any] | None:
+        if value is None or (isinstance(value, Mapping) and not value):
+            return None
+        rule = read_balancer(value)
+        return {"use": catalogue.of(type(rule)).name, **rule.model_dump(mode="json")}
+
+    @model_validator(mode="after")
+    def _known_schedules(self) -> TrainConfig:
+        for settings in self.schedules.values():
+            read_schedule(settings)
+        if "lr" in self.schedules and self.model_fields_set & {"lr_schedule", "warmup"}:
+            raise ValueError("schedules.lr takes the place of lr_schedule and warmup: give one or the other")
+        return self
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
@@ -68,6 +117,15 @@ class TrainConfig(BaseModel):
         if self.lora is not None and self.parts != ("all",):
             raise ValueError("lora trains adapters alone: name its parts in lora.parts")
         return self
+
+    def terms(self) -> Terms:
+        """The objectives of a run: the cross-entropy, unless left out, and those that are named."""
+        named = read_objectives(self.objectives)
+        return Terms({"ce": named.pop("ce", CrossEntropy()), **named}, moved_objectives(self.schedules))
+
+    def moving(self) -> dict[str, Schedule]:
+        """Target -> schedule."""
+        return {target: read_schedule(settings) for target, settings in self.schedules.items()}
 
     def planned_steps(self, rows: int, world: int = 1) -> int:
         """Optimizer steps for a text of so many rows.
@@ -95,7 +153,8 @@ class TrainResult(BaseModel):
         steps: optimizer steps, of this process and those it continued.
         tokens: tokens trained on, padding left out.
         seconds: time spent in steps, over all processes that worked on the run.
-        losses: language-modelling loss of each step, without router losses.
+        losses: loss of each step without what routers add: the cross-entropy, where it is the only objective on
+            outputs.
         heldout_losses: step -> loss on held-out text.
         history: what was logged at each step.
         routing: routing figures of the last steps.

@@ -115,15 +115,21 @@ class RoutingMeter:
     def read(self) -> RoutingFigures | None:
         """Figures since the last reading, over all ranks, and start afresh; None if nothing was counted."""
         # Every rank reads at the same logging step, so the reductions meet.
-        _sum_over_ranks([*self._load.values(), *self._losses.values()])
+        sum_over_ranks([*self._load.values(), *self._losses.values()])
         figures = {i: _figures(load_E, self._losses[i]) for i, load_E in self._load.items() if self._losses[i][2] > 0}
         for tensor in (*self._load.values(), *self._losses.values()):
             tensor.zero_()
         return RoutingFigures(layers=figures) if figures else None
 
 
-def _sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+def world_size() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Add tensors up over all ranks, in place; all ranks give as many, in the same order."""
+    if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 

@@ -158,7 +158,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
 def train_only(model: nn.Module, parts: Sequence[str]) -> FreezeReport:
     """Let the given parts train and freeze all others.
 
-    Selection biases never train by gradient (see `MoECallback(bias_rate=...)`).
+    Selection biases never train by gradient (see `MoECallback(balancer=...)`).
 
     Args:
         model: a MoE model, wrapped by peft or not.

@@ -4,20 +4,23 @@ A vocabulary is far larger than a hidden size: the logits of a thousand tokens o
 times over, and most of the time is spent moving them. Here the output projection and the loss run over slices of
 tokens; a slice's gradient is computed while its logits are still in cache, so nothing is kept or computed twice.
 
-Legend: N tokens, H hidden, V vocabulary.
+Legend: N tokens, n tokens of a slice, H hidden, V vocabulary, B rows, S positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from moekit.data.batches import IGNORED_LABEL
+from moekit.training.batch import MicroBatch
 
 SLICE_BYTES = 48 << 20
 PROBE_TOKENS = 8
@@ -97,73 +100,220 @@ def linear_cross_entropy(
     return total
 
 
-def _loss_from_hidden(head: nn.Linear) -> Any:
-    """A loss function in transformers' form that receives hidden states where it expects logits."""
+@dataclass(frozen=True, eq=False)
+class OutputInputs:
+    """What objectives on the output see of one micro-batch.
 
-    def loss(
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
-        flat_N = shift_labels.reshape(-1).to(logits.device)
-        device = logits.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    Attributes:
+        batch: ids, mask, text, step, progress, teacher.
+        labels_N: the token that follows each position, `IGNORED_LABEL` where none counts.
+        count: what sums over tokens are divided by: counted tokens of the whole optimizer step, over micro-batches and
+            ranks; or of this micro-batch, where the family's loss knows no more.
+        hidden_NH: last hidden states, as the output layer reads them; None where the family does more with them than
+            that layer (it scales or caps its logits).
+        head: the output layer; None in that case.
+        stock_NV: the family's own logits in that case.
+        stock_loss: its own loss in that case.
+    """
+
+    batch: MicroBatch
+    labels_N: Tensor
+    count: Tensor | int
+    hidden_NH: Tensor | None = None
+    head: nn.Linear | None = None
+    stock_NV: Tensor | None = None
+    stock_loss: Tensor | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        if self.head is not None:
+            return int(self.head.weight.shape[0])
+        assert self.stock_NV is not None
+        return int(self.stock_NV.shape[-1])
+
+    def cross_entropy(self) -> Tensor:
+        """Summed cross-entropy of the labels over `count`: fp32 scalar; the logits are never there all at once."""
+        if self.hidden_NH is None or self.head is None:
+            assert self.stock_loss is not None
+            return self.stock_loss
+        device = self.hidden_NH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.weight.dtype
         with torch.autocast(device, enabled=False):
-            total = linear_cross_entropy(logits.reshape(flat_N.numel(), -1), head.weight, head.bias, flat_N, dtype)
-        count = (flat_N != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / count
+            total = linear_cross_entropy(self.hidden_NH, self.head.weight, self.head.bias, self.labels_N, dtype)
+        return total / self.count
 
-    return loss
+    def sum_over_tokens(self, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Sum of a term over the counted positions, their logits a slice at a time.
+
+        Args:
+            term: of logits [n, V] in fp32 and the numbers of their positions [n]: a scalar. It is called again in the
+                backward pass, so that no slice's logits are kept.
+
+        Returns:
+            Scalar fp32.
+        """
+        positions_N = (self.labels_N != IGNORED_LABEL).nonzero().squeeze(1)
+        rows = max(SLICE_BYTES // (4 * self.vocabulary), 16)
+        total = self.labels_N.new_zeros((), dtype=torch.float32)
+        for part_n in torch.split(positions_N, rows):
+            total = total + checkpoint(self._term_of, term, part_n, use_reentrant=False)
+        return total
+
+    def _term_of(self, term: Callable[[Tensor, Tensor], Tensor], part_n: Tensor) -> Tensor:
+        if self.hidden_NH is not None and self.head is not None:
+            # Not a call of the module: that one is diverted.
+            logits_nV = nn.functional.linear(self.hidden_NH[part_n], self.head.weight, self.head.bias)
+            return term(logits_nV.float(), part_n)
+        assert self.stock_NV is not None
+        return term(self.stock_NV[part_n].float(), part_n)
 
 
-@contextmanager
-def _swapped(model: PreTrainedModel, head: nn.Linear) -> Iterator[None]:
-    stock = model.loss_function
-    model.loss_function = _loss_from_hidden(head)
-    head.forward = lambda hidden: hidden  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        del head.forward
-        model.loss_function = stock
+def next_labels(labels_BS: Tensor) -> Tensor:
+    """The label that follows each position: [N], `IGNORED_LABEL` behind the last of a row."""
+    return nn.functional.pad(labels_BS, (0, 1), value=IGNORED_LABEL)[..., 1:].reshape(-1)
+
+
+class OutputTap:
+    """Lets a loss of one's own take the place of a model's loss, for chosen calls and inside their forward.
+
+    In such a call (`reading`) the output layer is given no token, and the loss is computed from the hidden states that
+    it would have read, before the forward of the model ends: so it works under DDP, FSDP and peft. All other calls are
+    left alone: `model(...).logits` stay logits.
+
+    Args:
+        model: whose forward is called (peft-wrapped or not; not its DDP wrapper).
+        head: its output layer, if the loss can be computed from what it reads; None leaves both to the family.
+        compute: the loss of one micro-batch.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Linear | None, compute: Callable[[OutputInputs], Tensor]) -> None:
+        self.head = head
+        self._compute = compute
+        self._batch: MicroBatch | None = None
+        self._labels_N: Tensor | None = None
+        self._count: Tensor | int | None = None
+        self._hidden: Tensor | None = None
+        self._handles = [
+            model.register_forward_pre_hook(self._open, with_kwargs=True),
+            # Ahead of others: FSDP takes the output layer's weights away in a hook of its own.
+            model.register_forward_hook(self._close, prepend=True),
+        ]
+        if head is not None:
+            self._handles.append(head.register_forward_pre_hook(self._divert))
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def reading(self, batch: MicroBatch) -> Iterator[None]:
+        """Compute the loss of the calls inside; they must be given `labels`."""
+        self._batch = batch
+        try:
+            yield
+        finally:
+            self._batch = self._labels_N = self._count = self._hidden = None
+
+    def _open(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._batch is None:
+            return None
+        shifted = kwargs.get("shift_labels")
+        self._labels_N = next_labels(kwargs["labels"]) if shifted is None else shifted.reshape(-1)
+        self._count = kwargs.get("num_items_in_batch")
+        if self.head is None:
+            return None
+        without = ("labels", "shift_labels", "num_items_in_batch")
+        return args, {key: value for key, value in kwargs.items() if key not in without}
+
+    def _divert(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._batch is None:
+            return None
+        self._hidden = args[0]
+        return (args[0][..., :0, :],)
+
+    def _close(self, model: nn.Module, args: Any, output: Any) -> Any:
+        if self._batch is None:
+            return None
+        assert self._labels_N is not None
+        if self.head is None:
+            logits_NV = output["logits"].reshape(self._labels_N.numel(), -1)
+            own: dict[str, Any] = {"stock_NV": logits_NV, "stock_loss": output["loss"]}
+        else:
+            assert self._hidden is not None
+            own = {"hidden_NH": self._hidden.reshape(self._labels_N.numel(), -1), "head": self.head}
+        device = next(iter(own.values())).device
+        labels_N = self._labels_N.to(device)
+        count = (labels_N != IGNORED_LABEL).sum() if self._count is None else self._count
+        output["loss"] = self._compute(OutputInputs(self._batch, labels_N, count, **own))
+        return output
 
 
 @torch.no_grad()
-def _same_loss(model: PreTrainedModel, head: nn.Linear) -> bool:
-    """Whether both ways give the loss of a few random words; families that bend their logits do not."""
+def readable_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The output layer, if the model's own loss can be computed from what it reads.
+
+    Whether it can is found by asking, on a few random words; families that scale or cap their logits fail.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if type(head) is not nn.Linear:
+        return None
     training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, head.out_features, (1, PROBE_TOKENS), generator=generator).to(model.device)
+    tap = OutputTap(model, head, OutputInputs.cross_entropy)
     try:
         stock = model(input_ids=ids, labels=ids, use_cache=False).loss
-        with _swapped(model, head):
+        with tap.reading(MicroBatch(ids)):
             ours = model(input_ids=ids, labels=ids, use_cache=False).loss
-        return bool(torch.isclose(ours.float(), stock.float(), rtol=TOLERANCE, atol=0.0))
-    except (TypeError, RuntimeError, ValueError, AttributeError):
-        return False
+        return head if bool(torch.isclose(ours.float(), stock.float(), rtol=TOLERANCE, atol=0.0)) else None
+    except (TypeError, RuntimeError, ValueError, AttributeError, KeyError):
+        return None
     finally:
+        tap.close()
         model.train(training)
 
 
-@contextmanager
-def sliced_cross_entropy(model: PreTrainedModel) -> Iterator[bool]:
-    """Let `model(input_ids, labels=...)` compute its loss in slices; its logits are hidden states meanwhile.
+class SlicedLoss:
+    """A model's language-modelling loss in slices of tokens; the model itself is left as it is.
 
-    Whether that gives the model's own loss is found by asking, on a few random words; where it does not, or the model
-    is no causal LM with a linear head, everything stays stock.
-
-    Yields:
-        Whether the loss is computed in slices.
+    Args:
+        model: a causal LM with a linear output layer; any other computes its own loss.
     """
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if type(head) is not nn.Linear or not _same_loss(model, head):
-        yield False
-        return
-    with _swapped(model, head):
-        yield True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._tap = OutputTap(model, readable_head(model), OutputInputs.cross_entropy)
+
+    def __bool__(self) -> bool:
+        """Whether slices give the model's own loss."""
+        return self._tap.head is not None
+
+    def __call__(self, **batch: Any) -> Tensor:
+        """The loss of a batch: the arguments of the model's forward, `labels` among them."""
+        with self._tap.reading(MicroBatch(batch.get("input_ids"), batch.get("attention_mask"))):
+            loss: Tensor = self._model(**batch).loss
+        return loss
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        self._tap.close()
+
+
+@contextmanager
+def sliced_cross_entropy(model: PreTrainedModel) -> Iterator[SlicedLoss]:
+    """`loss(**batch)` computes a model's loss in slices of tokens.
+
+    >>> with sliced_cross_entropy(model) as loss:
+    ...     loss(input_ids=ids, labels=ids).backward()
+    """
+    loss = SlicedLoss(model)
+    try:
+        yield loss
+    finally:
+        loss.close()

@@ -55,6 +55,19 @@ def remember_layers(model: nn.Module) -> None:
 
 
 @contextmanager
+def remembered_layers(model: nn.Module) -> Iterator[None]:
+    """Ask the routers once for all that happens inside; asking copies a router, with all hooks that hang on it then."""
+    if getattr(model, _KNOWN, None) is not None:
+        yield
+        return
+    remember_layers(model)
+    try:
+        yield
+    finally:
+        delattr(model, _KNOWN)
+
+
+@contextmanager
 def without_wrappers(model: nn.Module) -> Iterator[None]:
     """Take peft's wrappers off for a moment, so that blocks look as the family built them.
 

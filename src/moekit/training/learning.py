@@ -64,12 +64,12 @@ def check_routers_learn(model: nn.Module, config: TrainConfig) -> None:
 
     Args:
         model: with `requires_grad` set as the run wants it.
-        config: the run's knobs; a router loss (balance, importance, z) reaches every router.
+        config: the run's knobs; an objective on routers reaches every router.
 
     Raises:
         BadConfig: nothing but such routers trains, so that the run would change nothing.
     """
-    if config.balance_coef or config.importance_coef or config.z_coef:
+    if config.terms().on_routers():
         return
     stuck = [layer for layer in moe_layers(model) if not learns_from_weights(layer)]
     if not stuck:
@@ -81,7 +81,10 @@ def check_routers_learn(model: nn.Module, config: TrainConfig) -> None:
         if stuck[0].geometry.top_k == 1
         else "no gradient of the language-modelling loss reaches the router through the weights it gives"
     )
-    hint = "give balance_coef, let the weights be (norm_topk_prob=False where the family has it), or take 2 experts"
+    hint = (
+        "add an objective on routers (balance: 0.01), let the weights be (norm_topk_prob=False where the family has "
+        "it), or take 2 experts"
+    )
     theirs = {id(p) for layer in stuck for p in layer.require_router().parameters()}
     if all(id(p) in theirs for p in model.parameters() if p.requires_grad):
         raise BadConfig(f"{message}, and nothing else is to train", layer=numbers[0], hint=hint)

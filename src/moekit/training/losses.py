@@ -18,6 +18,11 @@ from torch import Tensor
 Scores = Literal["softmax", "sigmoid"]
 
 
+def gate_scores(logits_TE: Tensor, scores: Scores = "softmax") -> Tensor:
+    """What a router ranks experts by, before its selection bias: [T, E] fp32."""
+    return logits_TE.softmax(dim=-1, dtype=torch.float32) if scores == "softmax" else logits_TE.float().sigmoid()
+
+
 def probabilities(logits_TE: Tensor, scores: Scores = "softmax") -> Tensor:
     """Gate probabilities that sum to one per token: [T, E] fp32.
 
@@ -26,8 +31,8 @@ def probabilities(logits_TE: Tensor, scores: Scores = "softmax") -> Tensor:
         scores: "softmax", or "sigmoid" divided by its sum (DeepSeek-V3, arXiv:2412.19437, eq. 19).
     """
     if scores == "softmax":
-        return logits_TE.softmax(dim=-1, dtype=torch.float32)
-    scores_TE = logits_TE.float().sigmoid()
+        return gate_scores(logits_TE)
+    scores_TE = gate_scores(logits_TE, scores)
     # The floor keeps the gradient finite where every sigmoid has underflowed.
     return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp(min=1e-9)
 
@@ -47,12 +52,29 @@ def expert_load(indices_TK: Tensor, experts: int, mask_T: Tensor | None = None) 
     return load_E.scatter_add_(0, flat, torch.ones_like(flat))[:experts]
 
 
-def _mean_over_tokens(values_TE: Tensor, mask_T: Tensor | None) -> Tensor:
-    """Mean over tokens that are no padding; zero, with a gradient of zero, where there are none."""
+def token_sum(values: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """Sum over tokens (the first axis) that are no padding; zero, with a gradient of zero, where there are none."""
     if mask_T is None:
-        return values_TE.sum(dim=0) / max(values_TE.shape[0], 1)
-    padding = ~mask_T.view(-1, *(1,) * (values_TE.dim() - 1))
-    return values_TE.masked_fill(padding, 0).sum(dim=0) / mask_T.sum().clamp(min=1)
+        return values.sum(dim=0)
+    padding = ~mask_T.view(-1, *(1,) * (values.dim() - 1))
+    return values.masked_fill(padding, 0).sum(dim=0)
+
+
+def token_count(values: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """Tokens (the first axis) that are no padding: int64 scalar."""
+    return torch.tensor(values.shape[0], device=values.device) if mask_T is None else mask_T.sum()
+
+
+def balance_of(load_E: Tensor, mass_E: Tensor, tokens: Tensor) -> Tensor:
+    """E sum_e f_e P_e from its counts: scalar fp32, 0 if no token chose any expert.
+
+    Args:
+        load_E: choices of each expert.
+        mass_E: gate probability of each expert, summed over tokens.
+        tokens: how many.
+    """
+    share_E = load_E.float() / load_E.float().sum().clamp(min=1)
+    return load_E.shape[0] * (share_E * (mass_E / tokens.clamp(min=1))).sum()
 
 
 def balance_loss(
@@ -74,16 +96,15 @@ def balance_loss(
     Returns:
         Scalar fp32; 0 if no token chose any expert.
     """
-    experts = logits_TE.shape[1]
-    load_E = expert_load(indices_TK, experts, mask_T).float()
-    share_E = load_E / load_E.sum().clamp(min=1)
-    mean_E = _mean_over_tokens(probabilities(logits_TE, scores), mask_T)
-    return experts * (share_E * mean_E).sum()
+    load_E = expert_load(indices_TK, logits_TE.shape[1], mask_T)
+    mass_E = token_sum(probabilities(logits_TE, scores), mask_T)
+    return balance_of(load_E, mass_E, token_count(logits_TE, mask_T))
 
 
 def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
     """Router z-loss: mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906 eq. 5). Scalar fp32."""
-    return _mean_over_tokens(logits_TE.float().logsumexp(dim=-1).square(), mask_T)
+    squares = token_sum(logits_TE.float().logsumexp(dim=-1).square(), mask_T)
+    return squares / token_count(logits_TE, mask_T).clamp(min=1)
 
 
 def importance(weights_TK: Tensor, indices_TK: Tensor, experts: int, mask_T: Tensor | None = None) -> Tensor:

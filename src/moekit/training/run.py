@@ -30,8 +30,10 @@ from moekit.training.compute import attention_for, checkpointed_activations, fro
 from moekit.training.config import TrainConfig, TrainResult
 from moekit.training.distribution import Distribution
 from moekit.training.freeze import FreezeReport, train_only
-from moekit.training.head import sliced_cross_entropy
+from moekit.training.head import readable_head
 from moekit.training.identity import RESULT_FILE, prepare_folder, run_identity
+from moekit.training.knobs import Knobs, ScheduleCallback
+from moekit.training.layers import remembered_layers
 from moekit.training.learning import check_routers_learn
 from moekit.training.lora import add_lora, merge_lora
 from moekit.training.order import OrderedRows, row_order
@@ -244,39 +246,50 @@ class _Run:
         self, folder: Path, heldout: TokenBatches | None, *, keep: bool, progress: Progress | None
     ) -> TrainResult:
         """Train, or continue, to the end."""
-        config = self.config
         args = self._arguments(folder, keep, heldout is not None)
-        callback = MoECallback(
-            balance_coef=config.balance_coef,
-            z_coef=config.z_coef,
-            importance_coef=config.importance_coef,
-            bias_rate=config.bias_rate,
-            every=max(self.steps // WINDOWS, 1),
-        )
-        with (
-            attention_for(self.base, config.seq_len),
-            sliced_cross_entropy(self.base),
-            frozen_weights_in(self.model, self.precision),
-            checkpointed_activations(self.base, config.activation_checkpointing),
-        ):
-            rows = OrderedRows(self.rows, self.order)
-            held = None if heldout is None else OrderedRows(heldout, range(len(heldout)))
+        with remembered_layers(self.model):
+            return self._execute(args, folder, heldout, keep=keep, progress=progress)
+
+    def _execute(
+        self,
+        args: TrainingArguments,
+        folder: Path,
+        heldout: TokenBatches | None,
+        *,
+        keep: bool,
+        progress: Progress | None,
+    ) -> TrainResult:
+        config = self.config
+        callback = MoECallback(config.terms(), balancer=config.balancer, every=max(self.steps // WINDOWS, 1))
+        schedules = config.moving()
+        knobs = Knobs(self.base, callback)
+        knobs.check(schedules, self.steps)
+        with ExitStack() as stack:
+            stack.enter_context(attention_for(self.base, config.seq_len))
+            head = readable_head(self.base)  # asked before weights are held in bf16
+            stack.enter_context(frozen_weights_in(self.model, self.precision))
+            stack.enter_context(checkpointed_activations(self.base, config.activation_checkpointing))
             trainer = RunTrainer(
                 self.model,
                 config,
                 self.precision,
                 args,
-                rows,
-                heldout=held,
+                OrderedRows(self.rows, self.order),
+                callback,
+                head=head,
+                heldout=None if heldout is None else OrderedRows(heldout, range(len(heldout))),
                 progress=progress,
                 distribution=self.distribution,
             )
             callback.install(trainer)
             trainer.add_callback(CompleteCheckpoints())
+            if schedules:
+                trainer.add_callback(ScheduleCallback(knobs, schedules))
             try:
-                done = self._loop(trainer, last_complete_checkpoint(folder), held is not None, progress)
+                done = self._loop(trainer, last_complete_checkpoint(folder), heldout is not None, progress)
             finally:
                 callback.detach()
+                trainer.close()
         result = self._result(trainer.state.log_history, callback, done)
         if keep and self.distribution is not None:
             self.distribution.save(self.model, None, folder / RANKS)

@@ -23,9 +23,13 @@ from transformers import (
 
 from moekit._progress import Progress
 from moekit.errors import NumericFault
+from moekit.training.batch import MicroBatch
+from moekit.training.callback import MoECallback
 from moekit.training.compute import Precision, compute_context
 from moekit.training.config import TrainConfig
 from moekit.training.distribution import Distribution
+from moekit.training.head import OutputInputs, OutputTap
+from moekit.training.knobs import LR
 from moekit.training.layers import trained_layers
 from moekit.training.order import collate
 from moekit.training.resume import ExactResume
@@ -82,7 +86,7 @@ def training_arguments(config: TrainConfig, folder: Path, steps: int, device: to
         per_device_eval_batch_size=config.batch,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.lr,
-        lr_scheduler_type=config.schedule,
+        lr_scheduler_type=config.lr_schedule,
         warmup_steps=config.warmup_steps(steps),
         weight_decay=config.weight_decay,
         adam_beta2=config.beta2,
@@ -122,6 +126,8 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         heldout: held-out rows for the loss every `eval_every` steps.
         progress: told of each step.
         distribution: how the model lies on ranks, where more than data parallelism is at work.
+        callback: told which micro-batch comes next; it holds the objectives.
+        head: the output layer, if losses can be computed from what it reads (`readable_head`).
     """
 
     def __init__(
@@ -131,7 +137,9 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         precision: Precision,
         args: TrainingArguments,
         rows: Dataset[dict[str, Tensor]],
+        callback: MoECallback,
         *,
+        head: nn.Linear | None = None,
         heldout: Dataset[dict[str, Tensor]] | None = None,
         progress: Progress | None = None,
         distribution: Distribution | None = None,
@@ -139,6 +147,8 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         self.config = config
         self.precision = precision
         self.distribution = distribution
+        self.callback = callback
+        self._tap = OutputTap(model, head, self._output_loss)
         super().__init__(model, args, data_collator=collate, train_dataset=rows, eval_dataset=heldout)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
@@ -151,10 +161,37 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The language-modelling loss; no key-value cache is built for it."""
+        """The objectives on outputs, in evaluation the cross-entropy alone; no key-value cache is built for it."""
         device = next(self.model.parameters()).device
-        with compute_context(self.precision, device):
-            return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        batch = MicroBatch(inputs["input_ids"], inputs.get("attention_mask"), "train", self.state.global_step, progress)
+        self.callback.meet(batch)
+        given = {**inputs, "use_cache": False}
+        with compute_context(self.precision, device), self._tap.reading(batch):
+            return super().compute_loss(model, given, return_outputs, num_items_in_batch)
+
+    def _output_loss(self, inputs: OutputInputs) -> Tensor:
+        return self.callback.terms.output_loss(inputs) if self.model.training else inputs.cross_entropy()
+
+    def close(self) -> None:
+        """Remove all hooks from the model."""
+        self._tap.close()
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As ever, or by the run's own schedule of `lr`; routers keep their share of it."""
+        own = self.config.moving().get(LR)
+        if own is None or self.lr_scheduler is not None:
+            scheduler: torch.optim.lr_scheduler.LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+            return scheduler
+        target = self.optimizer if optimizer is None else optimizer
+
+        def factor(step: int) -> float:
+            return own.value(min(step / num_training_steps, 1.0)) / self.config.lr
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, factor)
+        return self.lr_scheduler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as ever, with the routers' parameters in groups of their own where they have their own rate."""

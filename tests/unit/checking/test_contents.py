@@ -15,7 +15,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.cli.main import main
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.conversion.methods.residual import Residual
 from tests.checkpoints import edit_json, edit_shard, plain, saved
 from tests.families import EXPERTS
@@ -87,8 +87,8 @@ def test_a_parent_with_more_layers_is_compared_where_both_have_them(tmp_path):
 @pytest.fixture
 def pruned(tmp_path) -> tuple[Path, Path]:
     source = plain(tmp_path / "source")
-    decisions = {0: LayerDecision(keep=KEPT), 1: LayerDecision(keep=(0, 1, 2, 3, 6))}
-    apply(Checkpoint.open(source), decisions, tmp_path / "pruned", record=Record(command="prune"))
+    outcomes = {0: LayerOutcome(keep=KEPT), 1: LayerOutcome(keep=(0, 1, 2, 3, 6))}
+    apply(Checkpoint.open(source), outcomes, tmp_path / "pruned", record=Record(command="prune"))
     return source, tmp_path / "pruned"
 
 
@@ -112,7 +112,7 @@ def test_a_pruned_child_is_compared_with_the_experts_that_it_kept(pruned, record
     assert "this is the parent's expert 0 (down)" in messages(told, "expert-replaced")
 
 
-def test_zeros_of_a_parent_say_nothing(tmp_path):
+def test_rewriter_a_parent_say_nothing(tmp_path):
     dense = dense_model("llama", num_hidden_layers=2)
     moe = Residual(experts=4, top_k=2, width=16).convert(dense)
     moekit.save(moe, tmp_path / "converted")

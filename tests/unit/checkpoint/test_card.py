@@ -7,7 +7,7 @@ from pathlib import Path
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from tests.checkpoints import plain
 
 PROOF = {
@@ -22,7 +22,7 @@ PROOF = {
 
 
 def card_of(folder: Path, source: Path, **record: object) -> str:
-    kept = {layer: LayerDecision(keep=(0, 1, 4, 5, 7)) for layer in (0, 1)}
+    kept = {layer: LayerOutcome(keep=(0, 1, 4, 5, 7)) for layer in (0, 1)}
     apply(Checkpoint.open(source), kept, folder, record=Record(command="prune", config={"method": "reap"}, **record))
     return (folder / "README.md").read_text()
 

@@ -19,7 +19,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.safety import read_header
 from moekit.compress.engine.live import change_model
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.conversion.methods.copy import CopyUpcycling
 from moekit.errors import BadCheckpoint, BadConfig
 from moekit.parallel import save_sharded
@@ -83,7 +83,7 @@ def test_a_vision_model_stays_one(tmp_path):
 def test_layers_of_different_sizes_keep_the_names_of_a_vision_model(tmp_path):
     source = with_vision(tmp_path / "source")
     model = moekit.load(source, device="cpu")
-    kept = {0: LayerDecision(keep=tuple(range(8))), 1: LayerDecision(keep=(0, 2, 3, 5))}
+    kept = {0: LayerOutcome(keep=tuple(range(8))), 1: LayerOutcome(keep=(0, 2, 3, 5))}
     moekit.save(change_model(model, kept), tmp_path / "uneven")
     again = moekit.load(tmp_path / "uneven", device="cpu")
     nudge(again)
@@ -127,7 +127,7 @@ def test_layers_of_another_number_of_experts_are_refused_or_dropped(tmp_path):
     source, names = with_mtp(tmp_path / "source")
     model = moekit.load(source, device="cpu")
     layers = expert_counts(Checkpoint.open(source).tensors)
-    kept = LayerDecision(keep=(0, 1, 2, 4, 5, 6))
+    kept = LayerOutcome(keep=(0, 1, 2, 4, 5, 6))
     change_model(model, {layer: kept for layer in layers if layer < 2}, groups="free")
     with pytest.raises(BadConfig, match=r"layer 2: .*8 experts, the changed model 6") as told:
         moekit.save(model, tmp_path / "out")

@@ -17,28 +17,28 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.live import change_model
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.families import EXPERTS, FAMILIES, build, logits, tokens
 
 
-def decisions(family: str) -> dict[int, LayerDecision]:
+def outcomes(family: str) -> dict[int, LayerOutcome]:
     indices = [layer.index for layer in find_moe_layers(build(family))]
     kept = [(0, 2, 5), (1, 2, 3, 4, 6, 7)]
-    return {index: LayerDecision(keep=kept[number % 2]) for number, index in enumerate(indices)}
+    return {index: LayerOutcome(keep=kept[number % 2]) for number, index in enumerate(indices)}
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_what_the_disk_engine_writes_unevenly_moekit_loads(family: str, fused: bool, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(plain(tmp_path / "m", family, fused=fused))
-    apply(checkpoint, decisions(family), tmp_path / "out", record=Record(command="a test"))
-    expected = logits(change_model(build(family), decisions(family)))
+    apply(checkpoint, outcomes(family), tmp_path / "out", record=Record(command="a test"))
+    expected = logits(change_model(build(family), outcomes(family)))
     loaded = moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu")
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
     assert {layer.index: layer.geometry.experts for layer in find_moe_layers(loaded)} == {
-        index: len(decision.keep) for index, decision in decisions(family).items()
+        index: len(outcome.keep) for index, outcome in outcomes(family).items()
     }
     report = check(tmp_path / "out")
     assert report.ok, report
@@ -48,7 +48,7 @@ def test_what_the_disk_engine_writes_unevenly_moekit_loads(family: str, fused: b
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_live_uneven_model_is_saved_and_loaded(family: str, tmp_path: Path) -> None:
-    changed = change_model(build(family), decisions(family))
+    changed = change_model(build(family), outcomes(family))
     moekit.save(changed, tmp_path / "out")
     loaded = moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu")
     torch.testing.assert_close(logits(loaded), logits(changed), rtol=1e-5, atol=1e-5)
@@ -60,14 +60,14 @@ def test_a_live_uneven_model_is_saved_and_loaded(family: str, tmp_path: Path) ->
 
 
 def test_without_its_record_an_uneven_folder_is_refused(tmp_path: Path) -> None:
-    moekit.save(change_model(build("mixtral"), decisions("mixtral")), tmp_path / "out")
+    moekit.save(change_model(build("mixtral"), outcomes("mixtral")), tmp_path / "out")
     (tmp_path / "out" / "moekit.json").unlink()
     with pytest.raises(BadCheckpoint, match="missing"):
         moekit.load(tmp_path / "out")
 
 
 def test_a_record_of_other_counts_is_refused(tmp_path: Path) -> None:
-    moekit.save(change_model(build("mixtral"), decisions("mixtral")), tmp_path / "out")
+    moekit.save(change_model(build("mixtral"), outcomes("mixtral")), tmp_path / "out")
 
     def change(record: dict[str, dict[str, dict[str, int]]]) -> None:
         record["expectations"]["experts"]["0"] = 4
@@ -78,13 +78,13 @@ def test_a_record_of_other_counts_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_device_map_is_refused_with_the_reason(tmp_path: Path) -> None:
-    moekit.save(change_model(build("mixtral"), decisions("mixtral")), tmp_path / "out")
+    moekit.save(change_model(build("mixtral"), outcomes("mixtral")), tmp_path / "out")
     with pytest.raises(BadConfig, match="device_map"):
         moekit.load(tmp_path / "out", device_map="auto")
 
 
 def test_the_card_and_the_check_say_who_loads_it(tmp_path: Path) -> None:
-    moekit.save(change_model(build("mixtral"), decisions("mixtral")), tmp_path / "out")
+    moekit.save(change_model(build("mixtral"), outcomes("mixtral")), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "opens it without moekit" not in card
     assert "`moekit.load` opens the folder" in card
@@ -102,7 +102,7 @@ def test_the_card_and_the_check_say_who_loads_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
 def test_a_layer_that_keeps_all_routes_as_freely_as_the_others(family: str, tmp_path: Path) -> None:
     """The config has one number of groups for all layers, and it no longer divides the smaller ones."""
-    kept = {1: LayerDecision(keep=(0, 2, 5)), 2: LayerDecision(keep=tuple(range(EXPERTS)))}
+    kept = {1: LayerOutcome(keep=(0, 2, 5)), 2: LayerOutcome(keep=tuple(range(EXPERTS)))}
     checkpoint = Checkpoint.open(plain(tmp_path / "m", family))
     apply(checkpoint, kept, tmp_path / "out", record=Record(command="a test"))
     loaded = moekit.load(tmp_path / "out", dtype=torch.float32, device="cpu")
@@ -113,7 +113,7 @@ def test_a_layer_that_keeps_all_routes_as_freely_as_the_others(family: str, tmp_
 
 def test_a_stored_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
     build("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path / "even")
-    changed = change_model(moekit.load(tmp_path / "even", device="cpu"), decisions("qwen3_moe"))
+    changed = change_model(moekit.load(tmp_path / "even", device="cpu"), outcomes("qwen3_moe"))
     moekit.save(changed, tmp_path / "out")
     head: list[torch.Tensor] = []
 
@@ -133,7 +133,7 @@ def test_a_loaded_model_is_like_a_stock_one(tmp_path: Path) -> None:
     model.generation_config.max_new_tokens = 17
     model.save_pretrained(tmp_path / "even")
     even = moekit.load(tmp_path / "even", device="cpu")
-    changed = change_model(moekit.load(tmp_path / "even", device="cpu"), decisions("qwen3_moe"))
+    changed = change_model(moekit.load(tmp_path / "even", device="cpu"), outcomes("qwen3_moe"))
     moekit.save(changed, tmp_path / "out", max_shard_bytes=40_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     loaded = moekit.load(tmp_path / "out", device="cpu")
@@ -157,15 +157,15 @@ def test_a_loaded_model_is_like_a_stock_one(tmp_path: Path) -> None:
 def test_a_balance_loss_that_the_config_asks_for_is_off(tmp_path: Path) -> None:
     """The stock one stacks the routers' answers of all layers, and would fail in every forward."""
     source = plain(tmp_path / "m", "mixtral", output_router_logits=True)
-    apply(Checkpoint.open(source), decisions("mixtral"), tmp_path / "out", record=Record(command="a test"))
+    apply(Checkpoint.open(source), outcomes("mixtral"), tmp_path / "out", record=Record(command="a test"))
     loaded = moekit.load(tmp_path / "out", device="cpu")
     assert torch.isfinite(loaded(input_ids=tokens(), labels=tokens()).loss)
 
 
 def test_pruned_evenly_afterwards_it_is_stock_again(tmp_path: Path) -> None:
-    moekit.save(change_model(build("olmoe"), decisions("olmoe")), tmp_path / "uneven")
+    moekit.save(change_model(build("olmoe"), outcomes("olmoe")), tmp_path / "uneven")
     model = moekit.load(tmp_path / "uneven", device="cpu")
-    change_model(model, {0: LayerDecision(keep=(0, 1, 2)), 1: LayerDecision(keep=(1, 3, 5))})
+    change_model(model, {0: LayerOutcome(keep=(0, 1, 2)), 1: LayerOutcome(keep=(1, 3, 5))})
     record = Record.read(tmp_path / "uneven")
     moekit.save(model, tmp_path / "even", record=record)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "even").eval()
@@ -173,8 +173,8 @@ def test_pruned_evenly_afterwards_it_is_stock_again(tmp_path: Path) -> None:
 
 
 def test_pruned_again_from_disk(tmp_path: Path) -> None:
-    moekit.save(change_model(build("olmoe"), decisions("olmoe")), tmp_path / "uneven")
-    kept = {0: LayerDecision(keep=(0, 2)), 1: LayerDecision(keep=(1, 3, 5))}
+    moekit.save(change_model(build("olmoe"), outcomes("olmoe")), tmp_path / "uneven")
+    kept = {0: LayerOutcome(keep=(0, 2)), 1: LayerOutcome(keep=(1, 3, 5))}
     apply(Checkpoint.open(tmp_path / "uneven"), kept, tmp_path / "out", record=Record(command="a test"))
     expected = change_model(moekit.load(tmp_path / "uneven", device="cpu"), kept)
     loaded = moekit.load(tmp_path / "out", device="cpu")
@@ -183,7 +183,7 @@ def test_pruned_again_from_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [0, -1, 7, 10**12])
 def test_a_record_of_impossible_counts_is_refused_before_anything_is_built(count: int, tmp_path: Path) -> None:
-    moekit.save(change_model(build("mixtral"), decisions("mixtral")), tmp_path / "out")
+    moekit.save(change_model(build("mixtral"), outcomes("mixtral")), tmp_path / "out")
 
     def change(record: dict[str, dict[str, dict[str, int]]]) -> None:
         record["expectations"]["experts"]["0"] = count
@@ -218,6 +218,6 @@ def test_quantized_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
     edit_shard(source / "model.safetensors", shrink)
     quantization = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": ["lm_head"]}
     edit_json(source / "config.json", lambda config: config.update(quantization_config=quantization))
-    apply(Checkpoint.open(source), decisions("qwen3_moe"), tmp_path / "out", record=Record(command="a test"))
+    apply(Checkpoint.open(source), outcomes("qwen3_moe"), tmp_path / "out", record=Record(command="a test"))
     with pytest.raises(UnsupportedModel, match="fp8"):
         moekit.load(tmp_path / "out", device="cpu")

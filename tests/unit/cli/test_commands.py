@@ -83,7 +83,7 @@ def test_a_routed_model_is_restored_checked_and_undone(moekit: Moekit, made: Pat
 
 def test_train_evaluate_and_generate(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     moe, text = made / "moe", made / "text"
-    knobs = ("--steps", 2, "--seq-len", 32, "--lr", "1e-3", "--balance-coef", "0.01", "--plan", made / "plan")
+    knobs = ("--steps", 2, "--seq-len", 32, "--lr", "1e-3", "--balance", "0.01", "--plan", made / "plan")
     trained = moekit("train", moe, tmp_path / "tuned", "--text", text, *knobs, "--json")
     assert trained.code == 0, trained.err
     assert trained.json["steps"] == 2

@@ -13,7 +13,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.cli.main import main
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.evaluation import complete
 from moekit.jobs.shared import tasks as loading
 from moekit.serving.expert_sets.expert_set import keep_sets
@@ -127,8 +127,8 @@ def test_prompts_find_their_task_and_are_answered_by_its_experts(
     for task in ("prose", "sums"):
         keep = keep_sets(store.load(task), 4)
         assert done.json["loaded"][task]["experts"] == {str(layer): experts for layer, experts in keep.items()}
-        decisions = {layer: LayerDecision(keep=tuple(experts)) for layer, experts in keep.items()}
-        apply(checkpoint, decisions, tmp_path / task, record=Record(command="a test"))
+        outcomes = {layer: LayerOutcome(keep=tuple(experts)) for layer, experts in keep.items()}
+        apply(checkpoint, outcomes, tmp_path / task, record=Record(command="a test"))
         assert done.json["loaded"][task]["bytes"] == Checkpoint.open(tmp_path / task).nbytes < checkpoint.nbytes
         model = AutoModelForCausalLM.from_pretrained(tmp_path / task).eval()
         prompts = [prompt for prompt, own in PROMPTS.items() if own == task]

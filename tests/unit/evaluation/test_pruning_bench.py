@@ -26,8 +26,10 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.measuring import geometries_of
 from moekit.compress.engine.plan import make_method
-from moekit.compress.engine.planning import Request, geometries_of, plan_pruning
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import PlanRequest
 from moekit.data.batches import TokenizedDocument, arrange
 from moekit.data.text import Document
 from moekit.errors import BadConfig, BadData, UnsupportedModel
@@ -65,18 +67,18 @@ def bench(subject: Subject, asked: Setting, folder: Path) -> PruneBenchResult:
 
 def alone(subject: Subject, name: str, keep: float, text: list[TokenizedDocument], seed: int = 0) -> PerplexityResult:
     """A method as it is run on its own: a pass for it alone, a plan, the model compared."""
-    method = make_method(name, {})
+    method = make_method("prune", name, {})
     batches = arrange(text, 16).batches(4)
     trace = record_streamed(subject.checkpoint, batches, statistics=("load", *method.required))
-    plan = plan_pruning(subject.checkpoint, trace, Request(method, Budget(keep=keep), seed=seed))
+    plan = plan_weights(subject.checkpoint, trace, PlanRequest(method, Budget(keep=keep), seed=seed))
 
     geometries = geometries_of(subject.checkpoint)
 
     def rewrite(layer: int, weights: Any) -> Any:
         inputs = LayerInputs(layer, geometries[layer], plan.statistics[layer], lambda: weights, seed)
-        return method.transform(weights, plan.decisions[layer], inputs)
+        return method.transform(weights, plan.outcomes[layer], inputs)
 
-    variant = Variant(name, plan.decisions, rewrite if method.rewrites else None)
+    variant = Variant(name, plan.outcomes, rewrite if method.rewrites else None)
     _, [result] = compare_variants(subject.checkpoint, HELDOUT, [variant], window=16)
     return result.perplexity
 
@@ -220,7 +222,7 @@ def unmade() -> Iterator[str]:
         def score(self, inputs: LayerInputs) -> Tensor:
             return torch.arange(inputs.experts, dtype=torch.float64)
 
-        def transform(self, weights: Any, decision: Any, inputs: LayerInputs) -> Any:
+        def transform(self, weights: Any, outcome: Any, inputs: LayerInputs) -> Any:
             raise UnsupportedModel("no new weights", layer=inputs.layer)
 
     yield "unmade"

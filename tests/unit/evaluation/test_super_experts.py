@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.engine.planning import geometries_of
+from moekit.compress.engine.measuring import geometries_of
 from moekit.diagnose.super_experts.finding import find_super_experts
 from moekit.diagnose.super_experts.report import SHARED, SuperExpertReport
 from moekit.errors import BadConfig, BadData

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.evaluation.changes import Variant
@@ -112,8 +112,8 @@ def seen(model: Any) -> dict[int, tuple[list[torch.Tensor], list[torch.Tensor], 
     return found  # type: ignore[return-value]
 
 
-def decisions(keep: dict[int, tuple[int, ...]], layers: Any) -> dict[int, LayerDecision]:
-    return {layer: LayerDecision(keep=keep[layer]) for layer in layers}
+def outcomes(keep: dict[int, tuple[int, ...]], layers: Any) -> dict[int, LayerOutcome]:
+    return {layer: LayerOutcome(keep=keep[layer]) for layer in layers}
 
 
 def check(result: VariantResult, small: Any, large: Any, keep: dict[int, tuple[int, ...]]) -> None:
@@ -138,7 +138,7 @@ def check(result: VariantResult, small: Any, large: Any, keep: dict[int, tuple[i
 def test_a_variant_costs_what_the_pruned_model_costs(family: str, tmp_path: Path) -> None:
     large = build(family)
     checkpoint = Checkpoint.open(plain(tmp_path / "m", family))
-    variant = Variant("five", decisions(KEEP, blocks(large)))
+    variant = Variant("five", outcomes(KEEP, blocks(large)))
     # So few tokens a batch that there are several batches, and so many that documents share one, padded.
     unchanged, [result] = compare_variants(checkpoint, DOCUMENTS, [variant], window=20, batch_tokens=24)
     assert unchanged.nll == pytest.approx(likelihoods(large), abs=1e-4)
@@ -151,13 +151,13 @@ def test_variants_do_not_disturb_each_other_and_may_lie_in_files(tmp_path: Path)
     large = build("qwen2_moe")
     checkpoint = Checkpoint.open(plain(tmp_path / "m", "qwen2_moe"))
     other = {0: (0, 1, 2), 1: (3, 4, 5, 6, 7)}  # unevenly many
-    doubled = Variant("doubled", decisions(KEEP, (0, 1)), lambda layer, w: _double(w.select(KEEP[layer])))
+    doubled = Variant("doubled", outcomes(KEEP, (0, 1)), lambda layer, w: _double(w.select(KEEP[layer])))
     variants = [
-        Variant("five", decisions(KEEP, (0, 1))),
-        Variant("uneven", decisions(other, (0, 1))),
+        Variant("five", outcomes(KEEP, (0, 1))),
+        Variant("uneven", outcomes(other, (0, 1))),
         doubled,
-        Variant("one choice", decisions(KEEP, (0, 1)), top_k=1),
-        Variant("all", decisions(dict.fromkeys((0, 1), tuple(range(EXPERTS))), (0, 1))),
+        Variant("one choice", outcomes(KEEP, (0, 1)), top_k=1),
+        Variant("all", outcomes(dict.fromkeys((0, 1), tuple(range(EXPERTS))), (0, 1))),
     ]
     unchanged, results = compare_variants(checkpoint, DOCUMENTS, variants, window=20)
     assert [r.name for r in results] == ["five", "uneven", "doubled", "one choice", "all"]
@@ -184,7 +184,7 @@ def _double(weights: LayerWeights) -> LayerWeights:
 def test_long_documents_are_read_in_the_windows_of_a_whole_model(tmp_path: Path) -> None:
     long = [Document(tokens(1, 40, seed=9)[0].tolist(), "a"), *DOCUMENTS]
     checkpoint = Checkpoint.open(plain(tmp_path / "m", "mixtral"))
-    unchanged, [result] = compare_variants(checkpoint, long, [Variant("five", decisions(KEEP, (0, 1)))], window=16)
+    unchanged, [result] = compare_variants(checkpoint, long, [Variant("five", outcomes(KEEP, (0, 1)))], window=16)
     for found, model in ((unchanged, build("mixtral")), (result.perplexity, sliced("mixtral", KEEP))):
         whole = perplexity_of_documents(model, long, window=16)
         assert found.tokens == whole.tokens
@@ -193,13 +193,13 @@ def test_long_documents_are_read_in_the_windows_of_a_whole_model(tmp_path: Path)
 
 def test_two_variants_of_one_name_are_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(plain(tmp_path / "m", "mixtral"))
-    twins = [Variant("five", decisions(KEEP, (0, 1)))] * 2
+    twins = [Variant("five", outcomes(KEEP, (0, 1)))] * 2
     with pytest.raises(BadConfig, match="one name"):
         compare_variants(checkpoint, DOCUMENTS, twins)
 
 
 def test_fewer_experts_than_choices_are_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(plain(tmp_path / "m", "mixtral"))
-    alone = Variant("one", {0: LayerDecision(keep=(3,)), 1: LayerDecision(keep=(3,))})
+    alone = Variant("one", {0: LayerOutcome(keep=(3,)), 1: LayerOutcome(keep=(3,))})
     with pytest.raises(BadConfig, match="each token chooses 2"):
         compare_variants(checkpoint, DOCUMENTS, [alone])

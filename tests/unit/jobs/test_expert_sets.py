@@ -46,7 +46,7 @@ def place(folder: Path, name: str = "out") -> JobContext:
 
 def apart(made: Path, domain: str | None, method: str = "premoe", **knobs: Any) -> Pattern:
     """The pattern of a domain, or of all text, from a trace of that alone."""
-    checkpoint, chosen = Checkpoint.open(made / "moe"), make_method(method, knobs)
+    checkpoint, chosen = Checkpoint.open(made / "moe"), make_method("prune", method, knobs)
     documents = [d for d in read_text(str(made / "text")) if domain in (None, d.domain)]
     rows = pack(documents, load_tokenizer(str(made / "moe")), 128)
     trace = record_streamed(checkpoint, rows.batches(8), statistics=(*chosen.required, "load"))

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.engine.plan import PrunePlan, make_method
-from moekit.compress.engine.planning import Request, plan_pruning
+from moekit.compress.engine.plan import WeightPlan, make_method
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import PlanRequest
 from moekit.data import tokenize
 from moekit.errors import BadConfig
 from moekit.evaluation import perplexity_of_documents
@@ -186,7 +187,7 @@ def test_a_trace_gives_what_its_text_gives(made: Path, tmp_path: Path) -> None:
     text = str(made / "text")
     tokenizer = load_tokenizer(str(made / "moe"))
     rows = rows_of(read_text(text), tokenizer, seq_len=128, max_tokens=65536)
-    names = make_method("reap", {}).required
+    names = make_method("prune", "reap", {}).required
     trace = record_streamed(Checkpoint.open(made / "moe"), rows.batches(8), statistics=names, tokenizer=tokenizer)
     trace.save(tmp_path / "trace")
     by_trace = step(made, data=None, trace=tmp_path / "trace", heldout=text).run(place(tmp_path, "a"))
@@ -224,18 +225,18 @@ def test_protected_experts_stay(made: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "find_super_experts", found)
     by_super = kept(step(made, write="plan", protect="super").run(place(tmp_path, "super.json")))
     assert by_super == {0: free[0], 1: by_pairs[1]}
-    assert PrunePlan.load(tmp_path / "super.json").file.protected == {1: (worst[1],)}
+    assert WeightPlan.load(tmp_path / "super.json").file.protected == {1: (worst[1],)}
 
 
 def test_the_plan_is_that_of_the_library(made: Path, tmp_path: Path) -> None:
     step(made, write="plan", method="easy-ep", keep=0.75).run(place(tmp_path, "p.json", seed=3))
-    plan = PrunePlan.load(tmp_path / "p.json")
+    plan = WeightPlan.load(tmp_path / "p.json")
     tokenizer = load_tokenizer(str(made / "moe"))
     rows = rows_of(read_text(str(made / "text"), split="train"), tokenizer, seq_len=128, max_tokens=65536)
-    checkpoint, method = Checkpoint.open(made / "moe"), make_method("easy-ep", {})
+    checkpoint, method = Checkpoint.open(made / "moe"), make_method("prune", "easy-ep", {})
     trace = record_streamed(checkpoint, rows.batches(8), statistics=method.required)
-    slow = plan_pruning(checkpoint, trace, Request(method, budget_of(0.75, "uniform", None, None), seed=3))
-    assert plan.decisions == slow.decisions
+    slow = plan_weights(checkpoint, trace, PlanRequest(method, budget_of(0.75, "uniform", None, None), seed=3))
+    assert plan.outcomes == slow.outcomes
     assert plan.hash == slow.hash
 
 
@@ -348,7 +349,7 @@ def test_prompts_are_answered_by_the_model_and_both_are_decided_on(made: Path, t
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     asked = step(made, data=tmp_path / "prompts.jsonl", heldout=made / "text", answers=6, write="plan", keep=5)
     results = asked.run(place(tmp_path))
-    plan = PrunePlan.load(tmp_path / "out" / "plan.json")
+    plan = WeightPlan.load(tmp_path / "out" / "plan.json")
 
     model = AutoModelForCausalLM.from_pretrained(made / "moe").eval()
     tokenizer = load_tokenizer(str(made / "moe"))
@@ -366,7 +367,7 @@ def test_prompts_are_answered_by_the_model_and_both_are_decided_on(made: Path, t
         for sequence in sequences:  # each alone
             model(sequence[None, :])
     assert plan.statistics[1]["load"].long().sum() == 2 * sum(map(len, sequences))
-    assert results["layers"][1]["kept"] == list(plan.decisions[1].keep)
+    assert results["layers"][1]["kept"] == list(plan.outcomes[1].keep)
     torch.testing.assert_close(plan.statistics[1]["load"].long(), chosen)
 
 

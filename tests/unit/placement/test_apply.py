@@ -14,7 +14,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import load, save
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.live import change_model
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.placement.apply import apply_placement, permute_all, place_checkpoint, routing_groups
 from moekit.placement.plan import Placement
@@ -226,7 +226,7 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_layers_with_different_numbers_of_experts_are_placed(tmp_path: Path) -> None:
-    kept = {0: LayerDecision(keep=(0, 2, 5)), 1: LayerDecision(keep=(1, 2, 3, 4, 6, 7))}
+    kept = {0: LayerOutcome(keep=(0, 2, 5)), 1: LayerOutcome(keep=(1, 2, 3, 4, 6, 7))}
     moekit.save(change_model(build("mixtral"), kept), tmp_path / "uneven")
     model = moekit.load(tmp_path / "uneven", dtype=torch.float32, device="cpu")
     layers = {0: [1, 0, 1], 1: [1, 0, 0, 1, 0, 1]}

@@ -76,7 +76,7 @@ def overrides(tmp_path: Path, model: Path) -> list[str]:
 def test_the_demo_runs_from_a_dense_model_to_the_page(tmp_path: Path) -> None:
     pairs = overrides(tmp_path, dense_model(tmp_path / "dense"))
     pairs += ["layers=[0, 1]", "experts=8", "top_k=2", "width=8", "groups=[2, 4]"]
-    pairs += ["train={steps: 3, seq_len: 32, batch: 2, balance_coef: 0.01, parts: [router, experts]}"]
+    pairs += ["train={steps: 3, seq_len: 32, batch: 2, objectives: {balance: 0.01}, parts: [router, experts]}"]
     pairs += [f"questions=continuations:{tmp_path / 'text'}", "limit=1"]
     recipe = load_recipe(RECIPES / "c2r-demo.yaml", parse_overrides(pairs), out=str(tmp_path / "run"))
     # On so little text some curve may rightly be called degenerate; the page is what is looked at here.
@@ -130,7 +130,7 @@ def test_a_lab_model_is_trained_and_shown(tmp_path: Path) -> None:
     pairs = [f"data={text}", "tokens=4096", "devices=[2]"]
     recipe = load_recipe(RECIPES / "pretrain-tiny.yaml", parse_overrides(pairs), out=str(tmp_path / "run"))
     small = {"vocabulary": 300, "hidden": 32, "layers": 2, "experts": 8, "top_k": 2, "width": 16, "context": 64}
-    training = {"tokens": 4096, "seq_len": 64, "batch": 4, "lr": 2e-3, "balance_coef": 0.01}
+    training = {"tokens": 4096, "seq_len": 64, "batch": 4, "lr": 2e-3, "objectives": {"balance": 0.01}}
     first = recipe.steps[0].model_copy(update={"settings": {**small, "training": training}})
     look = recipe.steps[1].model_copy(update={"seq_len": 64})
     result = runner.run(recipe.model_copy(update={"steps": (first, look, *recipe.steps[2:])}))

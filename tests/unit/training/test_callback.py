@@ -17,12 +17,11 @@ from moekit.errors import BadConfig, NumericFault
 from moekit.routing import C2R
 from moekit.runtime import attach
 from moekit.training import MoECallback, collect
-from moekit.training.balance import bias_step
 from moekit.training.losses import balance_loss, cv_squared, importance, z_loss
 from tests.families import EXPERTS, build
 from tests.unit.training.helpers import Rows, trainer, word_tokenizer
 
-COEFS = {"balance_coef": 0.7, "z_coef": 0.02, "importance_coef": 0.3}
+WEIGHTS = {"balance": 0.7, "z": 0.02, "importance": 0.3}
 
 
 def by_hand(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -33,12 +32,12 @@ def by_hand(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> d
         with collect(model) as routed:
             loss = model(**batch, use_cache=False, num_items_in_batch=items).loss
             for r in routed:
-                loss = loss + COEFS["balance_coef"] / len(batches) * balance_loss(
+                loss = loss + WEIGHTS["balance"] / len(batches) * balance_loss(
                     r.logits_TE, r.indices_TK, r.mask_T, scores=r.layer.scores
                 )
-                loss = loss + COEFS["z_coef"] / len(batches) * z_loss(r.logits_TE, r.mask_T)
+                loss = loss + WEIGHTS["z"] / len(batches) * z_loss(r.logits_TE, r.mask_T)
                 received = importance(r.weights_TK, r.indices_TK, EXPERTS, r.mask_T)
-                loss = loss + COEFS["importance_coef"] / len(batches) * cv_squared(received)
+                loss = loss + WEIGHTS["importance"] / len(batches) * cv_squared(received)
             loss.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -56,7 +55,7 @@ def gradients_of_one_step(model: PreTrainedModel, data: Rows, folder: Path, **kw
     model = copy.deepcopy(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     run = trainer(model, data, folder, max_steps=1, learning_rate=1.0, **kwargs)
-    run.add_callback(MoECallback(**COEFS))
+    run.add_callback(MoECallback(WEIGHTS))
     run.train()
     return {n: before[n] - p.detach() for n, p in model.named_parameters()}
 
@@ -115,7 +114,7 @@ def test_training_balances_a_collapsed_router_and_logs_it(tmp_path: Path) -> Non
             for layer in find_moe_layers(model):
                 layer.require_router().weight[:2] += 0.5
         run = trainer(model, Rows(32, pad=False), tmp_path, max_steps=16, learning_rate=0.5)
-        run.add_callback(MoECallback(balance_coef=coef))
+        run.add_callback(MoECallback({"balance": coef}))
         run.train()
         return [entry for entry in run.state.log_history if "loss" in entry]
 
@@ -126,7 +125,7 @@ def test_training_balances_a_collapsed_router_and_logs_it(tmp_path: Path) -> Non
 
 
 def test_figures_count_every_choice_once(tmp_path: Path) -> None:
-    callback = MoECallback(balance_coef=0.1, every=2)
+    callback = MoECallback({"balance": 0.1}, every=2)
     run = trainer(build("qwen2_moe"), Rows(16), tmp_path, max_steps=2, gradient_accumulation_steps=2)
     run.add_callback(callback)
     run.train()
@@ -150,11 +149,6 @@ def test_never_routed_experts_are_named(tmp_path: Path) -> None:
     assert entry["moe/never_routed"] >= 1
 
 
-def test_bias_step_by_hand() -> None:
-    torch.testing.assert_close(bias_step(torch.tensor([4, 1, 3, 0]), 0.1), torch.tensor([-0.1, 0.1, -0.1, 0.1]))
-    torch.testing.assert_close(bias_step(torch.tensor([2, 2]), 0.1), torch.zeros(2))
-
-
 @pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
 def test_selection_biases_move_by_the_load_of_the_whole_step(family: str, tmp_path: Path) -> None:
     model, data = build(family), Rows(8)
@@ -168,7 +162,7 @@ def test_selection_biases_move_by_the_load_of_the_whole_step(family: str, tmp_pa
                 load[r.layer.index] = load.get(r.layer.index, 0) + torch.bincount(chosen, minlength=EXPERTS)
                 expected_from = {x.layer.index: x.layer.bias.clone() for x in routed}
     run = trainer(model, data, tmp_path, max_steps=1, gradient_accumulation_steps=4)
-    run.add_callback(MoECallback(bias_rate=0.01))
+    run.add_callback(MoECallback(balancer={"use": "sign", "rate": 0.01}))
     run.train()
     with collect(model) as routed:
         model.train()(**batches_of(data, 2)[0], use_cache=False)
@@ -181,19 +175,19 @@ def test_selection_biases_move_by_the_load_of_the_whole_step(family: str, tmp_pa
 
 def test_loss_free_balancing_balances(tmp_path: Path) -> None:
     run = trainer(build("deepseek_v3"), Rows(64, pad=False), tmp_path, max_steps=32, learning_rate=0.0)
-    run.add_callback(MoECallback(bias_rate=0.02, every=8))
+    run.add_callback(MoECallback(balancer={"use": "sign", "rate": 0.02}, every=8))
     run.train()
     figures = [entry["moe/load_cv"] for entry in run.state.log_history if "moe/load_cv" in entry]
     assert figures[-1] < 0.6 * figures[0]
 
 
-def test_bias_rate_needs_a_bias_and_a_type_that_can_hold_it(tmp_path: Path) -> None:
+def test_a_balancer_needs_a_bias_and_a_type_that_can_hold_it(tmp_path: Path) -> None:
     run = trainer(build("qwen2_moe"), Rows(2), tmp_path)
-    run.add_callback(MoECallback(bias_rate=0.1))
+    run.add_callback(MoECallback(balancer={"use": "sign", "rate": 0.1}))
     with pytest.raises(BadConfig, match="no router of this model has a selection bias"):
         run.train()
     run = trainer(build("deepseek_v3").to(torch.bfloat16), Rows(2), tmp_path)
-    run.add_callback(MoECallback(bias_rate=0.1))
+    run.add_callback(MoECallback(balancer={"use": "sign", "rate": 0.1}))
     with pytest.raises(BadConfig, match="bfloat16") as caught:
         run.train()
     assert caught.value.layer == 1
@@ -202,16 +196,21 @@ def test_bias_rate_needs_a_bias_and_a_type_that_can_hold_it(tmp_path: Path) -> N
 def test_transformers_own_balance_loss_beside_ours_is_refused(tmp_path: Path) -> None:
     model = build("qwen2_moe")
     model.config.output_router_logits = True
-    with pytest.raises(BadConfig, match="count twice"):
-        MoECallback(balance_coef=0.1).install(trainer(model, Rows(2), tmp_path))
+    with pytest.raises(BadConfig, match="added to ours"):
+        MoECallback({"balance": 0.1}).install(trainer(model, Rows(2), tmp_path))
 
 
-@pytest.mark.parametrize("name", ["balance_coef", "z_coef", "importance_coef", "bias_rate"])
-def test_negative_settings_are_refused(name: str) -> None:
-    with pytest.raises(BadConfig, match=name):
-        MoECallback(**{name: -1.0})
-    with pytest.raises(BadConfig, match=name):
-        MoECallback(**{name: float("nan")})
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_impossible_settings_are_refused(value: float) -> None:
+    for name in ("balance", "z", "importance", "mi", "entropy"):
+        with pytest.raises(BadConfig, match=f"objective {name}: weight"):
+            MoECallback({name: value})
+    with pytest.raises(BadConfig, match="balancer sign: rate"):
+        MoECallback(balancer={"use": "sign", "rate": value})
+    with pytest.raises(BadConfig, match="objective on outputs"):
+        MoECallback({"ce": 1.0})
+    with pytest.raises(BadConfig, match="did you mean 'balance'"):
+        MoECallback({"balanse": 1.0})
 
 
 def test_nan_stops_before_it_reaches_the_weights(tmp_path: Path) -> None:
@@ -231,7 +230,7 @@ def test_nan_stops_before_it_reaches_the_weights(tmp_path: Path) -> None:
 def test_hooks_are_gone_after_training(tmp_path: Path) -> None:
     model = build("qwen2_moe")
     run = trainer(model, Rows(4), tmp_path, max_steps=1)
-    MoECallback(balance_coef=0.1).install(run)
+    MoECallback({"balance": 0.1}).install(run)
     run.train()
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
@@ -276,7 +275,7 @@ def test_trl_sft_trainer_takes_the_same_callback(
         run = sft(words, tmp_path, max_steps=1, gradient_checkpointing=checkpointing)
         name = "model.layers.1.mlp.gate.weight"
         before = run.model.get_parameter(name).detach().clone()
-        callback = MoECallback(balance_coef=coef).install(run)
+        callback = MoECallback({"balance": coef}).install(run)
         run.train()
         assert callback.figures is not None
         return before - run.model.get_parameter(name).detach(), run.state.log_history
@@ -293,4 +292,4 @@ def test_trl_sft_trainer_takes_the_same_callback(
 
 def test_trl_with_its_own_balance_loss_left_on_is_refused(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match="router_aux_loss_coef=0"):
-        MoECallback(balance_coef=1.0).install(sft(words, tmp_path, router_aux_loss_coef=0.001))
+        MoECallback({"balance": 1.0}).install(sft(words, tmp_path, router_aux_loss_coef=0.001))

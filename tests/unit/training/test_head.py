@@ -48,9 +48,11 @@ def test_every_family_keeps_its_loss_and_gradients(family: str) -> None:
     expected = stock(input_ids=ids, labels=labels, use_cache=False).loss
     expected.backward()
     with sliced_cross_entropy(model) as sliced:
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        assert sliced
+        loss = sliced(input_ids=ids, labels=labels, use_cache=False)
         loss.backward()
-    assert sliced
+        # All other calls are the family's own, labels or not.
+        assert torch.equal(model(input_ids=ids, labels=labels).logits, stock(input_ids=ids).logits)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for (name, p), (_, q) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
@@ -62,8 +64,8 @@ def test_every_family_keeps_its_loss_and_gradients(family: str) -> None:
 def test_accumulated_batches_divide_by_all_their_words() -> None:
     model, ids = build("qwen2_moe"), tokens(2, 10)
     expected = model(input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=100).loss
-    with sliced_cross_entropy(model):
-        loss = model(input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=100).loss
+    with sliced_cross_entropy(model) as sliced:
+        loss = sliced(input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=100)
     torch.testing.assert_close(loss, expected)
 
 
@@ -85,14 +87,14 @@ def test_a_family_that_bends_its_logits_stays_stock() -> None:
     before = model(input_ids=ids, labels=ids).loss
     with sliced_cross_entropy(model) as sliced:
         assert not sliced
-        torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, before)
+        torch.testing.assert_close(sliced(input_ids=ids, labels=ids), before)
 
 
 def test_a_frozen_head_costs_no_gradient() -> None:
     model, ids = build("olmoe"), tokens()
     model.lm_head.weight.requires_grad_(False)
-    with sliced_cross_entropy(model):
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    with sliced_cross_entropy(model) as sliced:
+        sliced(input_ids=ids, labels=ids, use_cache=False).backward()
     assert model.lm_head.weight.grad is None
     assert model.model.norm.weight.grad is not None
 
@@ -100,7 +102,7 @@ def test_a_frozen_head_costs_no_gradient() -> None:
 def test_bf16_products_stay_near_the_fp32_loss() -> None:
     model, ids = build("olmoe"), tokens(4, 32)
     expected = model(input_ids=ids, labels=ids).loss
-    with sliced_cross_entropy(model), torch.autocast("cpu", torch.bfloat16):
-        loss = model(input_ids=ids, labels=ids).loss
+    with sliced_cross_entropy(model) as sliced, torch.autocast("cpu", torch.bfloat16):
+        loss = sliced(input_ids=ids, labels=ids)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)

@@ -38,7 +38,7 @@ def test_training_the_router_alone_is_refused() -> None:
     with pytest.raises(BadConfig, match="nothing else is to train") as caught:
         check_routers_learn(model, TrainConfig(steps=1, parts=("router",)))
     assert caught.value.layer == 0
-    check_routers_learn(model, TrainConfig(steps=1, parts=("router",), balance_coef=0.01))
+    check_routers_learn(model, TrainConfig(steps=1, parts=("router",), objectives={"balance": 0.01}))
 
 
 def test_training_more_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -47,7 +47,7 @@ def test_training_more_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check_routers_learn(model, TrainConfig(steps=1))
     assert "layers 0, 1: no gradient" in caplog.text
-    assert "balance_coef" in caplog.text
+    assert "objective on routers" in caplog.text
 
 
 def test_a_policy_that_takes_one_expert_is_found_too() -> None:

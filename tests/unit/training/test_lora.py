@@ -71,7 +71,7 @@ def test_adapters_train_under_the_callback(tmp_path: Path) -> None:
     assert [layer.index for layer in moe_layers(wrapped)] == [layer.index for layer in find_moe_layers(plain)]
     before = {name: p.detach().clone() for name, p in wrapped.named_parameters()}
     run = trainer(wrapped, Rows(8), tmp_path, max_steps=2, learning_rate=0.5)
-    callback = MoECallback(balance_coef=1.0).install(run)
+    callback = MoECallback({"balance": 1.0}).install(run)
     run.train()
     assert callback.figures is not None
     assert all(sum(layer.load) > 0 for layer in callback.figures.layers.values())

@@ -41,8 +41,13 @@ def documents(count: int = 12, words: int = 160) -> list[Document]:
     return made
 
 
+WEIGHTS = {"balance": 0.02, "z": 1e-3}
+
+
 def small(**changes: object) -> TinyConfig:
-    training = TrainConfig(steps=60, lr=5e-3, seq_len=32, batch=8, balance_coef=0.02, z_coef=1e-3, save_every=20)
+    training = TrainConfig(
+        steps=60, lr=5e-3, seq_len=32, batch=8, objectives={"balance": 0.02, "z": 1e-3}, save_every=20
+    )
     base = {
         "vocabulary": 300,
         "hidden": 32,

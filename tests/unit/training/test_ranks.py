@@ -24,7 +24,7 @@ from tests.unit.training.helpers import Rows, trainer
 
 folder, accumulate = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
-callback = MoECallback(balance_coef=0.5, z_coef=0.01, bias_rate=0.01)
+callback = MoECallback({"balance": 0.5, "z": 0.01}, balancer={"use": "sign", "rate": 0.01})
 run = trainer(build("deepseek_v3"), Rows(12), folder, gradient_accumulation_steps=accumulate, max_steps=3,
               learning_rate=0.1)
 run.add_callback(callback)
@@ -44,8 +44,8 @@ from tests.families import build
 from tests.unit.training.test_run import text
 
 torch.set_num_threads(1)
-config = TrainConfig(steps=6, batch=2, accumulation=int(sys.argv[2]), seq_len=16, lr=1e-2, balance_coef=0.02,
-                     bias_rate=0.01, save_every=2, seed=4, precision="fp32")
+config = TrainConfig(steps=6, batch=2, accumulation=int(sys.argv[2]), seq_len=16, lr=1e-2, objectives={"balance": 0.02},
+                     balancer={"use": "sign", "rate": 0.01}, save_every=2, seed=4, precision="fp32")
 calls = []
 class Bar:
     def start(self, label, total): pass

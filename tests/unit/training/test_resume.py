@@ -80,8 +80,8 @@ def run(folder: Path, progress: Progress | None = None) -> TrainResult:
         accumulation=2,
         seq_len=16,
         lr=1e-2,
-        balance_coef=0.02,
-        bias_rate=0.01,
+        objectives={"balance": 0.02},
+        balancer={"use": "sign", "rate": 0.01},
         save_every=3,
         parts=("router", "experts", "attention"),
     )

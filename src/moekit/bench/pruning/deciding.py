@@ -20,19 +20,20 @@ from moekit.bench.pruning.calibration import Calibrated, Subject
 from moekit.bench.pruning.result import Skipped
 from moekit.bench.pruning.setting import Entry, Keep, Setting
 from moekit.checkpoint.atomic import atomic_write
-from moekit.compress.budget.sizes import Budget, Sizes, uniform_count
+from moekit.compress.budget.sizes import Budget, ByteSizes, uniform_count
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerDecision
-from moekit.compress.engine.planning import Request, geometries_of, sizes_of, weights_reader
-from moekit.compress.engine.searching import search_pruning
+from moekit.compress.engine.measuring import geometries_of, sizes_of, weights_reader
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.searching import plan_by_search
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import MoekitError
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace
 from moekit.trace.streamed import Streamed
 
-Decisions = dict[int, LayerDecision]
+Decisions = dict[int, LayerOutcome]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class Candidate:
         seed: of everything random.
         calibration: name of the text it decided from.
         trace: digest of that text's statistics.
-        decisions: decoder layer -> what stays.
+        outcomes: decoder layer -> what stays.
         statistics: decoder layer -> what it decided from.
         geometries: decoder layer -> sizes.
         seconds: it took to decide.
@@ -58,7 +59,7 @@ class Candidate:
     seed: int
     calibration: str
     trace: str
-    decisions: Decisions
+    outcomes: Decisions
     statistics: Mapping[int, LayerStatistics]
     geometries: Mapping[int, Geometry]
     seconds: float
@@ -66,26 +67,26 @@ class Candidate:
     @property
     def key(self) -> str:
         """Equal for candidates that make the same model."""
-        told: list[object] = [[layer, decision.keep] for layer, decision in self.decisions.items()]
+        told: list[object] = [[layer, outcome.keep] for layer, outcome in self.outcomes.items()]
         if self.method.rewrites:
-            whole = [decision.model_dump(mode="json", exclude={"figures"}) for decision in self.decisions.values()]
+            whole = [outcome.model_dump(mode="json", exclude={"figures"}) for outcome in self.outcomes.values()]
             told += [self.entry.method, self.method.model_dump(mode="json"), self.seed, self.trace, whole]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
     def rewritten(self, layer: int, weights: LayerWeights) -> tuple[LayerWeights, dict[str, float]]:
         """The weights of what stays at one layer, and what the method tells of making them."""
-        decision = self.decisions[layer]
-        if len(decision.keep) == weights.experts:
-            return weights.select(decision.keep), {}
+        outcome = self.outcomes[layer]
+        if len(outcome.keep) == weights.experts:
+            return weights.select(outcome.keep), {}
         own = LayerInputs(layer, self.geometries[layer], self.statistics[layer], lambda: weights, self.seed)
-        made = self.method.transform(weights, decision, own)
+        made = self.method.transform(weights, outcome, own)
         told = getattr(self.method, "figures", None)
-        return made, {} if told is None else dict(told(weights, decision, own))
+        return made, {} if told is None else dict(told(weights, outcome, own))
 
     @property
     def figures(self) -> dict[str, float]:
-        """What the decisions tell, means over layers."""
-        return mean_figures([decision.figures for decision in self.decisions.values()])
+        """What the outcomes tell, means over layers."""
+        return mean_figures([outcome.figures for outcome in self.outcomes.values()])
 
 
 def mean_figures(layers: Sequence[Mapping[str, float | list[float]]]) -> dict[str, float]:
@@ -124,7 +125,7 @@ class _Job:
     seeds: tuple[int, ...]
     random: bool = False
     seconds: float = 0.0
-    decisions: dict[tuple[int, str], Decisions] = field(default_factory=dict)
+    outcomes: dict[tuple[int, str], Decisions] = field(default_factory=dict)
 
 
 class Decider:
@@ -142,7 +143,7 @@ class Decider:
         self.subject = subject
         self.setting = setting
         self.geometries = geometries_of(subject.checkpoint)
-        self.sizes: Sizes = sizes_of(subject.checkpoint, self.geometries, setting.top_k)
+        self.sizes: ByteSizes = sizes_of(subject.checkpoint, self.geometries, setting.top_k)
         self.counts = {str(keep): uniform_count(Budget(keep=keep), self.sizes) for keep in setting.keep}
         largest = max(self.geometries.values(), key=lambda geometry: geometry.experts)
         self.methods = [(entry, entry.make(largest)) for entry in setting.entries]
@@ -192,12 +193,12 @@ class Decider:
         for seed in job.seeds:
             again = drawn and seed != job.seeds[0]
             made = self._decide_layer(job, layer, seed, weights)[0] if again else first
-            for keep, decision in made.items():
-                job.decisions.setdefault((seed, keep), {})[layer] = decision
+            for keep, outcome in made.items():
+                job.outcomes.setdefault((seed, keep), {})[layer] = outcome
 
     def _decide_layer(
         self, job: _Job, layer: int, seed: int, weights: LayerWeights | None
-    ) -> tuple[dict[str, LayerDecision], bool]:
+    ) -> tuple[dict[str, LayerOutcome], bool]:
         read = (lambda: weights) if weights is not None and job.method.reads_weights else None
         inputs = _Watched(layer, self.geometries[layer], job.statistics[layer], read, seed)
         scores_E = job.method.score(inputs)
@@ -215,7 +216,7 @@ class Decider:
                 seed,
                 job.calibration,
                 job.digest,
-                job.decisions[seed, str(keep)],
+                job.outcomes[seed, str(keep)],
                 job.statistics,
                 self.geometries,
                 each,
@@ -259,15 +260,15 @@ class Decider:
         file = folder / f"search-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.json"
         if file.is_file():
             noted = json.loads(read_text(file))
-            kept = {int(layer): LayerDecision.model_validate(d) for layer, d in noted["decisions"].items()}
+            kept = {int(layer): LayerOutcome.model_validate(d) for layer, d in noted["outcomes"].items()}
             return kept, float(noted["seconds"])
         start = time.perf_counter()
-        request = Request(job.method, Budget(keep=keep), setting.top_k, seed=job.seeds[0])
-        decisions = search_pruning(self.subject.checkpoint, job.trace, streamed, request, progress).decisions
+        request = PlanRequest(job.method, Budget(keep=keep), setting.top_k, seed=job.seeds[0])
+        outcomes = plan_by_search(self.subject.checkpoint, job.trace, streamed, request, progress).outcomes
         seconds = time.perf_counter() - start
-        dumped = {layer: decision.model_dump(mode="json") for layer, decision in decisions.items()}
-        atomic_write(file, json.dumps({"decisions": dumped, "seconds": seconds}))
-        return decisions, seconds
+        dumped = {layer: outcome.model_dump(mode="json") for layer, outcome in outcomes.items()}
+        atomic_write(file, json.dumps({"outcomes": dumped, "seconds": seconds}))
+        return outcomes, seconds
 
     def _skip(self, job: _Job, error: MoekitError) -> None:
         self.skipped.append(Skipped(name=job.entry.name, calibration=job.calibration, reason=str(error)))

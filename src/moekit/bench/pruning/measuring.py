@@ -18,7 +18,7 @@ from moekit.bench.pruning.deciding import Candidate, mean_figures
 from moekit.bench.pruning.result import Skipped
 from moekit.bench.pruning.setting import Setting
 from moekit.checkpoint.atomic import atomic_write
-from moekit.compress.budget.sizes import Sizes
+from moekit.compress.budget.sizes import ByteSizes
 from moekit.compress.engine.weights import LayerWeights
 from moekit.data.batches import TokenizedDocument
 from moekit.errors import MoekitError
@@ -58,7 +58,7 @@ class Measuring:
     """
 
     def __init__(
-        self, subject: Subject, heldout: Sequence[TokenizedDocument], setting: Setting, sizes: Sizes, folder: Path
+        self, subject: Subject, heldout: Sequence[TokenizedDocument], setting: Setting, sizes: ByteSizes, folder: Path
     ) -> None:
         self.subject = subject
         self.heldout = list(heldout)
@@ -127,7 +127,7 @@ class Measuring:
             return made
 
         own = rewrite if candidate.method.rewrites else None
-        return Variant(candidate.key, candidate.decisions, own, self.setting.top_k)
+        return Variant(candidate.key, candidate.outcomes, own, self.setting.top_k)
 
     def _unchanged(self, progress: Progress | None) -> PerplexityResult:
         file = self.folder / "unchanged.json"
@@ -146,7 +146,7 @@ class Measuring:
         group: list[Candidate] = []
         taken = 0
         for candidate in candidates:
-            own = max(len(d.keep) * self.sizes.expert_bytes[layer] for layer, d in candidate.decisions.items())
+            own = max(len(d.keep) * self.sizes.expert_bytes[layer] for layer, d in candidate.outcomes.items())
             if group and (len(group) == MOST_TOGETHER or taken + own > self.setting.memory_bytes // 2):
                 yield group
                 group, taken = [], 0

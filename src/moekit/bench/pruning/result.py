@@ -89,9 +89,9 @@ class PruneRun(BaseModel):
         lost_tokens: decoder layer -> share of tokens that had chosen an expert which is gone.
         lost_choices: decoder layer -> share of choices of such experts.
         bytes: of the smaller checkpoint's weights.
-        decide_seconds: scores and decisions.
+        decide_seconds: scores and outcomes.
         rewrite_seconds: new weights.
-        figures: what the method tells of its decisions and new weights, means over layers.
+        figures: what the method tells of its outcomes and new weights, means over layers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -11,7 +11,6 @@ from moekit import catalogue
 from moekit.anatomy.probe import Geometry
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.dropping import PruneMethod
-from moekit.compress.engine.plan import make_method
 from moekit.errors import BadConfig
 
 Keep = int | float | str
@@ -57,10 +56,13 @@ class Entry(BaseModel):
         cls = catalogue.get("prune", self.method).cls
         if not self.settings and issubclass(cls, PruneMethod):
             try:
-                return cls()
+                plain: PruneMethod = cls()
+                return plain
             except ValidationError:
-                return cls.examples(geometry)[0]
-        return make_method(self.method, self.settings)
+                example: PruneMethod = cls.examples(geometry)[0]
+                return example
+        made: PruneMethod = catalogue.make("prune", self.method, self.settings)
+        return made
 
 
 class Setting(BaseModel):

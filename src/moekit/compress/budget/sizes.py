@@ -63,7 +63,7 @@ class Budget(BaseModel):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ByteSizes:
     """What a budget is counted against.
 
     Attributes:
@@ -79,7 +79,7 @@ class Sizes:
     other_bytes: int
 
 
-def uniform_count(budget: Budget, sizes: Sizes) -> dict[int, int]:
+def uniform_count(budget: Budget, sizes: ByteSizes) -> dict[int, int]:
     """Experts that each layer keeps, by the same count or fraction everywhere.
 
     Raises:
@@ -118,7 +118,7 @@ def check_count(count: int, experts: int, top_k: int, layer: int) -> None:
         )
 
 
-def _by_bytes(limit: int, sizes: Sizes) -> dict[int, int]:
+def _by_bytes(limit: int, sizes: ByteSizes) -> dict[int, int]:
     def total(count: int) -> int:
         return sizes.other_bytes + sum(min(count, e) * sizes.expert_bytes[layer] for layer, e in sizes.experts.items())
 
@@ -132,7 +132,7 @@ def _by_bytes(limit: int, sizes: Sizes) -> dict[int, int]:
     return {layer: min(count, e) for layer, e in sizes.experts.items()}
 
 
-def total_count(budget: Budget, sizes: Sizes) -> int:
+def total_count(budget: Budget, sizes: ByteSizes) -> int:
     """Experts that all layers keep together.
 
     Raises:
@@ -152,7 +152,7 @@ def total_count(budget: Budget, sizes: Sizes) -> int:
     return min(count, sum(sizes.experts.values()))
 
 
-def check_total(total: int, least: int, most: int, sizes: Sizes) -> None:
+def check_total(total: int, least: int, most: int, sizes: ByteSizes) -> None:
     """Refuse a number of experts of all layers that bounds of each layer do not allow.
 
     Raises:
@@ -167,7 +167,7 @@ def check_total(total: int, least: int, most: int, sizes: Sizes) -> None:
         )
 
 
-def bounds(budget: Budget, sizes: Sizes) -> tuple[int, int]:
+def bounds(budget: Budget, sizes: ByteSizes) -> tuple[int, int]:
     """Fewest and most that a layer keeps with the scope "global".
 
     Raises:

@@ -4,8 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig
+
+
+class SparsityBudget(BaseModel):
+    """How many weights become zero.
+
+    Attributes:
+        sparsity: share of zeros among the routed experts' weights that are there.
+        total: share of `original` that is to be gone, with experts or as zeros; None where nobody asked for one.
+        original: routed experts' weights of the checkpoint before any experts were removed; None where unknown.
+        weights: routed experts' weights that are there; filled in as a plan is made.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sparsity: float
+    total: float | None = Field(default=None, ge=0, lt=1)
+    original: int | None = Field(default=None, ge=1)
+    weights: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Carry a decision out on disk: a checkpoint with fewer experts, whatever its size, in little memory.
+"""Carry an outcome out on disk: a checkpoint with fewer experts, whatever its size, in little memory.
 
 Layers whose experts are only dropped are copied byte by byte; those whose experts change pass through memory one at a
 time. The output appears whole or not at all.
@@ -8,6 +8,7 @@ Legend: K choices a token.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from moekit.checkpoint.model import seal
 from moekit.checkpoint.record import Expectations, Record, TensorExpectation
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.small_files import copy_small_files
+from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.layer_writer import Rewrite, Rewriter
 from moekit.compress.engine.layout import Mtp, Work, plan_bytes, prepare
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups
 from moekit.compress.engine.shard_writer import Output
+from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import UnsupportedModel
 
 __all__ = ["apply", "plan_bytes"]
@@ -36,11 +39,10 @@ _CARD_BYTES = 64 << 10
 
 def apply(
     checkpoint: Checkpoint,
-    decisions: Mapping[int, LayerDecision],
+    outcomes: Mapping[int, LayerOutcome],
     target: str | Path,
     *,
     rewrite: Rewrite | None = None,
-    rewrite_full: bool = False,
     record: Record,
     top_k: int | None = None,
     groups: Groups = "free",
@@ -50,16 +52,16 @@ def apply(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Record:
-    """Write a checkpoint that holds the experts that decisions keep, whole or not at all.
+    """Write a checkpoint that holds the experts that outcomes keep, whole or not at all.
 
     Memory is a few buffers; with `rewrite`, one layer and what the rewriting takes.
 
     Args:
         checkpoint: the source, verified; quantized ones too, without `rewrite`.
-        decisions: of every MoE layer; position in `keep` is an expert's new number.
+        outcomes: of every MoE layer; position in `keep` is an expert's new number.
         target: folder to write.
-        rewrite: makes new weights out of a layer's; None keeps those of `keep` as they are.
-        rewrite_full: also rewrite layers that keep every expert; otherwise their bytes are copied.
+        rewrite: makes new weights out of a layer's; None keeps those of `keep` as they are. Layers whose outcome
+            changes nothing are not given to it: their bytes are copied.
         record: how it was made; parent, fingerprints and expectations are filled in where they are not.
         top_k: K from now on; None as it is.
         groups: "free" routes without expert groups once experts are dropped, "equal" keeps them.
@@ -89,13 +91,18 @@ def apply(
         )
     work = prepare(
         checkpoint,
-        decisions,
+        outcomes,
         top_k=top_k,
         groups=groups,
         mtp=mtp,
         stock_only=stock_only,
         max_shard_bytes=max_shard_bytes,
     )
+    if rewrite is None and any(outcome.rewrites for outcome in outcomes.values()):
+
+        def rewrite(layer: int, weights: LayerWeights) -> LayerWeights:
+            return carried_out(weights, outcomes[layer], layer)
+
     rewriter = None if rewrite is None else _rewriter(work, rewrite)
     full = _described(work, record)
     need = work.nbytes + work.record_bytes(full) + _CARD_BYTES
@@ -103,8 +110,7 @@ def apply(
         copy_small_files(checkpoint.path, temporary)
         if work.config_text is not None:
             (temporary / CONFIG_FILE).write_text(work.config_text)
-        changed = work.cut_layers if not rewrite_full else set(decisions)
-        digests = _write(work, temporary, rewriter, changed if rewriter else set(), progress)
+        digests = _write(work, temporary, rewriter, work.changed_layers if rewriter else set(), progress)
         return seal(temporary, full, digests=digests, progress=progress)
 
 
@@ -123,7 +129,7 @@ def _rewriter(work: Work, rewrite: Rewrite) -> Rewriter:
 
 def _described(work: Work, record: Record) -> Record:
     """The record with what is known before the work."""
-    kept = {str(layer): list(decision.keep) for layer, decision in work.decisions.items()}
+    kept = {str(layer): list(outcome.keep) for layer, outcome in work.outcomes.items()}
     before = {"bytes": work.checkpoint.nbytes, "experts": {str(layer): n for layer, n in work.counts.items()}}
     update: dict[str, object] = {"scores": {"kept": kept, "before": before, **record.scores}}
     if work.dropped_mtp:
@@ -131,7 +137,7 @@ def _described(work: Work, record: Record) -> Record:
         update["config"] = {**record.config, "mtp": note}
     if record.parent is None:
         update |= {"parent": str(work.checkpoint.path), "parent_fingerprint": work.checkpoint.fingerprint}
-    counts = {layer: len(decision.keep) for layer, decision in work.decisions.items()}
+    counts = {layer: len(outcome.keep) for layer, outcome in work.outcomes.items()}
     return record.model_copy(update={**update, "expectations": Expectations(experts=counts)})
 
 
@@ -144,7 +150,7 @@ def _write(
     try:
         with Output(folder, work.shards, work.index, progress.advance if progress else None) as output:
             copied = [tensor for tensor in work.kept if tensor.layer not in changed]
-            for tensor, following in zip(copied, [*copied[1:], None], strict=True):
+            for tensor, following in itertools.zip_longest(copied, copied[1:]):
                 if following is not None and not following.scattered:
                     output.announce(source / following.source.shard, following.ranges())
                 if tensor.scattered:
@@ -154,7 +160,7 @@ def _write(
             for layer in sorted(changed):
                 assert rewriter is not None
                 kept = [tensor for tensor in work.kept if tensor.layer == layer]
-                for tensor, new in rewriter.tensors(layer, work.decisions[layer], kept):
+                for tensor, new in rewriter.tensors(layer, work.outcomes[layer], kept):
                     output.put(tensor.name, _bytes(new))
             return output.digests()
     finally:

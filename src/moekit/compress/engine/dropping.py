@@ -1,86 +1,80 @@
-"""What a pruning method is.
+"""What a pruning method is, and how scores of experts are ranked.
 
-A method is a frozen pydantic config with pure functions: `score` turns a layer's statistics into one number an expert,
-`decide` turns scores into what is kept, and, for methods that change what stays, `transform` makes the new weights. It
-is registered with `@register(kind="prune", needs=...)`; reading, streaming, budgets, writing and proving are not its
-business.
+`score` turns a layer's statistics into one number an expert, `decide` turns scores into what is kept, and, for methods
+that change what stays, `transform` makes the new weights. See `WeightMethod` for what all kinds share.
 
 Legend: E experts, M experts kept.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from moekit import catalogue
-from moekit.anatomy.probe import Geometry
+from moekit.compress.budget.sizes import (
+    Budget,
+    ByteSizes,
+    bounds,
+    check_count,
+    check_total,
+    total_count,
+    uniform_count,
+)
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerDecision
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.engine.method import Reconstruction, WeightMethod
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import NumericFault
 
-
-class Reconstruction(Protocol):
-    """Runs a layer's MoE block on the calibration inputs with only some of its experts."""
-
-    def loss(self, kept: Sequence[int]) -> float:
-        """Distance of the block's output from the full one: sum over batches of the Frobenius norm, in float64."""
+__all__ = ["PruneMethod", "Reconstruction", "keep_highest", "ranking", "ratio", "share_by_score"]
 
 
-class PruneMethod(BaseModel, ABC):
-    """Base of all pruning methods; fields are the method's knobs.
-
-    Attributes:
-        reads_weights: `score` or `decide` look at `inputs.weights`.
-        rewrites: `transform` changes the weights of experts that stay.
-        searches: `search` is asked instead of `score` and `decide`; it needs the model, not only statistics.
-        sequential: layers are decided one after the other, each on what the pruned layers before it give.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    reads_weights: ClassVar[bool] = False
-    rewrites: ClassVar[bool] = False
-    searches: ClassVar[bool] = False
+class PruneMethod(WeightMethod[Budget, int]):
+    """Base of all pruning methods; fields are the method's knobs."""
 
     @property
-    def sequential(self) -> bool:
-        """Whether each layer is decided on what the pruned layers before it give."""
-        return False
+    def baselines(self) -> tuple[tuple[str, dict[str, Any]], ...]:
+        """Frequency and random choice."""
+        return (("frequency", {}), ("random", {}))
 
-    @property
-    def required(self) -> tuple[str, ...]:
-        """Statistics the method needs with these knobs; those of its record by default."""
-        return catalogue.of(type(self)).needs
-
-    @classmethod
-    def examples(cls, geometry: Geometry) -> Sequence[PruneMethod]:
-        """Settings that the generic tests try; the defaults, unless fields are required."""
-        return [cls()]
+    def unseen(self, experts: Sequence[int], outcome: LayerOutcome) -> str:
+        """How many of them stay."""
+        return f"; they rank below all others, and {len(set(experts) & set(outcome.keep))} of them stay"
 
     @abstractmethod
     def score(self, inputs: LayerInputs) -> Tensor:
         """How much each expert is worth, [E]; more is better. Never NaN: a mean over no tokens is 0."""
 
-    def decide(self, inputs: LayerInputs, scores_E: Tensor, keep: int) -> LayerDecision:
+    def worth(self, inputs: LayerInputs) -> Tensor:
+        """The scores."""
+        return self.score(inputs)
+
+    def decide(self, inputs: LayerInputs, scores_E: Tensor, share: int) -> LayerOutcome:
         """Which experts stay: by default those with the largest scores."""
-        return LayerDecision(keep=keep_highest(scores_E, keep, inputs))
-
-    def transform(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> LayerWeights:
-        """Weights of the kept experts and their router rows, in the order of `decision.keep`."""
-        return weights.select(decision.keep)
-
-    def search(self, inputs: LayerInputs, block: Reconstruction, keep: int) -> LayerDecision:
-        """Decide by trying; for methods with `searches`."""
-        raise NotImplementedError(f"{type(self).__name__} does not search")
+        return LayerOutcome(keep=keep_highest(scores_E, share, inputs))
 
     def allocate(
+        self, inputs: Mapping[int, LayerInputs], scores: Mapping[int, Tensor], budget: Budget, sizes: ByteSizes
+    ) -> dict[int, int]:
+        """Experts that each layer keeps: equally many, or as `share` says.
+
+        Raises:
+            BadConfig: an impossible budget; names the nearest legal value.
+        """
+        if budget.scope == "uniform":
+            return uniform_count(budget, sizes)
+        least, most = bounds(budget, sizes)
+        total = total_count(budget, sizes)
+        check_total(total, least, most, sizes)
+        counts = self.share(inputs, scores, total, least, most)
+        for layer, count in counts.items():
+            check_count(count, sizes.experts[layer], sizes.top_k, layer)
+        return counts
+
+    def share(
         self, inputs: Mapping[int, LayerInputs], scores: Mapping[int, Tensor], total: int, least: int, most: int
     ) -> dict[int, int]:
         """Share a number of experts among the layers: by default the largest scores anywhere stay.

@@ -14,7 +14,8 @@ from moekit.anatomy.probe import Geometry
 from moekit.checkpoint.names import config_groups
 from moekit.compress.engine.dropping import PruneMethod, ranking
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.plan import LayerPlan, PrunePlan
+from moekit.compress.engine.method import WeightMethod
+from moekit.compress.engine.plan import LayerRecord, WeightPlan
 from moekit.errors import BadConfig
 
 
@@ -27,7 +28,7 @@ def routing_groups(config: Mapping[str, Any]) -> int:
     return config_groups(config)[0]
 
 
-def check_grouping(method: PruneMethod, name: str, keep: Mapping[int, int], groups: int) -> None:
+def check_grouping(method: WeightMethod[Any, Any], name: str, keep: Mapping[int, int], groups: int) -> None:
     """Refuse what cannot keep equally many experts of each group.
 
     Args:
@@ -54,7 +55,7 @@ def check_grouping(method: PruneMethod, name: str, keep: Mapping[int, int], grou
             )
 
 
-def by_group(plan: PrunePlan, geometries: Mapping[int, Geometry], groups: int) -> dict[int, LayerPlan]:
+def by_group(plan: WeightPlan, geometries: Mapping[int, Geometry], groups: int) -> dict[int, LayerRecord]:
     """The layers of a plan with the best of each group kept instead of the best of all.
 
     Args:
@@ -65,9 +66,9 @@ def by_group(plan: PrunePlan, geometries: Mapping[int, Geometry], groups: int) -
     Raises:
         BadConfig: a group has more protected experts than may stay in it.
     """
-    layers: dict[int, LayerPlan] = {}
+    layers: dict[int, LayerRecord] = {}
     for layer, told in plan.file.layers.items():
-        size, share = told.experts // groups, len(told.decision.keep) // groups
+        size, share = told.experts // groups, len(told.outcome.keep) // groups
         protected = frozenset(plan.file.protected.get(layer, ()))
         inputs = LayerInputs(layer, geometries[layer], plan.statistics[layer], protected=protected)
         ranked_E = ranking(torch.tensor(told.scores, dtype=torch.float64), inputs)
@@ -82,6 +83,6 @@ def by_group(plan: PrunePlan, geometries: Mapping[int, Geometry], groups: int) -
                 )
             best = ranked_E[first : first + size].sort(descending=True, stable=True).indices[:share]
             kept += [first + expert for expert in best.tolist()]
-        decision = told.decision.model_copy(update={"keep": tuple(sorted(kept))})
-        layers[layer] = told.model_copy(update={"decision": decision})
+        outcome = told.outcome.model_copy(update={"keep": tuple(sorted(kept))})
+        layers[layer] = told.model_copy(update={"outcome": outcome})
     return layers

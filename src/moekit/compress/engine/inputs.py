@@ -1,9 +1,12 @@
-"""What a method may look at when it decides about one layer."""
+"""What a method may look at when it decides about one layer.
+
+Legend: E experts.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,6 +15,8 @@ import torch
 from moekit.anatomy.probe import Geometry
 from moekit.compress.engine.weights import LayerWeights
 from moekit.trace.statistics import LayerStatistics
+
+Protected = Mapping[int, Collection[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,3 +56,46 @@ class LayerInputs:
         key = f"{self.seed}|{self.layer}|{purpose}".encode()
         number = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
         return torch.Generator().manual_seed(number)
+
+
+class InputsByLayer(Mapping[int, LayerInputs]):
+    """What a method sees of every layer, made anew each time it is asked: no layer's weights stay in memory.
+
+    Args:
+        geometries: decoder layer -> sizes.
+        statistics: decoder layer -> what the method needs.
+        read_weights: reads one layer's weights; None for methods that do not look at them.
+        seed: of everything random.
+        protected: decoder layer -> experts that stay whatever their score.
+    """
+
+    def __init__(
+        self,
+        geometries: Mapping[int, Geometry],
+        statistics: Mapping[int, LayerStatistics],
+        read_weights: Callable[[int], LayerWeights] | None,
+        seed: int = 0,
+        protected: Protected | None = None,
+    ) -> None:
+        self._geometries = geometries
+        self._statistics = statistics
+        self._read = read_weights
+        self._seed = seed
+        self._protected = protected or {}
+
+    def __getitem__(self, layer: int) -> LayerInputs:
+        read = self._read
+        return LayerInputs(
+            layer,
+            self._geometries[layer],
+            self._statistics[layer],
+            None if read is None else lambda: read(layer),
+            self._seed,
+            frozenset(self._protected.get(layer, ())),
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._geometries)
+
+    def __len__(self) -> int:
+        return len(self._geometries)

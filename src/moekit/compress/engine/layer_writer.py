@@ -13,18 +13,19 @@ from torch import Tensor
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.reading import TensorReader
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.limits import check_made
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
 from moekit.compress.engine.slicing import Kept
 from moekit.compress.engine.weights import LayerWeights
-from moekit.errors import BadConfig, NumericFault, UnsupportedModel
+from moekit.errors import NumericFault, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.walk import Walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Layer index, all experts' weights -> weights of what is kept, in the order of the decision.
+# Layer index, all experts' weights -> weights of what is kept, in the order of the outcome.
 Rewrite = Callable[[int, LayerWeights], LayerWeights]
 
 
@@ -52,44 +53,41 @@ class Rewriter:
         self._loader.close()
         self._reader.close()
 
-    def tensors(self, index: int, decision: LayerDecision, kept: Sequence[Kept]) -> Iterator[tuple[Kept, Tensor]]:
+    def tensors(self, index: int, outcome: LayerOutcome, kept: Sequence[Kept]) -> Iterator[tuple[Kept, Tensor]]:
         """The tensors of a layer that hold or count experts, in the source's layout and dtypes.
 
         Args:
             index: decoder layer.
-            decision: what it keeps.
+            outcome: what it keeps.
             kept: those tensors.
 
         Raises:
-            BadConfig: the rewriting gave another number of experts than the decision keeps.
+            BadConfig: the rewriting gave another number of experts than the outcome keeps.
             NumericFault: it gave NaN or infinity.
             UnsupportedModel: the source lies in a layout that transformers reads but does not write.
         """
-        found = self._on_disk(self._new_state(index, decision), kept, index)
+        found = self._on_disk(self._new_state(index, outcome), kept, index)
         for tensor in kept:
             new = found.pop(tensor.name)
             if tuple(new.shape) != tensor.shape:
                 raise UnsupportedModel(
                     f"{tensor.name} would be {list(new.shape)} instead of {list(tensor.shape)}",
                     layer=index,
-                    hint="a method that rewrites experts must keep their width",
+                    hint="a method that changes the width of experts must say so in its outcome (width)",
                 )
             _refuse_non_finite(new, tensor)
             yield tensor, self._exact(new, tensor)
         del new
         _return_freed_memory()
 
-    def _new_state(self, index: int, decision: LayerDecision) -> dict[str, Tensor]:
+    def _new_state(self, index: int, outcome: LayerOutcome) -> dict[str, Tensor]:
         """The rewritten block's tensors by their live names; of the old layer nothing stays in memory."""
         with self._loader.loaded(index):
             layer = Walk(self._loader, []).moe(index)
             if layer is None:
                 raise UnsupportedModel("the layer holds no experts that follow the contract", layer=index)
             new = self._rewrite(index, read_block(layer))
-            if new.experts != len(decision.keep):
-                raise BadConfig(
-                    f"the rewriting gave {new.experts} experts, the decision keeps {len(decision.keep)}", layer=index
-                )
+            check_made(new, outcome, layer.geometry.width, index)
             # The new config says already how tokens choose: only the number of experts is the layer's own.
             config = resized_config(self._config, new.experts, groups="equal")
             block = resized_block(layer, config, new)

@@ -6,6 +6,7 @@ Legend: E experts.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.small_files import small_files
 from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.engine.config_file import renamed_experts
-from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k, common_width
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, resized_config
 from moekit.compress.engine.shard_writer import Shard, lay_out
 from moekit.compress.engine.slicing import Axes, Kept, expert_counts, is_mtp, kept_tensors
@@ -41,7 +42,7 @@ class Work:
 
     Attributes:
         checkpoint: the source.
-        decisions: of every MoE layer.
+        outcomes: of every MoE layer.
         counts: decoder layer -> E of the source.
         kept: tensors of the output, in the order of the source.
         shards: where they will lie.
@@ -52,7 +53,7 @@ class Work:
     """
 
     checkpoint: Checkpoint
-    decisions: Mapping[int, LayerDecision]
+    outcomes: Mapping[int, LayerOutcome]
     counts: Mapping[int, int]
     kept: tuple[Kept, ...]
     shards: tuple[Shard, ...]
@@ -62,9 +63,9 @@ class Work:
     dropped_mtp: int
 
     @property
-    def cut_layers(self) -> set[int]:
-        """Decoder layers that lose experts."""
-        return {layer for layer, decision in self.decisions.items() if len(decision.keep) < self.counts[layer]}
+    def changed_layers(self) -> set[int]:
+        """Decoder layers whose experts do not all stay as they are."""
+        return {n for n, outcome in self.outcomes.items() if not outcome.unchanged(self.counts[n])}
 
     @property
     def nbytes(self) -> int:
@@ -89,14 +90,14 @@ class Work:
             for shard in self.shards
             for info in shard.tensors
         }
-        counts = {layer: len(decision.keep) for layer, decision in self.decisions.items()}
+        counts = {layer: len(outcome.keep) for layer, outcome in self.outcomes.items()}
         full = record.model_copy(update={"expectations": Expectations(experts=counts, tensors=tensors)})
         return len(full.model_dump_json(indent=1))
 
 
 def prepare(
     checkpoint: Checkpoint,
-    decisions: Mapping[int, LayerDecision],
+    outcomes: Mapping[int, LayerOutcome],
     *,
     top_k: int | None = None,
     groups: Groups = "free",
@@ -111,44 +112,46 @@ def prepare(
     counts = expert_counts(checkpoint)
     config_path = checkpoint.path / CONFIG_FILE
     _refuse_policies(checkpoint)
-    check_layers(decisions, counts, checkpoint.path)
-    check_top_k(decisions, (config_top_k(checkpoint.config) or 1) if top_k is None else top_k, config_path)
+    check_layers(outcomes, counts, checkpoint.path)
+    check_top_k(outcomes, (config_top_k(checkpoint.config) or 1) if top_k is None else top_k, config_path)
     if stock_only:
-        check_even(decisions, checkpoint.path)
+        check_even(outcomes, checkpoint.path)
     if groups == "equal":
-        check_groups(decisions, counts, checkpoint.config, top_k, config_path)
-    most = max(len(decision.keep) for decision in decisions.values())
+        check_groups(outcomes, counts, checkpoint.config, top_k, config_path)
+    most, width = max(outcome.experts for outcome in outcomes.values()), common_width(outcomes, checkpoint.path)
     tells = is_mtp(checkpoint)
     extra = [name for name in checkpoint.tensors if tells(name)]
     if mtp == "keep":
         _check_mtp(checkpoint, most)
     before = model_config(checkpoint)
-    dropped = any(len(decisions[layer].keep) < count for layer, count in counts.items())
-    after = resized_config(before, most, top_k=top_k, groups=groups, dropped=dropped)
-    if len({len(decision.keep) for decision in decisions.values()}) > 1:
+    dropped = any(outcomes[layer].experts != count for layer, count in counts.items())
+    after = resized_config(before, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
+    if len({len(outcome.keep) for outcome in outcomes.values()}) > 1:
         without_common_loss(after)
-    kept = kept_tensors(checkpoint, decisions, _axes(before, decisions, counts), mtp == "keep")
+    kept = kept_tensors(checkpoint, outcomes, _axes(before, outcomes, counts), mtp == "keep")
+    if width is not None:
+        kept = _resized(kept, after)
     shards, index = lay_out((tensor.spec for tensor in kept), max_shard_bytes)
-    text = _config_text(checkpoint, before, after, decisions, bool(extra) and mtp == "drop")
+    text = _config_text(checkpoint, before, after, outcomes, bool(extra) and mtp == "drop")
     dropped_mtp = len(extra) if mtp == "drop" else 0
-    return Work(checkpoint, decisions, counts, tuple(kept), tuple(shards), index, after, text, dropped_mtp)
+    return Work(checkpoint, outcomes, counts, tuple(kept), tuple(shards), index, after, text, dropped_mtp)
 
 
-def plan_bytes(checkpoint: Checkpoint, decisions: Mapping[int, LayerDecision], **options: Any) -> int:
+def plan_bytes(checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome], **options: Any) -> int:
     """Bytes of what `apply` would write, the record and the card left out; no weight is read.
 
     Args:
         checkpoint: the source.
-        decisions: of every MoE layer.
+        outcomes: of every MoE layer.
         options: as for `prepare`.
 
     Raises:
         BadConfig, BadCheckpoint, UnsupportedModel: see `apply`.
     """
-    return prepare(checkpoint, decisions, **options).nbytes
+    return prepare(checkpoint, outcomes, **options).nbytes
 
 
-def _axes(before: PreTrainedConfig, decisions: Mapping[int, LayerDecision], counts: Mapping[int, int]) -> Axes:
+def _axes(before: PreTrainedConfig, outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int]) -> Axes:
     """Compare the model's shapes with those of one with another number of experts."""
     other = copy.deepcopy(before)
     inner = other.get_text_config()
@@ -158,11 +161,30 @@ def _axes(before: PreTrainedConfig, decisions: Mapping[int, LayerDecision], coun
     return Axes(empty_model(before), empty_model(other))
 
 
+def _resized(kept: list[Kept], after: PreTrainedConfig) -> list[Kept]:
+    """The tensors with the sizes that they have in a model of another expert width, split and fused ones."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = empty_model(after)
+    live = dict(model.state_dict())
+    known = {name: tuple(tensor.shape) for name, tensor in (revert_weight_conversion(model, dict(live)) | live).items()}
+    made = []
+    for tensor in kept:
+        shape = known.get(tensor.name)
+        if tensor.layer is None or shape is None or shape == tensor.shape:
+            made.append(tensor)
+            continue
+        if tensor.cut is not None:  # the config names the largest number of experts, this layer may have fewer
+            shape = (*shape[: tensor.cut.axis], tensor.shape[tensor.cut.axis], *shape[tensor.cut.axis + 1 :])
+        made.append(dataclasses.replace(tensor, resized=shape))
+    return made
+
+
 def _config_text(
     checkpoint: Checkpoint,
     before: PreTrainedConfig,
     after: PreTrainedConfig,
-    decisions: Mapping[int, LayerDecision],
+    outcomes: Mapping[int, LayerOutcome],
     mtp_dropped: bool,
 ) -> str | None:
     """The new config.json; None where nothing changes."""
@@ -172,9 +194,9 @@ def _config_text(
     if "quantization_config" in edited:
 
         def rename(layer: int, expert: int) -> int | None:
-            if layer not in decisions:
+            if layer not in outcomes:
                 return expert
-            keep = decisions[layer].keep
+            keep = outcomes[layer].keep
             return keep.index(expert) if expert in keep else None
 
         edited["quantization_config"] = renamed_experts(edited["quantization_config"], rename)

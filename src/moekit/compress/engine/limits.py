@@ -1,4 +1,4 @@
-"""What a decision may ask of a model, told before any work is done.
+"""What an outcome may ask of a model, told before any work is done.
 
 Legend: E experts, K choices a token.
 """
@@ -10,41 +10,42 @@ from pathlib import Path
 from typing import Any
 
 from moekit.checkpoint.names import config_groups, config_top_k
-from moekit.compress.engine.outcome import LayerDecision
-from moekit.errors import BadConfig
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.weights import LayerWeights
+from moekit.errors import BadConfig, UnsupportedModel
 
 
-def check_layers(decisions: Mapping[int, LayerDecision], counts: Mapping[int, int], file: Path | None = None) -> None:
-    """Refuse decisions that do not name each MoE layer and only experts that it has.
+def check_layers(outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int], file: Path | None = None) -> None:
+    """Refuse outcomes that do not name each MoE layer and only experts that it has.
 
     Args:
-        decisions: by decoder layer.
+        outcomes: by decoder layer.
         counts: decoder layer -> E.
         file: for the message.
 
     Raises:
         BadConfig: naming layer and expert.
     """
-    for layer in decisions:
+    for layer in outcomes:
         if layer not in counts:
             raise BadConfig(
-                f"the decision names a layer that holds no routed experts; there are {_span(counts)}",
+                f"the outcome names a layer that holds no routed experts; there are {_span(counts)}",
                 file=file,
                 layer=layer,
                 hint="it was made for another model",
             )
-    missing = [layer for layer in counts if layer not in decisions]
+    missing = [layer for layer in counts if layer not in outcomes]
     if missing:
         raise BadConfig(
-            f"the decision says nothing of {len(missing)} MoE layers: {_span(dict.fromkeys(missing, 0))}",
+            f"the outcome says nothing of {len(missing)} MoE layers: {_span(dict.fromkeys(missing, 0))}",
             file=file,
             layer=missing[0],
             hint="name all experts of a layer that is to stay as it is",
         )
-    for layer, decision in decisions.items():
+    for layer, outcome in outcomes.items():
         experts = counts[layer]
-        if decision.keep[0] < 0 or decision.keep[-1] >= experts:
-            wrong = decision.keep[0] if decision.keep[0] < 0 else decision.keep[-1]
+        if outcome.keep[0] < 0 or outcome.keep[-1] >= experts:
+            wrong = outcome.keep[0] if outcome.keep[0] < 0 else outcome.keep[-1]
             raise BadConfig(
                 f"there are experts 0 to {experts - 1}, at most {experts} can be kept",
                 file=file,
@@ -65,29 +66,29 @@ def _span(layers: Mapping[int, int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
 
 
-def check_top_k(decisions: Mapping[int, LayerDecision], top_k: int, file: Path | None = None) -> None:
+def check_top_k(outcomes: Mapping[int, LayerOutcome], top_k: int, file: Path | None = None) -> None:
     """Refuse layers that keep fewer experts than a token chooses.
 
     Raises:
         BadConfig: naming the layer and the nearest legal values.
     """
-    for layer, decision in decisions.items():
-        if len(decision.keep) < top_k:
+    for layer, outcome in outcomes.items():
+        if len(outcome.keep) < top_k:
             raise BadConfig(
-                f"{len(decision.keep)} experts would stay, but each token chooses {top_k}",
+                f"{len(outcome.keep)} experts would stay, but each token chooses {top_k}",
                 file=file,
                 layer=layer,
-                hint=f"keep at least {top_k}, or let tokens choose fewer (top_k={len(decision.keep)})",
+                hint=f"keep at least {top_k}, or let tokens choose fewer (top_k={len(outcome.keep)})",
             )
 
 
-def check_even(decisions: Mapping[int, LayerDecision], file: Path | None = None) -> None:
+def check_even(outcomes: Mapping[int, LayerOutcome], file: Path | None = None) -> None:
     """Refuse layers that keep different numbers of experts where stock transformers must load the result.
 
     Raises:
         BadConfig: naming the counts.
     """
-    kept = {layer: len(decision.keep) for layer, decision in decisions.items()}
+    kept = {layer: len(outcome.keep) for layer, outcome in outcomes.items()}
     if len(set(kept.values())) > 1:
         least, most = min(kept, key=kept.__getitem__), max(kept, key=kept.__getitem__)
         raise BadConfig(
@@ -99,16 +100,16 @@ def check_even(decisions: Mapping[int, LayerDecision], file: Path | None = None)
 
 
 def check_groups(
-    decisions: Mapping[int, LayerDecision],
+    outcomes: Mapping[int, LayerOutcome],
     counts: Mapping[int, int],
     config: Mapping[str, Any],
     top_k: int | None = None,
     file: Path | None = None,
 ) -> None:
-    """Refuse decisions that do not keep equally many experts of each routing group.
+    """Refuse outcomes that do not keep equally many experts of each routing group.
 
     Args:
-        decisions: by decoder layer.
+        outcomes: by decoder layer.
         counts: decoder layer -> E.
         config: parsed config.json.
         top_k: K from now on; None as the config says.
@@ -121,9 +122,9 @@ def check_groups(
     if groups <= 1:
         return
     chosen = top_k or config_top_k(config) or 1
-    for layer, decision in decisions.items():
+    for layer, outcome in outcomes.items():
         size = counts[layer] // groups
-        kept = [sum(expert // size == group for expert in decision.keep) for group in range(groups)]
+        kept = [sum(expert // size == group for expert in outcome.keep) for group in range(groups)]
         if len(set(kept)) > 1:
             raise BadConfig(
                 f"the {groups} routing groups would keep {kept} experts, and groups must be equal",
@@ -139,3 +140,62 @@ def check_groups(
                 layer=layer,
                 hint=f'keep at least {-(-chosen // allowed)} of each group, or route without groups (groups="free")',
             )
+
+
+def common_width(outcomes: Mapping[int, LayerOutcome], file: Path | None = None) -> int | None:
+    """The width that all layers get; None where they keep theirs.
+
+    Raises:
+        BadConfig: layers would get different widths.
+        UnsupportedModel: an outcome asks for what the engine does not carry out.
+    """
+    for layer, outcome in outcomes.items():
+        if outcome.redirect is not None:
+            raise UnsupportedModel(
+                "the outcome redirects tokens behind a router of the old experts, which weights alone cannot do",
+                file=file,
+                layer=layer,
+                hint="attach the routing policy merge-redirect instead",
+            )
+        if outcome.shared_width is not None:
+            raise UnsupportedModel(
+                "the outcome narrows shared experts, and only routed ones are narrowed",
+                file=file,
+                layer=layer,
+                hint="leave shared_width out",
+            )
+    widths = {layer: outcome.width for layer, outcome in outcomes.items()}
+    if len(set(widths.values())) > 1:
+        one, other = list(dict.fromkeys(widths.values()))[:2]
+        layer = next(n for n, w in widths.items() if w == other)
+        raise BadConfig(
+            f"experts of this layer would be {other or 'as before'} wide, those of others {one or 'as before'}, "
+            "and a config knows one width for all",
+            file=file,
+            layer=layer,
+            hint="give all layers the same width",
+        )
+    return next(iter(widths.values()), None)
+
+
+def check_made(made: LayerWeights, outcome: LayerOutcome, width: int, layer: int) -> None:
+    """Refuse new weights that are not what an outcome says.
+
+    Args:
+        made: the new weights.
+        outcome: of the layer.
+        width: I of the layer before.
+        layer: decoder layer.
+
+    Raises:
+        BadConfig: another number of experts, or another width.
+    """
+    if made.experts != outcome.experts:
+        raise BadConfig(f"the rewriting gave {made.experts} experts, the outcome keeps {outcome.experts}", layer=layer)
+    wanted = outcome.width or width
+    if made.width != wanted:
+        raise BadConfig(
+            f"the rewriting gave experts of {made.width} neurons, the outcome says {wanted}",
+            layer=layer,
+            hint="say the width in the outcome",
+        )

@@ -1,4 +1,4 @@
-"""Carry a decision out on a model in memory.
+"""Carry an outcome out on a model in memory.
 
 Legend: E experts, K choices a token.
 """
@@ -15,9 +15,10 @@ from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.anatomy.swap import replace
 from moekit.checkpoint.names import config_top_k, stated_experts
 from moekit.checkpoint.uneven import without_common_loss
+from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.layer_writer import Rewrite
-from moekit.compress.engine.limits import check_groups, check_layers, check_top_k
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.limits import check_groups, check_layers, check_made, check_top_k, common_width
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, read_block, resized_block, resized_config
 from moekit.errors import BadConfig
 from moekit.runtime.slots import parts_on
@@ -26,7 +27,7 @@ from moekit.runtime.slots import parts_on
 @torch.no_grad()
 def change_model(
     model: PreTrainedModel,
-    decisions: Mapping[int, LayerDecision],
+    outcomes: Mapping[int, LayerOutcome],
     rewrite: Rewrite | None = None,
     *,
     top_k: int | None = None,
@@ -39,7 +40,7 @@ def change_model(
 
     Args:
         model: the model, with its stock routing.
-        decisions: of every MoE layer; position in `keep` is an expert's new number.
+        outcomes: of every MoE layer; position in `keep` is an expert's new number.
         rewrite: makes new weights out of a layer's; None keeps those of `keep` as they are.
         top_k: choices a token from now on; None as before.
         groups: "free" routes without expert groups once experts are dropped, "equal" keeps them.
@@ -55,15 +56,16 @@ def change_model(
     layers = {layer.index: layer for layer in find_moe_layers(model)}
     counts = {index: layer.geometry.experts for index, layer in layers.items()}
     _refuse_policy(layers)
-    check_layers(decisions, counts)
-    check_top_k(decisions, (config_top_k(model.config.to_dict()) or 1) if top_k is None else top_k)
+    check_layers(outcomes, counts)
+    check_top_k(outcomes, (config_top_k(model.config.to_dict()) or 1) if top_k is None else top_k)
     if groups == "equal":
-        check_groups(decisions, counts, model.config.to_dict(), top_k)
-    dropped = any(len(decisions[index].keep) < count for index, count in counts.items())
-    most = max(len(decision.keep) for decision in decisions.values())
-    config = resized_config(model.config, most, top_k=top_k, groups=groups, dropped=dropped)
-    blocks = _new_blocks(layers, decisions, rewrite, config)
-    if len({len(decision.keep) for decision in decisions.values()}) > 1:
+        check_groups(outcomes, counts, model.config.to_dict(), top_k)
+    dropped = any(outcomes[index].experts != count for index, count in counts.items())
+    most = max(outcome.experts for outcome in outcomes.values())
+    width = common_width(outcomes)
+    config = resized_config(model.config, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
+    blocks = _new_blocks(layers, outcomes, rewrite, config)
+    if len({len(outcome.keep) for outcome in outcomes.values()}) > 1:
         without_common_loss(config)
     for index, layer in layers.items():
         replace(model, layer.name, blocks[index])
@@ -74,18 +76,15 @@ def change_model(
 
 def _new_blocks(
     layers: Mapping[int, MoELayer],
-    decisions: Mapping[int, LayerDecision],
+    outcomes: Mapping[int, LayerOutcome],
     rewrite: Rewrite | None,
     config: PreTrainedConfig,
 ) -> dict[int, nn.Module]:
     blocks: dict[int, nn.Module] = {}
     for index, layer in layers.items():
-        decision, weights = decisions[index], read_block(layer)
-        made = weights.select(decision.keep) if rewrite is None else rewrite(index, weights)
-        if made.experts != len(decision.keep):
-            raise BadConfig(
-                f"the rewriting gave {made.experts} experts, the decision keeps {len(decision.keep)}", layer=index
-            )
+        outcome, weights = outcomes[index], read_block(layer)
+        made = carried_out(weights, outcome, index) if rewrite is None else rewrite(index, weights)
+        check_made(made, outcome, weights.width, index)
         # The new config says already how tokens choose: only the number of experts is the layer's own.
         own = resized_config(config, made.experts, groups="equal")
         blocks[index] = resized_block(layer, own, made)

@@ -1,9 +1,9 @@
-"""A pruning plan: what a method decided for each layer, with the scores it decided from.
+"""A plan: what a method decided for each layer, with the scores it decided from; one form for all kinds of methods.
 
 On disk a JSON file that a person can read, and beside it a safetensors file of the same name with the statistics that
-the method needs, so that another budget needs no new pass over the text.
+the method needs: so another budget needs no new pass over the text, and the same plan makes the same weights again.
 
-Legend: E experts.
+Legend: E experts, H hidden, I expert width.
 """
 
 from __future__ import annotations
@@ -14,28 +14,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from moekit import catalogue
+from moekit.compress.budget.rules import TensorRule
 from moekit.compress.budget.sizes import Budget
+from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine import plan_files
-from moekit.compress.engine.dropping import PruneMethod
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.method import WeightMethod
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups
+from moekit.errors import BadConfig, BadData
 from moekit.trace.meta import DataEntry
 from moekit.trace.statistics import LayerStatistics
 
 
-class LayerPlan(BaseModel):
+class LayerRecord(BaseModel):
     """What was decided for one layer.
 
     Attributes:
         experts: E.
         hidden: H.
         width: I.
-        scores: how much each expert is worth to the method; more is better.
+        scores: how much each expert is worth to the method, more is better; empty where it does not rank experts.
         never_routed: experts that no token of the calibration text chose.
-        decision: what stays.
+        outcome: what becomes of the layer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,9 +47,9 @@ class LayerPlan(BaseModel):
     experts: int
     hidden: int
     width: int
-    scores: tuple[float, ...]
+    scores: tuple[float, ...] = ()
     never_routed: tuple[int, ...] = ()
-    decision: LayerDecision
+    outcome: LayerOutcome
 
 
 class PlanFile(plan_files.ReadablePart):
@@ -53,9 +57,10 @@ class PlanFile(plan_files.ReadablePart):
 
     Attributes:
         format: version of this file.
+        kind: of the method, such as "prune" or "sparsify".
         method: name in the catalogue.
         settings: the method's knobs.
-        budget: what may stay.
+        budget: what may stay, in the form of the kind.
         top_k: choices a token makes afterwards; None as before.
         groups: "free" lets every expert stay or go and lifts the router's group limits; "equal" keeps equally many a
             group, and the limits.
@@ -66,15 +71,18 @@ class PlanFile(plan_files.ReadablePart):
         data: the text of that trace.
         tokens: of that text.
         domains: of that text.
+        kept_apart: text whose held-out part was kept out of it, for a proof; "" where none was.
         protected: decoder layer -> experts that stay whatever their score.
+        rules: what becomes of tensors that belong to no routed expert.
         layers: decoder layer -> what was decided.
         warnings: what a reader must know.
     """
 
-    format: int = 1
+    format: int = 2
+    kind: str
     method: str
     settings: dict[str, Any] = Field(default_factory=dict)
-    budget: Budget
+    budget: Budget | SparsityBudget
     top_k: int | None = None
     groups: Groups = "free"
     seed: int = 0
@@ -84,20 +92,23 @@ class PlanFile(plan_files.ReadablePart):
     data: tuple[DataEntry, ...] = ()
     tokens: int = 0
     domains: tuple[str, ...] = ()
+    kept_apart: str = ""
     protected: dict[int, tuple[int, ...]] = Field(default_factory=dict)
-    layers: dict[int, LayerPlan]
+    rules: tuple[TensorRule, ...] = ()
+    layers: dict[int, LayerRecord]
     warnings: tuple[str, ...] = ()
 
 
-_DECIDING = {"fingerprint", "method", "settings", "top_k", "groups", "seed", "protected", "layers"}
+_DECIDING = {"fingerprint", "kind", "method", "settings", "top_k", "groups", "seed", "protected", "rules", "layers"}
 
 
-class PrunePlan:
-    """Decisions, and the statistics behind them.
+class WeightPlan:
+    """Outcomes, and the statistics behind them.
 
     Args:
         file: the readable part.
-        statistics: decoder layer -> what the method needs.
+        statistics: decoder layer -> what the method needs, measured where the layer stands: of sequential methods
+            behind the changed layers before it.
     """
 
     def __init__(self, file: PlanFile, statistics: Mapping[int, LayerStatistics]) -> None:
@@ -105,20 +116,26 @@ class PrunePlan:
         self.statistics = dict(statistics)
 
     @property
-    def method(self) -> PruneMethod:
-        """The method, made from name and knobs."""
-        return make_method(self.file.method, self.file.settings)
+    def method(self) -> WeightMethod[Any, Any]:
+        """The method, made from kind, name and knobs."""
+        return make_method(self.file.kind, self.file.method, self.file.settings)
 
     @property
-    def decisions(self) -> dict[int, LayerDecision]:
-        """Decoder layer -> what stays."""
-        return {layer: plan.decision for layer, plan in self.file.layers.items()}
+    def outcomes(self) -> dict[int, LayerOutcome]:
+        """Decoder layer -> what becomes of it."""
+        return {layer: told.outcome for layer, told in self.file.layers.items()}
 
     @property
     def hash(self) -> str:
-        """sha256 over model, method, knobs, protection and decisions: plans with equal hashes change a model alike."""
+        """sha256 over what decides: plans with equal hashes change a model alike.
+
+        That is model, method, knobs, protection and outcomes, and the statistics where weights are made from them.
+        """
         told = self.file.model_dump(mode="json", include=_DECIDING)
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        if self.method.rewrites:
+            digest.update(safetensors.torch.save(plan_files.flatten(self.statistics)))
+        return digest.hexdigest()
 
     def check_model(self, fingerprint: str, where: str | Path = "") -> None:
         """Refuse another model.
@@ -133,15 +150,26 @@ class PrunePlan:
         plan_files.write_plan(Path(path), self.file, self.statistics)
 
     @classmethod
-    def load(cls, path: str | Path) -> PrunePlan:
+    def load(cls, path: str | Path, *, kind: str | None = None) -> WeightPlan:
         """Read a plan.
 
+        Args:
+            path: of the JSON file.
+            kind: of the method that it must be of; None for any.
+
         Raises:
-            BadData: not a plan, or damaged.
+            BadData: not a plan, damaged, or of another kind.
             UnsafeInput: a header that lies.
         """
         path = Path(path)
-        file = plan_files.read_plan(PlanFile, path, command="moekit prune")
+        file = plan_files.read_plan(PlanFile, path, command=f"moekit {kind or 'prune'}")
+        if kind is not None and file.kind != kind:
+            way = {"prune": "apply PLAN", "sparsify": "sparsify --from PLAN"}.get(file.kind, file.kind)
+            raise BadData(
+                f"this is a plan of `moekit {file.kind}`, not of `moekit {kind}`",
+                file=path,
+                hint=f"`moekit {way}` carries it out",
+            )
         named = plan_files.read_statistics(path, file.layers, file.statistics_sha256)
         statistics = {
             layer: LayerStatistics(told.experts, told.hidden, file.domains, file.tokens, named[layer], width=told.width)
@@ -150,11 +178,33 @@ class PrunePlan:
         return cls(file, statistics)
 
 
-def make_method(name: str, settings: Mapping[str, Any]) -> PruneMethod:
-    """A method from its catalogue name and knobs.
+def keep_budget(budget: Budget | SparsityBudget) -> Budget:
+    """The budget of what drops experts.
+
+    Raises:
+        BadConfig: it is a budget of another kind.
+    """
+    if isinstance(budget, Budget):
+        return budget
+    raise BadConfig("this says how many weights become zero, not how many experts stay", hint="give keep=...")
+
+
+def zero_budget(budget: Budget | SparsityBudget) -> SparsityBudget:
+    """The budget of what zeroes weights.
+
+    Raises:
+        BadConfig: it is a budget of another kind.
+    """
+    if isinstance(budget, SparsityBudget):
+        return budget
+    raise BadConfig("this says how many experts stay, not how many weights become zero", hint="give sparsity=...")
+
+
+def make_method(kind: str, name: str, settings: Mapping[str, Any]) -> WeightMethod[Any, Any]:
+    """A method from its kind, catalogue name and knobs.
 
     Raises:
         BadConfig: unknown name, or knobs it refuses.
     """
-    method: PruneMethod = catalogue.make("prune", name, settings)
+    method: WeightMethod[Any, Any] = catalogue.make(kind, name, settings)
     return method

@@ -2,7 +2,7 @@
 
 The second holds statistics, one tensor for each layer and name, so that a plan can be carried out without the text it
 was made from. The first names the second by its digest: a kill between the two files of a plan that replaces another
-leaves a pair that is refused, and never old decisions with new statistics.
+leaves a pair that is refused, and never old outcomes with new statistics.
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ def beside(path: Path) -> Path:
 
 
 def flatten(statistics: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Statistics by names of tensors on disk."""
+    """Statistics by names of tensors on disk; copies, as the format refuses tensors that share memory."""
     return {
-        f"{layer}.{name}": tensor.contiguous() for layer, named in statistics.items() for name, tensor in named.items()
+        f"{layer}.{name}": tensor.contiguous().clone()
+        for layer, named in statistics.items()
+        for name, tensor in named.items()
     }
 
 

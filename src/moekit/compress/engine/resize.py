@@ -19,6 +19,7 @@ from moekit.anatomy.permute import expert_axis
 from moekit.anatomy.probe import MoELayer, iterate_moe_layers
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, TOP_K_KEYS, config_top_k
 from moekit.checkpoint.skeleton import empty_model
+from moekit.checkpoint.spec import KEYS, stated
 from moekit.compress.engine.weights import LayerWeights, from_live, to_live
 from moekit.errors import BadConfig, UnsupportedModel
 
@@ -32,6 +33,7 @@ def resized_config(
     top_k: int | None = None,
     groups: Groups = "free",
     dropped: bool | None = None,
+    width: int | None = None,
 ) -> PreTrainedConfig:
     """A copy of a config with another number of experts.
 
@@ -42,6 +44,7 @@ def resized_config(
         groups: once experts are dropped, "free" lets tokens choose from all experts, "equal" keeps the router's limits
             to groups of neighbouring experts.
         dropped: whether any layer of the model loses experts; None where all layers get the same number.
+        width: neurons of every routed expert from now on; None as before.
 
     Raises:
         BadConfig: fewer experts than choices, a number of choices that the family's router does not make, or groups
@@ -57,6 +60,8 @@ def resized_config(
             f"{type(config).__name__} names its number of experts by none of {', '.join(EXPERT_COUNT_KEYS)}"
         )
     before = own[counts[0]]
+    if width is not None:
+        _set_width(text, own, width)
     for key in counts:
         setattr(text, key, experts)
     choices = [key for key in TOP_K_KEYS if isinstance(own.get(key), int)]
@@ -76,6 +81,36 @@ def resized_config(
     if top_k is not None and top_k != (config_top_k(own) or 0):
         _check_choices(made, top_k)
     return made
+
+
+def _set_width(text: Any, own: Mapping[str, Any], width: int) -> None:
+    """Another width of routed experts; shared experts, whose width some families state in theirs, keep their own.
+
+    Raises:
+        BadConfig: wider than before, or the family cannot say both widths; names those that it can.
+        UnsupportedModel: the config does not say how wide experts are.
+    """
+    known = stated(own, "width")
+    if known is None:
+        raise UnsupportedModel(
+            f"{type(text).__name__} names the width of its experts by none of {', '.join(KEYS['width'])}"
+        )
+    key, before = known
+    if width > before:
+        raise BadConfig(f"experts of {before} neurons cannot become {width} wide", hint=f"ask for {before} or fewer")
+    shared = stated(own, "shared")
+    if shared is not None and shared[1] and stated(own, "shared_width") is None and width != before:
+        whole = shared[1] * before
+        if whole % width:
+            fitting = [w for w in range(before, 0, -1) if whole % w == 0]
+            near = min(fitting, key=lambda w: (abs(w - width), w))
+            raise BadConfig(
+                f"this family states the {whole} neurons of its shared experts as a multiple of the routed experts' "
+                f"width, and {width} does not divide {whole}",
+                hint=f"narrow to {near}, the nearest width that divides {whole}",
+            )
+        setattr(text, shared[0], whole // width)
+    setattr(text, key, width)
 
 
 def _check_choices(made: PreTrainedConfig, top_k: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,10 +16,13 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.checkpoint.folder import Checkpoint
+from moekit.compress.budget.sparsity import Count, count_zeros
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.plan import PrunePlan
-from moekit.compress.engine.planning import geometries_of
+from moekit.compress.engine.measuring import geometries_of
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.weights import LayerWeights
+from moekit.errors import UnsupportedModel
 
 _FIELDS = ("up_EIH", "down_EHI", "gate_EIH", "up_bias_EI", "gate_bias_EI", "down_bias_EH")
 
@@ -29,7 +31,7 @@ class PlannedRewrite:
     """Makes a layer's new weights as a plan says, and keeps the figures that the method tells of them.
 
     Called with a decoder layer and the weights of all its experts, it gives those of what stays, in the order of the
-    decision. Layers that keep every expert stay as they are.
+    outcome. Layers that stay as they are come back as they are.
 
     Args:
         plan: whose method rewrites.
@@ -39,21 +41,34 @@ class PlannedRewrite:
 
     Attributes:
         figures: decoder layer -> what the method tells of its rewriting, by name; empty where it tells nothing.
+        counts: decoder layer -> zeros counted in what was made of it last, where zeros were asked for.
     """
 
-    def __init__(self, plan: PrunePlan, geometries: dict[int, Geometry], folder: Path | None = None) -> None:
+    def __init__(self, plan: WeightPlan, geometries: dict[int, Geometry], folder: Path | None = None) -> None:
         self.figures: dict[int, dict[str, float]] = {}
+        self.counts: dict[int, Count] = {}
         self._plan = plan
-        self._method: Any = plan.method
-        self._decisions = plan.decisions
+        self._method = plan.method
+        self._outcomes = plan.outcomes
         self._geometries = geometries
         self._folder = folder
 
     def __call__(self, layer: int, weights: LayerWeights) -> LayerWeights:
         """New weights of one layer."""
-        decision = self._decisions[layer]
-        if len(decision.keep) == weights.experts:
-            return weights.select(decision.keep)
+        outcome = self._outcomes[layer]
+        made = self._made(layer, outcome, weights)
+        if outcome.sparsity is not None:
+            self.counts[layer] = count_zeros(made)
+        return made
+
+    @property
+    def count(self) -> Count:
+        """Zeros and weights of all layers."""
+        return sum(self.counts.values(), Count())
+
+    def _made(self, layer: int, outcome: LayerOutcome, weights: LayerWeights) -> LayerWeights:
+        if outcome.unchanged(weights.experts):
+            return weights.select(outcome.keep)
         file = self._file(layer, weights)
         if file is not None and file.is_file():
             known, self.figures[layer] = _read(file)
@@ -66,9 +81,8 @@ class PlannedRewrite:
             self._plan.file.seed,
             frozenset(self._plan.file.protected.get(layer, ())),
         )
-        made: LayerWeights = self._method.transform(weights, decision, inputs)
-        told = getattr(self._method, "figures", None)
-        self.figures[layer] = {} if told is None else dict(told(weights, decision, inputs))
+        made = self._method.transform(weights, outcome, inputs)
+        self.figures[layer] = dict(self._method.told(weights, outcome, inputs))
         if file is not None:
             _write(file, made, self.figures[layer])
         return made
@@ -80,14 +94,25 @@ class PlannedRewrite:
         return self._folder / f"rewritten-{self._plan.hash[:16]}-{layer}-{kind}.safetensors"
 
 
-def rewriter(plan: PrunePlan, checkpoint: Checkpoint, *, folder: Path | None = None) -> PlannedRewrite | None:
+def rewriter(plan: WeightPlan, checkpoint: Checkpoint, *, folder: Path | None = None) -> PlannedRewrite | None:
     """What turns a layer's weights into those that a plan keeps; None where its method only drops experts.
 
     Args:
         plan: the plan.
         checkpoint: what is to be pruned.
         folder: see `PlannedRewrite`; it is made.
+
+    Raises:
+        BadConfig: the plan was made for another model.
+        UnsupportedModel: it asks for what is not carried out yet.
     """
+    plan.check_model(checkpoint.fingerprint, checkpoint.path)
+    if plan.file.rules:
+        raise UnsupportedModel(
+            f"the plan holds {len(plan.file.rules)} rules for tensors that belong to no expert, which are only counted",
+            file=checkpoint.path,
+            hint="leave the rules out",
+        )
     if not plan.method.rewrites:
         return None
     if folder is not None:

@@ -1,7 +1,7 @@
 """Methods that decide by trying: each layer is loaded, its block run on the calibration text with some experts only.
 
 Two chains of states walk the text: the unchanged model's, whose block outputs are the targets, and for sequential
-methods the one behind the pruned layers, whose block inputs the decisions are made on. What a block gets and gives lies
+methods the one behind the pruned layers, whose block inputs the outcomes are made on. What a block gets and gives lies
 where the states lie, so that memory holds one batch of it.
 
 Legend: T positions of a batch, N of them no padding, H hidden, M experts kept.
@@ -20,27 +20,28 @@ from moekit._progress import Progress, track
 from moekit.anatomy.probe import MoELayer, flat_output
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.budget.sizes import uniform_count
+from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine.describing import layer_record, plan_file
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerDecision
-from moekit.compress.engine.plan import LayerPlan, PrunePlan
-from moekit.compress.engine.planning import Request, geometries_of, layer_plan, plan_file, sizes_of
+from moekit.compress.engine.measuring import empty_statistics, geometries_of, sizes_of
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.plan import LayerRecord, WeightPlan
+from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.streaming.states import States
-from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace
 from moekit.trace.streamed import Streamed
 
 
-def search_pruning(
-    checkpoint: Checkpoint, trace: Trace, streamed: Streamed, request: Request, progress: Progress | None = None
-) -> PrunePlan:
+def plan_by_search(
+    checkpoint: Checkpoint, trace: Trace, streamed: Streamed, request: PlanRequest, progress: Progress | None = None
+) -> WeightPlan:
     """Let a searching method decide layer by layer.
 
     Args:
-        checkpoint: what is to be pruned.
+        checkpoint: what is to change.
         trace: of the same text, for the plan's account of it; with the load, which tells experts never routed.
         streamed: the calibration text on its way through the checkpoint, not run yet or run already.
         request: method, budget and the rest; the budget must be uniform.
@@ -50,18 +51,17 @@ def search_pruning(
         BadConfig: the budget is impossible, or not uniform.
         UnsupportedModel: a block does not stand alone, so it cannot be run alone.
     """
-    if request.budget.scope != "uniform":
+    if isinstance(request.budget, Budget) and request.budget.scope != "uniform":
         raise BadConfig("a search needs to know how many experts each layer keeps", hint="use a uniform budget")
     geometries = geometries_of(checkpoint)
-    counts = uniform_count(request.budget, sizes_of(checkpoint, geometries, request.top_k))
-    search = _Search(streamed, request, counts, trace)
-    layers = search.run(progress)
-    statistics = {layer: LayerStatistics(g.experts, g.hidden, width=g.width) for layer, g in geometries.items()}
-    return PrunePlan(plan_file(checkpoint, request, layers, trace), statistics)
+    sizes = sizes_of(checkpoint, geometries, request.top_k)
+    shares = request.method.allocate({}, {}, request.budget, sizes)
+    layers = _Search(streamed, request, shares, trace).run(progress)
+    return WeightPlan(plan_file(checkpoint, request, layers, trace.meta, trace.digest), empty_statistics(geometries))
 
 
 class _Search:
-    def __init__(self, streamed: Streamed, request: Request, counts: dict[int, int], trace: Trace) -> None:
+    def __init__(self, streamed: Streamed, request: PlanRequest, counts: dict[int, int], trace: Trace) -> None:
         self.streamed = streamed
         self.request = request
         self.counts = counts
@@ -70,7 +70,7 @@ class _Search:
         self.masks = [current.mask_T for current in streamed.passes]
 
     @torch.no_grad()
-    def run(self, progress: Progress | None) -> dict[int, LayerPlan]:
+    def run(self, progress: Progress | None) -> dict[int, LayerRecord]:
         loader, found = self.streamed.loader, {}
         plain = self.walk.new_states("search-plain")
         pruned = self.walk.new_states("search-pruned") if self.request.method.sequential else None
@@ -92,7 +92,7 @@ class _Search:
                 states.close()
         return found
 
-    def _layer(self, moe: MoELayer, plain: States, pruned: States | None) -> LayerPlan:
+    def _layer(self, moe: MoELayer, plain: States, pruned: States | None) -> LayerRecord:
         index, weights = moe.index, read_block(moe)
         self._see(moe, plain, targets=True)
         if pruned is not None:
@@ -101,12 +101,12 @@ class _Search:
         block = _Block(moe, weights, config, self.request, self.calls, self.targets, self.masks)
         protected = frozenset((self.request.protected or {}).get(index, ()))
         inputs = LayerInputs(index, moe.geometry, self.loads[index], lambda: weights, self.request.seed, protected)
-        decision = self.request.method.search(inputs, block, self.counts[index])
+        outcome = self.request.method.search(inputs, block, self.counts[index])
         if pruned is not None:
-            self._advance(index, None, pruned, block.changed(decision))
-        rise = decision.figures.get("rise", [])
+            self._advance(index, None, pruned, block.changed(outcome))
+        rise = outcome.figures.get("rise", [])
         scores = torch.tensor(rise if isinstance(rise, list) else [rise], dtype=torch.float64)
-        return layer_plan(inputs, scores, _readable(decision))
+        return layer_record(inputs, scores, _readable(outcome))
 
     def _see(self, moe: MoELayer, states: States, *, targets: bool) -> None:
         """Keep what the block is called with on each batch; of the unchanged model also what it gives, and go on."""
@@ -184,8 +184,8 @@ class _Calls:
         return rest, named
 
 
-def _readable(decision: LayerDecision) -> LayerDecision:
-    return decision.model_copy(update={"figures": {k: v for k, v in decision.figures.items() if k != "rise"}})
+def _readable(outcome: LayerOutcome) -> LayerOutcome:
+    return outcome.model_copy(update={"figures": {k: v for k, v in outcome.figures.items() if k != "rise"}})
 
 
 class _Block:
@@ -196,7 +196,7 @@ class _Block:
         moe: MoELayer,
         weights: LayerWeights,
         config: Any,
-        request: Request,
+        request: PlanRequest,
         calls: _Calls,
         targets: States,
         masks: Sequence[Tensor],
@@ -210,9 +210,9 @@ class _Block:
             config, count, top_k=request.top_k, groups=request.groups
         )
 
-    def changed(self, decision: LayerDecision) -> nn.Module:
-        """The block with what a decision keeps."""
-        return self._with(decision.keep)
+    def changed(self, outcome: LayerOutcome) -> nn.Module:
+        """The block with what an outcome keeps."""
+        return self._with(outcome.keep)
 
     def _with(self, kept: Sequence[int]) -> nn.Module:
         return resized_block(self._moe, self._config(len(kept)), self._weights.select(kept))

@@ -7,6 +7,7 @@ folder's size is known before the work, and tensors may be written in another or
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -192,8 +193,9 @@ class Output:
         file, info = self._source(source), self._infos[name]
         digests = self._written[name] = _Digests(info)
         position = info.offsets[0]
+        # An empty tensor has no piece at all.
         pieces = [(at, min(at + _CHUNK, end)) for start, end in ranges for at in range(start, end, _CHUNK)]
-        for (start, end), following in zip(pieces, [*pieces[1:], None], strict=True):
+        for (start, end), following in itertools.zip_longest(pieces, pieces[1:]):
             if following is not None:
                 _announce(file, *following)
             while start < end:

@@ -25,7 +25,7 @@ from moekit.checkpoint.expected import renamer
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.names import in_mtp_stack, text_config
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
@@ -51,16 +51,20 @@ class Kept:
         source: the tensor it comes from.
         layer: decoder layer, of tensors that belong to routed experts or count them; else None.
         cut: what is left of it; None for all.
+        resized: sizes in the output where experts change their width; None where the cut says all.
     """
 
     name: str
     source: TensorInfo
     layer: int | None = None
     cut: Cut | None = None
+    resized: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes in the output."""
+        if self.resized is not None:
+            return self.resized
         if self.cut is None:
             return self.source.shape
         size = self.source.shape[self.cut.axis] // self.cut.experts * len(self.cut.keep)
@@ -222,12 +226,12 @@ class Axes:
         return same and whole and info.shape[axis] % experts == 0
 
 
-def kept_tensors(checkpoint: Checkpoint, decisions: Mapping[int, LayerDecision], axes: Axes, mtp: bool) -> list[Kept]:
+def kept_tensors(checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome], axes: Axes, mtp: bool) -> list[Kept]:
     """All tensors of the output, in the order in which they lie in the source.
 
     Args:
         checkpoint: the source.
-        decisions: of every MoE layer; must fit it.
+        outcomes: of every MoE layer; must fit it.
         axes: of the model.
         mtp: whether multi-token-prediction tensors stay, as they are.
 
@@ -239,27 +243,27 @@ def kept_tensors(checkpoint: Checkpoint, decisions: Mapping[int, LayerDecision],
     found: list[Kept] = []
     for name, info in checkpoint.tensors.items():
         if not tells(name):
-            found += _kept(info, decisions, counts, axes)
+            found += _kept(info, outcomes, counts, axes)
         elif mtp:
             found.append(Kept(name, info))
     return found
 
 
 def _kept(
-    info: TensorInfo, decisions: Mapping[int, LayerDecision], counts: Mapping[int, int], axes: Axes
+    info: TensorInfo, outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int], axes: Axes
 ) -> Iterator[Kept]:
-    """What becomes of one tensor: one, or none."""
+    """What becomes of one tensor: one, none, or, where experts are there more than once, several."""
     match = _split(info.name)
     layer = decoder_index(match["block"] if match else info.name)
-    if layer not in decisions or not _LAYER.match(info.name):
+    if layer not in outcomes or not _LAYER.match(info.name):
         yield Kept(info.name, info)
         return
-    keep = decisions[layer].keep
+    keep = outcomes[layer].keep
     if match:
-        expert = int(match["expert"])
-        if expert in keep:
-            yield Kept(f"{match['block']}.experts.{keep.index(expert)}.{match['rest']}", info, layer)
+        for number, expert in enumerate(keep):
+            if expert == int(match["expert"]):
+                yield Kept(f"{match['block']}.experts.{number}.{match['rest']}", info, layer)
         return
     axis = axes.of(info, counts[layer])
-    cut = None if axis is None or len(keep) == counts[layer] else Cut(axis, counts[layer], keep)
+    cut = None if axis is None or outcomes[layer].keeps_all(counts[layer]) else Cut(axis, counts[layer], keep)
     yield Kept(info.name, info, None if axis is None else layer, cut)

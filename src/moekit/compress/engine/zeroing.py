@@ -1,8 +1,7 @@
 """What a method is that zeroes single weights of the experts.
 
-A method is a frozen pydantic config. `zeroed` says for one matrix of one expert which entries go; a method that changes
-the surviving weights too overrides `transform`. `allocate` shares a sparsity among the layers. It is registered with
-`@register(kind="sparsify", needs=...)`; reading, streaming, writing and proving are not its business.
+`zeroed` says for one matrix of one expert which entries go; a method that changes the surviving weights too overrides
+`zeros`. `share` shares a sparsity among the layers. See `WeightMethod` for what all kinds share.
 
 Routers, biases and whatever else a layer holds stay as they are.
 
@@ -12,35 +11,29 @@ Legend: E experts, H hidden, I expert width, R rows (outputs) and C columns (inp
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from moekit import catalogue
-from moekit.anatomy.probe import Geometry
+from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.method import WeightMethod
+from moekit.compress.engine.outcome import LayerOutcome, Part
 from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.masks import groups_of
 from moekit.errors import BadConfig, MoekitError, NumericFault
 
-Part = Literal["gate", "up", "down"]
 FIELDS: dict[Part, str] = {"gate": "gate_EIH", "up": "up_EIH", "down": "down_EHI"}
+BASELINE = "magnitude"
 
 
-class SparsifyMethod(BaseModel, ABC):
-    """Base of all methods that zero single weights; fields are the method's knobs.
+class SparsifyMethod(WeightMethod[SparsityBudget, float]):
+    """Base of all methods that zero single weights; fields are the method's knobs."""
 
-    Attributes:
-        reads_weights: `allocate` looks at the layers' weights.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    reads_weights: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = True
 
     @property
     def sequential(self) -> bool:
@@ -48,19 +41,24 @@ class SparsifyMethod(BaseModel, ABC):
         return bool(self.required)
 
     @property
-    def required(self) -> tuple[str, ...]:
-        """Statistics the method needs with these knobs; those of its record by default."""
-        return catalogue.of(type(self)).needs
-
-    @property
     def fixed_sparsity(self) -> float | None:
         """The one sparsity the knobs allow (.5 of 2:4); None where any will do."""
         return None
 
-    @classmethod
-    def examples(cls, geometry: Geometry) -> Sequence[SparsifyMethod]:
-        """Settings that the generic tests try; the defaults, unless fields are required."""
-        return [cls()]
+    @property
+    def shares_by_measure(self) -> bool:
+        """Whether `share` looks at what was measured."""
+        return type(self).share is not SparsifyMethod.share
+
+    def unseen(self, experts: Sequence[int], outcome: LayerOutcome) -> str:
+        """That nothing was measured of them."""
+        return ": nothing says which of their weights matter"
+
+    @property
+    def baselines(self) -> tuple[tuple[str, dict[str, Any]], ...]:
+        """Magnitudes at the same sparsity, in the same pattern."""
+        pattern = None if self.fixed_sparsity is None else getattr(self, "pattern", None)
+        return ((BASELINE, {} if pattern is None else {"pattern": pattern}),)
 
     @abstractmethod
     def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, inputs: LayerInputs, sparsity: float) -> Tensor:
@@ -81,7 +79,16 @@ class SparsifyMethod(BaseModel, ABC):
         """What else is worth telling of a layer, by name."""
         return {}
 
-    def transform(self, weights: LayerWeights, inputs: LayerInputs, sparsity: float) -> LayerWeights:
+    def decide(self, inputs: LayerInputs, scores_E: Tensor, share: float) -> LayerOutcome:
+        """All experts stay, with a share of zeros."""
+        figures = self.figures(inputs) if self.required else {}
+        return LayerOutcome(keep=tuple(range(inputs.experts)), sparsity=share, figures=figures)
+
+    def transform(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> LayerWeights:
+        """The layer with its zeros; see `zeros`."""
+        return self.zeros(weights, inputs, outcome.sparsity or 0.0)
+
+    def zeros(self, weights: LayerWeights, inputs: LayerInputs, sparsity: float) -> LayerWeights:
         """The layer with zeros in its gate, up and down matrices; a copy, bit for bit the same elsewhere.
 
         Args:
@@ -106,7 +113,22 @@ class SparsifyMethod(BaseModel, ABC):
             inputs.layer,
         )
 
-    def allocate(self, inputs: Mapping[int, LayerInputs], sparsity: float) -> dict[int, float]:
+    def allocate(
+        self, inputs: Mapping[int, LayerInputs], scores: Mapping[int, Tensor], budget: SparsityBudget, sizes: Any
+    ) -> dict[int, float]:
+        """Sparsity of each layer, as `share` says.
+
+        Raises:
+            BadConfig: an impossible sparsity, or a layer that gets none.
+        """
+        shares = self.share(inputs, budget.sparsity)
+        for layer in inputs:
+            if layer not in shares:
+                raise BadConfig("the method gave this layer no sparsity", layer=layer, hint="name all layers")
+            check_sparsity(shares[layer], layer=layer)
+        return {layer: shares[layer] for layer in inputs}
+
+    def share(self, inputs: Mapping[int, LayerInputs], sparsity: float) -> dict[int, float]:
         """Share a sparsity among the layers: by default all have the same.
 
         Args:

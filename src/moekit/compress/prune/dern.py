@@ -17,7 +17,7 @@ from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.compress.engine.dropping import PruneMethod, ratio
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.clustering.spherical_kmeans import spherical_kmeans
 from moekit.compress.maths.neurons.segments import (
@@ -113,10 +113,10 @@ class DERN(PruneMethod):
         tokens_E = torch.full_like(load_E, inputs.statistics.tokens)
         return ratio(total_E, tokens_E if self.importance == "gate_mass" else load_E)
 
-    def decide(self, inputs: LayerInputs, scores_E: Tensor, keep: int) -> LayerDecision:
+    def decide(self, inputs: LayerInputs, scores_E: Tensor, share: int) -> LayerOutcome:
         """The `keep` most important experts; refuses `balance` where it would change what experts compute."""
         self._check(inputs)
-        return super().decide(inputs, scores_E, keep)
+        return super().decide(inputs, scores_E, share)
 
     def _check(self, inputs: LayerInputs) -> None:
         # gpt-oss, the family with biases, adds 1 to the up projection, and an activation is not linear in it either.
@@ -127,7 +127,7 @@ class DERN(PruneMethod):
                 hint="leave balance off",
             )
 
-    def transform(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> LayerWeights:
+    def transform(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> LayerWeights:
         """Kept experts with what moved into them; those that receive nothing are copied bit for bit.
 
         Nothing moves into protected experts, nor out of experts that no token chose. The down bias of a dropped expert
@@ -137,27 +137,27 @@ class DERN(PruneMethod):
             NumericFault: weights hold NaN or infinity; names layer and expert.
             UnsupportedModel: experts have tensors of which it is not known how neurons lie in them.
         """
-        nearest = self._nearest(weights, decision, inputs)
-        result = weights.select(decision.keep)
-        share_MD = nearest.shares(decision.keep, self.alpha)
+        nearest = self._nearest(weights, outcome, inputs)
+        result = weights.select(outcome.keep)
+        share_MD = nearest.shares(outcome.keep, self.alpha)
         score_E = self.score(inputs)
-        for position, expert in enumerate(decision.keep):
+        for position, expert in enumerate(outcome.keep):
             if moved := nearest.moved(expert, self.alpha):
                 write_segments(result, position, self._recombined(weights, expert, moved, score_E, inputs))
-        router = share_router_rows(weights.router, decision.keep, nearest.sources, share_MD, self.router)
+        router = share_router_rows(weights.router, outcome.keep, nearest.sources, share_MD, self.router)
         return result.with_router(router)
 
-    def figures(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> dict[str, float]:
+    def told(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> dict[str, float]:
         """What became of the dropped experts' segments; names as in `recombination_figures`."""
-        dropped = [e for e in range(weights.experts) if e not in decision.keep]
-        return recombination_figures(self._nearest(weights, decision, inputs), dropped, self.alpha)
+        dropped = [e for e in range(weights.experts) if e not in outcome.keep]
+        return recombination_figures(self._nearest(weights, outcome, inputs), dropped, self.alpha)
 
-    def _nearest(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> Nearest:
+    def _nearest(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> Nearest:
         """Nearest kept segments, remembered as long as the weights live."""
         self._check(inputs)
         score = self.score(inputs).tolist()
-        targets = [e for e in decision.keep if e not in inputs.protected]
-        dropped = [e for e in range(weights.experts) if e not in decision.keep and score[e] > 0]
+        targets = [e for e in outcome.keep if e not in inputs.protected]
+        dropped = [e for e in range(weights.experts) if e not in outcome.keep and score[e] > 0]
         sources = dropped if targets and self.alpha < 1 else []
         if sources and weights.others:
             raise UnsupportedModel(

@@ -23,7 +23,7 @@ from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.compress.engine.dropping import PruneMethod, Reconstruction
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import BadConfig, NumericFault
 
 Loss = Callable[[tuple[int, ...]], float]
@@ -109,7 +109,7 @@ class NAEE(PruneMethod):
         return self.mode == "progressive"
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        """Not from statistics: `search` leaves the rises of the loss among the decision's figures.
+        """Not from statistics: `search` leaves the rises of the loss among the outcome's figures.
 
         Raises:
             BadConfig: always.
@@ -117,10 +117,10 @@ class NAEE(PruneMethod):
         raise BadConfig(
             "naee has no scores without its search: it needs the model's blocks, not only statistics",
             layer=inputs.layer,
-            hint="run its search; the decision's figures then hold each expert's \"rise\"",
+            hint="run its search; the outcome's figures then hold each expert's \"rise\"",
         )
 
-    def search(self, inputs: LayerInputs, block: Reconstruction, keep: int) -> LayerDecision:
+    def search(self, inputs: LayerInputs, block: Reconstruction, keep: int) -> LayerOutcome:
         """The kept experts, with `loss`, `rise` (of removing each expert alone) and `evaluations` as figures.
 
         Raises:
@@ -147,7 +147,7 @@ class NAEE(PruneMethod):
         rise = rises(loss, experts) if keep < experts else [0.0] * experts
         kept = (best_subset if exhaustive else greedy_subset)(loss, experts, keep, fixed)
         figures: dict[str, float | list[float]] = {"loss": loss(kept), "rise": rise}
-        return LayerDecision(keep=kept, figures=figures | {"evaluations": float(loss.cache_info().misses)})
+        return LayerOutcome(keep=kept, figures=figures | {"evaluations": float(loss.cache_info().misses)})
 
     def _exhaustive(self, subsets: int, layer: int) -> bool:
         if self.strategy != "exhaustive":

@@ -18,7 +18,7 @@ from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.compress.engine.dropping import PruneMethod, ranking
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.clustering.complete_linkage import Dendrogram, complete_linkage
 from moekit.compress.maths.neurons.merging import merge_groups
@@ -140,20 +140,20 @@ class Stun(PruneMethod):
             return inputs.statistics["gated_output_norm"].double()
         return self.distances(inputs).fill_diagonal_(float("inf")).amin(-1).nan_to_num(posinf=0.0)
 
-    def decide(self, inputs: LayerInputs, scores_E: Tensor, keep: int) -> LayerDecision:
-        """Cut the clustering where `keep` clusters are left and choose one expert of each."""
+    def decide(self, inputs: LayerInputs, scores_E: Tensor, share: int) -> LayerOutcome:
+        """Cut the clustering where `share` clusters are left and choose one expert of each."""
         ranked_E = ranking(scores_E, inputs)
         tree = self.dendrogram(inputs)
-        clusters = tree.leaving(keep)
+        clusters = tree.leaving(share)
         joins = inputs.experts - len(clusters)
-        if len(clusters) > keep:  # protected experts stand apart: what is too much goes whole, the least worth first
-            clusters = tuple(sorted(clusters, key=lambda c: (-float(ranked_E[list(c)].max()), c))[:keep])
-        means = self.reconstruct and keep < self.kappa
+        if len(clusters) > share:  # protected experts stand apart: what is too much goes whole, the least worth first
+            clusters = tuple(sorted(clusters, key=lambda c: (-float(ranked_E[list(c)].max()), c))[:share])
+        means = self.reconstruct and share < self.kappa
         chosen = {self._representative(inputs, ranked_E, cluster): cluster for cluster in clusters}
         keepers = tuple(sorted(chosen))
-        return LayerDecision(
+        return LayerOutcome(
             keep=keepers,
-            groups=tuple(chosen[k] for k in keepers),
+            sources=tuple(chosen[k] for k in keepers),
             shares=tuple(tuple(1 / len(chosen[k]) if means else float(e == k) for e in chosen[k]) for k in keepers),
             figures={
                 "joined_at": tree.heights[joins - 1] if joins else 0.0,
@@ -168,11 +168,11 @@ class Stun(PruneMethod):
             return nearest_to_mean(inputs.weights, cluster)
         return max(cluster, key=lambda expert: (float(ranked_E[expert]), -expert))
 
-    def transform(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> LayerWeights:
+    def transform(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> LayerWeights:
         """The representatives, bit for bit; where the layer is reconstructed, means of clusters and router rows."""
-        return merge_groups(weights, decision.keep, decision.groups or (), decision.shares or ())
+        return merge_groups(weights, outcome.keep, outcome.sources or (), outcome.shares or ())
 
-    def allocate(
+    def share(
         self, inputs: Mapping[int, LayerInputs], scores: Mapping[int, Tensor], total: int, least: int, most: int
     ) -> dict[int, int]:
         """One threshold for all layers: the closest joins of any layer are made until `total` clusters are left."""

@@ -21,7 +21,7 @@ from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.clustering.spectral import Array, Similarity, join_nearest, similarity, spectral_clusters
 from moekit.compress.maths.neurons.align import align_experts
@@ -71,8 +71,8 @@ class UNCURL(PruneMethod):
         """The load nu_e, by which members of a cluster count and representatives are chosen."""
         return inputs.statistics.load_E.double()
 
-    def decide(self, inputs: LayerInputs, scores_E: Tensor, keep: int) -> LayerDecision:
-        """Cluster all experts into `keep` groups, each kept under its most used member.
+    def decide(self, inputs: LayerInputs, scores_E: Tensor, share: int) -> LayerOutcome:
+        """Cluster all experts into `share` groups, each kept under its most used member.
 
         Protected experts are groups of their own. Where they alone fill the budget, the others are dropped, since
         nothing may be merged into what must stay as it is.
@@ -88,16 +88,16 @@ class UNCURL(PruneMethod):
             raise NumericFault("router logits were NaN or infinite", layer=inputs.layer, expert=expert)
         alike_EE = similarity(gram_EE, statistics["logit_sum"], statistics.tokens, self.affinity)
         load_E = statistics.load_E
-        groups = self._groups(alike_EE, load_E, keep, inputs)
+        groups = self._groups(alike_EE, load_E, share, inputs)
         # A stable maximum: of equally used members the lowest.
         named = sorted((max(group, key=lambda e: (int(load_E[e]), -e)), tuple(group)) for group in groups)
         pairs = [alike_EE[i, j] for _, group in named for i, j in combinations(group, 2)]
         figures: dict[str, float | list[float]] = {"largest_group": float(max(len(group) for _, group in named))}
         if pairs:
             figures["similarity_within_groups"] = float(np.mean(pairs))
-        return LayerDecision(
+        return LayerOutcome(
             keep=tuple(kept for kept, _ in named),
-            groups=tuple(group for _, group in named),
+            sources=tuple(group for _, group in named),
             shares=member_shares(load_E, [group for _, group in named]),
             figures=figures,
         )
@@ -142,15 +142,15 @@ class UNCURL(PruneMethod):
         labels = join_nearest(np.concatenate([found, np.full(len(joining), -1)]), alike_EE[np.ix_(everyone, everyone)])
         return [sorted(everyone[labels == cluster].tolist()) for cluster in range(count)]
 
-    def transform(self, weights: LayerWeights, decision: LayerDecision, inputs: LayerInputs) -> LayerWeights:
+    def transform(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> LayerWeights:
         """Align each group's members to the one that is kept, and merge them by their shares."""
-        if decision.groups is None or decision.shares is None:
-            return weights.select(decision.keep)
+        if outcome.sources is None or outcome.shares is None:
+            return weights.select(outcome.keep)
         return merge_groups(
             weights,
-            decision.keep,
-            decision.groups,
-            decision.shares,
+            outcome.keep,
+            outcome.sources,
+            outcome.shares,
             match=(lambda reference, member: align_experts(weights, reference, member).order_I) if self.align else None,
             router="mean" if self.router == "merge" else "representative",
         )

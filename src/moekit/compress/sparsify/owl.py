@@ -15,8 +15,9 @@ from torch import Tensor
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.outcome import Part
 from moekit.compress.engine.weights import LayerWeights
-from moekit.compress.engine.zeroing import FIELDS, Part, SparsifyMethod, check_sparsity
+from moekit.compress.engine.zeroing import FIELDS, SparsifyMethod, check_sparsity
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.wanda import Wanda, input_norms, statistics_of
 from moekit.errors import BadData
@@ -139,7 +140,7 @@ class OWL(SparsifyMethod):
         """Those of the method within the layer."""
         return self._within.figures(inputs)
 
-    def allocate(self, inputs: Mapping[int, LayerInputs], sparsity: float) -> dict[int, float]:
+    def share(self, inputs: Mapping[int, LayerInputs], sparsity: float) -> dict[int, float]:
         """Sparsity of each layer by its outliers, in the dense model."""
         check_sparsity(sparsity)
         shares, sizes = [], []

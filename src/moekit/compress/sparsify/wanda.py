@@ -14,7 +14,8 @@ from torch import Tensor
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.zeroing import Part, SparsifyMethod, sparsity_of, valid_pattern
+from moekit.compress.engine.outcome import Part
+from moekit.compress.engine.zeroing import SparsifyMethod, sparsity_of, valid_pattern
 from moekit.compress.maths.masks import UNSTRUCTURED, smallest
 from moekit.errors import NumericFault
 from moekit.trace.batch import ExpertBatch

@@ -20,10 +20,10 @@ class TrainOptions(RankedOptions):
         writes="folder of the trained checkpoint",
         arguments=("model",),
         examples=(
-            "moekit train ./moe ./tuned --text demo --split train --tokens 100000 --lr 2e-4 --balance-coef 0.01",
+            "moekit train ./moe ./tuned --text demo --split train --tokens 100000 --lr 2e-4 --balance 0.01",
             "moekit train ./moe ./tuned --text ./text --plan ./plan --steps 50 --parts router,experts",
         ),
-        settings="moekit.training.config:TrainConfig",
+        settings="moekit.training.flags:TrainFlags",
         panel="Training",
     )
 
@@ -36,7 +36,7 @@ class TrainOptions(RankedOptions):
     data_parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)"
     )
-    settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, balance_coef, ...: TrainConfig")
+    settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, objectives, ...: TrainConfig")
     drop_unknown: bool = Field(
         default=False, description="leave out what the source holds beyond the model, such as a vision tower"
     )

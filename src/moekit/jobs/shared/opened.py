@@ -10,7 +10,7 @@ from moekit.anatomy.probe import Geometry
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.names import text_config
-from moekit.compress.engine.planning import geometries_of
+from moekit.compress.engine.measuring import geometries_of
 from moekit.data import vocabulary
 from moekit.errors import UnsupportedModel
 from moekit.jobs.shared.inputs import load_tokenizer, model_location

@@ -16,8 +16,10 @@ from moekit.checking import CheckReport
 from moekit.checkpoint import Checkpoint, Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.grouped import by_group, routing_groups
-from moekit.compress.engine.plan import LayerPlan, PrunePlan, make_method
-from moekit.compress.engine.planning import InputsByLayer, Request, decide
+from moekit.compress.engine.inputs import InputsByLayer
+from moekit.compress.engine.plan import LayerRecord, WeightPlan, make_method
+from moekit.compress.engine.planning import decide
+from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
 from moekit.evaluation.changes import Variant
 from moekit.jobs.context import JobContext
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 _FEW = 4
 
 
-def in_groups(source: Source, plan: PrunePlan) -> dict[int, LayerPlan]:
+def in_groups(source: Source, plan: WeightPlan) -> dict[int, LayerRecord]:
     """The layers of a plan, with equally many kept of each routing group where that was asked for."""
     groups = routing_groups(source.checkpoint.config)
     if plan.file.groups == "free" or groups == 1:
@@ -43,18 +45,24 @@ def in_groups(source: Source, plan: PrunePlan) -> dict[int, LayerPlan]:
 
 
 def baseline(
-    name: str, source: Source, request: Request, statistics: Mapping[int, LayerStatistics], seed: int
-) -> PrunePlan:
+    name: str,
+    settings: Mapping[str, Any],
+    source: Source,
+    request: PlanRequest,
+    statistics: Mapping[int, LayerStatistics],
+    seed: int,
+) -> WeightPlan:
     """What a baseline decides on the same budget.
 
     Args:
-        name: "frequency" or "random".
+        name: of a pruning method.
+        settings: its knobs.
         source: the model.
         request: whose budget, groups and protected experts hold.
         statistics: with what it needs.
         seed: of random choices.
     """
-    method = make_method(name, {})
+    method = make_method("prune", name, settings)
     own = dataclasses.replace(request, method=method, seed=seed)
     narrow = {
         layer: LayerStatistics(
@@ -67,13 +75,12 @@ def baseline(
         )
         for layer, g in source.geometries.items()
     }
-    inputs = InputsByLayer(source.geometries, narrow, own, None)
-    scores = {layer: method.score(inputs[layer]) for layer in inputs}
-    plan = decide(source.checkpoint, inputs, scores, own, narrow, None)
-    return PrunePlan(plan.file.model_copy(update={"layers": in_groups(source, plan)}), narrow)
+    inputs = InputsByLayer(source.geometries, narrow, None, seed, own.protected)
+    plan = decide(source.checkpoint, inputs, own, narrow, None)
+    return WeightPlan(plan.file.model_copy(update={"layers": in_groups(source, plan)}), narrow)
 
 
-def warn_of(plan: PrunePlan) -> list[str]:
+def warn_of(plan: WeightPlan) -> list[str]:
     """What a reader must know of a plan's data; also logged, in fewer words."""
     unseen = {layer: told for layer, told in plan.file.layers.items() if told.never_routed}
     if unseen:
@@ -83,7 +90,7 @@ def warn_of(plan: PrunePlan) -> list[str]:
             sum(len(told.never_routed) for told in unseen.values()),
             len(unseen),
             len(plan.file.layers),
-            sum(len(set(told.never_routed) & set(told.decision.keep)) for told in unseen.values()),
+            sum(len(set(told.never_routed) & set(told.outcome.keep)) for told in unseen.values()),
         )
     for line in plan.file.warnings[len(unseen) :]:
         logger.warning("%s", line)
@@ -103,24 +110,26 @@ class Decided:
     """
 
     source: Source
-    request: Request
-    plan: PrunePlan
+    request: PlanRequest
+    plan: WeightPlan
     statistics: Mapping[int, LayerStatistics] = field(default_factory=dict)
     rewrite: PlannedRewrite | None = None
 
 
-def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, PrunePlan]]:
+def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, WeightPlan]]:
     """Frequency and random pruning of the same budget, as far as they can be made and are not the method itself."""
-    name, request = decided.plan.file.method, decided.request
-    found: list[tuple[str, PrunePlan]] = []
-    counted = bool(decided.statistics) and all("load" in named for named in decided.statistics.values())
-    if name != "frequency" and counted:
-        found.append(("frequency", baseline("frequency", decided.source, request, decided.statistics, request.seed)))
-    if name != "random":
-        for number in range(random_seeds):
-            label = "random" if random_seeds == 1 else f"random {number}"
-            seed = request.seed + number
-            found.append((label, baseline("random", decided.source, request, decided.statistics, seed)))
+    request, known = decided.request, decided.statistics
+    found: list[tuple[str, WeightPlan]] = []
+    for name, settings in decided.plan.method.baselines:
+        method = make_method("prune", name, settings)
+        measured = all(need in known[layer] for need in method.required for layer in known)
+        if name == decided.plan.file.method or (method.required and not (known and measured)):
+            continue
+        seeds = random_seeds if name == "random" else 1
+        for number in range(seeds):
+            label = name if seeds == 1 else f"{name} {number}"
+            made = baseline(name, settings, decided.source, request, known, request.seed + number)
+            found.append((label, made))
     return found
 
 
@@ -131,8 +140,8 @@ def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, cont
     return prove(
         decided.source.checkpoint,
         heldout,
-        Variant(file.method, decided.plan.decisions, decided.rewrite, file.top_k, file.groups),
-        [Variant(name, plan.decisions, None, file.top_k, file.groups) for name, plan in others],
+        Variant(file.method, decided.plan.outcomes, decided.rewrite, file.top_k, file.groups),
+        [Variant(name, plan.outcomes, None, file.top_k, file.groups) for name, plan in others],
         key=hash_of([decided.plan.hash, *([name, plan.hash] for name, plan in others), options.dtype]),
         folder=context.scratch / "proof",
         seed=context.seed,
@@ -166,7 +175,7 @@ def write_pruned(
         context,
         lambda folder: apply(
             decided.source.checkpoint,
-            decided.plan.decisions,
+            decided.plan.outcomes,
             folder,
             rewrite=decided.rewrite,
             record=before,
@@ -188,7 +197,7 @@ def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict
     """What a plan says, as plain values."""
     file = decided.plan.file
     before = sum(told.experts for told in file.layers.values())
-    after = sum(len(told.decision.keep) for told in file.layers.values())
+    after = sum(len(told.outcome.keep) for told in file.layers.values())
     return {
         "method": file.method,
         "settings": file.settings,
@@ -205,10 +214,10 @@ def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict
             {
                 "layer": layer,
                 "experts": told.experts,
-                "kept": list(told.decision.keep),
+                "kept": list(told.outcome.keep),
                 "never_routed": list(told.never_routed),
                 "protected": list(file.protected.get(layer, ())),
-                "figures": dict(told.decision.figures),
+                "figures": dict(told.outcome.figures),
             }
             for layer, told in file.layers.items()
         ],

@@ -18,9 +18,10 @@ from moekit._validation import faults
 from moekit.compress.budget.sizes import Budget, bounds, check_total, total_count, uniform_count
 from moekit.compress.engine.grouped import check_grouping, routing_groups
 from moekit.compress.engine.layout import prepare
-from moekit.compress.engine.outcome import LayerDecision
-from moekit.compress.engine.plan import PrunePlan
-from moekit.compress.engine.planning import Request, sizes_of
+from moekit.compress.engine.measuring import sizes_of
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.request import PlanRequest
 from moekit.data.encoding import Bos
 from moekit.data.passages import units
 from moekit.data.shares import take_shares
@@ -95,7 +96,9 @@ class Outlook:
     tensors: int
 
 
-def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mtp: Literal["drop", "keep"]) -> Outlook:
+def foresee(
+    source: Source, request: PlanRequest, name: str, *, stock_only: bool, mtp: Literal["drop", "keep"]
+) -> Outlook:
     """Refuse a request that this model cannot fulfil, whatever is decided; no weight is read.
 
     Raises:
@@ -105,24 +108,24 @@ def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mt
     counts = _counts(source, request)
     groups = routing_groups(source.checkpoint.config) if request.groups == "equal" else 1
     if groups > 1:
-        if request.budget.scope == "global":
+        if request.keep_budget.scope == "global":
             raise BadConfig(
                 "layers that keep different numbers of experts cannot all keep equal routing groups",
                 hint="say --scope uniform, or --groups free",
             )
         check_grouping(request.method, name, counts, groups)
     for layer, experts in (request.protected or {}).items():
-        if len(experts) > counts[layer] and request.budget.scope == "uniform":
+        if len(experts) > counts[layer] and request.keep_budget.scope == "uniform":
             raise BadConfig(
                 f"{len(experts)} experts are protected, but {counts[layer]} may stay",
                 layer=layer,
                 hint=f"keep at least {len(experts)}, or protect fewer",
             )
-    decisions = {layer: _any_decision(source.geometries[layer].experts, n, groups) for layer, n in counts.items()}
+    outcomes = {layer: _any_decision(source.geometries[layer].experts, n, groups) for layer, n in counts.items()}
     work = prepare(
-        source.checkpoint, decisions, top_k=request.top_k, groups=request.groups, mtp=mtp, stock_only=stock_only
+        source.checkpoint, outcomes, top_k=request.top_k, groups=request.groups, mtp=mtp, stock_only=stock_only
     )
-    tensors, limit = sum(tensor.spec.nbytes for tensor in work.kept), request.budget.max_bytes
+    tensors, limit = sum(tensor.spec.nbytes for tensor in work.kept), request.keep_budget.max_bytes
     if mtp == "keep" and limit is not None and tensors > limit:
         raise BadConfig(
             f"{tensors:,} bytes would be written, more than {limit:,}, as multi-token-prediction layers stay, too",
@@ -131,18 +134,18 @@ def foresee(source: Source, request: Request, name: str, *, stock_only: bool, mt
     return Outlook(counts, work.nbytes, tensors)
 
 
-def _any_decision(experts: int, keep: int, groups: int) -> LayerDecision:
-    """A decision of the right size: how large the result is does not depend on who stays."""
+def _any_decision(experts: int, keep: int, groups: int) -> LayerOutcome:
+    """An outcome of the right size: how large the result is does not depend on who stays."""
     size, share = experts // groups, keep // groups
-    return LayerDecision(keep=tuple(group * size + e for group in range(groups) for e in range(share)))
+    return LayerOutcome(keep=tuple(group * size + e for group in range(groups) for e in range(share)))
 
 
-def _counts(source: Source, request: Request) -> dict[int, int]:
+def _counts(source: Source, request: PlanRequest) -> dict[int, int]:
     sizes = sizes_of(source.checkpoint, source.geometries, request.top_k)
-    if request.budget.scope == "uniform":
-        return uniform_count(request.budget, sizes)
-    least, most = bounds(request.budget, sizes)
-    total = total_count(request.budget, sizes)
+    if request.keep_budget.scope == "uniform":
+        return uniform_count(request.keep_budget, sizes)
+    least, most = bounds(request.keep_budget, sizes)
+    total = total_count(request.keep_budget, sizes)
     check_total(total, least, most, sizes)
     counts = {layer: min(least, experts) for layer, experts in sizes.experts.items()}
     room = {layer: min(most, experts) for layer, experts in sizes.experts.items()}
@@ -244,7 +247,7 @@ def check_unchanged(text: str, sha256: str) -> None:
         )
 
 
-def heldout_of_plan(plan: PrunePlan) -> str | None:
+def heldout_of_plan(plan: WeightPlan) -> str | None:
     """The text whose held-out part was kept apart when a plan was made; None where nothing was."""
     found = {match[1] for entry in plan.file.data if (match := _TRAINED.fullmatch(entry.source))}
     return found.pop() if len(found) == 1 and len(plan.file.data) else None

@@ -12,8 +12,10 @@ import torch
 from moekit.checking import CheckReport
 from moekit.checkpoint import Record
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.sequential import PlannedZeros, Request, plan_sparsity, zeros_of
-from moekit.compress.engine.sparsity_plan import SparsityPlan, make_method
+from moekit.compress.engine.plan import WeightPlan, make_method, zero_budget
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
 from moekit.evaluation.changes import Variant
 from moekit.jobs.context import JobContext
 from moekit.jobs.shared.checked import write_checked
@@ -23,7 +25,6 @@ from moekit.jobs.shared.proof import HeldOut, Proof, prove
 
 logger = logging.getLogger(__name__)
 
-BASELINE = "magnitude"
 # Up to so many warnings are logged one by one.
 _FEW = 4
 
@@ -37,7 +38,7 @@ class Machine:
 
 
 def finish(
-    plan: SparsityPlan, source: Source, heldout: HeldOut | None, machine: Machine, context: JobContext
+    plan: WeightPlan, source: Source, heldout: HeldOut | None, machine: Machine, context: JobContext
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it.
 
@@ -46,7 +47,8 @@ def finish(
         OutOfBudget: not enough disk.
     """
     proof = None if heldout is None else _prove(plan, source, heldout, machine, context)
-    zeros = zeros_of(plan, source.checkpoint)
+    zeros = rewriter(plan, source.checkpoint)
+    assert zeros is not None
     record, report = _write(plan, source, zeros, proof, context)
     return {
         **told_of(plan, zeros),
@@ -60,9 +62,8 @@ def finish(
     }
 
 
-def _prove(plan: SparsityPlan, source: Source, heldout: HeldOut, machine: Machine, context: JobContext) -> Proof:
-    base = _baseline(plan, source)
-    others = [] if base is None else [base]
+def _prove(plan: WeightPlan, source: Source, heldout: HeldOut, machine: Machine, context: JobContext) -> Proof:
+    others = _baselines(plan, source)
     return prove(
         source.checkpoint,
         heldout,
@@ -77,31 +78,31 @@ def _prove(plan: SparsityPlan, source: Source, heldout: HeldOut, machine: Machin
     )
 
 
-def _variant(plan: SparsityPlan, source: Source) -> Variant:
-    return Variant(plan.file.method, plan.decisions, zeros_of(plan, source.checkpoint))
+def _variant(plan: WeightPlan, source: Source) -> Variant:
+    return Variant(plan.file.method, plan.outcomes, rewriter(plan, source.checkpoint))
 
 
-def _baseline(plan: SparsityPlan, source: Source) -> SparsityPlan | None:
-    """Magnitudes at the same sparsity, in the same pattern; None where that is the method itself."""
-    if plan.file.method == BASELINE:
-        return None
-    pattern = plan.file.settings.get("pattern") if plan.method.fixed_sparsity is not None else None
-    method = make_method(BASELINE, {} if pattern is None else {"pattern": pattern})
-    return plan_sparsity(source.checkpoint, None, Request(method, plan.file.sparsity))
+def _baselines(plan: WeightPlan, source: Source) -> list[WeightPlan]:
+    """What the method's baselines decide at the same sparsity; none where that is the method itself."""
+    return [
+        plan_weights(source.checkpoint, None, PlanRequest(make_method("sparsify", name, settings), plan.file.budget))
+        for name, settings in plan.method.baselines
+        if name != plan.file.method
+    ]
 
 
 def _write(
-    plan: SparsityPlan, source: Source, zeros: PlannedZeros, proof: Proof | None, context: JobContext
+    plan: WeightPlan, source: Source, zeros: PlannedRewrite, proof: Proof | None, context: JobContext
 ) -> tuple[Record, CheckReport]:
     """Write the sparse model; it takes its name once it has been checked."""
-    told = {"method", "settings", "sparsity", "total", "original", "weights", "data", "tokens"}
+    told = {"method", "settings", "data", "tokens"}
     record = Record(
         command=context.command,
         parent=source.parent,
         parent_fingerprint=source.checkpoint.fingerprint,
         seed=context.seed,
         plan_hash=plan.hash,
-        config=plan.file.model_dump(mode="json", include=told),
+        config=plan.file.model_dump(mode="json", include=told) | plan.file.budget.model_dump(mode="json"),
         scores={} if proof is None else {"proof": proof.short()},
     )
     # No row or matrix loses all of its weights: an expert that can only answer zero was so in the source.
@@ -109,10 +110,9 @@ def _write(
         context,
         lambda folder: apply(
             source.checkpoint,
-            plan.decisions,
+            plan.outcomes,
             folder,
             rewrite=zeros,
-            rewrite_full=True,
             record=record,
             mtp="keep",
             progress=context.progress,
@@ -121,7 +121,7 @@ def _write(
     )
 
 
-def told_of(plan: SparsityPlan, zeros: PlannedZeros | None) -> dict[str, Any]:
+def told_of(plan: WeightPlan, zeros: PlannedRewrite | None) -> dict[str, Any]:
     """What a plan says and, once it was carried out, the zeros counted, as plain values.
 
     Args:
@@ -129,19 +129,20 @@ def told_of(plan: SparsityPlan, zeros: PlannedZeros | None) -> dict[str, Any]:
         zeros: what carried it out; None where nothing did.
     """
     file = plan.file
+    budget = zero_budget(file.budget)
     count = None if zeros is None else zeros.count
-    gone = None if count is None or file.original is None else count.gone_of(file.original)
+    gone = None if count is None or budget.original is None else count.gone_of(budget.original)
     return {
         "method": file.method,
         "settings": file.settings,
-        "sparsity": file.sparsity,
-        "total": file.total,
+        "sparsity": budget.sparsity,
+        "total": budget.total,
         "model": file.model,
         "plan": plan.hash,
         "tokens": file.tokens,
         "weights": {
-            "original": file.original,
-            "present": file.weights,
+            "original": budget.original,
+            "present": budget.weights,
             "zeros": None if count is None else count.zeros,
             "sparsity": None if count is None else count.sparsity,
             "total": gone,
@@ -150,10 +151,10 @@ def told_of(plan: SparsityPlan, zeros: PlannedZeros | None) -> dict[str, Any]:
             {
                 "layer": layer,
                 "experts": told.experts,
-                "sparsity": told.sparsity,
+                "sparsity": told.outcome.sparsity,
                 "zeros": None if zeros is None else zeros.counts[layer].sparsity,
                 "never_routed": list(told.never_routed),
-                "figures": dict(told.figures),
+                "figures": dict(told.outcome.figures),
             }
             for layer, told in file.layers.items()
         ],

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moekit import catalogue
 from moekit._device import named_dtype
 from moekit._progress import Progress
 from moekit.compress.engine.layout import Work
-from moekit.compress.engine.plan import make_method
 from moekit.data.encoding import encode
 from moekit.errors import BadConfig, BadData, UnsupportedModel
 from moekit.evaluation import complete
@@ -178,7 +178,7 @@ class TaskModels:
         return queries_from_disk(
             self.source.checkpoint,
             [ids[: self.source.longest] for ids in read],
-            method=make_method(self._origin.method, self._origin.knobs),
+            method=catalogue.make("prune", self._origin.method, self._origin.knobs),
             layers=self.options.retrieval_layers,
             dtype=named_dtype(self._dtype),
             device=self._device,
@@ -237,7 +237,7 @@ def summary(models: TaskModels, answered: Sequence[Answered]) -> Mapping[str, An
     tasks = dict.fromkeys(item.assigned.task for item in answered)
     works = {task: models.plan(task) for task in tasks}
     loaded = {
-        task: {"experts": {str(n): list(d.keep) for n, d in work.decisions.items()}, "bytes": read_bytes(work)}
+        task: {"experts": {str(n): list(d.keep) for n, d in work.outcomes.items()}, "bytes": read_bytes(work)}
         for task, work in works.items()
     }
     told = {"model": models.reference, "model_bytes": models.source.nbytes, "patterns": str(models.store.folder)}

@@ -1,6 +1,6 @@
 """Load the experts of one task alone: of each layer those that its pattern names, and no byte of any other.
 
-What would be written for the same decision is planned by `moekit.compress.engine.layout`: names, byte ranges and the
+What would be written for the same outcome is planned by `moekit.compress.engine.layout`: names, byte ranges and the
 config of the smaller model. Here these bytes go into memory instead of a folder, through transformers' own loading,
 which asks for one tensor after the other.
 
@@ -32,8 +32,8 @@ from moekit.checkpoint.precision import loading_dtype
 from moekit.checkpoint.stored import mark_stored
 from moekit.compress.budget.sizes import Budget, uniform_count
 from moekit.compress.engine.layout import Work, prepare
-from moekit.compress.engine.outcome import LayerDecision
-from moekit.compress.engine.planning import geometries_of, sizes_of
+from moekit.compress.engine.measuring import geometries_of, sizes_of
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups
 from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
 from moekit.serving.expert_sets.expert_set import Pattern, keep_sets
@@ -140,8 +140,8 @@ def plan_task(
         raise BadConfig("a pattern keeps equally many experts in each layer", hint='take a budget of scope "uniform"')
     counts = set(uniform_count(budget, sizes_of(checkpoint, geometries, top_k)).values())
     sets = keep_sets(pattern, counts.pop(), protected=protected)
-    decisions = {layer: LayerDecision(keep=tuple(experts)) for layer, experts in sets.items()}
-    return prepare(checkpoint, decisions, top_k=top_k, groups=groups)
+    outcomes = {layer: LayerOutcome(keep=tuple(experts)) for layer, experts in sets.items()}
+    return prepare(checkpoint, outcomes, top_k=top_k, groups=groups)
 
 
 def _budget(keep: int | float | str) -> Budget:

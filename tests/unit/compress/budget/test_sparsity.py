@@ -98,11 +98,11 @@ def test_two_stages_meet_the_total(method: Wanda | Magnitude, total: float) -> N
     weights, values = layer()
     original = count_zeros(weights).total
     seen, first = inputs(weights, values), Stun()
-    decision = first.decide(seen, first.score(seen), 6)
-    fewer = first.transform(weights, decision, seen)
+    outcome = first.decide(seen, first.score(seen), 6)
+    fewer = first.zeros(weights, outcome, seen)
     removed = count_zeros(fewer).gone_of(original)
     assert removed == 0.25
-    left = {name: value[list(decision.keep)] for name, value in values.items()}
-    sparse = method.transform(fewer, inputs(fewer, left), remaining_sparsity(total, removed))
+    left = {name: value[list(outcome.keep)] for name, value in values.items()}
+    sparse = method.zeros(fewer, inputs(fewer, left), remaining_sparsity(total, removed))
     found = count_zeros(sparse).gone_of(original)
     assert total - 1 / min(WIDTH, HIDDEN) < found <= total + 1e-9

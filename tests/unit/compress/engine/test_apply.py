@@ -25,7 +25,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.parts import PartEntry
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply, plan_bytes
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadCheckpoint, BadConfig, NumericFault, OutOfBudget, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain
@@ -80,32 +80,32 @@ def moe_layers(folder: Path) -> list[int]:
     return list(range(first, config["num_hidden_layers"]))
 
 
-def keeping(folder: Path, *keeps: tuple[int, ...]) -> dict[int, LayerDecision]:
+def keeping(folder: Path, *keeps: tuple[int, ...]) -> dict[int, LayerOutcome]:
     """The keeps given, in turn, for all MoE layers."""
-    return {layer: LayerDecision(keep=keeps[n % len(keeps)]) for n, layer in enumerate(moe_layers(folder))}
+    return {layer: LayerOutcome(keep=keeps[n % len(keeps)]) for n, layer in enumerate(moe_layers(folder))}
 
 
-def as_tuples(decisions: Mapping[int, LayerDecision]) -> dict[int, tuple[int, ...]]:
-    return {layer: decision.keep for layer, decision in decisions.items()}
+def as_tuples(outcomes: Mapping[int, LayerOutcome]) -> dict[int, tuple[int, ...]]:
+    return {layer: outcome.keep for layer, outcome in outcomes.items()}
 
 
-def run(source: Path, target: Path, decisions: Mapping[int, LayerDecision], **options: object) -> Record:
-    return apply(Checkpoint.open(source), decisions, target, record=Record(command="a test"), **options)
+def run(source: Path, target: Path, outcomes: Mapping[int, LayerOutcome], **options: object) -> Record:
+    return apply(Checkpoint.open(source), outcomes, target, record=Record(command="a test"), **options)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_byte_is_the_sources(family: str, fused: bool, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", family, fused=fused)
-    decisions = keeping(source, (1, 2, 4, 7), (0, 3, 4, 5))
-    planned = plan_bytes(Checkpoint.open(source), decisions, max_shard_bytes=60_000)
-    record = run(source, tmp_path / "out", decisions, max_shard_bytes=60_000)
+    outcomes = keeping(source, (1, 2, 4, 7), (0, 3, 4, 5))
+    planned = plan_bytes(Checkpoint.open(source), outcomes, max_shard_bytes=60_000)
+    record = run(source, tmp_path / "out", outcomes, max_shard_bytes=60_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), as_tuples(decisions)))
+    assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), as_tuples(outcomes)))
     written = Checkpoint.open(tmp_path / "out")
     assert written.record == record
     assert record.expectations.tensors == tensor_digests(written.path, written.tensors.values())
-    assert record.scores["kept"] == {str(layer): list(d.keep) for layer, d in decisions.items()}
+    assert record.scores["kept"] == {str(layer): list(d.keep) for layer, d in outcomes.items()}
     assert record.parent_fingerprint == Checkpoint.open(source).fingerprint
     sizes = {file.name: file.stat().st_size for file in written.path.iterdir()}
     assert planned == sum(sizes.values()) - sizes["moekit.json"] - sizes["README.md"]
@@ -121,11 +121,11 @@ def test_every_byte_is_the_sources(family: str, fused: bool, tmp_path: Path) -> 
 def test_a_source_of_many_shards(fused: bool, tmp_path: Path) -> None:
     build("ernie4_5_moe").save_pretrained(tmp_path / "s", max_shard_size=30_000, save_original_format=not fused)
     assert len(list((tmp_path / "s").glob("*.safetensors"))) > 2
-    decisions = keeping(tmp_path / "s", (0, 7))
-    run(tmp_path / "s", tmp_path / "out", decisions)
+    outcomes = keeping(tmp_path / "s", (0, 7))
+    run(tmp_path / "s", tmp_path / "out", outcomes)
     assert [f.name for f in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
-    assert_equal(read_all(tmp_path / "out"), sliced(read_all(tmp_path / "s"), as_tuples(decisions)))
+    assert_equal(read_all(tmp_path / "out"), sliced(read_all(tmp_path / "s"), as_tuples(outcomes)))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -141,9 +141,9 @@ def test_as_many_experts_as_the_model_is_wide(family: str, tmp_path: Path) -> No
     """Shapes alone do not say which axis counts experts here."""
     key = "num_experts" if family == "qwen3_moe" else "num_local_experts"
     source = plain(tmp_path / "source", family, **{key: 32})
-    decisions = keeping(source, tuple(range(1, 32, 3)))
-    run(source, tmp_path / "out", decisions)
-    assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), as_tuples(decisions)))
+    outcomes = keeping(source, tuple(range(1, 32, 3)))
+    run(source, tmp_path / "out", outcomes)
+    assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), as_tuples(outcomes)))
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
@@ -223,9 +223,9 @@ def test_fp8_with_scales(fused: bool, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", "qwen3_moe", fused=fused)
     quantize(source, fused)
     assert any("scale_inv" in name for name in read_all(source))
-    decisions = keeping(source, (1, 5, 6), (2, 3, 7))
-    run(source, tmp_path / "out", decisions)
-    assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), as_tuples(decisions)))
+    outcomes = keeping(source, (1, 5, 6), (2, 3, 7))
+    run(source, tmp_path / "out", outcomes)
+    assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), as_tuples(outcomes)))
     report = check(tmp_path / "out")
     assert report.ok, report.findings
     told = Checkpoint.open(tmp_path / "out").config["quantization_config"]
@@ -244,9 +244,9 @@ def test_four_bit_blocks(tmp_path: Path) -> None:
     source = plain(tmp_path / "source", "gpt_oss")
     edit_shard(source / "model.safetensors", pack_experts)
     edit_json(source / "config.json", lambda c: c.update(quantization_config={"quant_method": "mxfp4"}))
-    decisions = keeping(source, (0, 6, 7))
-    run(source, tmp_path / "out", decisions)
-    assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), as_tuples(decisions)))
+    outcomes = keeping(source, (0, 6, 7))
+    run(source, tmp_path / "out", outcomes)
+    assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), as_tuples(outcomes)))
 
 
 def as_gptq(gate: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -292,10 +292,10 @@ def with_mtp(folder: Path) -> Path:
 
 def test_mtp_layers_are_left_out_and_it_is_said(tmp_path: Path) -> None:
     source = with_mtp(tmp_path / "source")
-    decisions = keeping(source, (0, 1, 2))
-    record = run(source, tmp_path / "out", decisions)
+    outcomes = keeping(source, (0, 1, 2))
+    record = run(source, tmp_path / "out", outcomes)
     rest = {name: t for name, t in read_all(source).items() if "layers.3." not in name}
-    assert_equal(read_all(tmp_path / "out"), sliced(rest, as_tuples(decisions)))
+    assert_equal(read_all(tmp_path / "out"), sliced(rest, as_tuples(outcomes)))
     assert Checkpoint.open(tmp_path / "out").config["num_nextn_predict_layers"] == 0
     assert "multi-token-prediction" in record.config["mtp"]
     assert check(tmp_path / "out").ok
@@ -354,9 +354,9 @@ def scaled_by_hand(name: str, tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_rewritten_layers_lie_as_the_sources(family: str, fused: bool, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", family, fused=fused)
-    decisions = keeping(source, (1, 2, 4, 7), (0, 3, 4, 5))
-    keep = as_tuples(decisions)
-    run(source, tmp_path / "out", decisions, rewrite=scaled(keep), max_shard_bytes=60_000)
+    outcomes = keeping(source, (1, 2, 4, 7), (0, 3, 4, 5))
+    keep = as_tuples(outcomes)
+    run(source, tmp_path / "out", outcomes, rewrite=scaled(keep), max_shard_bytes=60_000)
     expected = {name: scaled_by_hand(name, t) for name, t in sliced(read_all(source), keep).items()}
     assert_equal(read_all(tmp_path / "out"), expected)
     report = check(tmp_path / "out")
@@ -374,21 +374,22 @@ def test_dtypes_stay_and_what_is_not_changed_is_not_rounded(tmp_path: Path) -> N
 
     edit_shard(source / "model.safetensors", narrow)
     edit_json(source / "config.json", lambda config: config.update(dtype="bfloat16"))
-    decisions = keeping(source, (1, 2, 4, 7))
-    keep = as_tuples(decisions)
-    run(source, tmp_path / "out", decisions, rewrite=scaled(keep))
+    outcomes = keeping(source, (1, 2, 4, 7))
+    keep = as_tuples(outcomes)
+    run(source, tmp_path / "out", outcomes, rewrite=scaled(keep))
     expected = {name: scaled_by_hand(name, t) for name, t in sliced(read_all(source), keep).items()}
     assert expected["model.layers.1.mlp.gate.weight"].dtype == torch.float32
     assert_equal(read_all(tmp_path / "out"), expected)
 
 
-def test_layers_that_keep_all_are_copied_unless_asked(tmp_path: Path) -> None:
+def test_layers_that_keep_all_are_copied_unless_their_outcome_changes_them(tmp_path: Path) -> None:
     source = plain(tmp_path / "source", "olmoe")
-    decisions = keeping(source, tuple(range(8)))
-    keep = as_tuples(decisions)
-    run(source, tmp_path / "copied", decisions, rewrite=scaled(keep))
+    outcomes = keeping(source, tuple(range(8)))
+    keep = as_tuples(outcomes)
+    run(source, tmp_path / "copied", outcomes, rewrite=scaled(keep))
     assert_equal(read_all(tmp_path / "copied"), read_all(source))
-    run(source, tmp_path / "scaled", decisions, rewrite=scaled(keep), rewrite_full=True)
+    changing = {layer: LayerOutcome(keep=kept, sparsity=0.0) for layer, kept in keep.items()}
+    run(source, tmp_path / "scaled", changing, rewrite=scaled(keep))
     assert_equal(read_all(tmp_path / "scaled"), {name: scaled_by_hand(name, t) for name, t in read_all(source).items()})
 
 
@@ -396,7 +397,7 @@ def test_layers_that_keep_all_are_copied_unless_asked(tmp_path: Path) -> None:
     ("rewrite", "kind", "said"),
     [
         (lambda layer, w: w.select((0, 5)).map(lambda t: t * float("nan")), NumericFault, "NaN or infinity"),
-        (lambda layer, w: w.select((0, 5, 6)), BadConfig, "gave 3 experts, the decision keeps 2"),
+        (lambda layer, w: w.select((0, 5, 6)), BadConfig, "gave 3 experts, the outcome keeps 2"),
     ],
 )
 def test_bad_rewriting_leaves_nothing(rewrite, kind, said, tmp_path: Path) -> None:
@@ -410,9 +411,9 @@ def test_bad_rewriting_leaves_nothing(rewrite, kind, said, tmp_path: Path) -> No
 def test_quantized_weights_are_not_rewritten(tmp_path: Path) -> None:
     source = plain(tmp_path / "source", "qwen3_moe")
     quantize(source, fused=False)
-    decisions = keeping(source, (0, 5))
+    outcomes = keeping(source, (0, 5))
     with pytest.raises(UnsupportedModel, match=r"quantized \(fp8\)"):
-        run(source, tmp_path / "out", decisions, rewrite=scaled(as_tuples(decisions)))
+        run(source, tmp_path / "out", outcomes, rewrite=scaled(as_tuples(outcomes)))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -423,14 +424,14 @@ def test_quantized_weights_are_not_rewritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "ernie4_5_moe"])
 def test_uneven_layers(family: str, fused: bool, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", family, fused=fused)
-    decisions = keeping(source, (1, 2, 4, 7), (0, 3, 5))
-    keep = as_tuples(decisions)
-    run(source, tmp_path / "out", decisions)
+    outcomes = keeping(source, (1, 2, 4, 7), (0, 3, 5))
+    keep = as_tuples(outcomes)
+    run(source, tmp_path / "out", outcomes)
     assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), keep))
     report = check(tmp_path / "out")
     assert report.ok, report.findings
     assert torch.isfinite(logits(moekit.load(tmp_path / "out", device="cpu"))).all()
-    run(source, tmp_path / "scaled", decisions, rewrite=scaled(keep))
+    run(source, tmp_path / "scaled", outcomes, rewrite=scaled(keep))
     expected = {name: scaled_by_hand(name, t) for name, t in sliced(read_all(source), keep).items()}
     assert_equal(read_all(tmp_path / "scaled"), expected)
     # And on from there to layers that are equal again.
@@ -447,22 +448,22 @@ def test_uneven_layers(family: str, fused: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "said"),
     [
-        (lambda d: {k: LayerDecision(keep=(3,)) for k in d}, {}, rf"1 experts would stay.*chooses {TOP_K}"),
-        (lambda d: {k: LayerDecision(keep=(0, 8)) for k in d}, {}, "experts 0 to 7, at most 8 can be kept"),
+        (lambda d: {k: LayerOutcome(keep=(3,)) for k in d}, {}, rf"1 experts would stay.*chooses {TOP_K}"),
+        (lambda d: {k: LayerOutcome(keep=(0, 8)) for k in d}, {}, "experts 0 to 7, at most 8 can be kept"),
         (lambda d: {0: d[0]}, {}, "says nothing of 1 MoE layers: 1"),
         (lambda d: d | {2: d[0]}, {}, "holds no routed experts; there are 0-1"),
-        (lambda d: d | {1: LayerDecision(keep=(0, 1, 2))}, {"stock_only": True}, "stock transformers knows one"),
+        (lambda d: d | {1: LayerOutcome(keep=(0, 1, 2))}, {"stock_only": True}, "stock transformers knows one"),
         (lambda d: d, {"top_k": 4}, "chooses 4"),
     ],
 )
 def test_impossible_decisions(change, options, said, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", "mixtral")
-    decisions = change(keeping(source, (0, 5)))
+    outcomes = change(keeping(source, (0, 5)))
     with pytest.raises(BadConfig, match=said) as caught:
-        run(source, tmp_path / "out", decisions, **options)
+        run(source, tmp_path / "out", outcomes, **options)
     assert "->" in str(caught.value)
     with pytest.raises(BadConfig, match=said):
-        plan_bytes(Checkpoint.open(source), decisions, **options)
+        plan_bytes(Checkpoint.open(source), outcomes, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -476,12 +477,12 @@ def test_fewer_choices_allow_fewer_experts(tmp_path: Path) -> None:
 
 def test_too_little_disk_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = plain(tmp_path / "source", "mixtral")
-    decisions = keeping(source, (0, 1))
-    need = plan_bytes(Checkpoint.open(source), decisions)
+    outcomes = keeping(source, (0, 1))
+    need = plan_bytes(Checkpoint.open(source), outcomes)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=need))
     with pytest.raises(OutOfBudget, match="bytes are needed"):
-        run(source, tmp_path / "out", decisions)
+        run(source, tmp_path / "out", outcomes)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -542,17 +543,17 @@ from pathlib import Path
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 keep = (1, 3, 4, 6)
 def kilobytes(what):  # not ru_maxrss: a child begins with that of its parent
     return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 for source, target in (sys.argv[2:4], sys.argv[4:6]):
     checkpoint = Checkpoint.open(source)
-    decisions = {layer: LayerDecision(keep=keep) for layer in range(checkpoint.config["num_hidden_layers"])}
+    outcomes = {layer: LayerOutcome(keep=keep) for layer in range(checkpoint.config["num_hidden_layers"])}
     rewrite = (lambda layer, weights: weights.select(keep)) if sys.argv[1] == "rewrite" else None
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = kilobytes("VmRSS")
-    apply(checkpoint, decisions, target, rewrite=rewrite, record=Record(command="x"))
+    apply(checkpoint, outcomes, target, rewrite=rewrite, record=Record(command="x"))
 print((kilobytes("VmHWM") - before) * 1024)
 """
 # 24 layers of 12 MiB.
@@ -577,27 +578,27 @@ def test_the_source_and_what_holds_it_are_not_replaced(tmp_path: Path) -> None:
     source = tmp_path / "models" / "base"
     build("qwen3_moe").save_pretrained(source)
     checkpoint = Checkpoint.open(source)
-    decisions = {layer: LayerDecision(keep=(0, 1, 2, 3)) for layer in (0, 1)}
+    outcomes = {layer: LayerOutcome(keep=(0, 1, 2, 3)) for layer in (0, 1)}
     for target in (source, tmp_path / "models", source / "half"):
         with pytest.raises(BadConfig, match="which is read"):
-            apply(checkpoint, decisions, target, record=Record(command="a test"), overwrite=True)
+            apply(checkpoint, outcomes, target, record=Record(command="a test"), overwrite=True)
     verify(Checkpoint.open(source))
 
 
 def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("qwen3_moe").save_pretrained(tmp_path / "m")
-    decisions = {layer: LayerDecision(keep=(0, 1, 2, 3)) for layer in (0, 1)}
+    outcomes = {layer: LayerOutcome(keep=(0, 1, 2, 3)) for layer in (0, 1)}
     (tmp_path / "out").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "out")
     with pytest.raises(BadConfig, match="mount point"):
-        apply(Checkpoint.open(tmp_path / "m"), decisions, tmp_path / "out", record=Record(command="a test"))
+        apply(Checkpoint.open(tmp_path / "m"), outcomes, tmp_path / "out", record=Record(command="a test"))
 
 
 def test_a_model_with_code_of_its_own_is_refused_before_the_work(tmp_path: Path) -> None:
     build("qwen3_moe").save_pretrained(tmp_path / "m")
     checkpoint = Checkpoint.open(tmp_path / "m")
     checkpoint.remote_code = True
-    decisions = {layer: LayerDecision(keep=(0, 1, 2, 3)) for layer in (0, 1)}
+    outcomes = {layer: LayerOutcome(keep=(0, 1, 2, 3)) for layer in (0, 1)}
     with pytest.raises(UnsupportedModel, match="code comes with its repository"):
-        apply(checkpoint, decisions, tmp_path / "out", record=Record(command="a test"))
+        apply(checkpoint, outcomes, tmp_path / "out", record=Record(command="a test"))
     assert not (tmp_path / "out").exists()

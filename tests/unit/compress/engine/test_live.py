@@ -21,7 +21,7 @@ from moekit.anatomy.probe import MoELayer
 from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.live import change_model
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.routing.methods.c2r import C2R, partner_lists
@@ -38,12 +38,12 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     return find_moe_layers(model)
 
 
-def keeping(model: PreTrainedModel, *kept: tuple[int, ...]) -> dict[int, LayerDecision]:
+def keeping(model: PreTrainedModel, *kept: tuple[int, ...]) -> dict[int, LayerOutcome]:
     """Decisions for all layers, in turn as given."""
-    return {layer.index: LayerDecision(keep=kept[number % len(kept)]) for number, layer in enumerate(moe_layers(model))}
+    return {layer.index: LayerOutcome(keep=kept[number % len(kept)]) for number, layer in enumerate(moe_layers(model))}
 
 
-def masked(model: PreTrainedModel, kept: Mapping[int, LayerDecision], top_k: int | None = None) -> Tensor:
+def masked(model: PreTrainedModel, kept: Mapping[int, LayerOutcome], top_k: int | None = None) -> Tensor:
     """Logits of a copy that has all its experts, but whose routers never see those that are not kept."""
     model = copy.deepcopy(model)
     for layer in moe_layers(model):
@@ -80,26 +80,26 @@ def test_keeping_all_changes_no_bit_and_no_setting(family: str) -> None:
 def test_slicing_equals_masking(family: str) -> None:
     model = build(family)
     for gone in range(EXPERTS):
-        decisions = keeping(model, tuple(e for e in range(EXPERTS) if e != gone))
-        sliced = logits(change_model(copy.deepcopy(model), decisions))
+        outcomes = keeping(model, tuple(e for e in range(EXPERTS) if e != gone))
+        sliced = logits(change_model(copy.deepcopy(model), outcomes))
         assert (sliced - logits(model)).abs().max() > 1e-3, "removing any expert must change this model"
-        torch.testing.assert_close(sliced, masked(model, decisions), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sliced, masked(model, outcomes), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_slicing_equals_masking_down_to_as_many_as_are_chosen(family: str) -> None:
     model = build(family)
-    decisions = keeping(model, (4, 7), (1, 5))
-    sliced = logits(change_model(copy.deepcopy(model), decisions))
-    torch.testing.assert_close(sliced, masked(model, decisions), rtol=1e-5, atol=1e-5)
+    outcomes = keeping(model, (4, 7), (1, 5))
+    sliced = logits(change_model(copy.deepcopy(model), outcomes))
+    torch.testing.assert_close(sliced, masked(model, outcomes), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"phimoe"}))
 def test_fewer_choices(family: str) -> None:
     model = build(family)
-    decisions = keeping(model, (2, 5, 7))
-    sliced = logits(change_model(copy.deepcopy(model), decisions, top_k=1))
-    torch.testing.assert_close(sliced, masked(model, decisions, top_k=1), rtol=1e-5, atol=1e-5)
+    outcomes = keeping(model, (2, 5, 7))
+    sliced = logits(change_model(copy.deepcopy(model), outcomes, top_k=1))
+    torch.testing.assert_close(sliced, masked(model, outcomes, top_k=1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_router_that_always_chooses_two_refuses_one_choice() -> None:
@@ -114,10 +114,10 @@ def test_a_router_that_always_chooses_two_refuses_one_choice() -> None:
 def test_equal_groups_go_on_limiting_choices(family: str) -> None:
     """Two groups of four; of each two experts stay. Experts that are gone count for no group."""
     model = build(family, n_group=2, topk_group=1)
-    decisions = keeping(model, PAIRS)
-    changed = change_model(copy.deepcopy(model), decisions, groups="equal")
+    outcomes = keeping(model, PAIRS)
+    changed = change_model(copy.deepcopy(model), outcomes, groups="equal")
     assert (changed.config.n_group, changed.config.topk_group) == (2, 1)
-    free = change_model(copy.deepcopy(model), decisions)
+    free = change_model(copy.deepcopy(model), outcomes)
     assert (free.config.n_group, free.config.topk_group) == (1, 1)
     assert not torch.allclose(logits(free), logits(changed), atol=1e-3)
     seen: list[Tensor] = []
@@ -215,9 +215,9 @@ def test_saved_it_is_a_stock_model(family: str, tmp_path: Path) -> None:
 def test_the_experts_implementation_goes_on(implementation: str) -> None:
     model = build("qwen3_moe")
     model.set_experts_implementation(implementation)
-    decisions = keeping(model, KEEP)
-    expected = masked(model, decisions)
-    changed = change_model(model, decisions)
+    outcomes = keeping(model, KEEP)
+    expected = masked(model, outcomes)
+    changed = change_model(model, outcomes)
     assert changed.config._experts_implementation == implementation
     assert {m.config._experts_implementation for m in changed.modules() if hasattr(m, "config")} == {implementation}
     torch.testing.assert_close(logits(changed), expected, rtol=1e-5, atol=1e-5)
@@ -252,9 +252,9 @@ def test_a_rewriting_of_another_number_is_refused() -> None:
 def test_layers_of_different_sizes(family: str, most: tuple[int, ...]) -> None:
     """One layer loses experts, or both do: groups are given up in both, as the config knows one setting."""
     model = build(family)
-    decisions = keeping(model, (0, 4, 5), most)
-    sliced = change_model(copy.deepcopy(model), decisions)
-    torch.testing.assert_close(logits(sliced), masked(model, decisions), rtol=1e-5, atol=1e-5)
+    outcomes = keeping(model, (0, 4, 5), most)
+    sliced = change_model(copy.deepcopy(model), outcomes)
+    torch.testing.assert_close(logits(sliced), masked(model, outcomes), rtol=1e-5, atol=1e-5)
     assert [layer.geometry.experts for layer in moe_layers(sliced)] == [3, len(most)]
     assert sliced.generate(tokens(1, 5), max_new_tokens=3, do_sample=False).shape[1] > 5
 
@@ -274,7 +274,7 @@ def test_twice_is_once() -> None:
     assert torch.equal(logits(once), logits(twice))
     uneven = change_model(copy.deepcopy(model), keeping(model, (1, 5, 6), KEEP))
     layers = [layer.index for layer in moe_layers(uneven)]
-    change_model(uneven, {layers[0]: LayerDecision(keep=(0, 1, 2)), layers[1]: LayerDecision(keep=(1, 3, 4))})
+    change_model(uneven, {layers[0]: LayerOutcome(keep=(0, 1, 2)), layers[1]: LayerOutcome(keep=(1, 3, 4))})
     assert torch.equal(logits(uneven), logits(once))
     assert uneven.config.n_routed_experts == 3
 
@@ -293,18 +293,18 @@ def test_too_few_experts_are_refused_with_the_layer_and_the_legal_values() -> No
 
 
 @pytest.mark.parametrize(
-    ("decisions", "layer"),
+    ("outcomes", "layer"),
     [
-        ({0: LayerDecision(keep=KEEP)}, 1),
-        ({i: LayerDecision(keep=KEEP) for i in range(3)}, 2),
-        ({0: LayerDecision(keep=KEEP), 1: LayerDecision(keep=(0, 8))}, 1),
+        ({0: LayerOutcome(keep=KEEP)}, 1),
+        ({i: LayerOutcome(keep=KEEP) for i in range(3)}, 2),
+        ({0: LayerOutcome(keep=KEEP), 1: LayerOutcome(keep=(0, 8))}, 1),
     ],
     ids=["a layer is not named", "no such layer", "no such expert"],
 )
-def test_decisions_of_another_model(decisions: dict[int, LayerDecision], layer: int) -> None:
+def test_decisions_of_another_model(outcomes: dict[int, LayerOutcome], layer: int) -> None:
     model = build("mixtral")
     with pytest.raises(BadConfig) as refused:
-        change_model(model, decisions)
+        change_model(model, outcomes)
     assert refused.value.layer == layer
 
 

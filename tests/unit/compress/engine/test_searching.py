@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from moekit.checkpoint import Checkpoint
 from moekit.compress.budget.sizes import Budget
-from moekit.compress.engine.outcome import LayerDecision
-from moekit.compress.engine.planning import Request
-from moekit.compress.engine.searching import search_pruning
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.searching import plan_by_search
 from moekit.compress.prune.naee import NAEE
 from moekit.trace.streamed import Streamed
 from tests.families import build
@@ -75,8 +75,8 @@ def test_the_least_loss_is_kept(mode: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path / "m")
     with Streamed(checkpoint, batches(), statistics=("load",)) as streamed:
         streamed.run()
-        request = Request(NAEE(mode=mode, strategy="exhaustive"), Budget(keep=KEPT))
-        plan = search_pruning(checkpoint, streamed.trace(), streamed, request)
+        request = PlanRequest(NAEE(mode=mode, strategy="exhaustive"), Budget(keep=KEPT))
+        plan = plan_by_search(checkpoint, streamed.trace(), streamed, request)
     before = model
     for layer in range(2):
         targets = [output for _, output in seen(model, layer)]
@@ -86,19 +86,19 @@ def test_the_least_loss_is_kept(mode: str, tmp_path: Path) -> None:
             made = [by_hand(model, layer, kept, x_NH) for x_NH in inputs]
             pairs = zip(targets, made, strict=True)
             losses[kept] = sum(float((z.double() - z_kept.double()).norm()) for z, z_kept in pairs)
-        decision = plan.file.layers[layer].decision
-        assert decision.keep == min(losses, key=lambda kept: losses[kept])
-        assert decision.figures["loss"] == pytest.approx(losses[decision.keep], rel=1e-4)
+        outcome = plan.file.layers[layer].outcome
+        assert outcome.keep == min(losses, key=lambda kept: losses[kept])
+        assert outcome.figures["loss"] == pytest.approx(losses[outcome.keep], rel=1e-4)
         if mode == "progressive":
-            before = masked(model, {n: plan.file.layers[n].decision for n in range(layer + 1)})
+            before = masked(model, {n: plan.file.layers[n].outcome for n in range(layer + 1)})
 
 
-def masked(model: PreTrainedModel, decisions: dict[int, LayerDecision]) -> PreTrainedModel:
+def masked(model: PreTrainedModel, outcomes: dict[int, LayerOutcome]) -> PreTrainedModel:
     """A copy whose routers never choose what is dropped: blocks of one size, whatever each layer keeps."""
     made = copy.deepcopy(model)
-    for layer, decision in decisions.items():
+    for layer, outcome in outcomes.items():
         block: Any = made.model.layers[layer].mlp
-        block.forward = _forward(model, layer, decision.keep)
+        block.forward = _forward(model, layer, outcome.keep)
     return made
 
 

@@ -18,12 +18,16 @@ from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.budget.parents import expert_weights, find_original
+from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.live import change_model
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.measuring import refuse_damaged
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import Calibration, PlanRequest
 from moekit.compress.engine.resize import read_block
-from moekit.compress.engine.sequential import Calibration, Request, plan_sparsity, zeros_of
-from moekit.compress.engine.sparsity_plan import SparsityPlan
+from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.engine.zeroing import SparsifyMethod
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.owl import OWL, owl_sparsities
@@ -83,13 +87,13 @@ def sparse_by_hand(model: PreTrainedModel, share: float) -> PreTrainedModel:
     return model
 
 
-def sparse(checkpoint: Checkpoint, plan: SparsityPlan, model: PreTrainedModel) -> PreTrainedModel:
-    return change_model(model, plan.decisions, zeros_of(plan, checkpoint))
+def sparse(checkpoint: Checkpoint, plan: WeightPlan, model: PreTrainedModel) -> PreTrainedModel:
+    return change_model(model, plan.outcomes, rewriter(plan, checkpoint))
 
 
 def test_each_layer_is_judged_behind_the_sparse_layers_before_it(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "m", num_hidden_layers=3)
-    plan = plan_sparsity(checkpoint, TEXT, Request(Wanda(), 0.5))
+    plan = plan_weights(checkpoint, TEXT, PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     made = sparse(checkpoint, plan, build("mixtral", num_hidden_layers=3))
     expected = sparse_by_hand(build("mixtral", num_hidden_layers=3), 0.5)
     for ours, theirs in zip(find_moe_layers(made), find_moe_layers(expected), strict=True):
@@ -100,8 +104,8 @@ def test_each_layer_is_judged_behind_the_sparse_layers_before_it(tmp_path: Path)
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "granitemoe"])
 def test_statistics_are_those_of_the_whole_model_made_sparse_so_far(family: str, tmp_path: Path) -> None:
     checkpoint, model = opened(tmp_path / "m", family), build(family)
-    plan = plan_sparsity(checkpoint, TEXT, Request(Wanda(), 0.6))
-    zeros = zeros_of(plan, checkpoint)
+    plan = plan_weights(checkpoint, TEXT, PlanRequest(Wanda(), SparsityBudget(sparsity=0.6)))
+    zeros = rewriter(plan, checkpoint)
     differ = []
     dense = record(model, BATCHES, statistics=NEEDS).require(NEEDS)
     for layer in find_moe_layers(model):
@@ -120,7 +124,7 @@ def test_statistics_are_those_of_the_whole_model_made_sparse_so_far(family: str,
 def test_owl_shares_by_the_model_as_it_is(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "m", num_hidden_layers=3)
     method = OWL(multiple=2.0)
-    plan = plan_sparsity(checkpoint, TEXT, Request(method, 0.6))
+    plan = plan_weights(checkpoint, TEXT, PlanRequest(method, SparsityBudget(sparsity=0.6)))
     model = build("mixtral", num_hidden_layers=3)
     seen = record(model, BATCHES, statistics=NEEDS).require(NEEDS)
     shares = []
@@ -137,16 +141,16 @@ def test_owl_shares_by_the_model_as_it_is(tmp_path: Path) -> None:
         shares.append(100 * float((every > 2 * every.mean()).double().mean()))
     expected = owl_sparsities(shares, 0.6, 0.08)
     assert len(set(expected)) == 3
-    assert [told.sparsity for told in plan.file.layers.values()] == pytest.approx(expected, abs=1e-3)
-    zeros = zeros_of(plan, checkpoint)
-    change_model(model, plan.decisions, zeros)
+    assert [told.outcome.sparsity for told in plan.file.layers.values()] == pytest.approx(expected, abs=1e-3)
+    zeros = rewriter(plan, checkpoint)
+    change_model(model, plan.outcomes, zeros)
     assert zeros.count.sparsity == pytest.approx(0.6, abs=1 / WIDTH)
 
 
 def test_passes_through_the_model_are_as_few_as_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, ran = opened(tmp_path / "m"), []
     own = Streamed.run
-    monkeypatch.setattr(Streamed, "run", lambda self, *a: (ran.append(a[1] is not None), own(self, *a))[1])
+    monkeypatch.setattr(Streamed, "run", lambda self, *a: (ran.append(a[1] is not refuse_damaged), own(self, *a))[1])
     wanted: dict[SparsifyMethod, list[bool]] = {
         Magnitude(): [],
         Wanda(): [True],
@@ -155,7 +159,7 @@ def test_passes_through_the_model_are_as_few_as_can_be(tmp_path: Path, monkeypat
     }
     for method, passes in wanted.items():
         ran.clear()
-        plan_sparsity(checkpoint, TEXT, Request(method, 0.5))
+        plan_weights(checkpoint, TEXT, PlanRequest(method, SparsityBudget(sparsity=0.5)))
         assert ran == passes, method
 
 
@@ -168,7 +172,7 @@ def test_an_interrupted_pass_goes_on_and_ends_the_same(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = opened(tmp_path / "m")
-    expected = plan_sparsity(checkpoint, TEXT, Request(OWL(), 0.5))
+    expected = plan_weights(checkpoint, TEXT, PlanRequest(OWL(), SparsityBudget(sparsity=0.5)))
     kept = Calibration(BATCHES, folder=tmp_path / "scratch")
     own, ran = Streamed._layer, []
 
@@ -180,29 +184,29 @@ def test_an_interrupted_pass_goes_on_and_ends_the_same(
 
     monkeypatch.setattr(Streamed, "_layer", layer)
     with pytest.raises(_Killed):
-        plan_sparsity(checkpoint, kept, Request(OWL(), 0.5))
+        plan_weights(checkpoint, kept, PlanRequest(OWL(), SparsityBudget(sparsity=0.5)))
     monkeypatch.setattr(Streamed, "_layer", lambda self, index, *rest: (ran.append(index), own(self, index, *rest))[1])
-    assert plan_sparsity(checkpoint, kept, Request(OWL(), 0.5)).hash == expected.hash
+    assert plan_weights(checkpoint, kept, PlanRequest(OWL(), SparsityBudget(sparsity=0.5))).hash == expected.hash
     assert ran == [0, 1, 0, 1]
     # Another sparsity must not go on with layers behind other zeros.
-    other = plan_sparsity(checkpoint, kept, Request(OWL(), 0.4))
-    assert other.hash == plan_sparsity(checkpoint, TEXT, Request(OWL(), 0.4)).hash
+    other = plan_weights(checkpoint, kept, PlanRequest(OWL(), SparsityBudget(sparsity=0.4)))
+    assert other.hash == plan_weights(checkpoint, TEXT, PlanRequest(OWL(), SparsityBudget(sparsity=0.4))).hash
 
 
 def pruned(source: Path, target: Path, keep: dict[int, tuple[int, ...]]) -> Checkpoint:
-    decisions = {layer: LayerDecision(keep=kept) for layer, kept in keep.items()}
-    apply(Checkpoint.open(source), decisions, target, record=Record(command="a test"))
+    outcomes = {layer: LayerOutcome(keep=kept) for layer, kept in keep.items()}
+    apply(Checkpoint.open(source), outcomes, target, record=Record(command="a test"))
     return Checkpoint.open(target)
 
 
 def test_layers_of_different_sizes(tmp_path: Path) -> None:
     plain(tmp_path / "m", "qwen3_moe")
     uneven = pruned(tmp_path / "m", tmp_path / "uneven", {0: (1, 4, 6), 1: (0, 2, 3, 5, 7)})
-    plan = plan_sparsity(uneven, TEXT, Request(Wanda(), 0.5))
+    plan = plan_weights(uneven, TEXT, PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     assert [told.experts for told in plan.file.layers.values()] == [3, 5]
     changed = sparse(uneven, plan, moekit.load(tmp_path / "uneven"))
-    zeros, target = zeros_of(plan, uneven), tmp_path / "sparse"
-    apply(uneven, plan.decisions, target, rewrite=zeros, rewrite_full=True, record=Record(command="a test"), mtp="keep")
+    zeros, target = rewriter(plan, uneven), tmp_path / "sparse"
+    apply(uneven, plan.outcomes, target, rewrite=zeros, record=Record(command="a test"), mtp="keep")
     again = moekit.load(target)
     torch.testing.assert_close(logits(again), logits(changed), rtol=1e-4, atol=1e-5)
     assert zeros.count.total == 8 * 3 * HIDDEN * WIDTH
@@ -244,17 +248,17 @@ def test_a_parent_of_another_shape_is_no_original(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "m")
     with pytest.raises(BadConfig, match="input_square") as none:
-        plan_sparsity(checkpoint, None, Request(Wanda(), 0.5))
+        plan_weights(checkpoint, None, PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     assert "--data" in str(none.value.hint)
     for wrong in (-0.1, 1.0, 3.0):
         with pytest.raises(BadConfig, match="sparsity is"):
-            plan_sparsity(checkpoint, TEXT, Request(Magnitude(), wrong))
+            plan_weights(checkpoint, TEXT, PlanRequest(Magnitude(), SparsityBudget(sparsity=wrong)))
     with pytest.raises(BadConfig, match=r"zeroes exactly 0\.5"):
-        plan_sparsity(checkpoint, TEXT, Request(Wanda(pattern="2:4"), 0.4))
-    plan = plan_sparsity(checkpoint, TEXT, Request(Wanda(), 0.5))
+        plan_weights(checkpoint, TEXT, PlanRequest(Wanda(pattern="2:4"), SparsityBudget(sparsity=0.4)))
+    plan = plan_weights(checkpoint, TEXT, PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     with pytest.raises(BadConfig, match="was made for"):
-        zeros_of(plan, opened(tmp_path / "other", seed=1))
-    one = plan_sparsity(checkpoint, Calibration([tokens(1, 20)]), Request(Wanda(), 0.5))
+        rewriter(plan, opened(tmp_path / "other", seed=1))
+    one = plan_weights(checkpoint, Calibration([tokens(1, 20)]), PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     assert any("single document" in line for line in one.file.warnings)
 
 
@@ -262,7 +266,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     folder = plain(tmp_path / "m", "qwen3_moe")
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     edit_shard(folder / "model.safetensors", lambda tensors: tensors[name].fill_(float("nan")))
-    plan = plan_sparsity(Checkpoint.open(folder), None, Request(Magnitude(), 0.5))
+    plan = plan_weights(Checkpoint.open(folder), None, PlanRequest(Magnitude(), SparsityBudget(sparsity=0.5)))
     with pytest.raises(NumericFault) as fault:
         sparse(Checkpoint.open(folder), plan, moekit.load(folder))
     assert (fault.value.layer, fault.value.expert) == (1, 3)
@@ -270,30 +274,34 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
 
 def test_damaged_plans(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "m")
-    plan = plan_sparsity(checkpoint, TEXT, Request(Wanda(), 0.5))
+    plan = plan_weights(checkpoint, TEXT, PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     plan.save(tmp_path / "p.json")
     with pytest.raises(BadData, match="no plan here"):
-        SparsityPlan.load(tmp_path / "q.json")
+        WeightPlan.load(tmp_path / "q.json")
     (tmp_path / "q.json").write_text('{"format": 1, "method": "reap"}')
-    with pytest.raises(BadData, match="plan of `moekit sparsify`: sparsity: Field required") as other:
-        SparsityPlan.load(tmp_path / "q.json")
-    assert "moekit apply" in str(other.value.hint)
-    plan_sparsity(checkpoint, Calibration([tokens(2, 20, seed=9)]), Request(Wanda(), 0.5)).save(tmp_path / "new.json")
+    with pytest.raises(BadData, match="plan of `moekit sparsify`: kind: Field required"):
+        WeightPlan.load(tmp_path / "q.json", kind="sparsify")
+    with pytest.raises(BadData, match="plan of `moekit sparsify`, not of `moekit prune`") as other:
+        WeightPlan.load(tmp_path / "p.json", kind="prune")
+    assert "sparsify --from" in str(other.value.hint)
+    plan_weights(
+        checkpoint, Calibration([tokens(2, 20, seed=9)]), PlanRequest(Wanda(), SparsityBudget(sparsity=0.5))
+    ).save(tmp_path / "new.json")
     (tmp_path / "new.safetensors").replace(tmp_path / "p.safetensors")
     with pytest.raises(BadData, match=r"not the statistics that p\.json was written with"):
-        SparsityPlan.load(tmp_path / "p.json")
+        WeightPlan.load(tmp_path / "p.json")
     (tmp_path / "p.safetensors").rename(tmp_path / "gone.safetensors")
     with pytest.raises(BadData, match="missing or damaged"):
-        SparsityPlan.load(tmp_path / "p.json")
+        WeightPlan.load(tmp_path / "p.json")
 
 
 def test_experts_without_tokens_are_warned_of(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "m")
     few = Calibration([tokens(1, 2, seed=1)])
-    plan = plan_sparsity(checkpoint, few, Request(Wanda(), 0.5))
+    plan = plan_weights(checkpoint, few, PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     told = plan.file.layers[0]
     assert told.never_routed
-    assert told.figures["by_magnitude"] == list(map(float, told.never_routed))
+    assert told.outcome.figures["by_magnitude"] == list(map(float, told.never_routed))
     assert f"layer 0: {len(told.never_routed)} of {EXPERTS} experts" in plan.file.warnings[0]
 
 
@@ -308,7 +316,9 @@ def test_the_same_tokens_in_other_rows_are_measured_anew(tmp_path: Path) -> None
     checkpoint = opened(tmp_path / "m")
     ids = tokens(1, 32)
     plans = [
-        plan_sparsity(checkpoint, Calibration([ids.view(shape)], folder), Request(Wanda(), 0.5))
+        plan_weights(
+            checkpoint, Calibration([ids.view(shape)], folder), PlanRequest(Wanda(), SparsityBudget(sparsity=0.5))
+        )
         for shape, folder in (((2, 16), tmp_path / "f"), ((8, 4), tmp_path / "f"), ((8, 4), None))
     ]
     first, resumed, fresh = (plan.statistics[1]["input_square"] for plan in plans)

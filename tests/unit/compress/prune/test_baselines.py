@@ -233,9 +233,9 @@ def test_renormalised_gates_forget_the_scaling_factor() -> None:
 def test_keeping_all_changes_no_bit(method: PruneMethod) -> None:
     weights = layer_weights()
     inputs = evidence_of(measured(method, observe(weights, hidden_states()), hidden=H), weights)
-    decision = method.decide(inputs, method.score(inputs), E)
-    assert decision.keep == tuple(range(E))
-    after = method.transform(weights, decision, inputs)
+    outcome = method.decide(inputs, method.score(inputs), E)
+    assert outcome.keep == tuple(range(E))
+    after = method.transform(weights, outcome, inputs)
     assert torch.equal(after.router_EH, weights.router_EH)
     for name in ("up_EIH", "down_EHI", "gate_EIH"):
         assert torch.equal(getattr(after, name), getattr(weights, name))
@@ -246,8 +246,8 @@ def test_keeping_all_changes_no_bit(method: PruneMethod) -> None:
 def test_masking_equals_slicing(method: PruneMethod, renormalise: bool) -> None:
     weights, hidden_NH = layer_weights(), hidden_states()
     inputs = evidence_of(measured(method, observe(weights, hidden_NH), hidden=H), weights, seed=5)
-    decision = method.decide(inputs, method.score(inputs), 3)
-    sliced = method.transform(weights, decision, inputs)
+    outcome = method.decide(inputs, method.score(inputs), 3)
+    sliced = method.transform(weights, outcome, inputs)
     assert sliced.experts == 3
 
     def block(layer: LayerWeights, gone: list[int]) -> torch.Tensor:
@@ -257,7 +257,7 @@ def test_masking_equals_slicing(method: PruneMethod, renormalise: bool) -> None:
         chosen_NKH = all_outputs(layer, hidden_NH).gather(1, indices_NK[..., None].expand(-1, -1, H))
         return (chosen_NKH * weights_NK[..., None]).sum(1)
 
-    masked_NH = block(weights, [e for e in range(E) if e not in decision.keep])
+    masked_NH = block(weights, [e for e in range(E) if e not in outcome.keep])
     assert not torch.allclose(masked_NH, block(weights, []), atol=1e-3)
     torch.testing.assert_close(block(sliced, []), masked_NH)
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, silu
 from moekit import catalogue
 from moekit.anatomy import Geometry, find_moe_layers
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights, from_live, outputs, to_live
 from moekit.compress.maths.neurons.segments import Nearest, gather, nearest_targets, write_segments
 from moekit.compress.prune.dern import DERN
@@ -80,10 +80,10 @@ def permuted(weights: LayerWeights, source: int, target: int, seed: int = 0) -> 
     return changed
 
 
-def run(method: DERN, weights: LayerWeights, seen: LayerInputs, keep: int) -> tuple[LayerWeights, LayerDecision]:
-    decision = method.decide(seen, method.score(seen), keep)
-    assert len(decision.keep) == keep
-    return method.transform(weights, decision, seen), decision
+def run(method: DERN, weights: LayerWeights, seen: LayerInputs, keep: int) -> tuple[LayerWeights, LayerOutcome]:
+    outcome = method.decide(seen, method.score(seen), keep)
+    assert len(outcome.keep) == keep
+    return method.transform(weights, outcome, seen), outcome
 
 
 def assert_same(found: LayerWeights, expected: LayerWeights) -> None:
@@ -122,7 +122,7 @@ def test_the_whole_method_by_hand(
 ) -> None:
     weights, seen = by_hand(), seen_by_hand()
     method = DERN(init=init, compare=compare, rescale=rescale, router="add")
-    result, decision = run(method, weights, seen, 2)
+    result, outcome = run(method, weights, seen, 2)
     assert result.gate_EIH is not None
     assert result.gate_EIH[0, 0].tolist() == pytest.approx(gate, abs=2e-7)
     assert result.up_EIH[0, 0].tolist() == pytest.approx(up, abs=2e-7)
@@ -131,7 +131,7 @@ def test_the_whole_method_by_hand(
         kept, old = (gather(w, [(e, torch.tensor([i]))], balance=False) for w in (result, weights))
         assert torch.equal(kept, old)
     assert result.router_EH.tolist() == [[1.25, 0.25], [0, 1]]
-    figures = method.figures(weights, decision, seen)
+    figures = method.told(weights, outcome, seen)
     assert figures["moved_share"] == 0.5
     assert figures["receiving"] == 1
     assert figures["nothing_to_recombine"] == 0
@@ -161,10 +161,10 @@ def test_keeping_all_changes_nothing(kind: dict[str, bool]) -> None:
 def test_a_high_alpha_is_pruning_by_gate_mass(kind: dict[str, bool], alpha: float) -> None:
     weights = permuted(layer(**kind), 0, 1)
     seen = inputs(weights, [3, 1, 4, 2, 5])
-    result, decision = run(DERN(alpha=alpha, router="add"), weights, seen, 3)
-    assert decision.keep == (0, 2, 4)
+    result, outcome = run(DERN(alpha=alpha, router="add"), weights, seen, 3)
+    assert outcome.keep == (0, 2, 4)
     assert_same(result, weights.select([0, 2, 4]))
-    figures = DERN(alpha=alpha).figures(weights, decision, seen)
+    figures = DERN(alpha=alpha).told(weights, outcome, seen)
     assert figures["moved_share"] == 0
     assert figures["nothing_to_recombine"] == 1
 
@@ -177,9 +177,9 @@ def test_a_shuffled_copy_moves_home_as_a_whole(kind: dict[str, bool], compare: A
     seen = inputs(weights, [3, 2.5, 4, 2, 5])
     for init in ("own", "random"):
         method = DERN(alpha=0.97, compare=compare, init=init, router="mean")
-        result, decision = run(method, weights, seen, 3)
-        assert decision.keep == (0, 2, 4)
-        figures = method.figures(weights, decision, seen)
+        result, outcome = run(method, weights, seen, 3)
+        assert outcome.keep == (0, 2, 4)
+        figures = method.told(weights, outcome, seen)
         assert figures["moved_share_most"] == 1  # expert 1
         assert figures["moved_share_least"] == 0  # expert 3, like nothing
         # Copies in the kept expert's cluster count once; where both copies of a neuron are random first centroids,
@@ -230,9 +230,9 @@ def test_the_order_of_neurons_does_not_matter(kind: dict[str, bool], init: Any) 
         shuffled = permuted(shuffled, e, e, seed=e)
     seen = inputs(weights, [3, 1, 4, 2, 5])
     method = DERN(alpha=0.1, init=init)
-    first, decision = run(method, weights, seen, 2)
+    first, outcome = run(method, weights, seen, 2)
     second, _ = run(method, shuffled, seen, 2)
-    assert method.figures(weights, decision, seen)["moved_share"] > 0.5
+    assert method.told(weights, outcome, seen)["moved_share"] > 0.5
     torch.testing.assert_close(first.router_EH, second.router_EH)
     for e in range(2):
         torch.testing.assert_close(outputs(first, e, X, silu), outputs(second, e, X, silu), atol=1e-4, rtol=1e-4)
@@ -242,12 +242,12 @@ def test_the_order_of_experts_does_not_matter() -> None:
     weights, mass = layer(6, 10), [3.0, 1, 4, 2, 5, 0.5]
     order = [4, 2, 0, 5, 3, 1]
     method = DERN(alpha=0.1)
-    first, decision = run(method, weights, inputs(weights, mass), 3)
+    first, outcome = run(method, weights, inputs(weights, mass), 3)
     again, other = run(method, weights.select(order), inputs(weights, [mass[e] for e in order]), 3)
     names = [order[e] for e in other.keep]
-    assert sorted(names) == list(decision.keep)
+    assert sorted(names) == list(outcome.keep)
     for at, name in enumerate(names):
-        then = decision.keep.index(name)
+        then = outcome.keep.index(name)
         torch.testing.assert_close(outputs(again, at, X, silu), outputs(first, then, X, silu), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(again.router_EH[at], first.router_EH[then])
 
@@ -286,8 +286,8 @@ def test_weights_come_from_the_source() -> None:
 def test_experts_that_no_token_chose_move_nothing() -> None:
     weights = permuted(permuted(layer(), 0, 1, seed=1), 0, 3, seed=3)
     seen = inputs(weights, [3, 1, 4, 0, 5])
-    result, decision = run(DERN(), weights, seen, 3)
-    figures = DERN().figures(weights, decision, seen)
+    result, outcome = run(DERN(), weights, seen, 3)
+    figures = DERN().told(weights, outcome, seen)
     assert figures["moved_share"] == 0.5
     assert figures["moved_share_least"] == 0
     without = inputs(weights.select([0, 1, 2, 4]), [3, 1, 4, 5])
@@ -312,13 +312,13 @@ def test_nothing_moves_into_protected_experts() -> None:
     weights = permuted(layer(), 0, 1)
     seen = inputs(weights, [3, 1, 4, 2, 5], protected={0})
     method = DERN(alpha=-1.0)
-    result, decision = run(method, weights, seen, 3)
+    result, outcome = run(method, weights, seen, 3)
     assert_same(result.select([0]), weights.select([0]))
-    assert method.figures(weights, decision, seen)["receiving"] == 2
+    assert method.told(weights, outcome, seen)["receiving"] == 2
     everything = inputs(weights, [3, 1, 4, 2, 5], protected={0, 2, 4})
-    result, decision = run(method, weights, everything, 3)
+    result, outcome = run(method, weights, everything, 3)
     assert_same(result, weights.select([0, 2, 4]))
-    assert method.figures(weights, decision, everything)["moved_share"] == 0
+    assert method.told(weights, outcome, everything)["moved_share"] == 0
 
 
 def test_balance_recombines_a_copy_in_another_scale() -> None:
@@ -326,9 +326,9 @@ def test_balance_recombines_a_copy_in_another_scale() -> None:
     weights.up_EIH[1] *= -4
     weights.down_EHI[1] /= -4
     seen = inputs(weights, [3, 2.5, 4, 2, 5])
-    result, decision = run(DERN(balance=True, alpha=0.9), weights, seen, 3)
-    assert DERN(balance=True, alpha=0.9).figures(weights, decision, seen)["moved_share_most"] == 1
-    assert DERN(alpha=0.9).figures(weights, decision, seen)["moved_share_most"] == 0
+    result, outcome = run(DERN(balance=True, alpha=0.9), weights, seen, 3)
+    assert DERN(balance=True, alpha=0.9).told(weights, outcome, seen)["moved_share_most"] == 1
+    assert DERN(alpha=0.9).told(weights, outcome, seen)["moved_share_most"] == 0
     torch.testing.assert_close(outputs(result, 0, X, silu), outputs(weights, 0, X, silu), atol=1e-4, rtol=1e-4)
     assert_same(result.select([1, 2]), weights.select([2, 4]))
 
@@ -341,7 +341,7 @@ def test_balance_is_refused_where_it_would_change_what_experts_compute(kind: dic
         DERN(balance=True).decide(seen, DERN().score(seen), 3)
     assert caught.value.layer == 3
     with pytest.raises(UnsupportedModel, match="cannot be rescaled"):
-        DERN(balance=True).transform(weights, LayerDecision(keep=(0, 1)), seen)
+        DERN(balance=True).transform(weights, LayerOutcome(keep=(0, 1)), seen)
 
 
 def test_tensors_of_unknown_meaning_are_refused_only_where_something_may_move() -> None:
@@ -375,12 +375,12 @@ def test_figures_do_not_search_again(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = layer()
     seen = inputs(weights, [3, 1, 4, 2, 5])
     method = DERN(alpha=0.2)
-    _, decision = run(method, weights, seen, 3)
-    method.figures(weights, decision, seen)
-    DERN(alpha=0.4).figures(weights, decision, seen)
+    _, outcome = run(method, weights, seen, 3)
+    method.told(weights, outcome, seen)
+    DERN(alpha=0.4).told(weights, outcome, seen)
     assert len(calls) == 1
-    DERN(compare="all").figures(weights, decision, seen)
-    method.figures(weights, LayerDecision(keep=(0, 1)), seen)
+    DERN(compare="all").told(weights, outcome, seen)
+    method.told(weights, LayerOutcome(keep=(0, 1)), seen)
     assert len(calls) == 3
 
 
@@ -420,8 +420,8 @@ def test_shuffled_copies_give_the_expert_itself_in_every_family(family: str) -> 
     if weights.down_bias_EH is not None:
         weights.down_bias_EH[:] = weights.down_bias_EH[0].clone()
     seen = LayerInputs(block.index, block.geometry, trace.statistics[block.index])
-    result, decision = run(DERN(), weights, seen, 3)
-    assert DERN().figures(weights, decision, seen)["moved_share"] > 0
+    result, outcome = run(DERN(), weights, seen, 3)
+    assert DERN().told(weights, outcome, seen)["moved_share"] > 0
     x_NH = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
     for e in range(3):
         torch.testing.assert_close(

@@ -65,18 +65,18 @@ def test_losses_of_every_pair() -> None:
     block = Block()
     for kept, loss in LOSSES.items():
         assert block.loss(kept) == pytest.approx(loss, abs=1e-6)
-    decision = NAEE(strategy="exhaustive").search(inputs(), block, 2)
-    assert decision.keep == (0, 2)
-    assert decision.figures["loss"] == pytest.approx(0.491343, abs=1e-6)
+    outcome = NAEE(strategy="exhaustive").search(inputs(), block, 2)
+    assert outcome.keep == (0, 2)
+    assert outcome.figures["loss"] == pytest.approx(0.491343, abs=1e-6)
     # Frequency (3, 3, 1, 1) would have kept 0 and 1.
     assert torch.bincount(LOGITS_NE.topk(2).indices.flatten()).tolist() == [3, 3, 1, 1]
 
 
 @pytest.mark.parametrize("strategy", ["auto", "exhaustive", "greedy"])
 def test_keeping_all_has_loss_0(strategy: str) -> None:
-    decision = NAEE(strategy=strategy).search(inputs(), Block(), 4)  # type: ignore[arg-type]
-    assert decision.keep == (0, 1, 2, 3)
-    assert decision.figures["loss"] == 0
+    outcome = NAEE(strategy=strategy).search(inputs(), Block(), 4)  # type: ignore[arg-type]
+    assert outcome.keep == (0, 1, 2, 3)
+    assert outcome.figures["loss"] == 0
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -86,10 +86,10 @@ def test_one_less_is_one_by_one(seed: int) -> None:
     losses = [block.loss(sorted(everyone - {e})) for e in range(6)]
     expected = tuple(sorted(everyone - {losses.index(min(losses))}))
     for strategy in ("exhaustive", "greedy"):
-        decision = NAEE(strategy=strategy).search(inputs(6), block, 5)  # type: ignore[arg-type]
-        assert decision.keep == expected
-        assert decision.figures["rise"] == pytest.approx(losses)  # the loss of all is 0
-        assert decision.figures["loss"] == pytest.approx(min(losses))
+        outcome = NAEE(strategy=strategy).search(inputs(6), block, 5)  # type: ignore[arg-type]
+        assert outcome.keep == expected
+        assert outcome.figures["rise"] == pytest.approx(losses)  # the loss of all is 0
+        assert outcome.figures["loss"] == pytest.approx(min(losses))
 
 
 @pytest.mark.parametrize("keep", [2, 3, 4])
@@ -126,9 +126,9 @@ def test_an_expert_that_no_token_would_choose_goes_first() -> None:
     logits_NE = LOGITS_NE.clone()
     logits_NE[:, 0] = -50
     for strategy in ("exhaustive", "greedy"):
-        decision = NAEE(strategy=strategy).search(inputs(), Block(logits_NE), 3)  # type: ignore[arg-type]
-        assert decision.keep == (1, 2, 3)
-        assert decision.figures["rise"][0] == 0  # type: ignore[index]
+        outcome = NAEE(strategy=strategy).search(inputs(), Block(logits_NE), 3)  # type: ignore[arg-type]
+        assert outcome.keep == (1, 2, 3)
+        assert outcome.figures["rise"][0] == 0  # type: ignore[index]
 
 
 @pytest.mark.parametrize("strategy", ["exhaustive", "greedy"])

@@ -69,7 +69,7 @@ def test_the_line_of_router_rows_by_hand() -> None:
     assert tree.below(0.6) == ((0,), (1,), (2,), (3, 4))
     assert tree.below(1.1) == tree.below(1.3) == tree.below(2.0) == ((0, 1), (2,), (3, 4))
     assert tree.below(2.3) == ((0, 1, 2), (3, 4))
-    assert set(decide(NEAREST, seen, 3).groups or ()) == {(0, 1), (2,), (3, 4)}
+    assert set(decide(NEAREST, seen, 3).sources or ()) == {(0, 1), (2,), (3, 4)}
     assert decide(NEAREST, seen, 3).figures["joined_at"] == pytest.approx(1.0)
 
 
@@ -84,10 +84,10 @@ def test_the_nearest_to_the_mean_by_hand() -> None:
 
 def test_the_largest_gated_output_stays_by_default() -> None:
     seen = inputs(layer(LINE), gated_output_norm=[3.0, 5.0, 1.0, 2.0, 2.0])
-    decision = decide(Stun(), seen, 3)
-    assert decision.keep == (1, 2, 3)  # 3 and 4 are equal: the lower number stays
-    assert decision.groups == ((0, 1), (2,), (3, 4))
-    assert decision.shares == ((0.0, 1.0), (1.0,), (1.0, 0.0))
+    outcome = decide(Stun(), seen, 3)
+    assert outcome.keep == (1, 2, 3)  # 3 and 4 are equal: the lower number stays
+    assert outcome.sources == ((0, 1), (2,), (3, 4))
+    assert outcome.shares == ((0.0, 1.0), (1.0,), (1.0, 0.0))
 
 
 def test_statistics_asked_for_follow_the_knobs() -> None:
@@ -106,17 +106,17 @@ def test_keeping_all_experts_keeps_all_bits() -> None:
     weights = layer(LINE)
     seen = inputs(weights)
     for method in (NEAREST, Stun(representative="nearest", reconstruct=True, kappa=9)):
-        decision = decide(method, seen, 5)
-        assert decision.groups == ((0,), (1,), (2,), (3,), (4,))
-        assert same(method.transform(weights, decision, seen), weights)
+        outcome = decide(method, seen, 5)
+        assert outcome.sources == ((0,), (1,), (2,), (3,), (4,))
+        assert same(method.transform(weights, outcome, seen), weights)
 
 
 def test_without_means_the_representatives_stay_bit_for_bit() -> None:
     weights = layer(LINE)
     seen = inputs(weights)
-    decision = decide(NEAREST, seen, 2)
-    assert decision.merges
-    assert same(NEAREST.transform(weights, decision, seen), weights.select(decision.keep))
+    outcome = decide(NEAREST, seen, 2)
+    assert outcome.merges
+    assert same(NEAREST.transform(weights, outcome, seen), weights.select(outcome.keep))
 
 
 def test_means_only_where_the_layer_has_fewer_than_kappa_clusters() -> None:
@@ -127,7 +127,7 @@ def test_means_only_where_the_layer_has_fewer_than_kappa_clusters() -> None:
     three = decide(method, seen, 3)
     assert same(method.transform(weights, three, seen), weights.select(three.keep))
     two = decide(method, seen, 2)
-    assert two.groups == ((0, 1, 2), (3, 4))
+    assert two.sources == ((0, 1, 2), (3, 4))
     assert two.shares == (pytest.approx((1 / 3,) * 3), (0.5, 0.5))
     merged = method.transform(weights, two, seen)
     for name in ("up_EIH", "gate_EIH", "down_EHI"):
@@ -159,11 +159,11 @@ def test_copies_always_fall_together(method: Stun) -> None:
     counts[2, 4] = counts[4, 2] = 1000.0  # a popular pair may not go before the copies
     for keep in range(1, 6):
         seen = inputs(weights, gated_output_norm=torch.arange(6.0), coactivation=counts)
-        decision = decide(method, seen, keep)
-        assert any({1, 5} <= set(group) for group in decision.groups or ()), keep
+        outcome = decide(method, seen, keep)
+        assert any({1, 5} <= set(group) for group in outcome.sources or ()), keep
         if keep == 5:
-            assert same(method.transform(weights, decision, seen), weights.select(decision.keep))
-            assert set(decision.keep) | {1, 5} == set(range(6))
+            assert same(method.transform(weights, outcome, seen), weights.select(outcome.keep))
+            assert set(outcome.keep) | {1, 5} == set(range(6))
 
 
 def test_coactivation_by_hand() -> None:
@@ -174,19 +174,19 @@ def test_coactivation_by_hand() -> None:
     seen = inputs(layer((0.0, 5.0, 5.5)), coactivation=counts)
     alone = Stun(router_distance=0, coactivation=1, representative="nearest")
     torch.testing.assert_close(alone.distances(seen), -expected)
-    assert set(decide(alone, seen, 2).groups or ()) == {(0, 1), (2,)}
+    assert set(decide(alone, seen, 2).sources or ()) == {(0, 1), (2,)}
     mixed = Stun(coactivation=2, representative="nearest")
     # d01 = 5 - 6, d02 = 5.5 - 1.5, d12 = .5 - 1.5: the last two would chain, complete linkage looks at both.
     assert mixed.distances(seen)[0].tolist() == pytest.approx([0, -1, 4])
-    assert set(decide(mixed, seen, 2).groups or ()) == {(0, 1), (2,)}
+    assert set(decide(mixed, seen, 2).sources or ()) == {(0, 1), (2,)}
 
 
 def test_protected_experts_stand_alone() -> None:
     seen = inputs(layer(LINE), protected=[3, 0], gated_output_norm=[0.1, 5.0, 6.0, 0.1, 7.0])
-    decision = decide(Stun(), seen, 4)
-    assert decision.groups == ((0,), (1, 2), (3,), (4,))
+    outcome = decide(Stun(), seen, 4)
+    assert outcome.sources == ((0,), (1, 2), (3,), (4,))
     assert decide(Stun(), seen, 3).keep == (0, 3, 4)  # 1, 2 and 4 can meet
-    assert decide(Stun(), seen, 2).groups == ((0,), (3,))  # the rest goes, since the protected never absorb
+    assert decide(Stun(), seen, 2).sources == ((0,), (3,))  # the rest goes, since the protected never absorb
 
 
 def test_one_threshold_for_all_layers() -> None:
@@ -205,7 +205,7 @@ def test_one_threshold_for_all_layers() -> None:
             else:
                 high = middle
         expected = {n: len(t.below(high)) for n, t in trees.items()}
-        counts = method.allocate(seen, scores, total, 1, 5)
+        counts = method.share(seen, scores, total, 1, 5)
         assert sum(counts.values()) == total
         if sum(expected.values()) == total:
             assert counts == expected
@@ -215,16 +215,16 @@ def test_bounds_of_layers_hold() -> None:
     rows = {0: (0.0, 0.1, 0.2, 0.3), 1: (0.0, 10.0, 20.0, 40.0)}
     seen = {number: inputs(layer(r), number) for number, r in rows.items()}
     scores = {number: NEAREST.score(s) for number, s in seen.items()}
-    assert NEAREST.allocate(seen, scores, 5, 1, 4) == {0: 1, 1: 4}
-    assert NEAREST.allocate(seen, scores, 5, 2, 4) == {0: 2, 1: 3}
-    assert NEAREST.allocate(seen, scores, 5, 1, 3) == {0: 2, 1: 3}
+    assert NEAREST.share(seen, scores, 5, 1, 4) == {0: 1, 1: 4}
+    assert NEAREST.share(seen, scores, 5, 2, 4) == {0: 2, 1: 3}
+    assert NEAREST.share(seen, scores, 5, 1, 3) == {0: 2, 1: 3}
     guarded = {0: dataclasses.replace(seen[0], protected=frozenset(range(4))), 1: seen[1]}
-    assert NEAREST.allocate(guarded, scores, 5, 1, 4) == {0: 4, 1: 1}
+    assert NEAREST.share(guarded, scores, 5, 1, 4) == {0: 4, 1: 1}
 
 
 def test_no_more_than_one_layer_is_held_while_sharing() -> None:
     seen = {number: inputs(layer(LINE), number) for number in range(2)}
-    NEAREST.allocate(seen, {}, 8, 1, 5)
+    NEAREST.share(seen, {}, 8, 1, 5)
     assert not any("weights" in vars(s) for s in seen.values())
 
 
@@ -257,9 +257,9 @@ def test_every_family(family: str) -> None:
     seen = inputs(weights, gated_output_norm=torch.arange(float(count)), coactivation=counts + counts.T)
     for method in Stun.examples(block.geometry):
         assert isinstance(method, Stun)
-        decision = decide(method, seen, count // 2)
-        changed = method.transform(weights, decision, seen)
-        assert sorted(e for group in decision.groups or () for e in group) == list(range(count))
+        outcome = decide(method, seen, count // 2)
+        changed = method.transform(weights, outcome, seen)
+        assert sorted(e for group in outcome.sources or () for e in group) == list(range(count))
         assert changed.experts == count // 2
         if not method.reconstruct:
-            assert same(changed, weights.select(decision.keep))
+            assert same(changed, weights.select(outcome.keep))

@@ -71,9 +71,9 @@ def test_smallest_of_a_matrix_by_hand() -> None:
         up_EIH=torch.tensor([[[-3.0, 1.0, 2.0], [4.0, 0.5, -1.5]]]), down_EHI=torch.tensor([[[1.0, 2.0]] * 3])
     )
     seen = inputs(weights)
-    assert Magnitude().transform(weights, seen, 1 / 3).up_EIH.tolist() == [[[-3, 0, 2], [4, 0, -1.5]]]
-    assert Magnitude().transform(weights, seen, 0.5).up_EIH.tolist() == [[[-3, 0, 2], [4, 0, 0]]]
-    assert Magnitude(per="row").transform(weights, seen, 2 / 3).up_EIH.tolist() == [[[-3, 0, 0], [4, 0, 0]]]
+    assert Magnitude().zeros(weights, seen, 1 / 3).up_EIH.tolist() == [[[-3, 0, 2], [4, 0, -1.5]]]
+    assert Magnitude().zeros(weights, seen, 0.5).up_EIH.tolist() == [[[-3, 0, 2], [4, 0, 0]]]
+    assert Magnitude(per="row").zeros(weights, seen, 2 / 3).up_EIH.tolist() == [[[-3, 0, 0], [4, 0, 0]]]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_smallest_of_a_matrix_by_hand() -> None:
 def test_kurtosis_of_what_survives_of_a_gaussian(sparsity: float, kurtosis: float) -> None:
     drawn = torch.randn(1, 1000, 1000, generator=torch.Generator().manual_seed(3))
     weights = LayerWeights(up_EIH=drawn, down_EHI=torch.ones(1, 1000, 1000))
-    left = Magnitude().transform(weights, inputs(weights), sparsity).up_EIH.double()
+    left = Magnitude().zeros(weights, inputs(weights), sparsity).up_EIH.double()
     left = left[left != 0]
     centred = left - left.mean()
     # The sample kurtosis of a million Gaussian numbers strays by sqrt(24 / 1e6) = .005; three of these are allowed.
@@ -93,7 +93,7 @@ def test_kurtosis_of_what_survives_of_a_gaussian(sparsity: float, kurtosis: floa
 def test_zeros_are_counted_and_nothing_else_changes(method: SparsifyMethod) -> None:
     weights = layer()
     before = weights.map(torch.clone)
-    sparse = method.transform(weights, inputs(weights), 0.5)
+    sparse = method.zeros(weights, inputs(weights), 0.5)
     assert count_zeros(sparse).sparsity == 0.5
     for changed, original, untouched in zip(matrices(sparse), matrices(before), matrices(weights), strict=True):
         assert torch.equal(original, untouched)
@@ -107,7 +107,7 @@ def test_zeros_are_counted_and_nothing_else_changes(method: SparsifyMethod) -> N
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.37, 0.62, 0.9])
 def test_sparsity_is_met_within_one_weight_a_row(method: SparsifyMethod, sparsity: float) -> None:
     weights = layer()
-    sparse = method.transform(weights, inputs(weights), sparsity)
+    sparse = method.zeros(weights, inputs(weights), sparsity)
     for matrix in matrices(sparse):
         found = float((matrix == 0).double().mean())
         assert sparsity - 1 / matrix.shape[-1] < found <= sparsity + 1e-12
@@ -118,7 +118,7 @@ def test_sparsity_is_met_within_one_weight_a_row(method: SparsifyMethod, sparsit
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_experts_without_a_gate(method: SparsifyMethod) -> None:
     weights = layer(gate=False)
-    sparse = method.transform(weights, inputs(weights), 0.5)
+    sparse = method.zeros(weights, inputs(weights), 0.5)
     assert sparse.gate_EIH is None
     assert count_zeros(sparse).sparsity == 0.5
 
@@ -129,25 +129,25 @@ def test_impossible_sparsities(method: SparsifyMethod) -> None:
     seen = inputs(weights)
     for wrong in (-0.1, 1.0, float("nan")):
         with pytest.raises(BadConfig, match="sparsity"):
-            method.transform(weights, seen, wrong)
+            method.zeros(weights, seen, wrong)
         with pytest.raises(BadConfig, match="sparsity"):
-            method.allocate({4: seen}, wrong)
+            method.share({4: seen}, wrong)
     if method.fixed_sparsity is not None:
         with pytest.raises(BadConfig, match=r"exactly 0\.5") as caught:
-            method.transform(weights, seen, 0.4)
+            method.zeros(weights, seen, 0.4)
         assert caught.value.layer == 4
 
 
 def test_sharing_is_uniform_by_default() -> None:
     seen = inputs(layer())
-    assert Magnitude().allocate({1: seen, 5: seen}, 0.4) == {1: 0.4, 5: 0.4}
-    assert Wanda(pattern="2:4").allocate({1: seen}, 0.5) == {1: 0.5}
+    assert Magnitude().share({1: seen, 5: seen}, 0.4) == {1: 0.4, 5: 0.4}
+    assert Wanda(pattern="2:4").share({1: seen}, 0.5) == {1: 0.5}
 
 
 def test_a_pattern_that_does_not_fit_names_the_layer() -> None:
     weights = layer(width=6)
     with pytest.raises(BadConfig, match="6 inputs do not divide") as caught:
-        Wanda(pattern="2:4").transform(weights, inputs(weights), 0.5)
+        Wanda(pattern="2:4").zeros(weights, inputs(weights), 0.5)
     assert caught.value.layer == 4
     with pytest.raises(ValidationError, match="no sparsity pattern"):
         Wanda(pattern="4:2")
@@ -157,13 +157,13 @@ def test_damaged_weights_are_named() -> None:
     weights = layer()
     weights.down_EHI[1, 2, 3] = float("inf")
     with pytest.raises(NumericFault, match="down projection") as caught:
-        Wanda().transform(weights, inputs(weights), 0.5)
+        Wanda().zeros(weights, inputs(weights), 0.5)
     assert (caught.value.layer, caught.value.expert) == (4, 1)
 
 
 def test_statistics_of_other_experts_are_refused() -> None:
     with pytest.raises(BadConfig, match="3 experts, statistics of 4"):
-        Wanda().transform(layer(3), inputs(layer(4)), 0.5)
+        Wanda().zeros(layer(3), inputs(layer(4)), 0.5)
 
 
 def test_records() -> None:
@@ -183,7 +183,7 @@ def test_every_family(family: str) -> None:
     experts = {n: p for n, p in block.experts.named_parameters(recurse=False) if p.dim() > 1}
     weights = from_live(experts, {}, block.geometry)  # views of live parameters, which ask for gradients
     for method in METHODS:
-        sparse = method.transform(weights, inputs(weights), 0.5)
+        sparse = method.zeros(weights, inputs(weights), 0.5)
         assert count_zeros(sparse).sparsity == 0.5
         assert not sparse.up_EIH.requires_grad
         assert count_zeros(weights).zeros == 0

@@ -106,7 +106,7 @@ def test_outliers_are_counted_over_all_matrices(multiple: float, tail: float) ->
 def test_layers_share_by_their_outliers() -> None:
     seen = {0: sample(0, 1.0), 3: sample(3, 3.0), 4: sample(4, 2.0, experts=2)}
     method = OWL()
-    shares = method.allocate(seen, 0.6)
+    shares = method.share(seen, 0.6)
     assert not any("weights" in vars(s) for s in seen.values())  # no more than one layer is held
     outliers = {layer: counted(s, 3.0) for layer, s in seen.items()}
     sizes = {layer: s.experts for layer, s in seen.items()}  # all experts are of one size
@@ -116,13 +116,13 @@ def test_layers_share_by_their_outliers() -> None:
     assert shares == pytest.approx({n: 0.6 - raised[n] + mean for n in seen})
     assert sum(shares[n] * sizes[n] for n in seen) / sum(sizes.values()) == pytest.approx(0.6, abs=1e-12)
     assert shares[0] > shares[3]
-    assert method.allocate({0: seen[0]}, 0.6) == {0: 0.6}
+    assert method.share({0: seen[0]}, 0.6) == {0: 0.6}
 
 
 def test_within_a_layer_it_is_wanda_or_magnitude() -> None:
     seen = sample(2, 1.0)
     for method, within in ((OWL(), Wanda()), (OWL(score="magnitude"), Magnitude())):
-        ours, theirs = (m.transform(seen.weights, seen, 0.4) for m in (method, within))
+        ours, theirs = (m.zeros(seen.weights, seen, 0.4) for m in (method, within))
         assert torch.equal(ours.up_EIH, theirs.up_EIH)
         assert torch.equal(ours.down_EHI, theirs.down_EHI)
     assert OWL().sequential
@@ -133,5 +133,5 @@ def test_within_a_layer_it_is_wanda_or_magnitude() -> None:
 def test_a_layer_without_tokens_is_named() -> None:
     seen = sample(0, 1.0, experts=1)
     with pytest.raises(BadData, match="no token") as caught:
-        OWL().allocate({0: seen}, 0.5)
+        OWL().share({0: seen}, 0.5)
     assert caught.value.layer == 0

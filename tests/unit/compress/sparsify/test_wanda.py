@@ -37,15 +37,15 @@ def test_worked_example() -> None:
     weights = LayerWeights(up_EIH=W, down_EHI=torch.ones(1, 3, 2))
     seen = given(load=[1], input_square=[[1.0, 64.0, 4.0]], inner_square=[[1.0, 1.0]])
     assert input_norms(seen, "up", 0).tolist() == [1, 8, 2]  # type: ignore[union-attr]
-    assert Wanda().transform(weights, seen, 1 / 3).up_EIH.tolist() == [[[0, 1, 2], [4, 0.5, 0]]]
-    assert Magnitude(per="row").transform(weights, seen, 1 / 3).up_EIH.tolist() == [[[-3, 0, 2], [4, 0, -1]]]
+    assert Wanda().zeros(weights, seen, 1 / 3).up_EIH.tolist() == [[[0, 1, 2], [4, 0.5, 0]]]
+    assert Magnitude(per="row").zeros(weights, seen, 1 / 3).up_EIH.tolist() == [[[-3, 0, 2], [4, 0, -1]]]
 
 
 def test_of_equal_scores_the_higher_column_stays() -> None:
     # The second row's first two scores are both 4: at 2/3 the third goes, and of the two the first.
     weights = LayerWeights(up_EIH=W, down_EHI=torch.ones(1, 3, 2))
     seen = given(load=[1], input_square=[[1.0, 64.0, 4.0]], inner_square=[[1.0, 1.0]])
-    assert Wanda().transform(weights, seen, 2 / 3).up_EIH[0, 1].tolist() == [0, 0.5, 0]
+    assert Wanda().zeros(weights, seen, 2 / 3).up_EIH[0, 1].tolist() == [0, 0.5, 0]
 
 
 @pytest.mark.parametrize("norm", [1.0, 0.1, 3e4, 7e-9])
@@ -58,8 +58,8 @@ def test_equal_norms_are_magnitude_row_by_row(norm: float, pattern: str) -> None
         gate_EIH=torch.randn(2, 16, 64, generator=generator).bfloat16(),
     )
     seen = given(load=[3, 5], input_square=torch.full((2, 64), norm), inner_square=torch.full((2, 16), norm))
-    wanda = Wanda(pattern=pattern).transform(weights, seen, 0.5)
-    plain = Magnitude(per="row", pattern=pattern).transform(weights, seen, 0.5)
+    wanda = Wanda(pattern=pattern).zeros(weights, seen, 0.5)
+    plain = Magnitude(per="row", pattern=pattern).zeros(weights, seen, 0.5)
     for name in ("up_EIH", "down_EHI", "gate_EIH"):
         assert torch.equal(getattr(wanda, name), getattr(plain, name))
 
@@ -109,7 +109,7 @@ def test_each_expert_is_judged_on_its_own_tokens(gated: bool, ratio: float) -> N
     weights, seen, hidden_NH, inner_NKI = sample()
     method = Wanda(gated=gated)
     inputs = measured(method, seen)
-    sparse = method.transform(weights, inputs, ratio)
+    sparse = method.zeros(weights, inputs, ratio)
     for expert in range(3):
         tokens, slots = (seen.indices_NK == expert).nonzero(as_tuple=True)
         factor = seen.weights_NK[tokens, slots, None] if gated else torch.ones(len(tokens), 1)
@@ -124,15 +124,15 @@ def test_each_expert_is_judged_on_its_own_tokens(gated: bool, ratio: float) -> N
 
 def test_gates_matter() -> None:
     weights, seen, _, _ = sample()
-    plain, gated = (m.transform(weights, measured(m, seen), 0.5).up_EIH for m in (Wanda(), Wanda(gated=True)))
+    plain, gated = (m.zeros(weights, measured(m, seen), 0.5).up_EIH for m in (Wanda(), Wanda(gated=True)))
     assert not torch.equal(plain, gated)
 
 
 def test_an_expert_without_tokens_goes_by_magnitude_and_is_told() -> None:
     weights, seen, _, _ = sample()
     inputs = measured(Wanda(), seen)
-    sparse = Wanda().transform(weights, inputs, 0.5)
-    plain = Magnitude(per="row").transform(weights, inputs, 0.5)
+    sparse = Wanda().zeros(weights, inputs, 0.5)
+    plain = Magnitude(per="row").zeros(weights, inputs, 0.5)
     for name in ("gate_EIH", "up_EIH", "down_EHI"):
         assert torch.equal(getattr(sparse, name)[3], getattr(plain, name)[3])
     assert Wanda().figures(inputs) == {"by_magnitude": [3.0]}
@@ -141,7 +141,7 @@ def test_an_expert_without_tokens_goes_by_magnitude_and_is_told() -> None:
 def test_channels_that_are_always_zero_go_first() -> None:
     weights = LayerWeights(up_EIH=torch.tensor([[[9.0, 1.0, 2.0, 3.0]]]), down_EHI=torch.ones(1, 4, 1))
     seen = given(load=[2], input_square=[[0.0, 1.0, 1.0, 1.0]], inner_square=[[0.0]])
-    assert Wanda().transform(weights, seen, 0.5).up_EIH.tolist() == [[[0, 0, 2, 3]]]
+    assert Wanda().zeros(weights, seen, 0.5).up_EIH.tolist() == [[[0, 0, 2, 3]]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -149,5 +149,5 @@ def test_inputs_that_are_no_numbers_are_named(bad: float) -> None:
     weights = LayerWeights(up_EIH=W, down_EHI=torch.ones(1, 3, 2))
     seen = given(load=[1], input_square=[[1.0, bad, 4.0]], inner_square=[[1.0, 1.0]])
     with pytest.raises(NumericFault) as fault:
-        Wanda().transform(weights, seen, 1 / 3)
+        Wanda().zeros(weights, seen, 1 / 3)
     assert (fault.value.layer, fault.value.expert) == (2, 0)

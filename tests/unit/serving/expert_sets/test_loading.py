@@ -17,7 +17,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.outcome import LayerDecision
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import BadCheckpoint, BadConfig, MoekitError
 from moekit.serving.expert_sets.expert_set import Pattern, keep_sets, make_pattern
 from moekit.serving.expert_sets.kept_bytes import KeptBytes
@@ -59,7 +59,7 @@ def test_keeping_all_gives_the_model_itself(checkpoint: Checkpoint) -> None:
 def test_protected_experts_stay_and_count(checkpoint: Checkpoint) -> None:
     work = plan_task(checkpoint, pattern(checkpoint), 3, protected={0: [6]})
     # Of layer 0 the best are 1, 3, 5; of layer 1 they are 7, 6, 5.
-    assert {layer: d.keep for layer, d in work.decisions.items()} == {0: (1, 3, 6), 1: (5, 6, 7)}
+    assert {layer: d.keep for layer, d in work.outcomes.items()} == {0: (1, 3, 6), 1: (5, 6, 7)}
     model = load_task(checkpoint, pattern(checkpoint), 3, protected={0: [6]}, device="cpu")
     stock = AutoModelForCausalLM.from_pretrained(checkpoint.path).model.layers[0].mlp
     mine = model.model.layers[0].mlp
@@ -106,8 +106,8 @@ def test_a_quantized_copy_is_loaded_by_the_pattern_of_the_original(checkpoint: C
     with pytest.raises(BadConfig, match="another model"):
         load_task(folder, original, 4)
     model = load_task(folder, original, 4, other_weights=True, device="cpu")
-    decisions = {layer: LayerDecision(keep=tuple(keep)) for layer, keep in keep_sets(original, 4).items()}
-    apply(Checkpoint.open(folder), decisions, tmp_path / "out", record=Record(command="a test"))
+    outcomes = {layer: LayerOutcome(keep=tuple(keep)) for layer, keep in keep_sets(original, 4).items()}
+    apply(Checkpoint.open(folder), outcomes, tmp_path / "out", record=Record(command="a test"))
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     mine, theirs = model.state_dict(), other.state_dict()
     assert sorted(mine) == sorted(theirs)

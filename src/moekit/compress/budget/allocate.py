@@ -1,0 +1,129 @@
+"""Share one budget of bytes among many units, each of which takes one of its choices: exactly, at the least cost.
+
+A unit is whatever is decided apart: the experts that a layer keeps, the bits of an expert, the clusters of a layer; all
+of them may share one budget. This is the multiple-choice knapsack problem.
+
+Legend: U units, C choices of a unit, S steps of a common divisor of all sizes that the budget leaves room for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from moekit.errors import BadConfig, NumericFault
+
+K = TypeVar("K", bound=Hashable)
+
+# Up to so many steps of all units together the table of dynamic programming is filled (8 bytes each); beyond, the
+# integer program is solved.
+MOST_CELLS = 8_000_000
+
+
+def allocate(
+    cost: Mapping[K, Sequence[float]],
+    sizes: Mapping[K, Sequence[int]],
+    budget: int,
+    rules: Mapping[K, tuple[int, int]] | None = None,
+) -> dict[K, int]:
+    """Give each unit the choice that makes the total cost least, within a budget.
+
+    Args:
+        cost: unit -> cost of each choice; infinite where a choice is forbidden.
+        sizes: unit -> bytes of each choice.
+        budget: bytes of all units together.
+        rules: unit -> first and last choice that it may take; all by default.
+
+    Returns:
+        Unit -> number of its choice. Of equally cheap shares the smallest one, by dynamic programming; the integer
+        program, for large tables, may give any of them, and is exact up to its solver's tolerance (1e-6 of a cost).
+
+    Raises:
+        BadConfig: no share fits; names the least budget that does. Or a unit has no choice left.
+        NumericFault: a cost is NaN.
+    """
+    units = list(cost)
+    options = [_allowed(unit, cost[unit], sizes[unit], (rules or {}).get(unit)) for unit in units]
+    least = [min(size for _, _, size in choices) for choices in options]
+    room = budget - sum(least)
+    if room < 0:
+        raise BadConfig(
+            f"{budget:,} bytes do not hold the smallest choice of each of {len(units)} units",
+            hint=f"allow at least {sum(least):,} bytes",
+        )
+    extra = [[size - low for _, _, size in choices] for choices, low in zip(options, least, strict=True)]
+    step = math.gcd(*(e for unit in extra for e in unit)) or 1
+    room = min(room, sum(map(max, extra)))
+    steps = [[e // step for e in unit] for unit in extra]
+    costs = [[value for _, value, _ in choices] for choices in options]
+    solve = _by_table if len(units) * (room // step + 1) <= MOST_CELLS else _by_program
+    taken = solve(costs, steps, room // step) if units else []
+    return {unit: choices[n][0] for unit, choices, n in zip(units, options, taken, strict=True)}
+
+
+def _allowed(
+    unit: Hashable, cost: Sequence[float], sizes: Sequence[int], rule: tuple[int, int] | None
+) -> list[tuple[int, float, int]]:
+    """(number, cost, bytes) of the choices that a unit may take."""
+    first, last = rule or (0, len(cost) - 1)
+    found = []
+    for number, (value, size) in enumerate(zip(cost, sizes, strict=True)):
+        if math.isnan(value):
+            raise NumericFault(f"the cost of choice {number} of {unit} is NaN", hint="see `moekit check`")
+        if first <= number <= last and value < math.inf:
+            found.append((number, float(value), int(size)))
+    if not found:
+        raise BadConfig(f"{unit} has no choice left", hint=f"allow it one of {len(cost)} choices")
+    return found
+
+
+def _by_table(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], room: int) -> list[int]:
+    """Dynamic programming over units and room: best[s] is the least cost of the units so far that take s or less."""
+    best_S: npt.NDArray[np.float64] = np.zeros(room + 1)
+    taken: list[npt.NDArray[np.int32]] = []
+    for cost_C, size_C in zip(costs, sizes, strict=True):
+        after_S = np.full(room + 1, np.inf)
+        choice_S = np.zeros(room + 1, dtype=np.int32)
+        for choice in sorted(range(len(cost_C)), key=lambda c: (size_C[c], c)):
+            size = size_C[choice]
+            if size > room:
+                continue
+            reached_S = best_S[: room + 1 - size] + cost_C[choice]
+            better_S = reached_S < after_S[size:]
+            after_S[size:][better_S] = reached_S[better_S]
+            choice_S[size:][better_S] = choice
+        best_S = after_S
+        taken.append(choice_S)
+    at, found = int(best_S.argmin()), []
+    for choice_S, size_C in zip(reversed(taken), reversed(sizes), strict=True):
+        found.append(int(choice_S[at]))
+        at -= size_C[found[-1]]
+    return found[::-1]
+
+
+def _by_program(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], room: int) -> list[int]:
+    """The same as an integer program: one variable a choice, one equation a unit, one row for the budget (HiGHS)."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    unit_N = np.repeat(np.arange(len(costs)), [len(c) for c in costs])
+    one = csr_array((np.ones(len(unit_N)), (unit_N, np.arange(len(unit_N)))))
+    result = milp(
+        np.concatenate([np.asarray(c, dtype=np.float64) for c in costs]),
+        integrality=np.ones(len(unit_N)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one, 1, 1),
+            LinearConstraint(np.concatenate([np.asarray(s, dtype=np.float64) for s in sizes])[None], -np.inf, room),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.x is None:
+        raise BadConfig(f"the solver found no share: {result.message}", hint="allow more bytes")
+    starts = np.concatenate([[0], np.cumsum([len(c) for c in costs])])
+    return [int(result.x[a:b].argmax()) for a, b in itertools.pairwise(starts)]

@@ -1,0 +1,93 @@
+"""What the engine knows of a checkpoint before it decides: sizes of its layers, bytes, and how their weights are read.
+
+Legend: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from moekit.anatomy.layout import find_expert_tensors
+from moekit.anatomy.probe import Geometry, MoELayer, find_moe_layers
+from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.names import config_top_k
+from moekit.checkpoint.precision import stored_dtype
+from moekit.checkpoint.skeleton import empty_model
+from moekit.compress.budget.sizes import ByteSizes
+from moekit.compress.engine.resize import read_block
+from moekit.compress.engine.slicing import is_mtp
+from moekit.compress.engine.weights import LayerWeights
+from moekit.errors import NumericFault
+from moekit.streaming.loader import LayerLoader
+from moekit.streaming.walk import layer_of
+from moekit.trace.statistics import LayerStatistics
+
+# Our headers state a format and are padded; those of the source may not be.
+_OWN_HEADER = 64
+
+
+def geometries_of(checkpoint: Checkpoint) -> dict[int, Geometry]:
+    """Decoder layer -> sizes of its MoE block, from the config alone."""
+    return {layer.index: layer.geometry for layer in find_moe_layers(empty_model(checkpoint))}
+
+
+def empty_statistics(geometries: Mapping[int, Geometry]) -> dict[int, LayerStatistics]:
+    """Statistics of nothing, of every layer."""
+    return {layer: LayerStatistics(g.experts, g.hidden, width=g.width) for layer, g in geometries.items()}
+
+
+def sizes_of(checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: int | None = None) -> ByteSizes:
+    """What a budget is counted against; multi-token-prediction layers are left out, as they are when it is written."""
+    left_out = is_mtp(checkpoint)
+    layout = find_expert_tensors(checkpoint.tensors)
+    bytes_of = dict.fromkeys(geometries, 0)
+    for tensors in layout.experts.values():
+        if tensors[0].layer in bytes_of and not left_out(tensors[0].name):
+            bytes_of[tensors[0].layer] += sum(checkpoint.tensors[t.name].nbytes for t in tensors)
+    experts = {layer: geometry.experts for layer, geometry in geometries.items()}
+    choices = top_k or config_top_k(checkpoint.config) or max(g.top_k for g in geometries.values())
+    routed = sum(bytes_of.values())
+    each = {layer: nbytes // experts[layer] for layer, nbytes in bytes_of.items()}
+    others = sum(info.nbytes for name, info in checkpoint.tensors.items() if not left_out(name)) - routed
+    return ByteSizes(experts, choices, each, others + _header_bytes(checkpoint))
+
+
+def _header_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the shards that are no tensor's: what is written has as many tensors or fewer, and no longer headers."""
+    tensors = sum(info.nbytes for info in checkpoint.tensors.values())
+    files = sum((checkpoint.path / shard).stat().st_size for shard in checkpoint.shards)
+    return files - tensors + _OWN_HEADER * len(checkpoint.shards)
+
+
+def refuse_damaged(moe: MoELayer, statistics: LayerStatistics) -> None:
+    """Refuse a layer whose experts hold NaN or infinity, whether a method looks at weights or not.
+
+    For `Streamed.run`, which gives it each layer with its weights: a damaged expert is neither kept nor dropped in
+    silence.
+
+    Raises:
+        NumericFault: names layer and expert.
+    """
+    for tensor in moe.experts.parameters(recurse=False):
+        if tensor.shape[:1] != (moe.geometry.experts,) or not tensor.is_floating_point():
+            continue
+        damaged = next((e for e, own in enumerate(tensor) if not bool(own.isfinite().all())), None)
+        if damaged is not None:
+            raise NumericFault(
+                "the expert's weights are not finite",
+                layer=moe.index,
+                expert=damaged,
+                hint="the file is damaged (see `moekit check`); fetch it again, or mend it",
+            )
+
+
+def weights_reader(checkpoint: Checkpoint) -> Callable[[int], LayerWeights]:
+    """Reads one layer's routed experts and router from disk."""
+    # As stored: what is merged when the plan is carried out must be what was measured here.
+    loader = LayerLoader(checkpoint, dtype=stored_dtype(checkpoint.config, checkpoint.tensors), device="cpu")
+
+    def read(layer: int) -> LayerWeights:
+        with loader.loaded(layer):
+            return read_block(layer_of(loader, layer))
+
+    return read
