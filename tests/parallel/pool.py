@@ -97,5 +97,5 @@ class Pool:
         for pipe in self.pipes:
             pipe.send(None)
         for process in self.processes:
-            process.join(10)
+            process.join(120)
             process.kill()

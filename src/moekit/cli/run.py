@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,7 @@ def run(
     if terminal.dry_run:
         _foretell(terminal, loaded)
         return
+    _say_how_long(terminal, loaded)
     total = len(loaded.steps)
     position = {step.id: number for number, step in enumerate(loaded.steps, 1)}
 
@@ -59,17 +61,45 @@ def run(
 
 def _foretell(terminal: Terminal, recipe: Recipe) -> None:
     from moekit.jobs.shared.estimates import merged
-    from moekit.recipe.runner import forecast
+    from moekit.recipe.duration import in_words
+    from moekit.recipe.runner import durations, forecast
 
     forecasts = forecast(recipe)
+    seconds = durations(recipe)
     inside = f"{recipe.folder}/"
     rows = [
-        (name, _short([item.what.removeprefix(inside) for item in part.reads]), size(part.disk), size(part.memory))
+        (
+            name,
+            _short([item.what.removeprefix(inside) for item in part.reads]),
+            size(part.disk),
+            size(part.memory),
+            "?" if (took := seconds[name]) is None else in_words(took),
+        )
         for name, part in forecasts.items()
     ]
-    terminal.table(f"{recipe.name}: {len(rows)} steps into {recipe.out}", ("step", "reads", "disk", "memory"), rows)
+    columns = ("step", "reads", "disk", "memory", "time")
+    terminal.table(f"{recipe.name}: {len(rows)} steps into {recipe.out}", columns, rows)
     terminal.forecast(merged(forecasts))
-    terminal.answer(steps={name: part.as_dict() for name, part in forecasts.items()})
+    terminal.say(f"time    {_how_long(seconds)}")
+    told = {name: {**part.as_dict(), "seconds": seconds[name]} for name, part in forecasts.items()}
+    terminal.answer(steps=told, seconds=sum(took or 0 for took in seconds.values()))
+
+
+def _say_how_long(terminal: Terminal, recipe: Recipe) -> None:
+    from moekit.recipe.runner import durations
+
+    if left := durations(recipe, done=False):
+        terminal.note(f"{len(left)} steps: {_how_long(left)}")
+
+
+def _how_long(seconds: Mapping[str, float | None]) -> str:
+    """All of it in words; what nothing is known of is said to be missing."""
+    from moekit.recipe.duration import in_words
+
+    unknown = sum(took is None for took in seconds.values())
+    told = f"about {in_words(sum(took or 0 for took in seconds.values()))} on this machine, downloads not counted"
+    told += " (estimated from a second of matrix products)"
+    return told + (f"; of {unknown} steps nothing is known beforehand" if unknown else "")
 
 
 def _short(names: list[str], limit: int = 3) -> str:

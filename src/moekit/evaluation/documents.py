@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy import stats
 
+from moekit._intervals import ratio_standard_error
 from moekit._progress import Progress
 from moekit._validation import parse_file
 from moekit.data import vocabulary
@@ -147,15 +148,6 @@ class PerplexityResult(BaseModel):
         """
         hint = "give a file that `moekit evaluate` wrote"
         return parse_file(cls, path, what="perplexity result", missing=hint, hint=hint)
-
-
-def ratio_standard_error(total_N: np.ndarray[Any, Any], size_N: np.ndarray[Any, Any]) -> float | None:
-    """Standard error of sum(total) / sum(size) over independent units, by linearisation; None for one unit."""
-    n = len(total_N)
-    if n < 2:
-        return None
-    residual_N = total_N - total_N.sum() / size_N.sum() * size_N
-    return float(math.sqrt(n / (n - 1) * float(residual_N @ residual_N)) / size_N.sum())
 
 
 def bounded_exp(value: float) -> float:

@@ -7,32 +7,22 @@ For units i of size w_i (tokens of a document; 1 for a question) with means a_i 
 
     difference = sum_i w_i (b_i - a_i) / sum_i w_i
 
-Intervals are BCa bootstraps over units. Of few units these cover too little (a 95 % interval of two units some 54 %, of
-eight 88 %), so below `FEW` units each end is the wider one of BCa and of Student's t-interval,
-``difference -+ t_{N-1} * standard_error``, where the standard error is that of a ratio if units have weights.
+Intervals are those of `moekit._intervals`: BCa bootstraps over units, and Student's where units are few.
 
 Legend: N units, R sign flips.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
+from moekit._intervals import FEW, RESAMPLES, Array, ratio_interval, ratio_standard_error
 from moekit.errors import BadConfig, BadData, NumericFault
-from moekit.evaluation.documents import PerplexityResult, bounded_exp, ratio_standard_error
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-
-RESAMPLES = 9999
-# Below so many units a bootstrap is not trusted alone.
-FEW = 20
+from moekit.evaluation.documents import PerplexityResult, bounded_exp
 
 
 class PairedDifference(BaseModel):
@@ -129,7 +119,7 @@ def paired(
     total_N = (b_N - a_N) * size_N
     mean = float(total_N.sum() / size_N.sum())
     error = ratio_standard_error(total_N, size_N) or 0.0
-    low, high = widened(_interval(total_N, size_N, level, resamples, seed), mean, error, len(total_N), level)
+    low, high = ratio_interval(total_N, size_N, level=level, resamples=resamples, seed=seed)
     return PairedDifference(
         mean=mean,
         standard_error=error,
@@ -142,16 +132,6 @@ def paired(
         ratio_low=bounded_exp(low) if logs else None,
         ratio_high=bounded_exp(high) if logs else None,
     )
-
-
-def widened(
-    interval: tuple[float, float], mean: float, error: float, n: int, level: float = 0.95
-) -> tuple[float, float]:
-    """The wider one, at each end, of a bootstrap interval and Student's; of many units the bootstrap alone."""
-    if n >= FEW:
-        return interval
-    margin = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-    return min(interval[0], mean - margin), max(interval[1], mean + margin)
 
 
 def _student(mean: float, error: float, n: int) -> float:
@@ -241,29 +221,3 @@ def _check(a_N: Array, b_N: Array, size_N: Array) -> None:
         raise BadData(f"{len(a_N)} pair gives no interval", hint="evaluate on at least two documents or questions")
     if not (np.isfinite(a_N).all() and np.isfinite(b_N).all()):
         raise NumericFault("a paired difference of NaN or infinity", hint="run `moekit check` on both checkpoints")
-
-
-def _interval(total_N: Array, size_N: Array, level: float, resamples: int, seed: int) -> tuple[float, float]:
-    """BCa bootstrap of sum(total) / sum(size) over units."""
-    mean = float(total_N.sum() / size_N.sum())
-    if np.ptp(total_N / size_N) == 0:
-        return mean, mean
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        result = stats.bootstrap(
-            (total_N, size_N),
-            lambda total, size, axis=-1: total.sum(axis=axis) / size.sum(axis=axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=resamples,
-            batch=max(1, 2**22 // len(total_N)),
-            confidence_level=level,
-            method="BCa",
-            rng=np.random.default_rng(seed),
-        )
-    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        # Two or three units can leave the correction undefined; plain percentiles always are.
-        tail = (1 - level) / 2
-        low, high = (float(q) for q in np.quantile(result.bootstrap_distribution, (tail, 1 - tail)))
-    return min(low, mean), max(high, mean)

@@ -16,6 +16,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.place import PlaceOptions
 from moekit.jobs.shared.estimates import Forecast, Item, Sizes
 from moekit.jobs.shared.inputs import changed_bytes, model_item, model_location
+from moekit.jobs.shared.trained import trained_alike
 from moekit.placement import Placement, constraint_gain, routing_groups
 from moekit.placement.apply import place_checkpoint
 from moekit.placement.comparison import compare, compare_solvers
@@ -237,8 +238,9 @@ def _gain(options: PlaceOptions, devices: int, measured: Any, placement: Any, se
     if options.baseline is None or options.baseline_trace is None:
         return None
     free = Placement.load(Path(options.baseline) / placement_file(devices))
-    gain = constraint_gain(Trace.load(options.baseline_trace), free, measured, placement, seed=seed)
-    return asdict(gain)
+    plain = Trace.load(options.baseline_trace)
+    gain = constraint_gain(plain, free, measured, placement, seed=seed)
+    return {**asdict(gain), "trained_alike": trained_alike(plain.meta, measured.meta)}
 
 
 def _routing_groups(options: PlaceOptions) -> int:

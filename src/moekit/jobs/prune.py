@@ -179,9 +179,9 @@ def settle(options: PruneOptions, out: Path | None, overwrite: bool) -> tuple[Pr
 
 def check(options: PruneOptions) -> None:
     """Refuse an unknown method, impossible knobs and budgets, and a run without what it needs."""
+    budget = budget_of(options.keep, options.scope, options.least, options.most)  # first: it is known at once
     resolve_device(options.device)
     method = catalogue.make("prune", options.method, options.settings)
-    budget = budget_of(options.keep, options.scope, options.least, options.most)
     refuse_uneven(budget, options.stock_only)
     if budget.scope == "global" and method.searches:
         raise BadConfig(f"{options.method} needs to know how many experts each layer keeps", hint="--scope uniform")

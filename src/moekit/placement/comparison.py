@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from moekit._progress import Progress, track
 from moekit.errors import BadConfig
@@ -37,10 +38,10 @@ class ComparisonRow:
         rows_per_token: the same per token and layer.
         rows_std: standard deviation of that over seeds, 0 for a single one.
         once_per_expert: rows per token and layer sent once per expert.
-        expected_random: devices a token would touch if its experts were uniformly random.
+        expected_random: rows per token and layer under a random placement, the mean over all of them.
         remote_per_token: rows per token and layer that leave their home device (documents dealt out in turn).
         saved: share of the once-per-expert rows spared.
-        saved_over_random: share of the random placements' rows spared; None where random was not replayed.
+        saved_over_random: share of those rows spared; no random placement need be replayed for it.
         kept: share of the avoidable rows avoided; f for K = 2.
         imbalance: largest device load over the mean, averaged over layers.
         gap: how far below the bound the objective lies at most, averaged over layers; None without bound.
@@ -57,7 +58,7 @@ class ComparisonRow:
     expected_random: float
     remote_per_token: float
     saved: float
-    saved_over_random: float | None
+    saved_over_random: float
     kept: float
     imbalance: float
     gap: float | None
@@ -87,22 +88,22 @@ class Comparison:
         lines = [head, "|" + "---|" * 8]
         for r in self.rows:
             spread = f" ± {r.rows_std:.4f}" if r.rows_std else ""
-            random = "" if r.saved_over_random is None else f"{r.saved_over_random:.1%}"
             gap = "" if r.gap is None else f"{r.gap:.4f}"
+            saved = f"{r.saved:.1%} | {r.saved_over_random:.1%}"
             lines.append(
-                f"| {r.devices} | {r.name} | {r.rows_per_token:.4f}{spread} | {r.saved:.1%} | {random} "
+                f"| {r.devices} | {r.name} | {r.rows_per_token:.4f}{spread} | {saved} "
                 f"| {r.remote_per_token:.4f} | {r.imbalance:.3f} | {gap} |"
             )
         return "\n".join(lines)
 
 
-def _row(name: str, trace: Trace, placements: Sequence[Placement], random_rows: float | None) -> ComparisonRow:
+def _row(name: str, trace: Trace, placements: Sequence[Placement]) -> ComparisonRow:
     runs = [simulate(trace, placement) for placement in placements]
     first = placements[0]
     tokens, expert_rows = max(runs[0].total.tokens, 1), runs[0].total.rows_once_per_expert
     per_token = [run.total.rows_per_token for run in runs]
     mean = float(np.mean(per_token))
-    gaps = first.gap
+    gaps, random = first.gap, _random_rows(trace, first.devices)
     remote = float(np.mean([run.total.remote_per_device or 0 for run in runs]))
     return ComparisonRow(
         name=name,
@@ -111,10 +112,10 @@ def _row(name: str, trace: Trace, placements: Sequence[Placement], random_rows: 
         rows_per_token=mean,
         rows_std=float(np.std(per_token, ddof=1)) if len(runs) > 1 else 0.0,
         once_per_expert=expert_rows / tokens,
-        expected_random=_expected(trace, first),
+        expected_random=random,
         remote_per_token=remote / tokens,
         saved=1 - mean * tokens / expert_rows if expert_rows else 0.0,
-        saved_over_random=1 - mean / random_rows if random_rows else None,
+        saved_over_random=1 - mean / random if random else 0.0,
         kept=float(np.mean([run.total.kept for run in runs])),
         imbalance=float(np.mean([run.imbalance for run in runs])),
         gap=sum(gaps.values()) / len(gaps) if gaps else None,
@@ -123,12 +124,18 @@ def _row(name: str, trace: Trace, placements: Sequence[Placement], random_rows: 
     )
 
 
-def _expected(trace: Trace, placement: Placement) -> float:
-    values = [
-        expected_devices(experts, placement.devices, min(k, experts), placement.sizes(layer))
-        for (layer, experts), k in zip(experts_of(trace).items(), trace.meta.top_k, strict=True)
-    ]
-    return sum(values) / len(values)
+def _random_rows(trace: Trace, devices: int) -> float:
+    """Rows per token and layer under a random placement of equally many experts a device, the mean over all of them.
+
+    What a token chose does not matter to it, only how many experts: any set of them is spread alike.
+    """
+    rows = tokens = 0.0
+    for layer, experts in experts_of(trace).items():
+        choices_N = (trace.indices(layer) < experts).sum(dim=1)
+        for choices, count in enumerate(torch.bincount(choices_N).tolist()):
+            rows += count * expected_devices(experts, devices, choices, balanced_sizes(experts, devices))
+            tokens += count
+    return rows / tokens if tokens else 0.0
 
 
 def compare(trace: Trace, placements: Mapping[str, Placement | Sequence[Placement]]) -> Comparison:
@@ -136,8 +143,7 @@ def compare(trace: Trace, placements: Mapping[str, Placement | Sequence[Placemen
 
     Args:
         trace: with choices kept.
-        placements: name -> placement, or several (seeds) to average. One named "random" is what others are held
-            against on its number of devices.
+        placements: name -> placement, or several (seeds) to average.
 
     Raises:
         BadConfig: no placement, or one of another model.
@@ -145,12 +151,7 @@ def compare(trace: Trace, placements: Mapping[str, Placement | Sequence[Placemen
     if not placements:
         raise BadConfig("there is nothing to compare", hint="give at least one placement")
     listed = {name: [p] if isinstance(p, Placement) else list(p) for name, p in placements.items()}
-    random = {
-        runs[0].devices: _row(name, trace, runs, None).rows_per_token
-        for name, runs in listed.items()
-        if runs[0].solver == "random"
-    }
-    rows = [_row(name, trace, runs, random.get(runs[0].devices)) for name, runs in listed.items()]
+    rows = [_row(name, trace, runs) for name, runs in listed.items()]
     return Comparison(sorted(rows, key=lambda row: row.devices))
 
 

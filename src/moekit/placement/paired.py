@@ -1,7 +1,13 @@
 """Rows per document, and paired intervals over documents: what one routing or placement sends beyond another.
 
 The same documents are routed twice; a document's tokens share topic and style, so that documents, not tokens, are what
-is resampled.
+is resampled. Both figures are ratios of sums over documents b, and a resample draws numerator and denominator alike::
+
+    difference = sum_b (first_b - second_b) / sum_b tokens_b
+    change     = sum_b (second_b - first_b) / sum_b first_b
+
+The interval of a change is not that of the difference divided by a fixed first: documents that send many rows one way
+send many the other way, so that their ratio varies less than either.
 
 Legend: N tokens, K choices, E experts, D devices, B documents, L layers, S resamples.
 """
@@ -9,11 +15,13 @@ Legend: N tokens, K choices, E experts, D devices, B documents, L layers, S resa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from moekit._intervals import RESAMPLES, ratio_interval
 from moekit.errors import BadConfig, BadData
 from moekit.placement.plan import Placement
 from moekit.placement.replaying import (
@@ -34,15 +42,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairedRows:
-    """A difference in rows per token and layer, with its bootstrap interval.
+    """A difference in rows per token and layer, absolute and relative, each with its bootstrap interval.
 
     Attributes:
         first: rows per token of the first.
         second: rows per token of the second.
         difference: first - second: positive where the second sends fewer.
-        low: lower end of the interval.
+        low: lower end of its interval.
         high: upper end.
-        confidence: its level.
+        change: rows of the second relative to the first, less one: -0.1 is a tenth fewer.
+        change_low: lower end of its interval.
+        change_high: upper end.
+        confidence: level of both intervals.
         documents: B.
         resamples: S.
         seed: of the resampling.
@@ -53,6 +64,9 @@ class PairedRows:
     difference: float
     low: float
     high: float
+    change: float
+    change_low: float
+    change_high: float
     confidence: float
     documents: int
     resamples: int
@@ -108,10 +122,10 @@ def paired_rows(
     tokens_B: torch.Tensor,
     *,
     confidence: float = 0.95,
-    resamples: int = 2000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> PairedRows:
-    """Bootstrap the difference in rows per token over documents (percentile interval of the ratio of sums).
+    """Rows of the same documents, routed or placed in two ways; intervals as in `moekit._intervals`.
 
     Args:
         first_B: rows of each document, once.
@@ -122,7 +136,7 @@ def paired_rows(
         seed: of the resampling.
 
     Raises:
-        BadData: no document with tokens, or lists of different length.
+        BadData: fewer than two documents with tokens, which give no interval, or lists of different length.
         BadConfig: impossible confidence or resamples.
     """
     if not 0 < confidence < 1 or resamples < 1:
@@ -133,16 +147,20 @@ def paired_rows(
     first, second, tokens = (t.numpy().astype(np.float64)[used] for t in (first_B, second_B, tokens_B))
     if not len(tokens):
         raise BadData("there are no documents to compare", hint="trace some text")
-    rng = np.random.default_rng(seed)
-    drawn_SB = rng.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), size=resamples)
-    difference_S = (drawn_SB @ (first - second)) / (drawn_SB @ tokens)
-    low, high = np.quantile(difference_S, [(1 - confidence) / 2, (1 + confidence) / 2])
+    if len(tokens) == 1:
+        raise BadData("one document gives no interval", hint="trace at least two documents, or passages of one")
+    drawn = partial(ratio_interval, level=confidence, resamples=resamples, seed=seed)
+    low, high = drawn(first - second, tokens)
+    change_low, change_high = drawn(second - first, first)
     return PairedRows(
         first=float(first.sum() / tokens.sum()),
         second=float(second.sum() / tokens.sum()),
         difference=float((first - second).sum() / tokens.sum()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
+        change=float((second - first).sum() / first.sum()),
+        change_low=change_low,
+        change_high=change_high,
         confidence=confidence,
         documents=len(tokens),
         resamples=resamples,
@@ -174,7 +192,7 @@ def constraint_gain(
     constrained_placement: Placement,
     *,
     confidence: float = 0.95,
-    resamples: int = 2000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> PairedRows:
     """What a routing constraint spares beyond placement alone, in rows per token and layer.

@@ -96,6 +96,26 @@ def forecast(recipe: Recipe) -> dict[str, Forecast]:
     return forecasts
 
 
+def durations(recipe: Recipe, *, done: bool = True) -> dict[str, float | None]:
+    """Seconds that each step will take on this machine, about; None where nothing says so.
+
+    Args:
+        recipe: from `load_recipe`.
+        done: name finished steps, too.
+    """
+    from moekit.recipe.duration import durations as estimated
+
+    sizes = Sizes()
+    folders = {step.id: str(recipe.folder / step.id) for step in recipe.steps}
+    ready: dict[str, AnyStep] = {}
+    for step in recipe.steps:
+        before = [known.id for known in ready.values()]
+        ready[folders[step.id]] = _with_folders(step, folders, before=before)
+        sizes.expect(ready[folders[step.id]].estimate(Path(folders[step.id]), sizes))
+    found = dict(zip(folders, estimated(ready, sizes).values(), strict=True))
+    return {name: took for name, took in found.items() if done or read_marker(recipe.folder, name) is None}
+
+
 def check(recipe: Recipe) -> None:
     """Refuse impossible options of any step before the first one runs.
 

@@ -121,9 +121,7 @@ def _point(folder: str, routing: str, part: dict[str, Any], comparison: Comparis
     cost = relative(comparison.overall.difference if comparison.overall is not None else None)
     if cost is None:
         raise BadData(f"{comparison.b} was not compared on at least two documents", file=folder)
-    saving = Interval(
-        mean=-gain["difference"] / gain["first"], low=-gain["high"] / gain["first"], high=-gain["low"] / gain["first"]
-    )
+    saving = Interval(mean=gain["change"], low=gain["change_low"], high=gain["change_high"])
     best = part["rows"][-1]
     return CurvePoint(
         name=comparison.b,
@@ -132,6 +130,7 @@ def _point(folder: str, routing: str, part: dict[str, Any], comparison: Comparis
         saving=saving,
         cost=cost,
         load=best["imbalance"],
+        trained_alike=gain["trained_alike"],
     )
 
 

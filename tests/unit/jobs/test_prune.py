@@ -187,7 +187,7 @@ def test_a_trace_gives_what_its_text_gives(made: Path, tmp_path: Path) -> None:
     text = str(made / "text")
     tokenizer = load_tokenizer(str(made / "moe"))
     rows = rows_of(read_text(text), tokenizer, seq_len=128, max_tokens=65536)
-    names = make_method("reap", {}).required
+    names = make_method("prune", "reap", {}).required
     trace = record_streamed(Checkpoint.open(made / "moe"), rows.batches(8), statistics=names, tokenizer=tokenizer)
     trace.save(tmp_path / "trace")
     by_trace = step(made, data=None, trace=tmp_path / "trace", heldout=text).run(place(tmp_path, "a"))
@@ -233,7 +233,7 @@ def test_the_plan_is_that_of_the_library(made: Path, tmp_path: Path) -> None:
     plan = WeightPlan.load(tmp_path / "p.json")
     tokenizer = load_tokenizer(str(made / "moe"))
     rows = rows_of(read_text(str(made / "text"), split="train"), tokenizer, seq_len=128, max_tokens=65536)
-    checkpoint, method = Checkpoint.open(made / "moe"), make_method("easy-ep", {})
+    checkpoint, method = Checkpoint.open(made / "moe"), make_method("prune", "easy-ep", {})
     trace = record_streamed(checkpoint, rows.batches(8), statistics=method.required)
     slow = plan_weights(checkpoint, trace, PlanRequest(method, budget_of(0.75, "uniform", None, None), seed=3))
     assert plan.outcomes == slow.outcomes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -180,7 +181,9 @@ def test_comparison() -> None:
         assert best.once_per_expert == 2
         assert best.rows_per_token == pytest.approx(2 - best.kept)
         assert best.saved == pytest.approx(1 - best.rows_per_token / 2)
-        assert best.saved_over_random == pytest.approx(1 - best.rows_per_token / rows[devices, "random"].rows_per_token)
+        assert best.saved_over_random == pytest.approx(1 - best.rows_per_token / best.expected_random)
+        drawn = rows[devices, "random"]
+        assert drawn.rows_per_token == pytest.approx(drawn.expected_random, rel=0.05)
         assert all(best.rows_per_token <= rows[devices, n].rows_per_token + 1e-12 for n in ("greedy", "swap"))
         assert rows[devices, "random"].rows_std > 0
         assert rows[devices, "random"].seeds == 3
@@ -203,19 +206,54 @@ def test_comparison_on_text_the_placement_has_not_seen() -> None:
 def test_comparison_of_given_placements() -> None:
     trace = a_trace()
     found = compare(trace, {"mine": place_trace(trace, 4), "order": place_trace(trace, 2, solver="contiguous")})
-    assert [(r.devices, r.name, r.saved_over_random) for r in found.rows] == [(2, "order", None), (4, "mine", None)]
+    assert [(r.devices, r.name) for r in found.rows] == [(2, "order"), (4, "mine")]
     with pytest.raises(BadConfig, match="nothing to compare"):
         compare(trace, {})
     with pytest.raises(BadConfig, match="cannot be placed"):
         compare_solvers(trace, [9, 16])
 
 
+def test_a_random_placement_is_known_without_drawing_one() -> None:
+    """The mean over all 20 ways to put 6 experts on 2 devices, replayed one by one; some tokens chose fewer experts."""
+    choices = torch.tensor([[0, 1, 2], [0, 3, 6], [5, 6, 6], [2, 4, 5]])  # 6: no expert
+    trace = trace_of({0: choices}, 6)
+    replayed = []
+    for block in itertools.combinations(range(6), 3):
+        devices = [0 if expert in block else 1 for expert in range(6)]
+        rows = [len({devices[e] for e in token if e < 6}) for token in choices.tolist()]
+        replayed.append(sum(rows) / 4)
+    row = compare(trace, {"mine": place_trace(trace, 2)}).rows[0]
+    assert row.expected_random == pytest.approx(sum(replayed) / 20)
+    assert row.saved_over_random == pytest.approx(1 - row.rows_per_token / row.expected_random)
+
+
 def test_paired_difference_by_hand() -> None:
     first, second, tokens = torch.tensor([20, 40, 0]), torch.tensor([15, 30, 0]), torch.tensor([10, 20, 0])
     found = paired_rows(first, second, tokens, resamples=200)
     assert (found.first, found.second, found.difference, found.documents) == (2.0, 1.5, 0.5, 2)
-    # Both documents spare half a row a token: whatever is drawn, so does the sample.
+    # Both documents spare half a row a token, and a quarter of the rows: whatever is drawn, so does the sample.
     assert (found.low, found.high) == (0.5, 0.5)
+    assert (found.change, found.change_low, found.change_high) == (-0.25, -0.25, -0.25)
+
+
+def test_a_share_is_resampled_as_a_share() -> None:
+    """Every document spares half of its rows, however many those are: the share is certain, the number is not."""
+    first = torch.arange(10, 50)
+    found = paired_rows(2 * first, first, torch.full((40,), 10))
+    assert (found.change, found.change_low, found.change_high) == (-0.5, -0.5, -0.5)
+    assert found.high - found.low > 0.5
+
+
+def test_a_share_of_few_documents_has_the_interval_of_student_by_hand() -> None:
+    first, second, tokens = torch.tensor([10, 20, 30]), torch.tensor([9, 14, 24]), torch.tensor([5, 10, 15])
+    found = paired_rows(first, second, tokens)
+    # change = -13/60; residuals t_i - change * s_i are 7/6, -5/3, 1/2; their squares add up to 79/18.
+    error = (3 / 2 * 79 / 18) ** 0.5 / 60
+    margin = 4.302652729911275 * error  # Student's t with two degrees of freedom
+    assert found.change == pytest.approx(-13 / 60)
+    assert (found.change_low, found.change_high) == pytest.approx((-13 / 60 - margin, -13 / 60 + margin))
+    with pytest.raises(BadData, match="one document"):
+        paired_rows(first[:1], second[:1], tokens[:1])
 
 
 def test_paired_interval_covers_what_it_should() -> None:
@@ -229,6 +267,17 @@ def test_paired_interval_covers_what_it_should() -> None:
         found = paired_rows(second + gain, second, tokens, resamples=400, seed=trial)
         assert found.low <= found.difference <= found.high
         hits += found.low <= 0.3 <= found.high
+    assert 175 <= hits <= 199
+
+
+def test_the_interval_of_a_share_covers_what_it_should() -> None:
+    """40 documents of very different length, a third of whose rows is spared on average."""
+    hits, g = 0, torch.Generator().manual_seed(0)
+    for trial in range(200):
+        first = torch.randint(50, 500, (40,), generator=g)
+        second = (first * (2 / 3 + 0.1 * torch.randn(40, generator=g))).round().long()
+        found = paired_rows(first, second, torch.full((40,), 100), resamples=400, seed=trial)
+        hits += found.change_low <= -1 / 3 <= found.change_high
     assert 175 <= hits <= 199
 
 

@@ -133,7 +133,7 @@ def _start(recipe: Recipe) -> multiprocessing.process.BaseProcess:
     ready = context.Event()
     process = context.Process(target=_slow_run, args=(recipe, ready))
     process.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     return process
 
 

@@ -118,9 +118,9 @@ def test_comparisons_become_tables():
     assert choice.rows[2][3:5] == (0.5, 1.0)
 
 
-def point(name, rows, saving, cost, kind="list", spread=0.002):
+def point(name, rows, saving, cost, kind="list", spread=0.002, alike=True):
     wide = {k: Interval(mean=v, low=v - spread, high=v + spread) for k, v in (("saving", saving), ("cost", cost))}
-    return CurvePoint(name=name, kind=kind, rows=rows, **wide)
+    return CurvePoint(name=name, kind=kind, rows=rows, trained_alike=alike, **wide)
 
 
 def curve(*points, devices=4, placed=2.5, top_k=4):
@@ -145,6 +145,11 @@ def test_the_first_line_says_what_the_constraint_adds_beyond_placement_alone():
     )
     assert said.status == "neutral", "it saves, and it costs"
     assert f"placement alone sends 37.5{nb}% fewer rows than once per expert" in said.detail
+
+
+def test_the_first_line_speaks_of_training_only_where_there_was_any():
+    untrained = curve(point("T = 31", 2.5, 0.0, 0.0, alike=False), point("T = 4", 1.9, -0.24, 0.007, alike=False))
+    assert headline([untrained]).text.endswith("than plain top-k.")
 
 
 def test_a_saving_without_measurable_cost_is_a_gain():

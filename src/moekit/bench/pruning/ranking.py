@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from moekit._intervals import ratio_standard_error, widened
 from moekit.bench.pruning.result import ALL, PruneBenchResult, PruneRun, Ranking, RankRow, Share
 from moekit.bench.pruning.setting import FREQUENCY, RANDOM, Keep, same_keep
-from moekit.evaluation.documents import PerplexityResult, ratio_standard_error
-from moekit.evaluation.pairs import PairedDifference, paired, widened
+from moekit.evaluation.documents import PerplexityResult
+from moekit.evaluation.pairs import PairedDifference, paired
 
 RESAMPLES = 1999
 NOT = "not "

@@ -36,7 +36,8 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
             gain = part["gain"]
             terminal.say(
                 f"beyond placement alone: {gain['difference']:.4f} rows a token fewer "
-                f"[{gain['low']:.4f}, {gain['high']:.4f}], over {gain['documents']} documents"
+                f"[{gain['low']:.4f}, {gain['high']:.4f}], {-gain['change']:.1%} "
+                f"[{-gain['change_high']:.1%}, {-gain['change_low']:.1%}], over {gain['documents']} documents"
             )
         if part["predictions"]:
             _show_predictions(terminal, part)

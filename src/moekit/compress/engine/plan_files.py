@@ -50,9 +50,11 @@ def beside(path: Path) -> Path:
 
 
 def flatten(statistics: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Statistics by names of tensors on disk."""
+    """Statistics by names of tensors on disk; copies, as the format refuses tensors that share memory."""
     return {
-        f"{layer}.{name}": tensor.contiguous() for layer, named in statistics.items() for name, tensor in named.items()
+        f"{layer}.{name}": tensor.contiguous().clone()
+        for layer, named in statistics.items()
+        for name, tensor in named.items()
     }
 
 

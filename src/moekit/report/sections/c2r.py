@@ -24,8 +24,9 @@ class CurvePoint(Part):
         kind: "list" for partner lists, "device" for the device-first variant.
         rows: sent per token and layer.
         saving: rows relative to placement alone, paired over documents: -0.1 is a tenth fewer.
-        cost: perplexity relative to plain top-k fine-tuned alike, paired over documents: 0.01 is a hundredth more.
+        cost: perplexity relative to plain top-k, paired over documents: 0.01 is a hundredth more.
         load: busiest device's load over the mean device's.
+        trained_alike: whether both models come from the same start, trained with the same settings on the same text.
     """
 
     name: str
@@ -34,6 +35,7 @@ class CurvePoint(Part):
     saving: Interval
     cost: Interval
     load: FiniteFloat | None = None
+    trained_alike: bool = False
 
 
 class Curve(Part):
@@ -101,7 +103,7 @@ def headline(curves: Sequence[Curve], devices: int | None = None) -> Finding:
     saved = _change(point.saving, "fewer rows", "more rows", "paired 95 % interval ")
     words = f"Beyond placement alone, C2R ({point.name}) sends {saved} "
     words += f"between {curve.devices} devices, at {_change(point.cost, 'lower perplexity', 'higher perplexity')} than "
-    words += "plain top-k fine-tuned alike."
+    words += "plain top-k fine-tuned alike." if point.trained_alike else "plain top-k."
     saves, costs = point.saving.high < 0, point.cost.low > 0
     status: Literal["good", "neutral"] = "good" if saves and not costs else "neutral"
     return Finding(text=words, status=status, detail=f"{how} Intervals are 95 %, paired over documents.")

@@ -21,6 +21,7 @@ from moekit.compress.budget.parents import expert_weights, find_original
 from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.live import change_model
+from moekit.compress.engine.measuring import refuse_damaged
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
@@ -149,7 +150,7 @@ def test_owl_shares_by_the_model_as_it_is(tmp_path: Path) -> None:
 def test_passes_through_the_model_are_as_few_as_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, ran = opened(tmp_path / "m"), []
     own = Streamed.run
-    monkeypatch.setattr(Streamed, "run", lambda self, *a: (ran.append(a[1] is not None), own(self, *a))[1])
+    monkeypatch.setattr(Streamed, "run", lambda self, *a: (ran.append(a[1] is not refuse_damaged), own(self, *a))[1])
     wanted: dict[SparsifyMethod, list[bool]] = {
         Magnitude(): [],
         Wanda(): [True],
