@@ -28,7 +28,7 @@ def test_the_router_part_trains_it_alone(checkpointed: bool) -> None:
     attach(model, NullExperts())
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = TrainConfig(
-        steps=2, batch=2, seq_len=16, lr=1e-2, parts=("router",), balance_coef=0, activation_checkpointing=checkpointed
+        steps=2, batch=2, seq_len=16, lr=1e-2, parts=("router",), activation_checkpointing=checkpointed
     )
     train(model, None, text(), config)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
