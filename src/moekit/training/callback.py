@@ -58,6 +58,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
     Attributes:
         terms: the objectives.
         biases: the selection biases, while a run with a balancer is on.
+        remembered: what the balancer of a run that is continued remembered; put back when it begins.
         figures: the latest routing figures logged, None before.
 
     Raises:
@@ -87,6 +88,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         self.every = every
         self._texts = texts
         self.biases: SelectionBiases | None = None
+        self.remembered: dict[str, Tensor] = {}
         self.figures: RoutingFigures | None = None
         self._collector: RouterCollector | None = None
         self._meter: RoutingMeter | None = None
@@ -133,6 +135,8 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         self._layers = layers = trained_layers(model)
         self.terms.check(layers)
         self.biases = None if self.balancer is None else SelectionBiases(layers, self.balancer)
+        if self.biases is not None:
+            self.biases.restore(self.remembered)
         device = next(layers[0].router.parameters()).device
         self._meter = RoutingMeter({layer.index: layer.experts for layer in layers}, device)
         self._collector = RouterCollector(model, self._consume, layers, self._batch)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
@@ -40,6 +41,9 @@ from moekit.training.resume import ExactResume
 from moekit.training.rows import ExpertRows
 from moekit.training.teacher import Teacher
 from moekit.training.texts import MAIN
+
+# What a balancer remembers from step to step, in a checkpoint.
+BALANCER_FILE = "balancer.safetensors"
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
@@ -239,6 +243,17 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
     def close(self) -> None:
         """Remove all hooks from the model."""
         self._tap.close()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        biases = self.callback.biases
+        if biases is not None and self.args.should_save and (state := biases.state()):
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, Path(output_dir) / BALANCER_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / BALANCER_FILE).exists():
+            self.callback.remembered = load_file(Path(checkpoint) / BALANCER_FILE)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
