@@ -64,7 +64,10 @@ def identify_gate(layer: MoELayer) -> GateSpec:
     if key is not None and key in _known:
         return _known[key]
     twin = _stirred(router)
-    alive = list(_candidates(twin, layer.geometry.experts, layer.geometry.top_k))
+    asked = ask_router(twin, torch.ones(2, layer.geometry.hidden).to(next(twin.parameters()).dtype), stock=True)
+    assert asked is not None  # it is a router because it answers
+    # The family's own K: attached parts may choose another number.
+    alive = list(_candidates(twin, layer.geometry.experts, asked[2].shape[1]))
     for number, question in enumerate(_QUESTIONS):
         alive = _agreeing(twin, question, layer.geometry.hidden, alive, seed=number + 1)
         if len({replace(spec, sorted=True) for spec in alive}) < 2:
@@ -172,7 +175,7 @@ def _on_meta(module: nn.Module) -> bool:
 
 def _key(router: nn.Module, layer: MoELayer) -> tuple[object, ...] | None:
     """What decides a router's gate; None where its forward was replaced, which no attribute shows."""
-    told: list[object] = [layer.geometry.hidden, layer.geometry.experts, layer.geometry.top_k]
+    told: list[object] = [layer.geometry.hidden, layer.geometry.experts]
     for name, module in router.named_modules():
         if is_part_tensor(f"{name}."):
             continue

@@ -24,8 +24,7 @@ def entries(model: nn.Module) -> tuple[list[PartEntry], dict[str, Tensor]]:
         BadConfig: a part is not in the catalogue, so that no checkpoint could name it.
     """
     found: list[PartEntry] = []
-    tensors: dict[str, Tensor] = {}
-    for number, attachment in enumerate(attached(model)):
+    for attachment in attached(model):
         record = catalogue.of(type(attachment.part))
         found.append(
             PartEntry(
@@ -35,8 +34,15 @@ def entries(model: nn.Module) -> tuple[list[PartEntry], dict[str, Tensor]]:
                 layers=sorted(attachment.layers),
             )
         )
+    return found, tensors_of_parts(model)
+
+
+def tensors_of_parts(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a model's parts from the live state, under the names that a checkpoint gives them."""
+    tensors: dict[str, Tensor] = {}
+    for number, attachment in enumerate(attached(model)):
         tensors |= _tensors_of(number, attachment)
-    return found, tensors
+    return tensors
 
 
 def _tensors_of(number: int, attachment: Attachment) -> dict[str, Tensor]:

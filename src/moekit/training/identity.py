@@ -17,7 +17,8 @@ from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.fingerprint import live_fingerprint
 from moekit.data.batches import TokenBatches
 from moekit.errors import BadConfig
-from moekit.runtime.saved import entries
+from moekit.runtime.attachment import attached
+from moekit.runtime.saved import tensors_of_parts
 from moekit.training.compute import resolve_precision
 from moekit.training.config import TrainConfig
 from moekit.training.distribution import Distribution
@@ -42,9 +43,10 @@ def run_identity(
 
     Where ranks share a model, another number of them may continue it, if each step keeps its rows.
     """
-    parts, tensors = entries(model)
-    routing = hashlib.sha256("".join(part.model_dump_json() for part in parts).encode())
-    for name, tensor in sorted(tensors.items()):
+    parts = attached(model)
+    told = [f"{type(a.part).__qualname__} {a.part.model_dump_json()} {sorted(a.layers)}" for a in parts]
+    routing = hashlib.sha256("\n".join(told).encode())
+    for name, tensor in sorted(tensors_of_parts(model).items()):
         routing.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     text = hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.document_RS.numpy().tobytes())
     precision = resolve_precision(config.precision, model.device)  # "auto" may mean something else elsewhere

@@ -1,0 +1,89 @@
+"""Attaching changes nothing until something is learned; detaching gives the stock model back, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from moekit.anatomy import find_moe_layers
+from moekit.errors import BadConfig
+from moekit.routing import TopK
+from moekit.runtime import attach, attached, detach, parts_on, without_parts
+from moekit.runtime.part import RuntimePart
+from tests.families import build, logits
+from tests.parts import ALL, NEUTRAL, FirstOnly, Gain, Nudge, NullExperts, learned, pairs, stir
+
+
+@pytest.mark.parametrize(("part", "family"), pairs(NEUTRAL))
+def test_the_neutral_setting_is_bit_equal(part: RuntimePart, family: str) -> None:
+    model = build(family)
+    stock = logits(model)
+    attach(model, part)
+    assert torch.equal(logits(model), stock)
+
+
+@pytest.mark.parametrize(("part", "family"), pairs(ALL))
+def test_detaching_gives_the_stock_model_back(part: RuntimePart, family: str) -> None:
+    model = build(family)
+    stock, classes = logits(model), [type(module) for module in model.modules()]
+    state, hooks = set(model.state_dict()), [len(m._forward_pre_hooks) for m in model.modules()]
+    implementation, ignored = model.get_experts_implementation(), model._keys_to_ignore_on_save
+    attach(model, part)
+    stir(model)
+    changed = logits(model)
+    assert isinstance(part, FirstOnly) or not torch.equal(changed, stock)
+    assert torch.equal(changed, logits(model)), "two forwards are equal: state does not leak"
+    assert torch.equal(logits(copy.deepcopy(model)), changed)
+    with without_parts(model):
+        assert torch.equal(logits(model), stock)
+    assert torch.equal(logits(model), changed)
+    (taken,) = detach(model)
+    assert taken.part == part
+    assert attached(model) == []
+    assert torch.equal(logits(model), stock)
+    assert [type(module) for module in model.modules()] == classes
+    assert set(model.state_dict()) == state
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert model.get_experts_implementation() == implementation
+    assert model._keys_to_ignore_on_save == ignored
+
+
+def test_some_layers_only() -> None:
+    model = build("qwen3_moe")
+    attach(model, Nudge(), layers=[1])
+    assert [bool(parts_on(layer.router)) for layer in find_moe_layers(model)] == [False, True]
+    assert list(learned(model)) == ["model.layers.1.mlp.gate.moekit_parts.Nudge.learned.delta"]
+    with pytest.raises(BadConfig, match="no MoE layer") as refused:
+        attach(model, FirstOnly(), layers=[0, 7])
+    assert refused.value.layer == 7
+
+
+def test_what_does_not_fit_is_refused_and_leaves_the_model_alone() -> None:
+    model = build("qwen3_moe")
+    stock = logits(model)
+    attach(model, TopK())
+    for part, message in ((TopK(), "attached here already"), (NullExperts(), "one part at most can")):
+        with pytest.raises(BadConfig, match=message):
+            attach(model, part)
+    for constants, message in (
+        ({0: {"delta": torch.zeros(7)}, 1: {}}, r"shape \[7\], not \[8\]"),
+        ({0: {"what": torch.zeros(8)}, 1: {}}, "nothing says what the axes"),
+    ):
+        with pytest.raises(BadConfig, match=message) as refused:
+            attach(model, Nudge(), constants)
+        assert refused.value.layer == 0
+    assert [type(a.part) for a in attached(model)] == [TopK]
+    assert torch.equal(logits(model), stock)
+
+
+def test_experts_parts_choose_one_implementation_for_the_whole_model() -> None:
+    model = build("qwen3_moe")
+    model.set_experts_implementation("eager")
+    eager = logits(model)
+    attach(model, Gain(), layers=[0])
+    assert model.config._experts_implementation == "moekit"
+    assert torch.equal(logits(model), eager), "what was chosen before still computes"
+    detach(model)
+    assert model.config._experts_implementation == "eager"
