@@ -276,8 +276,8 @@ def test_damaged_plans(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "m")
     plan = plan_weights(checkpoint, TEXT, PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     plan.save(tmp_path / "p.json")
-    with pytest.raises(BadData, match="no plan here"):
-        WeightPlan.load(tmp_path / "q.json")
+    with pytest.raises(BadData, match="no plan of `moekit sparsify` here"):
+        WeightPlan.load(tmp_path / "q.json", kind="sparsify")
     (tmp_path / "q.json").write_text('{"format": 1, "method": "reap"}')
     with pytest.raises(BadData, match="plan of `moekit sparsify`: kind: Field required"):
         WeightPlan.load(tmp_path / "q.json", kind="sparsify")
