@@ -38,6 +38,7 @@ from moekit.training.head import readable_head
 from moekit.training.identity import RESULT_FILE, prepare_folder, run_identity
 from moekit.training.knobs import Knobs, ScheduleCallback
 from moekit.training.layers import remembered_layers
+from moekit.training.learning import check_routers_learn
 from moekit.training.lora import add_lora, merge_lora
 from moekit.training.memory import check_memory
 from moekit.training.order import OrderedRows
@@ -224,6 +225,8 @@ class _Run:
         if self.config.lora is None:
             self.report = train_only(self.model, self.config.parts)
             _check_types(self.model)
+            if self.distribution is None:  # parameters dealt out to ranks do not answer alone
+                check_routers_learn(self.model, self.config)
             with self._still_rows():
                 yield
             return

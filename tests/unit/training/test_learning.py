@@ -9,10 +9,12 @@ import pytest
 from moekit.anatomy import find_moe_layers
 from moekit.errors import BadConfig
 from moekit.routing import TopK, plan_routing
+from moekit.training import train
 from moekit.training.config import TrainConfig
 from moekit.training.freeze import train_only
 from moekit.training.learning import check_routers_learn, learns_from_weights
 from tests.families import build
+from tests.unit.training.test_run import text
 
 
 @pytest.mark.parametrize(
@@ -56,3 +58,9 @@ def test_a_policy_that_takes_one_expert_is_found_too() -> None:
     train_only(model, ("router",))
     with pytest.raises(BadConfig, match="normalised to 1"):
         check_routers_learn(model, TrainConfig(steps=1, parts=("router",)))
+
+
+def test_a_run_asks_before_it_begins() -> None:
+    model = build("mixtral", num_experts_per_tok=1)
+    with pytest.raises(BadConfig, match="nothing else is to train"):
+        train(model, None, text(), TrainConfig(steps=1, batch=2, seq_len=16, parts=("router",)))
