@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moekit import catalogue
+from moekit.catalogue import method
 from tests.parts import records
 
 
@@ -13,4 +14,4 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enter the parts of `tests.parts` for one test."""
     catalogue.load_all()
     for key, record in records().items():
-        monkeypatch.setitem(catalogue._records, key, record)
+        monkeypatch.setitem(method._records, key, record)
