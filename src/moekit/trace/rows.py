@@ -127,7 +127,7 @@ def read_batch(batch: Any) -> tuple[Tensor, Labels]:
         None if mapping else batch.document_BS.cpu(),
         None if mapping else batch.domain_BS.cpu(),
         (UNNAMED_DOMAIN,) if mapping else tuple(batch.domains),
-        () if mapping else tuple(batch.begins),
+        tuple(getattr(batch, "begins", ())),
     )
     return ids.cpu(), labels
 

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moekit._files import open_regular, read_text
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write
 from moekit.data.batches import TokenBatches
@@ -177,14 +178,14 @@ def _write_shard(
     tensors = {"ids": torch.cat(ids).view(shape), "log_probs": torch.cat(values).view(shape)}
     scratch = folder / f".{header.shard(number)}.part"
     save_file(tensors, scratch)
-    with scratch.open("rb") as stream:
+    with open_regular(scratch) as stream:
         os.fsync(stream.fileno())
     os.replace(scratch, folder / header.shard(number))
 
 
 def _header(folder: Path) -> StoreHeader:
     try:
-        return StoreHeader.model_validate(json.loads((folder / STORE_FILE).read_text(encoding="utf-8")))
+        return StoreHeader.model_validate(json.loads(read_text(folder / STORE_FILE)))
     except (OSError, ValueError, ValidationError) as error:
         raise BadData("is no store of a teacher's output", file=folder / STORE_FILE) from error
 
