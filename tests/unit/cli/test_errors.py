@@ -91,7 +91,7 @@ class Slow:
         def slow(terminal): print("ready", flush=True); time.sleep(60)
         return build_command(slow, examples=["moekit slow"])
 import sys
-m.COMMANDS["slow"] = "x"
+m.HAND_MADE["slow"] = m.COMMANDS["slow"] = "x"
 sys.modules["moekit.cli.slow"] = Slow
 m.main(["slow"])
 """
