@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ from moekit.training.balancing import SelectionBiases
 from moekit.training.batch import MicroBatch
 from moekit.training.collector import Routed, RouterCollector
 from moekit.training.figures import RoutingFigures, RoutingMeter, world_size
-from moekit.training.layers import TrainedLayer, trained_layers
+from moekit.training.layers import TrainedLayer, remembered_layers, trained_layers
 from moekit.training.losses import expert_load
 from moekit.training.objectives.balance import Balance
 from moekit.training.objectives.base import Objective, RouterObjective, read_objectives
@@ -93,6 +94,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         self._collector: RouterCollector | None = None
         self._meter: RoutingMeter | None = None
         self._layers: list[TrainedLayer] = []
+        self._memory = ExitStack()
         self._now = MicroBatch()
         self._share = 1.0
         self._read_at = 0
@@ -112,6 +114,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         if self._collector is not None:
             self._collector.close()
         self._collector = self._meter = self.biases = None
+        self._memory.close()
 
     def _check(self, args: TrainingArguments, model: Any) -> None:
         config = model.config.get_text_config()
@@ -132,6 +135,8 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         self.detach()
         self._read_at = state.global_step
         self._check(args, model)
+        # Not earlier: what wraps the model for ranks may put other tensors in the place of its buffers.
+        self._memory.enter_context(remembered_layers(model))
         self._layers = layers = trained_layers(model)
         self.terms.check(layers)
         self.biases = None if self.balancer is None else SelectionBiases(layers, self.balancer)

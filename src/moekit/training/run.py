@@ -37,7 +37,6 @@ from moekit.training.freeze import FreezeReport, train_only
 from moekit.training.head import readable_head
 from moekit.training.identity import RESULT_FILE, prepare_folder, run_identity
 from moekit.training.knobs import Knobs, ScheduleCallback
-from moekit.training.layers import remembered_layers
 from moekit.training.learning import check_routers_learn
 from moekit.training.lora import add_lora, merge_lora
 from moekit.training.memory import check_memory
@@ -285,18 +284,6 @@ class _Run:
     ) -> TrainResult:
         """Train, or continue, to the end."""
         args = self._arguments(folder, keep, heldout is not None)
-        with remembered_layers(self.model):
-            return self._execute(args, folder, heldout, keep=keep, progress=progress)
-
-    def _execute(
-        self,
-        args: TrainingArguments,
-        folder: Path,
-        heldout: TokenBatches | None,
-        *,
-        keep: bool,
-        progress: Progress | None,
-    ) -> TrainResult:
         config = self.config
         callback = MoECallback(
             self.terms,

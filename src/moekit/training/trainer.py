@@ -58,11 +58,6 @@ class _Report(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._since = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look at the weights before they are kept: what the last step did, no loss has seen."""
-        if control.should_save or state.global_step >= state.max_steps:
-            check_finite(kwargs["model"], state.global_step)
-
     def on_log(
         self,
         args: TrainingArguments,
@@ -81,6 +76,9 @@ class _Report(TrainerCallback):  # type: ignore[misc]
                 f"the {name} is {logs[name]} at step {state.global_step}",
                 hint="resume from the last checkpoint with a lower learning rate",
             )
+        # What the last step did no loss has seen, and what is kept must be good.
+        if control.should_save or state.global_step >= state.max_steps:
+            check_finite(kwargs["model"], state.global_step)
         state.log_history[-1]["seconds"] = time.perf_counter() - self._since
         if self._progress is not None:
             self._progress.advance(1, note=f"loss {logs['loss']:.3f}")

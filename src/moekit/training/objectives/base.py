@@ -121,9 +121,12 @@ def _over_ranks(part: Tensor) -> Tensor:
 
 
 def choices_and_mass(routed: Routed) -> Sums:
-    """Choices of each expert [E], gate probability of each summed over tokens [E], and tokens."""
+    """Choices of each expert [E], gate probability of each summed over tokens [E], and tokens.
+
+    A router part that adds choices to the experts has as many columns more.
+    """
     return {
-        "load_E": expert_load(routed.indices_TK, routed.layer.experts, routed.mask_T).float(),
+        "load_E": expert_load(routed.indices_TK, routed.logits_TE.shape[1], routed.mask_T).float(),
         "mass_E": token_sum(routed.probabilities_TE, routed.mask_T),
         "tokens": routed.tokens,
     }

@@ -62,7 +62,7 @@ class DeviceBalance(RouterObjective):
 
     def value(self, sums: Mapping[str, Tensor], layer: TrainedLayer) -> Tensor:
         """1 when groups are even."""
-        load_E, mass_E = sums["load_E"], sums["mass_E"]
+        load_E, mass_E = sums["load_E"][: layer.experts], sums["mass_E"][: layer.experts]
         group_E = self._groups(layer).to(load_E.device)
         count = int(group_E.max()) + 1
         often_E = load_E * (layer.experts / load_E.sum().clamp(min=1))
