@@ -86,7 +86,7 @@ def test_documents_keep_their_domains() -> None:
     class Letters:
         """One id a letter."""
 
-        def __call__(self, text: str) -> dict[str, list[int]]:
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
             return {"input_ids": [ord(c) % 100 + 3 for c in text]}
 
         def get_vocab(self) -> dict[str, int]:
