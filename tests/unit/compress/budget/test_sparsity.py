@@ -99,7 +99,7 @@ def test_two_stages_meet_the_total(method: Wanda | Magnitude, total: float) -> N
     original = count_zeros(weights).total
     seen, first = inputs(weights, values), Stun()
     outcome = first.decide(seen, first.score(seen), 6)
-    fewer = first.zeros(weights, outcome, seen)
+    fewer = first.transform(weights, outcome, seen)
     removed = count_zeros(fewer).gone_of(original)
     assert removed == 0.25
     left = {name: value[list(outcome.keep)] for name, value in values.items()}
