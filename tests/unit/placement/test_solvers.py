@@ -21,7 +21,13 @@ from moekit.placement.solvers.swap import Swap
 from moekit.placement.tokensets import token_sets
 from tests.unit.placement.samples import blocks, counts_of, planted, same_partition, skewed_choices
 
-SOLVERS: list[Solver] = [Contiguous(), Random(), Greedy(), Swap(), Exact()]
+SOLVERS: list[Solver] = [
+    Contiguous(load_weight=0),
+    Random(load_weight=0),
+    Greedy(load_weight=0),
+    Swap(load_weight=0),
+    Exact(load_weight=0),
+]
 IDS = ["contiguous", "random", "greedy", "swap", "exact"]
 
 
@@ -76,27 +82,27 @@ def test_equal_results_for_equal_seeds(solver: Solver) -> None:
 
 
 def test_random_depends_on_its_seed() -> None:
-    assert len({tuple(Random().solve(torch.zeros(16, 16), 4, seed=s).groups) for s in range(5)}) > 1
+    assert len({tuple(Random(load_weight=0).solve(torch.zeros(16, 16), 4, seed=s).groups) for s in range(5)}) > 1
 
 
 def test_greedy_joins_and_repairs() -> None:
     """01 opens a group, 23 the other; 4 joins 0's group by their pair; 5 (never routed) takes the place left."""
     counts = pairs((0, 1, 10), (2, 3, 9), (0, 4, 8), (2, 4, 7), experts=6)
-    assert blocks(Greedy().solve(counts, 2).groups) == {frozenset({0, 1, 4}), frozenset({2, 3, 5})}
+    assert blocks(Greedy(load_weight=0).solve(counts, 2).groups) == {frozenset({0, 1, 4}), frozenset({2, 3, 5})}
 
 
 def test_greedy_places_a_pair_that_finds_no_room_together() -> None:
     """01 and 23 fill one place short of both groups of 3; the pair 45 is parted, each goes where it is close."""
     counts = pairs((0, 1, 10), (2, 3, 9), (4, 5, 8), (0, 5, 2), (3, 4, 1), experts=6)
-    assert blocks(Greedy().solve(counts, 2).groups) == {frozenset({0, 1, 5}), frozenset({2, 3, 4})}
+    assert blocks(Greedy(load_weight=0).solve(counts, 2).groups) == {frozenset({0, 1, 5}), frozenset({2, 3, 4})}
 
 
 def test_swap_beats_greedy_where_the_heaviest_pair_misleads() -> None:
     """The heaviest pair 12 belongs apart: 01 and 23 together keep 18, 12 with what is left only 10."""
     counts = pairs((0, 1, 9), (2, 3, 9), (1, 2, 10), experts=4)
-    assert Greedy().solve(counts, 2).share == pytest.approx(10 / 28)
-    assert Swap().solve(counts, 2).share == pytest.approx(18 / 28)
-    assert Exact().solve(counts, 2).share == pytest.approx(18 / 28)
+    assert Greedy(load_weight=0).solve(counts, 2).share == pytest.approx(10 / 28)
+    assert Swap(load_weight=0).solve(counts, 2).share == pytest.approx(18 / 28)
+    assert Exact(load_weight=0).solve(counts, 2).share == pytest.approx(18 / 28)
 
 
 def brute_force(counts: torch.Tensor, sizes: list[int], load: torch.Tensor, load_weight: float) -> float:
@@ -138,18 +144,18 @@ def test_partitions_are_all_there_once() -> None:
 
 def test_milp_proves_sixteen_experts() -> None:
     counts, truth = planted(16, 4, 30, 10, seed=1)
-    solution = Exact(time_limit=60).solve(counts, 4)
+    solution = Exact(load_weight=0, time_limit=60).solve(counts, 4)
     assert solution.proven
     assert same_partition(solution.groups, truth)
 
 
 def test_milp_stops_at_its_time_limit_and_states_the_gap() -> None:
     counts = counts_of(skewed_choices(3000, 32, 2), 32)
-    solution = Exact(time_limit=2).solve(counts, 4)
+    solution = Exact(load_weight=0, time_limit=2).solve(counts, 4)
     assert not solution.proven
     assert solution.gap is not None
     assert 0 < solution.gap < 0.5
-    assert solution.value >= Swap().solve(counts, 4, bound=False).value
+    assert solution.value >= Swap(load_weight=0).solve(counts, 4, bound=False).value
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -172,7 +178,7 @@ def test_rows_are_minimised_exactly(experts: int, top_k: int, devices: int) -> N
     chosen = skewed_choices(60, experts, top_k)
     chosen[::7, -1] = experts
     counts = counts_of(chosen, experts)
-    solution = Exact(objective="rows").solve(counts, devices, indices_NK=chosen)
+    solution = Exact(load_weight=0, objective="rows").solve(counts, devices, indices_NK=chosen)
     every = all_partitions(balanced_sizes(experts, devices)).tolist()
     best = min(
         rows_by_loop(chosen, [next(d for d, m in enumerate(row) if m >> e & 1) for e in range(experts)], experts)
@@ -180,7 +186,7 @@ def test_rows_are_minimised_exactly(experts: int, top_k: int, devices: int) -> N
     )
     assert solution.rows == rows_by_loop(chosen, solution.groups, experts) == best
     assert solution.proven
-    swap = Swap().solve(counts, devices, indices_NK=chosen)
+    swap = Swap(load_weight=0).solve(counts, devices, indices_NK=chosen)
     assert swap.objective == "rows"
     assert swap.rows == best
     assert swap.bound is not None
@@ -191,8 +197,8 @@ def test_rows_beat_pairs_where_they_differ() -> None:
     """Three of one token's experts together make three pairs but spare the same two rows as two pairs elsewhere do."""
     chosen = skewed_choices(4000, 32, 8, seed=3)
     counts = counts_of(chosen, 32)
-    by_pairs = Swap(objective="pairs").solve(counts, 4, bound=False, indices_NK=chosen)
-    by_rows = Swap().solve(counts, 4, bound=False, indices_NK=chosen)
+    by_pairs = Swap(load_weight=0, objective="pairs").solve(counts, 4, bound=False, indices_NK=chosen)
+    by_rows = Swap(load_weight=0).solve(counts, 4, bound=False, indices_NK=chosen)
     assert by_pairs.rows is None
     assert by_rows.rows == rows_by_loop(chosen, by_rows.groups, 32)
     assert by_rows.rows < rows_by_loop(chosen, by_pairs.groups, 32)
@@ -201,8 +207,8 @@ def test_rows_beat_pairs_where_they_differ() -> None:
 def test_two_choices_need_no_token_sets() -> None:
     chosen = skewed_choices(500, 8, 2)
     counts = counts_of(chosen, 8)
-    solution = Exact().solve(counts, 2, indices_NK=chosen)
-    by_rows = Exact(objective="rows").solve(counts, 2, indices_NK=chosen)
+    solution = Exact(load_weight=0).solve(counts, 2, indices_NK=chosen)
+    by_rows = Exact(load_weight=0, objective="rows").solve(counts, 2, indices_NK=chosen)
     assert solution.objective == "pairs"
     assert by_rows.value == pytest.approx(solution.value)
     assert by_rows.rows == 1000 - round(solution.value * 500)
@@ -231,19 +237,19 @@ def test_many_experts_are_packed_alike() -> None:
 @pytest.mark.parametrize(("devices", "near"), [(3, "2 and 4"), (5, "4 and 8"), (7, "4 and 8")])
 def test_unequal_blocks_are_refused_on_demand(devices: int, near: str) -> None:
     with pytest.raises(BadConfig, match=f"do not divide 8 experts(.|\n)*{near}"):
-        Swap(equal=True).solve(torch.zeros(8, 8), devices)
+        Swap(load_weight=0, equal=True).solve(torch.zeros(8, 8), devices)
 
 
 @pytest.mark.parametrize("devices", [0, 9, -1])
 def test_impossible_devices(devices: int) -> None:
     with pytest.raises(BadConfig, match="cannot be placed"):
-        Swap().solve(torch.zeros(8, 8), devices)
+        Swap(load_weight=0).solve(torch.zeros(8, 8), devices)
 
 
 @pytest.mark.parametrize("sizes", [[4, 3], [8, 0], [3, 3, 2], [9, -1]])
 def test_impossible_sizes(sizes: list[int]) -> None:
     with pytest.raises(BadConfig, match="block sizes"):
-        Swap().solve(torch.zeros(8, 8), 2, sizes=sizes)
+        Swap(load_weight=0).solve(torch.zeros(8, 8), 2, sizes=sizes)
 
 
 def test_damaged_counts() -> None:
@@ -254,37 +260,39 @@ def test_damaged_counts() -> None:
     crooked[0, 1] = 5
     negative[2, 3] = negative[3, 2] = -1
     with pytest.raises(NumericFault, match="expert 1"):
-        Swap().solve(nan, 2)
+        Swap(load_weight=0).solve(nan, 2)
     with pytest.raises(NumericFault, match="expert 0"):
-        Swap().solve(infinite, 2)
+        Swap(load_weight=0).solve(infinite, 2)
     with pytest.raises(BadData, match="symmetric"):
-        Swap().solve(crooked, 2)
+        Swap(load_weight=0).solve(crooked, 2)
     with pytest.raises(BadData, match="negative"):
-        Swap().solve(negative, 2)
+        Swap(load_weight=0).solve(negative, 2)
     with pytest.raises(BadData, match="square"):
-        Swap().solve(torch.ones(4, 3), 2)
+        Swap(load_weight=0).solve(torch.ones(4, 3), 2)
     with pytest.raises(BadData, match="load has shape"):
-        Swap().solve(good, 2, load_E=torch.ones(3))
+        Swap(load_weight=0).solve(good, 2, load_E=torch.ones(3))
     with pytest.raises(NumericFault, match="load"):
-        Swap().solve(good, 2, load_E=torch.tensor([1.0, 2.0, float("nan"), 1.0]))
+        Swap(load_weight=0).solve(good, 2, load_E=torch.tensor([1.0, 2.0, float("nan"), 1.0]))
 
 
 def test_diagonal_of_minus_one_is_no_load() -> None:
     """Profiles that mark the diagonal with -1: load then comes from the row sums."""
     counts = counts_of(skewed_choices(100, 6, 2), 6)
     marked = counts.clone().fill_diagonal_(-1)
-    assert Contiguous().solve(marked, 2).imbalance == pytest.approx(Contiguous().solve(counts, 2).imbalance)
+    assert Contiguous(load_weight=0).solve(marked, 2).imbalance == pytest.approx(
+        Contiguous(load_weight=0).solve(counts, 2).imbalance
+    )
 
 
 def test_too_much_to_enumerate() -> None:
     with pytest.raises(BadConfig, match="too many to list"):
-        Exact(method="enumerate").solve(torch.zeros(16, 16), 4)
+        Exact(load_weight=0, method="enumerate").solve(torch.zeros(16, 16), 4)
     with pytest.raises(BadConfig, match="cannot be enumerated"):
-        Exact(objective="rows").solve(torch.zeros(20, 20), 4, indices_NK=skewed_choices(50, 20, 4))
+        Exact(load_weight=0, objective="rows").solve(torch.zeros(20, 20), 4, indices_NK=skewed_choices(50, 20, 4))
     with pytest.raises(BadConfig, match="needs the tokens"):
-        Swap(objective="rows").solve(torch.zeros(8, 8), 4)
+        Swap(load_weight=0, objective="rows").solve(torch.zeros(8, 8), 4)
 
 
 def test_choices_of_another_model() -> None:
     with pytest.raises(BadData, match=r"expert index 9 is outside 0\.\.8"):
-        Swap().solve(torch.zeros(8, 8), 2, indices_NK=torch.full((3, 3), 9))
+        Swap(load_weight=0).solve(torch.zeros(8, 8), 2, indices_NK=torch.full((3, 3), 9))

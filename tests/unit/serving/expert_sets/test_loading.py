@@ -121,7 +121,7 @@ def test_a_hub_id_is_resolved_as_by_load(checkpoint: Checkpoint, monkeypatch: py
         asked.append((model, options["revision"]))
         return checkpoint.path
 
-    monkeypatch.setattr("moekit.checkpoint.hub.resolve", resolve)
+    monkeypatch.setattr("moekit.checkpoint.folder.resolve", resolve)
     model = load_task("some/moe", pattern(checkpoint), 2, revision="v2", device="cpu")
     assert asked == [("some/moe", "v2")]
     assert experts(model) == [2, 2]
@@ -173,9 +173,9 @@ def test_damage_is_told_by_file(checkpoint: Checkpoint) -> None:
 
 def test_a_routing_policy_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", "qwen3_moe")
-    edit_json(folder / "moekit.json", lambda record: record.update(policy={"name": "c2r"}))
+    edit_json(folder / "moekit.json", lambda record: record.update(parts=[{"kind": "routing", "name": "c2r"}]))
     checkpoint = Checkpoint.open(folder)
-    with pytest.raises(BadConfig, match="routing policy"):
+    with pytest.raises(BadConfig, match="carries routing"):
         load_task(checkpoint, pattern(checkpoint), 4)
 
 
