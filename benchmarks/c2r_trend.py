@@ -23,7 +23,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moekit.anatomy import find_moe_layers
 from moekit.placement.solvers.exact import Exact
-from moekit.routing import C2R, RouterPart, plan_routing
+from moekit.routing import C2R, plan_routing
+from moekit.runtime import RouterPart
 from moekit.trace import coactivation
 
 SEQUENCE, BATCH, EXPERTS, TOP_K, DEVICES = 64, 32, 8, 2, 2

@@ -111,8 +111,14 @@ class PlainProgress:
 
 def _bars(**options: Any) -> Any:
     """Rich's bars, with our columns."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress as Bars,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     return Bars(
         TextColumn("{task.description}", markup=False),

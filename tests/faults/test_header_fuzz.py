@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import moekit
 from moekit import catalogue
 from moekit.anatomy import find_moe_layers
-from moekit.routing import RouterPart, RoutingPlan, plan_routing
-from moekit.runtime import attached, detach
+from moekit.routing import RoutingPlan, plan_routing
+from moekit.runtime import RouterPart, attached, detach
 from moekit.trace import record
 from tests.families import EXPERTS, FAMILIES, TOP_K, build, logits, tokens
 

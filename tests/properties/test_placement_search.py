@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moekit.placement.bounds import least_imbalance, partner_bound, spectral_bound, upper_bound
 from moekit.placement.local import PairState, RowState, balanced_blocks, imbalance_after_EE

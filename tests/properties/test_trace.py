@@ -6,8 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moekit.trace import Trace, domain_divergence, domain_information
 from moekit.trace.batch import TokenBatch

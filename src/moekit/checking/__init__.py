@@ -1,12 +1,5 @@
 """Prove that a checkpoint is what its record says."""
 
-from moekit._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "CheckReport": "report",
-        "Finding": "report",
-        "check": "whole",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -166,12 +166,14 @@ def _measure(
         texts[0] if texts[1] is not None else f"{texts[0]}[train]",
     )
     limits = {"seq_len": min(setting.seq_len, source.longest), "window": min(setting.window, source.longest)}
-    taken = [take_tokens(text, tokenizer, most) for text, most in zip((calibration, heldout), tokens, strict=True)]
+    shown = take_tokens(calibration, tokenizer, tokens[0])
+    measured = take_tokens(heldout, tokenizer, tokens[1])
     # Not before all else is known to be in order: a mistyped option costs nobody a result.
     if overwrite:
         forget(out)
     earlier = earlier_result(out)
-    return bench_pruning(subject, *taken, setting.model_copy(update=limits), out / WORK, progress, earlier=earlier)
+    setting = setting.model_copy(update=limits)
+    return bench_pruning(subject, shown, measured, setting, out / WORK, progress, earlier=earlier)
 
 
 def _read(terminal: Terminal, text: str, heldout: str | None, part: str) -> list[Document]:

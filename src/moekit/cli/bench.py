@@ -140,7 +140,7 @@ def _source(
         from moekit.jobs.shared.inputs import model_location
 
         terminal.note(f"reading {model}")
-        live = load(model_location(model, terminal.progress), device="cpu", dtype="float32", parts=False)
+        live = load(model_location(model, terminal.progress), device="cpu", dtype="float32")
         fingerprint = fingerprint_model(live)
         for first in list(traces.values())[:1]:
             first.check_model(fingerprint)

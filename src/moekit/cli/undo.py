@@ -23,8 +23,7 @@ def undo(
     The changed checkpoint is kept beside it.
     """
     from moekit.jobs.shared.estimates import Forecast, Item
-    from moekit.jobs.undo import find_parent
-    from moekit.jobs.undo import undo as undo_change
+    from moekit.jobs.undo import find_parent, undo as undo_change
 
     target = keep or folder.with_name(f"{folder.name}.undone")
     found = find_parent(folder)

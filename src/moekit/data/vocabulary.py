@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest id that a tokenizer gives; -1 if it knows no token."""
-    vocabulary: dict[str, int] = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-    return max(vocabulary.values(), default=len(tokenizer) - 1)
+    if hasattr(tokenizer, "get_vocab"):
+        return max(tokenizer.get_vocab().values(), default=-1)
+    return len(tokenizer) - 1
 
 
 def embedding_rows(model: Any) -> int:

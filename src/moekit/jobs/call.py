@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel
@@ -29,9 +29,9 @@ from moekit.jobs.shared.outputs import refuse_harm
 from moekit.progress import progress_of
 
 # What may stand for a text: a file, a folder, the name of a source or mix, a data set id; or texts, or domain -> texts.
-TextLike = str | Path | Sequence[str] | Mapping[str, Sequence[str]]
+TextLike: TypeAlias = str | Path | Sequence[str] | Mapping[str, Sequence[str]]
 # What may stand for a model: a folder, a hub id, the name of a packaged model; or the model itself.
-ModelLike = str | Path | PreTrainedModel
+ModelLike: TypeAlias = str | Path | PreTrainedModel
 
 Options = TypeVar("Options", bound=JobOptions)
 Result = TypeVar("Result", bound="JobResult")

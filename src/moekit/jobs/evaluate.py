@@ -13,7 +13,7 @@ from moekit.data import load_questions, tokenize
 from moekit.data.encoding import Bos
 from moekit.data.passages import units
 from moekit.errors import BadConfig
-from moekit.evaluation import Evaluation, choices, compare, perplexity_of_documents
+from moekit.evaluation import Evaluation, TaskResult, choices, compare, perplexity_of_documents
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.evaluate import EvaluateOptions
@@ -144,7 +144,7 @@ def _measure(options: EvaluateOptions, context: JobContext, started: StartedRank
         asked = options.model_dump(mode="json", exclude={"placement", "device"})
         deal_out(model, options, started, shared_batch=True, facts={**asked, "seed": context.seed})
     perplexity = _perplexity(options, model, tokenizer, name, context) if options.text is not None else None
-    tasks = ()
+    tasks: tuple[TaskResult, ...] = ()
     if options.questions or options.tasks:
         tasks = choices(
             model,

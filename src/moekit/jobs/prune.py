@@ -10,7 +10,7 @@ from typing import Any, Literal
 from moekit import catalogue
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
-from moekit.compress.engine.describing import plan_file
+from moekit.compress.engine.describing import warnings_of
 from moekit.compress.engine.measuring import refuse_damaged, sizes_of
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
@@ -377,9 +377,9 @@ def _complete(
 ) -> Decided:
     """The plan in its final form, with what baselines decide from."""
     layers = in_groups(source, plan)
-    if layers != plan.file.layers:
-        plan = WeightPlan(plan_file(source.checkpoint, request, layers, trace), plan.statistics)
-    plan = WeightPlan(plan.file.model_copy(update={"text_sha256": text_hash(options.data)}), plan.statistics)
+    changed = {"layers": layers, "warnings": warnings_of(request.method, layers, plan.file.data)}
+    changed |= {"text_sha256": text_hash(options.data)}
+    plan = WeightPlan(plan.file.model_copy(update=changed), plan.statistics)
     try:
         counted = {} if trace is None else dict(trace.require(("load",)))
     except MoekitError:

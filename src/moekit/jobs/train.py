@@ -23,8 +23,7 @@ from moekit.parallel.checkpoints.gathering import gather_state
 from moekit.parallel.data_parallel import RankedTraining
 from moekit.parallel.launch.start import StartedRanks
 from moekit.progress import ProgressLike
-from moekit.training import TrainConfig
-from moekit.training import train as train_model
+from moekit.training import TrainConfig, train as train_model
 from moekit.training.teacher import LiveTeacher, Teacher
 from moekit.training.teacher_store import store_teacher
 from moekit.training.texts import MAIN, read_rows

@@ -1,14 +1,5 @@
 """Recipes: YAML steps, checked before they run, skipped when they are finished."""
 
-from moekit._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "Recipe": "schema",
-        "load_recipe": "schema",
-        "RunResult": "runner",
-        "forecast": "runner",
-        "run": "runner",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

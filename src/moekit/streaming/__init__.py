@@ -1,12 +1,5 @@
 """Run a model one decoder layer at a time, straight from disk: memory of a few layers, whatever the model's size."""
 
-from moekit._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "LayerLoader": "loader",
-        "States": "states",
-        "Walk": "walk",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

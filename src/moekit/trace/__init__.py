@@ -1,44 +1,5 @@
 """Record what routers choose, and on what: traces on disk, streaming statistics, figures of both."""
 
-from moekit._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "Collaboration": "metrics",
-        "DataEntry": "meta",
-        "DomainReport": "domains",
-        "Generation": "generation",
-        "GROUPS": "vocabulary",
-        "LayerStatistics": "statistics",
-        "LoadBalance": "metrics",
-        "TokenBatch": "batch",
-        "Recorder": "live",
-        "Recording": "recording",
-        "Rows": "rows",
-        "ExpertBatch": "batch",
-        "Statistic": "vocabulary",
-        "Statistics": "statistics",
-        "TokenLabels": "tokens",
-        "Trace": "store",
-        "TraceMeta": "meta",
-        "TraceSummary": "summary",
-        "check_summary": "summary",
-        "coactivation": "statistics",
-        "collaboration": "metrics",
-        "domain_divergence": "domains",
-        "domain_information": "domains",
-        "domain_report": "domains",
-        "known_statistics": "vocabulary",
-        "load": "statistics",
-        "load_balance": "metrics",
-        "mean_collaboration": "metrics",
-        "record": "recorder",
-        "record_generation": "generation",
-        "expert_statistic": "vocabulary",
-        "single_figures": "summary",
-        "statistic": "vocabulary",
-        "summarise": "summary",
-        "tokenizer_hash": "meta",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -347,7 +347,7 @@ def test_a_plan_of_another_model(moekit: Moekit, made: Path, tmp_path: Path) -> 
     # The same shape may be asked for, as for a quantized copy.
     options = ("--other-weights", "-o", tmp_path / "out", "--quiet")
     assert moekit("apply", made / "p.json", "--model", made / "other", *options).code == 0
-    assert "there is no plan here" in moekit("apply", tmp_path / "q.json", "-o", tmp_path / "x").err
+    assert "there is no plan of `moekit prune` here" in moekit("apply", tmp_path / "q.json", "-o", tmp_path / "x").err
     assert "give --keep as well" in moekit("apply", made / "p.json", "--scope", "global", "-o", tmp_path / "x").err
 
 

@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moekit.conversion import balanced_kmeans, kmeans
 from moekit.conversion.kmeans import balanced_assignment, capacities, cluster_means, near_assignment

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moekit.data import Document, load_text
 from moekit.data.split import excerpts, sample, split_texts, truncate_bytes

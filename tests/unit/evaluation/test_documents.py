@@ -98,7 +98,7 @@ def test_domains_with_nothing_scored_are_left_out():
 def test_a_token_that_the_model_does_not_embed_is_refused_before_the_first_forward():
     model = build("mixtral")
     model.forward = None
-    with pytest.raises(BadConfig, match=f"token id {VOCAB}"):
+    with pytest.raises(BadConfig, match=f"token ids up to {VOCAB}"):
         perplexity_of_documents(model, [TokenizedDocument([1, VOCAB], "x", 0)])
 
 

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 from moekit import catalogue
-from moekit.bench.pruning import Entry, PruneBenchResult, PruneRun, Setting, Subject, bench_pruning, rank
-from moekit.bench.pruning import calibration as calibration_module
-from moekit.bench.pruning import measuring as measuring_module
+from moekit.bench.pruning import (
+    Entry,
+    PruneBenchResult,
+    PruneRun,
+    Setting,
+    Subject,
+    bench_pruning,
+    calibration as calibration_module,
+    measuring as measuring_module,
+    rank,
+)
 from moekit.bench.pruning.calibration import calibrate
 from moekit.bench.pruning.joining import joined
 from moekit.bench.pruning.ranking import all_rankings, part, removed

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moekit.data.batches import TokenizedDocument, batches
 from moekit.errors import BadConfig, BadData

@@ -5,8 +5,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moekit.report.charts.bars import bars
 from moekit.report.charts.frame import nice_step, overlaps, place_label, scale

@@ -6,15 +6,15 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from pydantic import ValidationError
 from torch import nn
 
-from moekit.anatomy import Geometry
+from moekit.anatomy import Gate, GateSpec, Geometry
 from moekit.errors import BadConfig, BadData
-from moekit.routing import C2R, Gate, GateSpec, PlanInputs, partner_lists
+from moekit.routing import C2R, partner_lists
 from moekit.routing.methods.c2r import allowed_partners
+from moekit.runtime import PlanInputs
 from tests.routing import routed
 
 LOGITS = torch.tensor([[2.0, 1.5, 0.5, 1.0]])

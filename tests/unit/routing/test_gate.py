@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from moekit.anatomy import find_moe_layers
+from moekit.anatomy import Gate, find_moe_layers, identify_gate
 from moekit.anatomy.gate import GateSpec, sparsemixer_weights
 from moekit.errors import UnsupportedModel
-from moekit.routing import Gate, identify_gate
 from tests.families import FAMILIES, build
 
 SELECTION_BIAS = {"deepseek_v3", "glm4_moe", "ernie4_5_moe"}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.anatomy import find_moe_layers
-from moekit.routing import C2R, Gate, identify_gate
+from moekit.anatomy import Gate, find_moe_layers, identify_gate
+from moekit.routing import C2R
 from tests.families import EXPERTS, FAMILIES, build
 from tests.routing import routed
 

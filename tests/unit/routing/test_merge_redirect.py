@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import moekit
-from moekit.anatomy import Geometry, MoELayer, find_moe_layers
+from moekit.anatomy import Gate, GateSpec, Geometry, MoELayer, find_moe_layers, identify_gate
 from moekit.compress.engine.weights import LayerWeights, from_live, to_live
 from moekit.compress.maths.neurons.align import align_experts
 from moekit.compress.maths.neurons.merging import merge_groups
 from moekit.errors import BadConfig
-from moekit.routing import Gate, GateSpec, RoutingPlan, identify_gate
+from moekit.routing import RoutingPlan
 from moekit.routing.methods.merge_redirect import MergeRedirect, add_up, share_rows
 from moekit.routing.plan import PlanHeader
 from moekit.runtime import attach

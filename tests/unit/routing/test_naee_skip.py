@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from moekit.anatomy import Geometry
+from moekit.anatomy import Gate, GateSpec, Geometry
 from moekit.errors import BadConfig, BadData
-from moekit.routing import Gate, GateSpec, PlanInputs
 from moekit.routing.methods.naee_skip import NAEESkip
+from moekit.runtime import PlanInputs
 from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import resolve

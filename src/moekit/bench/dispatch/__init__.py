@@ -1,13 +1,5 @@
 """Expert parallelism side by side: every dispatcher and every peer that is installed, over a link of a known rate."""
 
-from moekit._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "BenchResult": "result",
-        "Setting": "setting",
-        "run_bench": "harness",
-        "two_nodes": "network",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,20 +1,5 @@
 """All pruning methods side by side on one model and text: `moekit bench prune`."""
 
-from moekit._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "Entry": "setting",
-        "PruneBenchResult": "result",
-        "PruneRun": "result",
-        "RankRow": "result",
-        "Ranking": "result",
-        "Setting": "setting",
-        "Subject": "calibration",
-        "bench_pruning": "bench",
-        "default_entries": "setting",
-        "rank": "ranking",
-        "take_tokens": "text",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,14 +1,5 @@
 """Ways to bring tokens and experts together, one file each."""
 
-from moekit._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "AllGather": "all_gather",
-        "AllReduce": "all_reduce",
-        "Hierarchical": "hierarchical",
-        "OncePerExpert": "once_per_expert",
-        "OncePerRank": "once_per_rank",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,14 +1,5 @@
 """Placement solvers, one file each."""
 
-from moekit._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "Contiguous": "contiguous",
-        "Exact": "exact",
-        "Greedy": "greedy",
-        "Random": "random",
-        "Swap": "swap",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

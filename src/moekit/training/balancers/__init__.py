@@ -1,5 +1,5 @@
 """Rules that move selection biases: one file a rule, entered into the catalogue as kind "balancer"."""
 
-from moekit._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__ = attach(__name__, {"Balancer": "base", "read_balancer": "base"})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,13 +1,5 @@
 """What training minimises: one file an objective, entered into the catalogue as kind "objective"."""
 
-from moekit._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "Objective": "base",
-        "OutputObjective": "base",
-        "RouterObjective": "base",
-        "read_objectives": "base",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

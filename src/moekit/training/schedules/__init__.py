@@ -1,5 +1,5 @@
 """Settings that move during a run: one file a schedule, entered into the catalogue as kind "schedule"."""
 
-from moekit._lazy import attach
+import lazy_loader
 
-__getattr__, __dir__ = attach(__name__, {"Schedule": "base", "read_schedule": "base"})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import moekit.compress.budget.allocate as module
 from moekit.compress.budget.allocate import allocate

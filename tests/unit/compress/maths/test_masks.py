@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moekit.compress.maths.masks import groups_of, smallest, smallest_in_groups, smallest_in_rows, zeros_in
 from moekit.errors import BadConfig

@@ -1,0 +1,2 @@
+from .report import CheckReport as CheckReport, Finding as Finding
+from .whole import check as check

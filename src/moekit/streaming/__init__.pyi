@@ -1,0 +1,3 @@
+from .loader import LayerLoader as LayerLoader
+from .states import States as States
+from .walk import Walk as Walk

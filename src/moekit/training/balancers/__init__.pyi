@@ -1,0 +1,1 @@
+from .base import Balancer as Balancer, read_balancer as read_balancer

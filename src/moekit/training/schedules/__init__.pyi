@@ -1,0 +1,1 @@
+from .base import Schedule as Schedule, read_schedule as read_schedule
