@@ -18,7 +18,7 @@ import moekit
 from moekit.bench.dispatch.harness import run_bench
 from moekit.bench.dispatch.network import name_rate, read_rate
 from moekit.bench.dispatch.result import BenchResult, EntryResult, paired_ratio
-from moekit.bench.dispatch.setting import BASELINE, Entry, Setting
+from moekit.bench.dispatch.setting import BASELINE, DispatchBenchSetting, Entry
 from moekit.bench.dispatch.sources import make_source
 from moekit.placement import Placement, place_trace
 from moekit.report.results import load_comparison
@@ -69,7 +69,11 @@ def measure(run: Path, rate: float | None, rounds: int, layers: int) -> tuple[Be
                 suffixes[entry.name] = suffix
     model = moekit.load(run / "tuned", device="cpu", dtype="float32", parts=False)
     source = make_source(
-        Setting(ranks=RANKS, nodes=NODES, tokens=512), model=model, traces=traces, placements=placements, layers=layers
+        DispatchBenchSetting(ranks=RANKS, nodes=NODES, tokens=512),
+        model=model,
+        traces=traces,
+        placements=placements,
+        layers=layers,
     )
     result = run_bench(
         source.work, entries=entries, layouts=source.layouts, rates=[rate], rounds=rounds, source=source.text

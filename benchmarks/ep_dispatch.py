@@ -20,7 +20,7 @@ from moekit.bench.dispatch.competitors.base import all_entries, peer_class
 from moekit.bench.dispatch.harness import run_bench, start
 from moekit.bench.dispatch.network import name_rate, read_rate
 from moekit.bench.dispatch.result import BenchResult, Ratio
-from moekit.bench.dispatch.setting import BASELINE, Entry, Setting
+from moekit.bench.dispatch.setting import BASELINE, DispatchBenchSetting, Entry
 from moekit.bench.dispatch.workload import Workload, make_layer
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all numbers there")
     parser.add_argument("--profile", action="store_true", help="where the time goes, instead of the table")
     args = parser.parse_args()
-    work = make_layer(Setting(routing=args.routing, seed=args.seed, tokens=args.tokens))
+    work = make_layer(DispatchBenchSetting(routing=args.routing, seed=args.seed, tokens=args.tokens))
     entries = list(all_entries())
     if args.only:
         wanted = set(args.only.split(","))

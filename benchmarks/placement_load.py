@@ -20,7 +20,7 @@ import torch
 from moekit.placement.plan import Placement
 from moekit.placement.planning import place
 from moekit.placement.replaying import replay
-from moekit.placement.spare import place_by_load
+from moekit.placement.redundancy import place_by_load
 
 # Experts, choices a token, tokens, devices, nodes.
 CASES = (

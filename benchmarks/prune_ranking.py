@@ -43,7 +43,7 @@ from prune_trends import (
 from moekit.bench.pruning import (
     Entry,
     PruneBenchResult,
-    Setting,
+    PruneBenchSetting,
     Subject,
     bench_pruning,
     default_entries,
@@ -79,7 +79,7 @@ def open_case(name: str, folder: Path, texts: tuple[str, str | None], options: a
 
 def run(case: Case, entries: Sequence[Entry], keep: tuple[float, ...], tasks: tuple[str, ...]) -> PruneBenchResult:
     """One bench; results of both benches of a case lie in one folder."""
-    setting = Setting(
+    setting = PruneBenchSetting(
         entries=tuple(entries),
         keep=keep,
         seeds=case.options.seeds,

@@ -32,7 +32,7 @@ from moekit.compress.budget.sparsity import SparsityBudget, remaining_sparsity
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.measuring import geometries_of
 from moekit.compress.engine.planning import plan_weights
-from moekit.compress.engine.request import Calibration, PlanRequest
+from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
 from moekit.compress.engine.zeroing import SparsifyMethod
 from moekit.data import TokenizedDocument, load_text
@@ -53,7 +53,7 @@ GAINS = {0.5: 0.03, 0.65: 0.1}
 class Texts:
     """What is decided on, and what is judged on."""
 
-    calibration: Calibration
+    calibration: CalibrationText
     heldout: list[TokenizedDocument]
     window: int
 
@@ -86,7 +86,7 @@ def read_texts(options: argparse.Namespace) -> Texts:
     rows = take_tokens(load_text(options.data, split=parts[0]), tokenizer, options.tokens)
     heldout = take_tokens(load_text(options.heldout or options.data, split=parts[1]), tokenizer, options.heldout_tokens)
     batches = list(arrange(rows, options.seq_len).batches(8))
-    return Texts(Calibration(batches, source=options.data), heldout, options.seq_len)
+    return Texts(CalibrationText(batches, source=options.data), heldout, options.seq_len)
 
 
 def without_experts(checkpoint: Checkpoint, trace: Trace, name: str, keep: float, folder: Path) -> Checkpoint:

@@ -38,9 +38,9 @@ from moekit.diagnose.super_experts.massive_activations import StreamedProfile, l
 from moekit.diagnose.super_experts.report import SHARED
 from moekit.evaluation.super_expert_study import SuperExpertStudy
 from moekit.evaluation.super_experts import check_super_experts
-from moekit.jobs.shared.opened import Source, open_source
+from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.shared.protection import find_in_trace, protection_needs
-from moekit.jobs.super_experts import told_of
+from moekit.jobs.super_experts import summary_of
 from moekit.trace import Trace
 from moekit.trace.each_expert import plain_expert
 from moekit.trace.seam import read_arguments
@@ -61,7 +61,7 @@ def rows_of(data: str, split: str, tokenizer: PreTrainedTokenizerBase, rows: int
     return TokenBatches(whole.input_ids[chosen], whole.document_RS[chosen], whole.domain_RS[chosen], whole.domains)
 
 
-def look(source: Source, rows: TokenBatches) -> tuple[Trace, StreamedProfile]:
+def look(source: OpenedModel, rows: TokenBatches) -> tuple[Trace, StreamedProfile]:
     """One pass over the text, layer by layer from disk."""
     names = (*protection_needs(source), "massive_tokens", "stream_ratio_peak")
     streamed = StreamedProfile(source.checkpoint, rows.batches(2), moe_layers=source.geometries, statistics=names)
@@ -79,7 +79,7 @@ def documents_of(rows: TokenBatches) -> list[TokenizedDocument]:
     ]
 
 
-def study(source: Source, seen: TokenBatches, heldout: TokenBatches, seeds: int) -> SuperExpertStudy:
+def study(source: OpenedModel, seen: TokenBatches, heldout: TokenBatches, seeds: int) -> SuperExpertStudy:
     """What `moekit super-experts` does; where none is found the experts of the largest outputs are skipped instead."""
     start = time.perf_counter()
     trace, streamed = look(source, seen)
@@ -112,7 +112,7 @@ def examine(name: str, folder: Path, given: argparse.Namespace) -> None:
     heldout = rows_of(given.data, "heldout", tokenizer, given.rows, given.length)
     found = study(source, seen, heldout, given.seeds)
     # No file was written that prune could be told of.
-    show(Terminal(), told_of(found, folder) | {"protect": {}})
+    show(Terminal(), summary_of(found, folder) | {"protect": {}})
     assert found.check is not None
     print("\nlargest |H| after each layer, held-out rows: " + ", ".join(found.check.largest))
     for n, values in enumerate(zip(*(part.values() for part in found.check.largest.values()), strict=True)):

@@ -22,7 +22,7 @@ from moekit.compress.engine.apply import apply
 from moekit.compress.engine.live import change_model
 from moekit.compress.engine.plan import WeightPlan, zero_budget
 from moekit.compress.engine.planning import plan_weights
-from moekit.compress.engine.request import Calibration, PlanRequest
+from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.engine.zeroing import SparsifyMethod
@@ -32,7 +32,7 @@ from tests.contracts import cases
 from tests.families import EXPERTS, HIDDEN, WIDTH, build, logits, tokens
 
 METHODS = [record.name for record in catalogue.methods("sparsify")]
-TEXT = Calibration([tokens(4, 24, seed=21), tokens(2, 9, seed=22)])
+TEXT = CalibrationText([tokens(4, 24, seed=21), tokens(2, 9, seed=22)])
 # Weights of the smallest comparison of any method: a row of the down projection.
 FEWEST = min(HIDDEN, WIDTH)
 

@@ -15,13 +15,13 @@ from moekit.bench.dispatch.checks import replays
 from moekit.bench.dispatch.competitors.base import all_entries
 from moekit.bench.dispatch.harness import run_bench, start
 from moekit.bench.dispatch.result import BenchResult
-from moekit.bench.dispatch.setting import BASELINE, Entry, Job, Setting
+from moekit.bench.dispatch.setting import BASELINE, DispatchBenchSetting, Entry, Job
 from moekit.bench.dispatch.workload import Workload, make_layer
 from moekit.cli.main import main
 from moekit.errors import PeerLost
 
 REASON = network.why_not()
-SMALL = Setting(tokens=48, hidden=32, experts=8, width=24, top_k=3)
+SMALL = DispatchBenchSetting(tokens=48, hidden=32, experts=8, width=24, top_k=3)
 # Neither contiguous nor equal.
 PLACED = {0: [3, 0, 2, 1, 0, 2, 0, 1]}
 ONCE = Entry(peer="ours", variant="once-per-rank")

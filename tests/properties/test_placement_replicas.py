@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from moekit.placement.replicas import replicate_experts
-from moekit.placement.spare import added_copies, place_by_load, shares
+from moekit.placement.redundancy import added_copies, place_by_load, shares
 from moekit.placement.topology import node_of_devices
 
 loads = st.integers(0, 1000).map(float)
@@ -57,15 +57,15 @@ def test_slots(problem: tuple[list[float], int, int, int, int], distinct: bool) 
 
 @settings(deadline=None, max_examples=200)
 @given(st.data(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
-def test_added(data: st.DataObject, nodes: int, inside: int, own: int, spare: int) -> None:
+def test_added(data: st.DataObject, nodes: int, inside: int, own: int, redundant: int) -> None:
     devices = nodes * inside
     device_of_E = data.draw(st.permutations([d for d in range(devices) for _ in range(own)]))
-    spare = min(spare, len(device_of_E) - own)
+    redundant = min(redundant, len(device_of_E) - own)
     load = data.draw(st.lists(loads, min_size=len(device_of_E), max_size=len(device_of_E)))
-    found = added_copies(device_of_E, load, spare, devices, nodes=nodes)
+    found = added_copies(device_of_E, load, redundant, devices, nodes=nodes)
     held = [[d, *found.get(e, [])] for e, d in enumerate(device_of_E)]
     assert all(len(set(row)) == len(row) for row in held)
-    assert [sum(d in row for row in held) for d in range(devices)] == [own + spare] * devices
+    assert [sum(d in row for row in held) for d in range(devices)] == [own + redundant] * devices
     node_D = node_of_devices(devices, nodes)
     for row in held:
         assert sum(shares(row, node_D, nodes).values()) == pytest.approx(1)
@@ -73,13 +73,13 @@ def test_added(data: st.DataObject, nodes: int, inside: int, own: int, spare: in
 
 @settings(deadline=None, max_examples=100)
 @given(st.data(), st.integers(1, 6), st.integers(0, 6), st.integers(0, 3))
-def test_placed_by_load(data: st.DataObject, devices: int, more: int, spare: int) -> None:
+def test_placed_by_load(data: st.DataObject, devices: int, more: int, redundant: int) -> None:
     """A placement is checked by its own class: owners and copies on distinct devices."""
     import torch
 
     experts = devices + more
-    spare = min(spare, experts - -(-experts // devices))
+    redundant = min(redundant, experts - -(-experts // devices))
     load = data.draw(st.lists(loads, min_size=experts, max_size=experts))
-    placed = place_by_load({0: torch.tensor(load)}, devices, spare)
-    slots = -(-experts // devices) + spare
+    placed = place_by_load({0: torch.tensor(load)}, devices, redundant)
+    slots = -(-experts // devices) + redundant
     assert [sum(d in row for row in placed.holders(0)) for d in range(devices)] == [slots] * devices

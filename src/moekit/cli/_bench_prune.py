@@ -17,7 +17,7 @@ from moekit.cli._terminal import Terminal
 from moekit.errors import BadConfig, BadData
 
 if TYPE_CHECKING:
-    from moekit.bench.pruning import PruneBenchResult, Ranking, RankRow, Setting
+    from moekit.bench.pruning import PruneBenchResult, PruneBenchSetting, Ranking, RankRow
     from moekit.data import Document
 
 
@@ -80,7 +80,7 @@ def prune(
         seed=terminal.seed,
     )
     if terminal.dry_run:
-        _foretell(terminal, model, (data, heldout), out, setting)
+        _print_estimate(terminal, model, (data, heldout), out, setting)
         return
     with _held(out):
         tokens = (max_tokens, heldout_tokens)
@@ -91,17 +91,17 @@ def prune(
     terminal.say(f"wrote {out}")
 
 
-def _setting(*, methods: str, keep: str, knobs: Sequence[str], domains: list[str], **more: Any) -> Setting:
+def _setting(*, methods: str, keep: str, knobs: Sequence[str], domains: list[str], **more: Any) -> PruneBenchSetting:
     from pydantic import ValidationError
 
-    from moekit.bench.pruning import Setting, default_entries
+    from moekit.bench.pruning import PruneBenchSetting, default_entries
     from moekit.cli._errors import config_error
 
     names = None if methods == "all" else _split(methods)
     budgets = [parse_value(part, option="keep") for part in _split(keep)]
     entries = default_entries(names, _by_method(knobs))
     try:
-        return Setting(entries=entries, keep=tuple(budgets), domains=tuple(domains), **more)
+        return PruneBenchSetting(entries=entries, keep=tuple(budgets), domains=tuple(domains), **more)
     except ValidationError as error:
         raise config_error(error) from error
 
@@ -136,7 +136,7 @@ def _held(out: Path) -> Iterator[None]:
 
 def _measure(
     terminal: Terminal,
-    setting: Setting,
+    setting: PruneBenchSetting,
     model: str,
     texts: tuple[str, str | None],
     tokens: tuple[int, int],
@@ -184,11 +184,13 @@ def _read(terminal: Terminal, text: str, heldout: str | None, part: str) -> list
     return read_text(text, split=split, seed=terminal.seed, progress=terminal.progress)
 
 
-def _foretell(terminal: Terminal, model: str, texts: tuple[str, str | None], out: Path, setting: Setting) -> None:
-    from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+def _print_estimate(
+    terminal: Terminal, model: str, texts: tuple[str, str | None], out: Path, setting: PruneBenchSetting
+) -> None:
+    from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
     from moekit.jobs.shared.inputs import model_item, text_item
 
-    sizes = Sizes()
+    sizes = ByteSizes()
     reads = (model_item(model, sizes), *(text_item(text, sizes) for text in texts if text is not None))
     runs = len(setting.entries) - 1 + setting.seeds
     count = runs * len(setting.keep) * (1 + len(setting.domains))
@@ -196,8 +198,8 @@ def _foretell(terminal: Terminal, model: str, texts: tuple[str, str | None], out
         f"{len(setting.entries)} methods, about {count} pruned models, none of them written",
         "layers are read from disk one at a time: memory does not grow with their number",
     )
-    terminal.forecast(
-        Forecast(reads, (Item(str(out), 16 << 20),), disk=16 << 20, memory=setting.memory_bytes, notes=notes)
+    terminal.estimate(
+        JobEstimate(reads, (Item(str(out), 16 << 20),), disk=16 << 20, memory=setting.memory_bytes, notes=notes)
     )
 
 

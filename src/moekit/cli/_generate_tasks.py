@@ -19,7 +19,7 @@ def generate_by_task(
 
     models = TaskModels(options, model, device=device, dtype=dtype, progress=terminal.progress)
     if terminal.dry_run:
-        terminal.forecast(models.forecast())
+        terminal.estimate(models.estimate())
         return
 
     def tell(task: str, work: Any) -> None:

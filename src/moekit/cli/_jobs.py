@@ -103,12 +103,12 @@ def carry_out(
         BadConfig: an option is impossible, OUT exists, is read, or is being written by the same command.
     """
     from moekit.jobs.call import options_from, perform, ready
-    from moekit.jobs.shared.estimates import Sizes
+    from moekit.jobs.shared.estimates import ByteSizes
 
     given = options_from(options, values, hint=_HELP)
     if terminal.dry_run:
         settled, target, _ = ready(given, out, overwrite=overwrite)
-        terminal.forecast(settled.estimate(target, Sizes()))
+        terminal.estimate(settled.estimate(target, ByteSizes()))
         return
     target, results = perform(
         given,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moekit._progress import Progress
-    from moekit.jobs.shared.estimates import Forecast
+    from moekit.jobs.shared.estimates import JobEstimate
 
 
 @dataclass
@@ -109,16 +109,16 @@ class Terminal:
         """Add to the object that --json prints."""
         self._answer.update(values)
 
-    def forecast(self, forecast: Forecast) -> None:
+    def estimate(self, estimate: JobEstimate) -> None:
         """Print what a command would read, write and need."""
-        for title, items in (("reads", forecast.reads), ("writes", forecast.writes)):
+        for title, items in (("reads", estimate.reads), ("writes", estimate.writes)):
             for item in items:
                 self.say(f"{title:7} {item.what}  {size(item.nbytes)}")
-        self.say(f"disk    {size(forecast.disk)} at most while it runs")
-        self.say(f"memory  {size(forecast.memory)} about")
-        for line in forecast.notes:
+        self.say(f"disk    {size(estimate.disk)} at most while it runs")
+        self.say(f"memory  {size(estimate.memory)} about")
+        for line in estimate.notes:
             self.say(f"note    {line}")
-        self.answer(dry_run=True, **forecast.as_dict())
+        self.answer(dry_run=True, **estimate.as_dict())
 
     def close(self) -> None:
         """Print the JSON answer, if it was asked for."""

@@ -15,8 +15,8 @@ from moekit.errors import BadConfig
 
 if TYPE_CHECKING:
     from moekit.bench.dispatch.result import BenchResult, Ratio
-    from moekit.bench.dispatch.setting import Entry, Setting
-    from moekit.bench.dispatch.sources import Source
+    from moekit.bench.dispatch.setting import DispatchBenchSetting, Entry
+    from moekit.bench.dispatch.sources import LayerSource
 
 # Beyond it a bench is cut short by fewer rounds, and says so.
 MINUTES = 9.0
@@ -65,7 +65,7 @@ def ep(
     tokens = tokens or (512 if model is None else 256)
     setting = _setting(terminal, ranks, tokens, routing, hidden, experts, width, top_k)
     if terminal.dry_run:
-        _foretell(terminal, model, out, setting)
+        _print_estimate(terminal, model, out, setting)
         return
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise BadConfig("the folder is not empty", file=out, hint="choose another one, or say --overwrite")
@@ -91,14 +91,14 @@ def ep(
 
 def _setting(
     terminal: Terminal, ranks: int, tokens: int, routing: str, hidden: int, experts: int, width: int, top_k: int
-) -> Setting:
+) -> DispatchBenchSetting:
     from pydantic import ValidationError
 
-    from moekit.bench.dispatch.setting import Setting
+    from moekit.bench.dispatch.setting import DispatchBenchSetting
     from moekit.cli._errors import config_error
 
     try:
-        return Setting(
+        return DispatchBenchSetting(
             ranks=ranks,
             tokens=tokens,
             routing=routing,
@@ -112,22 +112,27 @@ def _setting(
         raise config_error(error) from error
 
 
-def _foretell(terminal: Terminal, model: str | None, out: Path, setting: Setting) -> None:
-    from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+def _print_estimate(terminal: Terminal, model: str | None, out: Path, setting: DispatchBenchSetting) -> None:
+    from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
     from moekit.jobs.shared.inputs import model_item
 
-    reads = () if model is None else (model_item(model, Sizes()),)
+    reads = () if model is None else (model_item(model, ByteSizes()),)
     held = sum(item.nbytes or 0 for item in reads)
     tensors = setting.ranks * setting.tokens * setting.hidden * 4 * 32
     note = f"starts {setting.ranks} processes; about {MINUTES:g} minutes at most"
-    terminal.forecast(
-        Forecast(reads, (Item(str(out), 1 << 20),), disk=(1 << 20) + held, memory=3 * held + tensors, notes=(note,))
+    terminal.estimate(
+        JobEstimate(reads, (Item(str(out), 1 << 20),), disk=(1 << 20) + held, memory=3 * held + tensors, notes=(note,))
     )
 
 
 def _source(
-    terminal: Terminal, setting: Setting, model: str | None, trace: str | None, placement: str | None, layers: int
-) -> Source:
+    terminal: Terminal,
+    setting: DispatchBenchSetting,
+    model: str | None,
+    trace: str | None,
+    placement: str | None,
+    layers: int,
+) -> LayerSource:
     from moekit.bench.dispatch.sources import make_source
     from moekit.placement import Placement
     from moekit.trace import Trace
@@ -157,7 +162,7 @@ def _placement_name(path: str) -> str:
     return f"{file.parent.name}/{file.stem}"
 
 
-def _entries(source: Source, only: str | None) -> list[Entry]:
+def _entries(source: LayerSource, only: str | None) -> list[Entry]:
     from moekit.bench.dispatch.competitors.base import all_entries
     from moekit.bench.dispatch.setting import BASELINE
 

@@ -29,7 +29,7 @@ def check(
     from moekit.checking import check as check_folder
 
     if terminal.dry_run:
-        _foretell(terminal, folder, parent)
+        _print_estimate(terminal, folder, parent)
         return
     report = check_folder(folder, parent=parent, for_=for_, progress=terminal.progress)
     terminal.answer(ok=report.ok, **report.model_dump(mode="json"))
@@ -64,13 +64,13 @@ def _layers(report: CheckReport) -> str:
     return f"{len(report.experts)} expert layers of {of} experts, "
 
 
-def _foretell(terminal: Terminal, folder: Path, parent: str | None) -> None:
-    from moekit.jobs.shared.estimates import Forecast, Sizes
+def _print_estimate(terminal: Terminal, folder: Path, parent: str | None) -> None:
+    from moekit.jobs.shared.estimates import ByteSizes, JobEstimate
     from moekit.jobs.shared.inputs import model_item
 
-    items = [model_item(name, Sizes()) for name in (str(folder), parent) if name is not None]
+    items = [model_item(name, ByteSizes()) for name in (str(folder), parent) if name is not None]
     note = "tensors are read one at a time: memory does not grow with the model"
-    terminal.forecast(Forecast(tuple(items), (), disk=0, memory=256 << 20, notes=(note,)))
+    terminal.estimate(JobEstimate(tuple(items), (), disk=0, memory=256 << 20, notes=(note,)))
 
 
 def build() -> Any:

@@ -50,7 +50,7 @@ def fetch(
     folders: dict[str, str] = {}
     for name in names:
         if terminal.dry_run:
-            _foretell(terminal, name)
+            _print_estimate(terminal, name)
             continue
         for source in resolve_mix(name, terminal.progress) if name in text_mixes() else [name]:
             folders[source] = str(fetch_source(source, terminal.progress))
@@ -59,15 +59,15 @@ def fetch(
         terminal.answer(folders=folders)
 
 
-def _foretell(terminal: Terminal, name: str) -> None:
+def _print_estimate(terminal: Terminal, name: str) -> None:
     from moekit.data.sources import get_source, text_mixes
-    from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+    from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
     from moekit.jobs.shared.inputs import text_item
 
-    item = text_item(name, Sizes())
+    item = text_item(name, ByteSizes())
     first = text_mixes()[name][0][0] if name in text_mixes() else name
     kept = get_source(first).folder.parent
-    terminal.forecast(Forecast((item,), (Item(str(kept), item.nbytes),), disk=item.nbytes, memory=item.nbytes))
+    terminal.estimate(JobEstimate((item,), (Item(str(kept), item.nbytes),), disk=item.nbytes, memory=item.nbytes))
 
 
 def build() -> Any:

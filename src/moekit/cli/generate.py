@@ -61,7 +61,7 @@ def generate(
         generate_by_task(terminal, tasks, model, texts, max_new_tokens, device, dtype)
         return
     if terminal.dry_run:
-        _foretell(terminal, [name for name in (model, other) if name is not None])
+        _print_estimate(terminal, [name for name in (model, other) if name is not None])
         return
     check_ranks(options)
     if options.ep > 1 and other is not None:
@@ -137,12 +137,12 @@ def _lines(file: Path | None) -> list[str]:
     return lines
 
 
-def _foretell(terminal: Terminal, references: list[str]) -> None:
-    from moekit.jobs.shared.estimates import Forecast, Sizes, largest
+def _print_estimate(terminal: Terminal, references: list[str]) -> None:
+    from moekit.jobs.shared.estimates import ByteSizes, JobEstimate, largest
     from moekit.jobs.shared.inputs import model_item
 
-    items = tuple(model_item(name, Sizes()) for name in references)
-    terminal.forecast(Forecast(items, (), disk=0, memory=largest(item.nbytes for item in items)))
+    items = tuple(model_item(name, ByteSizes()) for name in references)
+    terminal.estimate(JobEstimate(items, (), disk=0, memory=largest(item.nbytes for item in items)))
 
 
 def build() -> Any:

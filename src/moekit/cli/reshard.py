@@ -39,7 +39,7 @@ def reshard(
     finds its experts in one file, optimizer state included. --plain writes one Hugging Face folder, layer by layer:
     memory holds the heaviest layer about twice, never the model.
     """
-    from moekit.jobs.shared.estimates import Forecast, Item, disk_bytes
+    from moekit.jobs.shared.estimates import Item, JobEstimate, disk_bytes
     from moekit.parallel.checkpoints import reshard as library
 
     if (ep is None) == (not plain):
@@ -51,7 +51,7 @@ def reshard(
         total = found.weights + (0 if plain else found.optimizer)
         memory = 2 * found.largest_layer if plain else found.largest_tensor
         writes = (Item(str(out), total),)
-        terminal.forecast(Forecast((Item(str(folder), disk_bytes(folder)),), writes, disk=total, memory=memory))
+        terminal.estimate(JobEstimate((Item(str(folder), disk_bytes(folder)),), writes, disk=total, memory=memory))
         return
     if plain:
         record = library.plain(

@@ -36,7 +36,7 @@ def run(
     seed = terminal.seed if terminal.seed_given else None
     loaded = load_recipe(recipe, parse_overrides(overrides or []), out=out, seed=seed)
     if terminal.dry_run:
-        _foretell(terminal, loaded)
+        _print_estimate(terminal, loaded)
         return
     _say_how_long(terminal, loaded)
     total = len(loaded.steps)
@@ -59,12 +59,12 @@ def run(
             terminal.say(f"report: {marker.results.get('page')}")
 
 
-def _foretell(terminal: Terminal, recipe: Recipe) -> None:
+def _print_estimate(terminal: Terminal, recipe: Recipe) -> None:
     from moekit.jobs.shared.estimates import merged
     from moekit.recipe.duration import in_words
-    from moekit.recipe.runner import durations, forecast
+    from moekit.recipe.runner import durations, estimate
 
-    forecasts = forecast(recipe)
+    estimates = estimate(recipe)
     seconds = durations(recipe)
     inside = f"{recipe.folder}/"
     rows = [
@@ -75,13 +75,13 @@ def _foretell(terminal: Terminal, recipe: Recipe) -> None:
             size(part.memory),
             "?" if (took := seconds[name]) is None else in_words(took),
         )
-        for name, part in forecasts.items()
+        for name, part in estimates.items()
     ]
     columns = ("step", "reads", "disk", "memory", "time")
     terminal.table(f"{recipe.name}: {len(rows)} steps into {recipe.out}", columns, rows)
-    terminal.forecast(merged(forecasts))
+    terminal.estimate(merged(estimates))
     terminal.say(f"time    {_how_long(seconds)}")
-    told = {name: {**part.as_dict(), "seconds": seconds[name]} for name, part in forecasts.items()}
+    told = {name: {**part.as_dict(), "seconds": seconds[name]} for name, part in estimates.items()}
     terminal.answer(steps=told, seconds=sum(took or 0 for took in seconds.values()))
 
 

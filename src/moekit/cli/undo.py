@@ -22,14 +22,14 @@ def undo(
 
     The changed checkpoint is kept beside it.
     """
-    from moekit.jobs.shared.estimates import Forecast, Item
+    from moekit.jobs.shared.estimates import Item, JobEstimate
     from moekit.jobs.undo import find_parent, undo as undo_change
 
     target = keep or folder.with_name(f"{folder.name}.undone")
     found = find_parent(folder)
     if terminal.dry_run:
         writes = (Item(str(folder), found.nbytes), Item(str(target)))
-        terminal.forecast(Forecast((Item(str(found.parent), found.nbytes),), writes, disk=found.nbytes, memory=0))
+        terminal.estimate(JobEstimate((Item(str(found.parent), found.nbytes),), writes, disk=found.nbytes, memory=0))
         return
     undo_change(folder, keep=target)
     terminal.answer(folder=str(folder), parent=str(found.parent), undone=found.command, kept=str(target))

@@ -18,22 +18,22 @@ from moekit.jobs.call import TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.prune import PruneResult
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, record_bytes, text_item
-from moekit.jobs.shared.opened import Source, check_runnable, open_source
+from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.shared.proof import HeldOut
-from moekit.jobs.shared.pruned import Decided, finish, in_groups, warn_of
+from moekit.jobs.shared.pruned import Decided, finish, in_groups, log_warnings
 from moekit.jobs.shared.pruning import (
     PLAN_FILE,
     budget_of,
     bytes_between,
     check_disk,
     check_unchanged,
-    foresee,
     heldout_of_plan,
     read_heldout,
     refuse_uneven,
-    tell_uneven,
+    size_of_result,
+    warn_uneven,
 )
 from moekit.progress import ProgressLike
 
@@ -130,24 +130,24 @@ def check(options: ApplyOptions) -> None:
         budget_of(options.keep, options.scope or "global", options.least, options.most)
 
 
-def estimate(options: ApplyOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: ApplyOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """Exact where plan and model lie here."""
     reads = [sizes.item(options.plan), *(text_item(text, sizes) for text in (options.heldout,) if text)]
     if not _plan_path(options.plan).is_file():
-        return Forecast(tuple(reads), (Item(str(out), None),))
+        return JobEstimate(tuple(reads), (Item(str(out), None),))
     plan = _load(options)
     reference = options.model or plan.file.model
     model = model_item(reference, sizes)
     if model.nbytes is None or not (Path(reference).expanduser() / "config.json").is_file():
-        return Forecast((*reads, model), (Item(str(out), model.nbytes),), disk=model.nbytes)
+        return JobEstimate((*reads, model), (Item(str(out), model.nbytes),), disk=model.nbytes)
     source = open_source(reference)
     plan = _fitting(options, plan, source)
     request = _request(options, plan)
     refuse_uneven(request.keep_budget, options.stock_only)
-    nbytes = foresee(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp).nbytes
+    nbytes = size_of_result(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp).nbytes
     nbytes += record_bytes(source.checkpoint.tensors.values())
     disk = nbytes + _between(options, source, plan)
-    return Forecast((*reads, model), (Item(str(out), nbytes),), disk=disk, memory=1 << 30)
+    return JobEstimate((*reads, model), (Item(str(out), nbytes),), disk=disk, memory=1 << 30)
 
 
 def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
@@ -158,21 +158,21 @@ def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
     plan = _fitting(options, plan, source)
     request = _request(options, plan)
     refuse_uneven(request.keep_budget, options.stock_only)
-    tell_uneven(request.keep_budget)
-    outlook = foresee(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp)
+    warn_uneven(request.keep_budget)
+    outlook = size_of_result(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp)
     if options.proof:
         check_runnable(source)
     check_disk(context.out, context.scratch, outlook.nbytes, _between(options, source, plan))
     heldout = _heldout(options, plan, source, context)
     decided = Decided(source, request, _decided(options, plan, source, request), plan.statistics)
-    return finish(decided, heldout, options, context, warn_of(decided.plan))
+    return finish(decided, heldout, options, context, log_warnings(decided.plan))
 
 
 def _load(options: ApplyOptions) -> WeightPlan:
     return WeightPlan.load(_plan_path(options.plan), kind="prune")
 
 
-def _fitting(options: ApplyOptions, plan: WeightPlan, source: Source) -> WeightPlan:
+def _fitting(options: ApplyOptions, plan: WeightPlan, source: OpenedModel) -> WeightPlan:
     """The plan as one of this model.
 
     Raises:
@@ -208,20 +208,20 @@ def _request(options: ApplyOptions, plan: WeightPlan) -> PlanRequest:
     return PlanRequest(plan.method, _budget(options, plan), file.top_k, file.groups, file.seed, file.protected)
 
 
-def _decided(options: ApplyOptions, plan: WeightPlan, source: Source, request: PlanRequest) -> WeightPlan:
+def _decided(options: ApplyOptions, plan: WeightPlan, source: OpenedModel, request: PlanRequest) -> WeightPlan:
     if options.keep is None:
         return plan
     made = redecide(plan, source.checkpoint, request.keep_budget)
     return WeightPlan(made.file.model_copy(update={"layers": in_groups(source, made)}), made.statistics)
 
 
-def _between(options: ApplyOptions, source: Source, plan: WeightPlan) -> int:
+def _between(options: ApplyOptions, source: OpenedModel, plan: WeightPlan) -> int:
     proof = (options.proof_tokens or (1 << 20)) if options.proof else 0
     rewritten = source.nbytes if plan.method.rewrites else 0
     return bytes_between(source, 0, proof, 2 + options.random_seeds, rewritten)
 
 
-def _heldout(options: ApplyOptions, plan: WeightPlan, source: Source, context: JobContext) -> HeldOut | None:
+def _heldout(options: ApplyOptions, plan: WeightPlan, source: OpenedModel, context: JobContext) -> HeldOut | None:
     """Text to prove on: the one given, else what was kept apart when the plan was made."""
     if not options.proof:
         return None

@@ -25,7 +25,7 @@ from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.context import JobContext, LiveModel
 from moekit.jobs.options.base import JobOptions, kinds_of
 from moekit.jobs.shared.hashes import hash_of, reference_hash
-from moekit.jobs.shared.outputs import refuse_harm
+from moekit.jobs.shared.outputs import check_output
 from moekit.progress import progress_of
 
 # What may stand for a text: a file, a folder, the name of a source or mix, a data set id; or texts, or domain -> texts.
@@ -82,7 +82,7 @@ def ready(options: Options, out: Path | None, *, overwrite: bool = False) -> tup
     """
     settled, target, replace = options.settled(out, overwrite)
     settled.check()
-    refuse_harm(settled, target)
+    check_output(settled, target)
     return settled, target, replace
 
 

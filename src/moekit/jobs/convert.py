@@ -13,7 +13,7 @@ from moekit.data.encoding import Bos
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.convert import ConvertOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, save_changed, text_item
 from moekit.progress import ProgressLike
 
@@ -94,11 +94,11 @@ def check(options: ConvertOptions) -> None:
     catalogue.make("convert", options.method, options.settings)
 
 
-def estimate(options: ConvertOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: ConvertOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """The MoE is at least as large as the dense model; how much larger, the conversion's options decide."""
     model = model_item(options.model, sizes)
     reads = (model,) if options.text is None else (model, text_item(options.text, sizes))
-    return Forecast(
+    return JobEstimate(
         reads,
         (Item(str(out), model.nbytes),),
         disk=model.nbytes,

@@ -14,7 +14,7 @@ from moekit.errors import BadData
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.data import DataOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes, disk_bytes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate, disk_bytes
 from moekit.jobs.shared.inputs import is_model, model_item, model_location, read_text, text_item
 from moekit.jobs.undo import copy_folder
 from moekit.progress import ProgressLike
@@ -72,16 +72,16 @@ def write_data(
     return call(DataOptions, DataResult, dict(locals()))
 
 
-def estimate(options: DataOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: DataOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """Sizes of what is fetched and kept."""
     source = text_item(options.source, sizes)
     if is_model(options.source):
         model = model_item(options.source, sizes)
-        return Forecast((model,), (Item(str(out), model.nbytes),), disk=model.nbytes, memory=model.nbytes)
+        return JobEstimate((model,), (Item(str(out), model.nbytes),), disk=model.nbytes, memory=model.nbytes)
     limits = [options.train_bytes, options.profile_bytes or 0, options.heldout_bytes]
     kept = source.nbytes if None in limits else sum(limit for limit in limits if limit is not None)
     notes = () if source.nbytes is not None else ("how much is downloaded is known only when it is there",)
-    return Forecast((source,), (Item(str(out), kept),), disk=kept, memory=source.nbytes, notes=notes)
+    return JobEstimate((source,), (Item(str(out), kept),), disk=kept, memory=source.nbytes, notes=notes)
 
 
 def run(options: DataOptions, context: JobContext) -> dict[str, Any]:

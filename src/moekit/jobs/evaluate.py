@@ -17,7 +17,7 @@ from moekit.evaluation import Evaluation, TaskResult, choices, compare, perplexi
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.evaluate import EvaluateOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, text_item
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.parallel.launch.start import StartedRanks
@@ -113,11 +113,11 @@ def check(options: EvaluateOptions) -> None:
     check_ranks(options)
 
 
-def estimate(options: EvaluateOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: EvaluateOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """Results are small; the model is in memory once."""
     model = model_item(options.model, sizes)
     reads = [model, *(text_item(item, sizes) for item in (options.text, *options.questions) if item)]
-    return Forecast(tuple(reads), (Item(str(out), 1 << 20),), disk=1 << 20, memory=model.nbytes)
+    return JobEstimate(tuple(reads), (Item(str(out), 1 << 20),), disk=1 << 20, memory=model.nbytes)
 
 
 def run(options: EvaluateOptions, context: JobContext) -> dict[str, Any]:

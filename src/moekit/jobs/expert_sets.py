@@ -18,11 +18,11 @@ from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.expert_sets import PatternOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, read_text, text_item
-from moekit.jobs.shared.opened import Source, open_source
+from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.shared.pruning import bytes_between, check_disk
-from moekit.jobs.shared.task_texts import Texts, account, largest_layer, texts_of_tasks, warn_of
+from moekit.jobs.shared.task_texts import Texts, account, largest_layer, log_warnings, texts_of_tasks
 from moekit.progress import ProgressLike
 from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern, generalist
 from moekit.serving.expert_sets.recording import GroupedText
@@ -136,15 +136,15 @@ def check(options: PatternOptions) -> None:
         raise BadConfig("tasks cannot be pooled without the scores of all layers", hint="leave --no-further out")
 
 
-def estimate(options: PatternOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: PatternOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """A few hundred kilobytes are written; what lies on the disk meanwhile are the text's hidden states."""
     reads = (model_item(options.model, sizes), text_item(options.data, sizes))
     notes = ("layers are read from disk one at a time: memory does not grow with their number",)
     if not (Path(options.model).expanduser() / "config.json").is_file():
-        return Forecast(reads, (Item(str(out), _STORE_BYTES),), notes=notes)
+        return JobEstimate(reads, (Item(str(out), _STORE_BYTES),), notes=notes)
     source = open_source(options.model)
     disk = _STORE_BYTES + _between(options, source)
-    return Forecast(
+    return JobEstimate(
         reads, (Item(str(out), _STORE_BYTES),), disk=disk, memory=2 * largest_layer(source) + (1 << 30), notes=notes
     )
 
@@ -168,17 +168,17 @@ def run(options: PatternOptions, context: JobContext) -> dict[str, Any]:
     return _told(options, made, source, context)
 
 
-def _between(options: PatternOptions, source: Source, tasks: int = 1) -> int:
+def _between(options: PatternOptions, source: OpenedModel, tasks: int = 1) -> int:
     return bytes_between(source, tasks * (options.max_tokens or (1 << 20)), 0, 0, 0)
 
 
-def _texts(options: PatternOptions, source: Source, context: JobContext) -> Texts:
+def _texts(options: PatternOptions, source: OpenedModel, context: JobContext) -> Texts:
     """Task -> its documents; read before any work, as one may turn out empty."""
     documents = read_text(options.data, seed=context.seed, progress=context.progress)
     return texts_of_tasks(documents, options.data, options.task, source.tokenizer(), options.max_tokens, options.bos)
 
 
-def _store_before(options: PatternOptions, out: Path, source: Source) -> PatternStore | None:
+def _store_before(options: PatternOptions, out: Path, source: OpenedModel) -> PatternStore | None:
     """The folder that tasks are added to; None where there is none yet, or it is made anew."""
     if options.existing == "anew" or not (out / INDEX_FILE).is_file():
         return None
@@ -186,7 +186,7 @@ def _store_before(options: PatternOptions, out: Path, source: Source) -> Pattern
 
 
 def _refuse_known(
-    options: PatternOptions, out: Path, source: Source, method: PruneMethod, tasks: Collection[str]
+    options: PatternOptions, out: Path, source: OpenedModel, method: PruneMethod, tasks: Collection[str]
 ) -> None:
     """Refuse before any work what could not be stored after it."""
     store = _store_before(options, out, source)
@@ -217,7 +217,7 @@ def _refuse_known(
 
 
 def _record(
-    options: PatternOptions, source: Source, method: PruneMethod, texts: Texts, context: JobContext
+    options: PatternOptions, source: OpenedModel, method: PruneMethod, texts: Texts, context: JobContext
 ) -> dict[str, dict[int, LayerStatistics]]:
     """One pass: every layer is read once, and all tasks go through it."""
     length = min(options.seq_len, source.longest)
@@ -247,7 +247,7 @@ def _pattern(
     statistics: dict[int, LayerStatistics],
     text: list[TokenizedDocument],
     method: PruneMethod,
-    source: Source,
+    source: OpenedModel,
 ) -> Pattern:
     return from_statistics(
         name,
@@ -262,7 +262,7 @@ def _pattern(
 
 def _pooled(
     options: PatternOptions,
-    source: Source,
+    source: OpenedModel,
     method: PruneMethod,
     found: dict[str, dict[int, LayerStatistics]],
     texts: Texts,
@@ -278,7 +278,7 @@ def _pooled(
     return _pattern(options, GENERALIST, merged, text, method, source)
 
 
-def _store(options: PatternOptions, patterns: list[Pattern], source: Source, context: JobContext) -> None:
+def _store(options: PatternOptions, patterns: list[Pattern], source: OpenedModel, context: JobContext) -> None:
     fingerprint = source.checkpoint.fingerprint
     if options.existing == "anew":
         with atomic_folder(context.out, overwrite=context.overwrite) as folder:
@@ -288,12 +288,12 @@ def _store(options: PatternOptions, patterns: list[Pattern], source: Source, con
     PatternStore(context.out, fingerprint).save_all(patterns, overwrite=names)
 
 
-def _told(options: PatternOptions, patterns: list[Pattern], source: Source, context: JobContext) -> dict[str, Any]:
+def _told(options: PatternOptions, patterns: list[Pattern], source: OpenedModel, context: JobContext) -> dict[str, Any]:
     index = PatternStore(context.out, source.checkpoint.fingerprint).index()
     if GENERALIST in index.tasks and not options.generalist:
         logger.warning("the generalist is still that of the tasks before: --generalist makes it anew")
     for pattern in patterns:
-        warn_of(pattern)
+        log_warnings(pattern)
     made = [
         {
             "task": pattern.task,

@@ -14,7 +14,7 @@ from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.place import PlaceOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import changed_bytes, model_item, model_location
 from moekit.jobs.shared.trained import trained_alike
 from moekit.placement import Placement, constraint_gain, routing_groups
@@ -22,7 +22,7 @@ from moekit.placement.apply import place_checkpoint
 from moekit.placement.comparison import compare, compare_solvers
 from moekit.placement.sending import predict_sending
 from moekit.placement.simulation import place_trace
-from moekit.placement.spare import add_copies, place_by_load
+from moekit.placement.redundancy import add_copies, place_by_load
 from moekit.placement.topology import Topology, parse_latency
 from moekit.progress import ProgressLike
 from moekit.report.results import REPLAY, placement_file
@@ -64,7 +64,7 @@ def place(
     bandwidth: str | None = None,
     latency: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
-    spare: int = 0,
+    redundant: int = 0,
     copies: Literal["added", "eplb"] = "added",
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -88,7 +88,7 @@ def place(
         bandwidth: of a link inside a node, then across nodes, such as 900GB/s,50GB/s: predict bytes and seconds.
         latency: before the first byte, inside a node, then across, such as 3us,10us.
         dtype: type of the hidden states that travel, for predicted bytes.
-        spare: expert slots of each device to fill with copies of hot experts.
+        redundant: expert slots of each device to fill with copies of hot experts.
         copies: added: keep the solver's owners; eplb: choose owners, too, by load alone. Both are counted, this one is
             written.
         out: folder of the placements and counts; None keeps nothing but the result.
@@ -115,7 +115,7 @@ def check(options: PlaceOptions) -> None:
         _topology(options, devices)
 
 
-def estimate(options: PlaceOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: PlaceOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """Placements are small; a permuted model is as large as its parent."""
     others = [
         sizes.item(path) for path in (options.trace, options.replay, options.baseline, options.baseline_trace) if path
@@ -127,7 +127,7 @@ def estimate(options: PlaceOptions, out: Path, sizes: Sizes) -> Forecast:
         others.append(model)
         each = changed_bytes(options.model, model)
         written = None if each is None else (1 << 16) + each * len(options.devices)
-    return Forecast(tuple(others), (Item(str(out), written),), disk=written, memory=memory)
+    return JobEstimate(tuple(others), (Item(str(out), written),), disk=written, memory=memory)
 
 
 def run(options: PlaceOptions, context: JobContext) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _on(
         "devices": devices,
         "placement": placement.hash,
         "solver": placement.solver,
-        "spare": options.spare,
+        "redundant": options.redundant,
         "proven_layers": len(placement.proven),
         "layers": len(placement.layers),
         "rows": rows,
@@ -205,21 +205,21 @@ def _topology(options: PlaceOptions, devices: int) -> Topology | None:
 
 def _with_copies(options: PlaceOptions, trace: Any, placement: Placement, groups: int) -> dict[str, Placement]:
     """By name; the one to be written last."""
-    if not options.spare:
+    if not options.redundant:
         return {}
     counted = trace.require(["load"])
     load = {layer: counted[layer]["load"] for layer in placement.layers}
-    added = add_copies(placement, load, options.spare)
+    added = add_copies(placement, load, options.redundant)
     by_load = place_by_load(
         load,
         placement.devices,
-        options.spare,
+        options.redundant,
         nodes=placement.nodes,
         routing_groups=groups,
         fingerprint=placement.fingerprint,
         trace=placement.trace,
     )
-    found = {f"{options.method}+{options.spare}": added, f"eplb+{options.spare}": by_load}
+    found = {f"{options.method}+{options.redundant}": added, f"eplb+{options.redundant}": by_load}
     return found if options.copies == "eplb" else dict(reversed(found.items()))
 
 

@@ -13,7 +13,7 @@ from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.pretrain_tiny import PretrainTinyOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import read_text, text_item
 from moekit.progress import ProgressLike
 from moekit.training import TinyConfig, train_tiny
@@ -99,7 +99,7 @@ def config_of(options: PretrainTinyOptions, seed: int) -> TinyConfig:
         raise BadConfig(f"tiny model: {faults(error)}", hint="see moekit.training.TinyConfig") from error
 
 
-def estimate(options: PretrainTinyOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: PretrainTinyOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """From the model's sizes alone."""
     config = config_of(options, 0)
     experts = config.layers * config.experts * 3 * config.hidden * config.width
@@ -107,7 +107,9 @@ def estimate(options: PretrainTinyOptions, out: Path, sizes: Sizes) -> Forecast:
     parameters = experts + attention + config.vocabulary * config.hidden
     text = text_item(options.text, sizes)
     memory = parameters * _BYTES_PER_PARAMETER + (text.nbytes or 0)
-    return Forecast((text,), (Item(str(out), 4 * parameters),), disk=parameters * _BYTES_PER_PARAMETER, memory=memory)
+    return JobEstimate(
+        (text,), (Item(str(out), 4 * parameters),), disk=parameters * _BYTES_PER_PARAMETER, memory=memory
+    )
 
 
 def run(options: PretrainTinyOptions, context: JobContext) -> dict[str, Any]:

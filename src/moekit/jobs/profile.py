@@ -13,7 +13,7 @@ from moekit.data.encoding import Bos
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.profile import ProfileOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, text_item
 from moekit.progress import ProgressLike
 from moekit.trace import check_summary, record, single_figures, summarise
@@ -106,7 +106,7 @@ def _recording(options: ProfileOptions) -> Recording:
     return Recording(statistics=options.statistics, keep_choices=options.choices, weights=options.weights)
 
 
-def estimate(options: ProfileOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: ProfileOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """A choice takes one byte; the geometry is read from the config where it is there."""
     model, text = model_item(options.model, sizes), text_item(options.text, sizes)
     per_token = _bytes_per_token(options.model, options.weights) if options.choices else 0
@@ -117,7 +117,7 @@ def estimate(options: ProfileOptions, out: Path, sizes: Sizes) -> Forecast:
     nbytes, notes = _cost(options)
     if trace is not None:
         trace += nbytes
-    return Forecast((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes, notes=notes)
+    return JobEstimate((model, text), (Item(str(out), trace),), disk=trace, memory=model.nbytes, notes=notes)
 
 
 def _cost(options: ProfileOptions) -> tuple[int, tuple[str, ...]]:

@@ -22,24 +22,24 @@ from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.prune import PruneOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, record_bytes, text_item
-from moekit.jobs.shared.opened import Source, check_runnable, open_source
+from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.protection import SUPER, parse_protected, protection_needs, super_experts
-from moekit.jobs.shared.pruned import Decided, finish, in_groups, told_of_plan, warn_of
+from moekit.jobs.shared.pruned import Decided, finish, in_groups, log_warnings, summary_of_plan
 from moekit.jobs.shared.pruning import (
     PLAN_FILE,
-    Outlook,
+    ResultSize,
     budget_of,
     bytes_between,
     check_disk,
-    foresee,
     read_heldout,
     refuse_uneven,
-    tell_uneven,
+    size_of_result,
+    warn_uneven,
 )
 from moekit.jobs.shared.self_calibration import answered_rows, load_for_answers
 from moekit.progress import ProgressLike
@@ -100,7 +100,7 @@ def prune(
     top_k: int | None = None,
     groups: Literal["free", "equal"] = "free",
     protect: str | Path | None = None,
-    answers: int | None = None,
+    self_generated: int | None = None,
     demonstrations: int = 25,
     max_tokens: int | None = 65536,
     seq_len: int = 512,
@@ -137,8 +137,8 @@ def prune(
         top_k: choices a token makes from now on; as before by default.
         groups: routing groups: lift the router's limits to them, or keep equally many of each.
         protect: experts that stay: super, layer:expert pairs such as 1:68,2:92, or a JSON file.
-        answers: take data as prompts: decide on each with the model's own answer of up to so many tokens behind it (the
-            whole model runs, not layer by layer)
+        self_generated: take data as prompts: decide on each with the model's own answer of up to so many tokens behind
+            it (the whole model runs, not layer by layer)
         demonstrations: prompts of each domain that are answered.
         max_tokens: tokens of data, at most, shared by its domains; answered prompts count apart.
         seq_len: tokens a row, the model's limit if that is less; a prompt and its answer are one.
@@ -192,8 +192,8 @@ def check(options: PruneOptions) -> None:
     if options.data is None and options.trace is None and (method.searches or method.required):
         what = "runs layers on text" if method.searches else f"decides from {', '.join(method.required)}"
         raise BadConfig(f"{options.method} {what}", hint="give text (--data) or a trace (--trace) of this model")
-    if options.answers is not None and options.data is None:
-        raise BadConfig("there are no prompts to answer", hint="give prompts (--data), or leave --answers out")
+    if options.self_generated is not None and options.data is None:
+        raise BadConfig("there are no prompts to answer", hint="give prompts (--data), or leave --self-generated out")
     if options.protect == SUPER and options.data is None and options.trace is None:
         raise BadConfig("super experts are found on text", hint="give text (--data) or a trace that holds them")
     if _proves(options) and options.data is None and options.heldout is None:
@@ -206,33 +206,33 @@ def _proves(options: PruneOptions) -> bool:
     return options.proof and options.write == "model"
 
 
-def _statistics(options: PruneOptions, source: Source, method: Any) -> tuple[str, ...]:
+def _statistics(options: PruneOptions, source: OpenedModel, method: Any) -> tuple[str, ...]:
     """What is recorded: what the method, the protection and the baselines look at."""
     needed = protection_needs(source) if options.protect == SUPER else ()
     return tuple(dict.fromkeys((*method.required, *needed, "load")))
 
 
-def estimate(options: PruneOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: PruneOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """Exact where the model lies here; the bytes of a model that is not here yet are those of its parent."""
     model = model_item(options.model, sizes)
     reads = [model, *(text_item(text, sizes) for text in (options.data, options.heldout) if text)]
     reads += [sizes.item(options.trace)] if options.trace else []
-    notes = [] if options.answers is None else ["the whole model is loaded to answer the prompts"]
+    notes = [] if options.self_generated is None else ["the whole model is loaded to answer the prompts"]
     notes += ["layers are read from disk one at a time: memory does not grow with their number"]
     if options.scope == "global":
         notes.append("layers may keep different numbers of experts: the result loads through moekit.load only")
     if options.write == "plan":
-        return Forecast(tuple(reads), (Item(str(out), 16 << 20),), disk=16 << 20, notes=tuple(notes))
+        return JobEstimate(tuple(reads), (Item(str(out), 16 << 20),), disk=16 << 20, notes=tuple(notes))
     if not (Path(options.model).expanduser() / "config.json").is_file():
-        return Forecast(tuple(reads), (Item(str(out), model.nbytes),), disk=model.nbytes, notes=tuple(notes))
+        return JobEstimate(tuple(reads), (Item(str(out), model.nbytes),), disk=model.nbytes, notes=tuple(notes))
     source = open_source(options.model)
     request = _request(options, source, 0)
     outlook = _foresee(options, source, request)
     nbytes = outlook.nbytes + record_bytes(source.checkpoint.tensors.values())
     disk = nbytes + _between(options, source, outlook, request)
     memory = 2 * max(_layer_bytes(source).values()) + (1 << 30)
-    memory = memory if options.answers is None else max(memory, source.nbytes + (1 << 30))
-    return Forecast(tuple(reads), (Item(str(out), nbytes),), disk=disk, memory=memory, notes=tuple(notes))
+    memory = memory if options.self_generated is None else max(memory, source.nbytes + (1 << 30))
+    return JobEstimate(tuple(reads), (Item(str(out), nbytes),), disk=disk, memory=memory, notes=tuple(notes))
 
 
 def run(options: PruneOptions, context: JobContext) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def run(options: PruneOptions, context: JobContext) -> dict[str, Any]:
     check(options)
     source = open_source(options.model, context.progress)
     request = _request(options, source, context.seed)
-    tell_uneven(request.keep_budget)
+    warn_uneven(request.keep_budget)
     outlook = _foresee(options, source, request)
     if _proves(options):
         check_runnable(source)
@@ -248,16 +248,16 @@ def run(options: PruneOptions, context: JobContext) -> dict[str, Any]:
         check_disk(context.out, context.scratch, outlook.nbytes, _between(options, source, outlook, request))
     rows, heldout = _texts(options, source, context)
     decided = _decide(options, source, request, rows, context)
-    warnings = warn_of(decided.plan)
+    warnings = log_warnings(decided.plan)
     if options.plan is not None:
         decided.plan.save(options.plan)
     if options.write == "model":
         return finish(decided, heldout, options, context, warnings)
     _save_plan(decided.plan, context)
-    return told_of_plan(decided, warnings, outlook.tensors)
+    return summary_of_plan(decided, warnings, outlook.tensors)
 
 
-def _request(options: PruneOptions, source: Source, seed: int) -> PlanRequest:
+def _request(options: PruneOptions, source: OpenedModel, seed: int) -> PlanRequest:
     method = catalogue.make("prune", options.method, options.settings)
     budget = budget_of(options.keep, options.scope, options.least, options.most)
     named = options.protect is not None and options.protect != SUPER
@@ -265,11 +265,11 @@ def _request(options: PruneOptions, source: Source, seed: int) -> PlanRequest:
     return PlanRequest(method, budget, options.top_k, options.groups, seed, protected)
 
 
-def _foresee(options: PruneOptions, source: Source, request: PlanRequest) -> Outlook:
-    return foresee(source, request, options.method, stock_only=options.stock_only, mtp=options.mtp)
+def _foresee(options: PruneOptions, source: OpenedModel, request: PlanRequest) -> ResultSize:
+    return size_of_result(source, request, options.method, stock_only=options.stock_only, mtp=options.mtp)
 
 
-def _between(options: PruneOptions, source: Source, outlook: Outlook, request: PlanRequest) -> int:
+def _between(options: PruneOptions, source: OpenedModel, outlook: ResultSize, request: PlanRequest) -> int:
     tokens = 0 if options.data is None else options.max_tokens or (1 << 20)
     tokens *= 2 if request.method.searches else 1
     proof = (options.proof_tokens or (1 << 20)) if _proves(options) else 0
@@ -280,7 +280,9 @@ def _between(options: PruneOptions, source: Source, outlook: Outlook, request: P
     return bytes_between(source, tokens, proof, 2 + options.random_seeds, rewritten)
 
 
-def _texts(options: PruneOptions, source: Source, context: JobContext) -> tuple[TokenBatches | None, HeldOut | None]:
+def _texts(
+    options: PruneOptions, source: OpenedModel, context: JobContext
+) -> tuple[TokenBatches | None, HeldOut | None]:
     """Rows to decide on and text to prove on; both are read before any work, as either may turn out empty."""
     split = "train" if options.heldout is None else None
     rows = None
@@ -311,8 +313,8 @@ def _texts(options: PruneOptions, source: Source, context: JobContext) -> tuple[
     )
 
 
-def _rows(options: PruneOptions, documents: list[Document], source: Source, context: JobContext) -> TokenBatches:
-    if options.answers is None:
+def _rows(options: PruneOptions, documents: list[Document], source: OpenedModel, context: JobContext) -> TokenBatches:
+    if options.self_generated is None:
         length = min(options.seq_len, source.longest)
         return calibration_rows(
             documents, source.tokenizer(), seq_len=length, max_tokens=options.max_tokens, bos=options.bos
@@ -321,14 +323,14 @@ def _rows(options: PruneOptions, documents: list[Document], source: Source, cont
         documents,
         source,
         context,
-        new_tokens=options.answers,
+        new_tokens=options.self_generated,
         each=options.demonstrations,
         load=lambda: load_for_answers(source, options.device, options.dtype),
     )
 
 
 def _decide(
-    options: PruneOptions, source: Source, request: PlanRequest, rows: TokenBatches | None, context: JobContext
+    options: PruneOptions, source: OpenedModel, request: PlanRequest, rows: TokenBatches | None, context: JobContext
 ) -> Decided:
     if rows is None:
         trace = None if options.trace is None else Trace.load(options.trace)
@@ -366,14 +368,14 @@ def _origin(options: PruneOptions) -> str:
     return name if options.heldout is not None else f"{name}[train]"
 
 
-def _protected(options: PruneOptions, request: PlanRequest, source: Source, trace: Trace | None) -> PlanRequest:
+def _protected(options: PruneOptions, request: PlanRequest, source: OpenedModel, trace: Trace | None) -> PlanRequest:
     if options.protect != SUPER or trace is None:
         return request
     return dataclasses.replace(request, protected=super_experts(source, trace))
 
 
 def _complete(
-    options: PruneOptions, source: Source, request: PlanRequest, plan: WeightPlan, trace: Trace | None
+    options: PruneOptions, source: OpenedModel, request: PlanRequest, plan: WeightPlan, trace: Trace | None
 ) -> Decided:
     """The plan in its final form, with what baselines decide from."""
     layers = in_groups(source, plan)
@@ -387,7 +389,7 @@ def _complete(
     return Decided(source, request, plan, counted)
 
 
-def _layer_bytes(source: Source) -> dict[int, int]:
+def _layer_bytes(source: OpenedModel) -> dict[int, int]:
     """Bytes of all routed experts of each layer."""
     sizes = sizes_of(source.checkpoint, source.geometries)
     return {layer: each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items()}

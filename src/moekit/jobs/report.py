@@ -11,7 +11,7 @@ from moekit.checkpoint import atomic_write
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.report import ReportOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.progress import ProgressLike
 from moekit.report import build
 from moekit.report.gather import report_data
@@ -83,7 +83,7 @@ def write_report(
     return call(ReportOptions, ReportResult, dict(locals()))
 
 
-def estimate(options: ReportOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: ReportOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """A page is a few MiB at most."""
     names = (
         *options.traces,
@@ -94,7 +94,7 @@ def estimate(options: ReportOptions, out: Path, sizes: Sizes) -> Forecast:
     )
     names += options.super_experts
     reads = tuple(sizes.item(name) for name in dict.fromkeys(names))
-    return Forecast(reads, (Item(str(out), 4 << 20),), disk=4 << 20, memory=256 << 20)
+    return JobEstimate(reads, (Item(str(out), 4 << 20),), disk=4 << 20, memory=256 << 20)
 
 
 def run(options: ReportOptions, context: JobContext) -> dict[str, Any]:

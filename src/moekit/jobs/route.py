@@ -12,7 +12,7 @@ from moekit.checkpoint import fingerprint_model
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.route import RouteOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import changed_bytes, model_item, open_model, save_changed
 from moekit.placement import Placement
 from moekit.progress import ProgressLike
@@ -81,12 +81,12 @@ def check(options: RouteOptions) -> None:
     catalogue.make("routing", options.method, options.settings)
 
 
-def estimate(options: RouteOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: RouteOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """A plan is small; a model is as large as its parent."""
     model = model_item(options.model, sizes)
     others = [sizes.item(path) for path in (options.trace, options.placement) if path is not None]
     written = changed_bytes(options.model, model) if options.write == "model" else 1 << 20
-    return Forecast((model, *others), (Item(str(out), written),), disk=written, memory=model.nbytes)
+    return JobEstimate((model, *others), (Item(str(out), written),), disk=written, memory=model.nbytes)
 
 
 def run(options: RouteOptions, context: JobContext) -> dict[str, Any]:

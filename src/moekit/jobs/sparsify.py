@@ -16,7 +16,7 @@ from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
-from moekit.compress.engine.request import Calibration, PlanRequest
+from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.zeroing import SparsifyMethod, check_sparsity
 from moekit.data import TokenBatches
 from moekit.data.encoding import Bos
@@ -24,14 +24,14 @@ from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.sparsify import SparsifyOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, record_bytes, text_item
-from moekit.jobs.shared.opened import Source, open_source
+from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.pruning import PLAN_FILE, bytes_between, check_disk, check_unchanged, read_heldout
-from moekit.jobs.shared.sparse import Machine, finish, told_of, warn_of
+from moekit.jobs.shared.sparse import Placed, finish, log_warnings, summary_of
 from moekit.progress import ProgressLike
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def check(options: SparsifyOptions) -> None:
         )
 
 
-def estimate(options: SparsifyOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: SparsifyOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """As large as the model: zeros are stored."""
     reference = options.model
     reads = [text_item(text, sizes) for text in (options.data, options.heldout) if text]
@@ -179,19 +179,19 @@ def estimate(options: SparsifyOptions, out: Path, sizes: Sizes) -> Forecast:
         reads.append(sizes.item(options.from_plan))
         reference = _stored(options).file.model if _plan_path(options.from_plan).is_file() else None
     if reference is None:
-        return Forecast(tuple(reads), (Item(str(out), None),))
+        return JobEstimate(tuple(reads), (Item(str(out), None),))
     model = model_item(reference, sizes)
     notes = ("layers are read from disk one at a time: memory does not grow with their number",)
     if options.write == "plan":
-        return Forecast((model, *reads), (Item(str(out), 16 << 20),), disk=16 << 20, notes=notes)
+        return JobEstimate((model, *reads), (Item(str(out), 16 << 20),), disk=16 << 20, notes=notes)
     if model.nbytes is None or not (Path(reference).expanduser() / "config.json").is_file():
-        return Forecast((model, *reads), (Item(str(out), model.nbytes),), disk=model.nbytes, notes=notes)
+        return JobEstimate((model, *reads), (Item(str(out), model.nbytes),), disk=model.nbytes, notes=notes)
     source = open_source(reference)
     if options.from_plan is None:
         _request(options, source, 0)
     nbytes = _foresee(source) + record_bytes(source.checkpoint.tensors.values())
     disk = nbytes + _between(options, source)
-    return Forecast((model, *reads), (Item(str(out), nbytes),), disk=disk, memory=1 << 30, notes=notes)
+    return JobEstimate((model, *reads), (Item(str(out), nbytes),), disk=disk, memory=1 << 30, notes=notes)
 
 
 def run(options: SparsifyOptions, context: JobContext) -> dict[str, Any]:
@@ -209,13 +209,13 @@ def run(options: SparsifyOptions, context: JobContext) -> dict[str, Any]:
     if request is not None:
         plan = _plan(options, source, request, context)
     assert plan is not None
-    warn_of(plan.file.warnings)
+    log_warnings(plan.file.warnings)
     if options.plan is not None:
         plan.save(options.plan)
     if options.write == "model":
-        return finish(plan, source, heldout, Machine(options.device, named_dtype(options.dtype)), context)
+        return finish(plan, source, heldout, Placed(options.device, named_dtype(options.dtype)), context)
     _save_plan(plan, context)
-    return told_of(plan, None)
+    return summary_of(plan, None)
 
 
 def _proves(options: SparsifyOptions) -> bool:
@@ -231,7 +231,7 @@ def _stored(options: SparsifyOptions) -> WeightPlan:
     return WeightPlan.load(_plan_path(str(options.from_plan)), kind="sparsify")
 
 
-def _request(options: SparsifyOptions, source: Source, seed: int) -> PlanRequest:
+def _request(options: SparsifyOptions, source: OpenedModel, seed: int) -> PlanRequest:
     """What is asked for, in shares of the weights that are there.
 
     Raises:
@@ -252,7 +252,7 @@ def _request(options: SparsifyOptions, source: Source, seed: int) -> PlanRequest
     return PlanRequest(method, budget, seed=seed)
 
 
-def _original(options: SparsifyOptions, source: Source) -> Original | None:
+def _original(options: SparsifyOptions, source: OpenedModel) -> Original | None:
     try:
         return find_original(source.checkpoint, options.original)
     except MoekitError:
@@ -261,7 +261,7 @@ def _original(options: SparsifyOptions, source: Source) -> Original | None:
         return None  # only a figure less to print
 
 
-def _between(options: SparsifyOptions, source: Source) -> int:
+def _between(options: SparsifyOptions, source: OpenedModel) -> int:
     passes = 0
     if options.from_plan is None and options.data is not None:
         passes = 2 if _method(options).reads_weights else 1
@@ -270,11 +270,11 @@ def _between(options: SparsifyOptions, source: Source) -> int:
     return bytes_between(source, tokens, proof, 2, 0)
 
 
-def _plan(options: SparsifyOptions, source: Source, request: PlanRequest, context: JobContext) -> WeightPlan:
+def _plan(options: SparsifyOptions, source: OpenedModel, request: PlanRequest, context: JobContext) -> WeightPlan:
     text = None
     if options.data is not None:
         tokenizer = source.tokenizer()
-        text = Calibration(
+        text = CalibrationText(
             list(_rows(options, source, tokenizer, context).batches(options.batch_size)),
             context.scratch / "calibration",
             named_dtype(options.dtype),
@@ -289,7 +289,7 @@ def _plan(options: SparsifyOptions, source: Source, request: PlanRequest, contex
     )
 
 
-def _rows(options: SparsifyOptions, source: Source, tokenizer: Any, context: JobContext) -> TokenBatches:
+def _rows(options: SparsifyOptions, source: OpenedModel, tokenizer: Any, context: JobContext) -> TokenBatches:
     split = "train" if options.heldout is None else None
     documents = read_text(str(options.data), split=split, seed=context.seed, progress=context.progress)
     length = min(options.seq_len, source.longest)
@@ -308,7 +308,9 @@ def _origin(options: SparsifyOptions) -> str:
     return name if options.heldout is not None else f"{name}[train]"
 
 
-def _heldout(options: SparsifyOptions, source: Source, plan: WeightPlan | None, context: JobContext) -> HeldOut | None:
+def _heldout(
+    options: SparsifyOptions, source: OpenedModel, plan: WeightPlan | None, context: JobContext
+) -> HeldOut | None:
     """Text to prove on: the one given, else what is kept apart, now or when the plan was made."""
     if not _proves(options):
         return None
@@ -344,7 +346,7 @@ def _heldout(options: SparsifyOptions, source: Source, plan: WeightPlan | None, 
     return None
 
 
-def _foresee(source: Source) -> int:
+def _foresee(source: OpenedModel) -> int:
     """Bytes of the result's files; refuses what cannot be written, before any work.
 
     Raises:
@@ -362,7 +364,7 @@ def _foresee(source: Source) -> int:
     return prepare(source.checkpoint, outcomes, mtp="keep").nbytes
 
 
-def _fixed(share: float, total: float, removed: float, source: Source) -> float:
+def _fixed(share: float, total: float, removed: float, source: OpenedModel) -> float:
     """The share that a pattern fixes, where it meets the total.
 
     Raises:

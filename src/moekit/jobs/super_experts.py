@@ -20,9 +20,9 @@ from moekit.evaluation.super_experts import SuperExpertCheck, check_super_expert
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.super_experts import SuperExpertsOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, read_text, text_item
-from moekit.jobs.shared.opened import Source, check_runnable, open_source
+from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.protection import find_in_trace, protection_needs
 from moekit.jobs.shared.pruning import bytes_between, check_disk, read_heldout
@@ -129,7 +129,7 @@ def check(options: SuperExpertsOptions) -> None:
         raise BadConfig("there is held-out text, but no check", hint="leave --heldout or --no-proof out")
 
 
-def estimate(options: SuperExpertsOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: SuperExpertsOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """What lies on the disk meanwhile is exact where the model lies here."""
     model = model_item(options.model, sizes)
     reads = (model, *(text_item(text, sizes) for text in (options.data, options.heldout) if text))
@@ -144,7 +144,7 @@ def estimate(options: SuperExpertsOptions, out: Path, sizes: Sizes) -> Forecast:
         check_runnable(source)
         disk = _FILE_BYTES + _between(options, source)
         memory = 2 * _largest_layer(source) + (1 << 30)
-    return Forecast(reads, (Item(str(out), _FILE_BYTES),), disk=disk, memory=memory, notes=tuple(notes))
+    return JobEstimate(reads, (Item(str(out), _FILE_BYTES),), disk=disk, memory=memory, notes=tuple(notes))
 
 
 def run(options: SuperExpertsOptions, context: JobContext) -> dict[str, Any]:
@@ -161,15 +161,17 @@ def run(options: SuperExpertsOptions, context: JobContext) -> dict[str, Any]:
     study = SuperExpertStudy.of(report, streams, _origin(options), proof)
     with atomic_folder(context.out, overwrite=context.overwrite) as folder:
         study.save(folder / STUDY_FILE)
-    return told_of(study, context.out / STUDY_FILE)
+    return summary_of(study, context.out / STUDY_FILE)
 
 
-def _between(options: SuperExpertsOptions, source: Source) -> int:
+def _between(options: SuperExpertsOptions, source: OpenedModel) -> int:
     proof = (options.proof_tokens or (1 << 20)) if options.proof else 0
     return bytes_between(source, options.max_tokens or (1 << 20), proof, 1 + options.random_seeds, 0)
 
 
-def _texts(options: SuperExpertsOptions, source: Source, context: JobContext) -> tuple[TokenBatches, HeldOut | None]:
+def _texts(
+    options: SuperExpertsOptions, source: OpenedModel, context: JobContext
+) -> tuple[TokenBatches, HeldOut | None]:
     """Rows to look at and text to check on; both are read before any work, as either may turn out empty."""
     kept_apart = options.proof and options.heldout is None
     documents = read_text(
@@ -189,7 +191,7 @@ def _texts(options: SuperExpertsOptions, source: Source, context: JobContext) ->
 
 
 def _look(
-    options: SuperExpertsOptions, source: Source, rows: TokenBatches, context: JobContext
+    options: SuperExpertsOptions, source: OpenedModel, rows: TokenBatches, context: JobContext
 ) -> tuple[SuperExpertReport, tuple[LayerStream, ...]]:
     """One pass over the text; goes on at the layer that an interrupted one had come to."""
     needs = protection_needs(source)
@@ -216,7 +218,7 @@ def _look(
 
 
 def _prove(
-    options: SuperExpertsOptions, source: Source, report: SuperExpertReport, heldout: HeldOut, context: JobContext
+    options: SuperExpertsOptions, source: OpenedModel, report: SuperExpertReport, heldout: HeldOut, context: JobContext
 ) -> SuperExpertCheck:
     return check_super_experts(
         source.checkpoint,
@@ -241,13 +243,13 @@ def _origin(options: SuperExpertsOptions) -> str:
     return f"{name}[train]" if options.proof and options.heldout is None else name
 
 
-def _largest_layer(source: Source) -> int:
+def _largest_layer(source: OpenedModel) -> int:
     """Bytes of the routed experts of the layer that has most of them."""
     sizes = sizes_of(source.checkpoint, source.geometries)
     return max(each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items())
 
 
-def told_of(study: SuperExpertStudy, file: Path) -> dict[str, Any]:
+def summary_of(study: SuperExpertStudy, file: Path) -> dict[str, Any]:
     """A study as plain values, single experts' maxima left out.
 
     Args:

@@ -16,7 +16,7 @@ from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.train import TrainOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import changed_bytes, model_item, open_model, read_text, save_changed, text_item
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.parallel.checkpoints.gathering import gather_state
@@ -146,7 +146,7 @@ def config_of(options: TrainOptions, seed: int) -> TrainConfig:
         raise BadConfig(f"training: {faults(error)}", hint="moekit train --help lists every option") from error
 
 
-def estimate(options: TrainOptions, out: Path, sizes: Sizes) -> Forecast:
+def estimate(options: TrainOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """The trained model, and a checkpoint with optimizer state while it runs."""
     model = model_item(options.model, sizes)
     texts = [
@@ -156,7 +156,9 @@ def estimate(options: TrainOptions, out: Path, sizes: Sizes) -> Forecast:
     # What was learnt, then the model; two checkpoints with both moments where any are kept.
     copies = 2 if config_of(options, 0).save_every is None else 8
     kept = None if model.nbytes is None else copies * model.nbytes
-    return Forecast((model, *texts), (Item(str(out), changed_bytes(options.model, model)),), disk=kept, memory=needed)
+    return JobEstimate(
+        (model, *texts), (Item(str(out), changed_bytes(options.model, model)),), disk=kept, memory=needed
+    )
 
 
 def run(options: TrainOptions, context: JobContext) -> dict[str, Any]:

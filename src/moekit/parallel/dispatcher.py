@@ -28,7 +28,7 @@ RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
+class DispatchOptions:
     """Knobs that all dispatchers know.
 
     Attributes:
@@ -51,11 +51,11 @@ class Dispatcher(ABC):
     needs_shared_batch: ClassVar[bool] = False
 
     layout: ExpertLayout
-    options: Options = field(default_factory=Options)
+    options: DispatchOptions = field(default_factory=DispatchOptions)
 
     @classmethod
     @abstractmethod
-    def over(cls, layout: ExpertLayout, ranks: Ranks, options: Options) -> Dispatcher:
+    def over(cls, layout: ExpertLayout, ranks: Ranks, options: DispatchOptions) -> Dispatcher:
         """A dispatcher for one layer.
 
         Args:

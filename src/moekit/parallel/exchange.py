@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from moekit.parallel.dispatcher import Dispatcher, Options, RunExperts, run_local
+from moekit.parallel.dispatcher import Dispatcher, DispatchOptions, RunExperts, run_local
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.link import Link
 from moekit.parallel.plan import DispatchPlan
@@ -44,7 +44,7 @@ class ExchangeDispatcher(Dispatcher):
         """What this rank sends for these choices; no communication."""
 
     @classmethod
-    def over(cls, layout: ExpertLayout, ranks: Ranks, options: Options) -> ExchangeDispatcher:
+    def over(cls, layout: ExpertLayout, ranks: Ranks, options: DispatchOptions) -> ExchangeDispatcher:
         """See the base class."""
         return cls(layout, options, Link(ranks.group))
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moekit import catalogue
 from moekit.anatomy import MoELayer, find_moe_layers
 from moekit.errors import BadConfig
-from moekit.parallel.dispatcher import Dispatcher, Options
+from moekit.parallel.dispatcher import Dispatcher, DispatchOptions
 from moekit.parallel.empty_batch import EmptyBatch
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.link import Link
@@ -76,7 +76,7 @@ def make_dispatcher(name: str, layout: ExpertLayout, ranks: Ranks, *, codec: Cod
     """
     cls = catalogue.get("dispatch", name).cls
     assert issubclass(cls, Dispatcher)
-    return cls.over(layout, ranks, Options(codec=codec))
+    return cls.over(layout, ranks, DispatchOptions(codec=codec))
 
 
 def expert_parallel(

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from moekit.errors import BadConfig
 from moekit.parallel.autograd import apply
-from moekit.parallel.dispatcher import Dispatcher, Options, RunExperts
+from moekit.parallel.dispatcher import Dispatcher, DispatchOptions, RunExperts
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.link import Link
 from moekit.parallel.ranks import Ranks
@@ -35,7 +35,7 @@ class SharedBatch(Dispatcher):
     inner: Dispatcher = field(kw_only=True)
 
     @classmethod
-    def over(cls, layout: ExpertLayout, ranks: Ranks, options: Options) -> SharedBatch:
+    def over(cls, layout: ExpertLayout, ranks: Ranks, options: DispatchOptions) -> SharedBatch:
         """It stands for no way of its own to send tokens: see `sharing`.
 
         Raises:

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import catalogue
 from moekit.errors import BadConfig
-from moekit.parallel.dispatcher import Dispatcher, Options
+from moekit.parallel.dispatcher import Dispatcher, DispatchOptions
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.link import Link
 from moekit.parallel.ranks import Ranks, device_of
@@ -45,7 +45,7 @@ class _MoekitEP(EPImplementation):  # type: ignore[misc]
         super().__init__(experts, ep_mesh, tp_mesh)
         ranks = _ranks(ep_mesh)
         layout = ExpertLayout.contiguous(self.num_local_experts * ranks.size, ranks.size, device_of(ep_mesh))
-        self.dispatcher = self.dispatcher_class.over(layout, ranks, Options())
+        self.dispatcher = self.dispatcher_class.over(layout, ranks, DispatchOptions())
         if tp_mesh.size() > 1 and not self.dispatcher.needs_shared_batch:
             self.dispatcher = SharedBatch.sharing(self.dispatcher, Link(tp_mesh.get_group()))
 

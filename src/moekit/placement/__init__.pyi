@@ -46,7 +46,7 @@ from .simulation import (
     simulate as simulate,
 )
 from .solver import Solution as Solution, Solver as Solver
-from .spare import add_copies as add_copies, place_by_load as place_by_load
+from .redundancy import add_copies as add_copies, place_by_load as place_by_load
 from .tokensets import token_sets as token_sets
 from .topology import (
     Topology as Topology,

@@ -1,6 +1,6 @@
 from .runner import (
     RunResult as RunResult,
-    forecast as forecast,
+    estimate as estimate,
     run as run,
 )
 from .schema import Recipe as Recipe, load_recipe as load_recipe

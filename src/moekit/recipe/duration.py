@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.checkpoint.estimate import READ_BYTES_PER_SECOND
-from moekit.jobs.shared.estimates import Sizes
+from moekit.jobs.shared.estimates import ByteSizes
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
     return Shape(hidden, layers, float(blocks), float(vocabulary * hidden), float(routed), min(moe, default=0), half)
 
 
-class Machine:
+class MachineSpeed:
     """Rates of this machine, each measured when it is first asked for."""
 
     def __init__(self, device: str = "auto", seconds: float = 0.5) -> None:
@@ -127,7 +127,9 @@ class Machine:
         return flops / (EFFICIENCY * self.rate(shape.hidden, dtype))
 
 
-def durations(steps: Mapping[str, Any], sizes: Sizes, machine: Machine | None = None) -> dict[str, float | None]:
+def durations(
+    steps: Mapping[str, Any], sizes: ByteSizes, machine: MachineSpeed | None = None
+) -> dict[str, float | None]:
     """Seconds of each step; None where nothing says how large its model is.
 
     Args:
@@ -139,7 +141,7 @@ def durations(steps: Mapping[str, Any], sizes: Sizes, machine: Machine | None = 
 
     from moekit._device import multiplies
 
-    machine = machine or Machine()
+    machine = machine or MachineSpeed()
     fast = torch.bfloat16 if multiplies(torch.bfloat16, machine.device) else torch.float32
     shapes: dict[str, Shape | None] = {}
     found: dict[str, float | None] = {}
@@ -193,22 +195,22 @@ def _made(step: Any, shape: Shape | None) -> Shape | None:
     return replace(shape, blocks=shape.blocks + routed, experts=routed, first=min(chosen, default=0))
 
 
-def _tokens(reference: str | None, limit: int | None, sizes: Sizes) -> float:
+def _tokens(reference: str | None, limit: int | None, sizes: ByteSizes) -> float:
     """Tokens of a text, at most `limit`."""
     nbytes = None if reference is None else sizes.of(Path(reference).expanduser())
     known = None if nbytes is None else nbytes / BYTES_PER_TOKEN
     return float(min((n for n in (known, limit) if n is not None), default=65536))
 
 
-def _convert(step: Any, shape: Shape, sizes: Sizes) -> float:
+def _convert(step: Any, shape: Shape, sizes: ByteSizes) -> float:
     return shape.forward * (0 if step.text is None else _tokens(step.text, step.max_tokens, sizes))
 
 
-def _profile(step: Any, shape: Shape, sizes: Sizes) -> float:
+def _profile(step: Any, shape: Shape, sizes: ByteSizes) -> float:
     return shape.forward * _tokens(step.text, step.max_tokens, sizes)
 
 
-def _train(step: Any, shape: Shape, sizes: Sizes) -> float:
+def _train(step: Any, shape: Shape, sizes: ByteSizes) -> float:
     from moekit.training import TrainConfig
 
     config = TrainConfig(**step.settings)
@@ -217,13 +219,13 @@ def _train(step: Any, shape: Shape, sizes: Sizes) -> float:
     return float(tokens) * (shape.forward + shape.backward(("all",) if config.lora is not None else config.parts))
 
 
-def _evaluate(step: Any, shape: Shape, sizes: Sizes) -> float:
+def _evaluate(step: Any, shape: Shape, sizes: ByteSizes) -> float:
     text = 0.0 if step.text is None else _tokens(step.text, step.max_tokens, sizes)
     asked = len((*step.questions, *step.tasks)) * (step.limit or _QUESTIONS) * _CHOICES * _CHOICE_TOKENS
     return shape.forward * (text + asked)
 
 
-def _compress(step: Any, shape: Shape, sizes: Sizes) -> float:
+def _compress(step: Any, shape: Shape, sizes: ByteSizes) -> float:
     data = getattr(step, "data", None)
     decided = 0.0 if data is None else _tokens(data, getattr(step, "max_tokens", None), sizes)
     variants = 3 + getattr(step, "random_seeds", 0)  # as it was, as it becomes, and what it is compared with
@@ -231,7 +233,7 @@ def _compress(step: Any, shape: Shape, sizes: Sizes) -> float:
     return shape.forward * (decided + proof)
 
 
-_OPERATIONS: dict[str, Callable[[Any, Shape, Sizes], float]] = {
+_OPERATIONS: dict[str, Callable[[Any, Shape, ByteSizes], float]] = {
     "convert": _convert,
     "evaluate": _evaluate,
     "profile": _profile,

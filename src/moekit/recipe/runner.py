@@ -25,9 +25,9 @@ from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.context import JobContext
-from moekit.jobs.shared.estimates import Forecast, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, JobEstimate
 from moekit.jobs.shared.hashes import artefact_hash, hash_of, listing, reference_hash
-from moekit.jobs.shared.outputs import refuse_harm
+from moekit.jobs.shared.outputs import check_output
 from moekit.recipe.schema import Recipe
 from moekit.recipe.steps import AnyStep
 from moekit.recipe.variables import matching, resolve_steps, step_references
@@ -83,17 +83,17 @@ class RunResult:
     ran: list[str] = field(default_factory=list)
 
 
-def forecast(recipe: Recipe) -> dict[str, Forecast]:
+def estimate(recipe: Recipe) -> dict[str, JobEstimate]:
     """What each step would read, write and need, in order; nothing is read but file sizes and headers."""
     check(recipe)
-    sizes = Sizes()
+    sizes = ByteSizes()
     folders = {step.id: str(recipe.folder / step.id) for step in recipe.steps}
-    forecasts: dict[str, Forecast] = {}
+    estimates: dict[str, JobEstimate] = {}
     for step in recipe.steps:
-        ready = _with_folders(step, folders, before=list(forecasts))
-        forecasts[step.id] = ready.estimate(Path(folders[step.id]), sizes)
-        sizes.expect(forecasts[step.id])
-    return forecasts
+        ready = _with_folders(step, folders, before=list(estimates))
+        estimates[step.id] = ready.estimate(Path(folders[step.id]), sizes)
+        sizes.expect(estimates[step.id])
+    return estimates
 
 
 def durations(recipe: Recipe, *, done: bool = True) -> dict[str, float | None]:
@@ -105,7 +105,7 @@ def durations(recipe: Recipe, *, done: bool = True) -> dict[str, float | None]:
     """
     from moekit.recipe.duration import durations as estimated
 
-    sizes = Sizes()
+    sizes = ByteSizes()
     folders = {step.id: str(recipe.folder / step.id) for step in recipe.steps}
     ready: dict[str, AnyStep] = {}
     for step in recipe.steps:
@@ -220,7 +220,7 @@ def _carry_out(
 ) -> Marker:
     folder = recipe.folder
     with _named(step.id):
-        refuse_harm(step, folder / step.id)
+        check_output(step, folder / step.id)
     marker_file = folder / MARKERS / f"{step.id}.json"
     marker_file.unlink(missing_ok=True)
     scratch = folder / SCRATCH / f"{step.id}-{key[:16]}"

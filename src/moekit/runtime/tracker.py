@@ -236,7 +236,7 @@ def rows(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         tracker.rows = before
 
 
-def tell_step(model: nn.Module, *, step: int, steps: int, share: float) -> None:
+def set_step(model: nn.Module, *, step: int, steps: int, share: float) -> None:
     """Tell parts how far training is, and by how much a micro-batch's losses count; nothing without parts."""
     tracker = tracker_of(model)
     if tracker is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from moekit.checkpoint.names import config_top_k, stated_experts, text_config
 from moekit.trace.recording import Recording
-from moekit.trace.sources.table import Cost, Sizes, bill
+from moekit.trace.sources.table import Cost, SourceSizes, bill
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import sources_of
 
@@ -18,7 +18,7 @@ from moekit.trace.vocabulary import sources_of
 _WIDTHS = ("moe_intermediate_size", "intermediate_size")
 
 
-def sizes_of(config: Mapping[str, Any], *, rows: int, positions: int, itemsize: int = 4) -> Sizes | None:
+def sizes_of(config: Mapping[str, Any], *, rows: int, positions: int, itemsize: int = 4) -> SourceSizes | None:
     """Sizes of a model from its config.
 
     Args:
@@ -36,7 +36,7 @@ def sizes_of(config: Mapping[str, Any], *, rows: int, positions: int, itemsize: 
     if not isinstance(layers, int) or not isinstance(hidden, int) or width is None:
         return None
     heads = text.get("num_attention_heads") or 1
-    return Sizes(
+    return SourceSizes(
         layers=layers,
         experts=stated_experts(config) or 0,
         top_k=config_top_k(config) or 0,
@@ -50,7 +50,7 @@ def sizes_of(config: Mapping[str, Any], *, rows: int, positions: int, itemsize: 
     )
 
 
-def cost_of(recording: Recording, sizes: Sizes) -> tuple[Cost, int]:
+def cost_of(recording: Recording, sizes: SourceSizes) -> tuple[Cost, int]:
     """What a recording costs beyond the forward pass.
 
     Args:
@@ -70,7 +70,7 @@ def cost_of(recording: Recording, sizes: Sizes) -> tuple[Cost, int]:
     return bill(sources_of(recording.entries), sizes), 8 * numbers * sizes.layers
 
 
-def notes_on(recording: Recording, sizes: Sizes) -> tuple[str, ...]:
+def notes_on(recording: Recording, sizes: SourceSizes) -> tuple[str, ...]:
     """The same in words; nothing where looking costs nothing worth telling."""
     cost, nbytes = cost_of(recording, sizes)
     told = []

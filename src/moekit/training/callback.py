@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from moekit.errors import BadConfig, NumericFault, UnsupportedModel
 from moekit.runtime.losses import attach_loss
-from moekit.runtime.tracker import tell_step
+from moekit.runtime.tracker import set_step
 from moekit.training.balancers.base import Balancer, read_balancer
 from moekit.training.balancing import SelectionBiases
 from moekit.training.batch import MicroBatch
@@ -158,7 +158,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
             if rest and state.global_step % updates == updates - 1:
                 count = rest
         self._share = self._texts / count
-        tell_step(kwargs["model"], step=state.global_step, steps=state.max_steps, share=self._share)
+        set_step(kwargs["model"], step=state.global_step, steps=state.max_steps, share=self._share)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the selection biases; before a checkpoint is written, so that it holds them."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from moekit.cli._errors import explain, install_signals, show_warnings
 from moekit.errors import BadData
-from moekit.parallel.dispatcher import Options
+from moekit.parallel.dispatcher import DispatchOptions
 from moekit.parallel.dispatchers.once_per_rank import OncePerRank
 from moekit.parallel.launch.start import StartedRanks, agree, start_ranks
 from moekit.parallel.layout import ExpertLayout
@@ -58,7 +58,7 @@ def work(ranks: StartedRanks, fault: str, victim: int, when: str) -> None:
     torch.manual_seed(ranks.rank)
     layout = ExpertLayout.contiguous(EXPERTS, ranks.world, torch.device("cpu"))
     assert dist.group.WORLD is not None
-    dispatcher = OncePerRank.over(layout, Ranks(dist.group.WORLD), Options())
+    dispatcher = OncePerRank.over(layout, Ranks(dist.group.WORLD), DispatchOptions())
     print("dispatching", flush=True)
     until = time.monotonic() + LONG
     for step in range(10**9):

@@ -11,7 +11,7 @@ from moekit.checkpoint.estimate import estimate
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.sanity import check_config
 from moekit.errors import BadCheckpoint
-from moekit.jobs.shared.estimates import Sizes
+from moekit.jobs.shared.estimates import ByteSizes
 from moekit.jobs.shared.inputs import model_item
 from tests.checkpoints import edit_json, edit_shard, plain
 
@@ -60,7 +60,7 @@ def test_legal_numbers(config: dict[str, object]) -> None:
 def test_it_is_refused_wherever_a_model_is_opened_or_foretold(tmp_path: Path) -> None:
     folder = plain(tmp_path / "model", "mixtral")
     edit_json(folder / "config.json", lambda config: config.update(num_experts_per_tok=0))
-    for use in (Checkpoint.open, estimate, lambda f: model_item(str(f), Sizes())):
+    for use in (Checkpoint.open, estimate, lambda f: model_item(str(f), ByteSizes())):
         with pytest.raises(BadCheckpoint, match="chooses no expert"):
             use(folder)
 

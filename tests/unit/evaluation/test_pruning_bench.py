@@ -16,8 +16,8 @@ from moekit import catalogue
 from moekit.bench.pruning import (
     Entry,
     PruneBenchResult,
+    PruneBenchSetting,
     PruneRun,
-    Setting,
     Subject,
     bench_pruning,
     calibration as calibration_module,
@@ -65,11 +65,13 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return Subject(Checkpoint.open(plain(tmp_path_factory.mktemp("model") / "m", "qwen2_moe")), text="made up")
 
 
-def setting(*methods: str, **changes: Any) -> Setting:
-    return Setting(entries=default_entries(methods), **{"keep": (0.75, 0.5), "seq_len": 16, "window": 16} | changes)
+def setting(*methods: str, **changes: Any) -> PruneBenchSetting:
+    return PruneBenchSetting(
+        entries=default_entries(methods), **{"keep": (0.75, 0.5), "seq_len": 16, "window": 16} | changes
+    )
 
 
-def bench(subject: Subject, asked: Setting, folder: Path) -> PruneBenchResult:
+def bench(subject: Subject, asked: PruneBenchSetting, folder: Path) -> PruneBenchResult:
     return bench_pruning(subject, CALIBRATION, HELDOUT, asked, folder)
 
 
@@ -258,7 +260,7 @@ def test_impossible_budgets_and_unknown_names_are_refused_before_the_work(subjec
     with pytest.raises(BadConfig, match="takes no part"):
         default_entries(["reap"], {"dern": {"alpha": 0.1}})
     with pytest.raises(BadConfig, match="alpha"):
-        bench(subject, Setting(entries=(Entry(method="dern", settings={"alpha": 9}),)), tmp_path / "d")
+        bench(subject, PruneBenchSetting(entries=(Entry(method="dern", settings={"alpha": 9}),)), tmp_path / "d")
     with pytest.raises(ValueError, match="named twice"):
         setting(keep=(0.5, 0.5))
     assert not list(tmp_path.glob("*/measured-*"))
@@ -305,7 +307,7 @@ def by_hand(*runs: PruneRun, domains: tuple[str, ...] = ()) -> PruneBenchResult:
         experts={0: 8},
         top_k=2,
         bytes=200,
-        setting=Setting(entries=default_entries([]), keep=(0.5,), domains=domains),
+        setting=PruneBenchSetting(entries=default_entries([]), keep=(0.5,), domains=domains),
         calibrations=(),
         calibration_seconds=0.0,
         unchanged=text((10.0, 30.0, 20.0)),
@@ -354,8 +356,10 @@ def test_runs_join_by_name_budget_seed_and_knobs() -> None:
     )
     new = by_hand(made("random", high, keep=1), made("random", high, keep=1.0), made("ean", low, keep=1.0))
     settings = (
-        Setting(entries=(Entry(method="random"), Entry(method="reap")), keep=(1.0,), domains=("a",), seeds=2),
-        Setting(entries=(Entry(method="random"), Entry(method="ean")), keep=(1, 1.0), domains=("b",), seeds=1),
+        PruneBenchSetting(entries=(Entry(method="random"), Entry(method="reap")), keep=(1.0,), domains=("a",), seeds=2),
+        PruneBenchSetting(
+            entries=(Entry(method="random"), Entry(method="ean")), keep=(1, 1.0), domains=("b",), seeds=1
+        ),
     )
     earlier, new = (r.model_copy(update={"setting": s}) for r, s in zip((earlier, new), settings, strict=True))
     both = joined(earlier, new)

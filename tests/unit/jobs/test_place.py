@@ -77,7 +77,7 @@ def test_predictions_are_those_of_the_library(trace: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("copies", "name"), [("added", "swap+2"), ("eplb", "eplb+2")])
 def test_copies_are_written_last(trace: Path, tmp_path: Path, copies: str, name: str) -> None:
-    options = {"nodes": 2, "bandwidth": "1GB/s", "spare": 2, "copies": copies}
+    options = {"nodes": 2, "bandwidth": "1GB/s", "redundant": 2, "copies": copies}
     (part,) = run(trace, tmp_path / "out", devices=(4,), **options)["devices"]
     names = {row["name"]: row for row in part["rows"]}
     assert set(names) == {"contiguous", "random", "swap", "swap+2", "eplb+2"}
@@ -97,7 +97,7 @@ def test_as_on_the_command_line(
 ) -> None:
     """Nothing is folded on a terminal of the usual width."""
     monkeypatch.setenv("COLUMNS", "84")
-    links = ("--nodes", 2, "--bandwidth", "900GB/s,50GB/s", "--latency", "3us,10us", "--spare-experts", 1)
+    links = ("--nodes", 2, "--bandwidth", "900GB/s,50GB/s", "--latency", "3us,10us", "--redundant-experts", 1)
     told = moekit("place", "swap", trace, tmp_path / "out", "--ranks", "4,8", *links)
     assert "8 devices in 2 nodes" in told
     for word in ("hierarchical", "swap+1 ", "eplb+1 ", "time in", "out, in", "1 expert slot more"):
@@ -124,6 +124,6 @@ def test_refused_before_anything_runs(trace: Path, options: dict[str, Any], said
 
 
 def test_more_spare_than_there_is_to_copy(trace: Path, tmp_path: Path, moekit: Callable[..., str]) -> None:
-    told = moekit("place", "swap", trace, tmp_path / "out", "--devices", 4, "--spare", 13, code=2)
-    assert "0 to 12 spare slots" in told
+    told = moekit("place", "swap", trace, tmp_path / "out", "--devices", 4, "--redundant", 13, code=2)
+    assert "0 to 12 redundant slots" in told
     assert not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from moekit.evaluation import perplexity_of_documents
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.options.prune import PruneOptions
-from moekit.jobs.shared.estimates import Sizes
+from moekit.jobs.shared.estimates import ByteSizes
 from moekit.jobs.shared.inputs import load_tokenizer, read_text, rows_of
 from moekit.jobs.shared.pruning import budget_of
 from moekit.recipe import runner
@@ -287,18 +287,18 @@ def test_a_plan_whose_text_is_gone_is_applied_without_proof(
 
 def test_forecasts_of_both_steps(made: Path, tmp_path: Path) -> None:
     step(made, write="plan").run(place(tmp_path, "p.json"))
-    by_plan = ApplyOptions(plan=tmp_path / "p.json").estimate(tmp_path / "x", Sizes())
-    by_method = step(made).estimate(tmp_path / "x", Sizes())
+    by_plan = ApplyOptions(plan=tmp_path / "p.json").estimate(tmp_path / "x", ByteSizes())
+    by_method = step(made).estimate(tmp_path / "x", ByteSizes())
     assert by_plan.writes == by_method.writes
     assert by_method.disk is not None
     assert by_method.writes[0].nbytes is not None
     assert by_method.disk > by_method.writes[0].nbytes
-    uneven = step(made, scope="global").estimate(tmp_path / "x", Sizes())
+    uneven = step(made, scope="global").estimate(tmp_path / "x", ByteSizes())
     assert any("moekit.load only" in note for note in uneven.notes)
     # A model that is not here yet: as large as its parent at most.
-    later = step(made, model=tmp_path / "later").estimate(tmp_path / "x", Sizes({str(tmp_path / "later"): 77}))
+    later = step(made, model=tmp_path / "later").estimate(tmp_path / "x", ByteSizes({str(tmp_path / "later"): 77}))
     assert later.writes[0].nbytes == 77
-    assert ApplyOptions(plan=tmp_path / "later.json").estimate(tmp_path / "x", Sizes()).writes[0].nbytes is None
+    assert ApplyOptions(plan=tmp_path / "later.json").estimate(tmp_path / "x", ByteSizes()).writes[0].nbytes is None
 
 
 RECIPE = """
@@ -347,7 +347,7 @@ def test_prompts_are_answered_by_the_model_and_both_are_decided_on(made: Path, t
     prompts = ["the old mill ", "12 + 7 = ", "a river ran ", "too long " * 60]
     lines = [json.dumps({"text": text, "domain": "prose"}) for text in prompts]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    asked = step(made, data=tmp_path / "prompts.jsonl", heldout=made / "text", answers=6, write="plan", keep=5)
+    asked = step(made, data=tmp_path / "prompts.jsonl", heldout=made / "text", self_generated=6, write="plan", keep=5)
     results = asked.run(place(tmp_path))
     plan = WeightPlan.load(tmp_path / "out" / "plan.json")
 
@@ -373,6 +373,6 @@ def test_prompts_are_answered_by_the_model_and_both_are_decided_on(made: Path, t
 
 def test_without_prompts_nothing_can_be_answered(made: Path, tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match="no prompts"):
-        step(made, data=None, trace=made / "trace", answers=4, proof=False).check()
+        step(made, data=None, trace=made / "trace", self_generated=4, proof=False).check()
     with pytest.raises(BadConfig, match="leaves room"):
-        step(made, answers=128, write="plan", proof=False).run(place(tmp_path))
+        step(made, self_generated=128, write="plan", proof=False).run(place(tmp_path))

@@ -24,7 +24,7 @@ from moekit.jobs import super_experts as job
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.options.super_experts import SuperExpertsOptions
-from moekit.jobs.shared.estimates import Sizes
+from moekit.jobs.shared.estimates import ByteSizes
 from moekit.jobs.shared.inputs import load_tokenizer, read_text
 from moekit.jobs.shared.opened import open_source
 from moekit.jobs.shared.protection import parse_protected
@@ -245,11 +245,11 @@ def test_bad_input_is_refused(made: Path, tmp_path: Path) -> None:
 
 
 def test_the_forecast_reads_no_weight(made: Path, tmp_path: Path) -> None:
-    forecast = step(made).estimate(tmp_path / "out", Sizes())
-    assert forecast.disk is not None
-    assert forecast.memory is not None
-    assert any("2 draws" in note for note in forecast.notes)
-    assert not any("draws" in note for note in step(made, proof=False).estimate(tmp_path / "out", Sizes()).notes)
+    estimate = step(made).estimate(tmp_path / "out", ByteSizes())
+    assert estimate.disk is not None
+    assert estimate.memory is not None
+    assert any("2 draws" in note for note in estimate.notes)
+    assert not any("draws" in note for note in step(made, proof=False).estimate(tmp_path / "out", ByteSizes()).notes)
 
 
 def test_dense_layers_and_shared_experts_take_part(made: Path, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ steps:
 """
     )
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert set(runner.forecast(recipe)) == {"super", "report"}
+    assert set(runner.estimate(recipe)) == {"super", "report"}
     runner.run(recipe)
     page = (tmp_path / "run" / "report" / "report.html").read_text()
     for words in ("Massive activations", "Which block makes them", "Does the model break without them?"):

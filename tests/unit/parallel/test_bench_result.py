@@ -18,7 +18,7 @@ from moekit.bench.dispatch.result import (
     Timing,
     paired_ratio,
 )
-from moekit.bench.dispatch.setting import BASELINE, Entry, Job, Setting
+from moekit.bench.dispatch.setting import BASELINE, DispatchBenchSetting, Entry, Job
 from moekit.bench.dispatch.workload import Workload, make_layer
 from moekit.report import build
 from moekit.report.sections.dispatch import findings, headline, report, saved
@@ -64,7 +64,7 @@ def result(*, alike: bool = True, shaped: bool = True) -> BenchResult:
         EntryResult(entry=ABSENT, skipped="not installed"),
     )
     return BenchResult(
-        setting=Setting(),
+        setting=DispatchBenchSetting(),
         source="one made-up layer",
         layers=(0,),
         shaped=shaped,
@@ -120,7 +120,7 @@ def test_exactness_brings_all_ranks_together() -> None:
 @pytest.fixture
 def work() -> Workload:
     """Four ranks with one token each and four experts, one a rank: rank 0's token wants experts 0 and 3, and so on."""
-    made = make_layer(Setting(tokens=1, hidden=8, experts=4, width=8, top_k=2))
+    made = make_layer(DispatchBenchSetting(tokens=1, hidden=8, experts=4, width=8, top_k=2))
     chosen = torch.tensor([[0, 3], [0, 1], [2, 3], [1, 2]])
     made.choices = {"": {0: (chosen, torch.full((4, 2), 0.5))}}
     return made

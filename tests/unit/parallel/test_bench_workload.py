@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from moekit.bench.dispatch.competitors.base import all_entries
-from moekit.bench.dispatch.setting import BASELINE, Entry, Setting
+from moekit.bench.dispatch.setting import BASELINE, DispatchBenchSetting, Entry
 from moekit.bench.dispatch.sources import make_source
 from moekit.bench.dispatch.workload import (
     HOT_SCORE,
@@ -23,7 +23,7 @@ from moekit.placement import Placement
 from moekit.trace import Trace, record
 from tests.families import EXPERTS, FAMILIES, HIDDEN, TOP_K, WIDTH, build
 
-SMALL = Setting(tokens=5, hidden=16, experts=8, width=24, top_k=3)
+SMALL = DispatchBenchSetting(tokens=5, hidden=16, experts=8, width=24, top_k=3)
 
 
 def swiglu(work: Workload, x_NH: torch.Tensor, indices_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_the_reference_is_the_formula() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_experts_of_any_family_are_taken_apart(family: str) -> None:
     model = build(family).float().eval()
-    source = make_source(Setting(tokens=3), model=model, layers=1)
+    source = make_source(DispatchBenchSetting(tokens=3), model=model, layers=1)
     work = source.work
     layer = work.layers[0]
     assert (work.setting.hidden, work.setting.experts, work.setting.width) == (HIDDEN, EXPERTS, WIDTH)
@@ -87,7 +87,7 @@ def test_choices_are_distinct_and_repeatable() -> None:
 
 
 def test_skewed_choices_have_hot_experts() -> None:
-    setting = Setting(routing="skewed", tokens=1000, hidden=8)
+    setting = DispatchBenchSetting(routing="skewed", tokens=1000, hidden=8)
     indices_NK, _ = draw_choices(setting, 0)
     share_E = torch.bincount(indices_NK.flatten(), minlength=16) / len(indices_NK)
     assert HOT_SCORE > 0
@@ -113,7 +113,7 @@ def test_layers_are_spread() -> None:
 def test_settings_that_cannot_be_are_refused() -> None:
     for wrong in ({"top_k": 17}, {"ranks": 4, "nodes": 3}, {"routing": "odd"}):
         with pytest.raises(ValidationError):
-            Setting(**wrong)
+            DispatchBenchSetting(**wrong)
 
 
 def test_everybody_takes_part_and_the_baseline_is_first() -> None:
@@ -147,7 +147,7 @@ def trace(model: object) -> Trace:
 
 
 def test_a_traces_choices_are_sent(model: object, trace: Trace) -> None:
-    source = make_source(Setting(tokens=6), model=model, traces={"plain": trace}, layers=2)
+    source = make_source(DispatchBenchSetting(tokens=6), model=model, traces={"plain": trace}, layers=2)
     assert source.work.layers == (0, 1)
     assert source.work.setting.top_k == TOP_K
     indices_NK, weights_NK = source.work.choices[""][1]
@@ -157,7 +157,7 @@ def test_a_traces_choices_are_sent(model: object, trace: Trace) -> None:
 
 
 def test_a_trace_alone_gives_sizes(trace: Trace) -> None:
-    work = make_source(Setting(tokens=2, width=8), traces={"a": trace, "b": trace}, layers=1).work
+    work = make_source(DispatchBenchSetting(tokens=2, width=8), traces={"a": trace, "b": trace}, layers=1).work
     assert (work.setting.experts, work.setting.top_k, work.setting.width) == (EXPERTS, TOP_K, 8)
     assert set(work.choices) == {"", "b"}
     assert torch.isfinite(reference(work)[f"b.{work.layers[0]}.y"]).all()
@@ -165,29 +165,32 @@ def test_a_trace_alone_gives_sizes(trace: Trace) -> None:
 
 def test_a_short_trace_says_how_many_tokens_there_are(trace: Trace) -> None:
     with pytest.raises(BadData, match="holds 32 tokens") as raised:
-        make_source(Setting(tokens=512), traces={"t": trace})
+        make_source(DispatchBenchSetting(tokens=512), traces={"t": trace})
     assert "--tokens 8" in str(raised.value.hint)
 
 
 def test_a_trace_of_another_model_is_refused(trace: Trace) -> None:
     other = build("qwen3_moe", num_experts=6).float().eval()
     with pytest.raises(BadData, match="8 experts, the model 6"):
-        make_source(Setting(tokens=2), model=other, traces={"t": trace})
+        make_source(DispatchBenchSetting(tokens=2), model=other, traces={"t": trace})
 
 
 def test_a_placement_for_others_is_refused(model: object) -> None:
     owners = {0: [0, 1] * 4, 1: [1, 0] * 4}
     with pytest.raises(BadConfig, match="for 2 devices"):
         make_source(
-            Setting(tokens=2),
+            DispatchBenchSetting(tokens=2),
             model=model,
             placements={"p": Placement(devices=2, experts=8, layers=owners, solver="random")},
         )
     short = Placement(devices=4, experts=7, layers={n: [0, 1, 2, 3, 0, 1, 2] for n in owners}, solver="random")
     with pytest.raises(BadConfig, match="places 7 experts of 8"):
-        make_source(Setting(tokens=2), model=model, placements={"p": short})
+        make_source(DispatchBenchSetting(tokens=2), model=model, placements={"p": short})
     good = Placement(devices=4, experts=8, layers={n: [0, 1, 2, 3] * 2 for n in owners}, solver="random")
-    assert make_source(Setting(tokens=2), model=model, placements={"p": good}).layouts["p"][1] == [0, 1, 2, 3] * 2
+    assert (
+        make_source(DispatchBenchSetting(tokens=2), model=model, placements={"p": good}).layouts["p"][1]
+        == [0, 1, 2, 3] * 2
+    )
 
 
 def test_an_entry_reads_as_its_parts() -> None:

@@ -10,7 +10,7 @@ from moekit.placement.objective import device_load
 from moekit.placement.planning import place
 from moekit.placement.replicas import duplicate, pack, replicate_experts
 from moekit.placement.simulation import simulate
-from moekit.placement.spare import add_copies, added_copies, place_by_load, shares
+from moekit.placement.redundancy import add_copies, added_copies, place_by_load, shares
 from tests.unit.placement.samples import trace_of
 
 # The two layers of EPLB's own example: 12 experts in 4 groups, 16 slots on 8 devices in 2 nodes.
@@ -102,7 +102,7 @@ def test_refusals() -> None:
         replicate_experts([1, float("nan")], 2, 2)
     with pytest.raises(BadData, match="expert 0"):
         replicate_experts([-1.0, 2.0], 2, 2)
-    with pytest.raises(BadConfig, match="0 to 6 spare slots"):
+    with pytest.raises(BadConfig, match="0 to 6 redundant slots"):
         added_copies([0, 0, 1, 1, 2, 2, 3, 3], LOAD, 7, 4)
 
 

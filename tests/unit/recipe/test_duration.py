@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moekit.cli.main import main
-from moekit.jobs.shared.estimates import Sizes
-from moekit.recipe.duration import STEP_SECONDS, Machine, durations, in_words, shape_of
+from moekit.jobs.shared.estimates import ByteSizes
+from moekit.recipe.duration import STEP_SECONDS, MachineSpeed, durations, in_words, shape_of
 from moekit.recipe.steps import STEPS
 from tests.families import build
 from tests.tiny import write_model
@@ -53,7 +53,7 @@ def test_what_lies_below_the_experts_needs_no_backward_pass() -> None:
     assert made.backward(("router", "experts")) == 2 * (shape.blocks / 2 + shape.head)
 
 
-class Fixed(Machine):
+class Fixed(MachineSpeed):
     """A machine of a known rate."""
 
     def rate(self, hidden: int, dtype: torch.dtype) -> float:
@@ -73,7 +73,7 @@ def test_seconds_are_operations_over_the_rate(tmp_path: Path) -> None:
         ),
         "other": STEPS["profile"](model="org/unknown", text=str(text)),
     }
-    found = durations(steps, Sizes(), Fixed("cpu"))
+    found = durations(steps, ByteSizes(), Fixed("cpu"))
     shape = shape_of(DENSE)
     assert shape is not None
     one = shape.forward / (0.5 * 1e6)
@@ -84,7 +84,7 @@ def test_seconds_are_operations_over_the_rate(tmp_path: Path) -> None:
 
 
 def test_the_rate_is_measured_once_for_each_shape() -> None:
-    machine = Machine("cpu", seconds=0.01)
+    machine = MachineSpeed("cpu", seconds=0.01)
     assert machine.rate(16, torch.float32) == machine.rate(16, torch.float32) > 0
 
 

@@ -28,8 +28,8 @@ def test_every_recipe_is_valid_and_can_say_what_it_would_do(file: Path, monkeypa
     # No hub is asked for sizes here.
     monkeypatch.setattr("moekit.jobs.shared.inputs._hub_bytes", lambda reference: None)
     recipe = load_recipe(file)
-    forecasts = runner.forecast(recipe)
-    assert [step.id for step in recipe.steps] == list(forecasts)
+    estimates = runner.estimate(recipe)
+    assert [step.id for step in recipe.steps] == list(estimates)
     assert recipe.steps[-1].use == "report"
     assert not recipe.folder.exists() or (recipe.folder / "run.json").exists()
 

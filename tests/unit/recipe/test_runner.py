@@ -165,11 +165,11 @@ def test_two_processes_do_not_share_a_run_folder(recipe: Recipe) -> None:
 
 
 def test_the_forecast_reads_sizes_and_writes_nothing(recipe: Recipe) -> None:
-    forecasts = runner.forecast(recipe)
-    assert list(forecasts) == ["first", "second"]
-    assert forecasts["first"].reads[0].nbytes == len(TEXT) * 200
-    assert forecasts["second"].reads[0].what.endswith("first/train.jsonl")
-    assert forecasts["second"].reads[0].nbytes == len(TEXT) * 200
+    estimates = runner.estimate(recipe)
+    assert list(estimates) == ["first", "second"]
+    assert estimates["first"].reads[0].nbytes == len(TEXT) * 200
+    assert estimates["second"].reads[0].what.endswith("first/train.jsonl")
+    assert estimates["second"].reads[0].nbytes == len(TEXT) * 200
     assert not recipe.folder.exists()
 
 

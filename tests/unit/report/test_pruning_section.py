@@ -9,9 +9,9 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from moekit.bench.pruning import Entry, PruneBenchResult, PruneRun, Setting
+from moekit.bench.pruning import Entry, PruneBenchResult, PruneBenchSetting, PruneRun
 from moekit.bench.pruning.ranking import all_rankings
-from moekit.bench.pruning.result import Calibration, Cut, Skipped
+from moekit.bench.pruning.result import CalibrationDraw, Cut, Skipped
 from moekit.evaluation.documents import PerplexityResult
 from moekit.report.charts.lines import line_chart
 from moekit.report.page import build, to_html
@@ -73,10 +73,10 @@ def made(costs: dict[str, float] | None = None, names: dict[str, str] | None = N
         experts={0: 8, 1: 8},
         top_k=2,
         bytes=1000,
-        setting=Setting(entries=entries, keep=(0.75, 0.5), seeds=3, domains=("sums",)),
+        setting=PruneBenchSetting(entries=entries, keep=(0.75, 0.5), seeds=3, domains=("sums",)),
         calibrations=(
-            Calibration(name="all", domains={"prose": 900, "sums": 800}, documents=20, never_routed={0: 0, 1: 2}),
-            Calibration(name="sums", domains={"sums": 800}, documents=10, never_routed={0: 0, 1: 0}),
+            CalibrationDraw(name="all", domains={"prose": 900, "sums": 800}, documents=20, never_routed={0: 0, 1: 2}),
+            CalibrationDraw(name="sums", domains={"sums": 800}, documents=10, never_routed={0: 0, 1: 0}),
         ),
         calibration_seconds=3.0,
         unchanged=text(2.0, 0),

@@ -16,7 +16,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.profile import ProfileOptions
-from moekit.jobs.shared.estimates import Sizes as ByteSizes
+from moekit.jobs.shared.estimates import SourceSizes as ByteSizes
 from moekit.trace import Recorder, Trace, record, record_generation
 from moekit.trace.attention_batch import AttentionBatch
 from moekit.trace.batch import TokenBatch
@@ -24,7 +24,7 @@ from moekit.trace.cost import cost_of, notes_on, sizes_of
 from moekit.trace.expert_inputs import Moments
 from moekit.trace.loss import next_token_loss
 from moekit.trace.recording import Recording
-from moekit.trace.sources.table import SOURCES, Sizes, bill, source_of
+from moekit.trace.sources.table import SOURCES, SourceSizes, bill, source_of
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.streamed import Streamed, record_streamed
 from moekit.trace.vocabulary import known_statistics, statistic
@@ -282,7 +282,7 @@ def test_sources_are_named_and_unknown_ones_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_a_source_costs_by_hand() -> None:
-    sizes = Sizes(layers=3, experts=8, top_k=2, hidden=4, width=5, tokens=10, itemsize=2)
+    sizes = SourceSizes(layers=3, experts=8, top_k=2, hidden=4, width=5, tokens=10, itemsize=2)
     expert = 2 * 3 * 4 * 5  # multiply-adds of three matrices
     assert bill(("choices", "weights"), sizes).flops == 0
     assert bill(("outputs", "inner"), sizes).flops == 3 * 2 * expert

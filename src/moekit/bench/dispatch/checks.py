@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moekit.bench.dispatch.result import Exactness, Rows
-from moekit.bench.dispatch.setting import Entry, Job, Setting
+from moekit.bench.dispatch.setting import DispatchBenchSetting, Entry, Job
 from moekit.bench.dispatch.workload import Workload
 from moekit.parallel.layout import ExpertLayout
 from moekit.placement.replaying import replay
@@ -94,17 +94,17 @@ def _flat(traffic: Sequence[Any], expected_DD: torch.Tensor) -> tuple[int, int, 
     return int(found[0].sum()), int(expected_DD.sum()), all(torch.equal(rows, expected_DD) for rows in found)
 
 
-def _per_expert(traffic: Sequence[Any], result: ReplayResult, setting: Setting) -> tuple[int, int, bool]:
+def _per_expert(traffic: Sequence[Any], result: ReplayResult, setting: DispatchBenchSetting) -> tuple[int, int, bool]:
     assert result.expert_rows_DD is not None
     return _flat(traffic, result.expert_rows_DD)
 
 
-def _per_rank(traffic: Sequence[Any], result: ReplayResult, setting: Setting) -> tuple[int, int, bool]:
+def _per_rank(traffic: Sequence[Any], result: ReplayResult, setting: DispatchBenchSetting) -> tuple[int, int, bool]:
     assert result.device_rows_DD is not None
     return _flat(traffic, result.device_rows_DD)
 
 
-def _per_node(traffic: Sequence[Any], result: ReplayResult, setting: Setting) -> tuple[int, int, bool]:
+def _per_node(traffic: Sequence[Any], result: ReplayResult, setting: DispatchBenchSetting) -> tuple[int, int, bool]:
     across = []
     for way in _WAYS:
         rows_RM = torch.tensor([part["nodes"]["rows"].get(way, []) for part in traffic])
@@ -115,7 +115,7 @@ def _per_node(traffic: Sequence[Any], result: ReplayResult, setting: Setting) ->
     return across[0], expected, all(rows == expected for rows in across)
 
 
-def own_bytes(answers: Sequence[Any], setting: Setting, passes: Sequence[str]) -> tuple[int, ...] | None:
+def own_bytes(answers: Sequence[Any], setting: DispatchBenchSetting, passes: Sequence[str]) -> tuple[int, ...] | None:
     """Bytes across nodes by the dispatchers' own counters, for each node."""
     if not any(answer["traffic"][0] for answer in answers):
         return None
@@ -130,7 +130,7 @@ def own_bytes(answers: Sequence[Any], setting: Setting, passes: Sequence[str]) -
     return tuple(sums)
 
 
-def _across(values: Sequence[int], link: str, node: int, setting: Setting) -> int:
+def _across(values: Sequence[int], link: str, node: int, setting: DispatchBenchSetting) -> int:
     if link == "nodes":
         return sum(n for place, n in enumerate(values) if place != node)
     if len(values) == setting.ranks:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from moekit._validation import parse_file
-from moekit.bench.dispatch.setting import BASELINE, Entry, Setting
+from moekit.bench.dispatch.setting import BASELINE, DispatchBenchSetting, Entry
 
 FILE = "bench.json"
 _RESAMPLES = 4000
@@ -175,7 +175,7 @@ class BenchResult(_Part):
     """
 
     format: int = 1
-    setting: Setting
+    setting: DispatchBenchSetting
     source: str
     layers: tuple[int, ...]
     shaped: bool

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Routing = Literal["uniform", "skewed"]
 
 
-class Setting(BaseModel):
+class DispatchBenchSetting(BaseModel):
     """Sizes of the layer that is measured; those of a model's own layer where one is given.
 
     Attributes:
@@ -42,7 +42,7 @@ class Setting(BaseModel):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _possible(self) -> Setting:
+    def _possible(self) -> DispatchBenchSetting:
         if self.ranks % self.nodes:
             raise ValueError(f"{self.ranks} ranks do not stand in {self.nodes} nodes of equal size")
         if self.top_k > self.experts or self.hot > self.experts:
@@ -95,7 +95,7 @@ class Job(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    setting: Setting
+    setting: DispatchBenchSetting
     layers: tuple[int, ...]
     entries: tuple[Entry, ...]
     layouts: dict[str, dict[int, list[int]]] = Field(default_factory=dict)

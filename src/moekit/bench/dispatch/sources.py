@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moekit.anatomy import MoELayer, find_moe_layers
-from moekit.bench.dispatch.setting import Setting
+from moekit.bench.dispatch.setting import DispatchBenchSetting
 from moekit.bench.dispatch.workload import Choices, Workload, draw_choices, make_layer, normalise, spread
 from moekit.errors import BadConfig, BadData
 from moekit.placement import Placement
@@ -22,7 +22,7 @@ from moekit.trace import Trace
 
 
 @dataclass(eq=False)
-class Source:
+class LayerSource:
     """What is measured, and where experts may stand.
 
     Attributes:
@@ -37,13 +37,13 @@ class Source:
 
 
 def make_source(
-    setting: Setting,
+    setting: DispatchBenchSetting,
     *,
     model: Any = None,
     traces: Mapping[str, Trace] | None = None,
     placements: Mapping[str, Placement] | None = None,
     layers: int = 1,
-) -> Source:
+) -> LayerSource:
     """Bring together what is measured.
 
     Args:
@@ -85,7 +85,7 @@ def make_source(
         }
     work.draw_hidden()
     layouts = {name: _owners(placement, numbers, setting) for name, placement in placements.items()}
-    return Source(work, layouts, _text(model, traces, numbers, setting))
+    return LayerSource(work, layouts, _text(model, traces, numbers, setting))
 
 
 def _layers(found: Mapping[int, MoELayer], traces: Mapping[str, Trace], count: int) -> list[int]:
@@ -98,7 +98,7 @@ def _layers(found: Mapping[int, MoELayer], traces: Mapping[str, Trace], count: i
     return list(spread(both, count))
 
 
-def _check_trace(trace: Trace, found: Mapping[int, MoELayer], setting: Setting) -> None:
+def _check_trace(trace: Trace, found: Mapping[int, MoELayer], setting: DispatchBenchSetting) -> None:
     needed = setting.ranks * setting.tokens
     if not trace.meta.has_choices:
         raise BadData("the trace holds no choices", hint="profile again with choices kept")
@@ -116,7 +116,7 @@ def _check_trace(trace: Trace, found: Mapping[int, MoELayer], setting: Setting) 
             )
 
 
-def _sizes_of_model(setting: Setting, layers: Sequence[MoELayer]) -> Setting:
+def _sizes_of_model(setting: DispatchBenchSetting, layers: Sequence[MoELayer]) -> DispatchBenchSetting:
     sizes = {(x.geometry.hidden, x.geometry.experts, x.geometry.width, x.geometry.top_k) for x in layers}
     if len(sizes) != 1:
         raise BadConfig("the layers of this model differ in size", hint="measure one of them: --layers 1")
@@ -125,7 +125,9 @@ def _sizes_of_model(setting: Setting, layers: Sequence[MoELayer]) -> Setting:
     return _resized(setting, hidden=hidden, experts=experts, width=width, top_k=top_k or setting.top_k)
 
 
-def _sizes_of_traces(setting: Setting, traces: Sequence[Trace], layers: Sequence[int]) -> Setting:
+def _sizes_of_traces(
+    setting: DispatchBenchSetting, traces: Sequence[Trace], layers: Sequence[int]
+) -> DispatchBenchSetting:
     experts, choices, hidden = set(), set(), set()
     for trace in traces:
         for layer in layers:
@@ -139,8 +141,8 @@ def _sizes_of_traces(setting: Setting, traces: Sequence[Trace], layers: Sequence
     return _resized(setting, experts=experts.pop(), top_k=choices.pop(), **({"hidden": known} if known else {}))
 
 
-def _resized(setting: Setting, **sizes: int) -> Setting:
-    return Setting(**{**setting.model_dump(), **sizes, "hot": min(setting.hot, sizes["experts"])})
+def _resized(setting: DispatchBenchSetting, **sizes: int) -> DispatchBenchSetting:
+    return DispatchBenchSetting(**{**setting.model_dump(), **sizes, "hot": min(setting.hot, sizes["experts"])})
 
 
 def _weights(experts: Any) -> dict[str, Tensor]:
@@ -148,14 +150,14 @@ def _weights(experts: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in named}
 
 
-def _chosen(trace: Trace, layer: int, setting: Setting) -> Choices:
+def _chosen(trace: Trace, layer: int, setting: DispatchBenchSetting) -> Choices:
     tokens = setting.ranks * setting.tokens
     weights_NK = trace.weights(layer)
     known = None if weights_NK is None else weights_NK[:tokens]
     return normalise(trace.indices(layer)[:tokens], known, setting.experts)
 
 
-def _owners(placement: Placement, layers: Sequence[int], setting: Setting) -> dict[int, list[int]]:
+def _owners(placement: Placement, layers: Sequence[int], setting: DispatchBenchSetting) -> dict[int, list[int]]:
     if placement.devices != setting.ranks:
         raise BadConfig(
             f"the placement is for {placement.devices} devices, not for {setting.ranks} ranks",
@@ -171,7 +173,7 @@ def _owners(placement: Placement, layers: Sequence[int], setting: Setting) -> di
     return {layer: list(placement.layers[layer]) for layer in layers}
 
 
-def _text(model: Any, traces: Mapping[str, Trace], layers: Sequence[int], setting: Setting) -> str:
+def _text(model: Any, traces: Mapping[str, Trace], layers: Sequence[int], setting: DispatchBenchSetting) -> str:
     which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
     name = "made-up weights" if model is None else f"experts of {Path(str(model.config._name_or_path)).name}"
     choices = f"choices of the trace {next(iter(traces))}" if traces else f"{setting.routing} choices"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen3MoeConfig
 
 from moekit.anatomy.probe import decoder_index, is_experts
-from moekit.bench.dispatch.setting import Setting
+from moekit.bench.dispatch.setting import DispatchBenchSetting
 from moekit.errors import BadData
 
 JOB, TENSORS, EXPERTS, REFERENCE, CONFIG = (
@@ -48,7 +48,7 @@ class Workload:
         hidden: layer -> hidden states [N, H].
     """
 
-    setting: Setting
+    setting: DispatchBenchSetting
     config: PreTrainedConfig
     layers: tuple[int, ...]
     experts: dict[int, dict[str, Tensor]]
@@ -67,7 +67,7 @@ class Workload:
         return torch.randn(self.hidden[layer].shape, generator=generator)
 
 
-def make_layer(setting: Setting) -> Workload:
+def make_layer(setting: DispatchBenchSetting) -> Workload:
     """One layer of SwiGLU experts with random weights."""
     config = Qwen3MoeConfig(
         vocab_size=8,
@@ -92,7 +92,7 @@ def make_layer(setting: Setting) -> Workload:
     return work
 
 
-def draw_choices(setting: Setting, layer: int) -> Choices:
+def draw_choices(setting: DispatchBenchSetting, layer: int) -> Choices:
     """Distinct experts drawn by noisy scores, and the softmax of other scores as weights."""
     generator = torch.Generator().manual_seed(setting.seed * 1009 + layer + 7)
     tokens = setting.ranks * setting.tokens

@@ -9,7 +9,7 @@ from .result import (
 )
 from .setting import (
     Entry as Entry,
-    Setting as Setting,
+    PruneBenchSetting as PruneBenchSetting,
     default_entries as default_entries,
 )
 from .text import take_tokens as take_tokens

@@ -14,7 +14,7 @@ from moekit.bench.pruning.joining import check_joins, dtype_name, joined, text_d
 from moekit.bench.pruning.measuring import Measuring
 from moekit.bench.pruning.ranking import all_rankings
 from moekit.bench.pruning.result import PruneBenchResult, PruneRun
-from moekit.bench.pruning.setting import Setting
+from moekit.bench.pruning.setting import PruneBenchSetting
 from moekit.bench.pruning.text import count
 from moekit.data.batches import TokenizedDocument
 
@@ -23,7 +23,7 @@ def bench_pruning(
     subject: Subject,
     calibration: Sequence[TokenizedDocument],
     heldout: Sequence[TokenizedDocument],
-    setting: Setting,
+    setting: PruneBenchSetting,
     folder: str | Path,
     progress: Progress | None = None,
     *,

@@ -19,8 +19,8 @@ import torch
 
 from moekit._files import read_text
 from moekit._progress import Progress
-from moekit.bench.pruning.result import ALL, Calibration, Cut
-from moekit.bench.pruning.setting import Setting
+from moekit.bench.pruning.result import ALL, CalibrationDraw, Cut
+from moekit.bench.pruning.setting import PruneBenchSetting
 from moekit.bench.pruning.text import count
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.folder import Checkpoint
@@ -68,7 +68,7 @@ class Calibrated:
     rows: Mapping[str, TokenBatches]
     seconds: float
 
-    def describe(self, name: str) -> Calibration:
+    def describe(self, name: str) -> CalibrationDraw:
         """One of the texts, for the result."""
         trace = self.traces[name]
         domains: dict[str, int] = {}
@@ -76,7 +76,7 @@ class Calibrated:
             domains[entry.domain] = domains.get(entry.domain, 0) + entry.tokens
         cuts = [self.cuts[domain] for domain in domains]
         statistics = trace.require(("load",))
-        return Calibration(
+        return CalibrationDraw(
             name=name,
             domains=domains,
             documents=sum(cut.documents for cut in cuts),
@@ -84,7 +84,7 @@ class Calibrated:
             never_routed={layer: len(statistics[layer].never_routed) for layer in statistics},
         )
 
-    def searched(self, name: str, subject: Subject, setting: Setting) -> Streamed:
+    def searched(self, name: str, subject: Subject, setting: PruneBenchSetting) -> Streamed:
         """The rows that searching methods try, evenly from the whole text, ready to be walked."""
         rows = self.rows[name]
         count = min(len(rows), max(1, setting.search_tokens // rows.input_ids.shape[1]))
@@ -97,7 +97,7 @@ class Calibrated:
 def calibrate(
     subject: Subject,
     documents: Sequence[TokenizedDocument],
-    setting: Setting,
+    setting: PruneBenchSetting,
     statistics: Sequence[str],
     folder: Path,
     progress: Progress | None = None,
@@ -135,7 +135,7 @@ def calibrate(
 def _record(
     subject: Subject,
     rows: TokenBatches,
-    setting: Setting,
+    setting: PruneBenchSetting,
     statistics: Sequence[str],
     folder: Path,
     progress: Progress | None,
@@ -163,7 +163,7 @@ def _record(
     return trace, seconds
 
 
-def _key(subject: Subject, rows: TokenBatches, setting: Setting, statistics: Sequence[str]) -> str:
+def _key(subject: Subject, rows: TokenBatches, setting: PruneBenchSetting, statistics: Sequence[str]) -> str:
     digest = hashlib.sha256(subject.checkpoint.fingerprint.encode())
     digest.update(json.dumps([sorted(statistics), setting.batch_size, str(subject.dtype), rows.domains]).encode())
     for tensor in (rows.input_ids, rows.document_RS, rows.domain_RS):

@@ -18,7 +18,7 @@ from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry
 from moekit.bench.pruning.calibration import Calibrated, Subject
 from moekit.bench.pruning.result import Skipped
-from moekit.bench.pruning.setting import Entry, Keep, Setting
+from moekit.bench.pruning.setting import Entry, Keep, PruneBenchSetting
 from moekit.checkpoint.atomic import atomic_write
 from moekit.compress.budget.sizes import Budget, ByteSizes, uniform_count
 from moekit.compress.engine.dropping import PruneMethod
@@ -139,7 +139,7 @@ class Decider:
         BadConfig: a budget is impossible, an unknown method, or knobs it refuses.
     """
 
-    def __init__(self, subject: Subject, setting: Setting) -> None:
+    def __init__(self, subject: Subject, setting: PruneBenchSetting) -> None:
         self.subject = subject
         self.setting = setting
         self.geometries = geometries_of(subject.checkpoint)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from moekit.bench.pruning.result import PruneBenchResult, PruneRun
-from moekit.bench.pruning.setting import Keep, Setting, same_keep
+from moekit.bench.pruning.setting import Keep, PruneBenchSetting, same_keep
 from moekit.data.batches import TokenizedDocument
 from moekit.errors import BadConfig
 from moekit.evaluation.windows import TextDigest
@@ -31,7 +31,7 @@ def dtype_name(dtype: torch.dtype | None) -> str:
 
 
 def check_joins(
-    earlier: PruneBenchResult, *, fingerprint: str, text: str, dtype: str, setting: Setting, folder: Path
+    earlier: PruneBenchResult, *, fingerprint: str, text: str, dtype: str, setting: PruneBenchSetting, folder: Path
 ) -> None:
     """Refuse to put numbers side by side that cannot be compared.
 

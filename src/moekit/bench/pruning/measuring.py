@@ -16,7 +16,7 @@ from moekit._validation import parse
 from moekit.bench.pruning.calibration import Subject
 from moekit.bench.pruning.deciding import Candidate, mean_figures
 from moekit.bench.pruning.result import Skipped
-from moekit.bench.pruning.setting import Setting
+from moekit.bench.pruning.setting import PruneBenchSetting
 from moekit.checkpoint.atomic import atomic_write
 from moekit.compress.budget.sizes import ByteSizes
 from moekit.compress.engine.weights import LayerWeights
@@ -58,7 +58,12 @@ class Measuring:
     """
 
     def __init__(
-        self, subject: Subject, heldout: Sequence[TokenizedDocument], setting: Setting, sizes: ByteSizes, folder: Path
+        self,
+        subject: Subject,
+        heldout: Sequence[TokenizedDocument],
+        setting: PruneBenchSetting,
+        sizes: ByteSizes,
+        folder: Path,
     ) -> None:
         self.subject = subject
         self.heldout = list(heldout)

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from moekit._validation import parse_file
-from moekit.bench.pruning.setting import Keep, Setting, same_keep
+from moekit.bench.pruning.setting import Keep, PruneBenchSetting, same_keep
 from moekit.checkpoint.atomic import atomic_write
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.pairs import PairedDifference
@@ -48,7 +48,7 @@ class Cut(BaseModel):
         return f"{self.passages} passages of {self.documents} document{'' if self.documents == 1 else 's'}"
 
 
-class Calibration(BaseModel):
+class CalibrationDraw(BaseModel):
     """A text that methods decided from.
 
     Attributes:
@@ -250,11 +250,11 @@ class PruneBenchResult(BaseModel):
     experts: dict[int, int]
     top_k: int
     bytes: int
-    setting: Setting
+    setting: PruneBenchSetting
     source: str = ""
     text: str = ""
     dtype: str = ""
-    calibrations: tuple[Calibration, ...]
+    calibrations: tuple[CalibrationDraw, ...]
     calibration_seconds: float
     unchanged: PerplexityResult
     cuts: tuple[Cut, ...] = ()

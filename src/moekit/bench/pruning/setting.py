@@ -65,7 +65,7 @@ class Entry(BaseModel):
         return made
 
 
-class Setting(BaseModel):
+class PruneBenchSetting(BaseModel):
     """What a bench is asked for.
 
     Attributes:

@@ -8,13 +8,13 @@ from typing import Any
 from moekit.cli._terminal import Terminal
 
 
-def say_method(terminal: Terminal, results: Mapping[str, Any]) -> None:
+def print_method(terminal: Terminal, results: Mapping[str, Any]) -> None:
     """The method and its knobs."""
     settings = ", ".join(f"{key}={value}" for key, value in results["settings"].items() if value is not None)
     terminal.say(f"{results['method']} ({settings})" if settings else results["method"])
 
 
-def say_proven(terminal: Terminal, results: Mapping[str, Any]) -> None:
+def print_proof(terminal: Terminal, results: Mapping[str, Any]) -> None:
     """What the check of the output proved."""
     for line in results.get("check", {}).get("proven", ()):
         terminal.say(f"proven: {line}")

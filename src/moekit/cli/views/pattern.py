@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from moekit.cli._terminal import Terminal, size
-from moekit.cli.views._costs import say_method
+from moekit.cli.views._costs import print_method
 
 
 def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
     """Print what was recorded of each task."""
-    say_method(terminal, results)
+    print_method(terminal, results)
     rows = [
         (
             made["task"],

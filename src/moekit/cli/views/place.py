@@ -29,9 +29,9 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
         ]
         proven = f"{part['proven_layers']} of {part['layers']} layers are proven optima"
         terminal.table(f"{part['devices']} devices ({proven})", columns, rows)
-        if part["spare"]:
-            slots = f"{part['spare']} expert slot{'s' if part['spare'] > 1 else ''} more"
-            terminal.say(f"+{part['spare']}: every device has {slots}, for copies of hot experts")
+        if part["redundant"]:
+            slots = f"{part['redundant']} expert slot{'s' if part['redundant'] > 1 else ''} more"
+            terminal.say(f"+{part['redundant']}: every device has {slots}, for copies of hot experts")
         if part["gain"] is not None:
             gain = part["gain"]
             terminal.say(

@@ -9,16 +9,16 @@ from moekit.cli._terminal import Terminal, size
 from moekit.cli.views._costs import (
     at_layer,
     parts_of,
+    print_method,
+    print_proof,
     ratio_of,
-    say_method,
-    say_proven,
     show_perplexity,
 )
 
 
 def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
     """Print what was decided and what it costs."""
-    say_method(terminal, results)
+    print_method(terminal, results)
     experts, nbytes = results["experts"], results["bytes"]
     share = 1 - nbytes["after"] / nbytes["before"]
     terminal.say(
@@ -30,7 +30,7 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
         _show_text(terminal, proof)
     _show_layers(terminal, results, proof)
     _show_figures(terminal, results["layers"])
-    say_proven(terminal, results)
+    print_proof(terminal, results)
 
 
 def _show_text(terminal: Terminal, proof: Mapping[str, Any]) -> None:

@@ -9,22 +9,22 @@ from moekit.cli._terminal import Terminal
 from moekit.cli.views._costs import (
     at_layer,
     parts_of,
+    print_method,
+    print_proof,
     ratio_of,
-    say_method,
-    say_proven,
     show_perplexity,
 )
 
 
 def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
     """Print the zeros counted and what they cost."""
-    say_method(terminal, results)
+    print_method(terminal, results)
     _show_weights(terminal, results)
     proof = results.get("proof")
     if proof is not None:
         _show_text(terminal, proof)
     _show_layers(terminal, results, proof)
-    say_proven(terminal, results)
+    print_proof(terminal, results)
 
 
 def _show_weights(terminal: Terminal, results: Mapping[str, Any]) -> None:

@@ -24,10 +24,10 @@ from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.small_files import copy_small_files
 from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.layer_writer import Rewrite, Rewriter
-from moekit.compress.engine.layout import Mtp, Work, plan_bytes, prepare
+from moekit.compress.engine.layout import Mtp, OutputLayout, plan_bytes, prepare
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups
-from moekit.compress.engine.shard_writer import Output
+from moekit.compress.engine.shard_writer import OutputShards
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import UnsupportedModel
 
@@ -114,7 +114,7 @@ def apply(
         return seal(temporary, full, digests=digests, progress=progress)
 
 
-def _rewriter(work: Work, rewrite: Rewrite) -> Rewriter:
+def _rewriter(work: OutputLayout, rewrite: Rewrite) -> Rewriter:
     if "quantization_config" in work.checkpoint.config:
         kind = work.checkpoint.config["quantization_config"].get("quant_method", "?")
         raise UnsupportedModel(
@@ -127,7 +127,7 @@ def _rewriter(work: Work, rewrite: Rewrite) -> Rewriter:
     return Rewriter(work.checkpoint, work.config, rewrite, getattr(torch, name.removeprefix("torch.")))
 
 
-def _described(work: Work, record: Record) -> Record:
+def _described(work: OutputLayout, record: Record) -> Record:
     """The record with what is known before the work."""
     kept = {str(layer): list(outcome.keep) for layer, outcome in work.outcomes.items()}
     before = {"bytes": work.checkpoint.nbytes, "experts": {str(layer): n for layer, n in work.counts.items()}}
@@ -142,13 +142,13 @@ def _described(work: Work, record: Record) -> Record:
 
 
 def _write(
-    work: Work, folder: Path, rewriter: Rewriter | None, changed: set[int], progress: Progress | None
+    work: OutputLayout, folder: Path, rewriter: Rewriter | None, changed: set[int], progress: Progress | None
 ) -> dict[str, TensorExpectation]:
     source = work.checkpoint.path
     if progress is not None:
         progress.start("writing", sum(tensor.spec.nbytes for tensor in work.kept))
     try:
-        with Output(folder, work.shards, work.index, progress.advance if progress else None) as output:
+        with OutputShards(folder, work.shards, work.index, progress.advance if progress else None) as output:
             copied = [tensor for tensor in work.kept if tensor.layer not in changed]
             for tensor, following in itertools.zip_longest(copied, copied[1:]):
                 if following is not None and not following.scattered:

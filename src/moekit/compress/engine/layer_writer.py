@@ -16,7 +16,7 @@ from moekit.checkpoint.reading import TensorReader
 from moekit.compress.engine.limits import check_made
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
-from moekit.compress.engine.slicing import Kept
+from moekit.compress.engine.slicing import KeptTensor
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import NumericFault, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
@@ -53,7 +53,9 @@ class Rewriter:
         self._loader.close()
         self._reader.close()
 
-    def tensors(self, index: int, outcome: LayerOutcome, kept: Sequence[Kept]) -> Iterator[tuple[Kept, Tensor]]:
+    def tensors(
+        self, index: int, outcome: LayerOutcome, kept: Sequence[KeptTensor]
+    ) -> Iterator[tuple[KeptTensor, Tensor]]:
         """The tensors of a layer that hold or count experts, in the source's layout and dtypes.
 
         Args:
@@ -93,7 +95,7 @@ class Rewriter:
             block = resized_block(layer, config, new)
             return {f"{layer.name}.{name}": tensor for name, tensor in block.state_dict().items()}
 
-    def _on_disk(self, state: dict[str, Tensor], kept: Sequence[Kept], index: int) -> dict[str, Tensor]:
+    def _on_disk(self, state: dict[str, Tensor], kept: Sequence[KeptTensor], index: int) -> dict[str, Tensor]:
         found = {k.name: state.pop(k.name) for k in kept if k.name in state and tuple(state[k.name].shape) == k.shape}
         if len(found) < len(kept):
             from transformers.core_model_loading import revert_weight_conversion
@@ -109,7 +111,7 @@ class Rewriter:
             )
         return found
 
-    def _exact(self, new: Tensor, kept: Kept) -> Tensor:
+    def _exact(self, new: Tensor, kept: KeptTensor) -> Tensor:
         """In the dtype of the source; what was not changed, from the source, as reading may have rounded it."""
         if TORCH_NAMES[str(new.dtype)] == kept.source.dtype:
             return new
@@ -127,7 +129,7 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _refuse_non_finite(tensor: Tensor, kept: Kept) -> None:
+def _refuse_non_finite(tensor: Tensor, kept: KeptTensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise NumericFault(
             f"rewriting gave NaN or infinity in {kept.name}",

@@ -27,7 +27,7 @@ from moekit.compress.engine.limits import check_even, check_groups, check_layers
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, resized_config
 from moekit.compress.engine.shard_writer import Shard, lay_out
-from moekit.compress.engine.slicing import Axes, Kept, expert_counts, is_mtp, kept_tensors
+from moekit.compress.engine.slicing import Axes, KeptTensor, expert_counts, is_mtp, kept_tensors
 from moekit.errors import BadConfig
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ Mtp = Literal["drop", "keep"]
 
 
 @dataclass(frozen=True)
-class Work:
+class OutputLayout:
     """All that is known of the output before a weight is read.
 
     Attributes:
@@ -55,7 +55,7 @@ class Work:
     checkpoint: Checkpoint
     outcomes: Mapping[int, LayerOutcome]
     counts: Mapping[int, int]
-    kept: tuple[Kept, ...]
+    kept: tuple[KeptTensor, ...]
     shards: tuple[Shard, ...]
     index: str | None
     config: PreTrainedConfig
@@ -104,7 +104,7 @@ def prepare(
     mtp: Mtp = "drop",
     stock_only: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> Work:
+) -> OutputLayout:
     """Find out what `apply` would write, and refuse what is impossible; no weight is read.
 
     Args, raises: see `apply`.
@@ -134,7 +134,7 @@ def prepare(
     shards, index = lay_out((tensor.spec for tensor in kept), max_shard_bytes)
     text = _config_text(checkpoint, before, after, outcomes, bool(extra) and mtp == "drop")
     dropped_mtp = len(extra) if mtp == "drop" else 0
-    return Work(checkpoint, outcomes, counts, tuple(kept), tuple(shards), index, after, text, dropped_mtp)
+    return OutputLayout(checkpoint, outcomes, counts, tuple(kept), tuple(shards), index, after, text, dropped_mtp)
 
 
 def plan_bytes(checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome], **options: Any) -> int:
@@ -161,7 +161,7 @@ def _axes(before: PreTrainedConfig, outcomes: Mapping[int, LayerOutcome], counts
     return Axes(empty_model(before), empty_model(other))
 
 
-def _resized(kept: list[Kept], after: PreTrainedConfig) -> list[Kept]:
+def _resized(kept: list[KeptTensor], after: PreTrainedConfig) -> list[KeptTensor]:
     """The tensors with the sizes that they have in a model of another expert width, split and fused ones."""
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -20,7 +20,7 @@ from moekit.compress.engine.inputs import InputsByLayer
 from moekit.compress.engine.measuring import empty_statistics, geometries_of, refuse_damaged, sizes_of, weights_reader
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.plan import LayerRecord, WeightPlan
-from moekit.compress.engine.request import Calibration, PlanRequest
+from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.searching import plan_by_search
 from moekit.compress.engine.sequential import TextPass, pass_name
 from moekit.errors import BadConfig, BadData
@@ -32,7 +32,7 @@ from moekit.trace.streamed import Streamed
 
 def plan_weights(
     checkpoint: Checkpoint,
-    source: Trace | Calibration | None,
+    source: Trace | CalibrationText | None,
     request: PlanRequest,
     progress: Progress | None = None,
 ) -> WeightPlan:
@@ -52,7 +52,7 @@ def plan_weights(
         UnsupportedModel: no Mixture of Experts, or quantized where weights are read.
     """
     method, geometries = request.method, geometries_of(checkpoint)
-    if isinstance(source, Calibration) and method.passes == "search":
+    if isinstance(source, CalibrationText) and method.passes == "search":
         with Streamed(
             checkpoint,
             source.batches,
@@ -64,7 +64,7 @@ def plan_weights(
             streamed.run(progress, refuse_damaged)
             recorded = streamed.trace(tokenizer=source.tokenizer, source=source.source, seed=request.seed)
             return plan_by_search(checkpoint, recorded, streamed, request, progress)
-    if isinstance(source, Calibration) and method.required:
+    if isinstance(source, CalibrationText) and method.required:
         return _plan_on_text(checkpoint, source, request, geometries, progress)
     if method.passes == "search" or (method.sequential and isinstance(source, Trace)):
         raise BadConfig(
@@ -78,7 +78,7 @@ def plan_weights(
 
 def _plan_on_text(
     checkpoint: Checkpoint,
-    text: Calibration,
+    text: CalibrationText,
     request: PlanRequest,
     geometries: Mapping[int, Geometry],
     progress: Progress | None,

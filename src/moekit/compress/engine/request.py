@@ -51,7 +51,7 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationText:
     """A text, and how it passes through the model.
 
     Attributes:

@@ -21,7 +21,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.measuring import refuse_damaged
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.request import Calibration, PlanRequest
+from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
 from moekit.trace.meta import TraceMeta
 from moekit.trace.statistics import LayerStatistics
@@ -39,7 +39,7 @@ class TextPass:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, text: Calibration, request: PlanRequest, progress: Progress | None
+        self, checkpoint: Checkpoint, text: CalibrationText, request: PlanRequest, progress: Progress | None
     ) -> None:
         self._checkpoint = checkpoint
         self._text = text

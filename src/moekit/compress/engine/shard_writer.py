@@ -1,6 +1,6 @@
 """Write a checkpoint whose tensors are all known beforehand: exact sizes, in any order, hashed while the bytes pass.
 
-`ShardWriter` takes tensors as they come; here names, dtypes and shapes come first. So headers are tight, the
+`OutputShards` takes tensors as they come; here names, dtypes and shapes come first. So headers are tight, the
 folder's size is known before the work, and tensors may be written in another order than they lie on disk.
 """
 
@@ -152,7 +152,7 @@ class _Digests:
         )
 
 
-class Output:
+class OutputShards:
     """Writes the tensors of `lay_out`, in any order; a context manager that closes all files.
 
     Memory is a few buffers, whatever the tensors' sizes: bytes are read and written plainly, never mapped.
@@ -270,7 +270,7 @@ class Output:
             os.close(file)
         self._targets, self._sources = {}, {}
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> OutputShards:
         return self
 
     def __exit__(

@@ -43,7 +43,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptTensor:
     """A tensor of the output and where its bytes lie in the source.
 
     Attributes:
@@ -226,7 +226,9 @@ class Axes:
         return same and whole and info.shape[axis] % experts == 0
 
 
-def kept_tensors(checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome], axes: Axes, mtp: bool) -> list[Kept]:
+def kept_tensors(
+    checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome], axes: Axes, mtp: bool
+) -> list[KeptTensor]:
     """All tensors of the output, in the order in which they lie in the source.
 
     Args:
@@ -240,30 +242,30 @@ def kept_tensors(checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome], a
     """
     tells = is_mtp(checkpoint)
     counts = expert_counts(checkpoint)
-    found: list[Kept] = []
+    found: list[KeptTensor] = []
     for name, info in checkpoint.tensors.items():
         if not tells(name):
             found += _kept(info, outcomes, counts, axes)
         elif mtp:
-            found.append(Kept(name, info))
+            found.append(KeptTensor(name, info))
     return found
 
 
 def _kept(
     info: TensorInfo, outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int], axes: Axes
-) -> Iterator[Kept]:
+) -> Iterator[KeptTensor]:
     """What becomes of one tensor: one, none, or, where experts are there more than once, several."""
     match = _split(info.name)
     layer = decoder_index(match["block"] if match else info.name)
     if layer not in outcomes or not _LAYER.match(info.name):
-        yield Kept(info.name, info)
+        yield KeptTensor(info.name, info)
         return
     keep = outcomes[layer].keep
     if match:
         for number, expert in enumerate(keep):
             if expert == int(match["expert"]):
-                yield Kept(f"{match['block']}.experts.{number}.{match['rest']}", info, layer)
+                yield KeptTensor(f"{match['block']}.experts.{number}.{match['rest']}", info, layer)
         return
     axis = axes.of(info, counts[layer])
     cut = None if axis is None or outcomes[layer].keeps_all(counts[layer]) else Cut(axis, counts[layer], keep)
-    yield Kept(info.name, info, None if axis is None else layer, cut)
+    yield KeptTensor(info.name, info, None if axis is None else layer, cut)

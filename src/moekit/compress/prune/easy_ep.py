@@ -77,7 +77,7 @@ def mix_domains(sums_DE: Tensor, domains: Sequence[str], weights: Mapping[str, f
     changes="weights",
     limits=(
         "For the domain of its calibration text only: other domains lose far more.",
-        "Calibrate on prompts with the model's own answers (moekit.compress.answers); long texts weigh more.",
+        "Calibrate on prompts with the model's own answers (moekit.compress.self_calibration); long texts weigh more.",
     ),
 )
 class EasyEP(PruneMethod):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from moekit.errors import BadConfig
-from moekit.jobs.shared.estimates import Forecast, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, JobEstimate
 
 if TYPE_CHECKING:
     from moekit.catalogue import MethodRecord
@@ -126,14 +126,14 @@ class JobOptions(BaseModel):
             raise BadConfig("nothing says where to write", hint="give the folder to write (out)")
         return self, out, overwrite
 
-    def estimate(self, out: Path, sizes: Sizes) -> Forecast:
+    def estimate(self, out: Path, sizes: ByteSizes) -> JobEstimate:
         """Say what the job would read, write and need, from file sizes and headers alone.
 
         Args:
             out: where it would write.
             sizes: sizes of what is there or will be.
         """
-        found: Forecast = self._call("estimate", Forecast(), out, sizes)
+        found: JobEstimate = self._call("estimate", JobEstimate(), out, sizes)
         return found
 
     def run(self, context: JobContext) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class PlaceOptions(JobOptions):
         by_method="place",
         example=lambda record: f"moekit place {record.name} ./trace ./placement --devices 2,4,8",
         # As people who think of ranks or of EPLB call them.
-        aliases={"devices": "--ranks", "spare": "--spare-experts"},
+        aliases={"devices": "--ranks", "redundant": "--redundant-experts"},
     )
 
     trace: TraceRef = Field(description="trace that the placement is made for")
@@ -49,7 +49,7 @@ class PlaceOptions(JobOptions):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16", description="type of the hidden states that travel, for predicted bytes"
     )
-    spare: int = Field(default=0, ge=0, description="expert slots of each device to fill with copies of hot experts")
+    redundant: int = Field(default=0, ge=0, description="expert slots of each device to fill with copies of hot experts")
     copies: Literal["added", "eplb"] = Field(
         default="added",
         description="added: keep the solver's owners; eplb: choose owners, too, by load alone. Both are counted, "

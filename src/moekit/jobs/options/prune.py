@@ -54,7 +54,7 @@ class PruneOptions(WritingOptions):
     protect: ExpertsRef | None = Field(
         default=None, description="experts that stay: super, layer:expert pairs such as 1:68,2:92, or a JSON file"
     )
-    answers: int | None = Field(
+    self_generated: int | None = Field(
         default=None,
         ge=1,
         description="take data as prompts: decide on each with the model's own answer of up to so many tokens behind "

@@ -22,7 +22,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class JobEstimate:
     """What a piece of work would read, write and need.
 
     Attributes:
@@ -51,13 +51,13 @@ class Forecast:
 
 
 @dataclass
-class Sizes:
+class ByteSizes:
     """Bytes of what is on disk, and of what earlier steps will have written."""
 
     expected: dict[str, int | None] = field(default_factory=dict)
 
     def of(self, path: str | Path) -> int | None:
-        """Bytes of a file or folder: measured if it is there, else as forecast, else None."""
+        """Bytes of a file or folder: measured if it is there, else as estimated, else None."""
         measured = disk_bytes(path)
         if measured is not None:
             return measured
@@ -72,9 +72,9 @@ class Sizes:
         """The same as an item."""
         return Item(str(path), self.of(path))
 
-    def expect(self, forecast: Forecast) -> None:
+    def expect(self, estimate: JobEstimate) -> None:
         """Remember what a step will write."""
-        self.expected.update({item.what: item.nbytes for item in forecast.writes})
+        self.expected.update({item.what: item.nbytes for item in estimate.writes})
 
 
 def disk_bytes(path: str | Path) -> int | None:
@@ -98,7 +98,7 @@ def largest(numbers: Iterable[int | None]) -> int | None:
     return max((number for number in numbers if number is not None), default=None)
 
 
-def _most_at_once(parts: Sequence[Forecast]) -> int | None:
+def _most_at_once(parts: Sequence[JobEstimate]) -> int | None:
     """Most bytes on disk while steps run one after the other: scratch files of a step go when it ends."""
     kept = 0
     most: int | None = None
@@ -109,18 +109,18 @@ def _most_at_once(parts: Sequence[Forecast]) -> int | None:
     return most
 
 
-def merged(forecasts: Mapping[str, Forecast]) -> Forecast:
-    """One forecast of steps that run one after the other: outputs add up, memory does not."""
-    parts = list(forecasts.values())
+def merged(estimates: Mapping[str, JobEstimate]) -> JobEstimate:
+    """One estimate of steps that run one after the other: outputs add up, memory does not."""
+    parts = list(estimates.values())
     made = {item.what.rstrip("/") for part in parts for item in part.writes}
     outside: dict[str, Item] = {}
     for item in (item for part in parts for item in part.reads):
         if not any(item.what == name or item.what.startswith(name + "/") for name in made):
             outside[item.what] = item
-    return Forecast(
+    return JobEstimate(
         reads=tuple(outside.values()),
         writes=tuple(item for part in parts for item in part.writes),
         disk=_most_at_once(parts),
         memory=largest(part.memory for part in parts),
-        notes=tuple(f"{name}: {note}" for name, part in forecasts.items() for note in part.notes),
+        notes=tuple(f"{name}: {note}" for name, part in estimates.items() for note in part.notes),
     )

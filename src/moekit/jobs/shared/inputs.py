@@ -27,7 +27,7 @@ from moekit.data.text import load_text
 from moekit.errors import BadCheckpoint, BadConfig, MoekitError
 from moekit.jobs.context import JobContext, LiveModel
 from moekit.jobs.shared.checked import DEAD, write_checked
-from moekit.jobs.shared.estimates import Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item
 from moekit.routing import RoutingPlan
 
 logger = logging.getLogger(__name__)
@@ -199,8 +199,8 @@ def calibration_rows(
     return arrange(take_shares(documents, tokenizer, max_tokens, bos=bos, progress=progress), seq_len)
 
 
-def model_item(reference: str, sizes: Sizes) -> Item:
-    """A model with its bytes on disk: measured, forecast, or read from the hub's headers without a download."""
+def model_item(reference: str, sizes: ByteSizes) -> Item:
+    """A model with its bytes on disk: measured, estimated, or read from the hub's headers without a download."""
     known = sizes.of(Path(reference).expanduser())
     if known is not None:
         _refuse_bad_config(Path(reference).expanduser())
@@ -246,8 +246,8 @@ def _hub_bytes(reference: str) -> int | None:
         return None
 
 
-def text_item(reference: str, sizes: Sizes) -> Item:
-    """A text with its bytes: measured, forecast, or about what would be downloaded."""
+def text_item(reference: str, sizes: ByteSizes) -> Item:
+    """A text with its bytes: measured, estimated, or about what would be downloaded."""
     known = sizes.of(Path(reference).expanduser())
     if known is not None:
         return Item(reference, known)

@@ -17,7 +17,7 @@ from moekit.jobs.shared.inputs import load_tokenizer, model_location
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenedModel:
     """A model that is to be pruned, opened and verified; no weight has been read.
 
     Attributes:
@@ -58,7 +58,7 @@ class Source:
         return known if isinstance(known, int) and known > 1 else 1 << 20
 
 
-def open_source(reference: str, progress: Any = None) -> Source:
+def open_source(reference: str, progress: Any = None) -> OpenedModel:
     """Open a model and find its MoE layers.
 
     Raises:
@@ -71,10 +71,10 @@ def open_source(reference: str, progress: Any = None) -> Source:
     parent = str(local.resolve()) if local.is_dir() else location
     checkpoint = Checkpoint.open(parent)
     verify(checkpoint)
-    return Source(checkpoint, geometries_of(checkpoint), parent)
+    return OpenedModel(checkpoint, geometries_of(checkpoint), parent)
 
 
-def check_runnable(source: Source) -> None:
+def check_runnable(source: OpenedModel) -> None:
     """Refuse a proof where layers cannot be run.
 
     Raises:

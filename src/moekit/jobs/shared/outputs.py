@@ -11,7 +11,7 @@ from moekit.jobs.options.base import JobOptions
 from moekit.jobs.shared.hashes import local_parts
 
 
-def refuse_harm(options: JobOptions, out: Path) -> None:
+def check_output(options: JobOptions, out: Path) -> None:
     """Refuse a job whose output would replace, hold or change something that it reads.
 
     Args:

@@ -14,7 +14,7 @@ from moekit.diagnose.super_experts.finding import NEEDS, find_super_experts
 from moekit.diagnose.super_experts.report import SuperExpertReport
 from moekit.errors import BadCheckpoint, BadConfig
 from moekit.evaluation.super_expert_study import SuperExpertStudy
-from moekit.jobs.shared.opened import Source
+from moekit.jobs.shared.opened import OpenedModel
 from moekit.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ SUPER = "super"
 _STUDY = "super-experts.json"
 
 
-def parse_protected(text: str, source: Source) -> dict[int, tuple[int, ...]]:
+def parse_protected(text: str, source: OpenedModel) -> dict[int, tuple[int, ...]]:
     """Experts that must stay: `1:68,2:92`, a JSON file `{"1": [68], "2": [92]}`, or what `moekit super-experts` wrote.
 
     Raises:
@@ -52,7 +52,7 @@ def parse_protected(text: str, source: Source) -> dict[int, tuple[int, ...]]:
     return {layer: tuple(sorted(experts)) for layer, experts in sorted(pairs.items())}
 
 
-def _read_protected(file: Path, source: Source) -> dict[int, set[int]]:
+def _read_protected(file: Path, source: OpenedModel) -> dict[int, set[int]]:
     hint = 'write super, pairs such as 1:68,2:92, or a JSON file {"1": [68], "2": [92]}, or OUT of super-experts'
     # Not Path.is_file: what is no path at all, too long for one, would end in an error of the system.
     file = file / _STUDY if os.path.isdir(file) else file
@@ -79,7 +79,7 @@ def _numbers(layer: str, experts: Any) -> set[int]:
     return set(experts)
 
 
-def _of_study(file: Path, source: Source) -> dict[int, set[int]]:
+def _of_study(file: Path, source: OpenedModel) -> dict[int, set[int]]:
     """What a study of super experts protects; it must be of this model."""
     study = SuperExpertStudy.load(file)
     study.report.check_model(source.checkpoint.fingerprint, file)
@@ -88,13 +88,13 @@ def _of_study(file: Path, source: Source) -> dict[int, set[int]]:
     return {layer: set(experts) for layer, experts in study.protect.items() if experts}
 
 
-def protection_needs(source: Source) -> tuple[str, ...]:
+def protection_needs(source: OpenedModel) -> tuple[str, ...]:
     """Statistics by which super experts are found."""
     shared = all(geometry.shared_width for geometry in source.geometries.values())
     return (*NEEDS, "shared_peak") if shared else NEEDS
 
 
-def find_in_trace(source: Source, trace: Trace, **rule: Any) -> SuperExpertReport:
+def find_in_trace(source: OpenedModel, trace: Trace, **rule: Any) -> SuperExpertReport:
     """The super experts that a trace of the model shows.
 
     Args:
@@ -116,7 +116,7 @@ def find_in_trace(source: Source, trace: Trace, **rule: Any) -> SuperExpertRepor
     )
 
 
-def super_experts(source: Source, trace: Trace) -> dict[int, tuple[int, ...]]:
+def super_experts(source: OpenedModel, trace: Trace) -> dict[int, tuple[int, ...]]:
     """Decoder layer -> the experts that carry massive activations; what was found is logged.
 
     Raises:

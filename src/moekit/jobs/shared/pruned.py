@@ -26,7 +26,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.writing import WritingOptions
 from moekit.jobs.shared.checked import DEAD, write_checked
 from moekit.jobs.shared.hashes import hash_of
-from moekit.jobs.shared.opened import Source
+from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.shared.proof import HeldOut, Proof, prove
 from moekit.trace.statistics import LayerStatistics
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _FEW = 4
 
 
-def in_groups(source: Source, plan: WeightPlan) -> dict[int, LayerRecord]:
+def in_groups(source: OpenedModel, plan: WeightPlan) -> dict[int, LayerRecord]:
     """The layers of a plan, with equally many kept of each routing group where that was asked for."""
     groups = routing_groups(source.checkpoint.config)
     if plan.file.groups == "free" or groups == 1:
@@ -47,7 +47,7 @@ def in_groups(source: Source, plan: WeightPlan) -> dict[int, LayerRecord]:
 def baseline(
     name: str,
     settings: Mapping[str, Any],
-    source: Source,
+    source: OpenedModel,
     request: PlanRequest,
     statistics: Mapping[int, LayerStatistics],
     seed: int,
@@ -80,7 +80,7 @@ def baseline(
     return WeightPlan(plan.file.model_copy(update={"layers": in_groups(source, plan)}), narrow)
 
 
-def warn_of(plan: WeightPlan) -> list[str]:
+def log_warnings(plan: WeightPlan) -> list[str]:
     """What a reader must know of a plan's data; also logged, in fewer words."""
     unseen = {layer: told for layer, told in plan.file.layers.items() if told.never_routed}
     if unseen:
@@ -109,7 +109,7 @@ class Decided:
         rewrite: makes new weights; None where experts are only dropped.
     """
 
-    source: Source
+    source: OpenedModel
     request: PlanRequest
     plan: WeightPlan
     statistics: Mapping[int, LayerStatistics] = field(default_factory=dict)
@@ -193,7 +193,7 @@ def write_pruned(
     return record, report
 
 
-def told_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict[str, Any]:
+def summary_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> dict[str, Any]:
     """What a plan says, as plain values."""
     file = decided.plan.file
     before = sum(told.experts for told in file.layers.values())
@@ -232,7 +232,7 @@ def finish(
     decided.rewrite = rewriter(decided.plan, decided.source.checkpoint, folder=context.scratch / "rewritten")
     proof = None if heldout is None else prove_plan(decided, heldout, options, context)
     record, report = write_pruned(decided, proof, options, context)
-    results = told_of_plan(decided, warnings, Checkpoint.open(context.out).nbytes)
+    results = summary_of_plan(decided, warnings, Checkpoint.open(context.out).nbytes)
     for layer in results["layers"]:
         layer["figures"] |= {} if decided.rewrite is None else decided.rewrite.figures.get(layer["layer"], {})
     return {

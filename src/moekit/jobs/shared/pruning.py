@@ -30,7 +30,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.shared.estimates import disk_bytes
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import read_text
-from moekit.jobs.shared.opened import Source
+from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.shared.proof import HeldOut
 
 logger = logging.getLogger(__name__)
@@ -75,14 +75,14 @@ def refuse_uneven(budget: Budget, stock_only: bool) -> None:
         )
 
 
-def tell_uneven(budget: Budget) -> None:
+def warn_uneven(budget: Budget) -> None:
     """Say before the work who can load what comes of it."""
     if budget.scope == "global":
         logger.warning("layers may keep different numbers of experts: the result loads through moekit.load only")
 
 
 @dataclass(frozen=True)
-class Outlook:
+class ResultSize:
     """What is known of the result before any work.
 
     Attributes:
@@ -96,9 +96,9 @@ class Outlook:
     tensors: int
 
 
-def foresee(
-    source: Source, request: PlanRequest, name: str, *, stock_only: bool, mtp: Literal["drop", "keep"]
-) -> Outlook:
+def size_of_result(
+    source: OpenedModel, request: PlanRequest, name: str, *, stock_only: bool, mtp: Literal["drop", "keep"]
+) -> ResultSize:
     """Refuse a request that this model cannot fulfil, whatever is decided; no weight is read.
 
     Raises:
@@ -131,7 +131,7 @@ def foresee(
             f"{tensors:,} bytes would be written, more than {limit:,}, as multi-token-prediction layers stay, too",
             hint="say --mtp drop, or allow more",
         )
-    return Outlook(counts, work.nbytes, tensors)
+    return ResultSize(counts, work.nbytes, tensors)
 
 
 def _any_decision(experts: int, keep: int, groups: int) -> LayerOutcome:
@@ -140,7 +140,7 @@ def _any_decision(experts: int, keep: int, groups: int) -> LayerOutcome:
     return LayerOutcome(keep=tuple(group * size + e for group in range(groups) for e in range(share)))
 
 
-def _counts(source: Source, request: PlanRequest) -> dict[int, int]:
+def _counts(source: OpenedModel, request: PlanRequest) -> dict[int, int]:
     sizes = sizes_of(source.checkpoint, source.geometries, request.top_k)
     if request.keep_budget.scope == "uniform":
         return uniform_count(request.keep_budget, sizes)
@@ -181,7 +181,7 @@ def check_disk(out: Path, scratch: Path, output: int, between: int) -> None:
         )
 
 
-def bytes_between(source: Source, tokens: int, proof_tokens: int, variants: int, rewritten: int) -> int:
+def bytes_between(source: OpenedModel, tokens: int, proof_tokens: int, variants: int, rewritten: int) -> int:
     """Bytes on disk while a run works: hidden states of calibration and proof, and rewritten layers."""
     hidden = next(iter(source.geometries.values())).hidden
     wide = 2 if str(source.checkpoint.config.get("dtype", source.checkpoint.config.get("torch_dtype"))) in _HALF else 4
@@ -192,7 +192,7 @@ def bytes_between(source: Source, tokens: int, proof_tokens: int, variants: int,
 def read_heldout(
     reference: str,
     split: Any,
-    source: Source,
+    source: OpenedModel,
     context: JobContext,
     *,
     tokens: int | None,

@@ -9,12 +9,12 @@ from typing import Any
 
 import moekit
 from moekit._files import read_text
-from moekit.compress.answers import answer_tokens, demonstrations, prompt_ids
+from moekit.compress.self_calibration import answer_tokens, demonstrations, prompt_ids
 from moekit.data import Document, TokenBatches, TokenizedDocument
 from moekit.data.batches import arrange, pad_id_of
 from moekit.errors import BadConfig
 from moekit.jobs.context import JobContext
-from moekit.jobs.shared.opened import Source
+from moekit.jobs.shared.opened import OpenedModel
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ FILE = "answers.json"
 
 
 def answered_rows(
-    documents: list[Document], source: Source, context: JobContext, *, new_tokens: int, each: int, load: Any
+    documents: list[Document], source: OpenedModel, context: JobContext, *, new_tokens: int, each: int, load: Any
 ) -> TokenBatches:
     """Let the model answer some documents of each domain, and lay each prompt with its answer out in a row of its own.
 
@@ -50,7 +50,7 @@ def answered_rows(
     return arrange(found, max(len(answered.ids) for answered in found), pad=True, pad_id=pad_id_of(tokenizer))
 
 
-def load_for_answers(source: Source, device: str, dtype: str) -> Any:
+def load_for_answers(source: OpenedModel, device: str, dtype: str) -> Any:
     """The whole model, with its routing policy if it has one."""
     return moekit.load(source.location, device=device, dtype=dtype).eval()
 
@@ -60,7 +60,7 @@ def _fitting(documents: list[Document], tokenizer: Any, room: int, each: int, se
     if not fitting:
         raise BadConfig(
             f"none of {len(documents)} documents leaves room for its answer: prompts may have {max(0, room)} tokens",
-            hint="give shorter prompts, or ask for shorter answers (--answers)",
+            hint="give shorter prompts, or ask for shorter answers (--self-generated)",
         )
     if len(fitting) < len(documents):
         logger.warning("%d of %d prompts are too long to be answered", len(documents) - len(fitting), len(documents))

@@ -20,7 +20,7 @@ from moekit.evaluation.changes import Variant
 from moekit.jobs.context import JobContext
 from moekit.jobs.shared.checked import write_checked
 from moekit.jobs.shared.hashes import hash_of
-from moekit.jobs.shared.opened import Source
+from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.shared.proof import HeldOut, Proof, prove
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _FEW = 4
 
 
 @dataclass(frozen=True)
-class Machine:
+class Placed:
     """Where layers run, and in which dtype; None as stored."""
 
     device: str
@@ -38,7 +38,7 @@ class Machine:
 
 
 def finish(
-    plan: WeightPlan, source: Source, heldout: HeldOut | None, machine: Machine, context: JobContext
+    plan: WeightPlan, source: OpenedModel, heldout: HeldOut | None, machine: Placed, context: JobContext
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it.
 
@@ -51,7 +51,7 @@ def finish(
     assert zeros is not None
     record, report = _write(plan, source, zeros, proof, context)
     return {
-        **told_of(plan, zeros),
+        **summary_of(plan, zeros),
         "proof": None if proof is None else proof.model_dump(mode="json"),
         "check": {
             "ok": report.ok,
@@ -62,7 +62,7 @@ def finish(
     }
 
 
-def _prove(plan: WeightPlan, source: Source, heldout: HeldOut, machine: Machine, context: JobContext) -> Proof:
+def _prove(plan: WeightPlan, source: OpenedModel, heldout: HeldOut, machine: Placed, context: JobContext) -> Proof:
     others = _baselines(plan, source)
     return prove(
         source.checkpoint,
@@ -78,11 +78,11 @@ def _prove(plan: WeightPlan, source: Source, heldout: HeldOut, machine: Machine,
     )
 
 
-def _variant(plan: WeightPlan, source: Source) -> Variant:
+def _variant(plan: WeightPlan, source: OpenedModel) -> Variant:
     return Variant(plan.file.method, plan.outcomes, rewriter(plan, source.checkpoint))
 
 
-def _baselines(plan: WeightPlan, source: Source) -> list[WeightPlan]:
+def _baselines(plan: WeightPlan, source: OpenedModel) -> list[WeightPlan]:
     """What the method's baselines decide at the same sparsity; none where that is the method itself."""
     return [
         plan_weights(source.checkpoint, None, PlanRequest(make_method("sparsify", name, settings), plan.file.budget))
@@ -92,7 +92,7 @@ def _baselines(plan: WeightPlan, source: Source) -> list[WeightPlan]:
 
 
 def _write(
-    plan: WeightPlan, source: Source, zeros: PlannedRewrite, proof: Proof | None, context: JobContext
+    plan: WeightPlan, source: OpenedModel, zeros: PlannedRewrite, proof: Proof | None, context: JobContext
 ) -> tuple[Record, CheckReport]:
     """Write the sparse model; it takes its name once it has been checked."""
     told = {"method", "settings", "data", "tokens"}
@@ -121,7 +121,7 @@ def _write(
     )
 
 
-def told_of(plan: WeightPlan, zeros: PlannedRewrite | None) -> dict[str, Any]:
+def summary_of(plan: WeightPlan, zeros: PlannedRewrite | None) -> dict[str, Any]:
     """What a plan says and, once it was carried out, the zeros counted, as plain values.
 
     Args:
@@ -162,7 +162,7 @@ def told_of(plan: WeightPlan, zeros: PlannedRewrite | None) -> dict[str, Any]:
     }
 
 
-def warn_of(lines: Sequence[str]) -> None:
+def log_warnings(lines: Sequence[str]) -> None:
     """Log what a reader must know, each kind at most a few times."""
     for line in lines[:_FEW]:
         logger.warning("%s", line)

@@ -12,7 +12,7 @@ from moekit.data import Document, TokenizedDocument
 from moekit.data.encoding import Bos
 from moekit.data.shares import take_shares
 from moekit.errors import BadData
-from moekit.jobs.shared.opened import Source
+from moekit.jobs.shared.opened import OpenedModel
 from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern
 from moekit.trace.meta import DataEntry
 
@@ -63,7 +63,7 @@ def texts_of_tasks(
     return found
 
 
-def warn_of(pattern: Pattern) -> None:
+def log_warnings(pattern: Pattern) -> None:
     """Say how much of the model a task's text did not show."""
     missed = [len(experts) for experts in pattern.never_routed.values() if experts]
     if missed:
@@ -95,7 +95,7 @@ def account(reference: str, text: list[TokenizedDocument]) -> list[DataEntry]:
     ]
 
 
-def largest_layer(source: Source) -> int:
+def largest_layer(source: OpenedModel) -> int:
     """Bytes of the largest decoder layer, experts and all."""
     layers: dict[int | None, int] = {}
     for name, info in source.checkpoint.tensors.items():

@@ -10,15 +10,15 @@ from typing import Any
 from moekit import catalogue
 from moekit._device import named_dtype
 from moekit._progress import Progress
-from moekit.compress.engine.layout import Work
+from moekit.compress.engine.layout import OutputLayout
 from moekit.data.encoding import encode
 from moekit.errors import BadConfig, BadData, UnsupportedModel
 from moekit.evaluation import complete
 from moekit.evaluation.generation import Completion
 from moekit.jobs.options.tasks import TaskOptions
-from moekit.jobs.shared.estimates import Forecast, Item, Sizes
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item
-from moekit.jobs.shared.opened import Source, open_source
+from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.shared.protection import SUPER, parse_protected
 from moekit.jobs.shared.pruning import budget_of
 from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern
@@ -105,7 +105,7 @@ class TaskModels:
         check_tasks(options)
         self.options = options
         self.reference = reference
-        self.source: Source = open_source(reference, progress)
+        self.source: OpenedModel = open_source(reference, progress)
         fingerprint = "" if options.other_weights else self.source.checkpoint.fingerprint
         self.store: PatternStore = PatternStore(str(options.patterns), fingerprint)
         self.patterns: dict[str, Pattern] = self.store.load_all()
@@ -118,7 +118,7 @@ class TaskModels:
         # The budget is refused now, whatever task is retrieved: all are of one shape.
         self.plan(options.task or next(iter(self.patterns)))
 
-    def plan(self, task: str) -> Work:
+    def plan(self, task: str) -> OutputLayout:
         """What would be read for a task."""
         return plan_task(self.source.checkpoint, self.patterns[task], self._budget, **self._choice)
 
@@ -186,7 +186,7 @@ class TaskModels:
         )
 
     def complete(
-        self, assigned: Sequence[Assigned], tokens: int, tell: Callable[[str, Work], None] | None = None
+        self, assigned: Sequence[Assigned], tokens: int, tell: Callable[[str, OutputLayout], None] | None = None
     ) -> list[Answered]:
         """Continue prompts, task by task: each task's experts are loaded once, and gone before the next ones come.
 
@@ -217,17 +217,17 @@ class TaskModels:
             gc.collect()
         return [done[number] for number in range(len(assigned))]
 
-    def forecast(self) -> Forecast:
+    def estimate(self) -> JobEstimate:
         """Exact: how many bytes are read does not depend on which experts stay."""
         work = self.plan(self.options.task or next(iter(self.patterns)))
         nbytes = read_bytes(work)
         layers = "" if self.options.task else f"; before it layers up to MoE layer {self.options.retrieval_layers}"
-        reads = (Item(f"{self.reference}, the experts of one task", nbytes), Sizes().item(self.store.folder))
-        notes = (f"of {model_item(self.reference, Sizes()).nbytes or 0:,} bytes that the model has{layers}",)
-        return Forecast(reads, (), disk=0, memory=nbytes + (1 << 28), notes=notes)
+        reads = (Item(f"{self.reference}, the experts of one task", nbytes), ByteSizes().item(self.store.folder))
+        notes = (f"of {model_item(self.reference, ByteSizes()).nbytes or 0:,} bytes that the model has{layers}",)
+        return JobEstimate(reads, (), disk=0, memory=nbytes + (1 << 28), notes=notes)
 
 
-def read_bytes(work: Work) -> int:
+def read_bytes(work: OutputLayout) -> int:
     """Bytes of all tensors of a task's model."""
     return sum(kept.spec.nbytes for kept in work.kept)
 

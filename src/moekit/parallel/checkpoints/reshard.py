@@ -36,7 +36,7 @@ from moekit.placement import Placement
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ReshardSizes:
     """What a sharded checkpoint weighs.
 
     Attributes:
@@ -56,7 +56,7 @@ class Sizes:
     largest_layer: int
 
 
-def sizes(folder: str | Path) -> Sizes:
+def sizes(folder: str | Path) -> ReshardSizes:
     """What a sharded checkpoint weighs, from its index.
 
     Raises:
@@ -69,7 +69,7 @@ def sizes(folder: str | Path) -> Sizes:
             layers[layer_and_expert(key)[0]] += entry.nbytes
     weights = sum(layers.values())
     total = sum(entry.nbytes for entry in index.tensors.values())
-    return Sizes(
+    return ReshardSizes(
         ranks=index.ranks,
         experts=max((entry.count for entry in index.experts.values()), default=0),
         weights=weights,

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from moekit.catalogue import register
 from moekit.parallel.autograd import apply
-from moekit.parallel.dispatcher import Dispatcher, Options, RunExperts, run_local
+from moekit.parallel.dispatcher import Dispatcher, DispatchOptions, RunExperts, run_local
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.link import Link
 from moekit.parallel.ranks import Ranks
@@ -43,7 +43,7 @@ class AllReduce(Dispatcher):
     link: Link = field(default_factory=Link)
 
     @classmethod
-    def over(cls, layout: ExpertLayout, ranks: Ranks, options: Options) -> AllReduce:
+    def over(cls, layout: ExpertLayout, ranks: Ranks, options: DispatchOptions) -> AllReduce:
         """See the base class."""
         return cls(layout, options, Link(ranks.group))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moekit.catalogue import register
 from moekit.errors import BadConfig
-from moekit.parallel.dispatcher import Dispatcher, Options, RunExperts
+from moekit.parallel.dispatcher import Dispatcher, DispatchOptions, RunExperts
 from moekit.parallel.dispatchers.once_per_rank import OncePerRank
 from moekit.parallel.exchange import Flight
 from moekit.parallel.layout import ExpertLayout
@@ -51,7 +51,7 @@ class Hierarchical(Dispatcher):
         self._inner = OncePerRank(inner[self.across.rank], self.options, self.inside)
 
     @classmethod
-    def over(cls, layout: ExpertLayout, ranks: Ranks, options: Options) -> Hierarchical:
+    def over(cls, layout: ExpertLayout, ranks: Ranks, options: DispatchOptions) -> Hierarchical:
         """See the base class."""
         if ranks.across is None or ranks.inside is None:
             raise BadConfig(

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from moekit.bench.pruning.ranking import NOT, mean_nll, part
-from moekit.bench.pruning.result import ALL, Calibration, PruneBenchResult, PruneRun, RankRow, Share
+from moekit.bench.pruning.result import ALL, CalibrationDraw, PruneBenchResult, PruneRun, RankRow, Share
 from moekit.bench.pruning.setting import FREQUENCY, RANDOM
 from moekit.report.data import LinesSection, ReportData, Section, TableSection, TextSection
 from moekit.report.markup import number
@@ -283,6 +283,6 @@ def how_section(result: PruneBenchResult) -> TextSection:
     return TextSection(title="How to read this, and how it was measured", paragraphs=paragraphs)
 
 
-def _documents(text: Calibration) -> str:
+def _documents(text: CalibrationDraw) -> str:
     cut = "" if text.passages is None else f", cut into {text.passages} passages"
     return f"{text.documents} documents{cut}"

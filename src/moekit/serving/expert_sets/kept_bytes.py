@@ -12,8 +12,8 @@ import torch
 
 from moekit._progress import Progress
 from moekit.checkpoint.fingerprint import TORCH_NAMES
-from moekit.compress.engine.layout import Work
-from moekit.compress.engine.slicing import Kept
+from moekit.compress.engine.layout import OutputLayout
+from moekit.compress.engine.slicing import KeptTensor
 from moekit.errors import BadCheckpoint
 
 _DTYPES = {short: getattr(torch, name.removeprefix("torch.")) for name, short in TORCH_NAMES.items()}
@@ -32,7 +32,7 @@ class KeptBytes:
         nbytes: read so far.
     """
 
-    def __init__(self, work: Work, progress: Progress | None = None) -> None:
+    def __init__(self, work: OutputLayout, progress: Progress | None = None) -> None:
         self._work = work
         self._progress = progress
         self._files: dict[str, int] = {}
@@ -60,7 +60,7 @@ class KeptBytes:
         """Names of the smaller model's tensors -> stand-ins, which are read when they are asked for."""
         return {kept.name: _Waiting(self, kept) for kept in self._work.kept}
 
-    def read(self, kept: Kept) -> torch.Tensor:
+    def read(self, kept: KeptTensor) -> torch.Tensor:
         """Read what stays of one tensor.
 
         Raises:
@@ -80,7 +80,7 @@ class KeptBytes:
                 self._progress.advance(len(data))
         return data.view(dtype).reshape(kept.shape)
 
-    def _fill(self, kept: Kept, view: memoryview) -> None:
+    def _fill(self, kept: KeptTensor, view: memoryview) -> None:
         file, at = self._files[kept.source.shard], 0
         for start, end in _joined(kept.ranges()):
             while start < end:
@@ -89,7 +89,7 @@ class KeptBytes:
                     raise self._unreadable(kept, "the shard ends before the tensor does")
                 start, at = start + got, at + got
 
-    def _unreadable(self, kept: Kept, reason: str) -> BadCheckpoint:
+    def _unreadable(self, kept: KeptTensor, reason: str) -> BadCheckpoint:
         return BadCheckpoint(
             f"tensor {kept.source.name!r} cannot be read: {reason}",
             file=self._work.checkpoint.path / kept.source.shard,
@@ -112,7 +112,7 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 class _Waiting:
     """Stands for a tensor as safetensors' slices do: what transformers asks of those, it can ask of this."""
 
-    def __init__(self, source: KeptBytes, kept: Kept) -> None:
+    def __init__(self, source: KeptBytes, kept: KeptTensor) -> None:
         self._source = source
         self._kept = kept
 

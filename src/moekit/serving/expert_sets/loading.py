@@ -31,7 +31,7 @@ from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.precision import loading_dtype
 from moekit.checkpoint.stored import mark_stored
 from moekit.compress.budget.sizes import Budget, uniform_count
-from moekit.compress.engine.layout import Work, prepare
+from moekit.compress.engine.layout import OutputLayout, prepare
 from moekit.compress.engine.measuring import geometries_of, sizes_of
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups
@@ -121,7 +121,7 @@ def plan_task(
     top_k: int | None = None,
     groups: Groups = "free",
     other_weights: bool = False,
-) -> Work:
+) -> OutputLayout:
     """All that is known of a task's model before a weight is read; arguments and errors as for `load_task`."""
     geometries = geometries_of(checkpoint)
     known = "" if other_weights else pattern.origin.fingerprint
@@ -154,7 +154,7 @@ def _budget(keep: int | float | str) -> Budget:
         ) from error
 
 
-def _load(work: Work, source: KeptBytes, dtype: str | torch.dtype, device_map: Any) -> PreTrainedModel:
+def _load(work: OutputLayout, source: KeptBytes, dtype: str | torch.dtype, device_map: Any) -> PreTrainedModel:
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(work.config), None)
     if kind is None or work.checkpoint.remote_code:
         raise UnsupportedModel(
@@ -194,7 +194,7 @@ def _in_turn() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _config(work: Work) -> PreTrainedConfig:
+def _config(work: OutputLayout) -> PreTrainedConfig:
     """The smaller model's config, with how the checkpoint is quantized."""
     made = copy.deepcopy(work.config)
     raw = work.checkpoint.config if work.config_text is None else json.loads(work.config_text)

@@ -17,8 +17,8 @@ from torch import Tensor
 from moekit._progress import Progress
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
-from moekit.compress.answers import prompt_ids
 from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.self_calibration import prompt_ids
 from moekit.errors import BadConfig, BadData, NumericFault
 from moekit.serving.expert_sets.expert_set import Pattern
 from moekit.serving.expert_sets.recording import GroupedText

@@ -25,7 +25,7 @@ CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SourceSizes:
     """What the price of a source depends on.
 
     Attributes:
@@ -76,7 +76,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Source:
+class StatisticSource:
     """One thing that statistics may look at.
 
     Attributes:
@@ -89,32 +89,32 @@ class Source:
 
     name: str
     shows: str
-    cost: Callable[[Sizes], Cost] = field(default=lambda sizes: Cost())
+    cost: Callable[[SourceSizes], Cost] = field(default=lambda sizes: Cost())
     routed: bool = True
     live: str = ""
 
 
-def _rows(count: int) -> Callable[[Sizes], Cost]:
+def _rows(count: int) -> Callable[[SourceSizes], Cost]:
     return lambda sizes: Cost(memory=count * sizes.tokens * sizes.hidden * sizes.itemsize)
 
 
-def _chosen(sizes: Sizes) -> Cost:
+def _chosen(sizes: SourceSizes) -> Cost:
     return Cost(flops=sizes.layers * sizes.top_k * sizes.expert_flops)
 
 
-def _all(sizes: Sizes) -> Cost:
+def _all(sizes: SourceSizes) -> Cost:
     memory = min(CHUNK_BYTES, sizes.tokens * sizes.experts * sizes.hidden * 4)
     return Cost(flops=sizes.layers * sizes.experts * sizes.expert_flops, memory=memory)
 
 
-def _attention(sizes: Sizes) -> Cost:
+def _attention(sizes: SourceSizes) -> Cost:
     scores = 2 * sizes.heads * sizes.head_dim * sizes.positions
     # Queries and keys of a pass, and the probabilities of one sequence.
     memory = 2 * sizes.tokens * sizes.heads * sizes.head_dim * sizes.itemsize + sizes.heads * sizes.positions**2 * 4
     return Cost(flops=sizes.layers * scores, memory=memory)
 
 
-def _gradients(sizes: Sizes) -> Cost:
+def _gradients(sizes: SourceSizes) -> Cost:
     # What a layer keeps for its backward pass: its inputs, attention's three and the experts' inner values.
     kept = sizes.tokens * (6 * sizes.hidden + 3 * sizes.top_k * sizes.width) * sizes.itemsize
     return Cost(flops=2 * sizes.layers * sizes.top_k * sizes.expert_flops, memory=sizes.layers * kept, passes=1)
@@ -122,50 +122,52 @@ def _gradients(sizes: Sizes) -> Cost:
 
 _BACKWARD = "a gradient comes down through all layers above at once, and streaming has only one of them in memory"
 
-SOURCES: dict[str, Source] = {
+SOURCES: dict[str, StatisticSource] = {
     source.name: source
     for source in (
-        Source("choices", "which experts each token chose"),
-        Source("weights", "gate weights of the choices"),
-        Source("logits", "router logits of all experts"),
-        Source("inputs", "what the experts are given"),
-        Source("inner", "inputs of the chosen experts' down projections", _chosen),
-        Source("outputs", "outputs of the chosen experts before gating", _chosen),
-        Source("all_outputs", "outputs of all experts on every token, a few tokens at a time", _all),
-        Source("residual", "residual stream before the block, and what the routed experts add", _rows(2)),
-        Source("shared", "output of the shared experts", _rows(1)),
-        Source("stream", "residual stream after the decoder layer", _rows(1), routed=False),
-        Source(
+        StatisticSource("choices", "which experts each token chose"),
+        StatisticSource("weights", "gate weights of the choices"),
+        StatisticSource("logits", "router logits of all experts"),
+        StatisticSource("inputs", "what the experts are given"),
+        StatisticSource("inner", "inputs of the chosen experts' down projections", _chosen),
+        StatisticSource("outputs", "outputs of the chosen experts before gating", _chosen),
+        StatisticSource("all_outputs", "outputs of all experts on every token, a few tokens at a time", _all),
+        StatisticSource("residual", "residual stream before the block, and what the routed experts add", _rows(2)),
+        StatisticSource("shared", "output of the shared experts", _rows(1)),
+        StatisticSource("stream", "residual stream after the decoder layer", _rows(1), routed=False),
+        StatisticSource(
             "block_io", "input and output of the feed-forward block and of the decoder layer", _rows(4), routed=False
         ),
-        Source("attention", "queries, keys, and how much attention each token is paid", _attention, routed=False),
-        Source(
+        StatisticSource(
+            "attention", "queries, keys, and how much attention each token is paid", _attention, routed=False
+        ),
+        StatisticSource(
             "gradients",
             "gradients of the loss with respect to the chosen experts' activations",
             _gradients,
             live=_BACKWARD,
         ),
-        Source(
+        StatisticSource(
             "weight_gradients",
             "gradients of the loss with respect to one expert's weights at a time",
             _gradients,
             live=_BACKWARD,
         ),
-        Source(
+        StatisticSource(
             "stream_gradients", "gradients of the loss after block and layer", _gradients, routed=False, live=_BACKWARD
         ),
     )
 }
 
 
-def source_of(name: str) -> Source:
+def source_of(name: str) -> StatisticSource:
     """Look a source up.
 
     Raises:
         BadConfig: no such source; the message names near matches.
     """
     if name.startswith(MODULE) and len(name) > len(MODULE):
-        return Source(
+        return StatisticSource(
             name, f"input and output of {name.removeprefix(MODULE)} in each decoder layer", _rows(2), routed=False
         )
     if name in SOURCES:
@@ -184,7 +186,7 @@ def refuse_streaming(names: Iterable[str]) -> str | None:
     return next((source.live for source in map(source_of, sorted(set(names))) if source.live), None)
 
 
-def bill(names: Iterable[str], sizes: Sizes) -> Cost:
+def bill(names: Iterable[str], sizes: SourceSizes) -> Cost:
     """What looking at some sources costs together: experts that run once more run once for all of them."""
     costs = [source_of(name).cost(sizes) for name in sorted(set(names))]
     return Cost(

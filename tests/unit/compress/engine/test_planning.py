@@ -20,7 +20,7 @@ from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.measuring import geometries_of, sizes_of
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.planning import plan_weights, redecide
-from moekit.compress.engine.request import Calibration, PlanRequest
+from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.searching import plan_by_search
 from moekit.compress.prune.frequency import Frequency
 from moekit.compress.prune.naee import NAEE
@@ -165,5 +165,7 @@ def test_a_damaged_expert_is_named_by_a_method_that_only_counts(tmp_path: Path) 
     name = "model.layers.1.mlp.experts.5.down_proj.weight"
     edit_shard(folder / "model.safetensors", lambda tensors: tensors[name][0].fill_(float("nan")))
     with pytest.raises(NumericFault) as caught:
-        plan_weights(Checkpoint.open(folder), Calibration([tokens(2, 20)]), PlanRequest(Frequency(), Budget(keep=4)))
+        plan_weights(
+            Checkpoint.open(folder), CalibrationText([tokens(2, 20)]), PlanRequest(Frequency(), Budget(keep=4))
+        )
     assert (caught.value.layer, caught.value.expert) == (1, 5)

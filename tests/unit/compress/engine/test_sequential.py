@@ -25,7 +25,7 @@ from moekit.compress.engine.measuring import refuse_damaged
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
-from moekit.compress.engine.request import Calibration, PlanRequest
+from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.engine.zeroing import SparsifyMethod
@@ -42,7 +42,7 @@ IDS = tokens(3, 20, seed=5)
 MASK = torch.ones_like(IDS)
 MASK[2, 11:] = 0
 BATCHES: list[Any] = [{"input_ids": IDS, "attention_mask": MASK}, {"input_ids": tokens(2, 9, seed=6)}]
-TEXT = Calibration(BATCHES)
+TEXT = CalibrationText(BATCHES)
 NEEDS = ("load", "input_square", "inner_square")
 
 
@@ -173,7 +173,7 @@ def test_an_interrupted_pass_goes_on_and_ends_the_same(
 ) -> None:
     checkpoint = opened(tmp_path / "m")
     expected = plan_weights(checkpoint, TEXT, PlanRequest(OWL(), SparsityBudget(sparsity=0.5)))
-    kept = Calibration(BATCHES, folder=tmp_path / "scratch")
+    kept = CalibrationText(BATCHES, folder=tmp_path / "scratch")
     own, ran = Streamed._layer, []
 
     def layer(self: Streamed, index: int, *rest: Any) -> None:
@@ -258,7 +258,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     plan = plan_weights(checkpoint, TEXT, PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     with pytest.raises(BadConfig, match="was made for"):
         rewriter(plan, opened(tmp_path / "other", seed=1))
-    one = plan_weights(checkpoint, Calibration([tokens(1, 20)]), PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
+    one = plan_weights(checkpoint, CalibrationText([tokens(1, 20)]), PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     assert any("single document" in line for line in one.file.warnings)
 
 
@@ -285,7 +285,7 @@ def test_damaged_plans(tmp_path: Path) -> None:
         WeightPlan.load(tmp_path / "p.json", kind="prune")
     assert "sparsify --from" in str(other.value.hint)
     plan_weights(
-        checkpoint, Calibration([tokens(2, 20, seed=9)]), PlanRequest(Wanda(), SparsityBudget(sparsity=0.5))
+        checkpoint, CalibrationText([tokens(2, 20, seed=9)]), PlanRequest(Wanda(), SparsityBudget(sparsity=0.5))
     ).save(tmp_path / "new.json")
     (tmp_path / "new.safetensors").replace(tmp_path / "p.safetensors")
     with pytest.raises(BadData, match=r"not the statistics that p\.json was written with"):
@@ -297,7 +297,7 @@ def test_damaged_plans(tmp_path: Path) -> None:
 
 def test_experts_without_tokens_are_warned_of(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "m")
-    few = Calibration([tokens(1, 2, seed=1)])
+    few = CalibrationText([tokens(1, 2, seed=1)])
     plan = plan_weights(checkpoint, few, PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     told = plan.file.layers[0]
     assert told.never_routed
@@ -317,7 +317,7 @@ def test_the_same_tokens_in_other_rows_are_measured_anew(tmp_path: Path) -> None
     ids = tokens(1, 32)
     plans = [
         plan_weights(
-            checkpoint, Calibration([ids.view(shape)], folder), PlanRequest(Wanda(), SparsityBudget(sparsity=0.5))
+            checkpoint, CalibrationText([ids.view(shape)], folder), PlanRequest(Wanda(), SparsityBudget(sparsity=0.5))
         )
         for shape, folder in (((2, 16), tmp_path / "f"), ((8, 4), tmp_path / "f"), ((8, 4), None))
     ]

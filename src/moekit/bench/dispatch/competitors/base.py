@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from moekit.bench.dispatch.setting import Entry, Setting
+from moekit.bench.dispatch.setting import DispatchBenchSetting, Entry
 from moekit.bench.dispatch.workload import fill
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.ranks import Ranks
@@ -33,7 +33,7 @@ class Material:
         tensors: whole stacked weights by name.
     """
 
-    setting: Setting
+    setting: DispatchBenchSetting
     entry: Entry
     ranks: Ranks
     layout: ExpertLayout
@@ -67,7 +67,7 @@ class Peer(ABC):
         return cls.needs_shared_batch
 
     @classmethod
-    def why_not(cls, setting: Setting, entry: Entry) -> str | None:
+    def why_not(cls, setting: DispatchBenchSetting, entry: Entry) -> str | None:
         """Why it cannot take part; None if it can."""
         return None
 

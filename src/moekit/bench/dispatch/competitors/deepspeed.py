@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.bench.dispatch.competitors.base import Material, Peer
-from moekit.bench.dispatch.setting import Entry, Setting
+from moekit.bench.dispatch.setting import DispatchBenchSetting, Entry
 from moekit.bench.dispatch.workload import fill
 
 
@@ -47,7 +47,7 @@ class DeepSpeed(Peer):
         return ("cf=1", "no-drop")
 
     @classmethod
-    def why_not(cls, setting: Setting, entry: Entry) -> str | None:
+    def why_not(cls, setting: DispatchBenchSetting, entry: Entry) -> str | None:
         """See the base class."""
         if importlib.util.find_spec("deepspeed") is None:
             return "not installed (pip install deepspeed)"

@@ -9,7 +9,7 @@ from torch import Tensor
 from moekit import catalogue
 from moekit.bench.dispatch.competitors.base import Material, ModulePeer
 from moekit.bench.dispatch.phases import Clock, time_dispatcher, time_experts
-from moekit.bench.dispatch.setting import Entry, Setting
+from moekit.bench.dispatch.setting import DispatchBenchSetting, Entry
 from moekit.parallel.dispatcher import Dispatcher
 from moekit.parallel.sharding import make_dispatcher
 from moekit.parallel.traffic import Traffic
@@ -40,7 +40,7 @@ class Ours(ModulePeer):
         return found.needs_shared_batch
 
     @classmethod
-    def why_not(cls, setting: Setting, entry: Entry) -> str | None:
+    def why_not(cls, setting: DispatchBenchSetting, entry: Entry) -> str | None:
         """See the base class."""
         if setting.experts < setting.ranks and not entry.placement:
             return f"{setting.experts} experts are fewer than {setting.ranks} ranks"

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moekit.bench.dispatch.competitors.base import Material, ModulePeer
 from moekit.bench.dispatch.phases import Clock, time_experts
-from moekit.bench.dispatch.setting import Entry, Setting
+from moekit.bench.dispatch.setting import DispatchBenchSetting, Entry
 
 _meshes: dict[int, DeviceMesh] = {}
 
@@ -35,7 +35,7 @@ class Transformers(ModulePeer):
         return variant == "all_reduce"
 
     @classmethod
-    def why_not(cls, setting: Setting, entry: Entry) -> str | None:
+    def why_not(cls, setting: DispatchBenchSetting, entry: Entry) -> str | None:
         """See the base class."""
         try:
             import transformers.distributed.expert_parallel  # noqa: F401

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moekit.compress.answers import answer_tokens, demonstrations, prompt_ids, prompt_text, with_answers
+from moekit.compress.self_calibration import answer_tokens, demonstrations, prompt_ids, prompt_text, with_answers
 from moekit.data.batches import TokenizedDocument, tokenize
 from moekit.data.text import Document
 from moekit.errors import BadConfig, BadData

@@ -1,6 +1,6 @@
 """Placements with copies: spare room on every device, filled with the experts that need it most.
 
-Two ways. *Added*: a placement keeps its owners, and with them the co-activation it keeps together; the spare slots take
+Two ways. *Added*: a placement keeps its owners, and with them the co-activation it keeps together; the redundant slots take
 copies. *By load*: owners and copies alike are chosen as EPLB does, from load alone.
 
 Either way no device holds an expert twice: what EPLB may do there would fill a slot without taking any load.
@@ -27,9 +27,9 @@ BY_LOAD = "eplb"
 
 
 def added_copies(
-    device_of_E: Sequence[int], load_E: Sequence[float], spare: int, devices: int, *, nodes: int = 1
+    device_of_E: Sequence[int], load_E: Sequence[float], redundant: int, devices: int, *, nodes: int = 1
 ) -> dict[int, list[int]]:
-    """Fill the spare slots: a copy of the expert whose busiest copy has most to do, until no slot is free.
+    """Fill the redundant slots: a copy of the expert whose busiest copy has most to do, until no slot is free.
 
     A copy goes to a device with a free slot that does not hold the expert: in a node that does not hold it either, if
     there is one, then where the load is least. What each copy has to do is estimated by `shares`.
@@ -37,7 +37,7 @@ def added_copies(
     Args:
         device_of_E: owner of each expert.
         load_E: choices of each expert.
-        spare: slots of each device beyond the experts it owns.
+        redundant: slots of each device beyond the experts it owns.
         devices: D.
         nodes: nodes, filled one after the other.
 
@@ -48,13 +48,13 @@ def added_copies(
         BadConfig: more slots on a device than experts it does not own.
     """
     owned = [list(device_of_E).count(device) for device in range(devices)]
-    if not 0 <= spare <= len(device_of_E) - max(owned):
+    if not 0 <= redundant <= len(device_of_E) - max(owned):
         most = len(device_of_E) - max(owned)
         raise BadConfig(
-            f"{spare} spare slots cannot be filled: a device owns {max(owned)} of {len(device_of_E)} experts",
-            hint=f"choose 0 to {most} spare slots; with {most} every device holds every expert",
+            f"{redundant} redundant slots cannot be filled: a device owns {max(owned)} of {len(device_of_E)} experts",
+            hint=f"choose 0 to {most} redundant slots; with {most} every device holds every expert",
         )
-    node_D, free_D = node_of_devices(devices, nodes), [spare] * devices
+    node_D, free_D = node_of_devices(devices, nodes), [redundant] * devices
     holders = [[device] for device in device_of_E]
     load_D = [0.0] * devices
     for device, load in zip(device_of_E, load_E, strict=True):
@@ -89,13 +89,13 @@ def shares(held: Sequence[int], node_D: Sequence[int], nodes: int) -> dict[int, 
     return {device: 1 / nodes / here[node_D[device]] + elsewhere for device in held}
 
 
-def add_copies(placement: Placement, load: Mapping[int, torch.Tensor], spare: int) -> Placement:
-    """A placement with the same owners, and copies in `spare` more slots of each device.
+def add_copies(placement: Placement, load: Mapping[int, torch.Tensor], redundant: int) -> Placement:
+    """A placement with the same owners, and copies in `redundant` more slots of each device.
 
     Args:
         placement: without copies.
         load: decoder layer -> choices of each expert [E].
-        spare: slots of each device beyond the experts it owns.
+        redundant: slots of each device beyond the experts it owns.
 
     Raises:
         BadConfig: there are copies already, or no room for so many.
@@ -103,16 +103,16 @@ def add_copies(placement: Placement, load: Mapping[int, torch.Tensor], spare: in
     if any(placement.replicas.values()):
         raise BadConfig("this placement has copies already", hint="add copies to one that has none")
     replicas = {
-        layer: added_copies(groups, load[layer].double().tolist(), spare, placement.devices, nodes=placement.nodes)
+        layer: added_copies(groups, load[layer].double().tolist(), redundant, placement.devices, nodes=placement.nodes)
         for layer, groups in placement.layers.items()
     }
-    return placement.model_copy(update={"replicas": replicas, "config": {**placement.config, "spare": spare}})
+    return placement.model_copy(update={"replicas": replicas, "config": {**placement.config, "redundant": redundant}})
 
 
 def place_by_load(
     load: Mapping[int, torch.Tensor],
     devices: int,
-    spare: int = 0,
+    redundant: int = 0,
     *,
     nodes: int = 1,
     routing_groups: int = 1,
@@ -122,13 +122,13 @@ def place_by_load(
 ) -> Placement:
     """Owners and copies by load alone, as EPLB balances them, and never two copies on one device.
 
-    Every device gets ceil(E / D) + spare slots. Of an expert's holders the one that owns least so far is its owner,
+    Every device gets ceil(E / D) + redundant slots. Of an expert's holders the one that owns least so far is its owner,
     experts with the fewest copies first.
 
     Args:
         load: decoder layer -> choices of each expert [E].
         devices: D.
-        spare: slots of each device beyond ceil(E / D).
+        redundant: slots of each device beyond ceil(E / D).
         nodes: nodes, respected where they divide devices and routing groups and hold experts enough for all slots.
         routing_groups: groups of neighbouring experts that a token's choice is limited to.
         fingerprint: of the model.
@@ -144,12 +144,12 @@ def place_by_load(
         experts = len(load[layer])
         if devices > experts:
             raise BadConfig(f"{experts} experts cannot be placed on {devices} devices", hint=f"choose 1 to {experts}")
-        each = -(-experts // devices) + spare
+        each = -(-experts // devices) + redundant
         whole = devices % nodes == 0 and routing_groups % nodes == 0 and each <= experts // nodes
         inside = {"nodes": nodes, "groups": routing_groups} if whole else {}
         found = replicate_experts(load[layer], each * devices, devices, distinct=True, **inside).holders
         layers[layer], replicas[layer] = _owners(found, devices)
-    config: dict[str, Any] = {"spare": spare}
+    config: dict[str, Any] = {"redundant": redundant}
     return Placement(
         fingerprint=fingerprint,
         trace=trace,
