@@ -19,8 +19,8 @@ import torch
 
 from moekit.placement.plan import Placement
 from moekit.placement.planning import place
-from moekit.placement.replaying import replay
 from moekit.placement.redundancy import place_by_load
+from moekit.placement.replaying import replay
 
 # Experts, choices a token, tokens, devices, nodes.
 CASES = (

@@ -35,7 +35,7 @@ from moekit.data import TokenBatches, TokenizedDocument
 from moekit.data.batches import arrange
 from moekit.evaluation import perplexity_of_documents
 from moekit.serving.expert_sets.retrieval import query, retrieve
-from moekit.serving.expert_sets.scoring import pattern_of
+from moekit.serving.expert_sets.scoring import expert_set_of
 from moekit.trace import record, summarise
 
 # Scores from one pass that weigh by how often an expert is chosen; means over an expert's tokens are told apart.
@@ -368,28 +368,28 @@ def about_premoe(case: Case, result: PruneBenchResult) -> Iterator[Claim]:
     told = ", ".join(f"{length} tokens {rate:.2f}" for length, rate in rates.items())
     yield Claim(
         "premoe",
-        "a prompt of 128 tokens finds its pattern, from all layers, half of the time or more",
+        "a prompt of 128 tokens finds its expert set, from all layers, half of the time or more",
         f"{told}; chance {1 / len(case.tasks):.2f}",
         rates.get(128, 0.0) >= 0.5,
     )
 
 
 def retrieval(case: Case) -> dict[int, float]:
-    """Tokens of a prompt -> share of unseen prompts whose nearest pattern is their own task's."""
+    """Tokens of a prompt -> share of unseen prompts whose nearest expert set is their own task's."""
     model = moekit.load(case.subject.checkpoint.path, device="cpu", dtype="float32", parts=False)
     method, layers = PreMoe(), len(find_moe_layers(model))
-    patterns = {}
+    expert_sets = {}
     for task in case.tasks:
         rows = arrange([d for d in case.calibration if d.domain == task], case.options.seq_len)
         trace = record(model, rows.batches(4), statistics=method.required, keep_choices=False)
-        patterns[task] = pattern_of(task, model, trace, method)
+        expert_sets[task] = expert_set_of(task, model, trace, method)
     rates = {}
     for length in (32, 128):
         hits = []
         for task in case.tasks:
             for document in [d for d in case.heldout if d.domain == task and len(d.ids) >= length][:12]:
                 scores = query(model, case.subject.tokenizer, document.ids[:length], method=method, layers=layers)
-                hits.append(retrieve(patterns, scores).task == task)
+                hits.append(retrieve(expert_sets, scores).task == task)
         if hits:
             rates[length] = statistics.fmean(hits)
     return rates

@@ -67,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["route", "c2r", folder / "moe", folder / "plan", *traced],
         ["route", "c2r", folder / "moe", folder / "routed", *traced, "--write", "model"],
         ["prune", folder / "moe", *plan],
-        ["pattern", folder / "moe", "--task", "a", "--data", text, "-o", folder / "patterns"],
+        ["expert-sets", folder / "moe", "--task", "a", "--data", text, "-o", folder / "expert-sets"],
         ["evaluate", folder / "moe", folder / "evaluated", "--text", text],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as left:
@@ -142,7 +142,7 @@ class Readers:
         plan.check_model(self.source.checkpoint.fingerprint)
         _ = (plan.hash, plan.method, plan.outcomes)
 
-    def patterns(self, folder: Path) -> None:
+    def expert_sets(self, folder: Path) -> None:
         PatternStore(folder).load_all()
 
     def evaluated(self, folder: Path) -> None:
@@ -231,7 +231,7 @@ TARGETS = {
     "routed": ("moekit.json", "moekit.safetensors"),
     "moe": ("config.json", "model.safetensors"),
     "pruned": ("plan.json", "plan.safetensors"),
-    "patterns": ("patterns.json", "*.safetensors"),
+    "expert_sets": ("expert_sets.json", "*.safetensors"),
     "evaluated": ("evaluation.json",),
     "results": ("perplexity.json", "protect.json", "lines.jsonl", "recipe.yaml"),
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from moekit.placement.replicas import replicate_experts
 from moekit.placement.redundancy import added_copies, place_by_load, shares
+from moekit.placement.replicas import replicate_experts
 from moekit.placement.topology import node_of_devices
 
 loads = st.integers(0, 1000).map(float)

@@ -1,4 +1,4 @@
-"""`moekit generate --patterns`: prompts answered by the experts of their task alone."""
+"""`moekit generate --expert-sets`: prompts answered by the experts of their task alone."""
 
 from __future__ import annotations
 

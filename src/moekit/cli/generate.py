@@ -41,7 +41,7 @@ def generate(
 ) -> None:
     """Continue prompts with a checkpoint, and show beside it what another one says; greedily, so it can be repeated.
 
-    With --patterns only the experts of each prompt's task are read from disk.
+    With --expert-sets only the experts of each prompt's task are read from disk.
     """
     from moekit.jobs.options.ranked import RankedOptions
     from moekit.jobs.options.tasks import TaskOptions
@@ -52,7 +52,7 @@ def generate(
     tasks = _options(TaskOptions, {name: rest.pop(name) for name in TaskOptions.model_fields})
     check_tasks(tasks)
     options = _options(RankedOptions, rest)
-    if tasks.patterns is not None:
+    if tasks.expert_sets is not None:
         if other is not None or options.ep > 1:
             raise BadConfig(
                 "a task's experts are loaded for one model, by one process",
@@ -153,7 +153,7 @@ def build() -> Any:
     examples = [
         "moekit generate ./moe ./routed --prompt 'Once upon a time' --max-new-tokens 32",
         "torchrun --nproc-per-node 4 -m moekit generate ./moe --ep 4 --dispatch all-reduce",
-        "moekit generate ./moe --patterns ./patterns --keep 0.5 --prompt 'What is 12 times 7?'",
+        "moekit generate ./moe --expert-sets ./expert-sets --keep 0.5 --prompt 'What is 12 times 7?'",
     ]
     extra = [*option_parameters(TaskOptions, panel="Tasks"), *option_parameters(RankedOptions, panel="Ranks")]
     return build_command(generate, examples=examples, extra=extra)

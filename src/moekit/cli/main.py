@@ -34,7 +34,7 @@ HAND_MADE: dict[str, str] = {
 
 # In the order in which they are used; jobs that are not named here come before "train".
 _ORDER = (
-    *("data", "estimate", "convert", "profile", "super-experts", "prune", "apply", "sparsify", "pattern", "route"),
+    *("data", "estimate", "convert", "profile", "super-experts", "prune", "apply", "sparsify", "expert-sets", "route"),
     *("place", "train", "evaluate", "generate", "bench", "check", "undo", "reshard", "report", "run", "methods"),
 )
 

@@ -1,4 +1,4 @@
-"""`use: pattern`: what each task wants of every layer's experts, added to a folder of patterns."""
+"""`use: expert-sets`: what each task wants of every layer's experts, added to a folder of expert sets."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from moekit.data.encoding import Bos
 from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
-from moekit.jobs.options.expert_sets import PatternOptions
+from moekit.jobs.options.expert_sets import ExpertSetsOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, read_text, text_item
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.shared.pruning import bytes_between, check_disk
 from moekit.jobs.shared.task_texts import Texts, account, largest_layer, log_warnings, texts_of_tasks
 from moekit.progress import ProgressLike
-from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern, generalist
+from moekit.serving.expert_sets.expert_set import GENERALIST, ExpertSet, generalist
 from moekit.serving.expert_sets.recording import GroupedText
 from moekit.serving.expert_sets.scoring import check_method, from_statistics
-from moekit.serving.expert_sets.store import INDEX_FILE, PatternStore
+from moekit.serving.expert_sets.store import INDEX_FILE, ExpertSetStore
 from moekit.trace.statistics import LayerStatistics
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def expert_sets(
     seed: int = 0,
     progress: ProgressLike = None,
 ) -> ExpertSetsResult:
-    """Record what the routers make of a task's text, and keep the ranks of all experts: one pattern for each task.
+    """Record what the routers make of a task's text, and keep the ranks of all experts: one expert set for each task.
 
     Args:
         model: MoE: folder or hub id.
@@ -85,10 +85,10 @@ def expert_sets(
         task: name of the task; without it each domain of data is a task.
         method: what scores the experts; see moekit methods prune.
         settings: the method's own knobs.
-        generalist: also store a pattern of all tasks of the folder together.
+        generalist: also store an expert set of all tasks of the folder together.
         further: keep the scores of all layers: without them prompts are compared at the first alone, and tasks cannot
             be pooled later.
-        existing: patterns that the folder holds: make it anew, add to them, or replace tasks of the same name too.
+        existing: expert sets that the folder holds: make it anew, add to them, or replace tasks of the same name too.
         max_tokens: tokens of each task, at most, shared among its documents.
         seq_len: tokens a row; the model's limit if that is less.
         batch_size: rows a pass.
@@ -96,37 +96,37 @@ def expert_sets(
         device: where layers run: cpu, cuda, ...
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
             precision.
-        out: folder of patterns; tasks are added to it.
+        out: folder of expert sets; tasks are added to it.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.
         progress: see `moekit.progress`.
 
     Returns:
-        What `moekit pattern` prints.
+        What `moekit expert-sets` prints.
 
     Raises:
         BadConfig: an impossible option, or `out` exists.
         BadData: a text or an artefact is missing or damaged.
         BadCheckpoint: a model is damaged.
     """
-    return call(PatternOptions, ExpertSetsResult, dict(locals()))
+    return call(ExpertSetsOptions, ExpertSetsResult, dict(locals()))
 
 
-def settle(options: PatternOptions, out: Path | None, overwrite: bool) -> tuple[PatternOptions, Path, bool]:
+def settle(options: ExpertSetsOptions, out: Path | None, overwrite: bool) -> tuple[ExpertSetsOptions, Path, bool]:
     """Tasks are added to a folder that is there; `overwrite` replaces those of the same name.
 
     Raises:
         BadConfig: nothing says where to write, or something else is there.
     """
     if out is None:
-        raise BadConfig("nothing says where to write", hint="-o OUT, a folder of patterns")
+        raise BadConfig("nothing says where to write", hint="-o OUT, a folder of expert sets")
     if out.exists() and not (out / INDEX_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise BadConfig("there is something else here, and no patterns", file=out, hint="choose another folder")
+        raise BadConfig("there is something else here, and no expert sets", file=out, hint="choose another folder")
     # The folder stays: tasks are added to it.
     return options.model_copy(update={"existing": "replace" if overwrite else "add"}), out, True
 
 
-def check(options: PatternOptions) -> None:
+def check(options: ExpertSetsOptions) -> None:
     """Refuse an unknown method, one that gives no ranks, and a task of the generalist's name."""
     resolve_device(options.device)
     check_method(catalogue.make("prune", options.method, options.settings))
@@ -136,7 +136,7 @@ def check(options: PatternOptions) -> None:
         raise BadConfig("tasks cannot be pooled without the scores of all layers", hint="leave --no-further out")
 
 
-def estimate(options: PatternOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
+def estimate(options: ExpertSetsOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """A few hundred kilobytes are written; what lies on the disk meanwhile are the text's hidden states."""
     reads = (model_item(options.model, sizes), text_item(options.data, sizes))
     notes = ("layers are read from disk one at a time: memory does not grow with their number",)
@@ -149,7 +149,7 @@ def estimate(options: PatternOptions, out: Path, sizes: ByteSizes) -> JobEstimat
     )
 
 
-def run(options: PatternOptions, context: JobContext) -> dict[str, Any]:
+def run(options: ExpertSetsOptions, context: JobContext) -> dict[str, Any]:
     """Refuse what is impossible, record, rank, store."""
     check(options)
     source = open_source(options.model, context.progress)
@@ -158,7 +158,7 @@ def run(options: PatternOptions, context: JobContext) -> dict[str, Any]:
     _refuse_known(options, context.out, source, method, texts)
     check_disk(context.out, context.scratch, _STORE_BYTES, _between(options, source, len(texts)))
     found = _record(options, source, method, texts, context)
-    made = [_pattern(options, name, found[name], texts[name], method, source) for name in texts]
+    made = [_expert_set(options, name, found[name], texts[name], method, source) for name in texts]
     if options.generalist:
         store = _store_before(options, context.out, source)
         known = {} if store is None else store.load_all()
@@ -168,25 +168,25 @@ def run(options: PatternOptions, context: JobContext) -> dict[str, Any]:
     return _told(options, made, source, context)
 
 
-def _between(options: PatternOptions, source: OpenedModel, tasks: int = 1) -> int:
+def _between(options: ExpertSetsOptions, source: OpenedModel, tasks: int = 1) -> int:
     return bytes_between(source, tasks * (options.max_tokens or (1 << 20)), 0, 0, 0)
 
 
-def _texts(options: PatternOptions, source: OpenedModel, context: JobContext) -> Texts:
+def _texts(options: ExpertSetsOptions, source: OpenedModel, context: JobContext) -> Texts:
     """Task -> its documents; read before any work, as one may turn out empty."""
     documents = read_text(options.data, seed=context.seed, progress=context.progress)
     return texts_of_tasks(documents, options.data, options.task, source.tokenizer(), options.max_tokens, options.bos)
 
 
-def _store_before(options: PatternOptions, out: Path, source: OpenedModel) -> PatternStore | None:
+def _store_before(options: ExpertSetsOptions, out: Path, source: OpenedModel) -> ExpertSetStore | None:
     """The folder that tasks are added to; None where there is none yet, or it is made anew."""
     if options.existing == "anew" or not (out / INDEX_FILE).is_file():
         return None
-    return PatternStore(out, source.checkpoint.fingerprint)
+    return ExpertSetStore(out, source.checkpoint.fingerprint)
 
 
 def _refuse_known(
-    options: PatternOptions, out: Path, source: OpenedModel, method: PruneMethod, tasks: Collection[str]
+    options: ExpertSetsOptions, out: Path, source: OpenedModel, method: PruneMethod, tasks: Collection[str]
 ) -> None:
     """Refuse before any work what could not be stored after it."""
     store = _store_before(options, out, source)
@@ -195,14 +195,14 @@ def _refuse_known(
     index = store.index()
     if (index.origin.method, index.origin.knobs) != (options.method, method.model_dump(mode="json")):
         raise BadConfig(
-            f"the patterns here were made by {index.origin.method} with {index.origin.knobs}",
+            f"the expert sets here were made by {index.origin.method} with {index.origin.knobs}",
             file=out,
             hint="use the same method and knobs, or another folder",
         )
     twice = [name for name in tasks if name in index.tasks]
     if twice and options.existing == "add":
         raise BadConfig(
-            f"there are patterns of {', '.join(map(repr, twice))} already",
+            f"there are expert sets of {', '.join(map(repr, twice))} already",
             file=out,
             hint="say --overwrite to replace them, or choose another name (--task)",
         )
@@ -217,7 +217,7 @@ def _refuse_known(
 
 
 def _record(
-    options: PatternOptions, source: OpenedModel, method: PruneMethod, texts: Texts, context: JobContext
+    options: ExpertSetsOptions, source: OpenedModel, method: PruneMethod, texts: Texts, context: JobContext
 ) -> dict[str, dict[int, LayerStatistics]]:
     """One pass: every layer is read once, and all tasks go through it."""
     length = min(options.seq_len, source.longest)
@@ -241,14 +241,14 @@ def _record(
     return reading.run(context.progress)
 
 
-def _pattern(
-    options: PatternOptions,
+def _expert_set(
+    options: ExpertSetsOptions,
     name: str,
     statistics: dict[int, LayerStatistics],
     text: list[TokenizedDocument],
     method: PruneMethod,
     source: OpenedModel,
-) -> Pattern:
+) -> ExpertSet:
     return from_statistics(
         name,
         statistics,
@@ -261,48 +261,50 @@ def _pattern(
 
 
 def _pooled(
-    options: PatternOptions,
+    options: ExpertSetsOptions,
     source: OpenedModel,
     method: PruneMethod,
     found: dict[str, dict[int, LayerStatistics]],
     texts: Texts,
-    others: list[Pattern],
-) -> Pattern:
-    """The pattern of all tasks: PreMoe's means over tokens add up, of other methods the statistics do."""
+    others: list[ExpertSet],
+) -> ExpertSet:
+    """The expert set of all tasks: PreMoe's means over tokens add up, of other methods the statistics do."""
     if options.method == _MEANS:
         return generalist(others)
     merged: dict[int, LayerStatistics] = {}
     for statistics in found.values():
         merged = {n: s if n not in merged else merged[n].merge(s) for n, s in statistics.items()}
     text = [document for some in texts.values() for document in some]
-    return _pattern(options, GENERALIST, merged, text, method, source)
+    return _expert_set(options, GENERALIST, merged, text, method, source)
 
 
-def _store(options: PatternOptions, patterns: list[Pattern], source: OpenedModel, context: JobContext) -> None:
+def _store(options: ExpertSetsOptions, expert_sets: list[ExpertSet], source: OpenedModel, context: JobContext) -> None:
     fingerprint = source.checkpoint.fingerprint
     if options.existing == "anew":
         with atomic_folder(context.out, overwrite=context.overwrite) as folder:
-            PatternStore(folder, fingerprint).save_all(patterns)
+            ExpertSetStore(folder, fingerprint).save_all(expert_sets)
         return
-    names = [pattern.task for pattern in patterns] if options.existing == "replace" else [GENERALIST]
-    PatternStore(context.out, fingerprint).save_all(patterns, overwrite=names)
+    names = [expert_set.task for expert_set in expert_sets] if options.existing == "replace" else [GENERALIST]
+    ExpertSetStore(context.out, fingerprint).save_all(expert_sets, overwrite=names)
 
 
-def _told(options: PatternOptions, patterns: list[Pattern], source: OpenedModel, context: JobContext) -> dict[str, Any]:
-    index = PatternStore(context.out, source.checkpoint.fingerprint).index()
+def _told(
+    options: ExpertSetsOptions, expert_sets: list[ExpertSet], source: OpenedModel, context: JobContext
+) -> dict[str, Any]:
+    index = ExpertSetStore(context.out, source.checkpoint.fingerprint).index()
     if GENERALIST in index.tasks and not options.generalist:
         logger.warning("the generalist is still that of the tasks before: --generalist makes it anew")
-    for pattern in patterns:
-        log_warnings(pattern)
+    for expert_set in expert_sets:
+        log_warnings(expert_set)
     made = [
         {
-            "task": pattern.task,
-            "tokens": pattern.tokens,
-            "documents": sum(entry.documents for entry in pattern.data),
-            "never_routed": {str(n): experts for n, experts in pattern.never_routed.items() if experts},
-            "bytes": (context.out / index.tasks[pattern.task].file).stat().st_size,
+            "task": expert_set.task,
+            "tokens": expert_set.tokens,
+            "documents": sum(entry.documents for entry in expert_set.data),
+            "never_routed": {str(n): experts for n, experts in expert_set.never_routed.items() if experts},
+            "bytes": (context.out / index.tasks[expert_set.task].file).stat().st_size,
         }
-        for pattern in patterns
+        for expert_set in expert_sets
     ]
     origin = index.origin
     told = {"method": options.method, "settings": origin.knobs, "experts": origin.experts}

@@ -20,9 +20,9 @@ from moekit.jobs.shared.trained import trained_alike
 from moekit.placement import Placement, constraint_gain, routing_groups
 from moekit.placement.apply import place_checkpoint
 from moekit.placement.comparison import compare, compare_solvers
+from moekit.placement.redundancy import add_copies, place_by_load
 from moekit.placement.sending import predict_sending
 from moekit.placement.simulation import place_trace
-from moekit.placement.redundancy import add_copies, place_by_load
 from moekit.placement.topology import Topology, parse_latency
 from moekit.progress import ProgressLike
 from moekit.report.results import REPLAY, placement_file

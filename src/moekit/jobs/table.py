@@ -55,8 +55,8 @@ _BEFORE = (
 _AFTER = (
     _row("apply", "ApplyOptions", "Carry a pruning plan out, with its own budget or another one."),
     Job(
-        "pattern",
-        "moekit.jobs.options.expert_sets:PatternOptions",
+        "expert-sets",
+        "moekit.jobs.options.expert_sets:ExpertSetsOptions",
         "Keep what each task wants of the experts, to load only its experts later.",
     ),
     _row("evaluate", "EvaluateOptions", "Perplexity per domain and multiple choice, paired, with error bars."),

@@ -30,6 +30,7 @@ from .paired import (
 )
 from .plan import Placement as Placement
 from .planning import make_solver as make_solver, place as place
+from .redundancy import add_copies as add_copies, place_by_load as place_by_load
 from .replaying import replay as replay
 from .replicas import Replication as Replication, replicate_experts as replicate_experts
 from .result import ReplayResult as ReplayResult, expected_devices as expected_devices
@@ -46,7 +47,6 @@ from .simulation import (
     simulate as simulate,
 )
 from .solver import Solution as Solution, Solver as Solver
-from .redundancy import add_copies as add_copies, place_by_load as place_by_load
 from .tokensets import token_sets as token_sets
 from .topology import (
     Topology as Topology,

@@ -1,7 +1,7 @@
 """Placements with copies: spare room on every device, filled with the experts that need it most.
 
-Two ways. *Added*: a placement keeps its owners, and with them the co-activation it keeps together; the redundant slots take
-copies. *By load*: owners and copies alike are chosen as EPLB does, from load alone.
+Two ways. *Added*: a placement keeps its owners, and with them the co-activation it keeps together; the redundant slots
+take copies. *By load*: owners and copies alike are chosen as EPLB does, from load alone.
 
 Either way no device holds an expert twice: what EPLB may do there would fill a slot without taking any load.
 

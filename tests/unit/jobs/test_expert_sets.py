@@ -1,4 +1,4 @@
-"""`use: pattern`: what it stores against traces recorded apart, adding and replacing, pooling, resuming, recipes."""
+"""`use: expert_set`: what it stores against traces recorded apart, adding and replacing, pooling, resuming, recipes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from moekit.compress.engine.plan import make_method
 from moekit.data import pack
 from moekit.errors import BadConfig, BadData
 from moekit.jobs.context import JobContext
-from moekit.jobs.options.expert_sets import PatternOptions
+from moekit.jobs.options.expert_sets import ExpertSetsOptions
 from moekit.jobs.shared.inputs import load_tokenizer, read_text
 from moekit.recipe import runner
 from moekit.recipe.schema import load_recipe
-from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern, generalist
-from moekit.serving.expert_sets.scoring import pattern_of
-from moekit.serving.expert_sets.store import PatternStore
+from moekit.serving.expert_sets.expert_set import GENERALIST, ExpertSet, generalist
+from moekit.serving.expert_sets.scoring import expert_set_of
+from moekit.serving.expert_sets.store import ExpertSetStore
 from moekit.streaming.loader import LayerLoader
 from moekit.trace.streamed import record_streamed
 from tests.tiny import write_model, write_text
@@ -36,24 +36,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def step(made: Path, **options: Any) -> PatternOptions:
-    return PatternOptions(**{"model": made / "moe", "data": made / "text", **options})
+def step(made: Path, **options: Any) -> ExpertSetsOptions:
+    return ExpertSetsOptions(**{"model": made / "moe", "data": made / "text", **options})
 
 
 def place(folder: Path, name: str = "out") -> JobContext:
     return JobContext(out=folder / name, scratch=folder / f"scratch-{name}", command="a test")
 
 
-def apart(made: Path, domain: str | None, method: str = "premoe", **knobs: Any) -> Pattern:
-    """The pattern of a domain, or of all text, from a trace of that alone."""
+def apart(made: Path, domain: str | None, method: str = "premoe", **knobs: Any) -> ExpertSet:
+    """The expert set of a domain, or of all text, from a trace of that alone."""
     checkpoint, chosen = Checkpoint.open(made / "moe"), make_method("prune", method, knobs)
     documents = [d for d in read_text(str(made / "text")) if domain in (None, d.domain)]
     rows = pack(documents, load_tokenizer(str(made / "moe")), 128)
     trace = record_streamed(checkpoint, rows.batches(8), statistics=(*chosen.required, "load"))
-    return pattern_of("apart", empty_model(checkpoint), trace, chosen)
+    return expert_set_of("apart", empty_model(checkpoint), trace, chosen)
 
 
-def alike(first: Pattern, second: Pattern) -> None:
+def alike(first: ExpertSet, second: ExpertSet) -> None:
     assert first.origin == second.origin
     assert first.tokens == second.tokens
     torch.testing.assert_close(first.scores(2), second.scores(2), rtol=1e-6, atol=1e-9)
@@ -75,11 +75,11 @@ def test_each_domain_becomes_a_task_by_one_pass(
         results = step(made).run(place(tmp_path))
     assert loaded == [0, 1]
     monkeypatch.undo()
-    found = PatternStore(tmp_path / "out", Checkpoint.open(made / "moe").fingerprint).load_all()
+    found = ExpertSetStore(tmp_path / "out", Checkpoint.open(made / "moe").fingerprint).load_all()
     assert list(found) == ["prose", "sums"]
-    for task, pattern in found.items():
-        alike(pattern, apart(made, task))
-        assert [(e.source, e.domain, e.documents) for e in pattern.data] == [(str(made / "text"), task, 4)]
+    for task, expert_set in found.items():
+        alike(expert_set, apart(made, task))
+        assert [(e.source, e.domain, e.documents) for e in expert_set.data] == [(str(made / "text"), task, 4)]
     told = {entry["task"]: entry for entry in results["made"]}
     assert told["sums"]["tokens"] == found["sums"].tokens
     missed = {str(n): experts for n, experts in found["sums"].never_routed.items() if experts}
@@ -91,7 +91,7 @@ def test_each_domain_becomes_a_task_by_one_pass(
 @pytest.mark.parametrize(("method", "settings"), [("premoe", {"threshold": 0.6}), ("easy-ep", {}), ("reap", {})])
 def test_a_named_task_takes_all_of_the_text(made: Path, tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
     step(made, task="both", method=method, settings=settings).run(place(tmp_path))
-    alike(PatternStore(tmp_path / "out").load("both"), apart(made, None, method, **settings))
+    alike(ExpertSetStore(tmp_path / "out").load("both"), apart(made, None, method, **settings))
 
 
 def test_tasks_are_added_and_replaced(made: Path, tmp_path: Path) -> None:
@@ -99,11 +99,11 @@ def test_tasks_are_added_and_replaced(made: Path, tmp_path: Path) -> None:
     step(made, **first).run(place(tmp_path))
     results = step(made, task="sums", data=made / "text" / "sums", existing="add").run(place(tmp_path))
     assert results["tasks"] == ["prose", "sums"]
-    with pytest.raises(BadConfig, match="patterns of 'prose' already"):
+    with pytest.raises(BadConfig, match="expert sets of 'prose' already"):
         step(made, **first).run(place(tmp_path))
     short = step(made, **(first | {"existing": "replace", "max_tokens": 40})).run(place(tmp_path))
     assert short["tasks"] == ["prose", "sums"]
-    assert PatternStore(tmp_path / "out").load("prose").tokens == 40
+    assert ExpertSetStore(tmp_path / "out").load("prose").tokens == 40
     again = step(made, **(first | {"existing": "anew"})).run(place(tmp_path))
     assert again["tasks"] == ["prose"]
 
@@ -114,7 +114,7 @@ def test_the_generalist_pools_all_tasks_of_the_folder(
     step(made, task="prose", data=made / "text" / "prose", existing="add").run(place(tmp_path))
     rest = {"task": "sums", "data": made / "text" / "sums", "existing": "add"}
     step(made, generalist=True, **rest).run(place(tmp_path))
-    store = PatternStore(tmp_path / "out")
+    store = ExpertSetStore(tmp_path / "out")
     alike(store.load(GENERALIST), generalist([store.load("prose"), store.load("sums")]))
     # The generalist of other tasks is replaced unasked; that of the tasks before is named as such.
     more = {"task": "more", "data": made / "text" / "sums", "existing": "add"}
@@ -127,7 +127,7 @@ def test_the_generalist_pools_all_tasks_of_the_folder(
 
 def test_scores_that_are_no_means_over_tokens_pool_by_statistics(made: Path, tmp_path: Path) -> None:
     step(made, method="reap", generalist=True).run(place(tmp_path))
-    pooled = PatternStore(tmp_path / "out").load(GENERALIST)
+    pooled = ExpertSetStore(tmp_path / "out").load(GENERALIST)
     alike(pooled, apart(made, None, "reap"))
     assert [entry.domain for entry in pooled.data] == ["prose", "sums"]
     with pytest.raises(BadConfig, match=r"no means over tokens.*prose, sums"):
@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on(made: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert step(made, existing="add").identity() == step(made, existing="replace").identity()
     step(made, existing="replace").run(place(tmp_path))
     assert loaded == [1]
-    alike(PatternStore(tmp_path / "out").load("sums"), apart(made, "sums"))
+    alike(ExpertSetStore(tmp_path / "out").load("sums"), apart(made, "sums"))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_killed_run_goes_on(made: Path, tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_what_is_refused_before_anything_is_read(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match=words):
-        PatternOptions(**{"model": tmp_path / "none", "data": tmp_path / "none", **options}).check()
+        ExpertSetsOptions(**{"model": tmp_path / "none", "data": tmp_path / "none", **options}).check()
 
 
 def test_folders_of_other_models_and_methods(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +209,8 @@ def test_in_a_recipe(made: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(
         f"name: tasks\nout: {tmp_path / 'run'}\nsteps:\n"
-        f"  - {{use: pattern, model: {made / 'moe'}, data: {made / 'text'}, generalist: true}}\n"
+        f"  - {{use: expert-sets, model: {made / 'moe'}, data: {made / 'text'}, generalist: true}}\n"
     )
     runner.run(load_recipe(file))
-    assert list(PatternStore(tmp_path / "run" / "pattern").load_all()) == [GENERALIST, "prose", "sums"]
+    assert list(ExpertSetStore(tmp_path / "run" / "expert-sets").load_all()) == [GENERALIST, "prose", "sums"]
     assert runner.run(load_recipe(file)).ran == []

@@ -8,9 +8,9 @@ import torch
 from moekit.errors import BadConfig, BadData
 from moekit.placement.objective import device_load
 from moekit.placement.planning import place
+from moekit.placement.redundancy import add_copies, added_copies, place_by_load, shares
 from moekit.placement.replicas import duplicate, pack, replicate_experts
 from moekit.placement.simulation import simulate
-from moekit.placement.redundancy import add_copies, added_copies, place_by_load, shares
 from tests.unit.placement.samples import trace_of
 
 # The two layers of EPLB's own example: 12 experts in 4 groups, 16 slots on 8 devices in 2 nodes.

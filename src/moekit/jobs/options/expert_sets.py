@@ -11,23 +11,23 @@ from moekit.data.encoding import BOS_HELP, Bos
 from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef, TextRef
 
 
-class PatternOptions(JobOptions):
-    """Record what the routers make of a task's text, and keep the ranks of all experts: one pattern for each task."""
+class ExpertSetsOptions(JobOptions):
+    """Record what the routers make of a task's text, and keep the ranks of all experts, one set for each task."""
 
     job: ClassVar[str] = "moekit.jobs.expert_sets"
     command: ClassVar[CommandLine] = CommandLine(
         help="Record what the routers make of each task's text and keep the ranks of all experts: a few hundred "
-        "kilobytes a task, which serve every budget. moekit generate --patterns then loads the experts of a prompt's "
-        "task alone.",
-        writes="Folder of patterns; tasks are added to it.",
+        "kilobytes a task, which serve every budget. moekit generate --expert-sets then loads the experts of a "
+        "prompt's task alone.",
+        writes="Folder of expert sets; tasks are added to it.",
         arguments=("model",),
         out="option",
         hidden=("existing",),
         overwrite="Replace tasks that the folder holds already.",
         examples=(
-            "moekit pattern ./moe --task maths --data my-maths/ -o ./patterns",
-            "moekit pattern ./moe --data my-domains/ --generalist -o ./patterns",
-            "moekit pattern ./moe --task maths --method reap --data my-maths/ -o ./by-reap",
+            "moekit expert-sets ./moe --task maths --data my-maths/ -o ./expert-sets",
+            "moekit expert-sets ./moe --data my-domains/ --generalist -o ./expert-sets",
+            "moekit expert-sets ./moe --task maths --method reap --data my-maths/ -o ./by-reap",
         ),
     )
 
@@ -38,7 +38,7 @@ class PatternOptions(JobOptions):
     )
     method: str = Field(default="premoe", description="what scores the experts; see moekit methods prune")
     settings: dict[str, Any] = Field(default_factory=dict, description="the method's own knobs")
-    generalist: bool = Field(default=False, description="also store a pattern of all tasks of the folder together")
+    generalist: bool = Field(default=False, description="also store an expert set of all tasks of the folder together")
     further: bool = Field(
         default=True,
         description="keep the scores of all layers: without them prompts are compared at the first alone, and tasks "
@@ -46,7 +46,7 @@ class PatternOptions(JobOptions):
     )
     existing: Literal["anew", "add", "replace"] = Field(
         default="anew",
-        description="patterns that the folder holds: make it anew, add to them, or replace tasks of the same name too",
+        description="what the folder holds already: make it anew, add to it, or replace tasks of the same name too",
     )
     max_tokens: int | None = Field(
         default=65536, ge=1, description="tokens of each task, at most, shared among its documents"
@@ -58,5 +58,5 @@ class PatternOptions(JobOptions):
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
 
     def identity(self) -> dict[str, Any]:
-        """What is done with patterns that are there already does not change what is recorded."""
+        """What is done with expert sets that are there already does not change what is recorded."""
         return {key: value for key, value in super().identity().items() if key != "existing"}

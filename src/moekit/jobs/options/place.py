@@ -49,7 +49,7 @@ class PlaceOptions(JobOptions):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16", description="type of the hidden states that travel, for predicted bytes"
     )
-    redundant: int = Field(default=0, ge=0, description="expert slots of each device to fill with copies of hot experts")
+    redundant: int = Field(default=0, ge=0, description="expert slots of each device for copies of hot experts")
     copies: Literal["added", "eplb"] = Field(
         default="added",
         description="added: keep the solver's owners; eplb: choose owners, too, by load alone. Both are counted, "

@@ -12,8 +12,9 @@ from moekit.jobs.options.base import JobOptions
 class TaskOptions(JobOptions):
     """Which of a model's experts are loaded for a prompt."""
 
-    patterns: str | None = Field(
-        default=None, description="folder of patterns (moekit pattern): load only the experts of each prompt's task"
+    expert_sets: str | None = Field(
+        default=None,
+        description="folder of expert sets (moekit expert-sets): load only the experts of each prompt's task",
     )
     keep: int | float | str | None = Field(
         default=None, description="what is loaded: experts a layer (64), their fraction (0.5), or bytes (12GiB)"
@@ -22,8 +23,8 @@ class TaskOptions(JobOptions):
     retrieval_layers: int = Field(default=1, ge=1, description="MoE layers, from the first, by which it is retrieved")
     metric: Literal["l2", "cosine"] | None = Field(
         default=None,
-        description="distance of a prompt from a task; by default l2 for patterns of premoe, cosine for other methods, "
-        "whose scores grow with the text",
+        description="distance of a prompt from a task; by default l2 for premoe, cosine for other methods, whose "
+        " scores grow with the text",
     )
     max_distance: float | None = Field(
         default=None, ge=0, description="a prompt farther than this from all tasks gets the generalist's experts"
@@ -34,6 +35,6 @@ class TaskOptions(JobOptions):
     top_k: int | None = Field(default=None, ge=1, description="choices a token makes; as before by default")
     other_weights: bool = Field(
         default=False,
-        description="accept patterns of a model of the same shape and other weights, such as the original of a "
+        description="accept expert sets of a model of the same shape and other weights, such as the original of a "
         "quantized copy",
     )

@@ -1,4 +1,4 @@
-"""What a folder of patterns is made from: the text of each task, and what is said of it."""
+"""What a folder of expert sets is made from: the text of each task, and what is said of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moekit.data.encoding import Bos
 from moekit.data.shares import take_shares
 from moekit.errors import BadData
 from moekit.jobs.shared.opened import OpenedModel
-from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern
+from moekit.serving.expert_sets.expert_set import GENERALIST, ExpertSet
 from moekit.trace.meta import DataEntry
 
 # Task -> its documents.
@@ -63,16 +63,16 @@ def texts_of_tasks(
     return found
 
 
-def log_warnings(pattern: Pattern) -> None:
+def log_warnings(expert_set: ExpertSet) -> None:
     """Say how much of the model a task's text did not show."""
-    missed = [len(experts) for experts in pattern.never_routed.values() if experts]
+    missed = [len(experts) for experts in expert_set.never_routed.values() if experts]
     if missed:
         logger.warning(
             "%s: %d experts in %d of %d layers were never routed in its text; they rank below all others",
-            pattern.task,
+            expert_set.task,
             sum(missed),
             len(missed),
-            len(pattern.origin.layers),
+            len(expert_set.origin.layers),
         )
 
 

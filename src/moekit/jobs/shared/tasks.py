@@ -21,23 +21,23 @@ from moekit.jobs.shared.inputs import model_item
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.shared.protection import SUPER, parse_protected
 from moekit.jobs.shared.pruning import budget_of
-from moekit.serving.expert_sets.expert_set import GENERALIST, Pattern
+from moekit.serving.expert_sets.expert_set import GENERALIST, ExpertSet
 from moekit.serving.expert_sets.loading import load_task, plan_task
 from moekit.serving.expert_sets.retrieval import queries_from_disk, retrieve
-from moekit.serving.expert_sets.store import PatternStore
+from moekit.serving.expert_sets.store import ExpertSetStore
 
 
 def check_tasks(options: TaskOptions) -> None:
     """Refuse what cannot work before anything is read.
 
     Raises:
-        BadConfig: options of patterns without patterns, no budget, or an impossible one.
+        BadConfig: options of expert sets without expert sets, no budget, or an impossible one.
     """
-    given = sorted(options.model_fields_set - {"patterns"})
-    if options.patterns is None:
+    given = sorted(options.model_fields_set - {"expert_sets"})
+    if options.expert_sets is None:
         if given:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise BadConfig(f"{names}: about a task's experts", hint="give the folder of patterns (--patterns)")
+            raise BadConfig(f"{names}: about a task's experts", hint="give the folder of expert sets (--expert-sets)")
         return
     if options.keep is None:
         raise BadConfig("nothing says how many experts to load", hint="--keep 64, --keep 0.5 or --keep 12GiB")
@@ -85,17 +85,17 @@ class Answered:
 
 
 class TaskModels:
-    """A model on disk and the patterns of its tasks.
+    """A model on disk and the expert sets of its tasks.
 
     Args:
-        options: with `patterns`.
+        options: with `expert_sets`.
         reference: of the model.
         device: where layers run and models go.
         dtype: of the weights in memory.
         progress: told of downloads, layers and bytes.
 
     Raises:
-        BadData: no patterns, or of another model; no such task.
+        BadData: no expert sets, or of another model; no such task.
         BadConfig: a budget that this model cannot have, or experts to protect that are not there.
     """
 
@@ -107,20 +107,22 @@ class TaskModels:
         self.reference = reference
         self.source: OpenedModel = open_source(reference, progress)
         fingerprint = "" if options.other_weights else self.source.checkpoint.fingerprint
-        self.store: PatternStore = PatternStore(str(options.patterns), fingerprint)
-        self.patterns: dict[str, Pattern] = self.store.load_all()
-        if not self.patterns:
-            raise BadData("the folder holds no patterns", file=self.store.folder, hint="moekit pattern makes them")
+        self.store: ExpertSetStore = ExpertSetStore(str(options.expert_sets), fingerprint)
+        self.expert_sets: dict[str, ExpertSet] = self.store.load_all()
+        if not self.expert_sets:
+            raise BadData(
+                "the folder holds no expert sets", file=self.store.folder, hint="moekit expert-sets makes them"
+            )
         if options.task is not None:
             self.store.load(options.task)
         self._device, self._dtype, self._progress = device, dtype, progress
         self._protected = None if options.protect is None else parse_protected(options.protect, self.source)
         # The budget is refused now, whatever task is retrieved: all are of one shape.
-        self.plan(options.task or next(iter(self.patterns)))
+        self.plan(options.task or next(iter(self.expert_sets)))
 
     def plan(self, task: str) -> OutputLayout:
         """What would be read for a task."""
-        return plan_task(self.source.checkpoint, self.patterns[task], self._budget, **self._choice)
+        return plan_task(self.source.checkpoint, self.expert_sets[task], self._budget, **self._choice)
 
     @property
     def _budget(self) -> Any:
@@ -144,25 +146,25 @@ class TaskModels:
         """
         if self.options.task is not None:
             return [Assigned(prompt, self.options.task) for prompt in prompts]
-        fallback = GENERALIST if GENERALIST in self.patterns else None
+        fallback = GENERALIST if GENERALIST in self.expert_sets else None
         metric = self.options.metric or ("l2" if self._origin.method == "premoe" else "cosine")
         assigned = []
         for prompt, scores in zip(prompts, self._scores(prompts), strict=True):
             limit = self.options.max_distance
-            found = retrieve(self.patterns, scores, metric=metric, limit=limit, fallback=fallback)
+            found = retrieve(self.expert_sets, scores, metric=metric, limit=limit, fallback=fallback)
             if found.task is None:
                 raise BadData(
                     f"{prompt[:40]!r} is of no task: {found.distance:.4g} from {found.ranked[0][0]}, the nearest",
                     file=self.store.folder,
                     hint="name the task (--task), allow more (--max-distance), or store a generalist "
-                    "(moekit pattern --generalist)",
+                    "(moekit expert-sets --generalist)",
                 )
             assigned.append(Assigned(prompt, found.task, metric, found.ranked))
         return assigned
 
     @property
     def _origin(self) -> Any:
-        return next(iter(self.patterns.values())).origin
+        return next(iter(self.expert_sets.values())).origin
 
     def _scores(self, prompts: Sequence[str]) -> list[Any]:
         if "quantization_config" in self.source.checkpoint.config:
@@ -203,7 +205,7 @@ class TaskModels:
                 tell(task, self.plan(task))
             model = load_task(
                 self.source.checkpoint,
-                self.patterns[task],
+                self.expert_sets[task],
                 self._budget,
                 device=self._device,
                 dtype=self._dtype,
@@ -219,7 +221,7 @@ class TaskModels:
 
     def estimate(self) -> JobEstimate:
         """Exact: how many bytes are read does not depend on which experts stay."""
-        work = self.plan(self.options.task or next(iter(self.patterns)))
+        work = self.plan(self.options.task or next(iter(self.expert_sets)))
         nbytes = read_bytes(work)
         layers = "" if self.options.task else f"; before it layers up to MoE layer {self.options.retrieval_layers}"
         reads = (Item(f"{self.reference}, the experts of one task", nbytes), ByteSizes().item(self.store.folder))
@@ -240,5 +242,5 @@ def summary(models: TaskModels, answered: Sequence[Answered]) -> Mapping[str, An
         task: {"experts": {str(n): list(d.keep) for n, d in work.outcomes.items()}, "bytes": read_bytes(work)}
         for task, work in works.items()
     }
-    told = {"model": models.reference, "model_bytes": models.source.nbytes, "patterns": str(models.store.folder)}
+    told = {"model": models.reference, "model_bytes": models.source.nbytes, "expert_sets": str(models.store.folder)}
     return {**told, "loaded": loaded, "completions": [item.as_dict() for item in answered]}

@@ -1,1 +1,1 @@
-"""Pattern files: the experts of a task for every budget, found again from a prompt."""
+"""Expert set files: the experts of a task for every budget, found again from a prompt."""

@@ -1,14 +1,14 @@
-"""Patterns: what each task wants of every layer's experts, small enough to keep one for every task.
+"""Expert sets: what each task wants of every layer's experts, small enough to keep one for every task.
 
-A pattern is the score vector z of the first MoE layer and for each further layer l a permutation with
+An expert set is the score vector z of the first MoE layer and for each further layer l a permutation with
 perm_l[argsort(z)[rank]] = argsort(score_l)[rank], both descending (arXiv:2505.17639). So {perm_l[e] : e in top-M(z)} is
-the top M of layer l for every M: one file serves all budgets. `store` keeps patterns on disk, `retrieval` finds the one
-that a prompt belongs to, `loading` loads its experts alone.
+the top M of layer l for every M: one file serves all budgets. `store` keeps expert sets on disk, `retrieval` finds the
+one that a prompt belongs to, `loading` loads its experts alone.
 
 Ranks are not scores alone: an expert that no token of the task chose may score higher than one that was chosen (a
 chosen expert whose tokens all lie below PreMoe's threshold scores 0, one of negative logits less), and yet the text
 says nothing of it. So experts that no token chose rank behind all others, in every layer, whatever they score; a
-pattern keeps the ranks beside the scores, and how many experts of each layer were chosen at all.
+expert set keeps the ranks beside the scores, and how many experts of each layer were chosen at all.
 
 Legend: L MoE layers, E experts, M experts kept.
 """
@@ -28,12 +28,12 @@ from moekit.errors import BadConfig, BadData, NumericFault, UnsupportedModel
 from moekit.trace.meta import DataEntry
 
 MAX_EXPERTS = 32_767
-# Name of the pooled pattern; no task of its own.
+# Name of the pooled expert set; no task of its own.
 GENERALIST = "generalist"
 
 
 class Origin(BaseModel):
-    """What must be equal for two patterns to be comparable.
+    """What must be equal for two expert sets to be comparable.
 
     Attributes:
         fingerprint: of the model; "" if unknown.
@@ -59,7 +59,7 @@ class Origin(BaseModel):
 
 
 @dataclass(frozen=True, eq=False)
-class Pattern:
+class ExpertSet:
     """What one task wants of every layer's experts.
 
     Attributes:
@@ -106,13 +106,13 @@ class Pattern:
         known = 0 if self.further is None else len(self.further)
         if self.further is None or layers > 1 + known:
             raise BadData(
-                f"the pattern {self.task!r} holds scores of {1 + known} layer(s), not of {layers}",
-                hint="compare fewer layers, or make the pattern with further scores kept",
+                f"the expert set {self.task!r} holds scores of {1 + known} layer(s), not of {layers}",
+                hint="compare fewer layers, or make the expert set with further scores kept",
             )
         return torch.cat([self.first_E[None], self.further[: layers - 1]])
 
 
-def make_pattern(
+def make_expert_set(
     task: str,
     scores: Mapping[int, Tensor],
     *,
@@ -123,8 +123,8 @@ def make_pattern(
     method: str = "",
     knobs: Mapping[str, Any] | None = None,
     keep_further: bool = True,
-) -> Pattern:
-    """A pattern from the scores of all layers.
+) -> ExpertSet:
+    """An expert set from the scores of all layers.
 
     Args:
         task: its name.
@@ -145,7 +145,7 @@ def make_pattern(
         NumericFault: a score is NaN or infinite.
     """
     if not scores:
-        raise BadData("there are no layers to make a pattern of")
+        raise BadData("there are no layers to make an expert set of")
     layers = sorted(scores)
     first = layers[0]
     for layer in layers:
@@ -153,7 +153,7 @@ def make_pattern(
             raise UnsupportedModel(
                 f"{len(scores[layer])} experts here, but {len(scores[first])} in layer {first}",
                 layer=layer,
-                hint="a pattern carries ranks over: make it of the model before layers are pruned unevenly",
+                hint="an expert set carries ranks over: make it of the model before layers are pruned unevenly",
             )
         if not bool(scores[layer].isfinite().all()):
             expert = int((~scores[layer].isfinite()).nonzero()[0])
@@ -171,7 +171,7 @@ def make_pattern(
     # Where no token chose any expert, none is behind another.
     chosen = tuple(experts - len(missed) or experts for missed in unseen)
     further = table[1:] if keep_further else None
-    return Pattern(task, origin, tokens, tuple(data), table[0], ranks[0], permutations, chosen, further)
+    return ExpertSet(task, origin, tokens, tuple(data), table[0], ranks[0], permutations, chosen, further)
 
 
 def _ranked(scores_E: Tensor, unseen: Collection[int]) -> Tensor:
@@ -183,7 +183,7 @@ def _ranked(scores_E: Tensor, unseen: Collection[int]) -> Tensor:
 
 
 def keep_sets(
-    pattern: Pattern, keep: int, *, protected: Mapping[int, Collection[int]] | None = None
+    expert_set: ExpertSet, keep: int, *, protected: Mapping[int, Collection[int]] | None = None
 ) -> dict[int, list[int]]:
     """Which experts of each layer to load for a task: decoder layer -> ascending experts.
 
@@ -191,18 +191,18 @@ def keep_sets(
     protected.
 
     Args:
-        pattern: of the task.
+        expert_set: of the task.
         keep: M, experts of each layer.
         protected: decoder layer -> experts that stay whatever their score; they count towards M.
 
     Raises:
         BadConfig: M outside 1..E, or protected experts that do not exist or are more than stay.
     """
-    experts = pattern.origin.experts
+    experts = expert_set.origin.experts
     if not 1 <= keep <= experts:
         raise BadConfig(f"{keep} experts of {experts}", hint=f"keep 1 to {experts} a layer")
     sets = {}
-    for layer, order in zip(pattern.origin.layers, pattern.orders.tolist(), strict=True):
+    for layer, order in zip(expert_set.origin.layers, expert_set.orders.tolist(), strict=True):
         always = set((protected or {}).get(layer, ()))
         if len(always) > keep or not always <= set(order):
             raise BadConfig(
@@ -215,8 +215,8 @@ def keep_sets(
     return sets
 
 
-def generalist(patterns: Sequence[Pattern], task: str = GENERALIST) -> Pattern:
-    """One pattern of several tasks: their sums over tokens added, then divided by all tokens (not a union of top sets).
+def generalist(expert_sets: Sequence[ExpertSet], task: str = GENERALIST) -> ExpertSet:
+    """One expert set of several tasks: sums over tokens added, then divided by all tokens (not a union of top sets).
 
     Never routed is what no task's text chose.
 
@@ -224,24 +224,24 @@ def generalist(patterns: Sequence[Pattern], task: str = GENERALIST) -> Pattern:
     all, merge the traces instead.
 
     Raises:
-        BadData: no patterns, of different models or methods, without tokens, or without further scores.
+        BadData: no expert sets, of different models or methods, without tokens, or without further scores.
     """
-    if not patterns:
-        raise BadData("there are no patterns to pool", hint="give at least one")
-    origin = patterns[0].origin
-    for pattern in patterns:
-        check_same(origin, pattern.origin)
-    tokens = sum(pattern.tokens for pattern in patterns)
+    if not expert_sets:
+        raise BadData("there are no expert sets to pool", hint="give at least one")
+    origin = expert_sets[0].origin
+    for expert_set in expert_sets:
+        check_same(origin, expert_set.origin)
+    tokens = sum(expert_set.tokens for expert_set in expert_sets)
     if not tokens:
-        raise BadData("the patterns to pool are of no tokens", hint="record some text of each task")
-    pooled = sum((p.scores(len(origin.layers)) * p.tokens for p in patterns), torch.zeros(())) / tokens
-    missed = [pattern.never_routed for pattern in patterns]
-    return make_pattern(
+        raise BadData("the expert sets to pool are of no tokens", hint="record some text of each task")
+    pooled = sum((p.scores(len(origin.layers)) * p.tokens for p in expert_sets), torch.zeros(())) / tokens
+    missed = [expert_set.never_routed for expert_set in expert_sets]
+    return make_expert_set(
         task,
         dict(zip(origin.layers, pooled, strict=True)),
         tokens=tokens,
         never_routed={layer: set.intersection(*(set(m[layer]) for m in missed)) for layer in origin.layers},
-        data=[entry for pattern in patterns for entry in pattern.data],
+        data=[entry for expert_set in expert_sets for entry in expert_set.data],
         fingerprint=origin.fingerprint,
         method=origin.method,
         knobs=origin.knobs,
@@ -249,7 +249,7 @@ def generalist(patterns: Sequence[Pattern], task: str = GENERALIST) -> Pattern:
 
 
 def check_same(first: Origin, second: Origin, file: Path | None = None) -> None:
-    """Refuse patterns that cannot be compared.
+    """Refuse expert sets that cannot be compared.
 
     Raises:
         BadData: they are of different models, methods, settings or layers.
@@ -258,7 +258,7 @@ def check_same(first: Origin, second: Origin, file: Path | None = None) -> None:
         left, right = getattr(first, name), getattr(second, name)
         if left != right:
             raise BadData(
-                f"patterns with {name} {left!r} and {right!r} cannot be compared",
+                f"expert sets with {name} {left!r} and {right!r} cannot be compared",
                 file=file,
-                hint="keep patterns of each model and method in a folder of their own",
+                hint="keep expert sets of each model and method in a folder of their own",
             )

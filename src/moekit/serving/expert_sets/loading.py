@@ -1,4 +1,4 @@
-"""Load the experts of one task alone: of each layer those that its pattern names, and no byte of any other.
+"""Load the experts of one task alone: of each layer those that its expert set names, and no byte of any other.
 
 What would be written for the same outcome is planned by `moekit.compress.engine.layout`: names, byte ranges and the
 config of the smaller model. Here these bytes go into memory instead of a folder, through transformers' own loading,
@@ -36,7 +36,7 @@ from moekit.compress.engine.measuring import geometries_of, sizes_of
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups
 from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
-from moekit.serving.expert_sets.expert_set import Pattern, keep_sets
+from moekit.serving.expert_sets.expert_set import ExpertSet, keep_sets
 from moekit.serving.expert_sets.kept_bytes import KeptBytes
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 def load_task(
     model: str | Path | Checkpoint,
-    pattern: Pattern,
+    expert_set: ExpertSet,
     keep: Budget | int | float | str,
     *,
     revision: str | None = None,
@@ -66,7 +66,7 @@ def load_task(
 
     Args:
         model: folder, hub id, or an opened and verified checkpoint.
-        pattern: of the task, made of this model.
+        expert_set: of the task, made of this model.
         keep: M of every layer: a count, a fraction, bytes of the whole model, or a `Budget` with scope "uniform".
         revision: of a hub model.
         token: hub token.
@@ -76,7 +76,7 @@ def load_task(
         protected: decoder layer -> experts that stay whatever their rank; they count towards M.
         top_k: K from now on; None as it is.
         groups: "free" routes without expert groups once experts are dropped, "equal" keeps them.
-        other_weights: take a pattern of a model of the same shape and other weights, such as the original of a
+        other_weights: take an expert set of a model of the same shape and other weights, such as the original of a
             quantized copy.
         progress: told bytes read.
 
@@ -84,8 +84,8 @@ def load_task(
         A stock transformers model in eval mode. Expert i of a layer is the i-th of those kept, in ascending order.
 
     Raises:
-        BadConfig: the pattern is of another model, fewer experts than K, an impossible budget, protected experts that
-            are not there, or a routing policy in the checkpoint.
+        BadConfig: the expert set is of another model, fewer experts than K, an impossible budget, protected experts
+            that are not there, or a routing policy in the checkpoint.
         BadCheckpoint, UnsafeInput, UnsupportedModel: see `moekit.load` and `moekit.compress.engine.apply.apply`.
     """
     if isinstance(model, Checkpoint):
@@ -95,7 +95,7 @@ def load_task(
         verify(checkpoint)
     work = plan_task(
         checkpoint,
-        pattern,
+        expert_set,
         keep,
         protected=protected,
         top_k=top_k,
@@ -114,7 +114,7 @@ def load_task(
 
 def plan_task(
     checkpoint: Checkpoint,
-    pattern: Pattern,
+    expert_set: ExpertSet,
     keep: Budget | int | float | str,
     *,
     protected: Mapping[int, Collection[int]] | None = None,
@@ -124,22 +124,24 @@ def plan_task(
 ) -> OutputLayout:
     """All that is known of a task's model before a weight is read; arguments and errors as for `load_task`."""
     geometries = geometries_of(checkpoint)
-    known = "" if other_weights else pattern.origin.fingerprint
-    shape = {layer: pattern.origin.experts for layer in pattern.origin.layers}
+    known = "" if other_weights else expert_set.origin.fingerprint
+    shape = {layer: expert_set.origin.experts for layer in expert_set.origin.layers}
     if (known and known != checkpoint.fingerprint) or shape != {n: g.experts for n, g in geometries.items()}:
         raise BadConfig(
-            f"the pattern {pattern.task!r} was made of another model ({known[:12] or 'of another shape'}), not of "
-            f"{checkpoint.fingerprint[:12]}",
+            f"the expert set {expert_set.task!r} was made of another model ({known[:12] or 'of another shape'}), not "
+            f"of {checkpoint.fingerprint[:12]}",
             file=checkpoint.path,
-            hint="make patterns of this model (moekit pattern)",
+            hint="make expert sets of this model (moekit expert-sets)",
         )
     if strange := sorted(set(protected or {}) - set(geometries)):
         raise BadConfig("experts of a layer are protected that holds no routed experts", layer=strange[0])
     budget = keep if isinstance(keep, Budget) else _budget(keep)
     if budget.scope != "uniform":
-        raise BadConfig("a pattern keeps equally many experts in each layer", hint='take a budget of scope "uniform"')
+        raise BadConfig(
+            "an expert set keeps equally many experts in each layer", hint='take a budget of scope "uniform"'
+        )
     counts = set(uniform_count(budget, sizes_of(checkpoint, geometries, top_k)).values())
-    sets = keep_sets(pattern, counts.pop(), protected=protected)
+    sets = keep_sets(expert_set, counts.pop(), protected=protected)
     outcomes = {layer: LayerOutcome(keep=tuple(experts)) for layer, experts in sets.items()}
     return prepare(checkpoint, outcomes, top_k=top_k, groups=groups)
 

@@ -1,6 +1,6 @@
-"""Find the task a prompt belongs to: its scores at the first layers against those of stored patterns.
+"""Find the task a prompt belongs to: its scores at the first layers against those of stored expert sets.
 
-The pattern's own scores, not the prompt's, then say which experts to load (arXiv:2505.17639).
+The expert set's own scores, not the prompt's, then say which experts to load (arXiv:2505.17639).
 
 Legend: E experts, Q layers compared.
 """
@@ -20,7 +20,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.self_calibration import prompt_ids
 from moekit.errors import BadConfig, BadData, NumericFault
-from moekit.serving.expert_sets.expert_set import Pattern
+from moekit.serving.expert_sets.expert_set import ExpertSet
 from moekit.serving.expert_sets.recording import GroupedText
 from moekit.serving.expert_sets.scoring import score_layers
 from moekit.trace.recorder import record
@@ -45,7 +45,7 @@ def query(
         model: the model, or one of the same first layers: what comes after them is run but not looked at.
         tokenizer: its tokenizer.
         prompt: text, put into the chat template where there is one, or token ids.
-        method: the one that scored the patterns; an adaptive threshold follows the prompt's own tokens.
+        method: the one that scored the expert sets; an adaptive threshold follows the prompt's own tokens.
         layers: how many MoE layers from the first.
 
     Raises:
@@ -86,7 +86,7 @@ def queries_from_disk(
     Args:
         checkpoint: opened and verified.
         prompts: token ids of each.
-        method: the one that scored the patterns.
+        method: the one that scored the expert sets.
         layers: how many MoE layers from the first.
         dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
         device: where layers run; "auto" is a GPU if there is one.
@@ -127,7 +127,7 @@ class Retrieval:
 
 
 def retrieve(
-    patterns: Mapping[str, Pattern],
+    expert_sets: Mapping[str, ExpertSet],
     scores: Tensor,
     *,
     metric: Metric = "l2",
@@ -137,28 +137,28 @@ def retrieve(
     """The task whose scores are nearest to a prompt's.
 
     Args:
-        patterns: by task.
+        expert_sets: by task.
         scores: what `query` gave, [E] or [Q, E]: the mean of the distances at the first Q layers counts.
         metric: "l2", as the paper, or "cosine": 1 - cosine, which no layer's scale dominates.
         limit: a prompt farther than this from all tasks is none of them.
         fallback: task to name then, such as the generalist; it is not compared.
 
     Raises:
-        BadData: nothing to compare with, scores of another model, or more layers than patterns hold.
+        BadData: nothing to compare with, scores of another model, or more layers than expert sets hold.
         NumericFault: the scores are not finite.
     """
     query_QE = (scores[None] if scores.dim() == 1 else scores).detach().double().cpu()
     if not bool(query_QE.isfinite().all()):
         raise NumericFault("the prompt's scores are not finite", hint="see `moekit check`")
     distances = []
-    for task, pattern in patterns.items():
+    for task, expert_set in expert_sets.items():
         if task == fallback:
             continue
-        stored_QE = pattern.scores(len(query_QE))
+        stored_QE = expert_set.scores(len(query_QE))
         if stored_QE.shape != query_QE.shape:
             raise BadData(
                 f"the prompt was scored by {query_QE.shape[1]} experts, {task!r} by {stored_QE.shape[1]}",
-                hint="score the prompt with the model the patterns are of",
+                hint="score the prompt with the model the expert sets are of",
             )
         if metric == "l2":
             far_Q = torch.linalg.vector_norm(query_QE - stored_QE, dim=1)
@@ -166,7 +166,7 @@ def retrieve(
             far_Q = 1.0 - torch.nn.functional.cosine_similarity(query_QE, stored_QE, dim=1)
         distances.append((task, float(far_Q.mean())))
     if not distances:
-        raise BadData("there are no patterns to compare with", hint="store at least one task")
+        raise BadData("there are no expert sets to compare with", hint="store at least one task")
     distances.sort(key=lambda pair: pair[1])
     nearest, distance = distances[0]
     near = limit is None or distance <= limit

@@ -1,4 +1,4 @@
-"""From what was recorded of a task's text to its pattern.
+"""From what was recorded of a task's text to its expert set.
 
 Legend: E experts.
 """
@@ -15,7 +15,7 @@ from moekit.anatomy.probe import Geometry, find_moe_layers
 from moekit.compress.engine.dropping import PruneMethod, ranking
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.errors import BadConfig, BadData
-from moekit.serving.expert_sets.expert_set import Pattern, make_pattern
+from moekit.serving.expert_sets.expert_set import ExpertSet, make_expert_set
 from moekit.trace.meta import DataEntry
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace
@@ -40,9 +40,9 @@ def check_method(method: PruneMethod) -> None:
     elif cls.reads_weights:
         reason = "reads the weights of all experts, which a loader of some of them does not have"
     elif cls.decide is not PruneMethod.decide:
-        reason = "chooses sets, not ranks, so one pattern cannot serve every budget"
+        reason = "chooses sets, not ranks, so one expert set cannot serve every budget"
     elif not method.required:
-        reason = "looks at no text, so all tasks would have the same pattern"
+        reason = "looks at no text, so all tasks would have the same expert set"
     if reason is not None:
         raise BadConfig(f"{name} {reason}", hint="take a method that scores from statistics, such as premoe")
 
@@ -69,8 +69,8 @@ def from_statistics(
     data: Sequence[DataEntry] = (),
     fingerprint: str = "",
     further: bool = True,
-) -> Pattern:
-    """A pattern from the statistics of the task's text.
+) -> ExpertSet:
+    """An expert set from the statistics of the task's text.
 
     Args:
         task: its name.
@@ -79,7 +79,7 @@ def from_statistics(
         method: scores from statistics alone; see `check_method`.
         data: the text.
         fingerprint: of the model.
-        further: see `make_pattern`.
+        further: see `make_expert_set`.
 
     Raises:
         BadConfig: a method that gives no ranks.
@@ -91,7 +91,7 @@ def from_statistics(
     for layer, scores_E in scores.items():
         # Refuses scores that are not finite, and says which.
         ranking(scores_E, LayerInputs(layer, geometries[layer], statistics[layer]))
-    return make_pattern(
+    return make_expert_set(
         task,
         scores,
         tokens=max((found.tokens for found in statistics.values()), default=0),
@@ -104,10 +104,10 @@ def from_statistics(
     )
 
 
-def pattern_of(
+def expert_set_of(
     task: str, model: PreTrainedModel, trace: Trace, method: PruneMethod, *, further: bool = True
-) -> Pattern:
-    """A pattern from a trace of the task's text.
+) -> ExpertSet:
+    """An expert set from a trace of the task's text.
 
     Experts that no token of the trace chose rank behind all others, as the load tells; see the top of this file.
 
@@ -116,7 +116,7 @@ def pattern_of(
         model: that was traced.
         trace: with the statistics the method needs, and the load.
         method: scores from statistics alone, such as `PreMoe()`.
-        further: see `make_pattern`.
+        further: see `make_expert_set`.
 
     Raises:
         BadConfig: a method that gives no ranks.

@@ -1,7 +1,7 @@
-"""Patterns of tasks on disk: a folder of one model and method, to which tasks are added one by one.
+"""Expert sets of tasks on disk: a folder of one model and method, to which tasks are added one by one.
 
-`patterns.json`, which a person can read, names the tasks; each has one .safetensors of 10 E bytes for the first layer's
-scores and ranks, 2 E (L-1) for the permutations, 2 L for how many experts were chosen, and 8 E (L-1) for the scores of
+`expert_sets.json`, which a person can read, names the tasks; each has one .safetensors of 10 E bytes for the first
+layer's scores and ranks, 2 E (L-1) for the permutations, 2 L for how many experts were chosen, and 8 E (L-1) for the scores of
 the further layers where they are kept: for 58 layers of 256 experts 32 KB, or 149 KB with them. Files are checked
 against the index before they are read.
 
@@ -25,12 +25,12 @@ from moekit._validation import parse
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.checkpoint.safety import check_name, read_bytes, read_header, read_json
 from moekit.errors import BadCheckpoint, BadConfig, BadData
-from moekit.serving.expert_sets.expert_set import Origin, Pattern, check_same
+from moekit.serving.expert_sets.expert_set import ExpertSet, Origin, check_same
 from moekit.trace.meta import DataEntry
 
-INDEX_FILE = "patterns.json"
+INDEX_FILE = "expert_sets.json"
 MAX_INDEX_BYTES = 16 << 20
-_AGAIN = "make the pattern again, or copy the whole folder"
+_AGAIN = "make the expert set again, or copy the whole folder"
 
 
 class Entry(BaseModel):
@@ -39,8 +39,8 @@ class Entry(BaseModel):
     Attributes:
         file: with its tensors.
         sha256: of the file.
-        tokens: see `Pattern`.
-        data: see `Pattern`.
+        tokens: see `ExpertSet`.
+        data: see `ExpertSet`.
         further: whether scores of further layers are kept.
     """
 
@@ -69,8 +69,8 @@ class Index(BaseModel):
     tasks: dict[str, Entry] = Field(default_factory=dict)
 
 
-class PatternStore:
-    """A folder of patterns of one model and method.
+class ExpertSetStore:
+    """A folder of expert sets of one model and method.
 
     Args:
         folder: made by the first `save`.
@@ -85,12 +85,12 @@ class PatternStore:
         """What the folder holds.
 
         Raises:
-            BadData: no patterns here, damaged, or of another model.
+            BadData: no expert sets here, damaged, or of another model.
             UnsafeInput: an index too large or too deep.
         """
         file = self.folder / INDEX_FILE
         if not file.is_file():
-            raise BadData("no patterns here", file=self.folder, hint="save one first")
+            raise BadData("no expert sets here", file=self.folder, hint="save one first")
         try:
             value = read_json(file, limit=MAX_INDEX_BYTES)
         except BadCheckpoint as error:
@@ -99,27 +99,27 @@ class PatternStore:
         known = index.origin.fingerprint
         if self.fingerprint and known and self.fingerprint != known:
             raise BadData(
-                f"these patterns are of the model {known[:12]}, not of {self.fingerprint[:12]}",
+                f"these expert sets are of the model {known[:12]}, not of {self.fingerprint[:12]}",
                 file=file,
-                hint="make patterns of this model",
+                hint="make expert sets of this model",
             )
         return index
 
-    def save(self, pattern: Pattern, *, overwrite: bool = False) -> Path:
+    def save(self, expert_set: ExpertSet, *, overwrite: bool = False) -> Path:
         """Add a task, whole or not at all; returns its file.
 
         Raises:
             BadConfig: the task is there already, or another process is writing.
-            BadData: the folder's patterns are of another model or method.
+            BadData: the folder's expert sets are of another model or method.
             OutOfBudget: the disk is full; the folder is as it was.
         """
-        return self.save_all([pattern], overwrite=[pattern.task] if overwrite else [])[0]
+        return self.save_all([expert_set], overwrite=[expert_set.task] if overwrite else [])[0]
 
-    def save_all(self, patterns: Sequence[Pattern], *, overwrite: Collection[str] = ()) -> list[Path]:
+    def save_all(self, expert_sets: Sequence[ExpertSet], *, overwrite: Collection[str] = ()) -> list[Path]:
         """Add tasks, all of them or none; returns their files.
 
         Args:
-            patterns: of distinct tasks.
+            expert_sets: of distinct tasks.
             overwrite: tasks that may be replaced.
 
         Raises:
@@ -128,34 +128,34 @@ class PatternStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock(self.folder):
             fresh = not (self.folder / INDEX_FILE).exists()
-            index = Index(origin=patterns[0].origin) if fresh else self.index()
+            index = Index(origin=expert_sets[0].origin) if fresh else self.index()
             tasks = dict(index.tasks)
-            for pattern in patterns:
-                check_same(index.origin, pattern.origin, self.folder / INDEX_FILE)
-                if pattern.task in index.tasks and pattern.task not in overwrite:
+            for expert_set in expert_sets:
+                check_same(index.origin, expert_set.origin, self.folder / INDEX_FILE)
+                if expert_set.task in index.tasks and expert_set.task not in overwrite:
                     raise BadConfig(
-                        f"there is a pattern of {pattern.task!r} already",
+                        f"there is an expert set of {expert_set.task!r} already",
                         file=self.folder,
                         hint="choose another name, or overwrite it",
                     )
-            for pattern in patterns:
-                tasks[pattern.task] = self._write(pattern)
+            for expert_set in expert_sets:
+                tasks[expert_set.task] = self._write(expert_set)
             changed = index.model_copy(update={"tasks": dict(sorted(tasks.items()))})
             atomic_write(self.folder / INDEX_FILE, changed.model_dump_json(indent=2) + "\n")
             for gone in {e.file for e in index.tasks.values()} - {e.file for e in tasks.values()}:
                 check_name(self.folder, gone).unlink(missing_ok=True)
-        return [self.folder / tasks[pattern.task].file for pattern in patterns]
+        return [self.folder / tasks[expert_set.task].file for expert_set in expert_sets]
 
-    def _write(self, pattern: Pattern) -> Entry:
-        content = safetensors.torch.save(_tensors(pattern))
+    def _write(self, expert_set: ExpertSet) -> Entry:
+        content = safetensors.torch.save(_tensors(expert_set))
         digest = hashlib.sha256(content).hexdigest()
         # A name of its own for each content: until the index names the new file, the old one stays whole.
-        name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', pattern.task)[:60]}-{digest[:16]}.safetensors"
+        name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', expert_set.task)[:60]}-{digest[:16]}.safetensors"
         atomic_write(self.folder / name, content)
-        further = pattern.further is not None
-        return Entry(file=name, sha256=digest, tokens=pattern.tokens, data=pattern.data, further=further)
+        further = expert_set.further is not None
+        return Entry(file=name, sha256=digest, tokens=expert_set.tokens, data=expert_set.data, further=further)
 
-    def load(self, task: str) -> Pattern:
+    def load(self, task: str) -> ExpertSet:
         """Read one task.
 
         Raises:
@@ -165,33 +165,35 @@ class PatternStore:
         index = self.index()
         if task not in index.tasks:
             raise BadData(
-                f"no pattern of {task!r} here", file=self.folder, hint=f"there are: {', '.join(index.tasks) or 'none'}"
+                f"no expert set of {task!r} here",
+                file=self.folder,
+                hint=f"there are: {', '.join(index.tasks) or 'none'}",
             )
         return self._read(task, index.tasks[task], index.origin)
 
-    def load_all(self) -> dict[str, Pattern]:
+    def load_all(self) -> dict[str, ExpertSet]:
         """Read all tasks; see `load`."""
         index = self.index()
         return {task: self._read(task, entry, index.origin) for task, entry in index.tasks.items()}
 
-    def _read(self, task: str, entry: Entry, origin: Origin) -> Pattern:
+    def _read(self, task: str, entry: Entry, origin: Origin) -> ExpertSet:
         file = check_name(self.folder, entry.file)
         try:
             header = read_header(file)
         except BadCheckpoint as error:
-            raise BadData(f"damaged pattern: {error.message}", file=file, hint=_AGAIN) from error
+            raise BadData(f"damaged expert set: {error.message}", file=file, hint=_AGAIN) from error
         found = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
         expected = _layout(origin, entry.further)
         if found != expected:
-            raise BadData(f"damaged pattern: it holds {found}, not {expected}", file=file, hint=_AGAIN)
+            raise BadData(f"damaged expert set: it holds {found}, not {expected}", file=file, hint=_AGAIN)
         content = read_bytes(file)
         if hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise BadData("damaged pattern: it is not the file the index describes", file=file, hint=_AGAIN)
-        return _pattern(task, entry, origin, safetensors.torch.load(content), file)
+            raise BadData("damaged expert set: it is not the file the index describes", file=file, hint=_AGAIN)
+        return _expert_set(task, entry, origin, safetensors.torch.load(content), file)
 
 
-def _pattern(task: str, entry: Entry, origin: Origin, tensors: dict[str, Tensor], file: Path) -> Pattern:
-    """The pattern that a file's tensors make.
+def _expert_set(task: str, entry: Entry, origin: Origin, tensors: dict[str, Tensor], file: Path) -> ExpertSet:
+    """The expert set that a file's tensors make.
 
     Raises:
         BadData: they contradict each other.
@@ -201,33 +203,33 @@ def _pattern(task: str, entry: Entry, origin: Origin, tensors: dict[str, Tensor]
     straight = torch.arange(origin.experts).expand_as(rows)
     for row in (rows.sort(dim=1).values != straight).any(dim=1).nonzero().flatten().tolist():
         raise BadData(
-            "damaged pattern: its experts are no permutation", file=file, layer=origin.layers[row], hint=_AGAIN
+            "damaged expert set: its experts are no permutation", file=file, layer=origin.layers[row], hint=_AGAIN
         )
     if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
-        raise BadData("damaged pattern: a score is not finite", file=file, hint=_AGAIN)
+        raise BadData("damaged expert set: a score is not finite", file=file, hint=_AGAIN)
     chosen = tuple(tensors["chosen"].tolist())
     if not all(1 <= count <= origin.experts for count in chosen):
-        raise BadData(f"damaged pattern: {chosen} experts were chosen", file=file, hint=_AGAIN)
+        raise BadData(f"damaged expert set: {chosen} experts were chosen", file=file, hint=_AGAIN)
     first_E, further = tensors["first"], tensors.get("further")
     if bool((first_E[order_E[: chosen[0]]].diff() > 0).any()):
-        raise BadData("damaged pattern: ranks and scores contradict each other", file=file, hint=_AGAIN)
-    return Pattern(task, origin, entry.tokens, entry.data, first_E, order_E, permutations, chosen, further)
+        raise BadData("damaged expert set: ranks and scores contradict each other", file=file, hint=_AGAIN)
+    return ExpertSet(task, origin, entry.tokens, entry.data, first_E, order_E, permutations, chosen, further)
 
 
-def _tensors(pattern: Pattern) -> dict[str, Tensor]:
+def _tensors(expert_set: ExpertSet) -> dict[str, Tensor]:
     named = {
-        "first": pattern.first_E,
-        "order": pattern.order_E.to(torch.int16),
-        "permutations": pattern.permutations.to(torch.int16),
-        "chosen": torch.tensor(pattern.chosen, dtype=torch.int16),
+        "first": expert_set.first_E,
+        "order": expert_set.order_E.to(torch.int16),
+        "permutations": expert_set.permutations.to(torch.int16),
+        "chosen": torch.tensor(expert_set.chosen, dtype=torch.int16),
     }
-    if pattern.further is not None:
-        named["further"] = pattern.further
+    if expert_set.further is not None:
+        named["further"] = expert_set.further
     return {name: tensor.contiguous() for name, tensor in named.items()}
 
 
 def _layout(origin: Origin, further: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a pattern's file."""
+    """Dtype and shape of each tensor of an expert set's file."""
     rest = (len(origin.layers) - 1, origin.experts)
     layout: dict[str, tuple[str, tuple[int, ...]]] = {
         "first": ("F64", (origin.experts,)),

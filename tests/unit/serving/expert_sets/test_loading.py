@@ -19,7 +19,7 @@ from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import BadCheckpoint, BadConfig, MoekitError
-from moekit.serving.expert_sets.expert_set import Pattern, keep_sets, make_pattern
+from moekit.serving.expert_sets.expert_set import ExpertSet, keep_sets, make_expert_set
 from moekit.serving.expert_sets.kept_bytes import KeptBytes
 from moekit.serving.expert_sets.loading import load_task, plan_task
 from tests.checkpoints import edit_json, edit_shard, plain, saved
@@ -33,8 +33,8 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint.open(plain(tmp_path / "m", "qwen3_moe"))
 
 
-def pattern(checkpoint: Checkpoint, **changes: Any) -> Pattern:
-    return make_pattern("maths", SCORES, tokens=1, **({"fingerprint": checkpoint.fingerprint} | changes))
+def expert_set(checkpoint: Checkpoint, **changes: Any) -> ExpertSet:
+    return make_expert_set("maths", SCORES, tokens=1, **({"fingerprint": checkpoint.fingerprint} | changes))
 
 
 def experts(model: Any) -> list[int]:
@@ -45,22 +45,22 @@ def experts(model: Any) -> list[int]:
     ("keep", "count"), [(3, 3), ("3", 3), (0.5, 4), ("0.75", 6), (1.0, 8), (Budget(keep=2), 2), ("1GB", 8)]
 )
 def test_budgets_are_counts_fractions_or_bytes(checkpoint: Checkpoint, keep: Any, count: int) -> None:
-    model = load_task(checkpoint, pattern(checkpoint), keep, device="cpu")
+    model = load_task(checkpoint, expert_set(checkpoint), keep, device="cpu")
     assert experts(model) == [count, count]
     assert model.config.num_experts == count
 
 
 def test_keeping_all_gives_the_model_itself(checkpoint: Checkpoint) -> None:
     stock = AutoModelForCausalLM.from_pretrained(checkpoint.path).eval()
-    model = load_task(checkpoint, pattern(checkpoint), 1.0, device="cpu")
+    model = load_task(checkpoint, expert_set(checkpoint), 1.0, device="cpu")
     torch.testing.assert_close(logits(model), logits(stock), rtol=1e-5, atol=1e-6)
 
 
 def test_protected_experts_stay_and_count(checkpoint: Checkpoint) -> None:
-    work = plan_task(checkpoint, pattern(checkpoint), 3, protected={0: [6]})
+    work = plan_task(checkpoint, expert_set(checkpoint), 3, protected={0: [6]})
     # Of layer 0 the best are 1, 3, 5; of layer 1 they are 7, 6, 5.
     assert {layer: d.keep for layer, d in work.outcomes.items()} == {0: (1, 3, 6), 1: (5, 6, 7)}
-    model = load_task(checkpoint, pattern(checkpoint), 3, protected={0: [6]}, device="cpu")
+    model = load_task(checkpoint, expert_set(checkpoint), 3, protected={0: [6]}, device="cpu")
     stock = AutoModelForCausalLM.from_pretrained(checkpoint.path).model.layers[0].mlp
     mine = model.model.layers[0].mlp
     for name in ("gate_up_proj", "down_proj"):
@@ -69,14 +69,14 @@ def test_protected_experts_stay_and_count(checkpoint: Checkpoint) -> None:
 
 
 def test_dtype_and_fewer_choices(checkpoint: Checkpoint) -> None:
-    model = load_task(checkpoint, pattern(checkpoint), 1, top_k=1, dtype="bfloat16", device="cpu")
+    model = load_task(checkpoint, expert_set(checkpoint), 1, top_k=1, dtype="bfloat16", device="cpu")
     assert model.dtype == torch.bfloat16
     assert model.config.num_experts_per_tok == 1
     assert torch.isfinite(logits(model)).all()
 
 
 def test_what_is_read_is_counted(checkpoint: Checkpoint) -> None:
-    work = plan_task(checkpoint, pattern(checkpoint), 2)
+    work = plan_task(checkpoint, expert_set(checkpoint), 2)
     with KeptBytes(work) as source:
         waiting = source.tensors()
         assert source.nbytes == 0
@@ -90,7 +90,7 @@ def test_what_is_read_is_counted(checkpoint: Checkpoint) -> None:
     assert source.nbytes == checkpoint.tensors[name].nbytes + sum(kept.spec.nbytes for kept in work.kept)
 
 
-def test_a_quantized_copy_is_loaded_by_the_pattern_of_the_original(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_quantized_copy_is_loaded_by_the_expert_set_of_the_original(checkpoint: Checkpoint, tmp_path: Path) -> None:
     def quantize(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in list(tensors.items()):
             if "experts." in name:
@@ -102,7 +102,7 @@ def test_a_quantized_copy_is_loaded_by_the_pattern_of_the_original(checkpoint: C
     edit_shard(folder / "model.safetensors", quantize)
     told = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": ["lm_head"]}
     edit_json(folder / "config.json", lambda config: config.update(quantization_config=told))
-    original = pattern(checkpoint)
+    original = expert_set(checkpoint)
     with pytest.raises(BadConfig, match="another model"):
         load_task(folder, original, 4)
     model = load_task(folder, original, 4, other_weights=True, device="cpu")
@@ -122,7 +122,7 @@ def test_a_hub_id_is_resolved_as_by_load(checkpoint: Checkpoint, monkeypatch: py
         return checkpoint.path
 
     monkeypatch.setattr("moekit.checkpoint.folder.resolve", resolve)
-    model = load_task("some/moe", pattern(checkpoint), 2, revision="v2", device="cpu")
+    model = load_task("some/moe", expert_set(checkpoint), 2, revision="v2", device="cpu")
     assert asked == [("some/moe", "v2")]
     assert experts(model) == [2, 2]
 
@@ -143,14 +143,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_impossible_wishes(checkpoint: Checkpoint, name: str) -> None:
     options, words = REFUSED[name]
     with pytest.raises(BadConfig, match=words) as caught:
-        load_task(checkpoint, pattern(checkpoint), **options)
+        load_task(checkpoint, expert_set(checkpoint), **options)
     assert caught.value.hint or "layer" in name
 
 
-def test_patterns_of_another_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_expert_sets_of_another_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match="made of another model"):
-        load_task(checkpoint, pattern(checkpoint, fingerprint="f" * 64), 4)
-    short = make_pattern("maths", {0: SCORES[0]}, tokens=1)
+        load_task(checkpoint, expert_set(checkpoint, fingerprint="f" * 64), 4)
+    short = make_expert_set("maths", {0: SCORES[0]}, tokens=1)
     for options in ({}, {"other_weights": True}):
         with pytest.raises(BadConfig, match="of another shape"):
             load_task(checkpoint, short, 4, **options)
@@ -158,7 +158,7 @@ def test_patterns_of_another_model(checkpoint: Checkpoint, tmp_path: Path) -> No
 
 def test_damage_is_told_by_file(checkpoint: Checkpoint) -> None:
     shard = checkpoint.path / "model.safetensors"
-    made = pattern(checkpoint)
+    made = expert_set(checkpoint)
     work = plan_task(checkpoint, made, 4)
     os_size = shard.stat().st_size
     with shard.open("r+b") as file:
@@ -176,13 +176,13 @@ def test_a_routing_policy_is_refused(tmp_path: Path) -> None:
     edit_json(folder / "moekit.json", lambda record: record.update(parts=[{"kind": "routing", "name": "c2r"}]))
     checkpoint = Checkpoint.open(folder)
     with pytest.raises(BadConfig, match="carries routing"):
-        load_task(checkpoint, pattern(checkpoint), 4)
+        load_task(checkpoint, expert_set(checkpoint), 4)
 
 
 def test_tensors_are_read_when_they_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more in memory than what is loaded already and the layer at work."""
     checkpoint = Checkpoint.open(plain(tmp_path / "m", "qwen3_moe", num_hidden_layers=4))
-    made = make_pattern("maths", dict.fromkeys(range(4), SCORES[0]), tokens=1)
+    made = make_expert_set("maths", dict.fromkeys(range(4), SCORES[0]), tokens=1)
     ahead: list[int] = []
     open_now: set[int] = set()
     stock = KeptBytes.read

@@ -128,11 +128,11 @@ def test_what_cannot_be_recorded(tmp_path: Path) -> None:
             queries_from_disk(checkpoint, prompts, method=PreMoe())
 
 
-def test_a_trace_without_the_load_makes_no_pattern() -> None:
-    from moekit.serving.expert_sets.scoring import pattern_of
+def test_a_trace_without_the_load_makes_no_expert_set() -> None:
+    from moekit.serving.expert_sets.scoring import expert_set_of
 
     model = build("qwen3_moe")
     names = [name for name in PreMoe().required if name != "load"]
     trace = record(model, [tokens()], statistics=names, keep_choices=False)
     with pytest.raises(BadData, match="load"):
-        pattern_of("text", model, trace, PreMoe())
+        expert_set_of("text", model, trace, PreMoe())

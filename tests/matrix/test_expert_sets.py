@@ -17,7 +17,7 @@ from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.measuring import geometries_of
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.serving.expert_sets.expert_set import Pattern, keep_sets, make_pattern
+from moekit.serving.expert_sets.expert_set import ExpertSet, keep_sets, make_expert_set
 from moekit.serving.expert_sets.loading import load_task
 from tests.checkpoints import plain
 from tests.families import EXPERTS, FAMILIES, logits, tokens
@@ -25,10 +25,10 @@ from tests.families import EXPERTS, FAMILIES, logits, tokens
 KEEP = 5
 
 
-def any_pattern(checkpoint: Checkpoint, seed: int = 4) -> Pattern:
+def any_expert_set(checkpoint: Checkpoint, seed: int = 4) -> ExpertSet:
     generator = torch.Generator().manual_seed(seed)
     scores = {layer: torch.randn(EXPERTS, generator=generator) for layer in geometries_of(checkpoint)}
-    return make_pattern("maths", scores, tokens=1, fingerprint=checkpoint.fingerprint)
+    return make_expert_set("maths", scores, tokens=1, fingerprint=checkpoint.fingerprint)
 
 
 def written(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]], folder: Path) -> PreTrainedModel:
@@ -46,9 +46,9 @@ def written(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]], folder: P
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_loaded_task_is_the_folder_that_would_be_written(family: str, fused: bool, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(plain(tmp_path / "m", family, fused=fused))
-    pattern = any_pattern(checkpoint)
-    model = load_task(str(tmp_path / "m"), pattern, KEEP, device="cpu")
-    other = written(checkpoint, keep_sets(pattern, KEEP), tmp_path / "out")
+    expert_set = any_expert_set(checkpoint)
+    model = load_task(str(tmp_path / "m"), expert_set, KEEP, device="cpu")
+    other = written(checkpoint, keep_sets(expert_set, KEEP), tmp_path / "out")
     mine, theirs = model.state_dict(), other.state_dict()
     assert sorted(mine) == sorted(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -84,8 +84,8 @@ def test_no_byte_of_another_expert_is_read(
 ) -> None:
     checkpoint = Checkpoint.open(plain(tmp_path / "m", family, fused=fused))
     assert len(checkpoint.shards) == 1
-    pattern = any_pattern(checkpoint)
-    gone = dropped(checkpoint, keep_sets(pattern, KEEP))
+    expert_set = any_expert_set(checkpoint)
+    gone = dropped(checkpoint, keep_sets(expert_set, KEEP))
     assert gone
     read: list[tuple[int, int]] = []
     stock = os.preadv
@@ -101,7 +101,7 @@ def test_no_byte_of_another_expert_is_read(
     monkeypatch.setattr(os, "preadv", counted)
     monkeypatch.setattr("safetensors.safe_open", never)
     monkeypatch.setattr("transformers.modeling_utils.safe_open", never)
-    load_task(checkpoint, pattern, KEEP, device="cpu")
+    load_task(checkpoint, expert_set, KEEP, device="cpu")
     for start, end in read:
         assert not any(start < last and first < end for first, last in gone)
     # Each byte once; of the routers a few rows less, too.

@@ -1,4 +1,4 @@
-"""Patterns of tasks: ranks against a plain sort, the folder against damage, retrieval against distances by hand."""
+"""Expert sets of tasks: ranks against a plain sort, the folder against damage, retrieval against distances by hand."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from moekit.anatomy import find_moe_layers
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.prune.premoe import PreMoe
 from moekit.errors import BadConfig, BadData, MoekitError, NumericFault, UnsafeInput, UnsupportedModel
-from moekit.serving.expert_sets.expert_set import Pattern, generalist, keep_sets, make_pattern
+from moekit.serving.expert_sets.expert_set import ExpertSet, generalist, keep_sets, make_expert_set
 from moekit.serving.expert_sets.retrieval import query, retrieve
-from moekit.serving.expert_sets.scoring import pattern_of
-from moekit.serving.expert_sets.store import INDEX_FILE, PatternStore
+from moekit.serving.expert_sets.scoring import expert_set_of
+from moekit.serving.expert_sets.store import INDEX_FILE, ExpertSetStore
 from moekit.trace import record
 from moekit.trace.meta import DataEntry
 from tests.checkpoints import edit_json, write_raw
@@ -35,9 +35,9 @@ SCORES = {
 }
 
 
-def pattern(task: str = "maths", scores: dict[int, torch.Tensor] | None = None, **changes: Any) -> Pattern:
+def expert_set(task: str = "maths", scores: dict[int, torch.Tensor] | None = None, **changes: Any) -> ExpertSet:
     facts = {"tokens": 10, "fingerprint": "model-a", "method": "premoe", "knobs": {"pool": None}}
-    return make_pattern(task, SCORES if scores is None else scores, **(facts | changes))
+    return make_expert_set(task, SCORES if scores is None else scores, **(facts | changes))
 
 
 def top(scores_E: torch.Tensor, keep: int) -> list[int]:
@@ -47,8 +47,8 @@ def top(scores_E: torch.Tensor, keep: int) -> list[int]:
 
 def test_the_permutation_carries_ranks_over() -> None:
     # Layer 1 ranks 1, 2, 0, 3; layer 2 ranks 1, 2, 3, 0; layer 4 ranks 3, 0, 1, 2.
-    assert pattern().permutations.tolist() == [[3, 1, 2, 0], [1, 3, 0, 2]]
-    assert keep_sets(pattern(), 2) == {1: [1, 2], 2: [1, 2], 4: [0, 3]}
+    assert expert_set().permutations.tolist() == [[3, 1, 2, 0], [1, 3, 0, 2]]
+    assert keep_sets(expert_set(), 2) == {1: [1, 2], 2: [1, 2], 4: [0, 3]}
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,7 +56,7 @@ def test_the_permutation_carries_ranks_over() -> None:
 def test_the_set_of_every_budget_is_the_top_of_every_layer(layers: int, experts: int, seed: int, ties: bool) -> None:
     table = torch.randn(layers, experts, generator=torch.Generator().manual_seed(seed))
     scores = dict(enumerate(table.round() if ties else table, start=3))
-    made = pattern(scores=scores)
+    made = expert_set(scores=scores)
     for keep in range(1, experts + 1):
         assert keep_sets(made, keep) == {layer: top(s, keep) for layer, s in scores.items()}
 
@@ -64,35 +64,35 @@ def test_the_set_of_every_budget_is_the_top_of_every_layer(layers: int, experts:
 def test_budgets_outside_the_layer_and_protected_experts() -> None:
     for keep in (0, 5):
         with pytest.raises(BadConfig, match="of 4"):
-            keep_sets(pattern(), keep)
-    sets = keep_sets(pattern(), 2, protected={2: {0}})
+            keep_sets(expert_set(), keep)
+    sets = keep_sets(expert_set(), 2, protected={2: {0}})
     assert sets == {1: [1, 2], 2: [0, 1], 4: [0, 3]}
     for wrong in ({0, 1}, {4}):
         with pytest.raises(BadConfig, match="protected") as caught:
-            keep_sets(pattern(), 1, protected={4: wrong})
+            keep_sets(expert_set(), 1, protected={4: wrong})
         assert caught.value.layer == 4
 
 
-def test_scores_that_make_no_pattern() -> None:
+def test_scores_that_make_no_expert_set() -> None:
     with pytest.raises(UnsupportedModel) as uneven:
-        pattern(scores={0: torch.zeros(4), 3: torch.zeros(3)})
+        expert_set(scores={0: torch.zeros(4), 3: torch.zeros(3)})
     assert uneven.value.layer == 3
     with pytest.raises(NumericFault) as broken:
-        pattern(scores={0: torch.tensor([0.0, float("nan")])})
+        expert_set(scores={0: torch.tensor([0.0, float("nan")])})
     assert (broken.value.layer, broken.value.expert) == (0, 1)
     with pytest.raises(BadData):
-        pattern(scores={})
+        expert_set(scores={})
 
 
 def test_tasks_pool_by_their_tokens() -> None:
-    few = pattern("maths", {0: torch.tensor([1.0, 0.0]), 1: torch.tensor([0.0, 1.0])}, tokens=1)
-    many = pattern("code", {0: torch.tensor([0.0, 2.0]), 1: torch.tensor([4.0, 1.0])}, tokens=3)
+    few = expert_set("maths", {0: torch.tensor([1.0, 0.0]), 1: torch.tensor([0.0, 1.0])}, tokens=1)
+    many = expert_set("code", {0: torch.tensor([0.0, 2.0]), 1: torch.tensor([4.0, 1.0])}, tokens=3)
     pooled = generalist([few, many])
     assert pooled.scores(2).tolist() == [[0.25, 1.5], [3.0, 1.0]]
     assert (pooled.task, pooled.tokens, pooled.origin) == ("generalist", 4, few.origin)
     assert keep_sets(pooled, 1) == {0: [1], 1: [0]}
     with pytest.raises(BadData, match="further"):
-        generalist([few, pattern("law", {0: torch.zeros(2), 1: torch.zeros(2)}, keep_further=False)])
+        generalist([few, expert_set("law", {0: torch.zeros(2), 1: torch.zeros(2)}, keep_further=False)])
     with pytest.raises(BadData, match="fingerprint"):
         generalist([few, replace(many, origin=many.origin.model_copy(update={"fingerprint": "model-b"}))])
     with pytest.raises(BadData):
@@ -102,8 +102,8 @@ def test_tasks_pool_by_their_tokens() -> None:
 
 
 STORED = {
-    "maths": pattern("maths", {0: torch.tensor([3.0, 0.0]), 1: torch.tensor([0.0, 1.0])}),
-    "code": pattern("code", {0: torch.tensor([0.0, 4.0]), 1: torch.tensor([6.0, 0.0])}),
+    "maths": expert_set("maths", {0: torch.tensor([3.0, 0.0]), 1: torch.tensor([0.0, 1.0])}),
+    "code": expert_set("code", {0: torch.tensor([0.0, 4.0]), 1: torch.tensor([6.0, 0.0])}),
 }
 
 
@@ -132,7 +132,7 @@ def test_a_prompt_far_from_all_tasks_is_none_of_them() -> None:
     assert retrieve(STORED, asked, limit=3.0).task == "code"
     lost = retrieve(STORED, asked, limit=2.9)
     assert (lost.task, lost.distance) == (None, 3.0)
-    with_all = STORED | {"generalist": pattern("generalist", {0: asked, 1: asked})}
+    with_all = STORED | {"generalist": expert_set("generalist", {0: asked, 1: asked})}
     assert retrieve(with_all, asked).task == "generalist"
     assert retrieve(with_all, asked, limit=2.9, fallback="generalist").task == "generalist"
     kept = retrieve(with_all, asked, limit=3.0, fallback="generalist")
@@ -147,11 +147,11 @@ def test_scores_that_cannot_be_compared() -> None:
         retrieve(STORED, torch.zeros(3, 2))
     with pytest.raises(NumericFault):
         retrieve(STORED, torch.tensor([float("nan"), 0.0]))
-    with pytest.raises(BadData, match="no patterns"):
+    with pytest.raises(BadData, match="no expert sets"):
         retrieve({}, torch.zeros(2))
 
 
-def same(first: Pattern, second: Pattern) -> None:
+def same(first: ExpertSet, second: ExpertSet) -> None:
     assert (first.task, first.origin, first.tokens, first.data) == (
         second.task,
         second.origin,
@@ -164,16 +164,16 @@ def same(first: Pattern, second: Pattern) -> None:
     assert first.further is None or second.further is None or torch.equal(first.further, second.further)
 
 
-def test_saved_patterns_come_back(tmp_path: Path) -> None:
-    store = PatternStore(tmp_path / "patterns", "model-a")
+def test_saved_expert_sets_come_back(tmp_path: Path) -> None:
+    store = ExpertSetStore(tmp_path / "expert_sets", "model-a")
     data = [DataEntry(source="here", domain="maths", documents=2, tokens=10)]
-    made = [pattern("maths", data=data), pattern("../Lean 4", keep_further=False)]
+    made = [expert_set("maths", data=data), expert_set("../Lean 4", keep_further=False)]
     for each in made:
         assert store.save(each).parent == store.folder
     for each in made:
         same(store.load(each.task), each)
     assert list(store.load_all()) == ["../Lean 4", "maths"]
-    single, one = PatternStore(tmp_path / "single"), pattern("one", {0: SCORES[1]})
+    single, one = ExpertSetStore(tmp_path / "single"), expert_set("one", {0: SCORES[1]})
     single.save(one)
     same(single.load("one"), one)
     assert sorted(p.suffix for p in store.folder.iterdir()) == [".json", ".safetensors", ".safetensors"]
@@ -184,12 +184,12 @@ def test_saved_patterns_come_back(tmp_path: Path) -> None:
 
 
 def test_a_task_is_replaced_only_if_asked(tmp_path: Path) -> None:
-    store = PatternStore(tmp_path)
-    old = store.save(pattern())
-    changed = pattern(scores=SCORES | {4: torch.arange(4.0)})
+    store = ExpertSetStore(tmp_path)
+    old = store.save(expert_set())
+    changed = expert_set(scores=SCORES | {4: torch.arange(4.0)})
     with pytest.raises(BadConfig, match="already"):
         store.save(changed)
-    same(store.load("maths"), pattern())
+    same(store.load("maths"), expert_set())
     assert store.save(changed, overwrite=True) != old
     assert not old.exists()
     same(store.load("maths"), changed)
@@ -199,8 +199,8 @@ def test_a_task_is_replaced_only_if_asked(tmp_path: Path) -> None:
 def test_a_write_that_dies_leaves_the_old_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moekit.serving.expert_sets import store as module
 
-    store = PatternStore(tmp_path)
-    store.save(pattern())
+    store = ExpertSetStore(tmp_path)
+    store.save(expert_set())
     write = module.atomic_write
 
     def dies(path: Path, data: bytes | str) -> None:
@@ -210,28 +210,28 @@ def test_a_write_that_dies_leaves_the_old_task(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(module, "atomic_write", dies)
     with pytest.raises(KeyboardInterrupt):
-        store.save(pattern(scores=SCORES | {4: torch.arange(4.0)}), overwrite=True)
-    same(store.load("maths"), pattern())
+        store.save(expert_set(scores=SCORES | {4: torch.arange(4.0)}), overwrite=True)
+    same(store.load("maths"), expert_set())
 
 
 def test_other_models_and_methods_are_refused(tmp_path: Path) -> None:
-    PatternStore(tmp_path).save(pattern())
+    ExpertSetStore(tmp_path).save(expert_set())
     with pytest.raises(BadData, match="of the model model-a"):
-        PatternStore(tmp_path, "model-b").load("maths")
+        ExpertSetStore(tmp_path, "model-b").load("maths")
     for change in ({"fingerprint": "model-b"}, {"method": "easy-ep"}, {"knobs": {"pool": 1}}):
         with pytest.raises(BadData, match=next(iter(change))):
-            PatternStore(tmp_path).save(pattern("code", **change))
+            ExpertSetStore(tmp_path).save(expert_set("code", **change))
     with pytest.raises(BadData, match="layers"):
-        PatternStore(tmp_path).save(pattern("code", {1: SCORES[1], 2: SCORES[2]}))
-    assert list(PatternStore(tmp_path).index().tasks) == ["maths"]
+        ExpertSetStore(tmp_path).save(expert_set("code", {1: SCORES[1], 2: SCORES[2]}))
+    assert list(ExpertSetStore(tmp_path).index().tasks) == ["maths"]
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(BadData, match="no patterns here"):
-        PatternStore(tmp_path / "nowhere").load_all()
-    PatternStore(tmp_path).save(pattern())
+    with pytest.raises(BadData, match="no expert sets here"):
+        ExpertSetStore(tmp_path / "nowhere").load_all()
+    ExpertSetStore(tmp_path).save(expert_set())
     with pytest.raises(BadData, match="'law'") as caught:
-        PatternStore(tmp_path).load("law")
+        ExpertSetStore(tmp_path).load("law")
     assert "maths" in str(caught.value.hint)
 
 
@@ -309,18 +309,18 @@ def damage(folder: Path, how: str) -> None:
     ],
 )
 def test_damaged_and_hostile_folders(tmp_path: Path, how: str, error: type[MoekitError], says: str) -> None:
-    PatternStore(tmp_path).save(pattern())
+    ExpertSetStore(tmp_path).save(expert_set())
     damage(tmp_path, how)
     with pytest.raises(error, match=says) as caught:
-        PatternStore(tmp_path).load("maths")
+        ExpertSetStore(tmp_path).load("maths")
     assert str(tmp_path) in str(caught.value.file)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_patterns_of_a_model_keep_what_the_method_keeps(family: str, tmp_path: Path) -> None:
+def test_expert_sets_of_a_model_keep_what_the_method_keeps(family: str, tmp_path: Path) -> None:
     model, method = build(family), PreMoe()
     trace = record(model, [tokens(4, 24)], statistics=method.required, fingerprint="model-a", source="made")
-    made = pattern_of("text", model, trace, method)
+    made = expert_set_of("text", model, trace, method)
     assert made.origin.layers == tuple(layer.index for layer in find_moe_layers(model))
     assert (made.tokens, made.data[0].source, made.origin.method) == (96, "made", "premoe")
     found = trace.require(method.required)
@@ -329,8 +329,8 @@ def test_patterns_of_a_model_keep_what_the_method_keeps(family: str, tmp_path: P
         for layer in find_moe_layers(model):
             scores_E = method.score(LayerInputs(layer.index, layer.geometry, found[layer.index]))
             assert sets[layer.index] == top(scores_E, keep)
-    PatternStore(tmp_path).save(made)
-    same(PatternStore(tmp_path, "model-a").load("text"), made)
+    ExpertSetStore(tmp_path).save(made)
+    same(ExpertSetStore(tmp_path, "model-a").load("text"), made)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -340,7 +340,7 @@ def test_a_prompt_is_scored_as_its_task_is(layers: int) -> None:
     stored = {}
     for task, text in texts.items():
         ids = torch.tensor([tokenizer()(text)["input_ids"]])
-        stored[task] = pattern_of(task, model, record(model, [ids], statistics=method.required), method)
+        stored[task] = expert_set_of(task, model, record(model, [ids], statistics=method.required), method)
     for task, text in texts.items():
         scores = query(model, tokenizer(), text, method=method, layers=layers)
         torch.testing.assert_close(scores, stored[task].scores(layers), rtol=1e-5, atol=1e-6)
@@ -359,17 +359,17 @@ def test_prompts_that_cannot_be_scored() -> None:
             query(model, tokenizer(), nothing, method=PreMoe())
 
 
-def test_a_trace_of_another_model_makes_no_pattern() -> None:
+def test_a_trace_of_another_model_makes_no_expert_set() -> None:
     trace = record(build("qwen3_moe", num_hidden_layers=3), [tokens()], statistics=PreMoe().required)
     with pytest.raises(BadData) as caught:
-        pattern_of("text", build("qwen3_moe"), trace, PreMoe())
+        expert_set_of("text", build("qwen3_moe"), trace, PreMoe())
     assert caught.value.layer == 2
 
 
 def test_what_no_token_chose_ranks_behind_all_that_was_chosen(tmp_path: Path) -> None:
     # Expert 0 scores best in layer 1 and 3 ties with 1 in layer 2, but no token chose them.
     scores = {1: torch.tensor([9.0, -1.0, 2.0, 0.0]), 2: torch.tensor([1.0, 0.0, 5.0, 0.0])}
-    made = make_pattern("maths", scores, tokens=4, never_routed={1: [0], 2: [0, 3]})
+    made = make_expert_set("maths", scores, tokens=4, never_routed={1: [0], 2: [0, 3]})
     assert made.orders.tolist() == [[2, 3, 1, 0], [2, 1, 0, 3]]
     assert made.chosen == (3, 2)
     assert made.never_routed == {1: [0], 2: [0, 3]}
@@ -381,10 +381,10 @@ def test_what_no_token_chose_ranks_behind_all_that_was_chosen(tmp_path: Path) ->
         {1: [0, 1, 2, 3], 2: [0, 1, 2, 3]},
     ]
     assert keep_sets(made, 2, protected={1: [0]})[1] == [0, 2]
-    PatternStore(tmp_path).save(made)
-    same(PatternStore(tmp_path).load("maths"), made)
+    ExpertSetStore(tmp_path).save(made)
+    same(ExpertSetStore(tmp_path).load("maths"), made)
     # Pooled, an expert that any of the tasks chose was chosen.
-    other = make_pattern("code", {1: torch.zeros(4), 2: torch.ones(4)}, tokens=4, never_routed={1: [1], 2: [0]})
+    other = make_expert_set("code", {1: torch.zeros(4), 2: torch.ones(4)}, tokens=4, never_routed={1: [1], 2: [0]})
     assert generalist([made, other]).never_routed == {1: [], 2: [0]}
 
 
@@ -395,7 +395,7 @@ def test_for_every_budget_the_chosen_go_first(layers: int, experts: int, seed: i
     table = torch.randn(layers, experts, generator=generator).round()
     unseen = torch.rand(layers, experts, generator=generator) < 0.4
     missed = {layer: row.nonzero().flatten().tolist() for layer, row in enumerate(unseen)}
-    made = make_pattern("maths", dict(enumerate(table)), tokens=1, never_routed=missed)
+    made = make_expert_set("maths", dict(enumerate(table)), tokens=1, never_routed=missed)
     for keep in range(1, experts + 1):
         for layer, kept in keep_sets(made, keep).items():
             lost = set(range(experts)) - set(kept)
@@ -407,7 +407,7 @@ def test_for_every_budget_the_chosen_go_first(layers: int, experts: int, seed: i
 def test_unchosen_experts_of_a_model_come_last(knobs: dict[str, Any]) -> None:
     model, method = build("deepseek_v3"), PreMoe(**knobs)
     trace = record(model, [tokens(1, 3)], statistics=method.required)
-    made = pattern_of("text", model, trace, method)
+    made = expert_set_of("text", model, trace, method)
     load = trace.require(("load",))
     tied = 0
     for layer, statistics in load.items():
@@ -432,20 +432,20 @@ def test_methods_that_give_no_ranks(name: str) -> None:
 
 
 def test_ranks_that_contradict_the_scores(tmp_path: Path) -> None:
-    PatternStore(tmp_path).save(pattern())
+    ExpertSetStore(tmp_path).save(expert_set())
     rewrite(tmp_path, order=torch.tensor([3, 0, 2, 1], dtype=torch.int16))
     with pytest.raises(BadData, match="contradict"):
-        PatternStore(tmp_path).load("maths")
+        ExpertSetStore(tmp_path).load("maths")
     rewrite(tmp_path, chosen=torch.tensor([4, 0, 4], dtype=torch.int16))
     with pytest.raises(BadData, match=r"were chosen|contradict"):
-        PatternStore(tmp_path).load("maths")
+        ExpertSetStore(tmp_path).load("maths")
 
 
 def test_several_tasks_are_added_together_or_not_at_all(tmp_path: Path) -> None:
-    store = PatternStore(tmp_path)
-    store.save(pattern("maths"))
+    store = ExpertSetStore(tmp_path)
+    store.save(expert_set("maths"))
     with pytest.raises(BadConfig, match="'maths'"):
-        store.save_all([pattern("code"), pattern("maths")])
+        store.save_all([expert_set("code"), expert_set("maths")])
     assert list(store.index().tasks) == ["maths"]
-    assert len(store.save_all([pattern("code"), pattern("maths")], overwrite=["maths"])) == 2
+    assert len(store.save_all([expert_set("code"), expert_set("maths")], overwrite=["maths"])) == 2
     assert list(store.load_all()) == ["code", "maths"]

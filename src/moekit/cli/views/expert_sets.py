@@ -1,4 +1,4 @@
-"""`moekit pattern`: what each task wants of a model's experts."""
+"""`moekit expert-sets`: what each task wants of a model's experts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
         )
         for made in results["made"]
     ]
-    title = f"patterns of {results['experts']} experts in {len(results['layers'])} layers"
+    title = f"expert sets of {results['experts']} experts in {len(results['layers'])} layers"
     terminal.table(title, ("task", "documents", "tokens", "never routed", "on disk"), rows)
     terminal.say(f"tasks here: {', '.join(results['tasks'])}")

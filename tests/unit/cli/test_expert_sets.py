@@ -1,4 +1,4 @@
-"""`moekit pattern` and `moekit generate --patterns` as a user calls them: from text of two domains to answers."""
+"""`moekit expert-sets` and `moekit generate --expert-sets` as a user calls them: from text to answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.evaluation import complete
 from moekit.jobs.shared import tasks as loading
 from moekit.serving.expert_sets.expert_set import keep_sets
-from moekit.serving.expert_sets.store import INDEX_FILE, PatternStore
+from moekit.serving.expert_sets.store import INDEX_FILE, ExpertSetStore
 from moekit.streaming.loader import LayerLoader
 from tests.checkpoints import edit_json
 from tests.commands import Moekit
@@ -26,12 +26,12 @@ from tests.tiny import tokenizer, write_model, write_text
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, a text of two domains, and patterns of both."""
+    """Models, a text of two domains, and expert sets of both."""
     folder = tmp_path_factory.mktemp("made")
     write_model(folder / "moe", "qwen3_moe", num_hidden_layers=3)
     write_model(folder / "other", "qwen3_moe", seed=1, num_hidden_layers=3)
     write_text(folder / "text", documents=4)
-    command = ["pattern", folder / "moe", "--data", folder / "text", "--generalist", "-o", folder / "patterns"]
+    command = ["expert-sets", folder / "moe", "--data", folder / "text", "--generalist", "-o", folder / "expert_sets"]
     with pytest.raises(SystemExit) as left:
         main([*map(str, command), "--quiet"])
     assert left.value.code == 0
@@ -48,34 +48,36 @@ PROMPTS = {
 
 def asked(made: Path, *options: object) -> list[object]:
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    common = ("--patterns", made / "patterns", "--max-new-tokens", 5, "--device", "cpu")
+    common = ("--expert-sets", made / "expert_sets", "--max-new-tokens", 5, "--device", "cpu")
     return ["generate", made / "moe", *common, *prompts, *options]
 
 
-def test_patterns_are_made_and_added_to(moekit: Moekit, made: Path, tmp_path: Path) -> None:
-    out = tmp_path / "patterns"
-    first = moekit("pattern", made / "moe", "--task", "maths", "--data", made / "text" / "sums", "-o", out)
+def test_expert_sets_are_made_and_added_to(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "expert_sets"
+    first = moekit("expert-sets", made / "moe", "--task", "maths", "--data", made / "text" / "sums", "-o", out)
     assert first.code == 0, first.err
-    for words in ("premoe", "patterns of 8 experts in 3 layers", r"maths 4 ", "tasks here: maths", "wrote"):
+    for words in ("premoe", "expert sets of 8 experts in 3 layers", r"maths 4 ", "tasks here: maths", "wrote"):
         assert first.says(words), words
-    second = moekit("pattern", made / "moe", "--task", "books", "--data", made / "text" / "prose", "-o", out, "--json")
+    second = moekit(
+        "expert-sets", made / "moe", "--task", "books", "--data", made / "text" / "prose", "-o", out, "--json"
+    )
     assert second.code == 0, second.err
     assert second.json["tasks"] == ["books", "maths"]
     assert [entry["task"] for entry in second.json["made"]] == ["books"]
-    again = ("pattern", made / "moe", "--task", "maths", "--data", made / "text" / "sums", "-o", out)
+    again = ("expert-sets", made / "moe", "--task", "maths", "--data", made / "text" / "sums", "-o", out)
     refused = moekit(*again)
     assert refused.code == 2
-    assert refused.says("patterns of 'maths' already.*--overwrite")
+    assert refused.says("expert sets of 'maths' already.*--overwrite")
     assert moekit(*again, "--overwrite", "--max-tokens", 50).code == 0
-    assert PatternStore(out).load("maths").tokens == 50  # four documents, of 12 and 13
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["patterns"]
+    assert ExpertSetStore(out).load("maths").tokens == 50  # four documents, of 12 and 13
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expert_sets"]
 
 
 def test_knobs_and_methods(moekit: Moekit, made: Path, tmp_path: Path) -> None:
-    start = ("pattern", made / "moe", "--data", made / "text")
+    start = ("expert-sets", made / "moe", "--data", made / "text")
     done = moekit(*start, "--set", "pool=4", "--set", "threshold=0.3", "-o", tmp_path / "a", "--json")
     assert (done.json["settings"]["pool"], done.json["settings"]["threshold"]) == (4, 0.3)
-    assert PatternStore(tmp_path / "a").index().origin.knobs == done.json["settings"]
+    assert ExpertSetStore(tmp_path / "a").index().origin.knobs == done.json["settings"]
     assert moekit(*start, "--method", "weighted-ean", "-o", tmp_path / "b").code == 0
     for method, words in (("naee", "trying subsets"), ("uncurl", "changes the weights"), ("random", "no text")):
         refused = moekit(*start, "--method", method, "-o", tmp_path / "c")
@@ -88,8 +90,8 @@ def test_knobs_and_methods(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_a_dry_run_of_patterns_writes_nothing(moekit: Moekit, made: Path, tmp_path: Path) -> None:
-    done = moekit("pattern", made / "moe", "--data", made / "text", "-o", tmp_path / "out", "--dry-run", "--json")
+def test_a_dry_run_of_expert_sets_writes_nothing(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    done = moekit("expert-sets", made / "moe", "--data", made / "text", "-o", tmp_path / "out", "--dry-run", "--json")
     assert done.code == 0, done.err
     assert done.json["reads"][0]["bytes"] > Checkpoint.open(made / "moe").nbytes
     assert list(tmp_path.iterdir()) == []
@@ -106,9 +108,9 @@ def test_prompts_find_their_task_and_are_answered_by_its_experts(
         layers.append(index)
         return load(self, index)
 
-    def seen_task(model: Any, pattern: Any, *args: Any, **options: Any) -> Any:
-        tasks.append(pattern.task)
-        return load_task(model, pattern, *args, **options)
+    def seen_task(model: Any, expert_set: Any, *args: Any, **options: Any) -> Any:
+        tasks.append(expert_set.task)
+        return load_task(model, expert_set, *args, **options)
 
     monkeypatch.setattr(LayerLoader, "load", seen)
     monkeypatch.setattr(loading, "load_task", seen_task)
@@ -123,7 +125,7 @@ def test_prompts_find_their_task_and_are_answered_by_its_experts(
         assert near["task"] == entry["task"]
         assert near["distance"] < far["distance"]
     # What is said is what the folder that prune would write says.
-    checkpoint, store = Checkpoint.open(made / "moe"), PatternStore(made / "patterns")
+    checkpoint, store = Checkpoint.open(made / "moe"), ExpertSetStore(made / "expert_sets")
     for task in ("prose", "sums"):
         keep = keep_sets(store.load(task), 4)
         assert done.json["loaded"][task]["experts"] == {str(layer): experts for layer, experts in keep.items()}
@@ -163,10 +165,10 @@ def test_far_prompts_get_the_generalist(moekit: Moekit, made: Path, tmp_path: Pa
     assert done.code == 0, done.err
     assert {entry["task"] for entry in done.json["completions"]} == {"generalist"}
     assert moekit(*asked(made, "--keep", 0.5, "--max-distance", 0.0)).says(r"\[generalist \(l2 distance .* from prose;")
-    command = ("pattern", made / "moe", "--data", made / "text", "-o", tmp_path / "two")
+    command = ("expert-sets", made / "moe", "--data", made / "text", "-o", tmp_path / "two")
     assert moekit(*command).code == 0
     lost = moekit(
-        *("generate", made / "moe", "--patterns", tmp_path / "two", "--keep", 4, "--prompt", "a"),
+        *("generate", made / "moe", "--expert-sets", tmp_path / "two", "--keep", 4, "--prompt", "a"),
         *("--max-distance", 0.0),
     )
     assert lost.code == 2
@@ -182,7 +184,7 @@ def test_a_dry_run_knows_the_bytes(moekit: Moekit, made: Path, monkeypatch: pyte
 
 
 FAULTS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "unknown task": (("--keep", 4, "--task", "law"), "no pattern of 'law' here.*there are: generalist, prose, sums"),
+    "unknown task": (("--keep", 4, "--task", "law"), "no expert set of 'law' here.*there are: generalist, prose, sums"),
     "no budget": ((), "nothing says how many experts to load.*--keep"),
     "fewer than choices": (("--keep", 1), r"1 of 8 experts would stay.*chooses 2.*--top-k 1"),
     "more than there are": (("--keep", 9), "there are 8"),
@@ -204,18 +206,18 @@ def test_what_cannot_be_loaded_is_said(moekit: Moekit, made: Path, name: str) ->
     assert done.says(words), done.err
 
 
-def test_folders_that_are_no_patterns_of_this_model(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+def test_folders_that_are_no_expert_sets_of_this_model(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     start = ("--keep", 4, "--prompt", "the old mill", "--max-new-tokens", 2)
-    wrong = moekit("generate", made / "other", "--patterns", made / "patterns", *start)
+    wrong = moekit("generate", made / "other", "--expert-sets", made / "expert_sets", *start)
     assert wrong.code == 2
-    assert wrong.says("these patterns are of the model .*make patterns of this model")
+    assert wrong.says("these expert sets are of the model .*make expert sets of this model")
     # The same shape may be asked for, as for a quantized copy.
-    options = ("--patterns", made / "patterns", *start, "--other-weights")
+    options = ("--expert-sets", made / "expert_sets", *start, "--other-weights")
     assert moekit("generate", made / "other", *options).code == 0
-    assert moekit("generate", made / "moe", "--patterns", tmp_path, *start).says("no patterns here")
-    PatternStore(tmp_path / "empty").save(PatternStore(made / "patterns").load("sums"))
+    assert moekit("generate", made / "moe", "--expert-sets", tmp_path, *start).says("no expert sets here")
+    ExpertSetStore(tmp_path / "empty").save(ExpertSetStore(made / "expert_sets").load("sums"))
     edit_json(tmp_path / "empty" / INDEX_FILE, lambda index: index.update(tasks={}))
-    assert moekit("generate", made / "moe", "--patterns", tmp_path / "empty", *start).says("holds no patterns")
-    assert moekit("generate", made / "moe", *start).says("--keep: about a task's experts.*--patterns")
-    two = moekit("generate", made / "moe", made / "other", "--patterns", made / "patterns", *start)
+    assert moekit("generate", made / "moe", "--expert-sets", tmp_path / "empty", *start).says("holds no expert sets")
+    assert moekit("generate", made / "moe", *start).says("--keep: about a task's experts.*--expert-sets")
+    two = moekit("generate", made / "moe", made / "other", "--expert-sets", made / "expert_sets", *start)
     assert two.says("for one model, by one process")
