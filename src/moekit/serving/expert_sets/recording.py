@@ -1,8 +1,8 @@
 """Statistics of several texts, each on its own, out of one pass through a checkpoint that lies on disk.
 
 Every layer is read once, all texts go through it, and its weights leave memory: what an expert set for each task needs,
-and what a prompt is scored by, for which the first layers are enough. Work that is interrupted goes on at the layer it had
-come to.
+and what a prompt is scored by, for which the first layers are enough. Work that is interrupted goes on at the layer it
+had come to.
 
 Legend: B rows, S positions.
 """

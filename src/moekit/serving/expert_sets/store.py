@@ -1,9 +1,9 @@
 """Expert sets of tasks on disk: a folder of one model and method, to which tasks are added one by one.
 
 `expert_sets.json`, which a person can read, names the tasks; each has one .safetensors of 10 E bytes for the first
-layer's scores and ranks, 2 E (L-1) for the permutations, 2 L for how many experts were chosen, and 8 E (L-1) for the scores of
-the further layers where they are kept: for 58 layers of 256 experts 32 KB, or 149 KB with them. Files are checked
-against the index before they are read.
+layer's scores and ranks, 2 E (L-1) for the permutations, 2 L for how many experts were chosen, and 8 E (L-1) for the
+scores of the further layers where they are kept: for 58 layers of 256 experts 32 KB, or 149 KB with them. Files are
+checked against the index before they are read.
 
 Legend: L MoE layers, E experts.
 """
