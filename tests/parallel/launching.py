@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.parallel.pool import free_port
+from tests.processes import free_port, warm
 
 SCRIPTS = Path(__file__).parent / "fault_scripts"
 BOUND = 90.0  # seconds after which a job hangs; the machine may be busy
@@ -89,8 +88,7 @@ def by_hand(
     folder: Path, *args: object, world: int = 3, each: dict[int, dict[str, str]] | None = None, **env: str
 ) -> Iterator[Job]:
     """Ranks told by variables only; rank 0 holds the store. Forked from a process that has imported torch already."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.parallel.fault_scripts.rank"])
+    context = warm()
     port, processes = str(free_port()), list[BaseProcess]()
     for rank in range(world):
         (folder / str(rank)).mkdir()

@@ -7,22 +7,15 @@ A job is a function of a module under `tests`, named by its import path: it is c
 from __future__ import annotations
 
 import importlib
-import multiprocessing as mp
-import socket
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tests.processes import free_port, warm
+
 WORLD = 4
 SIZES = (1, 2, 4)
-
-
-def free_port() -> int:
-    """A port of the loopback nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
@@ -68,7 +61,7 @@ class Pool:
     """Four ranks that wait for work."""
 
     def __init__(self) -> None:
-        context = mp.get_context("spawn")
+        context = warm()
         port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(WORLD):

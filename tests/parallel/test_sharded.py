@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import pickle
 import time
 from pathlib import Path
@@ -24,8 +23,9 @@ from moekit.placement import Placement
 from tests.checkpoints import edit_json, edit_shard
 from tests.families import EXPERTS, FAMILIES, build, logits
 from tests.parallel.jobs import tiny
-from tests.parallel.pool import Pool, free_port
+from tests.parallel.pool import Pool
 from tests.parallel.sharded_jobs import Run, die_while_saving, failure
+from tests.processes import free_port, warm
 from tests.tiny import tokenizer
 
 JOBS = "tests.parallel.sharded_jobs"
@@ -293,7 +293,7 @@ def test_saving_from_some_of_the_ranks_is_refused(pool: Pool, tmp_path: Path) ->
 
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_rank_killed_while_saving_leaves_nothing_and_ends_the_other(tmp_path: Path, dying: int) -> None:
-    context = mp.get_context("spawn")
+    context = warm()
     port, target = free_port(), tmp_path / "out"
     pipes, processes = [], []
     for rank in range(2):

@@ -1,33 +1,25 @@
-"""Training with experts on ranks under torchrun, against one process with as many micro-batches; kills and resumes."""
+"""Training with experts on ranks against one process with as many micro-batches; kills and resumes."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.processes import ranks
+
 SCRIPT = Path(__file__).parent / "train_script.py"
 STEPS = {"steps": 20, "objectives": {"balance": 0.01, "z": 0.001}, "weight_decay": 0.1, "save_every": None}
 
 
-def run(folder: Path, ranks: int, settings: dict[str, Any], code: int = 0) -> dict[str, Any]:
+def run(folder: Path, count: int, settings: dict[str, Any], code: int = 0) -> dict[str, Any]:
     """One training; its losses and weights."""
     folder.mkdir(exist_ok=True)
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
-        launcher += ["--rdzv-endpoint", "127.0.0.1:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, str(SCRIPT), str(folder), json.dumps(settings)], env=environment, capture_output=True, timeout=200
-    )
-    assert (done.returncode == 0) == (code == 0), done.stderr.decode()[-3000:]
+    done = ranks([SCRIPT, folder, json.dumps(settings)], count)
+    assert all((rank.returncode == 0) == (code == 0) for rank in done), [rank.stderr[-3000:] for rank in done]
     if code:
         return {}
     return json.loads((folder / "result.json").read_text()) | {"weights": torch.load(folder / "weights.pt")}
@@ -66,9 +58,9 @@ def test_two_hundred_steps_stray_no_further_than_another_order_of_sums(tmp_path:
     """fp32 training diverges by itself: what ranks add must be no more than twice that."""
     settings = {**STEPS, "steps": 200}
     plain, turned = (run(tmp_path / str(n), 1, settings | {"other_order": bool(n)}) for n in (0, 1))
-    ranks = run(tmp_path / "ranks", 4, settings)
+    spread = run(tmp_path / "ranks", 4, settings)
     gap, own = (
-        max(abs(a - b) for a, b in zip(other["losses"], plain["losses"], strict=True)) for other in (ranks, turned)
+        max(abs(a - b) for a, b in zip(other["losses"], plain["losses"], strict=True)) for other in (spread, turned)
     )
     assert own > 0
     assert gap <= 2 * own, f"{gap:.2e} against {own:.2e}"

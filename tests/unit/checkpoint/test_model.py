@@ -125,7 +125,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
 def test_half_precision_round_trip(tmp_path):
     model = build("deepseek_v3").to(torch.bfloat16)
     save(model, tmp_path / "model", record=RECORD)
-    loaded = load(tmp_path / "model", device="cpu")
+    loaded = load(tmp_path / "model", device="cpu", dtype=torch.bfloat16)
     assert loaded.model.layers[1].mlp.experts.down_proj.dtype == torch.bfloat16
     assert load(tmp_path / "model", device="cpu", dtype=torch.float32).lm_head.weight.dtype == torch.float32
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 from moekit.bench.pruning import PruneBenchResult
 from tests.commands import Moekit
+from tests.processes import python
 from tests.tiny import write_model, write_text
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -261,11 +260,10 @@ def test_a_method_of_another_package_in_one_file_takes_part(made: Path, tmp_path
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: latest-experts\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[moekit.methods]\nlatest = latest_experts\n")
     paths = [str(site), str(ROOT / "src"), str(ROOT)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
 
     def run(*command: object) -> str:
-        words = [sys.executable, "-c", "from moekit.cli.main import main; main()", *map(str, command)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
+        done = python(["-c", "from moekit.cli.main import main; main()", *command], env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -12,13 +12,13 @@ import pytest
 
 from moekit.cli.main import COMMANDS, HAND_MADE
 from moekit.jobs.table import jobs
+from tests.processes import python
 
 HEAVY = ("torch", "transformers", "numpy", "scipy", "sklearn", "matplotlib")
 
 
-def moekit(*args: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from moekit.cli.main import main; main()", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)  # type: ignore[call-overload]
+def moekit(*args: str) -> subprocess.CompletedProcess[str]:
+    return python(["-m", "moekit", *args])
 
 
 def test_help_names_every_command() -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from moekit.recipe import runner
 from moekit.recipe.schema import load_recipe
 from moekit.recipe.variables import parse_overrides
 from tests.families import randomize
+from tests.processes import Running
 from tests.tiny import tokenizer, write_model, write_text
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
@@ -142,15 +139,11 @@ def test_a_lab_model_is_trained_and_shown(tmp_path: Path) -> None:
 def _kill_while_training(command: list[str], folder: Path) -> None:
     """Start the run and kill it, with no chance to clean up, once the second training has saved something."""
     code = "from moekit.cli.main import main; main()"
-    environment = {**os.environ, "CI": "true"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *command], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    process = Running(["-c", code, *command], env={"CI": "true"})
     deadline = time.monotonic() + 240
     # Not the first one: a kill while that is being written rightly starts over.
     while not list(folder.glob(".scratch/tuned-t2-*/checkpoint-[4-9]*/*")):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert process.poll() is None, process.output("err")
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +16,7 @@ from moekit.data import Document, train_tokenizer
 from moekit.errors import BadConfig, BadData
 from moekit.training import TinyConfig, TrainConfig, build_tiny_model, train_tiny
 from moekit.training.pretrain_tiny import split_documents
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.processes import python
 
 WORDS = {
     "birds": ["heron", "swift", "wren", "robin", "finch", "sparrow", "plover", "dunlin", "curlew", "snipe"],
@@ -118,6 +114,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from moekit.training import train_tiny
+from tests.processes import python
 from tests.unit.training.test_pretrain_tiny import documents, small
 
 torch.set_num_threads(1)
@@ -136,10 +133,7 @@ train_tiny(small(), documents(), Path(sys.argv[1]), Bar())
 
 
 def test_a_killed_run_continues(tiny: moekit.training.TinyResult, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(
-        [sys.executable, "-c", KILL, str(tmp_path / "model")], env=environment, capture_output=True, timeout=240
-    )
+    killed = python(["-c", KILL, tmp_path / "model"])
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not (tmp_path / "model").exists()
     result = train_tiny(small(), documents(), tmp_path / "model")

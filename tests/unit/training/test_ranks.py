@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.processes import ranks
 
 SCRIPT = """
 import json, sys
@@ -58,19 +55,16 @@ result = train(build("deepseek_v3"), None, text(padded=True), config, output=Pat
 """
 
 
-def _launch(command: list[str], folder: Path, *, fails: bool = False) -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    environment.pop("RANK", None)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+def _launch(world: int, *args: object, folder: Path, fails: bool = False) -> None:
+    done = ranks(args, world, cwd=folder)
+    assert any(rank.returncode for rank in done) == fails, [rank.stderr[-3000:] for rank in done]
 
 
 def test_two_ranks_equal_one_process_that_accumulates(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    _launch([sys.executable, str(script), str(tmp_path / "one"), "2"], tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    _launch([*torchrun, str(script), str(tmp_path / "two"), "1"], tmp_path)
+    _launch(1, script, tmp_path / "one", 2, folder=tmp_path)
+    _launch(2, script, tmp_path / "two", 1, folder=tmp_path)
     one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
     # Counts are sums over ranks, hence equal; gradients are summed in another order.
     figures = [json.loads((tmp_path / name / "figures.json").read_text())["layers"] for name in ("one", "two")]
@@ -81,14 +75,13 @@ def test_two_ranks_equal_one_process_that_accumulates(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in biases)
 
 
-def test_train_under_torchrun_with_a_break(tmp_path: Path) -> None:
+def test_ranks_train_with_a_break(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(TRAIN)
-    _launch([sys.executable, str(script), str(tmp_path / "one"), "2"], tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    _launch([*torchrun, str(tmp_path / "two"), "1", "break"], tmp_path, fails=True)
+    _launch(1, script, tmp_path / "one", 2, folder=tmp_path)
+    _launch(2, script, tmp_path / "two", 1, "break", folder=tmp_path, fails=True)
     assert (tmp_path / "two" / "checkpoint-4" / "complete.json").exists()
-    _launch([*torchrun, str(tmp_path / "two"), "1"], tmp_path)
+    _launch(2, script, tmp_path / "two", 1, folder=tmp_path)
     one, two = (json.loads((tmp_path / name / "train.json").read_text()) for name in ("one", "two"))
     assert (one["resumed_from"], two["resumed_from"]) == (None, 4)
     torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(two["losses"]), atol=1e-5, rtol=1e-5)

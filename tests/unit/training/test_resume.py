@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -30,6 +28,7 @@ from moekit.training import (
 from moekit.training.freeze import train_only
 from moekit.training.resume import MARK, checkpoints, is_complete, load_changing, remove_incomplete, save_changing
 from tests.families import FAMILIES, build
+from tests.processes import python
 from tests.unit.training.helpers import Rows, trainer
 from tests.unit.training.test_run import settings, text
 
@@ -88,15 +87,8 @@ def run(folder: Path, progress: Progress | None = None) -> TrainResult:
     return train(build("deepseek_v3"), None, text(21, padded=True), config, output=folder, progress=progress)
 
 
-def launch(folder: Path, moment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), moment],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def launch(folder: Path, moment: str) -> CompletedProcess[str]:
+    return python(["-c", SCRIPT, folder, moment])
 
 
 State = dict[str, torch.Tensor]
