@@ -117,8 +117,8 @@ FAULTS = (
     Fault(
         "padding counted as tokens by the balance loss",
         "training/losses.py",
-        "    chosen_TK = indices_TK if mask_T is None else indices_TK.masked_fill(~mask_T.unsqueeze(-1), experts)\n    # Not",
-        "    chosen_TK = indices_TK\n    # Not",
+        "if mask_T is None else indices_TK.masked_fill(~mask_T.unsqueeze(-1), experts)\n    # Not",
+        "\n    # Not",
         ("tests/unit/training/test_losses.py", "tests/laws", "tests/unit/training"),
     ),
     Fault(
