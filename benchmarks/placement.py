@@ -8,13 +8,17 @@
 2. 128 experts on 8 devices with a planted partition, experts shuffled: whether swap search finds it, the gap to the
    upper bound, seconds.
 3. Replay: rows by every solver on `--trace`, or on random choices with structure; and its speed.
-4. Writing a permuted checkpoint (verified and hashed) beside a plain copy of the folder, both flushed to disk,
+4. Graph partitioners as outside opponents, KaHIP (strong, imbalance 0) and METIS (imbalance 0.1 %), each where it is
+   installed (`pip install -e '.[bench]'`): f, experts of the emptiest and fullest device, and seconds beside swap
+   search on planted partitions. METIS keeps no equal sizes, which expert parallelism needs.
+5. Writing a permuted checkpoint (verified and hashed) beside a plain copy of the folder, both flushed to disk,
    alternating: median seconds and their ratio.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -153,6 +157,65 @@ def planted_rows(seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def as_graph(counts_EE: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
+    """Neighbours and edge weights in compressed rows, as partitioners take them."""
+    rows, starts, neighbours, weights = counts_EE.tolist(), [0], list[int](), list[int]()
+    for expert, row in enumerate(rows):
+        linked = [other for other, weight in enumerate(row) if weight and other != expert]
+        neighbours += linked
+        weights += [int(row[other]) for other in linked]
+        starts.append(len(neighbours))
+    return starts, neighbours, weights
+
+
+def by_kahip(counts_EE: torch.Tensor, devices: int, seed: int) -> list[int]:
+    import kahip
+
+    starts, neighbours, weights = as_graph(counts_EE)
+    ones = [1] * len(counts_EE)
+    _, groups = kahip.kaffpa(ones, starts, weights, neighbours, devices, 0.0, True, seed, kahip.STRONG)
+    return list(groups)
+
+
+def by_metis(counts_EE: torch.Tensor, devices: int, seed: int) -> list[int]:
+    import pymetis
+
+    starts, neighbours, weights = as_graph(counts_EE)
+    options = pymetis.Options(ufactor=1, seed=seed)
+    cut = pymetis.part_graph(devices, xadj=starts, adjncy=neighbours, eweights=weights, options=options)
+    return list(cut.vertex_part)
+
+
+def by_swap(counts_EE: torch.Tensor, devices: int, seed: int) -> list[int]:
+    return list(Swap(load_weight=0).solve(counts_EE, devices, seed=seed).groups)
+
+
+OPPONENTS = {"swap": ("moekit", by_swap), "KaHIP": ("kahip", by_kahip), "METIS": ("pymetis", by_metis)}
+
+
+def opponent_rows(seeds: int) -> list[dict[str, Any]]:
+    """Our search and graph partitioners on the same counts, in turns."""
+    rows = []
+    for experts, devices, inside, outside in [(64, 8, 10, 5), (128, 8, 10, 5), (128, 8, 8, 5), (256, 32, 8, 5)]:
+        found: dict[str, list[tuple[float, int, int, float]]] = {}
+        for seed in range(seeds):
+            counts, _ = planted(experts, devices, inside, outside, seed)
+            for name, (module, solve) in OPPONENTS.items():
+                if importlib.util.find_spec(module) is None:
+                    continue
+                started = time.perf_counter()
+                groups = solve(counts, devices, seed)
+                seconds = time.perf_counter() - started
+                sizes = np.bincount(groups, minlength=devices)
+                found.setdefault(name, []).append((intra_share(counts, groups), sizes.min(), sizes.max(), seconds))
+        for name, runs in found.items():
+            f, least, most, seconds = (np.array(column) for column in zip(*runs, strict=True))
+            row = {"experts": experts, "devices": devices, "inside": inside, "outside": outside, "solver": name}
+            sizes_told = f"{least.min()} to {most.max()}"
+            rows.append(row | {"f": float(f.mean()), "experts_a_device": sizes_told, "seconds": float(seconds.mean())})
+    return rows
+
+
 def random_trace(tokens: int, experts: int, top_k: int, layers: int) -> Trace:
     """Choices decided by three hidden directions and noise, in 64 documents."""
     g = torch.Generator().manual_seed(0)
@@ -244,6 +307,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "solvers": [row for devices in (2, 4) for row in solver_rows(matrices["base"], devices)],
         "matrices": [row for devices in (2, 4) for row in matrix_rows(matrices, devices)],
         "planted": planted_rows(arguments.seeds),
+        "opponents": opponent_rows(arguments.seeds),
         "trace": compare_solvers(trace).as_dicts(),
         "trace_of": trace.meta.model,
         "replay": replay_speed(),
@@ -266,6 +330,7 @@ def main() -> None:
         "solvers": "LLaMA-MoE-3.5B, 32 layers: solvers",
         "matrices": "LLaMA-MoE-3.5B: f by matrix (mean over layers)",
         "planted": "128 experts on 8 devices, planted partition",
+        "opponents": "swap search and graph partitioners on planted partitions",
         "trace": f"rows by replay: {results['trace_of']}",
         "replay": "replay of 100,000 tokens, one layer",
         "permutation": "permuted checkpoint against a plain copy of the folder",
