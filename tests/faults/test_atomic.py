@@ -112,8 +112,9 @@ def fork(work):
     return pid
 
 
-def save_forever(target):
+def save_forever(target, begun):
     model = build("olmoe", seed=2)
+    os.write(begun, b".")
     while True:
         save(model, target, record=Record(command="again"), overwrite=True)
 
@@ -122,10 +123,18 @@ def test_kill_in_the_middle_of_saving_a_model(tmp_path):
     target = saved(tmp_path / "model", "olmoe")
     old = Checkpoint.open(target).fingerprint
     seen, moments = set(), random.Random(1)
+    began = time.monotonic()
+    save(build("olmoe"), tmp_path / "timed", record=Record(command="timed"))
+    lasts = time.monotonic() - began
+    shutil.rmtree(tmp_path / "timed")
     for _ in range(12):
-        pid = fork(lambda: save_forever(target))
-        time.sleep(moments.uniform(0.02, 0.8))
+        read, write = os.pipe()
+        pid = fork(lambda begun=write: save_forever(target, begun))
+        os.read(read, 1)
+        time.sleep(moments.uniform(0, 3) * lasts)  # however busy the machine is, some kills hit the first save
         os.kill(pid, signal.SIGKILL)
+        os.close(read)
+        os.close(write)
         os.waitpid(pid, 0)
         checkpoint = Checkpoint.open(target)
         verify(checkpoint)

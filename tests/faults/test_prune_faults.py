@@ -23,8 +23,6 @@ from moekit import catalogue
 from moekit.checking import check
 from tests.tiny import write_model, write_text
 
-KILLS = 10
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -116,13 +114,14 @@ def survives(command: Callable[[Path], list[str]], folder: Path, shares: Sequenc
     return left
 
 
-def test_a_run_that_is_killed_ten_times(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again(kills: int, made: Path, tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
         told = ["prune", made / "moe", "--method", "easy-ep", "--keep", 0.5, "--data", made / "text", "-o", out]
         return [*map(str, told), "--seq-len", "64", "--json"]
 
     generator = random.Random(0)
-    left = survives(command, tmp_path, [generator.uniform(0, 1) for _ in range(KILLS)])
+    left = survives(command, tmp_path, [generator.uniform(0, 1) for _ in range(kills)])
     assert any("scratch" in name for name in left), "no kill hit the work: the test shows nothing"
 
 
