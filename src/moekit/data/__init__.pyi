@@ -11,5 +11,5 @@ from .sources import (
     available as available,
     fetch as fetch,
 )
-from .text import Document as Document, load_text as load_text
+from .text import Document as Document, load_split as load_split, load_text as load_text
 from .tokenizer import train_tokenizer as train_tokenizer

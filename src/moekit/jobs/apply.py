@@ -21,20 +21,17 @@ from moekit.jobs.prune import PruneResult
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, record_bytes, text_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
-from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.pruned import Decided, finish, in_groups, log_warnings
 from moekit.jobs.shared.pruning import (
     PLAN_FILE,
     budget_of,
     bytes_between,
     check_disk,
-    check_unchanged,
-    heldout_of_plan,
-    read_heldout,
     refuse_uneven,
     size_of_result,
     warn_uneven,
 )
+from moekit.jobs.shared.texts import heldout_of_plan
 from moekit.progress import ProgressLike
 
 logger = logging.getLogger(__name__)
@@ -163,7 +160,7 @@ def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
     if options.proof:
         check_runnable(source)
     check_disk(context.out, context.scratch, outlook.nbytes, _between(options, source, plan))
-    heldout = _heldout(options, plan, source, context)
+    heldout = heldout_of_plan(plan, options, source, context) if options.proof else None
     decided = Decided(source, request, _decided(options, plan, source, request), plan.statistics)
     return finish(decided, heldout, options, context, log_warnings(decided.plan))
 
@@ -219,28 +216,6 @@ def _between(options: ApplyOptions, source: OpenedModel, plan: WeightPlan) -> in
     proof = (options.proof_tokens or (1 << 20)) if options.proof else 0
     rewritten = source.nbytes if plan.method.rewrites else 0
     return bytes_between(source, 0, proof, 2 + options.random_seeds, rewritten)
-
-
-def _heldout(options: ApplyOptions, plan: WeightPlan, source: OpenedModel, context: JobContext) -> HeldOut | None:
-    """Text to prove on: the one given, else what was kept apart when the plan was made."""
-    if not options.proof:
-        return None
-    if options.heldout is not None:
-        return read_heldout(
-            options.heldout, None, source, context, tokens=options.proof_tokens, window=options.window, bos=options.bos
-        )
-    known = heldout_of_plan(plan)
-    if known is not None:
-        check_unchanged(known, plan.file.text_sha256)
-    try:
-        if known is not None:
-            return read_heldout(
-                known, "heldout", source, context, tokens=options.proof_tokens, window=options.window, bos=options.bos
-            )
-    except MoekitError as error:
-        logger.warning("the text of the plan cannot be read again: %s", error.message)
-    logger.warning("there is no text to prove the result on, so nothing says what it costs: give --heldout TEXT")
-    return None
 
 
 def _plan_path(reference: str) -> Path:

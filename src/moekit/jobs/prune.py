@@ -24,10 +24,9 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.hashes import text_hash
-from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, record_bytes, text_item
+from moekit.jobs.shared.inputs import calibration_rows, model_item, record_bytes, text_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.shared.outputs import model_or_plan
-from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.protection import SUPER, parse_protected, protection_needs, super_experts
 from moekit.jobs.shared.pruned import Decided, finish, in_groups, log_warnings, summary_of_plan
 from moekit.jobs.shared.pruning import (
@@ -36,12 +35,12 @@ from moekit.jobs.shared.pruning import (
     budget_of,
     bytes_between,
     check_disk,
-    read_heldout,
     refuse_uneven,
     size_of_result,
     warn_uneven,
 )
 from moekit.jobs.shared.self_calibration import answered_rows, load_for_answers
+from moekit.jobs.shared.texts import kept_apart, read_texts
 from moekit.progress import ProgressLike
 from moekit.trace import Trace
 from moekit.trace.streamed import Streamed
@@ -246,7 +245,9 @@ def run(options: PruneOptions, context: JobContext) -> dict[str, Any]:
         check_runnable(source)
     if options.write == "model":
         check_disk(context.out, context.scratch, outlook.nbytes, _between(options, source, outlook, request))
-    rows, heldout = _texts(options, source, context)
+    apart = options.heldout is None
+    documents, heldout = read_texts(options, source, context, apart=apart, proves=_proves(options))
+    rows = _rows(options, documents, source, context)
     decided = _decide(options, source, request, rows, context)
     warnings = log_warnings(decided.plan)
     if options.plan is not None:
@@ -280,40 +281,11 @@ def _between(options: PruneOptions, source: OpenedModel, outlook: ResultSize, re
     return bytes_between(source, tokens, proof, 2 + options.random_seeds, rewritten)
 
 
-def _texts(
-    options: PruneOptions, source: OpenedModel, context: JobContext
-) -> tuple[TokenBatches | None, HeldOut | None]:
-    """Rows to decide on and text to prove on; both are read before any work, as either may turn out empty."""
-    split = "train" if options.heldout is None else None
-    rows = None
-    if options.data is not None:
-        documents = read_text(options.data, split=split, seed=context.seed, progress=context.progress)
-        rows = _rows(options, documents, source, context)
-    if not _proves(options):
-        return rows, None
-    if options.heldout is not None:
-        return rows, read_heldout(
-            options.heldout,
-            None,
-            source,
-            context,
-            tokens=options.proof_tokens,
-            window=options.window,
-            bos=options.bos,
-        )
-    assert options.data is not None
-    return rows, read_heldout(
-        options.data,
-        "heldout",
-        source,
-        context,
-        tokens=options.proof_tokens,
-        window=options.window,
-        bos=options.bos,
-    )
-
-
-def _rows(options: PruneOptions, documents: list[Document], source: OpenedModel, context: JobContext) -> TokenBatches:
+def _rows(
+    options: PruneOptions, documents: list[Document], source: OpenedModel, context: JobContext
+) -> TokenBatches | None:
+    if not documents:
+        return None
     if options.self_generated is None:
         length = min(options.seq_len, source.longest)
         return calibration_rows(
@@ -380,7 +352,7 @@ def _complete(
     """The plan in its final form, with what baselines decide from."""
     layers = in_groups(source, plan)
     changed = {"layers": layers, "warnings": warnings_of(request.method, layers, plan.file.data)}
-    changed |= {"text_sha256": text_hash(options.data)}
+    changed |= {"text_sha256": text_hash(options.data), "kept_apart": kept_apart(plan.file.data)}
     plan = WeightPlan(plan.file.model_copy(update=changed), plan.statistics)
     try:
         counted = {} if trace is None else dict(trace.require(("load",)))

@@ -18,7 +18,7 @@ from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.zeroing import SparsifyMethod, check_sparsity
-from moekit.data import TokenBatches
+from moekit.data import Document
 from moekit.data.encoding import Bos
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.jobs.call import JobResult, TextLike, call
@@ -26,12 +26,12 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.hashes import text_hash
-from moekit.jobs.shared.inputs import calibration_rows, model_item, read_text, record_bytes, text_item
+from moekit.jobs.shared.inputs import calibration_rows, model_item, record_bytes, text_item
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.shared.outputs import model_or_plan
-from moekit.jobs.shared.proof import HeldOut
-from moekit.jobs.shared.pruning import PLAN_FILE, bytes_between, check_disk, check_unchanged, read_heldout
+from moekit.jobs.shared.pruning import PLAN_FILE, bytes_between, check_disk
 from moekit.jobs.shared.sparse import Placed, finish, log_warnings, summary_of
+from moekit.jobs.shared.texts import heldout_of_plan, read_texts
 from moekit.progress import ProgressLike
 
 logger = logging.getLogger(__name__)
@@ -205,10 +205,13 @@ def run(options: SparsifyOptions, context: JobContext) -> dict[str, Any]:
     nbytes = _foresee(source)
     if options.write == "model":
         check_disk(context.out, context.scratch, nbytes, _between(options, source))
-    heldout = _heldout(options, source, plan, context)
-    if request is not None:
-        plan = _plan(options, source, request, context)
-    assert plan is not None
+    if request is None:
+        assert plan is not None
+        heldout = heldout_of_plan(plan, options, source, context) if _proves(options) else None
+    else:
+        apart = options.heldout is None
+        documents, heldout = read_texts(options, source, context, apart=apart, proves=_proves(options))
+        plan = _plan(options, documents, source, request, context)
     log_warnings(plan.file.warnings)
     if options.plan is not None:
         plan.save(options.plan)
@@ -270,12 +273,15 @@ def _between(options: SparsifyOptions, source: OpenedModel) -> int:
     return bytes_between(source, tokens, proof, 2, 0)
 
 
-def _plan(options: SparsifyOptions, source: OpenedModel, request: PlanRequest, context: JobContext) -> WeightPlan:
+def _plan(
+    options: SparsifyOptions, documents: list[Document], source: OpenedModel, request: PlanRequest, context: JobContext
+) -> WeightPlan:
     text = None
-    if options.data is not None:
-        tokenizer = source.tokenizer()
+    if documents:
+        tokenizer, length = source.tokenizer(), min(options.seq_len, source.longest)
+        rows = calibration_rows(documents, tokenizer, seq_len=length, max_tokens=options.max_tokens, bos=options.bos)
         text = CalibrationText(
-            list(_rows(options, source, tokenizer, context).batches(options.batch_size)),
+            list(rows.batches(options.batch_size)),
             context.scratch / "calibration",
             named_dtype(options.dtype),
             options.device,
@@ -289,61 +295,10 @@ def _plan(options: SparsifyOptions, source: OpenedModel, request: PlanRequest, c
     )
 
 
-def _rows(options: SparsifyOptions, source: OpenedModel, tokenizer: Any, context: JobContext) -> TokenBatches:
-    split = "train" if options.heldout is None else None
-    documents = read_text(str(options.data), split=split, seed=context.seed, progress=context.progress)
-    length = min(options.seq_len, source.longest)
-    return calibration_rows(
-        documents,
-        tokenizer,
-        seq_len=length,
-        max_tokens=options.max_tokens,
-        bos=options.bos,
-    )
-
-
 def _origin(options: SparsifyOptions) -> str:
     """How the plan names its text: the part in brackets tells that the rest was kept apart."""
     name = _named(str(options.data))
     return name if options.heldout is not None else f"{name}[train]"
-
-
-def _heldout(
-    options: SparsifyOptions, source: OpenedModel, plan: WeightPlan | None, context: JobContext
-) -> HeldOut | None:
-    """Text to prove on: the one given, else what is kept apart, now or when the plan was made."""
-    if not _proves(options):
-        return None
-    if options.heldout is not None:
-        return read_heldout(
-            options.heldout, None, source, context, tokens=options.proof_tokens, window=options.window, bos=options.bos
-        )
-    if plan is None:
-        return read_heldout(
-            str(options.data),
-            "heldout",
-            source,
-            context,
-            tokens=options.proof_tokens,
-            window=options.window,
-            bos=options.bos,
-        )
-    check_unchanged(plan.file.kept_apart, plan.file.text_sha256)
-    try:
-        if plan.file.kept_apart:
-            return read_heldout(
-                plan.file.kept_apart,
-                "heldout",
-                source,
-                context,
-                tokens=options.proof_tokens,
-                window=options.window,
-                bos=options.bos,
-            )
-    except MoekitError as error:
-        logger.warning("the text of the plan cannot be read again: %s", error.message)
-    logger.warning("there is no text to prove the result on, so nothing says what it costs: give --heldout TEXT")
-    return None
 
 
 def _foresee(source: OpenedModel) -> int:

@@ -21,11 +21,12 @@ from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
-from moekit.jobs.shared.inputs import model_item, read_text, text_item
+from moekit.jobs.shared.inputs import model_item, text_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.shared.proof import HeldOut
 from moekit.jobs.shared.protection import find_in_trace, protection_needs
-from moekit.jobs.shared.pruning import bytes_between, check_disk, read_heldout
+from moekit.jobs.shared.pruning import bytes_between, check_disk
+from moekit.jobs.shared.texts import read_texts
 from moekit.progress import ProgressLike
 
 # A report is small: some hundred bytes a layer, and a number for each expert.
@@ -173,21 +174,19 @@ def _texts(
     options: SuperExpertsOptions, source: OpenedModel, context: JobContext
 ) -> tuple[TokenBatches, HeldOut | None]:
     """Rows to look at and text to check on; both are read before any work, as either may turn out empty."""
-    kept_apart = options.proof and options.heldout is None
-    documents = read_text(
-        options.data, split="train" if kept_apart else None, seed=context.seed, progress=context.progress
+    documents, heldout = read_texts(
+        options,
+        source,
+        context,
+        apart=options.proof and options.heldout is None,
+        proves=options.proof,
     )
     tokenizer = source.tokenizer()
     # Sinks stand at the beginning of a text: each document begins a row, as texts of this model do.
     found = take_shares(documents, tokenizer, options.max_tokens, bos=options.bos, progress=context.progress)
     length = min(options.seq_len, source.longest)
     rows = arrange(found, length, pad=True, pad_id=pad_id_of(tokenizer))
-    if not options.proof:
-        return rows, None
-    text, split = (options.data, "heldout") if options.heldout is None else (options.heldout, None)
-    return rows, read_heldout(
-        text, split, source, context, tokens=options.proof_tokens, window=options.window, bos=options.bos
-    )
+    return rows, heldout
 
 
 def _look(

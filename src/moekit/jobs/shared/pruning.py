@@ -6,7 +6,6 @@ Legend: E experts.
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +19,15 @@ from moekit.compress.engine.grouped import check_grouping, routing_groups
 from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.measuring import sizes_of
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.request import PlanRequest
-from moekit.data.encoding import Bos
-from moekit.data.passages import units
-from moekit.data.shares import take_shares
-from moekit.errors import BadConfig, BadData, OutOfBudget
-from moekit.jobs.context import JobContext
+from moekit.errors import BadConfig, OutOfBudget
 from moekit.jobs.shared.estimates import disk_bytes
-from moekit.jobs.shared.hashes import text_hash
-from moekit.jobs.shared.inputs import read_text
 from moekit.jobs.shared.opened import OpenedModel
-from moekit.jobs.shared.proof import HeldOut
 
 logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
-# How a plan's account of its data says that a part of it was kept apart.
-_TRAINED = re.compile(r"(.+)\[train\]")
 _HALF = ("bfloat16", "float16")
-_TOO_SHORT = "no document has two tokens in the tenth that is kept apart for the proof"
 
 
 def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Budget:
@@ -187,67 +175,3 @@ def bytes_between(source: OpenedModel, tokens: int, proof_tokens: int, variants:
     wide = 2 if str(source.checkpoint.config.get("dtype", source.checkpoint.config.get("torch_dtype"))) in _HALF else 4
     # Calibration goes from one set of states to another; windows of the proof overlap by half.
     return hidden * wide * (2 * tokens + 2 * proof_tokens * (variants + 1)) + rewritten
-
-
-def read_heldout(
-    reference: str,
-    split: Any,
-    source: OpenedModel,
-    context: JobContext,
-    *,
-    tokens: int | None,
-    window: int | None,
-    bos: Bos = "auto",
-) -> HeldOut:
-    """Tokenize held-out text.
-
-    Args:
-        reference: the text.
-        split: part of it; None for all.
-        source: whose tokenizer is used.
-        context: seed and progress.
-        tokens: at most, an equal share of each domain; None for all.
-        window: longest context in tokens; None for the model's, at most 1024.
-        bos: see `moekit.data.encoding.beginning`.
-
-    Raises:
-        BadData: there is none, or no document has two tokens.
-    """
-    documents = units(read_text(reference, split=split, seed=context.seed, progress=context.progress))
-    try:
-        tokenized = take_shares(documents, source.tokenizer(), tokens, bos=bos)
-    except BadData:  # fewer than two tokens in all
-        tokenized = []
-    if not any(len(document.ids) > 1 for document in tokenized):
-        raise BadData(
-            "no document of the text for the proof has two tokens" if split is None else _TOO_SHORT,
-            file=reference,
-            hint="give longer documents, another text with --heldout, or say --no-proof",
-        )
-    name = reference if split is None else f"{reference}[{split}]"
-    return HeldOut(name, tokenized, window or min(1024, source.longest))
-
-
-def check_unchanged(text: str, sha256: str) -> None:
-    """Refuse to prove on what was kept apart of a text that has changed: it may have been decided on.
-
-    Args:
-        text: that was decided on.
-        sha256: of its files then.
-
-    Raises:
-        BadConfig: they are others now.
-    """
-    now = text_hash(text)
-    if now and sha256 and now != sha256:
-        raise BadConfig(
-            "the text of this plan has changed, so what was kept apart of it is not known any more",
-            file=text,
-            hint="give --heldout TEXT, or say --no-proof",
-        )
-
-
-def heldout_of_plan(plan: WeightPlan) -> str | None:
-    """The text whose held-out part was kept apart when a plan was made; None where nothing was."""
-    found = {match[1] for entry in plan.file.data if (match := _TRAINED.fullmatch(entry.source))}
-    return found.pop() if len(found) == 1 and len(plan.file.data) else None

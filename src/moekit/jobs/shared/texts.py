@@ -1,0 +1,150 @@
+"""Text that a job decides on, and text that it proves on: read once and told apart before any work.
+
+Where one text serves for both, a tenth of it is kept apart for the proof (`moekit.data.split`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from moekit.compress.engine.plan import WeightPlan
+from moekit.data import Document, load_split, load_text
+from moekit.data.encoding import Bos
+from moekit.data.passages import units
+from moekit.data.shares import take_shares
+from moekit.errors import BadConfig, BadData, MoekitError
+from moekit.jobs.context import JobContext
+from moekit.jobs.shared.hashes import text_hash
+from moekit.jobs.shared.opened import OpenedModel
+from moekit.jobs.shared.proof import HeldOut
+from moekit.trace.meta import DataEntry
+
+logger = logging.getLogger(__name__)
+
+# How the account of a text tells that a part of it was kept apart.
+_TRAINED = re.compile(r"(.+)\[train\]")
+_TOO_SHORT = "no document has two tokens in the tenth that is kept apart for the proof"
+
+
+class ProofOptions(Protocol):
+    """Options of every job that proves on text."""
+
+    @property
+    def heldout(self) -> str | None:
+        """Text to prove on."""
+
+    @property
+    def proof_tokens(self) -> int | None:
+        """At most, an equal share of each domain; None for all."""
+
+    @property
+    def window(self) -> int | None:
+        """Longest context in tokens; None for the model's, at most 1024."""
+
+    @property
+    def bos(self) -> Bos:
+        """See `moekit.data.encoding.beginning`."""
+
+
+class TextOptions(ProofOptions, Protocol):
+    """Options of jobs that decide on text, too."""
+
+    @property
+    def data(self) -> str | None:
+        """Text to decide on."""
+
+
+def read_texts(
+    options: TextOptions, source: OpenedModel, context: JobContext, *, apart: bool, proves: bool
+) -> tuple[list[Document], HeldOut | None]:
+    """Documents to decide on, and text to prove on; both before any work, as either may turn out empty.
+
+    Args:
+        options: the text to decide on, none where there is none, and maybe another one to prove on.
+        source: whose tokenizer is used.
+        context: progress.
+        apart: whether a tenth of the text to decide on is kept apart.
+        proves: whether there is a proof.
+
+    Raises:
+        BadData: a text is not there, empty, or too short.
+    """
+    data = options.data
+    if data is None:
+        return [], read_heldout(options.heldout, options, source, context) if proves and options.heldout else None
+    if apart:
+        documents, rest = load_split(data, progress=context.progress)
+    else:
+        documents, rest = load_text(data, progress=context.progress), []
+    if not proves:
+        return documents, None
+    if options.heldout is not None:
+        return documents, read_heldout(options.heldout, options, source, context)
+    return documents, _tokenized(data, rest, f"{data}[heldout]", options, source)
+
+
+def read_heldout(reference: str, options: ProofOptions, source: OpenedModel, context: JobContext) -> HeldOut:
+    """A text of its own to prove on.
+
+    Raises:
+        BadData: it is not there, empty, or no document has two tokens.
+    """
+    return _tokenized(reference, load_text(reference, progress=context.progress), reference, options, source)
+
+
+def heldout_of_plan(
+    plan: WeightPlan, options: ProofOptions, source: OpenedModel, context: JobContext
+) -> HeldOut | None:
+    """Text to prove a stored plan on: the one given, else what was kept apart when it was made; None where nothing was.
+
+    Raises:
+        BadConfig: the plan's text has changed since, so that what was kept apart is not known any more.
+        BadData: the text that was given is not there, empty, or too short.
+    """
+    if options.heldout is not None:
+        return read_heldout(options.heldout, options, source, context)
+    text = plan.file.kept_apart
+    if text:
+        _check_unchanged(text, plan.file.text_sha256)
+        try:
+            _, rest = load_split(text, progress=context.progress)
+            return _tokenized(text, rest, f"{text}[heldout]", options, source)
+        except MoekitError as error:
+            logger.warning("the text of the plan cannot be read again: %s", error.message)
+    logger.warning("there is no text to prove the result on, so nothing says what it costs: give --heldout TEXT")
+    return None
+
+
+def kept_apart(data: Sequence[DataEntry]) -> str:
+    """The text of which a part was kept apart, by the account of what was decided on; "" where none was."""
+    found = {match[1] for entry in data if (match := _TRAINED.fullmatch(entry.source))}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _tokenized(
+    reference: str, documents: list[Document], name: str, options: ProofOptions, source: OpenedModel
+) -> HeldOut:
+    try:
+        tokenized = take_shares(units(documents), source.tokenizer(), options.proof_tokens, bos=options.bos)
+    except BadData:  # fewer than two tokens in all
+        tokenized = []
+    if not any(len(document.ids) > 1 for document in tokenized):
+        raise BadData(
+            "no document of the text for the proof has two tokens" if name == reference else _TOO_SHORT,
+            file=reference,
+            hint="give longer documents, another text with --heldout, or say --no-proof",
+        )
+    return HeldOut(name, tokenized, options.window or min(1024, source.longest))
+
+
+def _check_unchanged(text: str, sha256: str) -> None:
+    now = text_hash(text)
+    if now and sha256 and now != sha256:
+        raise BadConfig(
+            "the text of this plan has changed, so what was kept apart of it is not known any more",
+            file=text,
+            hint="give --heldout TEXT, or say --no-proof",
+        )
