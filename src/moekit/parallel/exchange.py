@@ -14,7 +14,7 @@ from torch import Tensor
 from moekit.parallel.dispatcher import Dispatcher, DispatchOptions, RunExperts, run_local
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.link import Link
-from moekit.parallel.plan import DispatchPlan
+from moekit.parallel.plan import DispatchPlan, once_per_rank
 from moekit.parallel.ranks import Ranks
 from moekit.parallel.rows import Journey, arrive, combine, depart
 from moekit.parallel.traffic import Traffic
@@ -72,3 +72,11 @@ class ExchangeDispatcher(Dispatcher):
     def traffic(self) -> dict[str, Traffic]:
         """See the base class."""
         return {"ranks": self.link.traffic}
+
+
+class RankExchange(ExchangeDispatcher):
+    """A row for every distinct rank among a token's choices, whatever a rank of the layout is: a device, or a node."""
+
+    def plan(self, indices_NK: Tensor) -> DispatchPlan:
+        """See the base class."""
+        return once_per_rank(indices_NK, self.layout)

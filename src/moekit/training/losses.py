@@ -52,6 +52,12 @@ def expert_load(indices_TK: Tensor, experts: int, mask_T: Tensor | None = None) 
     return load_E.scatter_add_(0, flat, torch.ones_like(flat))[:experts]
 
 
+def token_entropy(probabilities_TE: Tensor) -> Tensor:
+    """Entropy of each token's gate probabilities, nats: [T]; its gradient is finite where a probability is 0."""
+    smallest = torch.finfo(probabilities_TE.dtype).tiny
+    return -(probabilities_TE * probabilities_TE.clamp(min=smallest).log()).sum(dim=-1)
+
+
 def token_sum(values: Tensor, mask_T: Tensor | None = None) -> Tensor:
     """Sum over tokens (the first axis) that are no padding; zero, with a gradient of zero, where there are none."""
     if mask_T is None:

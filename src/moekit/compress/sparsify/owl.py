@@ -14,12 +14,12 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
+from moekit.compress.engine.input_norms import input_norms, smallest_products, statistics_of, unseen_experts
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import Part
 from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.engine.zeroing import FIELDS, SparsifyMethod, check_sparsity
-from moekit.compress.sparsify.magnitude import Magnitude
-from moekit.compress.sparsify.wanda import Wanda, input_norms, statistics_of
+from moekit.compress.maths.masks import UNSTRUCTURED, smallest
 from moekit.errors import BadData
 
 
@@ -128,17 +128,15 @@ class OWL(SparsifyMethod):
         """Wanda's scores follow the sparse layers before; magnitudes do not, and outliers are the dense model's."""
         return self.score == "wanda"
 
-    @property
-    def _within(self) -> Wanda | Magnitude:
-        return Wanda(gated=self.gated) if self.score == "wanda" else Magnitude()
-
     def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, inputs: LayerInputs, sparsity: float) -> Tensor:
         """Where the chosen score is smallest."""
-        return self._within.zeroed(matrix_RC, part, expert, inputs, sparsity)
+        if self.score == "magnitude":
+            return smallest(matrix_RC.float().abs(), sparsity, UNSTRUCTURED, "matrix")
+        return smallest_products(matrix_RC, part, expert, inputs, sparsity, gated=self.gated)
 
     def figures(self, inputs: LayerInputs) -> dict[str, float | list[float]]:
-        """Those of the method within the layer."""
-        return self._within.figures(inputs)
+        """Experts that were sparsified by magnitude, since no token chose them."""
+        return unseen_experts(inputs) if self.score == "wanda" else {}
 
     def share(self, inputs: Mapping[int, LayerInputs], sparsity: float) -> dict[int, float]:
         """Sparsity of each layer by its outliers, in the dense model."""

@@ -9,8 +9,7 @@ from torch import Tensor
 from moekit.catalogue import register
 from moekit.errors import BadConfig
 from moekit.parallel.dispatcher import Dispatcher, DispatchOptions, RunExperts
-from moekit.parallel.dispatchers.once_per_rank import OncePerRank
-from moekit.parallel.exchange import Flight
+from moekit.parallel.exchange import Flight, RankExchange
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.link import Link
 from moekit.parallel.ranks import Ranks
@@ -47,8 +46,8 @@ class Hierarchical(Dispatcher):
                 hint="hierarchical needs nodes of equal size",
             )
         outer, inner = self.layout.nodes(self.inside.size)
-        self._outer = OncePerRank(outer, self.options, self.across)
-        self._inner = OncePerRank(inner[self.across.rank], self.options, self.inside)
+        self._outer = RankExchange(outer, self.options, self.across)
+        self._inner = RankExchange(inner[self.across.rank], self.options, self.inside)
 
     @classmethod
     def over(cls, layout: ExpertLayout, ranks: Ranks, options: DispatchOptions) -> Hierarchical:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from moekit.catalogue import register
-from moekit.parallel.exchange import ExchangeDispatcher
-from moekit.parallel.plan import DispatchPlan, once_per_rank
+from moekit.parallel.exchange import RankExchange
 
 
 @register(name="once-per-rank", kind="dispatch", paper="arXiv:2504.01337", changes="runtime")
-class OncePerRank(ExchangeDispatcher):
+class OncePerRank(RankExchange):
     """Send a token's hidden state once to each rank that holds any of its experts (C2R, arXiv:2504.01337; DeepEP).
 
     Ids and weights travel inside the row. The expert's rank adds up what its experts say of a token, so one row comes
     back: the fewest rows, both ways, that exact results allow. Backward mirrors forward.
     """
-
-    def plan(self, indices_NK: Tensor) -> DispatchPlan:
-        """A row for every distinct rank among a token's choices."""
-        return once_per_rank(indices_NK, self.layout)

@@ -8,21 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from moekit.catalogue import register
 from moekit.training.collector import Routed
 from moekit.training.layers import TrainedLayer
-from moekit.training.losses import token_sum
+from moekit.training.losses import token_entropy, token_sum
 from moekit.training.objectives.base import KIND, RouterObjective, Sums
-
-
-def token_entropy(probabilities_TE: Tensor) -> Tensor:
-    """Entropy of each token's gate probabilities, nats: [T]; its gradient is finite where a probability is 0."""
-    smallest = torch.finfo(probabilities_TE.dtype).tiny
-    return -(probabilities_TE * probabilities_TE.clamp(min=smallest).log()).sum(dim=-1)
 
 
 @register(name="entropy", kind=KIND, changes="weights")

@@ -12,9 +12,8 @@ from torch import Tensor
 from moekit.catalogue import register
 from moekit.training.collector import Routed
 from moekit.training.layers import TrainedLayer
-from moekit.training.losses import token_sum
+from moekit.training.losses import token_entropy, token_sum
 from moekit.training.objectives.base import KIND, RouterObjective, Sums
-from moekit.training.objectives.entropy import token_entropy
 
 
 @register(name="mi", kind=KIND, paper="arXiv:2306.04640", changes="weights")
