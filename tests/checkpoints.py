@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import moekit
+from moekit.catalogue import MethodRecord
 from moekit.checkpoint.model import save
 from moekit.checkpoint.record import Record
 from tests.families import build
@@ -28,6 +31,15 @@ def plain(folder: Path, family: str = "qwen2_moe", *, seed: int = 0, fused: bool
     """A tiny random model saved by stock transformers, without a record."""
     build(family, seed=seed, **overrides).save_pretrained(folder, save_original_format=not fused)
     return folder
+
+
+def reopen(folder: Path, record: MethodRecord) -> PreTrainedModel:
+    """What a method wrote, in fp32: by stock transformers where it promises so, else by moekit."""
+    if "stock" in record.traits:
+        opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        opened = moekit.load(folder, dtype=torch.float32, device="cpu")
+    return opened.eval()
 
 
 def write_raw(path: Path, header: bytes, data: bytes = b"", *, length: int | None = None) -> Path:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moekit.catalogue import MethodRecord
+from moekit.anatomy import Geometry
+from moekit.catalogue import MethodRecord, Trait
 from moekit.runtime.block import BlockInputs, BlockPart
 from moekit.runtime.experts import ExpertsInputs, ExpertsPart
 from moekit.runtime.part import LayerInit, RuntimePart
@@ -145,6 +146,11 @@ class FirstOnly(LimitPart):
 
     above: float = 2.0
 
+    @classmethod
+    def examples(cls, geometry: Geometry) -> Sequence[FirstOnly]:
+        """Takes nothing back, and some."""
+        return [cls(), cls(above=0.6)]
+
     def limit(self, inputs: RouteInputs, routed: Routed) -> Routed:
         best_T1 = routed.weights.max(dim=1, keepdim=True).values
         gone_TK = (best_T1 >= self.above) & (routed.weights < best_T1)
@@ -200,9 +206,14 @@ class Gain(ExpertsPart):
 # Parts that leave the model as it is until they have learned something.
 NEUTRAL = (Nudge(), Recurrence(), Neighbours(), Attended(), FirstOnly(), Momentum(), Gain())
 ALL = (*NEUTRAL, NullExperts())
-# Parts that look at other tokens of the sequence, or at other layers.
-CONTEXT = (Recurrence(), Neighbours(), Attended(), Momentum())
-SEQUENCE = (Neighbours(), Attended())
+DECLARED: dict[type[RuntimePart], frozenset[Trait]] = {
+    Recurrence: frozenset({"stateful"}),
+    Neighbours: frozenset({"sequence"}),
+    Attended: frozenset({"sequence", "attention"}),
+    NullExperts: frozenset({"variable_k"}),
+    FirstOnly: frozenset({"variable_k"}),
+    Momentum: frozenset({"stateful"}),
+}
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe")
 
 
@@ -228,6 +239,8 @@ def records() -> dict[tuple[str, str], MethodRecord]:
             limits=(),
             cls=type(part),
             origin="tests",
+            declared=DECLARED.get(type(part), frozenset()),
+            own_axis="gating",
         )
     return found
 

@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from moekit.anatomy import find_moe_layers
+from moekit.catalogue import MethodRecord
 from moekit.errors import BadConfig
 from moekit.routing import TopK
 from moekit.runtime import attach, attached, detach, parts_on, without_parts
 from moekit.runtime.part import RuntimePart
 from tests.families import build, logits
-from tests.parts import ALL, NEUTRAL, FirstOnly, Gain, Nudge, NullExperts, learned, pairs, stir
+from tests.parts import NEUTRAL, FirstOnly, Gain, Nudge, NullExperts, learned, pairs, stir
+from tests.runtime_cases import cases, hang
+
+KINDS = ("routing", "block", "experts")
 
 
 @pytest.mark.parametrize(("part", "family"), pairs(NEUTRAL))
@@ -24,16 +28,16 @@ def test_the_neutral_setting_is_bit_equal(part: RuntimePart, family: str) -> Non
     assert torch.equal(logits(model), stock)
 
 
-@pytest.mark.parametrize(("part", "family"), pairs(ALL))
-def test_detaching_gives_the_stock_model_back(part: RuntimePart, family: str) -> None:
+@pytest.mark.parametrize(("record", "family"), cases(KINDS))
+def test_detaching_gives_the_stock_model_back(record: MethodRecord, family: str) -> None:
     model = build(family)
     stock, classes = logits(model), [type(module) for module in model.modules()]
     state, hooks = set(model.state_dict()), [len(m._forward_pre_hooks) for m in model.modules()]
     implementation, ignored = model.get_experts_implementation(), model._keys_to_ignore_on_save
-    attach(model, part)
+    part = hang(model, family, record).part
     stir(model)
     changed = logits(model)
-    assert isinstance(part, FirstOnly) or not torch.equal(changed, stock)
+    assert "learnable" not in record.traits or not torch.equal(changed, stock)
     assert torch.equal(changed, logits(model)), "two forwards are equal: state does not leak"
     assert torch.equal(logits(copy.deepcopy(model)), changed)
     with without_parts(model):

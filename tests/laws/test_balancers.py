@@ -17,9 +17,7 @@ from moekit.training.layers import TrainedLayer, trained_layers
 from tests.families import EXPERTS, build
 
 TOKENS, TOP_K = 512, 2
-OURS = [record for record in catalogue.methods("balancer") if record.origin == "moekit"]
-# Rates that suit scores between 0 and 1 and a hundred steps.
-RATES: dict[str, dict[str, Any]] = {"sign": {"rate": 0.005}, "proportional": {"rate": 0.05}, "pi": {"rate": 0.05}}
+ALL = list(catalogue.methods("balancer"))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,9 @@ def layer() -> TrainedLayer:
 
 
 def make(record: catalogue.MethodRecord, **knobs: Any) -> Balancer:
-    made: Balancer = catalogue.make("balancer", record.name, {**RATES.get(record.name, {}), **knobs})
+    """Its first example, with knobs."""
+    example = record.cls.examples()[0]
+    made: Balancer = catalogue.make("balancer", record.name, {**example.model_dump(exclude_unset=True), **knobs})
     return made
 
 
@@ -53,7 +53,7 @@ def worst(routed: Routed) -> float:
     return float(load_E.max() / load_E.mean() - 1)
 
 
-@pytest.mark.parametrize("record", OURS, ids=lambda r: r.name)
+@pytest.mark.parametrize("record", ALL, ids=lambda r: r.name)
 @pytest.mark.parametrize("center", [False, True])
 def test_a_skewed_load_becomes_even(record: catalogue.MethodRecord, center: bool, layer: TrainedLayer) -> None:
     rule, bias_E, state = make(record, center=center), torch.zeros(EXPERTS), State()
@@ -67,7 +67,7 @@ def test_a_skewed_load_becomes_even(record: catalogue.MethodRecord, center: bool
         assert float(bias_E.mean()) == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("record", OURS, ids=lambda r: r.name)
+@pytest.mark.parametrize("record", ALL, ids=lambda r: r.name)
 def test_an_even_load_is_left_alone(record: catalogue.MethodRecord, layer: TrainedLayer) -> None:
     logits_TE = torch.zeros(EXPERTS, EXPERTS)
     for token in range(EXPERTS):  # each token likes its own expert and the next
@@ -78,7 +78,7 @@ def test_an_even_load_is_left_alone(record: catalogue.MethodRecord, layer: Train
     assert not rule.delta(rule.counts(even), {}).any()
 
 
-@pytest.mark.parametrize("record", OURS, ids=lambda r: r.name)
+@pytest.mark.parametrize("record", ALL, ids=lambda r: r.name)
 def test_nothing_chosen_moves_nothing_and_padding_and_no_expert_do_not_count(
     record: catalogue.MethodRecord, layer: TrainedLayer
 ) -> None:
@@ -91,7 +91,7 @@ def test_nothing_chosen_moves_nothing_and_padding_and_no_expert_do_not_count(
     assert torch.equal(rule.counts(replace(seen, mask_T=mask_T)), rule.counts(short))
 
 
-@pytest.mark.parametrize("record", OURS, ids=lambda r: r.name)
+@pytest.mark.parametrize("record", ALL, ids=lambda r: r.name)
 def test_counts_of_micro_batches_and_ranks_add_up(record: catalogue.MethodRecord, layer: TrainedLayer) -> None:
     rule = make(record)
     seen = choose(layer, skewed(), torch.zeros(EXPERTS))
@@ -102,7 +102,7 @@ def test_counts_of_micro_batches_and_ranks_add_up(record: catalogue.MethodRecord
     assert torch.equal(rule.counts(halves[0]) + rule.counts(halves[1]), rule.counts(seen))
 
 
-@pytest.mark.parametrize("record", OURS, ids=lambda r: r.name)
+@pytest.mark.parametrize("record", ALL, ids=lambda r: r.name)
 def test_what_it_remembers_is_all_that_a_resumed_run_needs(record: catalogue.MethodRecord, layer: TrainedLayer) -> None:
     def steps(rule: Balancer, bias_E: Tensor, state: State, count: int) -> Tensor:
         for _ in range(count):

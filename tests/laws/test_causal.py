@@ -6,19 +6,21 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from moekit.catalogue import MethodRecord
 from moekit.errors import UnsupportedModel
 from moekit.runtime import attach, detach
-from moekit.runtime.part import RuntimePart
 from tests.families import build, logits, tokens
-from tests.parts import ALL, SEQUENCE, Attended, Neighbours, pairs, stir
+from tests.parts import Attended, Neighbours, stir
+from tests.runtime_cases import cases, hang
 
+KINDS = ("routing", "block", "experts")
 CHANGED = 8
 
 
-@pytest.mark.parametrize(("part", "family"), pairs(ALL))
-def test_a_changed_token_changes_nothing_before_it(part: RuntimePart, family: str) -> None:
+@pytest.mark.parametrize(("record", "family"), cases(KINDS))
+def test_a_changed_token_changes_nothing_before_it(record: MethodRecord, family: str) -> None:
     model = build(family)
-    attach(model, part)
+    hang(model, family, record)
     stir(model)
     ids = tokens(2, 12)
     other = ids.clone()
@@ -29,10 +31,10 @@ def test_a_changed_token_changes_nothing_before_it(part: RuntimePart, family: st
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("part", "family"), pairs(ALL))
-def test_token_by_token_equals_one_pass(part: RuntimePart, family: str) -> None:
+@pytest.mark.parametrize(("record", "family"), cases(KINDS))
+def test_token_by_token_equals_one_pass(record: MethodRecord, family: str) -> None:
     model = build(family)
-    attach(model, part)
+    hang(model, family, record)
     stir(model)
     ids = tokens(2, 10)
     whole = logits(model, ids)
@@ -42,10 +44,10 @@ def test_token_by_token_equals_one_pass(part: RuntimePart, family: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("part", SEQUENCE, ids=lambda part: type(part).__name__)
-def test_padding_changes_nothing(part: RuntimePart) -> None:
-    model = build("qwen3_moe")
-    attach(model, part)
+@pytest.mark.parametrize(("record", "family"), cases(KINDS, "sequence"))
+def test_padding_changes_nothing(record: MethodRecord, family: str) -> None:
+    model = build(family)
+    hang(model, family, record)
     stir(model)
     ids = tokens(1, 9)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.int64), ids], dim=1)
@@ -56,10 +58,10 @@ def test_padding_changes_nothing(part: RuntimePart) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("part", SEQUENCE, ids=lambda part: type(part).__name__)
-def test_beam_search_takes_what_parts_keep_along(part: RuntimePart) -> None:
-    model = build("qwen3_moe")
-    attach(model, part)
+@pytest.mark.parametrize(("record", "family"), cases(KINDS, "sequence"))
+def test_beam_search_takes_what_parts_keep_along(record: MethodRecord, family: str) -> None:
+    model = build(family)
+    hang(model, family, record)
     stir(model)
     settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     kept = model.generate(tokens(2, 6), use_cache=True, **settings)
@@ -88,6 +90,22 @@ def test_a_cache_that_was_filled_without_the_part_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="5 earlier positions") as refused:
         model(input_ids=tokens(1, 1), past_key_values=cache)
     assert refused.value.layer == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("record", "family"), cases(KINDS, "attention"))
+def test_the_kernel_of_attention_does_not_matter(record: MethodRecord, family: str) -> None:
+    model = build(family)
+    hang(model, family, record)
+    stir(model)
+    found = {}
+    for implementation in ("eager", "sdpa"):
+        try:
+            model.set_attn_implementation(implementation)
+        except ValueError:  # a family that has none but its own
+            continue
+        found[implementation] = logits(model)
+    torch.testing.assert_close(found.get("sdpa", found["eager"]), found["eager"], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

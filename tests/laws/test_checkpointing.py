@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moekit.catalogue import MethodRecord, Trait
 from moekit.errors import UnsupportedModel
 from moekit.runtime import attach
 from moekit.runtime.part import RuntimePart
 from tests.families import build, tokens
-from tests.parts import ALL, CONTEXT, Nudge, NullExperts, Recurrence, pairs, stir
+from tests.parts import NullExperts, Recurrence, stir
+from tests.runtime_cases import cases, hang
+
+KINDS = ("routing", "block", "experts")
+READ_THE_PASS: tuple[Trait, ...] = ("stateful", "sequence", "attention")
 
 
 def gradients(model: PreTrainedModel, batches: list[Tensor], *, checkpointed: bool, reentrant: bool = False):
@@ -24,6 +29,13 @@ def gradients(model: PreTrainedModel, batches: list[Tensor], *, checkpointed: bo
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def hung(family: str, record: MethodRecord) -> PreTrainedModel:
+    model = build(family)
+    hang(model, family, record)
+    stir(model)
+    return model
+
+
 def made(family: str, *parts: RuntimePart) -> PreTrainedModel:
     model = build(family)
     for part in parts:
@@ -32,11 +44,11 @@ def made(family: str, *parts: RuntimePart) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(("part", "family"), pairs(ALL))
-def test_not_reentrant_is_exact(part: RuntimePart, family: str) -> None:
+@pytest.mark.parametrize(("record", "family"), cases(KINDS))
+def test_not_reentrant_is_exact(record: MethodRecord, family: str) -> None:
     ids = [tokens(2, 10)]
-    plain = gradients(made(family, part), ids, checkpointed=False)
-    again = gradients(made(family, part), ids, checkpointed=True)
+    plain = gradients(hung(family, record), ids, checkpointed=False)
+    again = gradients(hung(family, record), ids, checkpointed=True)
     assert again.keys() >= plain.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
@@ -56,16 +68,17 @@ def test_too_many_passes_before_one_backward_are_refused() -> None:
         gradients(made("qwen3_moe", Recurrence()), ids, checkpointed=True)
 
 
-@pytest.mark.parametrize("part", CONTEXT, ids=lambda part: type(part).__name__)
-def test_reentrant_is_refused_for_parts_that_read_their_pass(part: RuntimePart) -> None:
+@pytest.mark.parametrize(("record", "family"), cases(KINDS, any_of=READ_THE_PASS, families=1))
+def test_reentrant_is_refused_for_parts_that_read_their_pass(record: MethodRecord, family: str) -> None:
     with pytest.raises(UnsupportedModel, match="reentrant") as refused:
-        gradients(made("qwen3_moe", part), [tokens()], checkpointed=True, reentrant=True)
+        gradients(hung(family, record), [tokens()], checkpointed=True, reentrant=True)
     assert "use_reentrant" in str(refused.value.hint)
 
 
-def test_reentrant_is_exact_for_parts_that_read_their_layer_only() -> None:
-    plain = gradients(made("qwen3_moe", Nudge()), [tokens()], checkpointed=False)
-    again = gradients(made("qwen3_moe", Nudge()), [tokens()], checkpointed=True, reentrant=True)
+@pytest.mark.parametrize(("record", "family"), cases(KINDS, without=READ_THE_PASS, families=1))
+def test_reentrant_is_exact_for_parts_that_read_their_layer_only(record: MethodRecord, family: str) -> None:
+    plain = gradients(hung(family, record), [tokens()], checkpointed=False)
+    again = gradients(hung(family, record), [tokens()], checkpointed=True, reentrant=True)
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 

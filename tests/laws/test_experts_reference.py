@@ -7,17 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from moekit.anatomy import find_moe_layers
-from moekit.runtime import attach
-from moekit.runtime.experts import ExpertsInputs, inputs_of
+from moekit.catalogue import MethodRecord
+from moekit.runtime.experts import ExpertsInputs, ExpertsPart, inputs_of
 from tests.families import EXPERTS, build
-from tests.parts import FAMILIES, Gain, stir
+from tests.parts import FAMILIES, stir
+from tests.runtime_cases import cases, hang
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_part_equals_its_reference(family: str) -> None:
+@pytest.mark.parametrize(("record", "family"), cases(["experts"], families=len(FAMILIES)))
+def test_the_part_equals_its_reference(record: MethodRecord, family: str) -> None:
     model = build(family)
-    attachment = attach(model, Gain())
+    attachment = hang(model, family, record)
+    part = attachment.part
+    assert isinstance(part, ExpertsPart)
     stir(model)
     generator = torch.Generator().manual_seed(0)
     for layer in find_moe_layers(model):
@@ -26,7 +29,7 @@ def test_the_part_equals_its_reference(family: str) -> None:
         index_TK[:5, 1] = EXPERTS
         weights_TK = torch.rand(30, 2, generator=generator).masked_fill(index_TK == EXPERTS, 0)
         inputs = seen(attachment.layers[layer.index], layer.experts, hidden_TH, index_TK, weights_TK)
-        expected_TH = Gain().reference(inputs)
+        expected_TH = part.reference(inputs)
         torch.testing.assert_close(layer.experts(hidden_TH, index_TK, weights_TK), expected_TH, atol=1e-5, rtol=1e-4)
 
 

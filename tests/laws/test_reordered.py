@@ -9,22 +9,26 @@ import torch
 
 import moekit
 from moekit.anatomy import permute_experts
+from moekit.catalogue import MethodRecord
 from moekit.placement import Placement
 from moekit.placement.apply import place_checkpoint
 from moekit.runtime import attach, permute_parts, without_parts
 from moekit.runtime.axes import permuted
 from moekit.runtime.part import RuntimePart
 from tests.families import EXPERTS, build, logits
-from tests.parts import ALL, Gain, Nudge, Recurrence, learned, pairs, stir
+from tests.parts import Gain, Nudge, Recurrence, learned, stir
+from tests.runtime_cases import cases, hang
+
+KINDS = ("routing", "block", "experts")
 
 # Keeps the groups of two and of four that grouped families choose among.
 ORDER = [5, 4, 6, 7, 1, 0, 3, 2]
 
 
-@pytest.mark.parametrize(("part", "family"), pairs(ALL))
-def test_in_memory(part: RuntimePart, family: str) -> None:
+@pytest.mark.parametrize(("record", "family"), cases(KINDS))
+def test_in_memory(record: MethodRecord, family: str) -> None:
     model = build(family)
-    attachment = attach(model, part)
+    attachment = hang(model, family, record)
     stir(model)
     before, tensors = logits(model), learned(model)
     orders = dict.fromkeys(attachment.layers, ORDER)

@@ -12,25 +12,19 @@ from moekit import catalogue
 from moekit.errors import BadConfig
 from moekit.training.schedules.base import Ramp, read_schedule
 
-OURS = [record for record in catalogue.methods("schedule") if record.origin == "moekit"]
-RAMPS = [record for record in OURS if issubclass(record.cls, Ramp)]
-# What a schedule that is no ramp needs.
-KNOBS: dict[str, dict[str, Any]] = {
-    "constant": {"at": 3.0},
-    "steps": {"values": [1.0, 2.0, 4.0]},
-    "phases": {"phases": [{"until": 1.0, "schedule": {"use": "linear", "start": 0.0, "end": 1.0}}]},
-}
+ALL = list(catalogue.methods("schedule"))
+RAMPS = [record for record in ALL if issubclass(record.cls, Ramp)]
 
 
-@pytest.mark.parametrize("record", OURS, ids=lambda r: r.name)
+@pytest.mark.parametrize("record", ALL, ids=lambda r: r.name)
 def test_values_are_finite_and_depend_on_progress_alone(record: catalogue.MethodRecord) -> None:
-    knobs = KNOBS.get(record.name, {"start": 2.0, "end": 0.5})
-    one, two = (catalogue.make("schedule", record.name, knobs) for _ in range(2))
-    places = [i / 97 for i in range(98)]
-    straight = [one.value(p) for p in places]
-    assert all(math.isfinite(value) for value in straight)
-    # A run that resumes asks for the second half alone.
-    assert [two.value(p) for p in places[49:]] == straight[49:]
+    for example in record.cls.examples():
+        one, two = (catalogue.make("schedule", record.name, example.model_dump(exclude_unset=True)) for _ in range(2))
+        places = [i / 97 for i in range(98)]
+        straight = [one.value(p) for p in places]
+        assert all(math.isfinite(value) for value in straight)
+        # A run that resumes asks for the second half alone.
+        assert [two.value(p) for p in places[49:]] == straight[49:]
 
 
 @pytest.mark.parametrize("record", RAMPS, ids=lambda r: r.name)
@@ -74,7 +68,7 @@ def test_values_worked_out_by_hand(stated: dict[str, Any], expected: list[tuple[
 
 
 def test_every_schedule_is_worked_out_by_hand() -> None:
-    assert {stated["use"] for stated, _ in BY_HAND} == {record.name for record in OURS}
+    assert {stated["use"] for stated, _ in BY_HAND} == {record.name for record in ALL if record.origin == "moekit"}
 
 
 def test_choices_a_token_grow_when_they_should() -> None:

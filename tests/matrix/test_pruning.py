@@ -6,7 +6,7 @@ A method of another package joins by being registered: its `examples` are tried 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moekit import catalogue
 from moekit.anatomy import find_moe_layers
@@ -34,7 +34,7 @@ from moekit.compress.engine.searching import plan_by_search
 from moekit.errors import BadConfig
 from moekit.trace import Trace
 from moekit.trace.streamed import Streamed, record_streamed
-from tests.checkpoints import plain
+from tests.checkpoints import plain, reopen
 from tests.contracts import cases
 from tests.families import EXPERTS, FAMILIES, TOP_K, build, logits, tokens
 
@@ -64,12 +64,15 @@ def recorded(family: str, request: pytest.FixtureRequest, tmp_path_factory: pyte
     """Recorded once for all methods; read-only."""
     fused = bool(request.node.callspec.params.get("fused", False))
     if (family, fused) not in _RECORDED:
-        folder = plain(tmp_path_factory.mktemp(family) / "m", family, fused=fused)
-        checkpoint, model = Checkpoint.open(folder), build(family)
-        needs = {need for name in METHODS for method in examples(name, model) for need in method.required}
-        trace = record_streamed(checkpoint, TEXT, statistics=("load", *sorted(needs)))
-        _RECORDED[family, fused] = Recorded(checkpoint, trace)
+        _RECORDED[family, fused] = record(family, tmp_path_factory.mktemp(family) / "m", METHODS, fused=fused)
     return _RECORDED[family, fused]
+
+
+def record(family: str, folder: Path, names: Sequence[str], *, fused: bool = False) -> Recorded:
+    """A checkpoint, and what these methods need."""
+    checkpoint, model = Checkpoint.open(plain(folder, family, fused=fused)), build(family)
+    needs = {need for name in names for method in examples(name, model) for need in method.required}
+    return Recorded(checkpoint, record_streamed(checkpoint, TEXT, statistics=("load", *sorted(needs))))
 
 
 def plan_of(recorded: Recorded, method: PruneMethod, budget: Budget) -> WeightPlan:
@@ -107,7 +110,7 @@ def test_a_pruned_folder_is_the_pruned_model(
         rewrite=rewriter(plan, checkpoint),
         record=Record(command="a test"),
     )
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    opened = reopen(tmp_path / "out", catalogue.get("prune", name))
     torch.testing.assert_close(logits(opened), logits(changed), rtol=1e-4, atol=1e-5)
     for layer in find_moe_layers(opened):
         assert layer.geometry.experts == 5

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moekit import catalogue
 from moekit.anatomy import find_moe_layers
@@ -27,7 +27,7 @@ from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.engine.zeroing import SparsifyMethod
 from moekit.compress.maths.masks import zeros_in
-from tests.checkpoints import plain
+from tests.checkpoints import plain, reopen
 from tests.contracts import cases
 from tests.families import EXPERTS, HIDDEN, WIDTH, build, logits, tokens
 
@@ -93,7 +93,7 @@ def test_a_sparse_folder_is_the_sparse_model(
     zeros, target = rewriter(plan, checkpoint), tmp_path / "out"
     record = Record(command="a test")
     apply(checkpoint, plan.outcomes, target, rewrite=zeros, record=record, mtp="keep")
-    opened = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    opened = reopen(target, catalogue.get("sparsify", name))
     memory = changed.state_dict()
     assert all(torch.equal(value, memory[key]) for key, value in opened.state_dict().items())
     torch.testing.assert_close(logits(opened), logits(changed), rtol=1e-4, atol=1e-5)  # buffers may lie unaligned

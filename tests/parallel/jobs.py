@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.errors import UnsupportedModel
 from moekit.parallel import sharding
@@ -57,7 +58,7 @@ def model_step(
 ) -> dict[str, Any]:
     """Logits, loss and gradients of a tiny model on this rank's rows, with its experts dealt out."""
     model = tiny(family, policy, overrides)
-    shared = dispatch == "all-reduce"
+    shared = catalogue.get("dispatch", dispatch).cls.needs_shared_batch
     sharding.expert_parallel(
         model,
         ranks,

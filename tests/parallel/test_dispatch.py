@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from moekit import catalogue
 from moekit.placement.replaying import replay
 from tests.parallel.pool import Pool
 
-DISPATCHERS = ["once-per-expert", "once-per-rank", "hierarchical", "all-gather"]
+# Of every registered dispatcher but those whose ranks all hold the same tokens, which `test_models` holds.
+DISPATCHERS = [record.name for record in catalogue.methods("dispatch") if not record.cls.needs_shared_batch]
 
 
 def _choices(tokens: int, experts: int, top_k: int, seed: int, holes: bool) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.errors import BadConfig
 from moekit.placement import Placement
@@ -16,7 +17,7 @@ from tests.families import EXPERTS, FAMILIES
 from tests.parallel.jobs import hook_routers, step, tiny
 from tests.parallel.pool import Pool
 
-DISPATCHERS = ["all-gather", "all-reduce", "hierarchical", "once-per-expert", "once-per-rank"]
+DISPATCHERS = {record.name: record.cls for record in catalogue.methods("dispatch")}
 TOKENS = torch.randint(3, 100, (4, 10), generator=torch.Generator().manual_seed(5))
 
 
@@ -70,7 +71,7 @@ def test_logits_loss_and_gradients_are_those_of_one_process(pool: Pool, dispatch
         if dispatch == "hierarchical" and size == 1:
             continue
         answers = pool.run(size, "tests.parallel.jobs.model_step", family, dispatch, TOKENS)
-        check(answers, alone(family), dispatch == "all-reduce")
+        check(answers, alone(family), DISPATCHERS[dispatch].needs_shared_batch)
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHERS)
@@ -79,17 +80,17 @@ def test_placements_and_constraints_change_nothing(pool: Pool, dispatch: str, fa
     answers = pool.run(
         4, "tests.parallel.jobs.model_step", family, dispatch, TOKENS, placement=_placement(4, family), policy=True
     )
-    check(answers, alone(family, True), dispatch == "all-reduce")
+    check(answers, alone(family, True), DISPATCHERS[dispatch].needs_shared_batch)
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHERS)
 def test_blocks_may_be_uneven(pool: Pool, dispatch: str) -> None:
     overrides = {"num_experts": 7}
     answers = pool.run(4, "tests.parallel.jobs.model_step", "qwen2_moe", dispatch, TOKENS, overrides=overrides)
-    check(answers, alone("qwen2_moe", experts=7), dispatch == "all-reduce")
+    check(answers, alone("qwen2_moe", experts=7), DISPATCHERS[dispatch].needs_shared_batch)
 
 
-@pytest.mark.parametrize("dispatch", [name for name in DISPATCHERS if name != "all-reduce"])
+@pytest.mark.parametrize("dispatch", [n for n, cls in DISPATCHERS.items() if not cls.needs_shared_batch])
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
 def test_a_rank_may_have_no_tokens(pool: Pool, dispatch: str, family: str) -> None:
     """One row of text for two ranks; with shared experts before and after the routed ones."""

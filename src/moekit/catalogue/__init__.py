@@ -11,12 +11,17 @@ from moekit.catalogue.method import (
     of,
     register,
 )
+from moekit.catalogue.taxonomy import AXES, TRAITS, Axis, Trait
 
 __all__ = [
+    "AXES",
     "ENTRY_POINT_GROUP",
     "KIND_ENTRY_POINTS",
+    "TRAITS",
+    "Axis",
     "Kind",
     "MethodRecord",
+    "Trait",
     "get",
     "kind_of",
     "kinds",

@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from moekit._names import hint_for
+from moekit.catalogue.taxonomy import Axis
 from moekit.errors import BadConfig
 
 KIND_ENTRY_POINTS = "moekit.kinds"
@@ -25,16 +26,18 @@ class Kind:
         package: folder whose modules hold the methods; each is imported once, when the catalogue is first read.
         base: "module:Class" that every method of the kind is a subclass of.
         title: heading of its methods in the documentation.
+        axis: place of its methods in the survey's taxonomy, unless one says otherwise.
         line: what its command does, one sentence for `moekit --help`; "" where it has no command.
         job: name of its command and of its recipe step; "" where other jobs use its methods.
         options: "module:Class" of the job's options (see `moekit.jobs.options.base.JobOptions`); "" without a job.
-        laws: test files that hold every method of the kind to what it promises.
+        laws: test files that hold every method of the kind to what it promises, from the root of the repository.
     """
 
     name: str
     package: str
     base: str
     title: str
+    axis: Axis
     line: str = ""
     job: str = ""
     options: str = ""
@@ -47,63 +50,78 @@ OWN = (
         package="moekit.conversion.methods",
         base="moekit.conversion.base:Conversion",
         title="Dense to MoE",
+        axis="training scheme",
         line="Turn a dense model into a MoE.",
         job="convert",
         options="moekit.jobs.options.convert:ConvertOptions",
-        laws=("tests/unit/conversion/test_exact.py",),
+        laws=("tests/laws/test_conversions.py",),
     ),
     Kind(
         name="prune",
         package="moekit.compress.prune",
         base="moekit.compress.engine.dropping:PruneMethod",
         title="Dropping and merging experts",
+        axis="compression",
         line="Drop the experts a model needs least, with the proof of what that costs.",
         job="prune",
         options="moekit.jobs.options.prune:PruneOptions",
-        laws=("tests/matrix/test_pruning.py",),
+        laws=("tests/laws/test_weight_methods.py", "tests/matrix/test_pruning.py"),
     ),
     Kind(
         name="sparsify",
         package="moekit.compress.sparsify",
         base="moekit.compress.engine.zeroing:SparsifyMethod",
         title="Zeroing single weights",
+        axis="compression",
         line="Zero the weights of experts that matter least, with the proof of what that costs.",
         job="sparsify",
         options="moekit.jobs.options.sparsify:SparsifyOptions",
-        laws=("tests/matrix/test_sparsify.py",),
+        laws=("tests/laws/test_weight_methods.py", "tests/matrix/test_sparsify.py"),
     ),
     Kind(
         name="routing",
         package="moekit.routing.methods",
         base="moekit.routing.policy:RoutingPolicy",
         title="Routing policies",
+        axis="gating",
         line="Plan a routing policy from a trace and write the constrained model.",
         job="route",
         options="moekit.jobs.options.route:RouteOptions",
-        laws=("tests/matrix/test_routing.py",),
+        laws=(
+            "tests/laws/test_attached.py",
+            "tests/laws/test_causal.py",
+            "tests/laws/test_checkpointing.py",
+            "tests/laws/test_learned.py",
+            "tests/laws/test_reordered.py",
+            "tests/laws/test_routing.py",
+            "tests/matrix/test_routing.py",
+        ),
     ),
     Kind(
         name="place",
         package="moekit.placement.solvers",
         base="moekit.placement.solver:Solver",
         title="Placement solvers",
+        axis="computation",
         line="Decide which device holds which expert, and replay the trace to count the rows sent.",
         job="place",
         options="moekit.jobs.options.place:PlaceOptions",
-        laws=("tests/unit/placement",),
+        laws=("tests/laws/test_solvers.py",),
     ),
     Kind(
         name="dispatch",
         package="moekit.parallel.dispatchers",
         base="moekit.parallel.dispatcher:Dispatcher",
         title="Dispatchers between ranks",
-        laws=("tests/parallel",),
+        axis="communication",
+        laws=("tests/parallel/test_dispatch.py", "tests/parallel/test_models.py"),
     ),
     Kind(
         name="objective",
         package="moekit.training.objectives",
         base="moekit.training.objectives.base:Objective",
         title="What training minimises",
+        axis="training scheme",
         laws=("tests/laws/test_objectives.py",),
     ),
     Kind(
@@ -111,6 +129,7 @@ OWN = (
         package="moekit.training.balancers",
         base="moekit.training.balancers.base:Balancer",
         title="Balancing without a loss",
+        axis="gating",
         laws=("tests/laws/test_balancers.py",),
     ),
     Kind(
@@ -118,6 +137,7 @@ OWN = (
         package="moekit.training.schedules",
         base="moekit.training.schedules.base:Schedule",
         title="Settings that move during training",
+        axis="training scheme",
         laws=("tests/laws/test_schedules.py",),
     ),
 )

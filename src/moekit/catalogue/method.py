@@ -18,13 +18,14 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
 from moekit._names import hint_for
 from moekit._validation import faults
-from moekit.catalogue.kind import kinds
+from moekit.catalogue.kind import kind_of, kinds
+from moekit.catalogue.taxonomy import DECLARED, Axis, Trait
 from moekit.errors import BadConfig
 
 ENTRY_POINT_GROUP = "moekit.methods"
@@ -47,6 +48,8 @@ class MethodRecord:
         changes: what it changes: "routing", "weights", "placement" or "runtime".
         stock: whether its result loads in stock transformers without moekit.
         limits: what it cannot do, one sentence each.
+        declared: traits that its class does not imply; see `traits`.
+        own_axis: place in the survey's taxonomy where it is not that of its kind; see `axis`.
         cls: the registered class.
         origin: the distribution it came from.
     """
@@ -60,6 +63,32 @@ class MethodRecord:
     limits: tuple[str, ...]
     cls: type
     origin: str
+    declared: frozenset[Trait] = frozenset()
+    own_axis: Axis | None = None
+
+    @property
+    def traits(self) -> frozenset[Trait]:
+        """What it promises, each held by a law (`moekit.catalogue.taxonomy.TRAITS` says in words what).
+
+        - variable_k: tokens may get different numbers of experts.
+        - learnable: it learns tensors of its own (its class overrides `parameters` or `shared`).
+        - stateful: it hands something from layer to layer within a forward pass.
+        - attention: it looks at what the layer's attention looked at.
+        - sequence: a token's experts depend on earlier tokens.
+        - rewrites: it changes weights of experts that stay (`rewrites` of its class).
+        - narrows: the result has fewer expert weights (its class is a `PruneMethod`).
+        - grows: the result has more expert weights.
+        - stochastic: the result depends on the seed, and on nothing else that is random.
+        - stock: stock transformers computes the result without moekit.
+        """
+        implied = cast("Callable[[], frozenset[Trait]] | None", getattr(self.cls, "implied_traits", None))
+        found = self.declared | (implied() if implied is not None else frozenset())
+        return found | {"stock"} if self.stock else found
+
+    @property
+    def axis(self) -> Axis:
+        """Place in the survey's taxonomy; by default that of its kind."""
+        return self.own_axis or kind_of(self.kind).axis
 
     @property
     def doc(self) -> str:
@@ -85,12 +114,22 @@ def register(
     changes: str,
     stock: bool = True,
     limits: tuple[str, ...] = (),
+    traits: tuple[Trait, ...] = (),
+    axis: Axis | None = None,
 ) -> Callable[[C], C]:
     """Enter a class into the catalogue.
 
+    Arguments are those of `MethodRecord`; `traits` are those that the class does not imply, `axis` is given where it is
+    not that of the kind.
+
     Raises:
-        BadConfig: another class already has this name and kind.
+        BadConfig: another class already has this name and kind, or a trait that cannot be declared.
     """
+    if unknown := sorted(set(traits) - set(DECLARED)):
+        raise BadConfig(
+            f"the {kind} method {name!r} cannot declare the trait {unknown[0]!r}",
+            hint=f"{', '.join(DECLARED)} can be declared; others follow from the class",
+        )
 
     def enter(cls: C) -> C:
         known = _records.get((kind, name))
@@ -110,6 +149,8 @@ def register(
             limits=limits,
             cls=cls,
             origin=cls.__module__.split(".")[0],
+            declared=frozenset(traits),
+            own_axis=axis,
         )
         return cls
 

@@ -137,8 +137,12 @@ def _method_command(
 
 def method_help(record: MethodRecord) -> str:
     """A method's help text, from its record."""
+    from moekit.catalogue import TRAITS
+
     facts = [f"Paper: {record.paper}." if record.paper else "", f"Changes: {record.changes}."]
     facts.append("The result loads in stock transformers." if record.stock else "The result needs moekit.load.")
+    if told := [TRAITS[trait] for trait in TRAITS if trait in record.traits and trait != "stock"]:
+        facts.append(f"Traits: {'; '.join(told)}.")
     if record.needs:
         facts.append(f"Needs these statistics of the trace: {', '.join(record.needs)}.")
     limits = "\n\n".join(f"Limit: {limit}" for limit in record.limits)

@@ -43,8 +43,8 @@ def methods(
         for record in records:
             terminal.say(page(record))
         return
-    rows = [(r.kind, r.name, r.paper or "-", r.stock, r.origin, r.summary) for r in records]
-    terminal.table("", ("kind", "method", "paper", "stock", "from", "what it does"), rows)
+    rows = [(r.kind, r.name, r.paper or "-", r.axis, traits_of(r), r.origin, r.summary) for r in records]
+    terminal.table("", ("kind", "method", "paper", "axis", "traits", "from", "what it does"), rows)
 
 
 def _statistics(terminal: Terminal) -> None:
@@ -75,6 +75,13 @@ def _statistics(terminal: Terminal) -> None:
         terminal.say(f"group {name}: {', '.join(members)}")
 
 
+def traits_of(record: MethodRecord) -> str:
+    """A record's traits in a row, in the order in which the taxonomy explains them."""
+    from moekit.catalogue import TRAITS
+
+    return ", ".join(trait for trait in TRAITS if trait in record.traits) or "-"
+
+
 def as_dict(record: MethodRecord) -> dict[str, Any]:
     """A record as JSON holds it."""
     options = {
@@ -82,21 +89,27 @@ def as_dict(record: MethodRecord) -> dict[str, Any]:
         for name, field in fields_of(record.cls).items()
     }
     simple = ("name", "kind", "paper", "needs", "changes", "stock", "limits", "origin", "summary")
-    return {**{key: getattr(record, key) for key in simple}, "options": options}
+    told = {key: getattr(record, key) for key in simple}
+    return {**told, "axis": record.axis, "traits": sorted(record.traits), "options": options}
 
 
 def page(record: MethodRecord) -> str:
     """A method's documentation page in Markdown, from its record alone."""
+    from moekit.catalogue import AXES, TRAITS
+
     lines = [f"# {record.name}", "", record.doc, "", "| | |", "|---|---|"]
     facts = {
         "kind": record.kind,
         "paper": record.paper or "none",
         "needs of the trace": ", ".join(record.needs) or "nothing",
         "changes": record.changes,
+        "axis": f"{record.axis}: {AXES[record.axis]}",
         "loads in stock transformers": "yes" if record.stock else "no: `moekit.load`",
         "comes from": f"`{record.cls.__module__}.{record.cls.__qualname__}`",
     }
     lines += [f"| {key} | {value} |" for key, value in facts.items()]
+    if promised := [trait for trait in TRAITS if trait in record.traits]:
+        lines += ["", "## Traits", "", *(f"- {trait}: {TRAITS[trait]}." for trait in promised)]
     if record.limits:
         lines += ["", "## Limits", "", *(f"- {limit}" for limit in record.limits)]
     fields = fields_of(record.cls)

@@ -6,7 +6,8 @@ Shapes: N tokens of calibration text, H hidden, F dense width, E experts, I expe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -43,6 +44,11 @@ class Conversion(BaseModel, ABC):
     experts: int = Field(default=8, ge=2, description="routed experts of each converted layer")
     top_k: int = Field(default=2, ge=1, description="experts that each token chooses")
     layers: tuple[int, ...] | None = Field(default=None, description="decoder layers to convert; all if left out")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Settings that the generic tests try on a dense network of 96 neurons."""
+        return [cls(experts=4, top_k=2)]
 
     @property
     def needs_calibration(self) -> bool:

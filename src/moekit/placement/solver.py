@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -79,6 +79,11 @@ class Solver(BaseModel, ABC):
     bound_steps: int = Field(
         default=150, ge=0, description="eigenvalue decompositions spent on the bound (0: partner bound only)"
     )
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Settings that the generic tests try: without and with the load term."""
+        return [cls(load_weight=0), cls()]
 
     @abstractmethod
     def search(self, problem: Problem) -> tuple[list[int], float | None, bool]:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import Geometry
+from moekit.catalogue import Trait
 from moekit.errors import BadConfig
 from moekit.runtime.axes import permuted
 
@@ -74,6 +75,12 @@ class RuntimePart(BaseModel, ABC):
 
     slot: ClassVar[Slot]
     axes: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def implied_traits(cls) -> frozenset[Trait]:
+        """Learnable, where a class says what is learned."""
+        own = cls.parameters is not RuntimePart.parameters or cls.shared is not RuntimePart.shared
+        return frozenset({"learnable"} if own else ())
 
     @classmethod
     def examples(cls, geometry: Geometry) -> Sequence[Self]:

@@ -18,10 +18,10 @@ from moekit.compress.engine.apply import apply
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.conversion.methods.residual import Residual
 from tests.checkpoints import edit_json, edit_shard, plain, saved
+from tests.dense import dense_model
 from tests.families import EXPERTS
 from tests.odd_folders import nudge, spread, tensors_of, with_mtp, with_vision
 from tests.tiny import tokenizer
-from tests.unit.conversion.conftest import dense_model
 
 KEPT = (1, 2, 4, 5, 7)
 

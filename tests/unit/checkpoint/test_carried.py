@@ -27,9 +27,9 @@ from moekit.parallel.checkpoints.reshard import plain as plain_folder
 from moekit.routing import plan_routing
 from moekit.routing.methods.topk import TopK
 from tests.checkpoints import edit_json, edit_shard, plain
+from tests.dense import dense_model
 from tests.families import VOCAB, build, logits
 from tests.odd_folders import nudge, spread, tensors_of, with_mtp, with_own_head, with_vision
-from tests.unit.conversion.conftest import dense_model
 
 TEXT_ONLY = {"dtype", "transformers_version"}
 

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from moekit import catalogue
 from moekit.errors import BadConfig, BadData, NumericFault
-from moekit.placement.objective import balanced_sizes, intra_share
+from moekit.placement.objective import balanced_sizes
 from moekit.placement.partitions import all_partitions, count_partitions
-from moekit.placement.solver import Solver
 from moekit.placement.solvers.contiguous import Contiguous
 from moekit.placement.solvers.exact import Exact
 from moekit.placement.solvers.greedy import Greedy
@@ -21,15 +19,6 @@ from moekit.placement.solvers.swap import Swap
 from moekit.placement.tokensets import token_sets
 from tests.unit.placement.samples import blocks, counts_of, planted, same_partition, skewed_choices
 
-SOLVERS: list[Solver] = [
-    Contiguous(load_weight=0),
-    Random(load_weight=0),
-    Greedy(load_weight=0),
-    Swap(load_weight=0),
-    Exact(load_weight=0),
-]
-IDS = ["contiguous", "random", "greedy", "swap", "exact"]
-
 
 def pairs(*heavy: tuple[int, int, int], experts: int) -> torch.Tensor:
     """Counts that are zero but for the pairs (i, j, count)."""
@@ -37,48 +26,6 @@ def pairs(*heavy: tuple[int, int, int], experts: int) -> torch.Tensor:
     for i, j, count in heavy:
         counts[i, j] = counts[j, i] = count
     return counts
-
-
-def test_all_are_in_the_catalogue() -> None:
-    records = {r.name: r for r in catalogue.methods("place")}
-    assert set(IDS) <= set(records)
-    assert all(r.changes == "placement" and r.summary for r in records.values())
-
-
-@pytest.mark.parametrize("solver", SOLVERS, ids=IDS)
-@pytest.mark.parametrize(("experts", "devices"), [(8, 2), (8, 3), (7, 4), (5, 5), (6, 1)])
-def test_every_block_is_filled(solver: Solver, experts: int, devices: int) -> None:
-    counts = counts_of(skewed_choices(200, experts, 2), experts)
-    before = counts.clone()
-    solution = solver.solve(counts, devices)
-    assert torch.equal(counts, before)
-    sizes = [solution.groups.count(d) for d in range(devices)]
-    assert sizes == list(balanced_sizes(experts, devices))
-    assert solution.bound is not None
-    assert solution.bound >= solution.value
-    assert solution.value == pytest.approx(intra_share(counts, solution.groups))
-
-
-@pytest.mark.parametrize("solver", SOLVERS, ids=IDS)
-def test_given_sizes_are_kept(solver: Solver) -> None:
-    counts = counts_of(skewed_choices(200, 8, 2), 8)
-    solution = solver.solve(counts, 3, sizes=[1, 5, 2])
-    assert [solution.groups.count(d) for d in range(3)] == [1, 5, 2]
-
-
-@pytest.mark.parametrize("solver", SOLVERS, ids=IDS)
-def test_nothing_co_activated(solver: Solver) -> None:
-    """All rows zero: it ends, keeps everything there is to keep, and says so."""
-    solution = solver.solve(torch.zeros(6, 6), 3)
-    assert [solution.groups.count(d) for d in range(3)] == [2, 2, 2]
-    assert solution.value == solution.bound == 1.0
-    assert solution.imbalance == 1.0
-
-
-@pytest.mark.parametrize("solver", SOLVERS, ids=IDS)
-def test_equal_results_for_equal_seeds(solver: Solver) -> None:
-    counts = counts_of(skewed_choices(300, 12, 2), 12)
-    assert solver.solve(counts, 3, seed=5).groups == solver.solve(counts, 3, seed=5).groups
 
 
 def test_random_depends_on_its_seed() -> None:

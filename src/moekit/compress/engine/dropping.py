@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.catalogue import Trait
 from moekit.compress.budget.sizes import (
     Budget,
     ByteSizes,
@@ -34,6 +35,11 @@ __all__ = ["PruneMethod", "Reconstruction", "keep_highest", "ranking", "ratio", 
 
 class PruneMethod(WeightMethod[Budget, int]):
     """Base of all pruning methods; fields are the method's knobs."""
+
+    @classmethod
+    def implied_traits(cls) -> frozenset[Trait]:
+        """Narrows, and what all weight methods imply."""
+        return super().implied_traits() | {"narrows"}
 
     @property
     def baselines(self) -> tuple[tuple[str, dict[str, Any]], ...]:

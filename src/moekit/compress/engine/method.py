@@ -53,6 +53,11 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
     rewrites: ClassVar[bool] = False
     searches: ClassVar[bool] = False
 
+    @classmethod
+    def implied_traits(cls) -> frozenset[catalogue.Trait]:
+        """Rewrites, where a class says so."""
+        return frozenset({"rewrites"} if cls.rewrites else ())
+
     @property
     def sequential(self) -> bool:
         """Whether each layer is decided on what the changed layers before it give."""

@@ -43,6 +43,7 @@ _found: WeakKeyDictionary[LayerWeights, tuple[object, Nearest]] = WeakKeyDiction
     paper="arXiv:2509.10377",
     needs=("gate_mass", "load"),
     changes="weights",
+    traits=("stochastic",),
     limits=(
         "Recombines only where experts have similar neurons (upcycled models); elsewhere it equals pruning.",
         "Compares each dropped neuron with each kept one: minutes a layer on a CPU where there are 100,000 of them.",

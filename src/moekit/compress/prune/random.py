@@ -17,6 +17,7 @@ from moekit.compress.engine.inputs import LayerInputs
     name="random",
     kind="prune",
     changes="weights",
+    traits=("stochastic",),
     limits=("Looks at nothing: one seed says little, compare with the mean and spread of at least five.",),
 )
 class Random(PruneMethod):

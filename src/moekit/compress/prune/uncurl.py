@@ -35,6 +35,7 @@ from moekit.errors import BadConfig, NumericFault
     paper="arXiv:2409.01483",
     needs=("logit_gram", "logit_sum", "load"),
     changes="weights",
+    traits=("stochastic",),
     limits=(
         "The router can no longer weigh merged experts apart: pruning by saliency often writes better answers at the "
         "same size, so compare with it.",

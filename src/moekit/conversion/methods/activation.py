@@ -27,7 +27,14 @@ def strongest_markers(strength_NF: torch.Tensor, share: float) -> torch.Tensor:
     return torch.zeros_like(strength_NF).scatter_(1, top_NC, 1.0)
 
 
-@register(name="activation", kind="convert", paper="arXiv:2502.04416", changes="weights", limits=SPLIT_LIMITS)
+@register(
+    name="activation",
+    kind="convert",
+    paper="arXiv:2502.04416",
+    changes="weights",
+    limits=SPLIT_LIMITS,
+    traits=("stochastic",),
+)
 class ActivationSplit(SplitConversion):
     """Balanced k-means of which neurons are strongest on which tokens of calibration text.
 

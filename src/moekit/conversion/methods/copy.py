@@ -19,6 +19,7 @@ from moekit.conversion.targets import MoEGeometry, Target
     kind="convert",
     paper="arXiv:2212.05055",
     changes="weights",
+    traits=("stochastic", "grows"),
     limits=(
         "E times the parameters of the dense network",
         "copies differ through the router alone; without redrawn neurons they need long training to specialise",

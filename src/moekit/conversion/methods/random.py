@@ -12,7 +12,14 @@ from moekit.conversion.maths import DenseFFN
 from moekit.conversion.split import SPLIT_LIMITS, SplitConversion
 
 
-@register(name="random", kind="convert", paper="arXiv:2406.16554", changes="weights", limits=SPLIT_LIMITS)
+@register(
+    name="random",
+    kind="convert",
+    paper="arXiv:2406.16554",
+    changes="weights",
+    limits=SPLIT_LIMITS,
+    traits=("stochastic",),
+)
 class RandomSplit(SplitConversion):
     """Deal the neurons to experts at random (LLaMA-MoE's "independent random").
 

@@ -22,6 +22,7 @@ from moekit.errors import BadConfig
     name="residual",
     kind="convert",
     changes="weights",
+    traits=("stochastic", "grows"),
     limits=(
         "adds parameters: until it is trained the result costs more and does the same",
         "Qwen2-MoE layout only, which has the shared expert it needs",

@@ -14,7 +14,14 @@ from moekit.conversion.maths import DenseFFN
 from moekit.conversion.split import SPLIT_LIMITS, SplitConversion, groups_of, set_apart
 
 
-@register(name="weights", kind="convert", paper="arXiv:2406.16554", changes="weights", limits=SPLIT_LIMITS)
+@register(
+    name="weights",
+    kind="convert",
+    paper="arXiv:2406.16554",
+    changes="weights",
+    limits=SPLIT_LIMITS,
+    traits=("stochastic",),
+)
 class WeightSplit(SplitConversion):
     """Balanced k-means of the gate_proj rows, each scaled to length 1 (LLaMA-MoE's "independent clustering").
 

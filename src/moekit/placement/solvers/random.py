@@ -9,7 +9,7 @@ from moekit.placement.objective import Problem
 from moekit.placement.solver import Solver
 
 
-@register(name="random", kind="place", changes="placement", limits=("looks at no statistics",))
+@register(name="random", kind="place", changes="placement", limits=("looks at no statistics",), traits=("stochastic",))
 class Random(Solver):
     """Deal the experts out at random, block sizes kept, repeatable by seed.
 

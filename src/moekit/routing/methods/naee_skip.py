@@ -55,6 +55,7 @@ def median(counts_B: Tensor) -> float:
     needs=("gate_ratio",),
     changes="routing",
     stock=False,
+    traits=("variable_k",),
     limits=(
         "For models that choose two experts a token.",
         "Saves time only where the experts' kernels skip choices of no expert.",

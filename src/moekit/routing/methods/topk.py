@@ -12,7 +12,14 @@ from moekit.errors import BadConfig
 from moekit.runtime.router import ChoosePart, Routed, RouteInputs, with_top_k
 
 
-@register(name="topk", kind="routing", paper="arXiv:1701.06538", changes="routing", stock=True)
+@register(
+    name="topk",
+    kind="routing",
+    paper="arXiv:1701.06538",
+    changes="routing",
+    stock=False,
+    limits=("Stock transformers and vLLM open the folder with the model's own K.",),
+)
 class TopK(ChoosePart):
     """Each token takes the K experts with the best scores, as the family itself does.
 

@@ -9,8 +9,8 @@ Legend: E experts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -37,6 +37,11 @@ class Balancer(BaseModel, ABC):
 
     rate: float = Field(default=0.001, gt=0, allow_inf_nan=False, description="size of a step, in units of the scores")
     center: bool = Field(default=False, description="subtract the mean of each step, so that biases do not drift")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Settings that the generic tests try: a load of scores between 0 and 1 must be even after a hundred steps."""
+        return [cls()]
 
     def counts(self, routed: Routed) -> Tensor:
         """What the rule needs of a micro-batch: sums over tokens, so that micro-batches and ranks add up."""

@@ -5,6 +5,8 @@ Legend: E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -22,6 +24,11 @@ class ProportionalIntegral(Balancer):
     """
 
     gain: float = Field(default=0.01, ge=0, allow_inf_nan=False, description="answer to the present error")
+
+    @classmethod
+    def examples(cls) -> Sequence[ProportionalIntegral]:
+        """A rate for a hundred steps."""
+        return [cls(rate=0.05)]
 
     def step(self, counted: Tensor, state: State) -> Tensor:
         """The step towards even load: [E] fp32."""

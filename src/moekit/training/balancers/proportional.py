@@ -5,6 +5,8 @@ Legend: E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from moekit.catalogue import register
@@ -18,6 +20,11 @@ class Proportional(Balancer):
     delta_e = rate * (mean load - load_e) / mean load (section 4.3, scaled by the mean so that the rate does not depend
     on the batch).
     """
+
+    @classmethod
+    def examples(cls) -> Sequence[Proportional]:
+        """A rate for a hundred steps."""
+        return [cls(rate=0.05)]
 
     def step(self, counted: Tensor, state: State) -> Tensor:
         """Rate * (1 - load / mean): [E] fp32, 0 where nothing was chosen."""

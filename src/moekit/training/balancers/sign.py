@@ -5,6 +5,8 @@ Legend: E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from moekit.catalogue import register
@@ -17,6 +19,11 @@ class Sign(Balancer):
 
     delta_e = rate * sign(mean load - load_e). DeepSeek-V3 trains with 0.001 and ends with 0.
     """
+
+    @classmethod
+    def examples(cls) -> Sequence[Sign]:
+        """A rate for a hundred steps."""
+        return [cls(rate=0.005)]
 
     def step(self, counted: Tensor, state: State) -> Tensor:
         """Rate * sign(mean - load): [E] fp32."""

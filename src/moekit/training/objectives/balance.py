@@ -21,6 +21,7 @@ from moekit.training.objectives.base import KIND, RouterObjective, Sums, choices
     kind=KIND,
     paper="arXiv:2101.03961",
     changes="weights",
+    axis="gating",
     limits=("Micro-batches of one step are averaged, not pooled: small ones ask for balance in each.",),
 )
 class Balance(RouterObjective):

@@ -10,8 +10,8 @@ Legend: B rows, S positions, T tokens of the micro-batch (B times S), N tokens, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,11 @@ class Objective(BaseModel, ABC):
     text: str = Field(default="train", min_length=1, description="name of the text that it reads")
 
     needs_teacher: ClassVar[bool] = False
+
+    @classmethod
+    def examples(cls, experts: int) -> Sequence[Self]:
+        """Settings that the generic tests try on layers of this many experts; the defaults, if they are enough."""
+        return [cls()]
 
     def check(self, layers: Iterable[TrainedLayer]) -> None:
         """Refuse a model that it cannot work on, before training.

@@ -5,7 +5,7 @@ Legend: E experts, D groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from moekit.training.objectives.base import KIND, RouterObjective, Sums, choices
     kind=KIND,
     paper="arXiv:2401.06066",
     changes="weights",
+    axis="gating",
     limits=("Experts that a group holds need not be neighbours, but every expert must be in one group.",),
 )
 class DeviceBalance(RouterObjective):
@@ -37,6 +38,11 @@ class DeviceBalance(RouterObjective):
     assignment: dict[int, tuple[int, ...]] | None = Field(
         default=None, description="layer -> group of each expert, as a placement holds it"
     )
+
+    @classmethod
+    def examples(cls, experts: int) -> Sequence[DeviceBalance]:
+        """Pairs of experts."""
+        return [cls(groups=experts // 2)]
 
     def check(self, layers: Iterable[TrainedLayer]) -> None:
         """Refuse groups that do not fit a layer's experts."""

@@ -18,7 +18,7 @@ from moekit.training.losses import token_entropy, token_sum
 from moekit.training.objectives.base import KIND, RouterObjective, Sums
 
 
-@register(name="entropy", kind=KIND, changes="weights")
+@register(name="entropy", kind=KIND, changes="weights", axis="gating")
 class Entropy(RouterObjective):
     """Mean entropy of the gate's probabilities: minimised it makes routing decided, with `sign: -1` undecided.
 

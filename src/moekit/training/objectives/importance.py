@@ -16,7 +16,7 @@ from moekit.training.losses import cv_squared, importance
 from moekit.training.objectives.base import KIND, RouterObjective, Sums
 
 
-@register(name="importance", kind=KIND, paper="arXiv:1701.06538", changes="weights")
+@register(name="importance", kind=KIND, paper="arXiv:1701.06538", changes="weights", axis="gating")
 class Importance(RouterObjective):
     """Squared coefficient of variation of the gate weights that each expert received, by layer (Shazeer, eq. 6-7).
 

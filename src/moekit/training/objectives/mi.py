@@ -16,7 +16,7 @@ from moekit.training.losses import token_entropy, token_sum
 from moekit.training.objectives.base import KIND, RouterObjective, Sums
 
 
-@register(name="mi", kind=KIND, paper="arXiv:2306.04640", changes="weights")
+@register(name="mi", kind=KIND, paper="arXiv:2306.04640", changes="weights", axis="gating")
 class MutualInformation(RouterObjective):
     """Minus the mutual information of token and expert: experts are used alike, and each token is sure of its own.
 

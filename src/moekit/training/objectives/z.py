@@ -13,7 +13,7 @@ from moekit.training.losses import token_sum
 from moekit.training.objectives.base import KIND, RouterObjective, Sums
 
 
-@register(name="z", kind=KIND, paper="arXiv:2202.08906", changes="weights")
+@register(name="z", kind=KIND, paper="arXiv:2202.08906", changes="weights", axis="gating")
 class RouterZ(RouterObjective):
     """Router z-loss of each layer: the mean over tokens of logsumexp(logits)^2 (ST-MoE, eq. 5); keeps logits small.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +18,11 @@ class Schedule(BaseModel, ABC):
     """A value for each moment of a run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Settings that the generic tests try; the defaults, unless fields are required."""
+        return [cls()]
 
     @abstractmethod
     def value(self, progress: float) -> float:
@@ -48,6 +53,11 @@ class Ramp(Schedule):
         if self.until <= self.after:
             raise ValueError(f"it would end at {self.until}, before it begins at {self.after}")
         return self
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Down, and up over a part of the run."""
+        return [cls(start=2.0, end=0.5), cls(start=1.0, end=8.0, after=0.2, until=0.7)]
 
     def value(self, progress: float) -> float:
         """The value when a share of the run is done."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from moekit.catalogue import register
@@ -17,6 +19,11 @@ class Constant(Schedule):
     """
 
     at: float = Field(allow_inf_nan=False, description="the value")
+
+    @classmethod
+    def examples(cls) -> Sequence[Constant]:
+        """Of any values."""
+        return [cls(at=3.0)]
 
     def value(self, progress: float) -> float:
         """The value."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -29,6 +30,12 @@ class Phases(Schedule):
     """One schedule after the other, each over a share of the run; each sees its own beginning as 0 and its end as 1."""
 
     phases: tuple[Phase, ...] = Field(min_length=1, description="{until: 0.3, schedule: {use: ...}}, in order; last: 1")
+
+    @classmethod
+    def examples(cls) -> Sequence[Phases]:
+        """A ramp in its second half."""
+        still, ramp = {"use": "constant", "at": 1.0}, {"use": "linear", "start": 1.0, "end": 0.0}
+        return [cls(phases=(Phase(until=0.5, schedule=still), Phase(until=1.0, schedule=ramp)))]
 
     @model_validator(mode="after")
     def _in_order(self) -> Phases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
@@ -21,6 +22,11 @@ class Steps(Schedule):
     at: tuple[float, ...] | None = Field(
         default=None, description="shares of the run at which the second, third, ... value begins"
     )
+
+    @classmethod
+    def examples(cls) -> Sequence[Steps]:
+        """Of any values."""
+        return [cls(values=(1.0, 2.0, 4.0))]
 
     @model_validator(mode="after")
     def _in_order(self) -> Steps:
