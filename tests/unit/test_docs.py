@@ -18,7 +18,7 @@ from moekit.cli.main import COMMANDS, build
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Stands in for packages that the reader is told to write.
-ELSEWHERE = {"coolest", "fade", "surest"}
+ELSEWHERE = {"coolest", "fade", "surest", "--purest"}
 
 
 def parse(line: str) -> None:

@@ -1,4 +1,7 @@
-"""What docs/add-a-method.md says, done: the page's own code as a package of its own, seen everywhere."""
+"""What docs/add-a-method.md says, done: the page's own code as a package of its own, installed by pip, seen everywhere.
+
+One process installs it, and one asks everything (`tests.third_party`).
+"""
 
 from __future__ import annotations
 
@@ -9,156 +12,147 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from moekit import catalogue
+from tests.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
 PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
 BLOCKS = dict(re.findall(r'```\w+ title="([\w./]+)"\n(.*?)```', PAGE, flags=re.DOTALL))
 
 
-class Environment:
-    """A virtual environment that sees the packages of this one, and what is installed into it."""
-
-    def __init__(self, folder: Path) -> None:
-        venv.create(folder, with_pip=False)
-        self.python = folder / "bin" / "python"
-        site = next((folder / "lib").glob("python*/site-packages"))
-        (site / "outside.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-
-    def install(self, package: Path) -> None:
-        """`pip install -e .`, without a network."""
-        self.run("-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".", folder=package)
-
-    def run(self, *command: str, folder: Path = ROOT, code: int = 0) -> str:
-        """What a command prints."""
-        paths = [str(ROOT / "src"), str(ROOT)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-        environment["PIP_DISABLE_PIP_VERSION_CHECK"] = environment["PIP_NO_INDEX"] = "1"
-        done = subprocess.run(
-            [str(self.python), *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout if code == 0 else done.stderr
+def run(*command: object, folder: Path = ROOT) -> None:
+    """Run a process that must succeed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PIP_NO_INDEX": "1"}
+    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "src", ROOT)))
+    done = subprocess.run(
+        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """The packages of the page, installed as it says."""
-    environment = Environment(tmp_path_factory.mktemp("environment") / "venv")
-    for name, files in {
-        "coolest": {"pyproject.toml": "pyproject.toml", "coolest.py": "coolest.py", "surest.py": "surest.py"},
-        "fading": {"pyproject.toml": "fading.toml"} | {file: file for file in BLOCKS if file.startswith("fading/")},
-    }.items():
-        folder = tmp_path_factory.mktemp(name)
-        for file, block in files.items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text(BLOCKS[block])
-        for inner in (folder / "fading" / "methods").parent.glob("methods"):
-            (inner / "__init__.py").touch()
-        environment.install(folder)
-    return environment
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The page's package installed, and what moekit then says."""
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home / "venv", with_pip=False)
+    python = home / "venv" / "bin" / "python"
+    site = next((home / "venv" / "lib").glob("python*/site-packages"))
+    (site / "outside.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    package = tmp_path_factory.mktemp("package")
+    for file, text in BLOCKS.items():
+        (package / file).parent.mkdir(parents=True, exist_ok=True)
+        (package / file).write_text(text)
+    (package / "fading" / "methods" / "__init__.py").touch()
+    run(python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".", folder=package)
+    work = tmp_path_factory.mktemp("work")
+    run(python, "-m", "tests.third_party", work)
+    found: dict[str, Any] = json.loads((work / "answers.json").read_text())
+    return found
 
 
-def run(package: Environment, *command: str, folder: Path = ROOT) -> str:
-    return package.run(*command, folder=folder)
+def said(answers: dict[str, Any], line: str) -> str:
+    """What a command printed that was to succeed."""
+    told = answers["commands"][line]
+    assert told["code"] == 0, told["out"] + told["err"]
+    return str(told["out"])
 
 
-CLI = ("-c", "from moekit.cli.main import main; main()")
+def record(answers: dict[str, Any], kind: str, name: str) -> dict[str, Any]:
+    (found,) = [r for r in json.loads(said(answers, f"methods {kind} --json"))["methods"] if r["name"] == name]
+    return dict(found)
 
 
-def test_it_is_listed(package: Environment) -> None:
-    records = json.loads(run(package, *CLI, "methods", "routing", "--json"))["methods"]
-    (record,) = [r for r in records if r["name"] == "coolest"]
-    assert record["origin"] == "coolest"
-    assert record["options"]["temperature"]["help"] == "divides the logits; no unit (> 0) (default: 2.0)"
+def test_each_is_listed_with_its_package_traits_and_place(answers: dict[str, Any]) -> None:
+    listed = {
+        ("routing", "coolest"): ("coolest", "gating", ["learnable"]),
+        ("objective", "purest"): ("purest", "gating", ["stock"]),
+        ("prune", "surest"): ("surest", "compression", ["narrows", "stock"]),
+        ("fade", "half"): ("fading", "compression", ["stock"]),
+    }
+    for (kind, name), expected in listed.items():
+        found = record(answers, kind, name)
+        assert (found["origin"], found["axis"], found["traits"]) == expected
+    temperature = record(answers, "routing", "coolest")["options"]["temperature"]
+    assert temperature["help"] == "divides the logits; no unit (> 0) (default: 2.0)"
+    assert re.search(r"coolest +- +gating +learnable +coolest", said(answers, "methods routing"))
 
 
-def test_help_shows_it_and_its_options(package: Environment) -> None:
-    assert "coolest" in run(package, *CLI, "route", "--help")
-    told = run(package, *CLI, "route", "coolest", "--help")
+def test_help_shows_each_and_its_options(answers: dict[str, Any]) -> None:
+    told = said(answers, "route coolest --help")
     assert "--temperature" in told
     assert "divides the logits" in told
+    assert re.search(r"methods prune\).*surest", " ".join(said(answers, "prune --help").split()))
+    train = " ".join(said(answers, "train --help").split())
+    assert re.search(r"methods objective\).*purest", train)
+    assert "--purest" in train
+    assert re.search(r"fade +Scale the experts of a model down", said(answers, "--help"))
+    fade = said(answers, "fade --help")
+    assert "--method" in fade
+    assert "--set" in fade
+    assert "(moekit methods fade): half." in fade
 
 
-def test_the_matrix_runs_it_on_every_family(package: Environment) -> None:
-    from tests.families import FAMILIES
+@pytest.mark.parametrize(("kind", "name"), [("routing", "coolest"), ("objective", "purest"), ("prune", "surest")])
+def test_the_laws_of_its_kind_hold(answers: dict[str, Any], kind: str, name: str) -> None:
+    """Every law file of the kind tries it, and every family is in the matrix; all that was tried has passed."""
+    done: dict[str, list[str]] = answers["laws"][f"{kind} {name}"]
+    assert {law.split("::")[0] for law in done} == set(catalogue.kind_of(kind).laws)
+    if kind == "routing":
+        matrix = [set(families) for law, families in done.items() if "matrix" in law]
+        assert matrix == [set(FAMILIES)] * 2
+        assert any(law.endswith("test_an_optimizer_moves_it_and_the_moved_value_is_saved") for law in done)
 
-    listed = run(package, "-m", "pytest", "tests/matrix", "--collect-only", "-p", "no:cacheprovider")
-    for family in FAMILIES:
-        assert re.search(rf"coolest.*{family}|{family}.*coolest", listed), family
-    some = "coolest and (olmoe or deepseek_v3)"
-    passed = run(package, "-m", "pytest", "tests/matrix", "-v", "-p", "no:cacheprovider", "-k", some)
-    assert re.search(r"\b4 passed", passed), passed
-    assert "failed" not in passed
+
+def test_the_objective_is_what_its_page_says(answers: dict[str, Any]) -> None:
+    """1 - (.30, .36, .30, .34): rows (.4 .3 .2 .1), (.5 .1 .3 .1), (.1 .2 .3 .4), (.4 .4 .1 .1)."""
+    assert answers["purity"] == pytest.approx(0.675)
 
 
-def test_a_pruning_method_prunes_and_takes_part(package: Environment, tmp_path: Path) -> None:
-    from tests.tiny import write_model, write_text
-
-    write_model(tmp_path / "moe", "qwen3_moe")
-    write_text(tmp_path / "text", documents=20)
-    page = (ROOT / "docs" / "add-a-method.md").read_text()
-    prune, bench = re.findall(r"^moekit ((?:bench )?prune .*)$", page, flags=re.MULTILINE)
-    pruned = json.loads(run(package, *CLI, *prune.split(), "--json", folder=tmp_path))
+def test_the_commands_of_the_page_do_what_they_say(answers: dict[str, Any]) -> None:
+    (route,) = [line for line in answers["commands"] if line.startswith("route coolest ./moe")]
+    assert json.loads(said(answers, route))
+    (train,) = [line for line in answers["commands"] if line.startswith("train ./moe")]
+    assert json.loads(said(answers, train))["steps"] == 2
+    (prune,) = [line for line in answers["commands"] if line.startswith("prune ./moe")]
+    pruned = json.loads(said(answers, prune))
     assert pruned["method"] == "surest"
     assert all(len(layer["kept"]) == 4 for layer in pruned["layers"])
-    benched = json.loads(run(package, *CLI, *bench.split(), "--json", folder=tmp_path))
+    (bench,) = [line for line in answers["commands"] if line.startswith("bench prune")]
+    benched = json.loads(said(answers, bench))
     assert {"surest", "random", "frequency"} <= {r["name"] for r in benched["runs"]}
 
 
-def test_the_matrix_runs_a_pruning_method_on_every_family(package: Environment) -> None:
-    from tests.families import FAMILIES
-
-    listed = run(package, "-m", "pytest", "tests/matrix", "--collect-only", "-p", "no:cacheprovider", "-k", "surest")
-    for family in FAMILIES:
-        assert re.search(rf"surest.*{family}|{family}.*surest", listed), family
-    passed = run(package, "-m", "pytest", "tests/matrix", "-v", "-p", "no:cacheprovider", "-k", "surest and mixtral")
-    assert "passed" in passed
-    assert "failed" not in passed
-
-
-def test_the_documentation_has_its_page(package: Environment) -> None:
-    code = "import sys; sys.path.insert(0, 'docs'); import gen_methods, json; print(json.dumps(gen_methods.pages()))"
-    pages = json.loads(run(package, "-c", code))
+def test_the_documentation_has_their_pages(answers: dict[str, Any]) -> None:
+    pages = answers["pages"]
     assert "temperature" in pages["methods/routing-coolest.md"]
-    assert "routing-coolest.md" in pages["methods/index.md"]
-
-
-def test_a_kind_is_one_row_and_its_folder(package: Environment, tmp_path: Path) -> None:
-    from tests.tiny import write_model
-
-    assert re.search(r"fade +Scale the experts of a model down", run(package, *CLI, "--help"))
-    told = run(package, *CLI, "fade", "--help")
-    assert "--method" in told
-    assert "--set" in told
-    (record,) = json.loads(run(package, *CLI, "methods", "fade", "--json"))["methods"]
-    assert (record["name"], record["origin"]) == ("half", "fading")
-    write_model(tmp_path / "moe")
-    done = json.loads(run(package, *CLI, "fade", "moe", "faded", "--method", "half", "--json", folder=tmp_path))
-    assert done["factor"] == 0.5
-    recipe = "name: a\nout: run\nsteps: [{use: fade, model: moe, method: half}]\n"
-    (tmp_path / "recipe.yaml").write_text(recipe)
-    ran = json.loads(run(package, *CLI, "run", "recipe.yaml", "--json", folder=tmp_path))
-    assert ran["steps"]["fade"]["results"] == {"method": "half", "factor": 0.5}
-    assert (tmp_path / "run" / "fade" / "factor.txt").read_text() == "0.5\n"
-    code = "import sys; sys.path.insert(0, 'docs'); import gen_methods, json; print(json.dumps(gen_methods.pages()))"
-    pages = json.loads(run(package, "-c", code))
+    assert "learnable: learns tensors of its own" in pages["methods/routing-coolest.md"]
+    assert "Gini impurity" in pages["methods/objective-purest.md"]
+    assert "squared_gate_mass" in pages["methods/prune-surest.md"]
     assert "one half" in pages["methods/fade-half.md"]
-    assert "## Fading experts" in pages["methods/index.md"]
+    index = pages["methods/index.md"]
+    assert "## Fading experts" in index
+    assert all(f"({name}.md)" in index for name in ("routing-coolest", "objective-purest", "prune-surest", "fade-half"))
 
 
-def test_a_broken_entry_point_is_named(package: Environment, tmp_path: Path) -> None:
-    info = tmp_path / "broken-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[moekit.methods]\nbroken = absent_module\n")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
-    done = subprocess.run(
-        [sys.executable, *CLI, "methods"], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert "'broken' of the package broken does not import" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_kind_is_one_row_and_its_folder(answers: dict[str, Any]) -> None:
+    assert json.loads(said(answers, "fade"))["factor"] == 0.5
+    ran = json.loads(said(answers, "run"))
+    assert ran["steps"]["fade"]["results"] == {"method": "half", "factor": 0.5}
+
+
+def test_a_name_that_is_not_there_gets_the_near_one(answers: dict[str, Any]) -> None:
+    told = answers["commands"]["no such method"]
+    assert told["code"] == 2
+    assert "did you mean 'surest'?" in told["err"]
+
+
+def test_a_broken_entry_point_is_named(answers: dict[str, Any]) -> None:
+    told = answers["broken"]
+    assert told["code"] == 2
+    assert "'broken' of the package broken does not import" in told["err"]
+    assert "Traceback" not in told["err"]

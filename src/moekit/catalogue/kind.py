@@ -29,6 +29,7 @@ class Kind:
         axis: place of its methods in the survey's taxonomy, unless one says otherwise.
         line: what its command does, one sentence for `moekit --help`; "" where it has no command.
         job: name of its command and of its recipe step; "" where other jobs use its methods.
+        within: other commands that take its methods by name; their --help lists them.
         options: "module:Class" of the job's options (see `moekit.jobs.options.base.JobOptions`); "" without a job.
         laws: test files that hold every method of the kind to what it promises, from the root of the repository.
     """
@@ -40,6 +41,7 @@ class Kind:
     axis: Axis
     line: str = ""
     job: str = ""
+    within: tuple[str, ...] = ()
     options: str = ""
     laws: tuple[str, ...] = ()
 
@@ -114,6 +116,7 @@ OWN = (
         base="moekit.parallel.dispatcher:Dispatcher",
         title="Dispatchers between ranks",
         axis="communication",
+        within=("train", "evaluate"),
         laws=("tests/parallel/test_dispatch.py", "tests/parallel/test_models.py"),
     ),
     Kind(
@@ -122,6 +125,7 @@ OWN = (
         base="moekit.training.objectives.base:Objective",
         title="What training minimises",
         axis="training scheme",
+        within=("train",),
         laws=("tests/laws/test_objectives.py",),
     ),
     Kind(
@@ -130,6 +134,7 @@ OWN = (
         base="moekit.training.balancers.base:Balancer",
         title="Balancing without a loss",
         axis="gating",
+        within=("train",),
         laws=("tests/laws/test_balancers.py",),
     ),
     Kind(
@@ -138,6 +143,7 @@ OWN = (
         base="moekit.training.schedules.base:Schedule",
         title="Settings that move during training",
         axis="training scheme",
+        within=("train",),
         laws=("tests/laws/test_schedules.py",),
     ),
 )

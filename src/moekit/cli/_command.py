@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from moekit.cli._options import keyword_parameter, option_parameters, read_options
 from moekit.cli._terminal import Terminal
@@ -53,6 +53,7 @@ def build_command(
     name: str | None = None,
     help: str | None = None,
     extra: Sequence[inspect.Parameter] = (),
+    closing: Callable[[], str] | None = None,
 ) -> Command:
     """Turn `function(terminal, ...)` into a command with the common options.
 
@@ -62,6 +63,7 @@ def build_command(
         name: the command's name; the function's by default.
         help: help text; the function's docstring by default.
         extra: further parameters, handed to the function by keyword.
+        closing: last paragraph of the help text, made when --help is asked for.
     """
     common = _common()
     own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -84,8 +86,25 @@ def build_command(
         help=flowing(help or inspect.getdoc(function) or ""),
         epilog=_examples(examples),
         context_settings={"help_option_names": ["-h", "--help"]},
+        cls=ClosedCommand,
     )(call)
-    return typer.main.get_command(app)
+    command = typer.main.get_command(app)
+    assert isinstance(command, ClosedCommand)
+    command.closing = closing
+    return command
+
+
+class ClosedCommand(TyperCommand):
+    """A command whose help text may end with what takes long to look up."""
+
+    closing: Callable[[], str] | None = None
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Append the last paragraph, once."""
+        if self.closing is not None and (told := self.closing()):
+            self.help = f"{self.help}\n\n{told}"
+        self.closing = None
+        super().format_help(ctx, formatter)
 
 
 def _examples(lines: Sequence[str]) -> str:

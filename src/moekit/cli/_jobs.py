@@ -6,11 +6,13 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from moekit import catalogue
 from moekit.cli._command import build_command, build_method_group
 from moekit.cli._options import keyword_parameter, option_parameters, read_options
 from moekit.cli._terminal import Terminal
@@ -64,9 +66,17 @@ def command_of(job: Job, *, name: str | None = None) -> Any:
         name=name or job.name,
         help=told.help,
         extra=[*_parameters(options, told), *knobs],
+        closing=partial(methods_of, job.name),
     )
     _add_aliases(command, told)
     return command
+
+
+def methods_of(job: str) -> str:
+    """The methods that a job takes, by kind; "" for a job that takes none."""
+    rows = [kind for kind in catalogue.kinds() if job in (kind.job, *kind.within)]
+    named = [(kind, ", ".join(record.name for record in catalogue.methods(kind.name))) for kind in rows]
+    return "\n\n".join(f"{kind.title} (moekit methods {kind.name}): {names}." for kind, names in named)
 
 
 def job_command(name: str) -> Any:
