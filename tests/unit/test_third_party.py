@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from moekit import catalogue
+from tests import processes
 from tests.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,13 +25,12 @@ PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
 BLOCKS = dict(re.findall(r'```\w+ title="([\w./]+)"\n(.*?)```', PAGE, flags=re.DOTALL))
 
 
-def run(*command: object, folder: Path = ROOT) -> None:
-    """Run a process that must succeed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PIP_NO_INDEX": "1"}
-    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "src", ROOT)))
+def install(python: Path, package: Path) -> None:
+    """`pip install -e .`, without a network."""
+    quiet = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    command = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     done = subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+        command, cwd=package, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -48,9 +48,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (package / file).parent.mkdir(parents=True, exist_ok=True)
         (package / file).write_text(text)
     (package / "fading" / "methods" / "__init__.py").touch()
-    run(python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".", folder=package)
+    install(python, package)
     work = tmp_path_factory.mktemp("work")
-    run(python, "-m", "tests.third_party", work)
+    done = processes.python(
+        ["-m", "tests.third_party", work, site], cwd=ROOT, env={"COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads((work / "answers.json").read_text())
     return found
 
