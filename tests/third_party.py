@@ -1,14 +1,15 @@
 """What an installed package adds to moekit, asked in one process.
 
-`python -m tests.third_party FOLDER SITE` writes FOLDER/answers.json; SITE is the folder that pip installed into. It asks
-the command line and the builder of the documentation, and runs the laws of each kind on the package's methods. Which
-parameters pytest would try is read off the law functions themselves, so nothing is listed by hand.
+`python -m tests.third_party FOLDER SITE` writes FOLDER/answers.json; SITE is the folder that pip installed into. It
+asks the command line and the builder of the documentation, and runs the laws of each kind on the package's methods.
+Which parameters pytest would try is read off the law functions themselves, so nothing is listed by hand.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -28,7 +29,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Of a matrix over all families this one is run.
 FAMILY = "deepseek_v3"
-METHODS = (("routing", "coolest"), ("objective", "purest"), ("prune", "surest"))
+METHODS = (("routing", "coolest"), ("objective", "purest"), ("prune", "surest"), ("fade", "half"))
 
 
 def cli(*args: str) -> dict[str, Any]:
@@ -102,13 +103,27 @@ def fixtures(module: ModuleType, law: Callable[..., Any], values: dict[str, Any]
     return made
 
 
+def module_of(path: str) -> ModuleType:
+    """A law file, of moekit or of the package."""
+    if (ROOT / path).exists():
+        return importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    fading = importlib.import_module("fading").__file__
+    assert fading is not None
+    spec = importlib.util.spec_from_file_location("laws_of_fading", Path(fading).parents[1] / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def run_laws(kind: str, name: str) -> dict[str, list[str]]:
     """Law function -> the families (or "") it was run on; the first that fails ends everything."""
     from moekit.catalogue import kind_of
 
     done: dict[str, list[str]] = {}
     for path in kind_of(kind).laws:
-        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        module = module_of(path)
         for law_name, law in vars(module).items():
             if not law_name.startswith("test_"):
                 continue

@@ -84,15 +84,11 @@ def test_there_are_as_many_weights(record: MethodRecord) -> None:
     assert networks(converted(record)) == networks(dense())
 
 
-@pytest.mark.parametrize("record", of("stochastic"))
-def test_equal_seeds_give_equal_models_and_others_do_not(record: MethodRecord) -> None:
+@pytest.mark.parametrize("record", of())
+def test_the_seed_matters_where_it_is_said_to(record: MethodRecord) -> None:
     assert alike(converted.__wrapped__(record), converted(record))
-    assert any(not alike(converted(record, seed), converted(record)) for seed in range(4))
-
-
-@pytest.mark.parametrize("record", of(without=("stochastic",)))
-def test_the_seed_changes_nothing(record: MethodRecord) -> None:
-    assert alike(converted(record, 6), converted(record))
+    differ = any(not alike(converted(record, seed), converted(record)) for seed in range(4))
+    assert differ == ("stochastic" in record.traits)
 
 
 @pytest.mark.parametrize("record", of())

@@ -99,7 +99,7 @@ def test_a_trait_that_is_not_declared_fails_its_law() -> None:
         (test_weight_methods.test_the_seed_changes_nothing, _undeclared("prune", "random")),
         (test_weight_methods.test_experts_that_stay_are_what_they_were, catalogue.get("sparsify", "magnitude")),
         (test_weight_methods.test_as_many_weights_are_left, catalogue.get("prune", "frequency")),
-        (test_conversions.test_the_seed_changes_nothing, _undeclared("convert", "random")),
+        (test_conversions.test_the_seed_matters_where_it_is_said_to, _undeclared("convert", "random")),
         (test_conversions.test_there_are_as_many_weights, _undeclared("convert", "copy")),
         (test_conversions.test_there_are_more_weights, catalogue.get("convert", "weights")),
         (

@@ -100,6 +100,11 @@ def test_help_shows_each_and_its_options(answers: dict[str, Any]) -> None:
     assert "(moekit methods fade): half." in fade
 
 
+def test_the_laws_of_a_new_kind_hold(answers: dict[str, Any]) -> None:
+    law = "tests/test_fading.py::test_it_makes_experts_smaller_and_not_nothing"
+    assert answers["laws"]["fade half"] == {law: [""]}
+
+
 @pytest.mark.parametrize(("kind", "name"), [("routing", "coolest"), ("objective", "purest"), ("prune", "surest")])
 def test_the_laws_of_its_kind_hold(answers: dict[str, Any], kind: str, name: str) -> None:
     """Every law file of the kind tries it, and every family is in the matrix; all that was tried has passed."""

@@ -31,7 +31,7 @@ class Kind:
         job: name of its command and of its recipe step; "" where other jobs use its methods.
         within: other commands that take its methods by name; their --help lists them.
         options: "module:Class" of the job's options (see `moekit.jobs.options.base.JobOptions`); "" without a job.
-        laws: test files that hold every method of the kind to what it promises, from the root of the repository.
+        laws: test files that hold every method of the kind to what it promises, from the root of its repository.
     """
 
     name: str
