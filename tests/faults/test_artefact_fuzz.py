@@ -34,7 +34,7 @@ from moekit.recipe.schema import load_recipe
 from moekit.report.results import load_evaluation, load_replay
 from moekit.routing import RoutingPlan
 from moekit.runtime import detach, restore
-from moekit.serving.expert_sets.store import PatternStore
+from moekit.serving.expert_sets.store import ExpertSetStore
 from moekit.trace import Trace
 from tests.tiny import write_model, write_text
 
@@ -143,7 +143,7 @@ class Readers:
         _ = (plan.hash, plan.method, plan.outcomes)
 
     def expert_sets(self, folder: Path) -> None:
-        PatternStore(folder).load_all()
+        ExpertSetStore(folder).load_all()
 
     def evaluated(self, folder: Path) -> None:
         _ = load_evaluation(folder).perplexity

@@ -16,7 +16,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.profile import ProfileOptions
-from moekit.jobs.shared.estimates import SourceSizes as ByteSizes
+from moekit.jobs.shared.estimates import ByteSizes
 from moekit.trace import Recorder, Trace, record, record_generation
 from moekit.trace.attention_batch import AttentionBatch
 from moekit.trace.batch import TokenBatch
