@@ -67,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["route", "c2r", folder / "moe", folder / "plan", *traced],
         ["route", "c2r", folder / "moe", folder / "routed", *traced, "--write", "model"],
         ["prune", folder / "moe", *plan],
-        ["expert-sets", folder / "moe", "--task", "a", "--data", text, "-o", folder / "expert-sets"],
+        ["expert-sets", folder / "moe", "--task", "a", "--data", text, "-o", folder / "expert_sets"],
         ["evaluate", folder / "moe", folder / "evaluated", "--text", text],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as left:
