@@ -254,6 +254,16 @@ def stir(model: nn.Module, seed: int = 0) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
 
 
+def leftovers(model: nn.Module) -> list[str]:
+    """What parts, recording or expert parallelism left behind: private attributes, children, forwards, classes."""
+    found = []
+    for name, module in model.named_modules():
+        found += [f"{name}.{key}" for key in vars(module) if key.startswith("_moekit") or key == "forward"]
+        if "moekit_parts" in module._modules or hasattr(type(module), "stock_class"):
+            found.append(name)
+    return found
+
+
 def learned(model: nn.Module) -> dict[str, nn.Parameter]:
     """What parts learn: name -> parameter."""
     return {name: p for name, p in model.named_parameters() if "moekit_parts" in name}

@@ -82,12 +82,29 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model_alone() -> None:
     assert torch.equal(logits(model), stock)
 
 
-def test_experts_parts_choose_one_implementation_for_the_whole_model() -> None:
+def test_experts_parts_stay_whatever_implementation_transformers_is_told_to_use() -> None:
     model = build("qwen3_moe")
-    model.set_experts_implementation("eager")
-    eager = logits(model)
     attach(model, Gain(), layers=[0])
-    assert model.config._experts_implementation == "moekit"
-    assert torch.equal(logits(model), eager), "what was chosen before still computes"
+    stir(model)
+    changed = logits(model)
+    for implementation in ("eager", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        torch.testing.assert_close(logits(model), changed, atol=1e-5, rtol=1e-4)
     detach(model)
-    assert model.config._experts_implementation == "eager"
+    assert model.config._experts_implementation == "batched_mm"
+
+
+def test_what_another_library_set_as_forward_still_runs_inside_and_comes_back() -> None:
+    """As accelerate does where layers are moved between devices."""
+    model = build("qwen3_moe")
+    experts = find_moe_layers(model)[0].experts
+    calls, stock = [], experts.forward
+    own = experts.forward = lambda *args: calls.append(len(args[0])) or stock(*args)  # type: ignore[assignment]
+    before = logits(model)
+    attach(model, Gain())
+    stir(model)
+    assert not torch.equal(logits(model), before)
+    detach(model)
+    assert experts.forward is own
+    assert torch.equal(logits(model), before)
+    assert len(calls) > 2

@@ -130,6 +130,13 @@ def experts_in_layer(experts: nn.Module) -> int:
     return count if isinstance(count, int) else down.shape[0]
 
 
+def holds_all_experts(experts: nn.Module) -> bool:
+    """Whether this module holds all experts of its layer, not one rank's share."""
+    down = experts.down_proj
+    assert isinstance(down, torch.Tensor)
+    return down.shape[0] == experts_in_layer(experts)
+
+
 def ask_router(
     router: nn.Module, hidden_TH: torch.Tensor, *, stock: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:

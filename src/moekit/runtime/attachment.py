@@ -81,7 +81,7 @@ def attach(
     base = base_parts(model, list(found.values()))
     try:
         for ready in prepared:
-            hang(ready, part, base.tracker, model)
+            hang(ready, part, base.tracker)
         if shared is not None:
             base.get_submodule(part.slot).add_module(type(part).__name__, shared)
         keep_out_of_shards(model, base)
@@ -185,7 +185,7 @@ def _take_off(model: nn.Module, ons: list[PartOnLayer]) -> None:
             for name, child in list(slot_parts.named_children()):
                 if id(child) not in still:
                     delattr(slot_parts, name)
-    strip(model, {on.part.slot for on in rest})
+    strip(model)
     if parts is not None and base is not None:
         if rest:
             keep_out_of_shards(model, parts)
@@ -216,7 +216,7 @@ def reattach(model: nn.Module, attachment: Attachment) -> None:
         gate = None
         if attachment.part.slot == "router":
             gate = Gate(identify_gate(found[index]), found[index].require_router())
-        hang(Prepared(found[index], on, gate), attachment.part, base.tracker, model)
+        hang(Prepared(found[index], on, gate), attachment.part, base.tracker)
     if attachment.shared is not None:
         base.get_submodule(attachment.part.slot).add_module(type(attachment.part).__name__, attachment.shared)
     keep_out_of_shards(model, base)

@@ -1,27 +1,35 @@
 """Experts parts: how a layer's experts are computed.
 
-transformers chooses an experts implementation by name; "moekit" walks the parts of the layer, the last attached first,
-and ends at the implementation that was chosen before.
+A layer has one list of parts, and a call of its experts walks it from outside to inside:
+
+    parts that watch (recording), the last that came first
+    parts of a record, the last attached first
+    parts that stand in for the experts (expert parallelism)
+    the family's own experts, by whatever implementation transformers is told to use
+
+Those in the middle are configs that a checkpoint names (`ExpertsPart`); the others come and go and are never saved
+(`TransientPart`). Each is given what to compute and `run`, which computes it as without this part.
 
 Legend: T tokens, K choices a token, H hidden.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moekit.anatomy.probe import Geometry
+from moekit.checkpoint.names import PARTS
 from moekit.errors import UnsupportedModel
 from moekit.runtime.inputs import PartInputs
 from moekit.runtime.part import RuntimePart, Slot
-from moekit.runtime.slots import PartOnLayer, slot_of
-
-IMPLEMENTATION = "moekit"
+from moekit.runtime.slots import PartOnLayer, SlotParts, slot_of
 
 # (hidden [T, H], indices [T, K], weights [T, K]) -> output [T, H]
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,7 +40,7 @@ class ExpertsInputs(PartInputs):
     """What an experts part sees.
 
     Attributes:
-        module: the experts module, for its weights.
+        module: the experts module, for its weights; where experts lie on ranks it holds this rank's only.
         hidden_TH: tokens.
         index_TK: chosen experts; E is "no expert".
         weights_TK: their weights.
@@ -47,9 +55,15 @@ class ExpertsInputs(PartInputs):
 
 
 class ExpertsPart(RuntimePart):
-    """A part that computes a layer's experts, or changes what goes in and comes out."""
+    """A part that computes a layer's experts, or changes what goes in and comes out.
+
+    Attributes:
+        reads_weights: whether it looks at the experts' own weights; one that does not computes them by `run` alone, and
+            so works where they lie on ranks, too.
+    """
 
     slot: ClassVar[Slot] = "experts"
+    reads_weights: ClassVar[bool] = True
 
     @abstractmethod
     def compute(self, inputs: ExpertsInputs) -> Tensor:
@@ -60,29 +74,99 @@ class ExpertsPart(RuntimePart):
         """The same by the plain formula, one expert after the other, in fp32: [T, H] fp32. Slow; for tests."""
 
 
-def _walk(module: nn.Module, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The experts implementation "moekit"."""
-    slot = slot_of(module)
-    if slot is None:
+class TransientPart(ABC):
+    """An experts part of one layer that comes and goes: no config, no place in a checkpoint, nothing learned.
+
+    Attributes:
+        layer: decoder layer index.
+        geometry: sizes of the layer.
+        watches: whether it stands outside of all others and sees the calls as the block makes them; by default it
+            stands inside, in the experts' place.
+    """
+
+    watches: ClassVar[bool] = False
+
+    layer: int
+    geometry: Geometry
+
+    @abstractmethod
+    def compute(self, inputs: ExpertsInputs) -> Tensor:
+        """See `ExpertsPart.compute`."""
+
+
+class ExpertsWithParts(nn.Module):
+    """Mixin that walks a layer's parts; combined with the stock experts class while there are any."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The experts' weighted sums as all parts together make them, shaped like the hidden states."""
+        slot = self._modules[PARTS]
+        assert isinstance(slot, SlotParts)
+        own = slot.own_forward or super().forward
+        names = _arguments(type(self).stock_class)  # type: ignore[attr-defined]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        hidden, index, weights = (given.pop(name) for name in names[:3])
+        rows = _rows(hidden), _rows(index), _rows(weights)
+
+        def run(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+            answer: Tensor = own(hidden_TH, index_TK, weights_TK, **given)
+            return answer
+
+        run_all: Run = run
+        for part in slot.from_inside():
+            run_all = functools.partial(_through, part, self, run_all)
+        answer = run_all(*rows)
+        return answer if answer.shape == hidden.shape else answer.view(hidden.shape)
+
+
+@functools.cache
+def _arguments(stock: type[nn.Module]) -> tuple[str, ...]:
+    """Names of what a family's experts are called with: hidden states, indices, weights, and anything beyond."""
+    return tuple(inspect.signature(stock.forward).parameters)[1:]
+
+
+def refuse_other_calls(experts: nn.Module, layer: int) -> None:
+    """Refuse experts that are not called with hidden states, indices and weights.
+
+    Raises:
+        UnsupportedModel: they are called in another way.
+    """
+    names = _arguments(type(experts))  # type: ignore[arg-type]
+    if len(names) < 3:
         raise UnsupportedModel(
-            f'the experts implementation "{IMPLEMENTATION}" runs parts, but {type(module).__name__} carries none',
-            hint="attach parts by moekit.runtime.attach, which chooses the implementation itself",
+            f"{type(experts).__name__} is called with {', '.join(names)}, not with hidden states, indices and weights",
+            layer=layer,
+            hint="experts parts, recording and expert parallelism need this family's experts to follow the contract",
         )
 
-    def run(position: int) -> Run:
-        parts: Sequence[PartOnLayer] = slot.of_layer()
-        if position < 0:
-            return lambda *given: chosen(module, slot.chosen)(*given)
-        on = parts[position]
-        assert isinstance(on.part, ExpertsPart)
-        part, inner = on.part, run(position - 1)
 
-        def compute(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-            return part.compute(inputs_of(on, module, hidden_TH, index_TK, weights_TK, inner))
+def _rows(values: Tensor) -> Tensor:
+    """[T, ...]: the very tensor where it is that already, so that others may know it again."""
+    return values if values.dim() == 2 else values.reshape(-1, values.shape[-1])
 
-        return compute
 
-    return run(len(slot.of_layer()) - 1)(hidden_TH, index_TK, weights_TK)
+def _through(
+    part: PartOnLayer | TransientPart,
+    module: nn.Module,
+    run: Run,
+    hidden_TH: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
+    """What one part makes of a call, given what is inside of it."""
+    if isinstance(part, PartOnLayer):
+        assert isinstance(part.part, ExpertsPart)
+        return part.part.compute(inputs_of(part, module, hidden_TH, index_TK, weights_TK, run))
+    return part.compute(
+        ExpertsInputs(
+            layer=part.layer,
+            geometry=part.geometry,
+            module=module,
+            hidden_TH=hidden_TH,
+            index_TK=index_TK,
+            weights_TK=weights_TK,
+            run=run,
+        )
+    )
 
 
 def inputs_of(
@@ -99,19 +183,3 @@ def inputs_of(
         run=run,
         **on.common(slot.tracker),
     )
-
-
-def chosen(module: nn.Module, name: str) -> Run:
-    """A layer's experts by an implementation's name.
-
-    Raises:
-        UnsupportedModel: the experts do not follow transformers' experts interface.
-    """
-    eager = getattr(type(module).forward, "__wrapped__", None)
-    if eager is None:
-        raise UnsupportedModel(f"{type(module).__name__} does not go through transformers' experts interface")
-    function = eager if name == "eager" else ALL_EXPERTS_FUNCTIONS[name]
-    return lambda hidden_TH, index_TK, weights_TK: function(module, hidden_TH, index_TK, weights_TK)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _walk)

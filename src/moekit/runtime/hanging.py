@@ -1,4 +1,4 @@
-"""How parts hang in a live model: children, swapped classes, the experts implementation, what stays out of shards."""
+"""How parts hang in a live model: children, swapped classes, what stays out of shards."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from transformers import PreTrainedModel
 from moekit.anatomy.gate import Gate
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.checkpoint.names import PARTS
-from moekit.errors import UnsupportedModel
 from moekit.runtime.attention import attention_modules
 from moekit.runtime.block import BlockWithParts
-from moekit.runtime.experts import IMPLEMENTATION
+from moekit.runtime.experts import ExpertsWithParts, TransientPart, refuse_other_calls
 from moekit.runtime.part import RuntimePart, Slot
 from moekit.runtime.router import RouterWithParts
 from moekit.runtime.slots import BaseParts, PartOnLayer, SlotParts, parts_on, slot_of, slots_in, subclass_with
 from moekit.runtime.tracker import PassTracker
 
-_MIXINS: dict[Slot, type[nn.Module]] = {"router": RouterWithParts, "block": BlockWithParts}
+_MIXINS: dict[Slot, type[nn.Module]] = {"router": RouterWithParts, "experts": ExpertsWithParts, "block": BlockWithParts}
 
 
 @dataclass
@@ -40,33 +39,66 @@ def module_of(layer: MoELayer, slot: Slot) -> nn.Module:
     return layer.experts if slot == "experts" else layer.block
 
 
-def hang(ready: Prepared, part: RuntimePart, tracker: PassTracker, model: nn.Module) -> None:
+def hang(ready: Prepared, part: RuntimePart, tracker: PassTracker) -> None:
     """Hang one prepared part on its layer."""
-    module = module_of(ready.layer, part.slot)
-    if part.slot == "experts":
-        _choose_implementation(model, tracker)
-    elif slot_of(module) is None:
-        module.add_module(PARTS, SlotParts(tracker, ready.gate))
-        module.__class__ = subclass_with(_MIXINS[part.slot], type(module))
-    slot = slot_of(module)
-    assert slot is not None
+    slot = _opened(ready.layer, part.slot)
+    slot.tracker = tracker
+    slot.gate = ready.gate or slot.gate
     slot.add_module(type(part).__name__, ready.on)
     if part.slot != "block":
         let_choose_none(ready.layer.experts, True)
 
 
-def _choose_implementation(model: nn.Module, tracker: PassTracker) -> None:
-    """Let transformers call parts for every layer's experts: the name of an implementation is the whole model's."""
-    layers = [layer for layer in find_moe_layers(model) if slot_of(layer.experts) is None]
-    if not layers:
+def _opened(layer: MoELayer, kind: Slot) -> SlotParts:
+    """What parts hang on in a layer; made, with the module's class swapped, if there are none yet."""
+    module = module_of(layer, kind)
+    slot = slot_of(module)
+    if slot is None:
+        slot = SlotParts()
+        if kind == "experts":
+            refuse_other_calls(module, layer.index)
+            slot.own_forward = module.__dict__.pop("forward", None)
+        module.add_module(PARTS, slot)
+        module.__class__ = subclass_with(_MIXINS[kind], type(module))
+    return slot
+
+
+def _close_empty(module: nn.Module, slot: SlotParts) -> None:
+    """Give a module without parts its stock class back."""
+    if slot.of_layer():
         return
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModel("experts parts need a whole transformers model")
-    before = model.get_experts_implementation()
-    for layer in layers:
-        name = before if isinstance(before, str) else before.get("", "eager")
-        layer.experts.add_module(PARTS, SlotParts(tracker, chosen=name or "eager"))
-    model.set_experts_implementation(IMPLEMENTATION)
+    slot.tracker = None
+    if slot.transient:
+        return
+    delattr(module, PARTS)
+    module.__class__ = type(module).stock_class  # type: ignore[attr-defined]
+    if slot.own_forward is not None:
+        module.forward = slot.own_forward
+
+
+@dataclass(frozen=True, eq=False)
+class Laid:
+    """A part that was laid on a layer's experts; `remove` takes it off, as with torch's hooks."""
+
+    experts: nn.Module
+    part: TransientPart
+
+    def remove(self) -> None:
+        """Take it off, whatever came after it; twice does nothing."""
+        slot = slot_of(self.experts)
+        if slot is not None and self.part in slot.transient:
+            slot.transient.remove(self.part)
+            _close_empty(self.experts, slot)
+
+
+def lay(layer: MoELayer, part: TransientPart) -> Laid:
+    """Let a part that comes and goes compute a layer's experts; where it stands, `moekit.runtime.experts` says.
+
+    Raises:
+        UnsupportedModel: the family's experts do not follow the contract.
+    """
+    _opened(layer, "experts").transient.append(part)
+    return Laid(layer.experts, part)
 
 
 def let_choose_none(experts: nn.Module, wanted: bool) -> None:
@@ -116,17 +148,10 @@ def keep_out_of_shards(model: nn.Module, parts: BaseParts) -> None:
         module._keys_to_ignore_on_save = {*(before or ()), *ours}
 
 
-def strip(model: nn.Module, left: set[Slot]) -> None:
-    """Give stock classes back to modules without parts, and the implementation before to experts without any."""
+def strip(model: nn.Module) -> None:
+    """Give stock classes back to modules without parts."""
     for module, slot in list(slots_in(model)):
-        stock = getattr(type(module), "stock_class", None)
-        if stock is not None and not slot.of_layer():
-            delattr(module, PARTS)
-            module.__class__ = stock
-        elif stock is None and "experts" not in left:
-            delattr(module, PARTS)
-            assert isinstance(model, PreTrainedModel)
-            model.set_experts_implementation(slot.chosen)
+        _close_empty(module, slot)
     for layer in find_moe_layers(model):
         if not parts_on(layer.router) and not parts_on(layer.experts):
             let_choose_none(layer.experts, False)

@@ -171,7 +171,8 @@ def _plain(gate: Gate, logits: Tensor, answer: tuple[Tensor, Tensor, Tensor]) ->
     return Routed(*gate(logits))
 
 
-def _with_losses(tracker: PassTracker, layer: int, weights_TK: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
+def _with_losses(tracker: PassTracker | None, layer: int, weights_TK: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
+    assert tracker is not None  # it came with the parts that lose
     total = torch.stack([value.float() for value in losses.values()]).sum()
     if not tracker.repeating:
         tracker.losses |= {(layer, name): value.detach() for name, value in losses.items()}

@@ -7,7 +7,7 @@ registered below it, so that optimizers, DDP, FSDP and peft find it; constants a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from moekit.runtime.part import RuntimePart
 
 if TYPE_CHECKING:
     from moekit.anatomy.gate import Gate
+    from moekit.runtime.experts import TransientPart
     from moekit.runtime.tracker import PassTracker
 
 
@@ -70,7 +71,7 @@ class PartOnLayer(nn.Module):
         for name, tensor in prepared.items():
             self.register_buffer(f"c_{name}", tensor if device is None else tensor.to(device), persistent=False)
 
-    def common(self, tracker: PassTracker) -> dict[str, Any]:
+    def common(self, tracker: PassTracker | None) -> dict[str, Any]:
         """What the part sees in every pass: see `moekit.runtime.inputs.PartInputs`."""
         return {
             "layer": self.layer,
@@ -86,21 +87,38 @@ class SlotParts(nn.Module):
     """The parts of one router, experts module or block, in the order in which they act.
 
     Attributes:
-        tracker: knows the forward pass under way.
+        tracker: knows the forward pass under way; None where no part of a record is attached.
         gate: of a router: the family's own.
-        chosen: of experts: the implementation that was chosen before.
+        transient: of experts: parts that come and go, in the order in which they came.
+        own_forward: of experts: a forward of the module's own that another library had set on it (accelerate does); it
+            stands inside of all parts.
     """
 
-    def __init__(self, tracker: PassTracker, gate: Gate | None = None, chosen: str = "") -> None:
+    def __init__(
+        self,
+        tracker: PassTracker | None = None,
+        gate: Gate | None = None,
+        own_forward: Callable[..., Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.tracker = tracker
         self.gate = gate
-        self.chosen = chosen
+        self.transient: list[TransientPart] = []
+        self.own_forward = own_forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model takes along: whoever watches this one does not watch the copy."""
+        return {**vars(self), "transient": [part for part in self.transient if not part.watches]}
 
     def of_layer(self) -> list[PartOnLayer]:
         """The parts, in the order in which they act."""
         parts = [child for child in self.children() if isinstance(child, PartOnLayer)]
         return sorted(parts, key=lambda on: (stage_number(on.part), on.order))
+
+    def from_inside(self) -> list[PartOnLayer | TransientPart]:
+        """All parts of experts, from the one that is nearest to the family's own to the one that is called first."""
+        inside = [part for part in self.transient if not part.watches]
+        return [*inside, *self.of_layer(), *(part for part in self.transient if part.watches)]
 
 
 class BaseParts(nn.Module):

@@ -247,4 +247,4 @@ def tracker_of(model: nn.Module) -> PassTracker | None:
     """The tracker of a model with parts; None without."""
     from moekit.runtime.slots import slots_in
 
-    return next((slot.tracker for _, slot in slots_in(model)), None)
+    return next((slot.tracker for _, slot in slots_in(model) if slot.tracker is not None), None)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moekit.anatomy.probe import holds_all_experts
+from moekit.runtime.slots import parts_on
 from moekit.trace.batch import ExpertBatch
 
 # One expert on some tokens: (expert, inputs [n, H]) -> (inputs of the down projection [n, I] or None, outputs [n, H])
@@ -30,15 +32,15 @@ def plain_expert(module: Any, leaves: dict[str, Tensor] | None = None) -> OneExp
         leaves: where given, one expert's weights are put here by name as leaves of the graph, to be differentiated by.
 
     Returns:
-        None for a module that computes in another way: quantized, adapted, spread over ranks.
+        None for a module that computes in another way: quantized, adapted, spread over ranks, with parts attached.
     """
     flags = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
     implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
     up_name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
     weights = [getattr(module, name, None) for name in (up_name, "down_proj")]
     wide = all(isinstance(w, nn.Parameter) and w.dim() == 3 and w.dtype.itemsize > 1 for w in weights)
-    whole = wide and weights[0].shape[0] == module.num_experts  # type: ignore[union-attr]
-    if not flags or not whole or implementation not in (*_STOCK, "moekit_recording"):
+    whole = wide and holds_all_experts(module)
+    if not flags or not whole or implementation not in _STOCK or parts_on(module):
         return None
 
     def leaf(name: str, expert: int) -> Tensor:

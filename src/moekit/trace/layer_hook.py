@@ -1,10 +1,10 @@
 """A layer hook sees what one decoder layer is given and gives, without changing it.
 
-It sits on the experts module as a forward hook, or as an experts implementation registered with transformers that
-delegates to the one chosen before; what else statistics look at is fetched by a probe for each source. Outputs of
-single experts are asked for only where a statistic reads them, and only for the tokens routed to them. Hooks leave the
-layer's output untouched and so compute the routed experts twice; an implementation adds the single outputs up itself,
-and the layer's output equals the stock one up to rounding.
+It is an experts part that watches: it stands outside of every other part, sees what the block gives its experts, and
+lets them compute. What else statistics look at is fetched by a probe for each source. Outputs of single experts are
+asked for only where a statistic reads them, and only for the tokens routed to them. By default the layer's output is
+left untouched, so that the routed experts are computed twice; `once` adds the single outputs up instead, and the
+layer's output equals the stock one up to rounding.
 
 Legend: T positions of a forward pass, N of them no padding, K choices a token, E experts, H hidden.
 """
@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from moekit.anatomy.probe import holds_all_experts
 from moekit.errors import BadData, UnsupportedModel
+from moekit.runtime.experts import ExpertsInputs, Run, TransientPart
+from moekit.runtime.hanging import lay
 from moekit.trace.batch import ExpertBatch, TokenBatch
 from moekit.trace.each_expert import Figures, OneExpert, delegated, each_expert, plain_expert
 from moekit.trace.meta import index_dtype
-from moekit.trace.seam import Experts, read_arguments
 from moekit.trace.sources.all_experts import all_outputs
 from moekit.trace.sources.attention import AttentionProbe
-from moekit.trace.sources.base import ForwardPass, Place, Probe
+from moekit.trace.sources.base import ForwardPass, Place, Probe, Removable
 from moekit.trace.sources.gradients import GradientProbe, gradient_batches
 from moekit.trace.sources.streams import (
     BlockProbe,
@@ -77,22 +78,27 @@ class _Call:
     hidden_NH: Tensor | None
     index_NK: Tensor
     weights_NK: Tensor
+    run: Run | None = None
     figures: Figures | None = None
 
 
-class LayerHook:
+class LayerHook(TransientPart):
     """Sees one layer.
 
     Args:
         place: the layer.
         statistics: those to measure while the pass runs, because they read more than choices and weights.
+        once: compute single experts' outputs once where a statistic reads them, and give their sum on.
 
     Raises:
         UnsupportedModel: the layer does not show what a statistic reads.
     """
 
-    def __init__(self, place: Place, statistics: Sequence[Statistic]) -> None:
-        self.place = place
+    watches = True
+
+    def __init__(self, place: Place, statistics: Sequence[Statistic], *, once: bool = False) -> None:
+        self.place, self.layer, self.geometry = place, place.index, place.geometry
+        self._once = once
         self.buffer: LayerBuffer | None = None
         self._entries = list(statistics)
         self._by_token = [s for s in statistics if s.of_expert is None and "all_outputs" not in s.sources]
@@ -120,41 +126,39 @@ class LayerHook:
             probe.active = current is not None
             probe.clear()
 
-    def hooks(self, *, on_experts: bool) -> Iterator[RemovableHandle]:
-        """Install the hooks; `on_experts` False where the experts implementation sees the calls."""
+    def hooks(self) -> Iterator[Removable]:
+        """Install what sees the layer.
+
+        Raises:
+            UnsupportedModel: a statistic runs experts one by one, but they lie on several ranks.
+        """
         for probe in self._probes:
             yield from probe.hooks()
-        if on_experts and self.place.moe is not None:
-            yield self.place.moe.experts.register_forward_pre_hook(self._on_experts, with_kwargs=True)
+        if self.place.moe is not None:
+            if (self._runs_experts or self._by_all) and not holds_all_experts(self.place.moe.experts):
+                raise UnsupportedModel(
+                    "the experts lie on several ranks, which would have to run each of them in step",
+                    layer=self.layer,
+                    hint="record outputs of single experts in one process, or leave out statistics of them",
+                )
+            yield lay(self.place.moe, self)
         if self._entries or self.place.moe is None:
             yield self.place.decoder.register_forward_hook(self._on_decoder)
 
-    def implementation(self, chosen: Experts) -> Experts:
-        """The experts' forward that records and delegates to `chosen`."""
-        one = self._one(chosen)
-
-        def forward(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-            if self._pass is None:
-                return chosen(hidden_TH, index_TK, weights_TK)
-            call = self._see(hidden_TH.detach(), index_TK, weights_TK.detach())
-            if call is not None and self._runs_experts and not torch.is_grad_enabled():
-                return self._pass.put(self._ask(call, one, add_up=True), hidden_TH)
-            self._ask(call, self._one(chosen))
-            return chosen(hidden_TH, index_TK, weights_TK)
-
-        return forward
-
-    def _one(self, chosen: Experts) -> OneExpert:
-        return plain_expert(self.place.require_moe().experts) or delegated(chosen)
-
-    def _on_experts(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def compute(self, inputs: ExpertsInputs) -> Tensor:
+        """What the experts give, looked at."""
+        given = inputs.hidden_TH, inputs.index_TK, inputs.weights_TK
         if self._pass is None:  # recomputation under activation checkpointing, say
-            return
-        moe = self.place.require_moe()
-        hidden_TH, index_TK, weights_TK = read_arguments(moe, args, kwargs)
-        call = self._see(hidden_TH.detach(), index_TK, weights_TK.detach())
-        # `forward`, not the module itself, whose hooks would see this call
-        self._ask(call, self._one(moe.experts.forward))
+            return inputs.run(*given)
+        call = self._see(inputs)
+        one = self._one(inputs.run)
+        if call is not None and self._once and self._runs_experts and not torch.is_grad_enabled():
+            return self._pass.put(self._ask(call, one, add_up=True), inputs.hidden_TH)
+        self._ask(call, one)
+        return inputs.run(*given)
+
+    def _one(self, run: Run) -> OneExpert:
+        return plain_expert(self.place.require_moe().experts) or delegated(run)
 
     def _on_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._pass is None:
@@ -166,7 +170,8 @@ class LayerHook:
         if self.gradients is None:
             self.measure()
 
-    def _see(self, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> _Call | None:
+    def _see(self, inputs: ExpertsInputs) -> _Call | None:
+        hidden_TH, index_TK, weights_TK = inputs.hidden_TH.detach(), inputs.index_TK, inputs.weights_TK.detach()
         assert self._pass is not None
         if self.buffer is not None or index_TK.shape[0] != self._pass.positions:
             what = "twice" if self.buffer is not None else f"on {index_TK.shape[0]} positions"
@@ -183,7 +188,7 @@ class LayerHook:
         extremes = torch.stack(torch.aminmax(index_NK)).long()
         self.buffer = LayerBuffer(small_NK, weights_NK, extremes, [weights_NK.sum(dtype=torch.float32)])
         if self._entries:
-            self._call = _Call(self._pass.keep(hidden_TH), index_NK.long(), weights_NK)
+            self._call = _Call(self._pass.keep(hidden_TH), index_NK.long(), weights_NK, inputs.run)
         return self._call
 
     def _empty(self, entries: Sequence[Statistic], device: torch.device) -> LayerStatistics:
@@ -263,8 +268,8 @@ class LayerHook:
         )
         buffer.measured.append(self._empty([], call.index_NK.device).measure(seen, self._by_token))
         if self._by_all:
-            moe = self.place.require_moe()
+            assert call.run is not None
             kept = self._empty(self._by_all, call.index_NK.device)
-            for chunk in all_outputs(self._one(moe.experts.forward), seen):
+            for chunk in all_outputs(self._one(call.run), seen):
                 kept.add(kept.measure(chunk, self._by_all))
             buffer.measured.append(dict(kept))

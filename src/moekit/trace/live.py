@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.fingerprint import fingerprint_model, provenance_of
 from moekit.checkpoint.record import ancestors
 from moekit.errors import BadConfig, BadData, MoekitError, UnsupportedModel
@@ -29,8 +27,8 @@ from moekit.trace.layer_hook import LayerHook
 from moekit.trace.meta import tokenizer_hash
 from moekit.trace.recording import Recording, RecordingOptions
 from moekit.trace.rows import Labels, RowCounter, RowSource, read_batch, rows_of_pass
-from moekit.trace.seam import chosen_implementation, redirect, refuse_compiled, routing_of
-from moekit.trace.sources.base import ForwardPass
+from moekit.trace.seam import refuse_compiled, routing_of
+from moekit.trace.sources.base import ForwardPass, Removable
 from moekit.trace.sources.gradients import differentiate
 from moekit.trace.sources.places import recorded_places
 from moekit.trace.store import Trace
@@ -72,7 +70,7 @@ class Recorder:
         self.counter = RowCounter()
         self._entries = recording.entries
         self._places = recorded_places(model, recording.layers, routed=recording.routed)
-        self._hooks = [LayerHook(place, recording.early) for place in self._places]
+        self._hooks = [LayerHook(place, recording.early, once=recording.via == "experts") for place in self._places]
         self._accumulators = [
             LayerAccumulator(
                 place, self._entries, keep_choices=recording.keeps_choices, keep_weights=recording.keeps_weights
@@ -98,8 +96,7 @@ class Recorder:
         self._gradients = [hook.gradients for hook in self._hooks if hook.gradients is not None]
         self._held: ForwardPass | None = None
         self._fault: MoekitError | None = None
-        self._handles: list[RemovableHandle] = []
-        self._undo: Callable[[], None] | None = None
+        self._handles: list[Removable] = []
 
     def __enter__(self) -> Recorder:
         if self._handles:
@@ -120,27 +117,16 @@ class Recorder:
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._end))
         for hook in self._hooks:
-            self._handles.extend(hook.hooks(on_experts=self.recording.via == "hooks"))
+            self._handles.extend(hook.hooks())
         if self._gradients:
             # So that there is a way back from the loss even where no parameter learns.
             embedding = self.model.get_input_embeddings()  # type: ignore[operator]
             self._handles.append(embedding.register_forward_hook(_learns))
-        if self.recording.via == "experts":
-            if not isinstance(self.model, PreTrainedModel):
-                raise BadConfig(f"{type(self.model).__name__} is no transformers model", hint='use via="hooks"')
-            # The layers that are not recorded share the config that names the implementation: they must answer too.
-            chosen = {layer.experts: chosen_implementation(layer) for layer in find_moe_layers(self.model)}
-            recorded = [(hook, hook.place.moe.experts) for hook in self._hooks if hook.place.moe is not None]
-            hooks = {experts: hook.implementation(chosen[experts]) for hook, experts in recorded}
-            self._undo = redirect(self.model, chosen | hooks)
 
     def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
         self._forget()
 
     def _forget(self) -> None:

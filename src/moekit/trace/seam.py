@@ -8,27 +8,20 @@ Legend: T positions of a forward pass, K choices a token, P (token, choice) pair
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moekit.anatomy.probe import MoELayer, ask_router, find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.runtime.slots import parts_on
 from moekit.trace.meta import STOCK_ROUTING
 
-IMPLEMENTATION = "moekit_recording"
-_TAP = "_moekit_tap"
 # Median deviation of log ratios; bf16 weights round by up to 0.004.
 SIGMOID_TOLERANCE = 0.02
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
-
-# (hidden [T, H], indices [T, K], weights [T, K]) -> output [T, H]
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def read_arguments(layer: MoELayer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,50 +138,3 @@ def residual_scale(model: nn.Module, layer: MoELayer) -> float:
     decoder = decoder_layer(model, layer)
     scale = getattr(decoder, "residual_multiplier", 1.0)
     return float(scale) if isinstance(scale, (int, float)) else 1.0
-
-
-def _recording_forward(module: nn.Module, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The experts implementation that transformers calls while a recorder is installed."""
-    experts: Experts = module.__dict__[_TAP]
-    return experts(hidden_TH, index_TK, weights_TK)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _recording_forward)
-
-
-def chosen_implementation(layer: MoELayer) -> Experts:
-    """Forward of a layer's experts by the implementation that is chosen now.
-
-    Raises:
-        UnsupportedModel: the experts do not follow transformers' experts interface.
-    """
-    module = layer.experts
-    name = getattr(getattr(module, "config", None), "_experts_implementation", None)
-    eager = getattr(type(module).forward, "__wrapped__", None)
-    if name is None or eager is None:
-        raise UnsupportedModel(
-            f"{type(module).__name__} does not go through transformers' experts interface",
-            layer=layer.index,
-            hint='record by hooks (via="hooks")',
-        )
-    function = eager if name == "eager" else ALL_EXPERTS_FUNCTIONS[name]
-    return lambda hidden_TH, index_TK, weights_TK: function(module, hidden_TH, index_TK, weights_TK)
-
-
-def redirect(model: PreTrainedModel, experts: Mapping[nn.Module, Experts]) -> Callable[[], None]:
-    """Make transformers call these functions instead of the experts' own forward.
-
-    Returns:
-        What undoes it.
-    """
-    before = model.get_experts_implementation()
-    for module, function in experts.items():
-        module.__dict__[_TAP] = function
-    model.set_experts_implementation(IMPLEMENTATION)
-
-    def undo() -> None:
-        model.set_experts_implementation(before)
-        for module in experts:
-            module.__dict__.pop(_TAP, None)
-
-    return undo

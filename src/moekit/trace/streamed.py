@@ -36,7 +36,6 @@ from moekit.trace.meta import STOCK_ROUTING, tokenizer_hash
 from moekit.trace.recording import Recording
 from moekit.trace.resuming import note, resume
 from moekit.trace.rows import RowCounter, read_batch, rows_of_pass
-from moekit.trace.seam import chosen_implementation, redirect
 from moekit.trace.sources.base import ForwardPass, Place
 from moekit.trace.sources.places import dense_place, moe_place
 from moekit.trace.statistics import LayerStatistics
@@ -199,25 +198,17 @@ class Streamed:
     @contextlib.contextmanager
     def recording_at(self, place: Place) -> Iterator[LayerRecording]:
         """See a loaded layer for as long as the block lasts."""
-        hook = LayerHook(place, self.asked.early)
+        hook = LayerHook(place, self.asked.early, once=True)
         accumulator = LayerAccumulator(
             place, self.entries, keep_choices=self.keep_choices, keep_weights=self.keep_weights
         )
-        undo = None
-        if place.moe is not None:
-            # Experts outside transformers' interface are seen by hooks.
-            with contextlib.suppress(UnsupportedModel):
-                chosen = chosen_implementation(place.moe)
-                undo = redirect(self.loader.model, {place.moe.experts: hook.implementation(chosen)})
-        handles = list(hook.hooks(on_experts=undo is None))
+        handles = list(hook.hooks())
         try:
             yield LayerRecording(place, hook, accumulator)
         finally:
             hook.begin(None)
             for handle in handles:
                 handle.remove()
-            if undo is not None:
-                undo()
 
     def trace(
         self, *, tokenizer: PreTrainedTokenizerBase | None = None, source: str = "", seed: int | None = None

@@ -14,6 +14,7 @@ from moekit.data.batches import Batch
 from moekit.errors import BadConfig, BadData, NumericFault, UnsupportedModel
 from moekit.trace import Recorder, record
 from tests.families import EXPERTS, FAMILIES, TOP_K, VOCAB, build, logits, tokens
+from tests.parts import leftovers
 from tests.unit.trace.samples import Spy, same_trace
 
 LENGTHS = (9, 1, 12, 5)
@@ -75,7 +76,7 @@ def test_recording_leaves_the_model_as_it_was(via: str) -> None:
     record(model, [tokens()], via=via)
     assert [m.training for m in model.modules()] == modes
     assert (model.config._experts_implementation, hooks_of(model)) == (implementation, before)
-    assert not any("_moekit_tap" in m.__dict__ for m in model.modules())
+    assert leftovers(model) == []
     model.eval()
     stock = logits(model)
     with Recorder(model, via=via, weights=True):

@@ -13,17 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekit.errors import UnsupportedModel
 from moekit.trace.attention_batch import AttentionBatch
-from moekit.trace.sources.base import ForwardPass, Place, Probe
+from moekit.trace.sources.base import ForwardPass, Place, Probe, Removable
 
-_LOOK = "_moekit_look"
 _FOLLOWED = ("sdpa", "eager")
-# How many probes have the registry's entries replaced.
-_users = 0
+# Who looks at which attention now; the registry's entries are replaced while anyone does.
+_lookers: dict[nn.Module, list[Callable[..., None]]] = {}
 _before: dict[str, Callable[..., Any] | None] = {}
 
 
@@ -47,8 +45,7 @@ def _followed(name: str) -> Callable[..., Any]:
         *args: Any,
         **kw: Any,
     ) -> Any:
-        look = module.__dict__.get(_LOOK)
-        if look is not None:
+        for look in _lookers.get(module, ()):
             look(module, query, key, attention_mask, args, kw)
         return _plain(name, module)(module, query, key, value, attention_mask, *args, **kw)
 
@@ -59,23 +56,22 @@ class _Following:
     """The registry's entries replaced, as long as any probe needs it; removed like a hook."""
 
     def __init__(self, modules: list[nn.Module], look: Callable[..., None]) -> None:
-        global _users
-        self._modules = modules
-        for module in modules:
-            module.__dict__[_LOOK] = look
-        if not _users:
+        self._modules, self._look = modules, look
+        if not _before:
             for name in _FOLLOWED:
                 _before[name] = ALL_ATTENTION_FUNCTIONS.get(name)
                 ALL_ATTENTION_FUNCTIONS[name] = _followed(name)
-        _users += 1
+        for module in modules:
+            _lookers.setdefault(module, []).append(look)
 
     def remove(self) -> None:
         """Undo it."""
-        global _users
         for module in self._modules:
-            module.__dict__.pop(_LOOK, None)
-        _users -= 1
-        if not _users:
+            _lookers[module].remove(self._look)
+            if not _lookers[module]:
+                del _lookers[module]
+        self._modules = []
+        if not _lookers and _before:
             for name in _FOLLOWED:
                 del ALL_ATTENTION_FUNCTIONS[name]
                 if name not in ALL_ATTENTION_FUNCTIONS and _before[name] is not None:
@@ -99,10 +95,9 @@ class AttentionProbe(Probe):
                 hint='load the model with attn_implementation="sdpa" or "eager", or leave out statistics of attention',
             )
 
-    def hooks(self) -> Iterator[RemovableHandle]:
+    def hooks(self) -> Iterator[Removable]:
         """In the registry that the attention modules call."""
-        following: Any = _Following(self._modules, self._look)
-        yield following
+        yield _Following(self._modules, self._look)
 
     def clear(self) -> None:
         """Forget the pass before."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,13 @@ class Place:
         return self.moe
 
 
+class Removable(Protocol):
+    """What was installed and can be taken off again, as torch's hooks are."""
+
+    def remove(self) -> None:
+        """Take it off."""
+
+
 class Probe(ABC):
     """Fetches one source at one layer, pass by pass, without changing anything.
 
@@ -104,7 +111,7 @@ class Probe(ABC):
         self.active = False
 
     @abstractmethod
-    def hooks(self) -> Iterator[RemovableHandle]:
+    def hooks(self) -> Iterator[Removable]:
         """Install what sees the layer."""
 
     @abstractmethod

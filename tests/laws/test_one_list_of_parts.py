@@ -1,0 +1,124 @@
+"""A layer's experts have one list of parts: recording and parts of a record stand in it together.
+
+Legend: N tokens, K choices, H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekit.anatomy import find_moe_layers
+from moekit.runtime import attach, attached, detach
+from moekit.trace import Recorder
+from tests.families import EXPERTS, build, logits
+from tests.parts import Gain, leftovers, plain, stir
+
+FAMILY = "qwen2_moe"  # its shared experts are computed while rows travel
+
+
+class Recorded:
+    """A recorder on a model, for as long as a test wants."""
+
+    def __init__(self, model: Any) -> None:
+        self.recorder = Recorder(model, weights=True, statistics=("basic", "router", "inputs"), via="experts")
+        self.recorder.__enter__()
+
+    def remove(self) -> None:
+        self.recorder.__exit__(None, None, None)
+
+
+class Gained:
+    """The part whose parameters scale every expert's output."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        attach(model, Gain())
+        stir(model)
+
+    def remove(self) -> None:
+        detach(self.model, "experts")
+
+
+KINDS: tuple[Callable[[Any], Any], ...] = (Recorded, Gained)
+
+
+class Formula:
+    """Compares what every layer's experts give with the plain formula, one expert after the other."""
+
+    def __init__(self, model: Any) -> None:
+        self.layers = find_moe_layers(model)
+        self.whole = {layer.index: copy.deepcopy(layer.experts) for layer in self.layers}
+        self.gains: dict[int, Tensor] = {}
+        self.chosen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for layer in self.layers:
+            layer.experts.register_forward_hook(self.hook(layer.index))
+
+    def hook(self, index: int) -> Callable[..., None]:
+        def see(_: Any, args: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+            self.chosen[index] = hidden_NH, index_NK, weight_NK = args
+            total_NH = torch.zeros_like(hidden_NH)
+            for expert in range(EXPERTS):
+                rows_N, place_N = (index_NK == expert).nonzero(as_tuple=True)
+                one_NH = plain(self.whole[index], expert, hidden_NH[rows_N])
+                if index in self.gains:
+                    one_NH = one_NH * (1 + self.gains[index][expert])
+                total_NH.index_add_(0, rows_N, one_NH * weight_NK[rows_N, place_N, None])
+            torch.testing.assert_close(output, total_NH, atol=1e-5, rtol=1e-4)
+
+        return see
+
+
+ORDERS = list(itertools.permutations(range(len(KINDS))))
+
+
+@pytest.mark.parametrize("coming", ORDERS)
+@pytest.mark.parametrize("going", ORDERS)
+@torch.no_grad()
+def test_whatever_comes_first_and_goes_first(coming: tuple[int, ...], going: tuple[int, ...]) -> None:
+    model = build(FAMILY)
+    stock, state = logits(model), copy.deepcopy(model.state_dict())
+    classes = [type(module) for module in model.modules()]
+    formula = Formula(model)
+    there = {kind: KINDS[kind](model) for kind in coming}
+    formula.gains = {i: on.learned["gain"].detach() for i, on in attached(model, "experts")[0].layers.items()}
+    logits(model)
+    trace = there[0].recorder.trace()
+    for index, (_, index_NK, weight_NK) in formula.chosen.items():
+        assert torch.equal(trace.indices(index), index_NK)
+        torch.testing.assert_close(trace.weights(index), weight_NK, rtol=2e-3, atol=1e-5)
+    for kind in going:
+        there[kind].remove()
+        if kind == 1:
+            formula.gains = {}
+        logits(model)
+    assert leftovers(model) == []
+    assert [type(module) for module in model.modules()] == classes
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(logits(model), stock)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("via", ["hooks", "experts"])
+def test_outputs_of_single_experts_are_those_with_the_part(via: str) -> None:
+    model = build("gpt_oss")
+    formula = Formula(model)
+    Gained(model)
+    formula.gains = {i: on.learned["gain"].detach() for i, on in attached(model)[0].layers.items()}
+    with Recorder(model, statistics=("output_norm",), via=via) as recorder:  # type: ignore[arg-type]
+        logits(model)
+    statistics = recorder.trace().statistics
+    assert statistics is not None
+    for index, (hidden_NH, index_NK, _) in formula.chosen.items():
+        expected_E = torch.zeros(EXPERTS, dtype=torch.float64)
+        for expert in range(EXPERTS):
+            one_NH = plain(formula.whole[index], expert, hidden_NH[(index_NK == expert).any(1)])
+            expected_E[expert] = (one_NH * (1 + formula.gains[index][expert])).norm(dim=1).sum()
+        torch.testing.assert_close(statistics[index]["output_norm"], expected_E, rtol=1e-4, atol=1e-5)
