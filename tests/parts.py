@@ -179,6 +179,7 @@ class Gain(ExpertsPart):
     """Each expert's output is scaled by one learnable number per channel."""
 
     axes: ClassVar = {"gain": "EH"}
+    reads_weights: ClassVar = False
 
     def parameters(self, init: LayerInit) -> nn.Module:
         return nn.ParameterDict({"gain": nn.Parameter(torch.zeros(init.geometry.experts, init.geometry.hidden))})

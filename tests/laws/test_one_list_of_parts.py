@@ -1,4 +1,4 @@
-"""A layer's experts have one list of parts: recording and parts of a record stand in it together.
+"""A layer's experts have one list of parts: recording, parts of a record and expert parallelism stand in it together.
 
 Legend: N tokens, K choices, H hidden, E experts.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moekit.anatomy import find_moe_layers
+from moekit.parallel import Ranks, expert_parallel, gather_experts
 from moekit.runtime import attach, attached, detach
 from moekit.trace import Recorder
 from tests.families import EXPERTS, build, logits
@@ -46,7 +48,26 @@ class Gained:
         detach(self.model, "experts")
 
 
-KINDS: tuple[Callable[[Any], Any], ...] = (Recorded, Gained)
+class Dealt:
+    """Experts dealt out to the ranks of a group of one."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        expert_parallel(model, Ranks(dist.group.WORLD))
+
+    def remove(self) -> None:
+        gather_experts(self.model)
+
+
+KINDS: tuple[Callable[[Any], Any], ...] = (Recorded, Gained, Dealt)
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 class Formula:
@@ -80,6 +101,7 @@ ORDERS = list(itertools.permutations(range(len(KINDS))))
 
 @pytest.mark.parametrize("coming", ORDERS)
 @pytest.mark.parametrize("going", ORDERS)
+@pytest.mark.usefixtures("group")
 @torch.no_grad()
 def test_whatever_comes_first_and_goes_first(coming: tuple[int, ...], going: tuple[int, ...]) -> None:
     model = build(FAMILY)

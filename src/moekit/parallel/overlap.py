@@ -19,6 +19,7 @@ from moekit.anatomy import MoELayer
 from moekit.errors import UnsupportedModel
 from moekit.parallel.dispatcher import Dispatcher
 from moekit.parallel.empty_batch import EmptyBatch
+from moekit.runtime.slots import parts_on
 
 _Forward = Callable[..., Any]
 
@@ -65,23 +66,32 @@ class _Flight:
 class SharedOverlap:
     """What one layer has under way.
 
+    While parts of a record are attached to the experts, what the router chose need not be what leaves: nothing is done
+    early then.
+
     Attributes:
-        router: its router, called early where the block begins with the shared experts.
+        layer: its router is called early where the block begins with the shared experts.
         dispatcher: of the layer.
-        shared: the shared experts.
         empty: whether the pass under way stands for a batch of no rows.
-        experts: E.
     """
 
-    router: nn.Module
+    layer: MoELayer
     dispatcher: Dispatcher
-    shared: tuple[nn.Module, ...]
     empty: EmptyBatch
-    experts: int
     _results: dict[tuple[int, tuple[int, int, int]], Tensor] = field(default_factory=dict)
     _routed: tuple[tuple[int, int, int], Any] | None = None
     _flight: _Flight | None = None
     _begins_early: bool = True
+
+    @property
+    def shared(self) -> tuple[nn.Module, ...]:
+        """The shared experts."""
+        return self.layer.shared
+
+    @property
+    def router(self) -> nn.Module:
+        """The layer's router."""
+        return self.layer.require_router()
 
     def install(self) -> None:
         """Wrap the forwards of router and shared experts."""
@@ -121,6 +131,8 @@ class SharedOverlap:
 
     def compute_shared(self, hidden: Tensor) -> None:
         """Run the shared experts now, for when the block asks."""
+        if parts_on(self.layer.experts):
+            return
         for number in range(len(self.shared)):
             self._results[number, _key(hidden)] = _own(self.shared[number])(hidden)
 
@@ -129,7 +141,8 @@ class SharedOverlap:
             ready = self._results.pop((number, _key(hidden)), None)
             if ready is not None:
                 return ready.view(*hidden.shape[:-1], ready.shape[-1])
-            if number == 0 and self._begins_early and self._flight is None:
+            early = self._begins_early and not parts_on(self.layer.experts)
+            if number == 0 and early and self._flight is None:
                 self._begin(hidden)
             return _own(self.shared[number])(hidden, *args, **kwargs)
 
@@ -141,7 +154,8 @@ class SharedOverlap:
         answer = _own(self.router)(x_NH)
         self._routed = (_key(x_NH), answer)
         _, weights_NK, indices_NK = answer
-        flight = self.dispatcher.dispatch(x_NH, *self.empty.choices(indices_NK, weights_NK, self.experts))
+        choices = self.empty.choices(indices_NK, weights_NK, self.layer.geometry.experts)
+        flight = self.dispatcher.dispatch(x_NH, *choices)
         self._flight = _Flight(_key(x_NH), flight, indices_NK, weights_NK)
 
     def _router_forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -155,6 +169,6 @@ def overlap_shared(layer: MoELayer, dispatcher: Dispatcher, empty: EmptyBatch) -
     """Install the overlap on a layer with shared experts; None where its router does not follow the contract."""
     if layer.router is None:
         return None
-    overlap = SharedOverlap(layer.router, dispatcher, layer.shared, empty, layer.geometry.experts)
+    overlap = SharedOverlap(layer, dispatcher, empty)
     overlap.install()
     return overlap

@@ -1,14 +1,14 @@
 """Put a live model's experts onto ranks, and take them back.
 
-A layer keeps the experts of its own rank, and a dispatcher stands in for their forward. Routers and all else stay
-as they are, with logical expert ids.
+A layer keeps the experts of its own rank, and an experts part stands in for them that sends tokens by a dispatcher.
+Routers and all else stay as they are, with logical expert ids: so do the parts of a record and recording, which stand
+outside of it (see `moekit.runtime.experts`).
 
 Legend: N tokens, K choices, H hidden size, E experts, L own experts.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,17 +19,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import catalogue
-from moekit.anatomy import MoELayer, find_moe_layers
+from moekit.anatomy import Geometry, MoELayer, find_moe_layers
 from moekit.errors import BadConfig
 from moekit.parallel.dispatcher import Dispatcher, DispatchOptions
 from moekit.parallel.empty_batch import EmptyBatch
 from moekit.parallel.layout import ExpertLayout
 from moekit.parallel.link import Link
-from moekit.parallel.overlap import overlap_shared
+from moekit.parallel.overlap import SharedOverlap, overlap_shared
 from moekit.parallel.ranks import Ranks
 from moekit.parallel.shared_batch import SharedBatch
 from moekit.parallel.wire import Codec
 from moekit.placement import Placement
+from moekit.runtime.experts import ExpertsInputs, ExpertsPart, TransientPart
+from moekit.runtime.hanging import Laid, lay, let_choose_none
+from moekit.runtime.slots import parts_on, slots_in
 
 DEFAULT = "once-per-rank"
 
@@ -37,30 +40,50 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class ExpertShard:
-    """What expert parallelism did to one layer.
+class ExpertShard(TransientPart):
+    """What expert parallelism did to one layer: the experts part that sends tokens to the ranks of their experts.
 
     Attributes:
         layer: decoder layer index.
+        geometry: sizes of the whole layer.
         name: module path of the experts.
         experts: the module, which holds own experts only.
+        router: of the layer.
         layout: who owns which.
         ranks: process groups.
         dispatcher: stands in for the experts.
         stacked: names of the tensors that hold one slice for each expert.
         empty: whether the pass under way stands for a batch of no rows; one for the whole model.
-        undo: takes the overlap with shared experts off.
+        overlap: with shared experts; None without.
+        laid: takes the part off.
     """
 
     layer: int
+    geometry: Geometry
     name: str
     experts: Any
+    router: nn.Module | None
     layout: ExpertLayout
     ranks: Ranks
     dispatcher: Dispatcher
     stacked: tuple[str, ...]
     empty: EmptyBatch
-    undo: Any = None
+    overlap: SharedOverlap | None = None
+    laid: Laid | None = None
+
+    def compute(self, inputs: ExpertsInputs) -> Tensor:
+        """Every token's weighted sum, its experts run where they lie."""
+        x_NH, indices_NK, weights_NK = inputs.hidden_TH, inputs.index_TK, inputs.weights_TK
+        flight, tie = (None, None) if self.overlap is None else self.overlap.take(x_NH, indices_NK, weights_NK)
+        if flight is None:
+            choices = self.empty.choices(indices_NK, weights_NK, self.geometry.experts)
+            flight = self.dispatcher.dispatch(x_NH, *choices)
+            if self.overlap is not None:
+                self.overlap.compute_shared(x_NH)
+        summed: Tensor = self.dispatcher.combine(flight, inputs.run)
+        if tie is not None:
+            summed = summed + tie
+        return summed.to(x_NH.dtype)
 
     @property
     def owned(self) -> Tensor:
@@ -108,7 +131,8 @@ def expert_parallel(
         One record a layer.
 
     Raises:
-        BadConfig: already parallel; fewer experts than ranks; a placement for other layers, experts or devices.
+        BadConfig: already parallel; fewer experts than ranks; a placement for other layers, experts or devices; an
+            attached part that reads the experts' weights.
     """
     ranks = mesh if isinstance(mesh, Ranks) else Ranks.of(mesh)
     if any(True for _ in shards(model)):
@@ -116,6 +140,10 @@ def expert_parallel(
     layers = find_moe_layers(model)
     if placement is not None:
         _check_placement(placement, layers, ranks)
+    for layer in layers:
+        for part in parts_on(layer.experts):
+            if ranks.size > 1 and isinstance(part, ExpertsPart):
+                part.check_dealt_out(layer.index)
     found = []
     empty = EmptyBatch()
     empty.install(model)
@@ -159,10 +187,10 @@ def _check_placement(placement: Placement, layers: list[MoELayer], ranks: Ranks)
 
 def shards(model: nn.Module) -> Iterator[ExpertShard]:
     """Layers whose experts are dealt out, in module order."""
-    for module in model.modules():
-        shard = getattr(module, "_moekit_shard", None)
-        if isinstance(shard, ExpertShard):
-            yield shard
+    for _, slot in slots_in(model):
+        for part in slot.transient:
+            if isinstance(part, ExpertShard):
+                yield part
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -186,33 +214,22 @@ def _shard(
         if tensor.dim() and tensor.shape[0] == total:
             stacked.append(name)
             _replace(experts, name, tensor.detach().index_select(0, owned))
-    own_forward = experts.forward
     experts.num_experts, experts.experts_in_layer = len(owned), total
-    # Without it transformers' grouped kernel leaves NaN where a slot has no expert.
-    experts._is_expert_parallel = True
-    shard = ExpertShard(layer.index, layer.experts_name, experts, layout, ranks, dispatcher, tuple(stacked), empty)
-    in_flight = overlap_shared(layer, dispatcher, empty) if overlap and layer.shared else None
-    shard.undo = None if in_flight is None else in_flight.remove
-    names = list(inspect.signature(own_forward).parameters)[:3]
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        hidden, indices_NK, weights_NK = (given[name] for name in names)
-        x_NH = hidden.reshape(-1, hidden.shape[-1])
-        flight, tie = (None, None) if in_flight is None else in_flight.take(x_NH, indices_NK, weights_NK)
-        if flight is None:
-            # Of no tokens only the last size says how many choices each has.
-            indices_NK, weights_NK = (t.reshape(-1, t.shape[-1]) for t in (indices_NK, weights_NK))
-            flight = dispatcher.dispatch(x_NH, *empty.choices(indices_NK, weights_NK, total))
-            if in_flight is not None:
-                in_flight.compute_shared(hidden)
-        summed: Tensor = dispatcher.combine(flight, own_forward)
-        if tie is not None:
-            summed = summed + tie
-        return summed.to(hidden.dtype).view(hidden.shape)
-
-    experts.forward = forward
-    experts._moekit_shard = shard
+    let_choose_none(experts, True)
+    shard = ExpertShard(
+        layer=layer.index,
+        geometry=layer.geometry,
+        name=layer.experts_name,
+        experts=experts,
+        router=layer.router,
+        layout=layout,
+        ranks=ranks,
+        dispatcher=dispatcher,
+        stacked=tuple(stacked),
+        empty=empty,
+        overlap=overlap_shared(layer, dispatcher, empty) if overlap and layer.shared else None,
+    )
+    shard.laid = lay(layer, shard)
     return shard
 
 
@@ -229,12 +246,13 @@ def detach(model: nn.Module) -> None:
     """Take dispatchers off; every layer keeps only its own rank's experts, so the model can't be run until refilled."""
     for shard in list(shards(model)):
         shard.empty.remove()
-        if shard.undo is not None:
-            shard.undo()
-        del shard.experts.forward
-        del shard.experts._moekit_shard, shard.experts.experts_in_layer
+        if shard.overlap is not None:
+            shard.overlap.remove()
+        if shard.laid is not None:
+            shard.laid.remove()
+        del shard.experts.experts_in_layer
         shard.experts.num_experts = shard.layout.experts
-        shard.experts._is_expert_parallel = False
+        let_choose_none(shard.experts, bool(parts_on(shard.router) or parts_on(shard.experts)))
 
 
 def gather_experts(model: nn.Module) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from moekit.anatomy.gate import Gate
 from moekit.anatomy.identify import identify_gate
-from moekit.anatomy.probe import MoELayer, find_moe_layers
+from moekit.anatomy.probe import MoELayer, find_moe_layers, holds_all_experts
 from moekit.checkpoint.names import PARTS
 from moekit.errors import BadConfig
 from moekit.runtime.axes import check_axes
+from moekit.runtime.experts import ExpertsPart
 from moekit.runtime.hanging import Prepared, base_of, base_parts, hang, keep_out_of_shards, module_of, strip
 from moekit.runtime.part import LayerInit, RuntimePart, Slot
 from moekit.runtime.router import ChoosePart
@@ -75,6 +76,8 @@ def attach(
     given = {layer.index: dict((constants or {}).get(layer.index, {})) for layer in chosen}
     for layer in chosen:
         part.check(layer.geometry, layer.index)
+        if isinstance(part, ExpertsPart) and not holds_all_experts(layer.experts):
+            part.check_dealt_out(layer.index)
         _refuse_second(part, layer)
         check_axes(given[layer.index], part.axes, layer.geometry, layer.index)
     shared, prepared = _prepare(part, chosen, given, seed, _next_order(model))

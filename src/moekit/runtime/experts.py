@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from moekit.anatomy.probe import Geometry
 from moekit.checkpoint.names import PARTS
-from moekit.errors import UnsupportedModel
+from moekit.errors import BadConfig, UnsupportedModel
 from moekit.runtime.inputs import PartInputs
 from moekit.runtime.part import RuntimePart, Slot
 from moekit.runtime.slots import PartOnLayer, SlotParts, slot_of
@@ -64,6 +64,19 @@ class ExpertsPart(RuntimePart):
 
     slot: ClassVar[Slot] = "experts"
     reads_weights: ClassVar[bool] = True
+
+    def check_dealt_out(self, layer: int) -> None:
+        """Refuse experts that lie on several ranks, unless the part can stand over them.
+
+        Raises:
+            BadConfig: it reads the experts' weights, of which a rank has its share only.
+        """
+        if self.reads_weights:
+            raise BadConfig(
+                f"{type(self).__name__} reads the experts' weights, but a rank holds its own experts only",
+                layer=layer,
+                hint="run it in one process; a part that computes by `run` alone says `reads_weights = False`",
+            )
 
     @abstractmethod
     def compute(self, inputs: ExpertsInputs) -> Tensor:

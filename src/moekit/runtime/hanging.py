@@ -104,10 +104,10 @@ def lay(layer: MoELayer, part: TransientPart) -> Laid:
 def let_choose_none(experts: nn.Module, wanted: bool) -> None:
     """Make transformers' grouped kernel skip the index E: without this flag it leaves NaN there.
 
-    Experts that are spread over ranks keep it.
+    Experts that are spread over ranks keep it: what is no expert of their rank reaches them as such an index.
     """
-    if hasattr(experts, "_is_expert_parallel") and not hasattr(experts, "experts_in_layer"):
-        object.__setattr__(experts, "_is_expert_parallel", wanted)
+    if hasattr(experts, "_is_expert_parallel"):
+        object.__setattr__(experts, "_is_expert_parallel", wanted or hasattr(experts, "experts_in_layer"))
 
 
 def base_model(model: nn.Module, layers: Sequence[MoELayer]) -> nn.Module:
