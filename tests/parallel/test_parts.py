@@ -1,0 +1,57 @@
+"""Recording and parts with parameters over experts that lie on several ranks, against one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moekit.runtime import attach
+from moekit.trace import record
+from tests.parallel.jobs import step, tiny
+from tests.parallel.pool import Pool
+from tests.parts import Gain, stir
+
+TOKENS = torch.randint(3, 100, (4, 10), generator=torch.Generator().manual_seed(5))
+
+
+def alone(family: str) -> tuple[dict[str, Any], Any]:
+    """A step, and the trace, of one process with the part on all experts."""
+    model = tiny(family)
+    attach(model, Gain())
+    stir(model)
+    return step(model, TOKENS), record(model, [TOKENS], fingerprint="")
+
+
+@pytest.mark.parametrize(
+    ("family", "dispatch", "gain_first"),
+    [
+        ("qwen2_moe", "once-per-rank", True),  # calls its experts before the shared ones
+        ("deepseek_v3", "once-per-rank", False),  # after them
+        ("gpt_oss", "all-gather", False),
+    ],
+)
+def test_recorded_with_a_part_on_two_ranks_as_in_one_process(
+    pool: Pool, family: str, dispatch: str, gain_first: bool
+) -> None:
+    whole, trace = alone(family)
+    answers = pool.run(2, "tests.parallel.part_jobs.composed", family, dispatch, TOKENS, gain_first)
+    for rank, answer in enumerate(answers):
+        torch.testing.assert_close(answer["logits"], whole["logits"][rank::2], atol=1e-5, rtol=1e-4)
+        assert answer["left"] == []
+        for layer, index_NK in answer["choices"].items():
+            mine = trace.indices(layer).view(*TOKENS.shape, -1)[rank::2].flatten(0, 1)
+            assert torch.equal(index_NK.sort(-1).values, mine.sort(-1).values)
+    learned = {name for name in whole["grads"] if "Gain" in name}
+    assert learned
+    for name in learned:
+        total = sum(answer["grads"][name] for answer in answers)
+        torch.testing.assert_close(total, whole["grads"][name], atol=1e-5, rtol=1e-4)
+
+
+def test_what_would_need_all_weights_is_refused(pool: Pool) -> None:
+    for said in pool.run(2, "tests.parallel.part_jobs.refused"):
+        assert len(said) == 3
+        assert all("a rank holds its own experts only" in words for words in said[:2])
+        assert "the experts lie on several ranks" in said[2]
