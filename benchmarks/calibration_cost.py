@@ -3,8 +3,8 @@
     python benchmarks/calibration_cost.py [--repeats 8] [--rows 8] [--length 256] [--model FOLDER]
 
 The statistics are the union of what all registered pruning methods need. Three ways are compared with a plain forward
-by the faster of transformers' "eager" and "grouped_mm" experts: the recorder inside the experts implementation, the
-recorder as hooks (which runs routed experts twice), and the pass that streams the checkpoint from disk layer by layer.
+by the faster of transformers' "eager" and "grouped_mm" experts: the recorder that runs routed experts once, the one
+that runs them beside the model's own, and the pass that streams the checkpoint from disk layer by layer.
 Passes alternate with plain ones; intervals are 95 % bootstrap intervals of the median ratio. The rows that experts'
 down projections see are counted: a recorded pass must see each routed token once.
 """
@@ -95,8 +95,8 @@ def measure(folder: Path, repeats: int, rows: int, length: int) -> dict:
     fastest = min(speeds, key=speeds.__getitem__)
     model.set_experts_implementation(fastest)
     statistics, ways = needs(), {}
-    for name, via in (("experts implementation", "experts"), ("hooks", "hooks")):
-        recorder = Recorder(model, statistics=statistics, keep_choices=False, via=via, fingerprint="")
+    for name, once in (("once", True), ("twice", False)):
+        recorder = Recorder(model, statistics=statistics, keep_choices=False, once=once, fingerprint="")
 
         def recorded(recorder: Recorder = recorder) -> None:
             with recorder:
@@ -104,7 +104,7 @@ def measure(folder: Path, repeats: int, rows: int, length: int) -> dict:
                 recorder.flush()
 
         ways[name] = alternate(plain, recorded, repeats, "cpu")
-        if via == "experts":
+        if once:
             seen = rows_seen(model, recorded)
     checkpoint = Checkpoint.open(folder)
     _ = checkpoint.fingerprint

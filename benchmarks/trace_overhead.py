@@ -165,21 +165,13 @@ def main() -> None:
     model.set_experts_implementation(fastest)
 
     settings: dict[str, dict] = {
-        "choices, weights, load, coactivation; hooks": {"statistics": ("load", "coactivation"), "weights": True},
-        "choices, weights, load, coactivation; experts implementation": {
-            "statistics": ("load", "coactivation"),
-            "weights": True,
-            "via": "experts",
-        },
+        "choices, weights, load, coactivation": {"statistics": ("load", "coactivation"), "weights": True},
     }
     if args.all:
         for group in ("router", "inputs", "outputs", "residual"):
-            settings[f"{group}; hooks"] = {"statistics": (group,), "keep_choices": False}
-            settings[f"{group}; experts implementation"] = {
-                "statistics": (group,),
-                "keep_choices": False,
-                "via": "experts",
-            }
+            settings[group] = {"statistics": (group,), "keep_choices": False}
+        # Single experts' outputs are computed beside the model's own, or once.
+        settings["outputs; once"] = {"statistics": ("outputs",), "keep_choices": False, "once": True}
     result: dict = {"tokens": int(mask.sum()), "plain": speeds, "experts": fastest, "recorded": {}}
     for name, options in settings.items():
         recorder = Recorder(model, fingerprint="", **options)

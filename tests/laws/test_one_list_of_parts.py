@@ -29,7 +29,7 @@ class Recorded:
     """A recorder on a model, for as long as a test wants."""
 
     def __init__(self, model: Any) -> None:
-        self.recorder = Recorder(model, weights=True, statistics=("basic", "router", "inputs"), via="experts")
+        self.recorder = Recorder(model, weights=True, statistics=("basic", "router", "inputs"), once=True)
         self.recorder.__enter__()
 
     def remove(self) -> None:
@@ -128,13 +128,13 @@ def test_whatever_comes_first_and_goes_first(coming: tuple[int, ...], going: tup
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("via", ["hooks", "experts"])
-def test_outputs_of_single_experts_are_those_with_the_part(via: str) -> None:
+@pytest.mark.parametrize("once", [False, True])
+def test_outputs_of_single_experts_are_those_with_the_part(once: bool) -> None:
     model = build("gpt_oss")
     formula = Formula(model)
     Gained(model)
     formula.gains = {i: on.learned["gain"].detach() for i, on in attached(model)[0].layers.items()}
-    with Recorder(model, statistics=("output_norm",), via=via) as recorder:  # type: ignore[arg-type]
+    with Recorder(model, statistics=("output_norm",), once=once) as recorder:
         logits(model)
     statistics = recorder.trace().statistics
     assert statistics is not None

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_MARK = "_moekit_stored"
+# Attribute of a live model that says how it lies on disk, beside the one that says where it came from.
+_MARK = "moekit_stored"
 
 
 @dataclass(frozen=True)

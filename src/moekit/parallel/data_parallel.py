@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from moekit.errors import BadConfig
 from moekit.parallel.ranks import Ranks
 from moekit.parallel.sharding import expert_parameters, shards
-from moekit.training.layers import remember_layers
+from moekit.training.layers import TrainedLayer, trained_layers
 
 DataParallel = Literal["ddp", "fsdp"]
 
@@ -37,11 +37,13 @@ class RankedTraining:
         ranks: process groups of the experts.
         data_parallel: "ddp" keeps dense parameters whole on every rank, "fsdp" deals them out, too (FSDP2).
         facts: what makes a run another run: the model's fingerprint, the placement.
+        layers: the model's MoE layers, found before FSDP2 deals out what its routers would answer with.
     """
 
     ranks: Ranks
     data_parallel: DataParallel = "ddp"
     facts: dict[str, Any] = field(default_factory=dict)
+    layers: list[TrainedLayer] | None = None
 
     @property
     def owns_data_parallel(self) -> bool:
@@ -64,7 +66,7 @@ class RankedTraining:
         # Read by DistributedDataParallel: these it neither copies between ranks nor averages.
         model._ddp_params_and_buffers_to_ignore = [*own, *_own_buffers(model)]  # type: ignore[assignment]
         if self.data_parallel == "fsdp":
-            remember_layers(model)
+            self.layers = trained_layers(model)
             shard_dense(model)
 
     def sum_copies(self, model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from moekit.data.encoding import encode
 from moekit.errors import BadConfig, BadData
 from moekit.trace.live import Recorder
 from moekit.trace.recorder import evaluating
-from moekit.trace.recording import Recording, Via
+from moekit.trace.recording import Recording
 from moekit.trace.rows import UNNAMED_DOMAIN, Labels, RowCounter, Rows, batch_shape
 from moekit.trace.store import Trace
 from moekit.trace.tokens import GENERATED, PREFILL
@@ -149,7 +149,7 @@ def record_generation(
     keep_choices: bool = True,
     weights: bool = False,
     layers: Sequence[int] | None = None,
-    via: Via = "hooks",
+    once: bool = False,
     source: str = "",
     seed: int | None = None,
     fingerprint: str | None = None,
@@ -171,7 +171,7 @@ def record_generation(
         keep_choices: keep each token's choices.
         weights: keep their gate weights too.
         layers: decoder layers to record.
-        via: "hooks" or "experts".
+        once: compute single experts' outputs once where a statistic reads them.
         source: where the prompts came from.
         seed: sets torch's random state, where tokens are sampled.
         fingerprint: the model's.
@@ -195,7 +195,7 @@ def record_generation(
         keep_choices=keep_choices,
         weights=weights,
         layers=layers,
-        via=via,
+        once=once,
         tokenizer=tokenizer,
         source=source,
         seed=seed,

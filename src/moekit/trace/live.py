@@ -70,7 +70,7 @@ class Recorder:
         self.counter = RowCounter()
         self._entries = recording.entries
         self._places = recorded_places(model, recording.layers, routed=recording.routed)
-        self._hooks = [LayerHook(place, recording.early, once=recording.via == "experts") for place in self._places]
+        self._hooks = [LayerHook(place, recording.early, once=recording.once) for place in self._places]
         self._accumulators = [
             LayerAccumulator(
                 place, self._entries, keep_choices=recording.keeps_choices, keep_weights=recording.keeps_weights

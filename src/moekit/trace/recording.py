@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -15,8 +15,6 @@ from moekit.trace.vocabulary import Statistic, resolve, sources_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Via = Literal["hooks", "experts"]
-
 
 class RecordingOptions(TypedDict, total=False):
     """The fields of `Recording` as keyword arguments."""
@@ -25,7 +23,7 @@ class RecordingOptions(TypedDict, total=False):
     keep_choices: bool
     weights: bool
     layers: Sequence[int] | None
-    via: Via
+    once: bool
     tokenizer: PreTrainedTokenizerBase | None
     source: str
     seed: int | None
@@ -45,9 +43,8 @@ class Recording(BaseModel):
         keep_choices: keep each token's choices; memory then grows by K bytes a token and layer.
         weights: keep their gate weights too, in fp16.
         layers: decoder layers to record; None for all MoE layers.
-        via: "hooks" works on every model; "experts" goes through transformers' experts interface, which computes single
-            experts' outputs once instead of twice, and changes the model's output by rounding where a statistic reads
-            them.
+        once: where a statistic reads single experts' outputs, compute them once, and give their sum on: it differs from
+            the model's own output by rounding. By default they are computed beside it, a second time.
         tokenizer: named in the trace by its hash.
         source: where the text came from, for people.
         seed: of what was drawn for this text, noted in the trace.
@@ -62,7 +59,7 @@ class Recording(BaseModel):
     keep_choices: bool = True
     weights: bool = False
     layers: tuple[int, ...] | None = None
-    via: Via = "hooks"
+    once: bool = False
     tokenizer: Any = None
     source: str = ""
     seed: int | None = None

@@ -8,9 +8,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from moekit.training.layers import TrainedLayer
+
 
 class Distribution(Protocol):
     """How a model's parameters lie on ranks, and what follows for gradients and checkpoints."""
+
+    @property
+    def layers(self) -> list[TrainedLayer] | None:
+        """The model's MoE layers, where its routers cannot be asked any more; None where they can."""
 
     @property
     def owns_data_parallel(self) -> bool:

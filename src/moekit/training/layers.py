@@ -45,26 +45,27 @@ class TrainedLayer:
         return self.layer.geometry.experts
 
 
-# Attribute of a model whose routers can no longer be asked.
-_KNOWN = "_moekit_trained_layers"
-
-
-def remember_layers(model: nn.Module) -> None:
-    """Find the layers now, for good: once parameters are dealt out to ranks (FSDP), a router alone does not answer."""
-    setattr(model, _KNOWN, trained_layers(model))
+# Layers of models whose routers are not to be asked again, for the length of a `remembered_layers`.
+_known: dict[nn.Module, list[TrainedLayer]] = {}
 
 
 @contextmanager
-def remembered_layers(model: nn.Module) -> Iterator[None]:
-    """Ask the routers once for all that happens inside; asking copies a router, with all hooks that hang on it then."""
-    if getattr(model, _KNOWN, None) is not None:
+def remembered_layers(model: nn.Module, found: list[TrainedLayer] | None = None) -> Iterator[None]:
+    """Ask the routers once for all that happens inside; asking copies a router, with all hooks that hang on it then.
+
+    Args:
+        model: the model.
+        found: its layers, where they were found before: once parameters are dealt out to ranks (FSDP), a router alone
+            does not answer.
+    """
+    if model in _known:
         yield
         return
-    remember_layers(model)
+    _known[model] = trained_layers(model) if found is None else found
     try:
         yield
     finally:
-        delattr(model, _KNOWN)
+        del _known[model]
 
 
 @contextmanager
@@ -94,9 +95,8 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     Raises:
         UnsupportedModel: no MoE layer, or a router that does not follow the contract.
     """
-    known = getattr(model, _KNOWN, None)
-    if known is not None:
-        return [layer.layer for layer in known]
+    if model in _known:
+        return [layer.layer for layer in _known[model]]
     with without_wrappers(model):
         layers = find_moe_layers(model)
     for layer in layers:
@@ -112,9 +112,8 @@ def trained_layers(model: nn.Module) -> list[TrainedLayer]:
     Raises:
         UnsupportedModel: no MoE layer, or a router that does not follow the contract.
     """
-    known: list[TrainedLayer] | None = getattr(model, _KNOWN, None)
-    if known is not None:
-        return known
+    if model in _known:
+        return _known[model]
     found = []
     for layer in moe_layers(model):
         scores: Scores = "softmax"

@@ -37,6 +37,7 @@ from moekit.training.freeze import FreezeReport, train_only
 from moekit.training.head import readable_head
 from moekit.training.identity import RESULT_FILE, prepare_folder, run_identity
 from moekit.training.knobs import Knobs, ScheduleCallback
+from moekit.training.layers import remembered_layers
 from moekit.training.learning import check_routers_learn
 from moekit.training.lora import add_lora, merge_lora
 from moekit.training.memory import check_memory
@@ -158,6 +159,8 @@ def _train(
             output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(output))
             prepare_folder(output, identity, resume)
+        if distribution is not None and distribution.layers is not None:
+            stack.enter_context(remembered_layers(model, distribution.layers))
         stack.enter_context(_as_it_was(model))
         mark_stored(model, None)  # small steps would be lost in the rounding of what it was stored in
         run = _Run(model, config, terms, texts, distribution, teacher)

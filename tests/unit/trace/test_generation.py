@@ -38,13 +38,13 @@ def test_generation_equals_a_forward_over_prompt_and_answer(family: str) -> None
     assert trace.phase_N.tolist() == phases
 
 
-@pytest.mark.parametrize("via", ["hooks", "experts"])
-def test_rows_that_ended_are_not_counted(via: str) -> None:
+@pytest.mark.parametrize("once", [False, True])
+def test_rows_that_ended_are_not_counted(once: bool) -> None:
     model = exact("mixtral")
     free = record_generation(model, PROMPTS, max_new_tokens=8).tokens
     end = free[1][2]  # the token that row 1 writes third ends it, and others later or never
-    alone = [record_generation(model, [p], max_new_tokens=8, eos_token_id=end, via=via) for p in PROMPTS]
-    together = record_generation(model, PROMPTS, max_new_tokens=8, batch_size=4, eos_token_id=end, via=via)
+    alone = [record_generation(model, [p], max_new_tokens=8, eos_token_id=end, once=once) for p in PROMPTS]
+    together = record_generation(model, PROMPTS, max_new_tokens=8, batch_size=4, eos_token_id=end, once=once)
     assert together.tokens == [g.tokens[0] for g in alone]
     assert together.tokens[1] == free[1][: free[1].index(end) + 1]
     assert len({len(t) for t in together.tokens}) > 1

@@ -51,8 +51,8 @@ def reference(family: str) -> dict[int, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_single_outputs_equal_asking_experts_one_token_at_a_time(family: str) -> None:
     expected = reference(family)
-    for via in ("hooks", "experts"):
-        trace = record(build(family), [BATCH], statistics=GROUPS, via=via)
+    for once in (False, True):
+        trace = record(build(family), [BATCH], statistics=GROUPS, once=once)
         assert trace.statistics is not None
         for layer, sums in expected.items():
             stats = trace.statistics[layer]
@@ -78,8 +78,8 @@ def test_gated_experts_by_their_matrices() -> None:
         torch.testing.assert_close(trace.statistics[layer.index]["output_norm"], expected_E, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("via", ["hooks", "experts"])
-def test_experts_compute_routed_tokens_only(via: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("once", [False, True])
+def test_experts_compute_routed_tokens_only(once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("mixtral")
     model.set_experts_implementation("eager")
     rows: list[int] = []
@@ -92,9 +92,9 @@ def test_experts_compute_routed_tokens_only(via: str, monkeypatch: pytest.Monkey
 
     layers = find_moe_layers(model)
     monkeypatch.setattr(nn.functional, "linear", counting)
-    record(model, [BATCH], statistics=("outputs",), via=via)
+    record(model, [BATCH], statistics=("outputs",), once=once)
     forward, real = 22 * TOP_K * 2, 17 * TOP_K * 2  # positions of the pass, tokens that are no padding; two layers
-    assert sum(rows) == (forward + real if via == "hooks" else real)
+    assert sum(rows) == (real if once else forward + real)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -103,7 +103,7 @@ def test_hooks_leave_the_output_and_the_implementation_rounds(family: str) -> No
     stock = logits(model)
     with Recorder(model, statistics=("outputs", "residual")):
         assert torch.equal(logits(model), stock)
-    with Recorder(model, statistics=("outputs", "residual"), via="experts"):
+    with Recorder(model, statistics=("outputs", "residual"), once=True):
         torch.testing.assert_close(logits(model), stock, rtol=1e-4, atol=1e-4)
 
 
@@ -191,8 +191,8 @@ def test_the_residual_stream_is_what_the_block_is_added_to(family: str, override
     with torch.no_grad():
         for ids in IDS:
             model(input_ids=ids[None], use_cache=False)
-    for via in ("hooks", "experts"):
-        trace = record(build(family, **overrides), [BATCH], statistics=("residual",), via=via)
+    for once in (False, True):
+        trace = record(build(family, **overrides), [BATCH], statistics=("residual",), once=once)
         assert trace.statistics is not None
         for n, parts in before.items():
             h_NH, add_NH = torch.cat(parts), torch.cat(routed[n]) * scales[n]

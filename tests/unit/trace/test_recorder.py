@@ -46,12 +46,12 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-@pytest.mark.parametrize("via", ["hooks", "experts"])
+@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_choices_equal_what_experts_are_called_with(family: str, via: str) -> None:
+def test_choices_equal_what_experts_are_called_with(family: str, once: bool) -> None:
     model = exact(family)
     seen = Spy(model).run(sequences())
-    trace = record(model, [padded(sequences())], weights=True, via=via, statistics=("basic", "gate_mass"))
+    trace = record(model, [padded(sequences())], weights=True, once=once, statistics=("basic", "gate_mass"))
     assert trace.meta.tokens == sum(LENGTHS)
     assert trace.meta.layers == [layer.index for layer in find_moe_layers(model)] == sorted(seen)
     assert trace.meta.top_k == [TOP_K] * len(seen)
@@ -67,19 +67,19 @@ def test_choices_equal_what_experts_are_called_with(family: str, via: str) -> No
         assert int(trace.statistics[layer]["load"].sum()) == TOP_K * sum(LENGTHS)
 
 
-@pytest.mark.parametrize("via", ["hooks", "experts"])
-def test_recording_leaves_the_model_as_it_was(via: str) -> None:
+@pytest.mark.parametrize("once", [False, True])
+def test_recording_leaves_the_model_as_it_was(once: bool) -> None:
     model = build("qwen2_moe").train()
     model.model.layers[0].eval()
     modes = [m.training for m in model.modules()]
     implementation, before = model.config._experts_implementation, hooks_of(model)
-    record(model, [tokens()], via=via)
+    record(model, [tokens()], once=once)
     assert [m.training for m in model.modules()] == modes
     assert (model.config._experts_implementation, hooks_of(model)) == (implementation, before)
     assert leftovers(model) == []
     model.eval()
     stock = logits(model)
-    with Recorder(model, via=via, weights=True):
+    with Recorder(model, once=once, weights=True):
         assert torch.equal(logits(model), stock), "recording choices must not change a bit of the output"
     assert torch.equal(logits(model), stock)
 
@@ -89,7 +89,7 @@ def test_the_chosen_implementation_still_computes(implementation: str) -> None:
     model = build("mixtral")
     model.set_experts_implementation(implementation)
     stock = logits(model)
-    with Recorder(model, via="experts") as recorder:
+    with Recorder(model, once=True) as recorder:
         assert torch.equal(logits(model), stock)
     assert recorder.trace().meta.tokens == tokens().numel()
     assert model.config._experts_implementation == implementation
@@ -273,8 +273,8 @@ def test_no_expert_is_a_legal_choice() -> None:
     model = build("mixtral")
     model.set_experts_implementation("eager")
     replace_choices(model, EXPERTS)
-    for via in ("hooks", "experts"):
-        trace = record(model, [tokens()], statistics=("basic", "outputs"), via=via)
+    for once in (False, True):
+        trace = record(model, [tokens()], statistics=("basic", "outputs"), once=once)
         assert trace.indices(0)[:, 1].tolist() == [EXPERTS] * 24
         assert trace.statistics is not None
         assert int(trace.statistics[0]["load"].sum()) == 24
@@ -303,8 +303,8 @@ def test_ids_beyond_the_embedding_are_refused_before_the_pass() -> None:
 
 def test_layers_can_be_chosen() -> None:
     model = build("deepseek_v3")
-    for via in ("hooks", "experts"):
-        trace = record(model, [tokens()], layers=[2], via=via)
+    for once in (False, True):
+        trace = record(model, [tokens()], layers=[2], once=once)
         assert trace.meta.layers == [2]
     with pytest.raises(BadConfig, match="no MoE layer"):
         record(model, [tokens()], layers=[0])
@@ -399,7 +399,7 @@ def test_training_through_the_recording_implementation_has_the_same_gradients() 
     model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
     stock = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    with Recorder(model, statistics=("outputs",), via="experts"):
+    with Recorder(model, statistics=("outputs",), once=True):
         model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, stock[name], rtol=1e-4, atol=1e-6)

@@ -101,13 +101,13 @@ def reference(family: str, ids: torch.Tensor) -> dict[int, dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("via", ["hooks", "experts"])
-def test_recorded_by_every_family(family: str, via: str) -> None:
+@pytest.mark.parametrize("once", [False, True])
+def test_recorded_by_every_family(family: str, once: bool) -> None:
     ids = tokens(2, 9, seed=3)
     expected = reference(family, ids)
     has_shared = "shared" in next(iter(expected.values()))
     names = (*NAMES, "shared_peak") if has_shared else NAMES
-    statistics = record(build(family), [ids], statistics=names, via=via).statistics
+    statistics = record(build(family), [ids], statistics=names, once=once).statistics
     assert statistics is not None
     for layer, held in expected.items():
         stats = statistics[layer]
