@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moekit.anatomy import find_moe_layers
-from moekit.parallel import Ranks, expert_parallel, gather_experts
+from moekit.parallel import Ranks, expert_parallel, gather_experts, shards
 from moekit.runtime import attach, attached, detach
+from moekit.runtime.experts import ExpertsInputs, ExpertsPart
 from moekit.trace import Recorder
-from tests.families import EXPERTS, build, logits
+from tests.families import EXPERTS, build, logits, tokens
 from tests.parts import Gain, leftovers, plain, stir
 
 FAMILY = "qwen2_moe"  # its shared experts are computed while rows travel
@@ -144,3 +145,35 @@ def test_outputs_of_single_experts_are_those_with_the_part(once: bool) -> None:
             one_NH = plain(formula.whole[index], expert, hidden_NH[(index_NK == expert).any(1)])
             expected_E[expert] = (one_NH * (1 + formula.gains[index][expert])).norm(dim=1).sum()
         torch.testing.assert_close(statistics[index]["output_norm"], expected_E, rtol=1e-4, atol=1e-5)
+
+
+class Next(ExpertsPart):
+    """Every token goes to the experts after those that it chose, one choice at a time."""
+
+    reads_weights: ClassVar = False
+
+    def compute(self, inputs: ExpertsInputs) -> Tensor:
+        after_TK = (inputs.index_TK + 1) % inputs.geometry.experts
+        places = range(after_TK.shape[1])
+        run = inputs.run
+        return torch.stack([run(inputs.hidden_TH, after_TK[:, [k]], inputs.weights_TK[:, [k]]) for k in places]).sum(0)
+
+    def reference(self, inputs: ExpertsInputs) -> Tensor:
+        return self.compute(inputs).float()  # it computes no expert itself
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])  # shared experts before and after the routed ones
+def test_a_part_that_changes_choices_stands_over_experts_that_are_dealt_out(family: str) -> None:
+    model, dealt = build(family), build(family)
+    expert_parallel(dealt, Ranks(dist.group.WORLD))
+    for one in (model, dealt):
+        attach(one, Next())
+    for seed in range(3):  # what one pass leaves must not reach the next
+        ids = tokens(seed=seed)
+        torch.testing.assert_close(logits(dealt, ids), logits(model, ids), atol=1e-5, rtol=1e-4)
+    assert not any(shard.overlap is None or shard.overlap._results for shard in shards(dealt)), "nothing is kept"
+    detach(dealt, "experts")
+    detach(model, "experts")
+    torch.testing.assert_close(logits(dealt), logits(model), atol=1e-5, rtol=1e-4)
