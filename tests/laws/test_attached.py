@@ -9,9 +9,10 @@ import torch
 
 from moekit.anatomy import find_moe_layers
 from moekit.catalogue import MethodRecord
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, UnsupportedModel
 from moekit.routing import TopK
 from moekit.runtime import attach, attached, detach, parts_on, without_parts
+from moekit.runtime.experts import refuse_other_calls
 from moekit.runtime.part import RuntimePart
 from tests.families import build, logits
 from tests.parts import NEUTRAL, FirstOnly, Gain, Nudge, NullExperts, learned, pairs, stir
@@ -108,3 +109,17 @@ def test_what_another_library_set_as_forward_still_runs_inside_and_comes_back() 
     assert experts.forward is own
     assert torch.equal(logits(model), before)
     assert len(calls) > 2
+
+
+def test_experts_that_are_called_in_another_way_are_refused() -> None:
+    class Dense(torch.nn.Module):
+        def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+            return hidden_TH
+
+    model = build("qwen3_moe")
+    layer = find_moe_layers(model)[0]
+    attach(model, Gain())
+    with pytest.raises(UnsupportedModel, match=r"top_k_weights \[3, 8\], not with"):
+        layer.experts(torch.zeros(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 8))
+    with pytest.raises(UnsupportedModel, match="called with hidden_TH, not with"):
+        refuse_other_calls(Dense(), 0)

@@ -111,7 +111,11 @@ class ExpertsWithParts(nn.Module):
     """Mixin that walks a layer's parts; combined with the stock experts class while there are any."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The experts' weighted sums as all parts together make them, shaped like the hidden states."""
+        """The experts' weighted sums as all parts together make them, shaped like the hidden states.
+
+        Raises:
+            UnsupportedModel: the block gives them something else than [T, H], [T, K], [T, K].
+        """
         slot = self._modules[PARTS]
         assert isinstance(slot, SlotParts)
         own = slot.own_forward or super().forward
@@ -119,6 +123,12 @@ class ExpertsWithParts(nn.Module):
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden, index, weights = (given.pop(name) for name in names[:3])
         rows = _rows(hidden), _rows(index), _rows(weights)
+        if rows[1].shape != rows[2].shape or len(rows[0]) != len(rows[1]):
+            shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(names, rows, strict=False))
+            raise UnsupportedModel(
+                f"{type(self).__name__} is called with {shapes}, not with [T, H], [T, K], [T, K]",
+                hint="experts parts, recording and expert parallelism need this family's experts to follow the contract",
+            )
 
         def run(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
             answer: Tensor = own(hidden_TH, index_TK, weights_TK, **given)
