@@ -127,7 +127,7 @@ class ExpertsWithParts(nn.Module):
             shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(names, rows, strict=False))
             raise UnsupportedModel(
                 f"{type(self).__name__} is called with {shapes}, not with [T, H], [T, K], [T, K]",
-                hint="experts parts, recording and expert parallelism need this family's experts to follow the contract",
+                hint="parts, recording and expert parallelism need this family's experts to follow the contract",
             )
 
         def run(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
