@@ -177,3 +177,17 @@ def test_a_part_that_changes_choices_stands_over_experts_that_are_dealt_out(fami
     detach(dealt, "experts")
     detach(model, "experts")
     torch.testing.assert_close(logits(dealt), logits(model), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_families_that_do_not_ask_transformers_registry_have_parts_too() -> None:
+    model = build("qwen3_moe")
+    for layer in find_moe_layers(model):
+        stock: Any = type(layer.experts)
+        layer.experts.__class__ = type("OwnLoop", (stock,), {"forward": stock.forward.__wrapped__})
+    formula = Formula(model)
+    Gained(model)
+    formula.gains = {i: on.learned["gain"].detach() for i, on in attached(model)[0].layers.items()}
+    with Recorder(model, statistics=("outputs",), once=True):
+        logits(model)
+    assert len(formula.chosen) == len(formula.layers)
