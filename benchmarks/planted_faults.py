@@ -87,10 +87,10 @@ FAULTS = (
         ("tests/laws",),
     ),
     Fault(
-        "a repeated layer under activation checkpointing leaves its values a second time",
+        "padding seen by parts that mix what attention looks at",
         "runtime/context.py",
-        "        if not self.tracker.repeating:\n            self._seen",
-        "        if self.tracker.repeating or (layer, name) not in self._seen:\n            self._seen",
+        "            mask = mask & self.attention_mask.to(device)[:, None, :]\n",
+        "            mask = mask.clone()\n",
         ("tests/laws",),
     ),
     Fault(
