@@ -22,33 +22,10 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.trace.streamed import Streamed
 from tests.checkpoints import edit_json
-from tests.families import EXPERTS, HIDDEN, build, randomize
-from tests.odd_folders import tensors_of, with_mtp
+from tests.families import EXPERTS, HIDDEN, build
+from tests.odd_folders import tensors_of, with_mtp, with_mtp_stack
 
 KEEP = (1, 4, 6)
-
-
-def beside(folder: Path) -> Path:
-    """Qwen3-Next: the stack stands beside the decoder, and its config announces nothing."""
-    config = transformers.Qwen3NextConfig(
-        vocab_size=128, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, intermediate_size=40, moe_intermediate_size=24, shared_expert_intermediate_size=20, num_experts=8,
-        num_experts_per_tok=2, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-        linear_value_head_dim=8, max_position_embeddings=128, layer_types=["linear_attention", "full_attention"],
-    )  # fmt: skip
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    randomize(model, 0)
-    model.save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    layer = {n: t for n, t in tensors.items() if n.startswith("model.layers.1.")}
-    tensors |= {n.replace("model.layers.1.", "mtp.layers.0."): t + 0.05 for n, t in layer.items()}
-    generator = torch.Generator().manual_seed(3)
-    tensors["mtp.fc.weight"] = torch.randn(HIDDEN, 2 * HIDDEN, generator=generator) * 0.2
-    tensors["mtp.pre_fc_norm_embedding.weight"] = torch.randn(HIDDEN, generator=generator) * 0.1
-    tensors["mtp.pre_fc_norm_hidden.weight"] = torch.randn(HIDDEN, generator=generator) * 0.1
-    tensors["mtp.norm.weight"] = torch.ones(HIDDEN)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def behind(folder: Path, *, fused: bool = False) -> Path:
@@ -94,7 +71,7 @@ def by_hand(tensors: dict[str, torch.Tensor], prefix: str, keep: tuple[int, ...]
 
 @pytest.mark.parametrize("kind", ["behind", "behind, fused", "beside"])
 def test_the_block_is_cut_row_by_row_and_all_else_is_as_without_it(kind: str, tmp_path: Path) -> None:
-    source = beside(tmp_path / "m") if kind == "beside" else behind(tmp_path / "m", fused="fused" in kind)
+    source = with_mtp_stack(tmp_path / "m") if kind == "beside" else behind(tmp_path / "m", fused="fused" in kind)
     prefix = "mtp.layers.0." if kind == "beside" else "model.layers.2."
     other = (0, 2, 7)
     record = cut(source, tmp_path / "out", KEEP, **{prefix.replace(".", "_"): other})
@@ -119,7 +96,7 @@ def test_the_block_is_cut_row_by_row_and_all_else_is_as_without_it(kind: str, tm
 
 @pytest.mark.parametrize("kind", ["behind", "beside"])
 def test_scores_are_gate_weights_of_a_slow_forward(kind: str, tmp_path: Path) -> None:
-    source = beside(tmp_path / "m") if kind == "beside" else behind(tmp_path / "m")
+    source = with_mtp_stack(tmp_path / "m") if kind == "beside" else behind(tmp_path / "m")
     if kind == "behind":  # all in one type, as the slow forward has it
         tensors = {n: t.float() for n, t in tensors_of(source).items()}
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
