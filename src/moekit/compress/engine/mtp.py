@@ -112,7 +112,8 @@ def longer_config(config: PreTrainedConfig, blocks: Sequence[MtpBlock]) -> PreTr
     layers = int(text.num_hidden_layers)
     further = max(block.layer for block in blocks) + 1 - layers
     for key, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == layers and key.endswith("layer_types"):
+        by_layer = "layer" in key or key.endswith(("_types", "_pattern"))
+        if by_layer and isinstance(value, list) and len(value) == layers:
             setattr(text, key, [*value, *value[-1:] * further])
     text.num_hidden_layers = layers + further
     return made
