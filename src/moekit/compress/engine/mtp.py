@@ -70,7 +70,10 @@ def mtp_blocks(checkpoint: Checkpoint) -> tuple[MtpBlock, ...]:
     stack = _decoder_stack(checkpoint, names)
     found = []
     for prefix, tensors in own.items():
-        number, count = next(iter(expert_counts(tensors, stacks=True).items()))
+        counts = expert_counts(tensors, stacks=True)
+        if not counts:
+            continue
+        number, count = next(iter(counts.items()))
         layer = number + layers if in_mtp_stack(prefix) else number
         _check_whole(tensors, checkpoint, layer)
         found.append(MtpBlock(prefix, f"{stack}{layer}.", layer, count))

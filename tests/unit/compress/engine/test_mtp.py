@@ -129,22 +129,48 @@ def test_scores_are_gate_weights_of_a_slow_forward(kind: str, tmp_path: Path) ->
             state = decoder.model(input_ids=row).last_hidden_state[:, :-1]
             ahead = decoder.get_input_embeddings()(row[:, 1:])
             given = torch.cat([norm(ahead, first), norm(state, second)], -1) @ projection.T
-            slow += gates(longer, given)
+            slow += gates(longer, given)[0]
     assert slow.sum() > 0
     assert torch.tensor(scores, dtype=torch.float64) == pytest.approx(slow, rel=1e-4, abs=1e-6)
     assert highest(scores, 3) == tuple(sorted(slow.argsort(descending=True)[:3].tolist()))
 
 
-def longer_model(source: Path, prefix: str) -> Any:
+def test_a_second_layer_stands_on_the_first_and_looks_two_tokens_ahead(tmp_path: Path) -> None:
+    source = behind(tmp_path / "m")
+    tensors = {n: t.float() for n, t in tensors_of(source).items()}
+    tensors |= {n.replace(".layers.2.", ".layers.3."): t * 0.8 for n, t in tensors.items() if ".layers.2." in n}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    edit_json(source / "config.json", lambda config: config.update(num_nextn_predict_layers=2))
+    ids = torch.randint(4, 128, (1, 12), generator=torch.Generator().manual_seed(1))
+    got: dict[str, tuple[float, ...]] = {}
+    with Streamed(Checkpoint.open(source), [{"input_ids": ids}], statistics=("load",)) as streamed:
+        streamed.run(then=lambda last: got.update(mtp_scores(streamed, last)))
+    longer = longer_model(source, "model.layers.2.", layers=4)
+    decoder = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        state = decoder.model(input_ids=ids).last_hidden_state
+        for layer in (2, 3):
+            ahead = decoder.get_input_embeddings()(ids[:, layer - 1 :])
+            parts = []
+            for given, name in ((ahead, "enorm"), (state[:, :-1], "hnorm")):
+                scale = (given.square().mean(-1, keepdim=True) + decoder.config.rms_norm_eps).rsqrt()
+                parts.append(given * scale * tensors[f"model.layers.{layer}.{name}.weight"])
+            mixed = torch.cat(parts, -1) @ tensors[f"model.layers.{layer}.eh_proj.weight"].T
+            slow, state = gates(longer, mixed, layer)
+            told = torch.tensor(got[f"model.layers.{layer}."], dtype=torch.float64)
+            assert told == pytest.approx(slow, rel=1e-4, abs=1e-6)
+
+
+def longer_model(source: Path, prefix: str, layers: int = 3) -> Any:
     """A stock model that has the layer as its third, with everything else of the source."""
     config = transformers.AutoConfig.from_pretrained(source)
-    config.num_hidden_layers = 3
+    config.num_hidden_layers = layers
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = ["linear_attention", "full_attention", "full_attention"]
     if getattr(config, "mlp_layer_types", None) is not None:
-        config.mlp_layer_types = [*config.mlp_layer_types, "sparse"]
+        config.mlp_layer_types = [*config.mlp_layer_types, *["sparse"] * (layers - 2)]
     tensors = {name.replace(prefix, "model.layers.2."): t for name, t in tensors_of(source).items()}
-    kind = build("glm4_moe", num_hidden_layers=3) if prefix != "mtp.layers.0." else None
+    kind = build("glm4_moe", num_hidden_layers=layers) if prefix != "mtp.layers.0." else None
     model: Any = kind if kind is not None else AutoModelForCausalLM.from_config(config)
     folder = source.parent / "longer"
     config.save_pretrained(folder)
@@ -152,9 +178,9 @@ def longer_model(source: Path, prefix: str) -> Any:
     return type(model).from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def gates(model: Any, given: torch.Tensor) -> torch.Tensor:
-    """What the third layer's experts are given as weights, when the layer gets these states."""
-    total = torch.zeros(EXPERTS, dtype=torch.float64)
+def gates(model: Any, given: torch.Tensor, index: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer's experts are given as weights when it gets these states, and what it gives."""
+    total, made = torch.zeros(EXPERTS, dtype=torch.float64), []
 
     def see(_: Any, args: Any, kwargs: Any) -> None:
         _, indices, weights = [*args, *kwargs.values()][:3]
@@ -163,14 +189,19 @@ def gates(model: Any, given: torch.Tensor) -> torch.Tensor:
                 total[expert] += weight
 
     layers = model.model.layers
-    handle = layers[2].mlp.experts.register_forward_pre_hook(see, with_kwargs=True)
-    kept = layers[0].forward, layers[1].forward
-    for layer in layers[:2]:
+    handles = [
+        layers[index].mlp.experts.register_forward_pre_hook(see, with_kwargs=True),
+        layers[index].register_forward_hook(lambda _m, _a, answer: made.append(answer)),
+    ]
+    others = [layer for number, layer in enumerate(layers) if number != index]
+    for layer in others:
         layer.forward = lambda hidden_states, *_, **__: hidden_states
     model.model(inputs_embeds=given, use_cache=False)
-    layers[0].forward, layers[1].forward = kept
-    handle.remove()
-    return total
+    for layer in others:
+        del layer.forward
+    for handle in handles:
+        handle.remove()
+    return total, made[0] if isinstance(made[0], torch.Tensor) else made[0][0]
 
 
 def test_what_no_head_could_follow_is_refused(tmp_path: Path) -> None:
