@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Qwen3_5MoeForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3NextConfig,
+)
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
 from tests.checkpoints import edit_json, plain
@@ -56,6 +61,29 @@ def with_mtp(folder: Path, *, fused: bool = False, shards: int = 1) -> tuple[Pat
     spread(folder, tensors, shards, total_parameters=5)
     edit_json(folder / "config.json", lambda config: config.update(num_nextn_predict_layers=1, kept_by_no_class="yes"))
     return folder, {name for name in tensors if ".layers.2." in name}
+
+
+def with_mtp_stack(folder: Path) -> Path:
+    """A Qwen3-Next whose layer for multi-token prediction stands beside the decoder; its config announces nothing."""
+    config = Qwen3NextConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, intermediate_size=40, moe_intermediate_size=24, shared_expert_intermediate_size=20, num_experts=8,
+        num_experts_per_tok=2, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=8, max_position_embeddings=128, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(model, 0)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    layer = {n: t for n, t in tensors.items() if n.startswith("model.layers.1.")}
+    tensors |= {n.replace("model.layers.1.", "mtp.layers.0."): t + 0.05 for n, t in layer.items()}
+    generator = torch.Generator().manual_seed(3)
+    tensors["mtp.fc.weight"] = torch.randn(HIDDEN, 2 * HIDDEN, generator=generator) * 0.2
+    tensors["mtp.pre_fc_norm_embedding.weight"] = torch.randn(HIDDEN, generator=generator) * 0.1
+    tensors["mtp.pre_fc_norm_hidden.weight"] = torch.randn(HIDDEN, generator=generator) * 0.1
+    tensors["mtp.norm.weight"] = torch.ones(HIDDEN)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def with_vision(folder: Path) -> Path:

@@ -1,9 +1,11 @@
 from .api import load as load, save as save
 from .jobs.apply import apply as apply
+from .jobs.check import check as check
 from .jobs.convert import convert as convert
 from .jobs.data import write_data as write_data
 from .jobs.evaluate import evaluate as evaluate
 from .jobs.expert_sets import expert_sets as expert_sets
+from .jobs.generate import generate as generate
 from .jobs.place import place as place
 from .jobs.pretrain_tiny import pretrain_tiny as pretrain_tiny
 from .jobs.profile import profile as profile

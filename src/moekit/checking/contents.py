@@ -9,7 +9,9 @@ from moekit.checkpoint.config_file import announced_mtp
 from moekit.checkpoint.expected import Layout, stated_differences, unknown_tensors
 from moekit.checkpoint.experts import expert_counts, mtp_tensors
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint, listed
-from moekit.checkpoint.names import text_config
+from moekit.checkpoint.names import text_config, where
+
+_SOME = "while others of them are"
 
 
 def check_announced(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -49,22 +51,37 @@ def check_lost(
     """
     if layout is None or theirs is None or layout.live.keys() != theirs.live.keys():
         return  # another family or another number of layers: a conversion
-    lost = set(unknown_tensors(parent, theirs)) - set(child.tensors)
+    beyond = mtp_tensors(parent.tensors, parent.config)
+    lost = {n for n in unknown_tensors(parent, theirs) if _still(n, child, beyond) not in {None, *child.tensors}}
     if not lost:
         return
-    mtp = lost & mtp_tensors(parent.tensors, parent.config)
+    mtp = lost & beyond
     if mtp:
-        announced = announced_mtp(child.config)
-        yield _lost(child, mtp, "error" if announced else "note", "of multi-token-prediction layers")
+        # Some of them are here: then all must be.
+        announced, some = announced_mtp(child.config), beyond & set(child.tensors)
+        what = "of multi-token-prediction layers"
+        yield _lost(child, mtp, "error" if announced or some else "note", what, None if announced else _SOME)
     if lost - mtp:
         same = child.config.get("architectures") == parent.config.get("architectures")
         yield _lost(child, lost - mtp, "error" if same else "warning", "beyond the language model")
 
 
-def _lost(child: Checkpoint, names: Iterable[str], severity: str, what: str) -> Finding:
+def _still(name: str, child: Checkpoint, mtp: set[str]) -> str | None:
+    """What a tensor of the parent is called in the child; None for an expert that was cut from its layer on purpose."""
+    expert = where(name)[1]
+    kept = {} if child.record is None else child.record.scores.get("kept_mtp") or {}
+    prefix = next((prefix for prefix in kept if name.startswith(prefix)), None)
+    if expert is None or name not in mtp or prefix is None:
+        return name
+    if expert not in kept[prefix]:
+        return None
+    return name.replace(f".experts.{expert}.", f".experts.{list(kept[prefix]).index(expert)}.")
+
+
+def _lost(child: Checkpoint, names: Iterable[str], severity: str, what: str, broken: str | None = None) -> Finding:
     ordered = sorted(names)
     tail = {
-        "error": "and the config still announces them",
+        "error": broken or "and the config still announces them",
         "warning": "and the config names another class",
         "note": "and the config announces none: left out on purpose",
     }[severity]

@@ -1,10 +1,12 @@
 """Is this still its parent? Compares every expert with the parent's experts by content, fine-tuned or not.
 
-Each matrix is represented by a sample of its elements; the cosine of two samples is near one for the same matrix, high
-for a fine-tuned one, near zero for unrelated ones. Experts that answer best to another expert of the parent were moved;
-that is legal if the router's rows moved with them (a placement does so), and a silent error if they did not. A pruned
-child is compared with the experts that its record says it kept, or else with those that its router's rows came from.
-A matrix of zeros, as right after a residual conversion, says nothing.
+What is byte for byte the parent's is so, whether both keep experts in one layout or not; where the record says that it
+stayed as it was, it has to be. What else differs is compared by likeness. Each matrix is represented by a sample of its
+elements; the cosine of two samples is near one for the same matrix, high for a fine-tuned one, near zero for unrelated
+ones. Experts that answer best to another expert of the parent were moved; that is legal if the router's rows moved with
+them (a placement does so), and a silent error if they did not. A pruned child is compared with the experts that its
+record says it kept, or else with those that its router's rows came from. A matrix of zeros, as right after a residual
+conversion, says nothing.
 
 Legend: E experts, P parent's experts, N sampled elements, H hidden.
 """
@@ -14,19 +16,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
-from moekit import catalogue
 from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry, MoELayer
+from moekit.checking.claims import Claims, claims_of, rewrites
+from moekit.checking.parent_bytes import ParentBytes, changed_experts, changed_rest
 from moekit.checking.report import Finding
 from moekit.checking.samples import RELATED, Side, matches, router_moves, sample, samples, shown, side_of
+from moekit.checking.scan import TensorScan
 from moekit.checking.units import read_unit, swap_halves
-from moekit.checkpoint.expected import Layout
+from moekit.checkpoint.expected import Layout, disk_names
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.names import text_config
-from moekit.errors import MoekitError
 
 
 @dataclass
@@ -38,59 +42,102 @@ class ParentCheck:
         parent: what it was made from, or another trusted version of it.
         layout: of the child.
         layers: MoE layers of the child's model.
+        scans: of all tensors of the child.
+        progress: told layer by layer.
         compared: decoder layers whose experts were compared.
         apart: whether there are layers that could not be compared.
+        same: tensors outside of routed experts that are byte for byte the parent's.
     """
 
     child: Checkpoint
     parent: Checkpoint
     layout: Layout | None
     layers: list[MoELayer]
+    scans: Mapping[str, TensorScan]
+    progress: Progress | None = None
     compared: list[int] = field(default_factory=list)
     apart: bool = False
+    same: list[str] = field(default_factory=list)
 
-    def findings(self, progress: Progress | None = None) -> Iterator[Finding]:
-        """Everything that is not the parent's; told layer by layer."""
+    @cached_property
+    def _claims(self) -> Claims:
+        return claims_of(self.child, self.parent)
+
+    @cached_property
+    def _bytes(self) -> ParentBytes:
+        geometries = {layer.index: layer.geometry for layer in self.layers}
+        return ParentBytes(self.child, self.parent, self.scans, geometries, self.progress)
+
+    def findings(self) -> Iterator[Finding]:
+        """Everything that is not the parent's: experts layer by layer, then what is outside of them."""
+        yield from self._experts()
+        yield from self._rest()
+
+    def _experts(self) -> Iterator[Finding]:
         ours, theirs = side_of(self.child), side_of(self.parent)
-        both = sorted(n for n in ours.layers & theirs.layers if ours.parts(n) == theirs.parts(n))
         kinds = {text_config(side.config).get("model_type") for side in (self.child, self.parent)}
+        both = sorted(ours.layers & theirs.layers)
         if not both or (len(kinds) > 1 and ours.units.keys() != theirs.units.keys()):
             yield self._note(f"{self.parent.path} keeps its experts in other layers or another layout: not compared")
             return
         for layer in sorted(ours.layers - set(both)):
-            yield self._note("the parent's experts of this layer lie in another layout, or are none", shown(layer))
-        geometries = {layer.index: layer.geometry for layer in self.layers}
+            yield self._note("the parent has no experts in this layer", shown(layer))
         routers = router_moves(self.child, self.parent, self.layout, self.layers)
-        kept = self._recorded()
-        for layer in track(both, "comparing with the parent", progress):
-            sizes = [{len(side.units[layer, part]) for part in side.parts(layer)} for side in (ours, theirs)]
-            expected = self._expected(layer, sizes, routers.get(layer), kept)
-            if expected is None:
-                yield self._note("the parent has another number of experts here: not compared", shown(layer))
-                continue
-            self.compared.append(layer)
-            yield from self._check_layer(ours, theirs, layer, expected, geometries.get(layer), routers.get(layer))
+        for layer in track(both, "comparing with the parent", self.progress):
+            yield from self._layer(ours, theirs, layer, routers.get(layer))
+
+    def _layer(self, ours: Side, theirs: Side, layer: int, router: list[int] | None) -> Iterator[Finding]:
+        """One layer: first by bytes, and where these differ, by likeness."""
+        sizes = [{len(side.units[layer, part]) for part in side.parts(layer)} for side in (ours, theirs)]
+        expected = self._expected(layer, sizes, router)
+        if expected is None:
+            yield self._note("the parent has another number of experts here: not compared", shown(layer))
+            return
+        differing, claimed = self._bytes.differing(layer, expected), self._claims.experts
+        alike = ours.parts(layer) == theirs.parts(layer)
+        if not alike and (differing is None or (differing and not claimed)):
+            yield self._note("the parent's experts of this layer lie in another layout: not compared", shown(layer))
+            return
+        self.compared.append(layer)
+        geometries = {layer.index: layer.geometry for layer in self.layers}
+        found: list[Finding] = []
+        if alike and differing != []:
+            found += self._check_layer(ours, theirs, layer, expected, geometries.get(layer), router)
+        elif not claimed:
+            found += self._moved_rows(layer, router, expected)
+        yield from found
+        if differing and claimed and not any(finding.severity == "error" for finding in found):
+            yield changed_experts(self.child, layer, differing, expected)
+
+    def _rest(self) -> Iterator[Finding]:
+        """Attention, norms, embeddings and routers, byte for byte."""
+        claims, routers = self._claims, self._router_names()
+        self.same, changed, moved = self._bytes.rest(claims.kept, routers)
+        self.same = [name for name in self.same if name not in set(changed)]
+        few = 2 * len(changed) < len(self.same)
+        if claims.rest or few:
+            what = "outside of routed experts that differ"
+            yield from changed_rest(self.child, changed, claimed=claims.rest, what=what)
+        if claims.experts:
+            yield from changed_rest(self.child, moved, claimed=True, what="tensors of routers that differ")
+
+    def _router_names(self) -> set[str]:
+        """Tensors of the child that are a router's."""
+        if self.layout is None:
+            return set()
+        stems = tuple(f"{layer.router_name}." for layer in self.layers if layer.router_name)
+        return {name for live, name in disk_names(self.child.tensors, self.layout).items() if live.startswith(stems)}
 
     def _note(self, message: str, layer: int | None = None) -> Finding:
         self.apart = True
         return Finding(severity="note", code="not-comparable", message=message, file=str(self.child.path), layer=layer)
 
-    def _recorded(self) -> Mapping[str, Sequence[int]]:
-        """Which of the parent's experts the record says were kept; nothing where it speaks of another parent."""
-        record = self.child.record
-        if record is None or record.parent_fingerprint != self.parent.fingerprint:
-            return {}
-        kept = record.scores.get("kept")
-        return kept if isinstance(kept, Mapping) else {}
-
-    def _expected(
-        self, layer: int, sizes: list[set[int]], router: list[int] | None, kept: Mapping[str, Sequence[int]]
-    ) -> list[int] | None:
+    def _expected(self, layer: int, sizes: list[set[int]], router: list[int] | None) -> list[int] | None:
         """For each expert the parent's that it should be; None where nobody knows."""
         if any(len(counts) > 1 for counts in sizes):
             return None
         mine, other = sizes[0].pop(), sizes[1].pop()
-        recorded = list(kept.get(str(layer)) or ())
+        recorded = list(self._claims.kept.get(layer) or ())
         if len(recorded) == mine and all(isinstance(e, int) and 0 <= e < other for e in recorded):
             return recorded
         if mine == other:
@@ -98,17 +145,6 @@ class ParentCheck:
         # Rows of a pruned router are rows of the parent's, in their order.
         pruned = router is not None and len(router) == mine and router == sorted(set(router))
         return router if pruned else None
-
-    def _merges(self) -> bool:
-        """Whether the record says that a method has rewritten the experts that stayed."""
-        record = self.child.record
-        name = record.config.get("method") if record is not None else None
-        if record is None or not isinstance(name, str) or "kept" not in record.scores:
-            return False
-        try:
-            return bool(getattr(catalogue.get("prune", name).cls, "rewrites", False))
-        except MoekitError:
-            return True  # a method of another package
 
     def _check_layer(
         self,
@@ -119,6 +155,7 @@ class ParentCheck:
         geometry: Geometry | None,
         router: list[int] | None,
     ) -> Iterator[Finding]:
+        merges = self.child.record is not None and rewrites(self.child.record)
         moved: dict[int, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
         parts, silent = ours.parts(layer), set[str]()
         for part in parts:
@@ -131,15 +168,19 @@ class ParentCheck:
             for expert, (source, best) in enumerate(zip(index_E, best_E, strict=True)):
                 if expert in blank:
                     continue
-                if best < RELATED and not self._merges():
+                if best < RELATED and not merges:
                     yield _unrelated(ours, theirs, layer, part, (expert, expected[expert]), geometry)
                 elif best >= RELATED and source != expected[expert]:
                     moved[expert][source].append(part)
         if silent:
             yield self._zeros(layer, silent)
-        if not self._merges():
+        if not merges:
             yield from _explain_moves(self.child, shown(layer), len(set(parts) - silent), moved, router, expected)
-        if router is not None and not moved and router != expected:
+        if not moved:
+            yield from self._moved_rows(layer, router, expected)
+
+    def _moved_rows(self, layer: int, router: list[int] | None, expected: Sequence[int]) -> Iterator[Finding]:
+        if router is not None and router != list(expected):
             rows = [expert for expert, source in enumerate(router) if source != expected[expert]]
             message = f"the router's rows of experts {rows} were moved, the experts were not"
             yield _error(self.child, "router-rows-moved", message, layer, rows[0])

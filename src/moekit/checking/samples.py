@@ -5,6 +5,7 @@ Legend: E experts, P parent's experts, N sampled elements, H hidden.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from moekit.anatomy.probe import MoELayer
 from moekit.checking.units import Unit, read_unit, units_of
 from moekit.checkpoint.expected import Layout, disk_names
 from moekit.checkpoint.folder import Checkpoint
-from moekit.checkpoint.names import in_mtp_stack
+from moekit.checkpoint.names import in_mtp_stack, where
 
 _SAMPLES = 4096
 # Cosines below this are unrelated; a better match elsewhere must win by the margin.
@@ -52,8 +53,8 @@ def side_of(checkpoint: Checkpoint) -> Side:
     units: dict[tuple[int, str], dict[int, Unit]] = defaultdict(dict)
     for info in checkpoint.tensors.values():
         for unit in units_of(info):
-            if unit.layer is not None and unit.expert is not None and "." not in unit.part:
-                layer = unit.layer + (_STACKED_MTP if in_mtp_stack(unit.name) else 0)
+            layer = layer_key(unit.name)
+            if layer is not None and unit.expert is not None and "." not in unit.part:
                 units[layer, unit.part][unit.expert] = unit
     return Side(checkpoint, units)
 
@@ -75,6 +76,18 @@ def samples(side: Side, key: tuple[int, str]) -> Tensor | None:
             return None
         rows.append(sample(matrix))
     return torch.stack(rows) if rows else None
+
+
+def layer_key(name: str) -> int | None:
+    """The layer that a tensor belongs to; those of a multi-token-prediction stack lie behind all others.
+
+    Args:
+        name: of a tensor, or the beginning of one.
+    """
+    if not in_mtp_stack(name):
+        return where(name)[0]
+    number = re.search(r"\.layers\.(\d+)\.|^layers\.(\d+)\.", name)
+    return None if number is None else _STACKED_MTP + int(number.group(1) or number.group(2))
 
 
 def shown(layer: int) -> int:

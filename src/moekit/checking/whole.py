@@ -53,7 +53,8 @@ def check(
 
     Args:
         folder: local model folder.
-        parent: folder or hub id of a trusted version to compare the experts with.
+        parent: folder or hub id of a trusted version to compare with: experts by likeness, and byte for byte what the
+            record says has stayed.
         for_: also say what keeps "transformers" or "vllm" from loading it.
         progress: told bytes read.
 
@@ -99,8 +100,8 @@ def check(
     findings += check_extras(checkpoint, layers)
     comparison = None
     if parent is not None:
-        comparison = ParentCheck(checkpoint, Checkpoint.open(parent), layout, layers)
-        findings += comparison.findings(progress)
+        comparison = ParentCheck(checkpoint, Checkpoint.open(parent), layout, layers, scans, progress)
+        findings += comparison.findings()
         findings += check_parent_settings(checkpoint, comparison.parent)
         findings += check_lost(checkpoint, comparison.parent, layout, build_layout(comparison.parent)[0])
     if for_ is not None:
@@ -142,9 +143,12 @@ def _proven(
         proven.append("every number is finite")
     if checkpoint.record is not None and checkpoint.record.expectations.tensors and not codes:
         proven.append("every tensor is byte for byte the recorded one")
-    moved = {"experts-swapped", "expert-replaced", "unrelated", "gate-up-swapped", "transposed", "router-rows-moved"}
+    moved = {"experts-swapped", "expert-replaced", "expert-changed", "unrelated", "gate-up-swapped", "transposed"}
+    moved |= {"router-rows-moved"}
     if comparison is not None and comparison.compared and not codes & moved:
         which = "every expert" if not comparison.apart else f"every expert of {len(comparison.compared)} layers"
         silent = ", as far as its weights are not zeros" if "zeros-say-nothing" in said else ""
         proven.append(f"{which} is its counterpart in {parent}{silent}")
+    if comparison is not None and comparison.same and "changed-from-parent" not in codes:
+        proven.append(f"{len(comparison.same)} tensors outside of routed experts are byte for byte those of {parent}")
     return proven

@@ -112,22 +112,27 @@ def carry_out(
     Raises:
         BadConfig: an option is impossible, OUT exists, is read, or is being written by the same command.
     """
-    from moekit.jobs.call import options_from, perform, ready
+    from moekit.jobs.call import kept_or_not, options_from, perform, ready
     from moekit.jobs.shared.estimates import ByteSizes
 
     given = options_from(options, values, hint=_HELP)
-    if terminal.dry_run:
-        settled, target, _ = ready(given, out, overwrite=overwrite)
-        terminal.estimate(settled.estimate(target, ByteSizes()))
+    with kept_or_not(options, out) as place:
+        if terminal.dry_run:
+            settled, target, _ = ready(given, place, overwrite=overwrite)
+            terminal.estimate(settled.estimate(target, ByteSizes()))
+            return
+        target, results = perform(
+            given,
+            place,
+            seed=terminal.seed,
+            overwrite=overwrite,
+            progress=terminal.progress,
+            command=terminal.command,
+        )
+    if out is None and not options.needs_out:
+        terminal.answer(**results)
+        show(terminal, results)
         return
-    target, results = perform(
-        given,
-        out,
-        seed=terminal.seed,
-        overwrite=overwrite,
-        progress=terminal.progress,
-        command=terminal.command,
-    )
     terminal.answer(out=str(target), **results)
     show(terminal, results)
     terminal.say(f"wrote {target}")

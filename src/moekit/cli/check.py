@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moekit.cli._command import build_command
+from moekit.cli._jobs import carry_out
 from moekit.cli._terminal import Terminal, size
 
 if TYPE_CHECKING:
@@ -16,30 +17,25 @@ if TYPE_CHECKING:
 
 def check(
     terminal: Terminal,
-    folder: Annotated[Path, typer.Argument(help="model folder", show_default=False)],
-    parent: Annotated[
-        str | None, typer.Option(help="trusted version to compare experts with: folder or hub id")
-    ] = None,
+    folder: Annotated[str, typer.Argument(help="model folder", show_default=False)],
+    parent: Annotated[str | None, typer.Option(help="trusted version to compare with: folder or hub id")] = None,
     for_: Annotated[str | None, typer.Option("--for", help="also say what keeps transformers or vllm from it")] = None,
 ) -> None:
     """Prove that a checkpoint is what its record says: experts present, sizes true, numbers finite, no dead expert.
 
-    Every byte is read once. Leaves with 0 if nothing is wrong, 2 if something is, 3 if the folder is unsafe.
+    Every byte is read once. With a parent, what the record says has stayed is compared byte for byte, the rest by
+    likeness. Leaves with 0 if nothing is wrong, 2 if something is, 3 if the folder is unsafe.
     """
-    from moekit.checking import check as check_folder
+    from moekit.jobs.options.check import CheckOptions
 
-    if terminal.dry_run:
-        _print_estimate(terminal, folder, parent)
-        return
-    report = check_folder(folder, parent=parent, for_=for_, progress=terminal.progress)
-    terminal.answer(ok=report.ok, **report.model_dump(mode="json"))
-    _show(terminal, report)
-    if not report.ok:
-        terminal.close()
-        raise typer.Exit(3 if report.unsafe else 2)
+    given = {"folder": folder, "parent": parent, "for_": for_}
+    carry_out(terminal, CheckOptions, given, None, False, _show)
 
 
-def _show(terminal: Terminal, report: CheckReport) -> None:
+def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
+    from moekit.checking import CheckReport
+
+    report = CheckReport.model_validate({key: value for key, value in results.items() if key != "ok"})
     for finding in report.findings:
         terminal.say(str(finding))
         if finding.hint and finding.severity == "error":
@@ -52,6 +48,9 @@ def _show(terminal: Terminal, report: CheckReport) -> None:
     if warnings:
         verdict = f"{'no error' if report.ok else verdict}, {warnings} warning{'s' * (warnings > 1)}"
     terminal.say(f"{report.folder}: {verdict}; {_layers(report)}{report.tensors} tensors, {size(report.nbytes)} read")
+    if not report.ok:
+        terminal.close()
+        raise typer.Exit(3 if report.unsafe else 2)
 
 
 def _layers(report: CheckReport) -> str:
@@ -62,15 +61,6 @@ def _layers(report: CheckReport) -> str:
         return "0 expert layers (a dense model), "
     of = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"{len(report.experts)} expert layers of {of} experts, "
-
-
-def _print_estimate(terminal: Terminal, folder: Path, parent: str | None) -> None:
-    from moekit.jobs.shared.estimates import ByteSizes, JobEstimate
-    from moekit.jobs.shared.inputs import model_item
-
-    items = [model_item(name, ByteSizes()) for name in (str(folder), parent) if name is not None]
-    note = "tensors are read one at a time: memory does not grow with the model"
-    terminal.estimate(JobEstimate(tuple(items), (), disk=0, memory=256 << 20, notes=(note,)))
 
 
 def build() -> Any:

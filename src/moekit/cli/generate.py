@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
-from moekit._files import read_text
 from moekit.cli._command import build_command
-from moekit.cli._errors import config_error
-from moekit.cli._generate_tasks import generate_by_task
+from moekit.cli._jobs import carry_out
 from moekit.cli._options import option_parameters, read_options
-from moekit.cli._terminal import Terminal
-from moekit.errors import BadConfig, BadData
-
-PROMPTS = (
-    "The most important thing about a good bridge is",
-    "def fibonacci(n):\n",
-    "Es war einmal ein alter König, der",
-)
+from moekit.cli._terminal import Terminal, size
 
 
 def generate(
@@ -43,106 +32,50 @@ def generate(
 
     With --expert-sets only the experts of each prompt's task are read from disk.
     """
-    from moekit.jobs.options.ranked import RankedOptions
-    from moekit.jobs.options.tasks import TaskOptions
-    from moekit.jobs.shared.ranked import check_ranks, ranks_of
-    from moekit.jobs.shared.tasks import check_tasks
+    from moekit.jobs.options.generate import GenerateOptions
 
-    texts = [*(prompt or ()), *_lines(prompts)] or list(PROMPTS)
-    tasks = _options(TaskOptions, {name: rest.pop(name) for name in TaskOptions.model_fields})
-    check_tasks(tasks)
-    options = _options(RankedOptions, rest)
-    if tasks.expert_sets is not None:
-        if other is not None or options.ep > 1:
-            raise BadConfig(
-                "a task's experts are loaded for one model, by one process",
-                hint="leave the second checkpoint and --ep out",
-            )
-        generate_by_task(terminal, tasks, model, texts, max_new_tokens, device, dtype)
+    given = {
+        **read_options(GenerateOptions, rest),
+        "model": model,
+        "other": other,
+        "prompt": tuple(prompt or ()),
+        "prompts": prompts,
+        "max_new_tokens": max_new_tokens,
+        "device": device,
+        "dtype": dtype,
+    }
+    carry_out(terminal, GenerateOptions, given, None, False, _show)
+
+
+def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
+    if "pairs" in results:
+        _show_pairs(terminal, results)
         return
-    if terminal.dry_run:
-        _print_estimate(terminal, [name for name in (model, other) if name is not None])
-        return
-    check_ranks(options)
-    if options.ep > 1 and other is not None:
-        raise BadConfig("ranks share one model at a time", hint="leave the second checkpoint out, or --ep")
-    with ranks_of(options) as started:
-        share = None if started is None else partial(_share, options, started)
-        first = _complete(terminal, model, texts, max_new_tokens, device, dtype, share)
-    if other is None:
-        terminal.answer(**first.model_dump(mode="json"))
-        for completion in first.completions:
-            terminal.say(f"> {completion.prompt}\n{completion.text}\n")
-        return
-    from moekit.evaluation import agreement, side_by_side
-    from moekit.jobs.shared.inputs import open_model
-
-    second = _complete(terminal, other, texts, max_new_tokens, device, dtype)
-    asked, _ = open_model(other, device=device, dtype=dtype, progress=terminal.progress)
-    both = side_by_side(first, second, agreement(asked, first))
-    terminal.answer(**both.model_dump(mode="json"))
-    for pair in both.pairs:
-        where = "same" if pair.first_difference is None else f"part at token {pair.first_difference}"
-        terminal.say(f"> {pair.prompt}   ({where})\n  a: {pair.a.strip()}\n  b: {pair.b.strip()}\n")
-    terminal.say(f"a is {both.a}, b is {both.b}: {both.identical:.0%} of the prompts continued alike;")
-    terminal.say(f"given a's text, b chooses the same token at {both.agreement:.1%} of the positions")
+    for task, loaded in results.get("loaded", {}).items():
+        kept = len(next(iter(loaded["experts"].values())))
+        share = f"{size(loaded['bytes'])} of {size(results['model_bytes'])}"
+        terminal.note(f"{task}: {kept} of {loaded['of']} experts a layer, {share}")
+    for made in results["completions"]:
+        head = f"[{_task(made)}]\n" if "task" in made else ""
+        terminal.say(f"{head}> {made['prompt']}\n{made['text']}\n")
 
 
-def _options(cls: Any, given: dict[str, Any]) -> Any:
-    """Options of a group, checked.
-
-    Raises:
-        BadConfig: an impossible value.
-    """
-    try:
-        return cls(**read_options(cls, given))
-    except ValidationError as error:
-        raise config_error(error) from error
+def _show_pairs(terminal: Terminal, results: Mapping[str, Any]) -> None:
+    for pair in results["pairs"]:
+        first = pair["first_difference"]
+        where = "same" if first is None else f"part at token {first}"
+        terminal.say(f"> {pair['prompt']}   ({where})\n  a: {pair['a'].strip()}\n  b: {pair['b'].strip()}\n")
+    alike = f"{results['identical']:.0%} of the prompts continued alike;"
+    terminal.say(f"a is {results['a']}, b is {results['b']}: {alike}")
+    terminal.say(f"given a's text, b chooses the same token at {results['agreement']:.1%} of the positions")
 
 
-def _share(options: Any, started: Any, model: Any, **facts: Any) -> None:
-    """Deal the experts out to ranks that all generate the same."""
-    from moekit.jobs.shared.ranked import deal_out
+def _task(made: Mapping[str, Any]) -> str:
+    """The task of a prompt, and how near it is."""
+    from moekit.jobs.shared.tasks import Assigned
 
-    deal_out(model, options, started, shared_batch=True, facts=facts)
-
-
-def _complete(
-    terminal: Terminal,
-    reference: str,
-    texts: list[str],
-    tokens: int,
-    device: str,
-    dtype: DtypeName,
-    share: Callable[..., None] | None = None,
-) -> Any:
-    from moekit.evaluation import complete
-    from moekit.jobs.shared.inputs import open_model
-
-    model, tokenizer = open_model(reference, device=device, dtype=dtype, progress=terminal.progress)
-    if share is not None:
-        share(model, prompts=texts, tokens=tokens, dtype=dtype)
-    return complete(model, tokenizer, texts, max_new_tokens=tokens, name=reference, progress=terminal.progress)
-
-
-def _lines(file: Path | None) -> list[str]:
-    if file is None:
-        return []
-    try:
-        lines = [line for line in read_text(file).splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise BadData(f"is not UTF-8 text (byte {error.start})", file=file, hint="convert it, as with iconv") from error
-    if not lines:
-        raise BadData("the file holds no prompt", file=file, hint="write one a line")
-    return lines
-
-
-def _print_estimate(terminal: Terminal, references: list[str]) -> None:
-    from moekit.jobs.shared.estimates import ByteSizes, JobEstimate, largest
-    from moekit.jobs.shared.inputs import model_item
-
-    items = tuple(model_item(name, ByteSizes()) for name in references)
-    terminal.estimate(JobEstimate(items, (), disk=0, memory=largest(item.nbytes for item in items)))
+    nearest = tuple((near["task"], near["distance"]) for near in made["nearest"])
+    return str(Assigned(made["prompt"], made["task"], made["metric"] or "", nearest))
 
 
 def build() -> Any:

@@ -20,6 +20,7 @@ from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.prune import PruneResult
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, record_bytes, text_item
+from moekit.jobs.shared.mtp import check_mtp
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.shared.pruned import Decided, finish, in_groups, log_warnings
 from moekit.jobs.shared.pruning import (
@@ -52,7 +53,7 @@ def apply(
     window: int | None = None,
     random_seeds: int = 1,
     stock_only: bool = False,
-    mtp: Literal["drop", "keep"] = "drop",
+    mtp: Literal["drop", "keep", "prune"] = "drop",
     bos: Bos = "auto",
     device: str = "auto",
     dtype: DtypeName = "auto",
@@ -77,7 +78,8 @@ def apply(
         window: longest context of the proof in tokens (default: the model's, ≤ 1024)
         random_seeds: random choices that the proof compares with.
         stock_only: refuse what stock transformers does not load.
-        mtp: multi-token-prediction layers: leave them out, or copy them.
+        mtp: multi-token-prediction layers: leave them out, copy them, or cut them to as many experts, those that their
+            own router gives the most weight on the text, behind the decoder as it was.
         bos: what stands before each text: see `moekit.data.encoding.beginning`.
         device: where layers run: cpu, cuda, ...
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
@@ -141,6 +143,7 @@ def estimate(options: ApplyOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     plan = _fitting(options, plan, source)
     request = _request(options, plan)
     refuse_uneven(request.keep_budget, options.stock_only)
+    check_mtp(source.checkpoint, options.mtp, request, plan.file.mtp)
     nbytes = size_of_result(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp).nbytes
     nbytes += record_bytes(source.checkpoint.tensors.values())
     disk = nbytes + _between(options, source, plan)
@@ -155,6 +158,7 @@ def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
     plan = _fitting(options, plan, source)
     request = _request(options, plan)
     refuse_uneven(request.keep_budget, options.stock_only)
+    check_mtp(source.checkpoint, options.mtp, request, plan.file.mtp)
     warn_uneven(request.keep_budget)
     outlook = size_of_result(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp)
     if options.proof:

@@ -134,8 +134,26 @@ def perform(
 
 def _key(options: JobOptions, seed: int) -> str:
     """The same call on the same inputs finds the same scratch folder, so that work which can resume does."""
-    inputs = [reference_hash(reference) for _, reference in options.inputs()]
+    inputs = [_hash(reference) for _, reference in options.inputs()]
     return hash_of([type(options).__name__, options.identity(), seed, inputs, __version__])[:16]
+
+
+def _hash(reference: str) -> list[str | None]:
+    """Of what a reference names; empty for what is not safe to read, which the job itself tells."""
+    try:
+        return reference_hash(reference)
+    except MoekitError:
+        return []
+
+
+@contextmanager
+def kept_or_not(options: type[JobOptions], out: Path | None) -> Iterator[Path | None]:
+    """Where a job writes: `out`, or, for a job whose result alone may be wanted, a folder that is gone afterwards."""
+    if out is not None or options.needs_out:
+        yield out
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "out"
 
 
 @contextmanager
@@ -202,13 +220,9 @@ def call(options: type[JobOptions], result: type[Result], values: dict[str, Any]
         "command": _call_text(ready_options),
         "live": held,
     }
-    with _as_before(held):
-        if out is None and not options.needs_out:
-            with tempfile.TemporaryDirectory() as folder:
-                _, figures = perform(ready_options, Path(folder) / "out", **how)
-            return result(out=None, **figures)
-        target, figures = perform(ready_options, None if out is None else Path(out), **how)
-        return result(out=target, **figures)
+    with _as_before(held), kept_or_not(options, None if out is None else Path(out)) as place:
+        target, figures = perform(ready_options, place, **how)
+        return result(out=None if out is None and not options.needs_out else target, **figures)
 
 
 def _live(model: Any, tokenizer: Any) -> LiveModel | None:

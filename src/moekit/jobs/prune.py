@@ -10,8 +10,9 @@ from typing import Any, Literal
 from moekit import catalogue
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
-from moekit.compress.engine.describing import warnings_of
+from moekit.compress.engine.describing import mtp_warnings, warnings_of
 from moekit.compress.engine.measuring import refuse_damaged, sizes_of
+from moekit.compress.engine.mtp_routing import mtp_scores
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
 from moekit.compress.engine.request import PlanRequest
@@ -25,6 +26,7 @@ from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows, model_item, record_bytes, text_item
+from moekit.jobs.shared.mtp import check_mtp, cuts_mtp
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.shared.protection import SUPER, parse_protected, protection_needs, super_experts
@@ -42,6 +44,7 @@ from moekit.jobs.shared.pruning import (
 from moekit.jobs.shared.self_calibration import answered_rows, load_for_answers
 from moekit.jobs.shared.texts import kept_apart, read_texts
 from moekit.progress import ProgressLike
+from moekit.streaming.states import States
 from moekit.trace import Trace
 from moekit.trace.streamed import Streamed
 
@@ -111,7 +114,7 @@ def prune(
     window: int | None = None,
     random_seeds: int = 1,
     stock_only: bool = False,
-    mtp: Literal["drop", "keep"] = "drop",
+    mtp: Literal["drop", "keep", "prune"] = "drop",
     bos: Bos = "auto",
     device: str = "auto",
     dtype: DtypeName = "auto",
@@ -149,7 +152,8 @@ def prune(
         window: longest context of the proof in tokens (default: the model's, ≤ 1024)
         random_seeds: random choices that the proof compares with.
         stock_only: refuse what stock transformers does not load.
-        mtp: multi-token-prediction layers: leave them out, or copy them.
+        mtp: multi-token-prediction layers: leave them out, copy them, or cut them to as many experts, those that their
+            own router gives the most weight on the text, behind the decoder as it was.
         bos: what stands before each text: see `moekit.data.encoding.beginning`.
         device: where layers run: cpu, cuda, ...
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
@@ -267,6 +271,7 @@ def _request(options: PruneOptions, source: OpenedModel, seed: int) -> PlanReque
 
 
 def _foresee(options: PruneOptions, source: OpenedModel, request: PlanRequest) -> ResultSize:
+    check_mtp(source.checkpoint, options.mtp, request, options.data is not None)
     return size_of_result(source, request, options.method, stock_only=options.stock_only, mtp=options.mtp)
 
 
@@ -318,7 +323,13 @@ def _decide(
         dtype=named_dtype(options.dtype),
         device=options.device,
     ) as streamed:
-        streamed.run(context.progress, refuse_damaged)
+        mtp: dict[str, tuple[float, ...]] = {}
+
+        def look_ahead(last: States) -> None:
+            if cuts_mtp(source.checkpoint, options.mtp):
+                mtp.update(mtp_scores(streamed, last))
+
+        streamed.run(context.progress, refuse_damaged, look_ahead)
         trace = streamed.trace(tokenizer=source.tokenizer(), source=_origin(options), seed=context.seed)
         request = _protected(options, request, source, trace)
         known = _known_plan(context, trace, request)
@@ -330,7 +341,7 @@ def _decide(
             plan = plan_weights(source.checkpoint, trace, request, context.progress)
     if known is None:
         plan.save(context.scratch / PLAN_FILE)
-    return _complete(options, source, request, plan, trace)
+    return _complete(options, source, request, plan, trace, mtp)
 
 
 def _origin(options: PruneOptions) -> str:
@@ -347,11 +358,17 @@ def _protected(options: PruneOptions, request: PlanRequest, source: OpenedModel,
 
 
 def _complete(
-    options: PruneOptions, source: OpenedModel, request: PlanRequest, plan: WeightPlan, trace: Trace | None
+    options: PruneOptions,
+    source: OpenedModel,
+    request: PlanRequest,
+    plan: WeightPlan,
+    trace: Trace | None,
+    mtp: Mapping[str, tuple[float, ...]] | None = None,
 ) -> Decided:
     """The plan in its final form, with what baselines decide from."""
     layers = in_groups(source, plan)
-    changed = {"layers": layers, "warnings": warnings_of(request.method, layers, plan.file.data)}
+    warnings = (*warnings_of(request.method, layers, plan.file.data), *mtp_warnings(mtp or {}))
+    changed = {"layers": layers, "warnings": warnings, "mtp": dict(mtp or {})}
     changed |= {"text_sha256": text_hash(options.data), "kept_apart": kept_apart(plan.file.data)}
     plan = WeightPlan(plan.file.model_copy(update=changed), plan.statistics)
     try:

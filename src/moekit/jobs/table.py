@@ -17,7 +17,7 @@ class Job:
     Attributes:
         name: of the job: its command, and what a recipe's step says under `use`.
         options: "module:Class" of its options.
-        line: what it does, one sentence for `moekit --help`; "" for a job that has no command of its own.
+        line: what it does, one sentence for `moekit --help`; "" for a job whose command is made by hand, if any.
     """
 
     name: str
@@ -59,6 +59,8 @@ _AFTER = (
         "moekit.jobs.options.expert_sets:ExpertSetsOptions",
         "Keep what each task wants of the experts, to load only its experts later.",
     ),
+    _row("generate", "GenerateOptions"),
+    _row("check", "CheckOptions"),
     _row("evaluate", "EvaluateOptions", "Perplexity per domain and multiple choice, paired, with error bars."),
     _row("report", "ReportOptions", "Write one self-contained page about a run."),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.tying import tie
 from moekit.checkpoint.uneven import fill
 from moekit.errors import BadCheckpoint, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -44,6 +47,7 @@ class LayerLoader:
         checkpoint: opened and verified.
         dtype: of the weights in memory; None as stored, or float32 where the device would only emulate that.
         device: where layers go; "auto" is a GPU if there is one.
+        config: of the model, where it is not the checkpoint's own.
 
     Attributes:
         stored: type in which the weights lie on disk.
@@ -54,7 +58,12 @@ class LayerLoader:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: str | torch.device = "auto"
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "auto",
+        config: PreTrainedConfig | None = None,
     ) -> None:
         if "quantization_config" in checkpoint.config:
             kind = checkpoint.config["quantization_config"].get("quant_method", "?")
@@ -68,7 +77,7 @@ class LayerLoader:
         self.device = resolve_device(device)
         self.stored = stored_dtype(checkpoint.config, checkpoint.tensors) or torch.float32
         wanted = reading_dtype(checkpoint, dtype, self.device)
-        self.model = empty_model(checkpoint, wanted)
+        self.model = empty_model(config or checkpoint, wanted)
         self.dtype: torch.dtype = wanted or self.model.config.dtype or torch.float32
         self.decoder = decoder_of(self.model)
         self.layers = len(self.stack)

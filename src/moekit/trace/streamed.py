@@ -42,7 +42,7 @@ from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 # (layer with its weights, what was recorded of it) -> the block that the text goes on through
 Change = Callable[[MoELayer, LayerStatistics], nn.Module | None]
@@ -62,6 +62,7 @@ class Streamed:
         dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
         device: where layers run; "auto" is a GPU if there is one.
         keep_inputs: keep what a layer's experts are given until the next layer, so that a change may go through it.
+        config: of the model, where it is not the checkpoint's own.
 
     Attributes:
         inputs: of the experts of the layer that has just run, where kept: each expert's second moments, for example.
@@ -80,6 +81,7 @@ class Streamed:
         dtype: torch.dtype | None = None,
         device: str = "auto",
         keep_inputs: bool = False,
+        config: PreTrainedConfig | None = None,
     ) -> None:
         recording = self.asked = Recording(statistics=statistics, keep_choices=keep_choices, weights=weights)
         if recording.whole_model:
@@ -111,7 +113,7 @@ class Streamed:
         for current in self.passes:
             self.labels.add(current.labels)
         self.labels.flush()
-        self.loader = LayerLoader(checkpoint, dtype=dtype, device=device)
+        self.loader = LayerLoader(checkpoint, dtype=dtype, device=device, config=config)
         for batch in inputs:
             vocabulary.check(batch.input_ids, vocabulary.embedding_rows(self.loader.model))
         self.walk = Walk(self.loader, inputs, folder=self.folder, limit=limit)
@@ -132,13 +134,19 @@ class Streamed:
         """Tokens of the text, padding not counted."""
         return self.labels.tokens
 
-    def run(self, progress: Progress | None = None, change: Change | None = None) -> None:
+    def run(
+        self,
+        progress: Progress | None = None,
+        change: Change | None = None,
+        then: Callable[[States], None] | None = None,
+    ) -> None:
         """Take all layers' statistics.
 
         Args:
             progress: told layer by layer.
             change: given each MoE layer with its weights and what was recorded of it, makes the block that the text
                 passes through to the next layer instead; None lets it pass through the layer as it is.
+            then: given the states behind the last layer.
         """
         key = self._key()
         done = self._resume(key)
@@ -151,6 +159,8 @@ class Streamed:
             self._layer(index, states[index % 2], states[(index + 1) % 2], change)
             if self.folder is not None:
                 note(self.folder, key, index, self.records.get(index))
+        if then is not None:
+            then(states[self.loader.layers % 2])
         for side in states:
             side.close()
         if self.inputs is not None:

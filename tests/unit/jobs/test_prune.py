@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import moekit
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.plan import WeightPlan, make_method
@@ -31,7 +32,8 @@ from moekit.recipe.schema import load_recipe
 from moekit.recipe.variables import parse_overrides
 from moekit.trace.streamed import Streamed, record_streamed
 from tests.families import logits
-from tests.tiny import write_model, write_text
+from tests.odd_folders import with_mtp
+from tests.tiny import tokenizer, write_model, write_text
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
@@ -376,3 +378,35 @@ def test_without_prompts_nothing_can_be_answered(made: Path, tmp_path: Path) -> 
         step(made, data=None, trace=made / "trace", self_generated=4, proof=False).check()
     with pytest.raises(BadConfig, match="leaves room"):
         step(made, self_generated=128, write="plan", proof=False).run(place(tmp_path))
+
+
+def test_a_head_that_looks_ahead_follows_the_decoder(tmp_path: Path) -> None:
+    source, _ = with_mtp(tmp_path / "moe")
+    tensors = weights(source)
+    tensors["model.layers.2.hnorm.weight"] = torch.ones(32)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    tokenizer().save_pretrained(source)
+    write_text(tmp_path / "text", documents=10)
+    asked = {"model": source, "data": str(tmp_path / "text"), "method": "frequency", "proof": False}
+    done = moekit.prune(**asked, keep=4, mtp="prune", plan=str(tmp_path / "p.json"), out=tmp_path / "out")
+    assert done.check is not None
+    assert done.check["ok"]
+    scores = torch.tensor(WeightPlan.load(tmp_path / "p.json").file.mtp["model.layers.2."])
+    assert any("model.layers.2.*" in line and "was not measured" in line for line in done.warnings)
+    for keep, folder in ((4, tmp_path / "out"), (2, tmp_path / "again")):
+        if keep == 2:
+            moekit.apply(tmp_path / "p.json", keep=2, proof=False, mtp="prune", out=folder)
+        best = sorted(scores.argsort(descending=True)[:keep].tolist())
+        made = weights(folder)
+        assert torch.equal(made["model.layers.2.mlp.gate.weight"], tensors["model.layers.2.mlp.gate.weight"][best])
+        for new, old in enumerate(best):
+            name = "model.layers.2.mlp.experts.{}.up_proj.weight"
+            assert torch.equal(made[name.format(new)], tensors[name.format(old)])
+        assert not any(f"layers.2.mlp.experts.{keep}." in name for name in made)
+    trace = record_streamed(Checkpoint.open(source), [torch.arange(4, 20)[None]], statistics=("load",))
+    trace.save(tmp_path / "trace")
+    with pytest.raises(BadConfig, match="no trace holds what its router chooses"):
+        moekit.prune(**{**asked, "data": None}, trace=tmp_path / "trace", keep=4, mtp="prune", out=tmp_path / "x")
+    with pytest.raises(BadConfig, match="layers may keep different numbers"):
+        moekit.prune(**asked, keep=0.5, scope="global", mtp="prune", out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()

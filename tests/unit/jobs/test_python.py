@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
 import moekit
 from moekit.checkpoint import Record
 from moekit.cli.main import main
-from moekit.errors import BadConfig
+from moekit.errors import BadCheckpoint, BadConfig
+from moekit.recipe import runner
+from moekit.recipe.schema import load_recipe
+from tests.checkpoints import edit_shard
 from tests.tiny import write_model, write_text
 
 
@@ -95,6 +100,70 @@ def test_evaluate_answers_as_the_command_does(made: Path, tmp_path: Path, comman
     asked = command("evaluate", made / "moe", tmp_path / "a", "--text", made / "text", "--max-tokens", 400)
     called = moekit.evaluate(made / "moe", text=made / "text", max_tokens=400)
     assert plain(called) == asked
+
+
+def test_generate_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
+    short = ["--prompt", "the river", "-p", "1 + 2: 3, 4", "--max-new-tokens", 3]
+    said = ("the river", "1 + 2: 3, 4")
+    asked = command("generate", made / "moe", *short)
+    called = moekit.generate(made / "moe", prompt=said, max_new_tokens=3)
+    assert plain(called) == asked
+    assert (called.out, called.pairs) == (None, [])
+    assert [entry["prompt"] for entry in called.completions] == list(said)
+    other = write_model(tmp_path / "other", "qwen3_moe", seed=1, num_hidden_layers=2)
+    asked = command("generate", made / "moe", other, *short)
+    called = moekit.generate(made / "moe", other=other, prompt=said, max_new_tokens=3, out=tmp_path / "kept")
+    assert plain(called) == asked
+    assert json.loads((tmp_path / "kept" / "completions.json").read_text()) == asked
+    assert 0 <= asked["agreement"] <= 1
+    # A model in memory says what its folder says; a text alone is one prompt.
+    model = moekit.load(made / "moe", device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(made / "moe")
+    live = moekit.generate(model, tokenizer=tokenizer, prompt="the river", max_new_tokens=3, device="cpu")
+    of_folder = moekit.generate(made / "moe", prompt="the river", max_new_tokens=3)
+    assert live.completions == of_folder.completions
+
+
+def test_generate_by_task_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
+    sets = tmp_path / "sets"
+    moekit.expert_sets(made / "moe", data=made / "text", max_tokens=500, out=sets)
+    how = ["--expert-sets", sets, "--keep", 4, "-p", "the river", "--max-new-tokens", 2]
+    asked = command("generate", made / "moe", *how)
+    called = moekit.generate(made / "moe", expert_sets=sets, keep=4, prompt="the river", max_new_tokens=2)
+    assert plain(called) == asked
+    assert [told["of"] for told in called.loaded.values()] == [8]
+    with pytest.raises(BadConfig, match="for one model, by one process"):
+        moekit.generate(made / "moe", other=made / "moe", expert_sets=sets, keep=4)
+
+
+def test_check_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
+    asked = command("check", made / "moe", "--parent", made / "moe", "--for", "transformers")
+    called = moekit.check(made / "moe", parent=made / "moe", for_="transformers", out=tmp_path / "kept")
+    assert plain(called) == asked
+    assert called.ok
+    kept = json.loads((tmp_path / "kept" / "check.json").read_text())
+    assert {"ok": True, **kept} == asked
+    broken = shutil.copytree(made / "moe", tmp_path / "broken")
+    edit_shard(broken / "model.safetensors", lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    found = moekit.check(broken)
+    assert not found.ok
+    assert found.findings[0].code == "non-finite"
+    with pytest.raises(BadCheckpoint, match=r"model\.norm\.weight"):
+        moekit.check(broken, strict=True)
+
+
+def test_steps_of_a_recipe_check_and_generate(made: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    steps: list[dict[str, Any]] = [
+        {"use": "check", "folder": str(made / "moe"), "strict": True},
+        {"use": "generate", "model": str(made / "moe"), "prompt": ["the river"], "max_new_tokens": 3},
+    ]
+    file.write_text(yaml.safe_dump({"name": "short", "out": str(tmp_path / "run"), "steps": steps}))
+    done = runner.run(load_recipe(file)).done
+    assert done["check"].results["ok"] is True
+    called = moekit.generate(made / "moe", prompt="the river", max_new_tokens=3)
+    assert done["generate"].results == plain(called)
+    assert (tmp_path / "run" / "check" / "check.json").is_file()
 
 
 def test_a_model_in_memory_is_measured_as_its_folder_is(made: Path) -> None:

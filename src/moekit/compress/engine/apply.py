@@ -24,7 +24,8 @@ from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.small_files import copy_small_files
 from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.layer_writer import Rewrite, Rewriter
-from moekit.compress.engine.layout import Mtp, OutputLayout, plan_bytes, prepare
+from moekit.compress.engine.layout import OutputLayout, plan_bytes, prepare
+from moekit.compress.engine.mtp import Mtp, MtpKept
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups
 from moekit.compress.engine.shard_writer import OutputShards
@@ -47,6 +48,7 @@ def apply(
     top_k: int | None = None,
     groups: Groups = "free",
     mtp: Mtp = "drop",
+    mtp_kept: MtpKept | None = None,
     overwrite: bool = False,
     stock_only: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -65,14 +67,17 @@ def apply(
         record: how it was made; parent, fingerprints and expectations are filled in where they are not.
         top_k: K from now on; None as it is.
         groups: "free" routes without expert groups once experts are dropped, "equal" keeps them.
-        mtp: multi-token-prediction layers: "drop" leaves them out, "keep" copies them.
+        mtp: multi-token-prediction layers: "drop" leaves them out, "keep" copies them, "prune" cuts their experts to
+            as many as the decoder's layers keep.
+        mtp_kept: which of their experts stay then, by the beginning of their names ("model.layers.61.").
         overwrite: replace an existing folder, at the very end.
         stock_only: refuse what stock transformers does not load (layers with different numbers of experts).
         max_shard_bytes: of one shard.
         progress: told bytes written.
 
     Returns:
-        The record as written; `scores["kept"]` holds which expert became which.
+        The record as written; `scores["kept"]` holds which expert became which (and "kept_mtp", of
+        multi-token-prediction layers).
 
     Raises:
         BadConfig: fewer experts than K, experts or layers that are not there, torn groups, uneven counts with
@@ -95,6 +100,7 @@ def apply(
         top_k=top_k,
         groups=groups,
         mtp=mtp,
+        mtp_kept=mtp_kept,
         stock_only=stock_only,
         max_shard_bytes=max_shard_bytes,
     )
@@ -131,7 +137,10 @@ def _described(work: OutputLayout, record: Record) -> Record:
     """The record with what is known before the work."""
     kept = {str(layer): list(outcome.keep) for layer, outcome in work.outcomes.items()}
     before = {"bytes": work.checkpoint.nbytes, "experts": {str(layer): n for layer, n in work.counts.items()}}
-    update: dict[str, object] = {"scores": {"kept": kept, "before": before, **record.scores}}
+    scores: dict[str, object] = {"kept": kept, "before": before}
+    if work.kept_mtp:
+        scores["kept_mtp"] = {prefix: list(keep) for prefix, keep in work.kept_mtp.items()}
+    update: dict[str, object] = {"scores": {**scores, **record.scores}}
     if work.dropped_mtp:
         note = f"{work.dropped_mtp} tensors of multi-token-prediction layers were left out"
         update["config"] = {**record.config, "mtp": note}

@@ -5,7 +5,7 @@ Legend: E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -79,3 +79,12 @@ def warnings_of(
     if sum(entry.documents for entry in data) == 1:
         found.append("the calibration text is a single document: what it says of experts may hold for it alone")
     return tuple(found)
+
+
+def mtp_warnings(prefixes: Iterable[str]) -> tuple[str, ...]:
+    """What a reader of a plan must know of how experts of multi-token-prediction layers are chosen."""
+    return tuple(
+        f"the experts of the multi-token-prediction layer {prefix}* are ranked by the gate weights that its own router "
+        "gives them on the text, behind the decoder as it was; how often its guesses still hold was not measured"
+        for prefix in prefixes
+    )

@@ -10,13 +10,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from moekit.checkpoint.config_file import edited_config, without_mtp
-from moekit.checkpoint.experts import stacked_experts
+from moekit.checkpoint.experts import mtp_tensors, stacked_experts
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
 from moekit.checkpoint.meta import model_config
-from moekit.checkpoint.names import EXPERT_COUNT_KEYS, config_top_k
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, config_top_k, where
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.skeleton import empty_model
@@ -24,16 +24,15 @@ from moekit.checkpoint.small_files import small_files
 from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.engine.config_file import renamed_experts
 from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k, common_width
+from moekit.compress.engine.mtp import Mtp, MtpKept, check_equal, check_kept, longer_config, mtp_blocks
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, resized_config
 from moekit.compress.engine.shard_writer import Shard, lay_out
-from moekit.compress.engine.slicing import Axes, KeptTensor, expert_counts, is_mtp, kept_tensors
+from moekit.compress.engine.slicing import Axes, KeptTensor, expert_counts, kept_tensors
 from moekit.errors import BadConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-Mtp = Literal["drop", "keep"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class OutputLayout:
         config: transformers config of the output.
         config_text: its config.json; None where the source's is taken over.
         dropped_mtp: how many multi-token-prediction tensors go.
+        kept_mtp: experts of multi-token-prediction layers that stay, where these are cut.
     """
 
     checkpoint: Checkpoint
@@ -61,6 +61,7 @@ class OutputLayout:
     config: PreTrainedConfig
     config_text: str | None
     dropped_mtp: int
+    kept_mtp: MtpKept
 
     @property
     def changed_layers(self) -> set[int]:
@@ -102,6 +103,7 @@ def prepare(
     top_k: int | None = None,
     groups: Groups = "free",
     mtp: Mtp = "drop",
+    mtp_kept: MtpKept | None = None,
     stock_only: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> OutputLayout:
@@ -119,22 +121,25 @@ def prepare(
     if groups == "equal":
         check_groups(outcomes, counts, checkpoint.config, top_k, config_path)
     most, width = max(outcome.experts for outcome in outcomes.values()), common_width(outcomes, checkpoint.path)
-    tells = is_mtp(checkpoint)
-    extra = [name for name in checkpoint.tensors if tells(name)]
+    extra = mtp_tensors(checkpoint.tensors, checkpoint.config)
+    blocks = mtp_blocks(checkpoint) if mtp == "prune" else ()
+    kept_mtp = {block.prefix: tuple((mtp_kept or {}).get(block.prefix, ())) for block in blocks}
     if mtp == "keep":
-        _check_mtp(checkpoint, most)
+        check_equal(checkpoint, outcomes)
+    check_kept(blocks, kept_mtp, outcomes, checkpoint)
     before = model_config(checkpoint)
     dropped = any(outcomes[layer].experts != count for layer, count in counts.items())
     after = resized_config(before, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
     if len({len(outcome.keep) for outcome in outcomes.values()}) > 1:
         without_common_loss(after)
-    kept = kept_tensors(checkpoint, outcomes, _axes(before, outcomes, counts), mtp == "keep")
+    axes = _axes(longer_config(before, blocks) if blocks else before, counts)
+    kept = kept_tensors(checkpoint, outcomes, axes, mtp, kept_mtp)
     if width is not None:
         kept = _resized(kept, after)
     shards, index = lay_out((tensor.spec for tensor in kept), max_shard_bytes)
-    text = _config_text(checkpoint, before, after, outcomes, bool(extra) and mtp == "drop")
-    dropped_mtp = len(extra) if mtp == "drop" else 0
-    return OutputLayout(checkpoint, outcomes, counts, tuple(kept), tuple(shards), index, after, text, dropped_mtp)
+    text = _config_text(checkpoint, before, after, outcomes, kept_mtp, bool(extra) and mtp == "drop")
+    gone = len(extra) if mtp == "drop" else 0
+    return OutputLayout(checkpoint, outcomes, counts, tuple(kept), tuple(shards), index, after, text, gone, kept_mtp)
 
 
 def plan_bytes(checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome], **options: Any) -> int:
@@ -151,7 +156,7 @@ def plan_bytes(checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome], **o
     return prepare(checkpoint, outcomes, **options).nbytes
 
 
-def _axes(before: PreTrainedConfig, outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int]) -> Axes:
+def _axes(before: PreTrainedConfig, counts: Mapping[int, int]) -> Axes:
     """Compare the model's shapes with those of one with another number of experts."""
     other = copy.deepcopy(before)
     inner = other.get_text_config()
@@ -185,6 +190,7 @@ def _config_text(
     before: PreTrainedConfig,
     after: PreTrainedConfig,
     outcomes: Mapping[int, LayerOutcome],
+    kept_mtp: MtpKept,
     mtp_dropped: bool,
 ) -> str | None:
     """The new config.json; None where nothing changes."""
@@ -193,10 +199,12 @@ def _config_text(
         edited = without_mtp(edited)
     if "quantization_config" in edited:
 
-        def rename(layer: int, expert: int) -> int | None:
-            if layer not in outcomes:
+        def rename(prefix: str, expert: int) -> int | None:
+            layer = where(prefix)[0]
+            outcome = None if layer is None else outcomes.get(layer)
+            keep = kept_mtp.get(prefix) if outcome is None else outcome.keep
+            if keep is None:
                 return expert
-            keep = outcomes[layer].keep
             return keep.index(expert) if expert in keep else None
 
         edited["quantization_config"] = renamed_experts(edited["quantization_config"], rename)
@@ -213,14 +221,3 @@ def _refuse_policies(checkpoint: Checkpoint) -> None:
             file=checkpoint.path / TENSORS_FILE,
             hint="prune its parent (moekit undo), then attach it again",
         )
-
-
-def _check_mtp(checkpoint: Checkpoint, experts: int) -> None:
-    for layer, count in expert_counts(checkpoint, mtp=True).items():
-        if count != experts:
-            raise BadConfig(
-                f"the multi-token-prediction layer has {count} experts, the config would say {experts}",
-                file=checkpoint.path,
-                layer=layer,
-                hint='leave it out (mtp="drop"): it only speeds up decoding, and answers stay the same',
-            )

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 
 from moekit.anatomy.layout import find_expert_tensors
 from moekit.anatomy.probe import Geometry, MoELayer, find_moe_layers
+from moekit.checkpoint.experts import mtp_tensors
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.precision import stored_dtype
 from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.budget.sizes import ByteSizes
 from moekit.compress.engine.resize import read_block
-from moekit.compress.engine.slicing import is_mtp
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import NumericFault
 from moekit.streaming.loader import LayerLoader
@@ -38,17 +38,17 @@ def empty_statistics(geometries: Mapping[int, Geometry]) -> dict[int, LayerStati
 
 def sizes_of(checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: int | None = None) -> ByteSizes:
     """What a budget is counted against; multi-token-prediction layers are left out, as they are when it is written."""
-    left_out = is_mtp(checkpoint)
+    left_out = mtp_tensors(checkpoint.tensors, checkpoint.config)
     layout = find_expert_tensors(checkpoint.tensors)
     bytes_of = dict.fromkeys(geometries, 0)
     for tensors in layout.experts.values():
-        if tensors[0].layer in bytes_of and not left_out(tensors[0].name):
+        if tensors[0].layer in bytes_of and tensors[0].name not in left_out:
             bytes_of[tensors[0].layer] += sum(checkpoint.tensors[t.name].nbytes for t in tensors)
     experts = {layer: geometry.experts for layer, geometry in geometries.items()}
     choices = top_k or config_top_k(checkpoint.config) or max(g.top_k for g in geometries.values())
     routed = sum(bytes_of.values())
     each = {layer: nbytes // experts[layer] for layer, nbytes in bytes_of.items()}
-    others = sum(info.nbytes for name, info in checkpoint.tensors.items() if not left_out(name)) - routed
+    others = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in left_out) - routed
     return ByteSizes(experts, choices, each, others + _header_bytes(checkpoint))
 
 

@@ -75,6 +75,8 @@ class PlanFile(plan_files.ReadablePart):
         protected: decoder layer -> experts that stay whatever their score.
         rules: what becomes of tensors that belong to no routed expert.
         layers: decoder layer -> what was decided.
+        mtp: beginning of a multi-token-prediction layer's names -> how much each of its experts is used; empty where
+            such layers are not cut.
         warnings: what a reader must know.
     """
 
@@ -96,6 +98,7 @@ class PlanFile(plan_files.ReadablePart):
     protected: dict[int, tuple[int, ...]] = Field(default_factory=dict)
     rules: tuple[TensorRule, ...] = ()
     layers: dict[int, LayerRecord]
+    mtp: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -131,7 +134,7 @@ class WeightPlan:
 
         That is model, method, knobs, protection and outcomes, and the statistics where weights are made from them.
         """
-        told = self.file.model_dump(mode="json", include=_DECIDING)
+        told = self.file.model_dump(mode="json", include=_DECIDING | ({"mtp"} if self.file.mtp else set()))
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         if self.method.rewrites:
             digest.update(safetensors.torch.save(plan_files.flatten(self.statistics)))

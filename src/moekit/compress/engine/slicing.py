@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -22,9 +22,10 @@ from moekit.anatomy.layout import parse_expert_tensor
 from moekit.anatomy.probe import decoder_index
 from moekit.checkpoint.digest import read_range
 from moekit.checkpoint.expected import renamer
+from moekit.checkpoint.experts import mtp_tensors
 from moekit.checkpoint.folder import Checkpoint
-from moekit.checkpoint.names import in_mtp_stack, text_config
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
+from moekit.compress.engine.mtp import Mtp, MtpKept, mtp_blocks
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import BadCheckpoint, UnsupportedModel
@@ -97,39 +98,18 @@ class KeptTensor:
         return view
 
 
-def is_mtp(checkpoint: Checkpoint) -> Callable[[str], bool]:
-    """Tells names of multi-token-prediction tensors: in layers after the last, or in a stack of their own."""
-    layers = text_config(checkpoint.config).get("num_hidden_layers")
-    stacks = {
-        match["stack"]
-        for name in checkpoint.tensors
-        if (match := _LAYER.match(name)) and (_SPLIT.match(name) or parse_expert_tensor(name))
-    }
-
-    def tells(name: str) -> bool:
-        match = _LAYER.match(name)
-        beyond = match and match["stack"] in stacks and isinstance(layers, int) and int(match["layer"]) >= layers
-        return bool(beyond) or in_mtp_stack(name)
-
-    return tells
-
-
-def expert_counts(checkpoint: Checkpoint, *, mtp: bool = False) -> dict[int, int]:
-    """Decoder layer -> E, as the tensors say.
-
-    Args:
-        checkpoint: opened.
-        mtp: of the multi-token-prediction layers instead of the model's own.
+def expert_counts(checkpoint: Checkpoint) -> dict[int, int]:
+    """Decoder layer -> E, as the tensors say; multi-token-prediction layers left out.
 
     Raises:
         BadCheckpoint: experts are missing between others.
-        UnsupportedModel: no experts at all (not for `mtp`).
+        UnsupportedModel: no experts at all.
     """
-    tells = is_mtp(checkpoint)
+    beyond = mtp_tensors(checkpoint.tensors, checkpoint.config)
     split: dict[int, set[int]] = defaultdict(set)
     counts: dict[int, int] = {}
     for name, info in checkpoint.tensors.items():
-        if tells(name) is not mtp:
+        if name in beyond:
             continue
         if match := _split(name):
             split[decoder_index(match["block"])].add(int(match["expert"]))
@@ -146,7 +126,7 @@ def expert_counts(checkpoint: Checkpoint, *, mtp: bool = False) -> dict[int, int
                 hint="fetch the shards again; see `moekit check`",
             )
         counts[layer] = len(experts)
-    if not counts and not mtp:
+    if not counts:
         raise UnsupportedModel(
             "no tensor belongs to routed experts", file=checkpoint.path, hint="see `moekit estimate` for what it is"
         )
@@ -227,26 +207,41 @@ class Axes:
 
 
 def kept_tensors(
-    checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome], axes: Axes, mtp: bool
+    checkpoint: Checkpoint,
+    outcomes: Mapping[int, LayerOutcome],
+    axes: Axes,
+    mtp: Mtp,
+    mtp_kept: MtpKept | None = None,
 ) -> list[KeptTensor]:
     """All tensors of the output, in the order in which they lie in the source.
 
     Args:
         checkpoint: the source.
         outcomes: of every MoE layer; must fit it.
-        axes: of the model.
-        mtp: whether multi-token-prediction tensors stay, as they are.
+        axes: of the model; to cut multi-token-prediction layers, of one whose decoder goes on through them.
+        mtp: whether multi-token-prediction tensors go, stay as they are, or are cut.
+        mtp_kept: the experts that stay where they are cut.
 
     Raises:
         UnsupportedModel: see `Axes.of`.
     """
-    tells = is_mtp(checkpoint)
-    counts = expert_counts(checkpoint)
+    beyond, counts = mtp_tensors(checkpoint.tensors, checkpoint.config), expert_counts(checkpoint)
+    blocks = mtp_blocks(checkpoint) if mtp == "prune" else ()
+    cut = {block.layer: LayerOutcome(keep=tuple((mtp_kept or {})[block.prefix])) for block in blocks}
+    before = {block.layer: block.experts for block in blocks}
     found: list[KeptTensor] = []
     for name, info in checkpoint.tensors.items():
-        if not tells(name):
+        block = next((block for block in blocks if name.startswith(block.prefix)), None)
+        if name not in beyond:
             found += _kept(info, outcomes, counts, axes)
-        elif mtp:
+        elif block is not None:
+            made = _kept(block.as_decoder(info), cut, before, axes)
+            # They belong to no decoder layer: nothing rewrites them.
+            found += [
+                KeptTensor(block.prefix + tensor.name.removeprefix(block.longer), info, cut=tensor.cut)
+                for tensor in made
+            ]
+        elif mtp != "drop":
             found.append(KeptTensor(name, info))
     return found
 

@@ -24,7 +24,8 @@ class InputKind:
     """Marks a field whose value names something that the job reads.
 
     Attributes:
-        kind: "model", "text", "trace", "plan", "placement", "results", "questions" or "experts".
+        kind: "model", "text", "trace", "plan", "placement", "results", "questions", "experts" or "expert
+            sets".
     """
 
     kind: str
@@ -43,6 +44,7 @@ PlanRef = Annotated[_Text, InputKind("plan")]
 PlacementRef = Annotated[_Text, InputKind("placement")]
 ResultsRef = Annotated[_Text, InputKind("results")]
 ExpertsRef = Annotated[_Text, InputKind("experts")]
+SetsRef = Annotated[_Text, InputKind("expert sets")]
 QuestionsRef = Annotated[_Text, InputKind("questions")]
 
 

@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from moekit.jobs.options.base import JobOptions
+from moekit.jobs.options.base import JobOptions, SetsRef
 
 
 class TaskOptions(JobOptions):
     """Which of a model's experts are loaded for a prompt."""
 
-    expert_sets: str | None = Field(
+    expert_sets: SetsRef | None = Field(
         default=None,
         description="folder of expert sets (moekit expert-sets): load only the experts of each prompt's task",
     )

@@ -23,8 +23,10 @@ class WritingOptions(JobOptions):
     )
     random_seeds: int = Field(default=1, ge=1, le=100, description="random choices that the proof compares with")
     stock_only: bool = Field(default=False, description="refuse what stock transformers does not load")
-    mtp: Literal["drop", "keep"] = Field(
-        default="drop", description="multi-token-prediction layers: leave them out, or copy them"
+    mtp: Literal["drop", "keep", "prune"] = Field(
+        default="drop",
+        description="multi-token-prediction layers: leave them out, copy them, or cut them to as many experts, those "
+        "that their own router gives the most weight on the text, behind the decoder as it was",
     )
     bos: Bos = Field(default="auto", description=BOS_HELP)
     device: str = Field(default="auto", description=DEVICE_HELP)

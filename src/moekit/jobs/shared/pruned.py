@@ -26,6 +26,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.writing import WritingOptions
 from moekit.jobs.shared.checked import DEAD, write_checked
 from moekit.jobs.shared.hashes import hash_of
+from moekit.jobs.shared.mtp import mtp_kept
 from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.shared.proof import HeldOut, Proof, prove
 from moekit.trace.statistics import LayerStatistics
@@ -182,6 +183,7 @@ def write_pruned(
             top_k=file.top_k,
             groups=file.groups,
             mtp=options.mtp,
+            mtp_kept=mtp_kept(decided.plan, decided.source.checkpoint, options.mtp),
             stock_only=options.stock_only,
             progress=context.progress,
         ),

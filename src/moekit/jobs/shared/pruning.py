@@ -9,7 +9,7 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -18,10 +18,12 @@ from moekit.compress.budget.sizes import Budget, bounds, check_total, total_coun
 from moekit.compress.engine.grouped import check_grouping, routing_groups
 from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.measuring import sizes_of
+from moekit.compress.engine.mtp import Mtp
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.request import PlanRequest
 from moekit.errors import BadConfig, OutOfBudget
 from moekit.jobs.shared.estimates import disk_bytes
+from moekit.jobs.shared.mtp import some_kept
 from moekit.jobs.shared.opened import OpenedModel
 
 logger = logging.getLogger(__name__)
@@ -84,9 +86,7 @@ class ResultSize:
     tensors: int
 
 
-def size_of_result(
-    source: OpenedModel, request: PlanRequest, name: str, *, stock_only: bool, mtp: Literal["drop", "keep"]
-) -> ResultSize:
+def size_of_result(source: OpenedModel, request: PlanRequest, name: str, *, stock_only: bool, mtp: Mtp) -> ResultSize:
     """Refuse a request that this model cannot fulfil, whatever is decided; no weight is read.
 
     Raises:
@@ -111,10 +111,16 @@ def size_of_result(
             )
     outcomes = {layer: _any_decision(source.geometries[layer].experts, n, groups) for layer, n in counts.items()}
     work = prepare(
-        source.checkpoint, outcomes, top_k=request.top_k, groups=request.groups, mtp=mtp, stock_only=stock_only
+        source.checkpoint,
+        outcomes,
+        top_k=request.top_k,
+        groups=request.groups,
+        mtp=mtp,
+        mtp_kept=some_kept(source.checkpoint, mtp, counts),
+        stock_only=stock_only,
     )
     tensors, limit = sum(tensor.spec.nbytes for tensor in work.kept), request.keep_budget.max_bytes
-    if mtp == "keep" and limit is not None and tensors > limit:
+    if mtp != "drop" and limit is not None and tensors > limit:
         raise BadConfig(
             f"{tensors:,} bytes would be written, more than {limit:,}, as multi-token-prediction layers stay, too",
             hint="say --mtp drop, or allow more",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ def check_tasks(options: TaskOptions) -> None:
     Raises:
         BadConfig: options of expert sets without expert sets, no budget, or an impossible one.
     """
-    given = sorted(options.model_fields_set - {"expert_sets"})
+    fields = TaskOptions.model_fields
+    given = sorted(name for name in fields if name != "expert_sets" and getattr(options, name) != fields[name].default)
     if options.expert_sets is None:
         if given:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -187,22 +188,17 @@ class TaskModels:
             progress=self._progress,
         )
 
-    def complete(
-        self, assigned: Sequence[Assigned], tokens: int, tell: Callable[[str, OutputLayout], None] | None = None
-    ) -> list[Answered]:
+    def complete(self, assigned: Sequence[Assigned], tokens: int) -> list[Answered]:
         """Continue prompts, task by task: each task's experts are loaded once, and gone before the next ones come.
 
         Args:
             assigned: what `assign` gave.
             tokens: longest continuation.
-            tell: told each task before it is loaded, and what is read for it.
         """
         tokenizer = self.source.tokenizer()
         done: dict[int, Answered] = {}
         for task in dict.fromkeys(item.task for item in assigned):
             numbers = [number for number, item in enumerate(assigned) if item.task == task]
-            if tell is not None:
-                tell(task, self.plan(task))
             model = load_task(
                 self.source.checkpoint,
                 self.expert_sets[task],
@@ -239,7 +235,11 @@ def summary(models: TaskModels, answered: Sequence[Answered]) -> Mapping[str, An
     tasks = dict.fromkeys(item.assigned.task for item in answered)
     works = {task: models.plan(task) for task in tasks}
     loaded = {
-        task: {"experts": {str(n): list(d.keep) for n, d in work.outcomes.items()}, "bytes": read_bytes(work)}
+        task: {
+            "experts": {str(n): list(d.keep) for n, d in work.outcomes.items()},
+            "of": max(work.counts.values()),
+            "bytes": read_bytes(work),
+        }
         for task, work in works.items()
     }
     told = {"model": models.reference, "model_bytes": models.source.nbytes, "expert_sets": str(models.store.folder)}
