@@ -48,7 +48,7 @@ def choices(moe: str) -> int:
 
 def commands(moe: str, text: str, out: Path) -> dict[str, list[str]]:
     """One call of each command, in an order in which each finds what it needs."""
-    look = ["--text", f"{text}/heldout.jsonl", "--seq-len", "256"]
+    look = ["--data", f"{text}/heldout.jsonl", "--seq-len", "256"]
     small = ["--steps", "2", "--seq-len", "128", "--batch", "2"]
     c2r = ["--trace", f"{out}/trace", "--top-t", str(choices(moe))]
     return {
@@ -59,9 +59,9 @@ def commands(moe: str, text: str, out: Path) -> dict[str, list[str]]:
         "place --model": ["place", "swap", f"{out}/trace", f"{out}/permuted", "--devices", "4", "--model", moe],
         "route (plan)": ["route", "c2r", moe, f"{out}/plan", *c2r],
         "route --write model": ["route", "c2r", moe, f"{out}/routed", *c2r, "--write", "model"],
-        "train (routers)": ["train", moe, f"{out}/tuned", "--text", f"{text}/train.jsonl", *small, "--parts", "router"],
-        "train (all)": ["train", moe, f"{out}/tuned-all", "--text", f"{text}/train.jsonl", *small],
-        "evaluate": ["evaluate", moe, f"{out}/evaluated", "--text", f"{text}/heldout.jsonl"],
+        "train (routers)": ["train", moe, f"{out}/tuned", "--data", f"{text}/train.jsonl", *small, "--parts", "router"],
+        "train (all)": ["train", moe, f"{out}/tuned-all", "--data", f"{text}/train.jsonl", *small],
+        "evaluate": ["evaluate", moe, f"{out}/evaluated", "--data", f"{text}/heldout.jsonl"],
         "generate": ["generate", moe, f"{out}/routed", "--max-new-tokens", "16"],
         "check": ["check", f"{out}/routed"],
         "undo": ["undo", f"{out}/routed"],
@@ -72,7 +72,7 @@ def commands(moe: str, text: str, out: Path) -> dict[str, list[str]]:
 def conversion(moe: str, text: str) -> list[str]:
     """The demo's conversion."""
     sizes = ["--experts", "32", "--top-k", "4", "--width", "64", "--layers", "22,23,24,25,26,27,28,29"]
-    return ["convert", "residual", "smollm2", moe, *sizes, "--text", f"{text}/train.jsonl"]
+    return ["convert", "residual", "smollm2", moe, *sizes, "--data", f"{text}/train.jsonl"]
 
 
 def main() -> None:

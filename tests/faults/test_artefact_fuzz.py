@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artefacts")
     write_model(folder / "moe")
     text = write_text(folder / "text")
-    options = ["--text", text, "--seq-len", 32]
+    options = ["--data", text, "--seq-len", 32]
     plan = ["--method", "frequency", "--keep", "0.5", "--data", text, "--plan", folder / "pruned" / "plan.json"]
     traced = ["--trace", folder / "trace", "--top-t", 3]
     (folder / "pruned").mkdir()
@@ -68,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["route", "c2r", folder / "moe", folder / "routed", *traced, "--write", "model"],
         ["prune", folder / "moe", *plan],
         ["expert-sets", folder / "moe", "--task", "a", "--data", text, "-o", folder / "expert_sets"],
-        ["evaluate", folder / "moe", folder / "evaluated", "--text", text],
+        ["evaluate", folder / "moe", folder / "evaluated", "--data", text],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as left:
             main([*map(str, command), "--quiet"])
@@ -87,7 +87,7 @@ name: x
 out: runs/x
 vars: {model: smollm2, devices: [2, 4]}
 steps:
-  - {use: profile, id: look, model: "${model}", text: demo}
+  - {use: profile, id: look, model: "${model}", data: demo}
   - {use: place, id: "place-${d}", trace: "${steps.look}", method: swap, devices: ["${d}"], over: {d: "${devices}"}}
 """
 

@@ -47,7 +47,7 @@ def convert(
     *,
     method: str,
     settings: Mapping[str, Any] | None = None,
-    text: TextLike | None = None,
+    data: TextLike | None = None,
     split: Literal["train", "heldout"] | None = "train",
     max_tokens: int = 8192,
     seq_len: int = 256,
@@ -65,7 +65,7 @@ def convert(
         model: dense model: folder, hub id or packaged model.
         method: conversion; see moekit methods convert.
         settings: the conversion's own options.
-        text: calibration text, for conversions that look at activations.
+        data: calibration text, for conversions that look at activations.
         split: part of the text to take.
         max_tokens: calibration tokens, at most.
         seq_len: tokens a row.
@@ -97,7 +97,7 @@ def check(options: ConvertOptions) -> None:
 def estimate(options: ConvertOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """The MoE is at least as large as the dense model; how much larger, the conversion's options decide."""
     model = model_item(options.model, sizes)
-    reads = (model,) if options.text is None else (model, text_item(options.text, sizes))
+    reads = (model,) if options.data is None else (model, text_item(options.data, sizes))
     return JobEstimate(
         reads,
         (Item(str(out), model.nbytes),),
@@ -112,8 +112,8 @@ def run(options: ConvertOptions, context: JobContext) -> dict[str, Any]:
     conversion = catalogue.make("convert", options.method, options.settings)
     model, tokenizer = open_model(options.model, device="cpu", dtype=options.dtype, progress=context.progress)
     calibration = None
-    if options.text is not None:
-        documents = read_text(options.text, split=options.split, seed=context.seed, progress=context.progress)
+    if options.data is not None:
+        documents = read_text(options.data, split=options.split, seed=context.seed, progress=context.progress)
         rows = rows_of(documents, tokenizer, seq_len=options.seq_len, max_tokens=options.max_tokens, bos=options.bos)
         calibration = rows.calibration
     moe = conversion.convert(

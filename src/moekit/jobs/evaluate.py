@@ -46,7 +46,7 @@ def evaluate(
     *,
     plan: str | Path | None = None,
     name: str = "",
-    text: TextLike | None = None,
+    data: TextLike | None = None,
     split: Literal["train", "heldout"] | None = None,
     max_tokens: int | None = None,
     window: int | None = None,
@@ -74,7 +74,7 @@ def evaluate(
         model: model: folder or hub id.
         plan: routing plan to route by; the checkpoint's own by default.
         name: what to call the model in tables; by default the folder's name.
-        text: text for perplexity: file, folder, source, mix or hub id.
+        data: text for perplexity: file, folder, source, mix or hub id.
         split: part of the text to take.
         max_tokens: tokens, at most, shared among the documents.
         window: longest context in tokens (default: the model's, ≤ 1024)
@@ -116,15 +116,15 @@ def check(options: EvaluateOptions) -> None:
 def estimate(options: EvaluateOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """Results are small; the model is in memory once."""
     model = model_item(options.model, sizes)
-    reads = [model, *(text_item(item, sizes) for item in (options.text, *options.questions) if item)]
+    reads = [model, *(text_item(item, sizes) for item in (options.data, *options.questions) if item)]
     return JobEstimate(tuple(reads), (Item(str(out), 1 << 20),), disk=1 << 20, memory=model.nbytes)
 
 
 def run(options: EvaluateOptions, context: JobContext) -> dict[str, Any]:
     """Measure, compare and write."""
     check_ranks(options)
-    if options.text is None and not options.questions and not options.tasks:
-        raise BadConfig("there is nothing to measure", hint="give text, questions or tasks")
+    if options.data is None and not options.questions and not options.tasks:
+        raise BadConfig("there is nothing to measure", hint="give --data, --questions or --tasks")
     with ranks_of(options) as started:
         return _measure(options, context, started)
 
@@ -143,7 +143,7 @@ def _measure(options: EvaluateOptions, context: JobContext, started: StartedRank
         # All ranks measure the same and deal the tokens of each batch out between them; the first one writes.
         asked = options.model_dump(mode="json", exclude={"placement", "device"})
         deal_out(model, options, started, shared_batch=True, facts={**asked, "seed": context.seed})
-    perplexity = _perplexity(options, model, tokenizer, name, context) if options.text is not None else None
+    perplexity = _perplexity(options, model, tokenizer, name, context) if options.data is not None else None
     tasks: tuple[TaskResult, ...] = ()
     if options.questions or options.tasks:
         tasks = choices(
@@ -169,8 +169,8 @@ def _measure(options: EvaluateOptions, context: JobContext, started: StartedRank
 
 
 def _perplexity(options: EvaluateOptions, model: Any, tokenizer: Any, name: str, context: JobContext) -> Any:
-    assert options.text is not None
-    documents = units(read_text(options.text, split=options.split, seed=context.seed, progress=context.progress))
+    assert options.data is not None
+    documents = units(read_text(options.data, split=options.split, seed=context.seed, progress=context.progress))
     each = None if options.max_tokens is None else max(2, options.max_tokens // len(documents))
     tokenized = tokenize(documents, tokenizer, each, bos=options.bos)
     return perplexity_of_documents(model, tokenized, window=options.window, name=name, progress=context.progress)

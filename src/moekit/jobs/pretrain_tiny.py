@@ -47,7 +47,7 @@ class PretrainTinyResult(JobResult):
 
 
 def pretrain_tiny(
-    text: TextLike,
+    data: TextLike,
     *,
     device: str = "auto",
     settings: Mapping[str, Any] | None = None,
@@ -59,7 +59,7 @@ def pretrain_tiny(
     """Train a tiny model with a vocabulary of its own; a killed run resumes exactly.
 
     Args:
-        text: text of several domains: folder, source, mix or hub id.
+        data: text of several domains: folder, source, mix or hub id.
         device: cpu, cuda, ..., or auto: a GPU if there is one.
         settings: layout, experts, training, ...: TinyConfig.
         out: folder of the model.
@@ -105,7 +105,7 @@ def estimate(options: PretrainTinyOptions, out: Path, sizes: ByteSizes) -> JobEs
     experts = config.layers * config.experts * 3 * config.hidden * config.width
     attention = config.layers * 4 * config.hidden * config.hidden
     parameters = experts + attention + config.vocabulary * config.hidden
-    text = text_item(options.text, sizes)
+    text = text_item(options.data, sizes)
     memory = parameters * _BYTES_PER_PARAMETER + (text.nbytes or 0)
     return JobEstimate(
         (text,), (Item(str(out), 4 * parameters),), disk=parameters * _BYTES_PER_PARAMETER, memory=memory
@@ -116,7 +116,7 @@ def run(options: PretrainTinyOptions, context: JobContext) -> dict[str, Any]:
     """Train and save."""
     result = train_tiny(
         config_of(options, context.seed),
-        read_text(options.text, seed=context.seed, progress=context.progress),
+        read_text(options.data, seed=context.seed, progress=context.progress),
         context.out,
         context.progress,
         scratch=context.scratch,

@@ -45,7 +45,7 @@ class ProfileResult(JobResult):
 def profile(
     model: ModelLike,
     *,
-    text: TextLike,
+    data: TextLike,
     plan: str | Path | None = None,
     split: Literal["train", "heldout"] | None = None,
     max_tokens: int | None = 65536,
@@ -67,7 +67,7 @@ def profile(
 
     Args:
         model: MoE: folder or hub id.
-        text: file, folder, source, mix or hub id.
+        data: file, folder, source, mix or hub id.
         plan: routing plan to route by; the checkpoint's own by default.
         split: part of the text to take.
         max_tokens: tokens, at most, shared among the documents.
@@ -108,7 +108,7 @@ def _recording(options: ProfileOptions) -> Recording:
 
 def estimate(options: ProfileOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """A choice takes one byte; the geometry is read from the config where it is there."""
-    model, text = model_item(options.model, sizes), text_item(options.text, sizes)
+    model, text = model_item(options.model, sizes), text_item(options.data, sizes)
     per_token = _bytes_per_token(options.model, options.weights) if options.choices else 0
     # No token is shorter than a byte of the text; rows are filled up, which may take one more of each.
     most = [n for n in (options.max_tokens, text.nbytes) if n is not None]
@@ -143,12 +143,12 @@ def run(options: ProfileOptions, context: JobContext) -> dict[str, Any]:
         progress=context.progress,
         live=context.live,
     )
-    documents = read_text(options.text, split=options.split, seed=context.seed, progress=context.progress)
+    documents = read_text(options.data, split=options.split, seed=context.seed, progress=context.progress)
     rows = rows_of(documents, tokenizer, seq_len=options.seq_len, max_tokens=options.max_tokens, bos=options.bos)
     trace = record(
         model,
         rows.batches(options.batch_size),
-        recording.model_copy(update={"tokenizer": tokenizer, "source": options.text, "seed": context.seed}),
+        recording.model_copy(update={"tokenizer": tokenizer, "source": options.data, "seed": context.seed}),
         progress=context.progress,
     )
     trace.save(context.out, overwrite=context.overwrite)

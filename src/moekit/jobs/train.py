@@ -67,7 +67,7 @@ class TrainResult(JobResult):
 def train(
     model: str | Path,
     *,
-    text: TextLike,
+    data: TextLike,
     texts: Mapping[str, str] | None = None,
     teacher: str | Path | None = None,
     teacher_top_k: int | None = None,
@@ -92,7 +92,7 @@ def train(
 
     Args:
         model: model: folder or hub id.
-        text: training text: file, folder, source, mix or hub id.
+        data: training text: file, folder, source, mix or hub id.
         texts: further texts by name, which objectives read by their setting `text`.
         teacher: model that the objective kd holds the output against: folder or hub id.
         teacher_top_k: ask the teacher beforehand and keep so many of its likeliest tokens on disk.
@@ -131,7 +131,7 @@ def check(options: TrainOptions) -> None:
     if options.teacher_top_k is not None and options.teacher is None:
         raise BadConfig("teacher_top_k is given, but no teacher", hint="say --teacher FOLDER")
     if MAIN in (options.texts or {}):
-        raise BadConfig(f"the text {MAIN!r} is the one that `text` names", hint="give further texts other names")
+        raise BadConfig(f"the text {MAIN!r} is the one that `data` names", hint="give further texts other names")
 
 
 def config_of(options: TrainOptions, seed: int) -> TrainConfig:
@@ -150,7 +150,7 @@ def estimate(options: TrainOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """The trained model, and a checkpoint with optimizer state while it runs."""
     model = model_item(options.model, sizes)
     texts = [
-        text_item(item, sizes) for item in (options.text, options.heldout, *(options.texts or {}).values()) if item
+        text_item(item, sizes) for item in (options.data, options.heldout, *(options.texts or {}).values()) if item
     ]
     needed = None if model.nbytes is None else _TRAINING_FACTOR * model.nbytes
     # What was learnt, then the model; two checkpoints with both moments where any are kept.
@@ -174,7 +174,7 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
     distribution = None
     if started is not None:
         distribution = _distribute(options, model, started, config.model_dump(mode="json"))
-    documents = read_text(options.text, split=options.split, seed=context.seed, progress=context.progress)
+    documents = read_text(options.data, split=options.split, seed=context.seed, progress=context.progress)
     heldout = (
         None if options.heldout is None else read_text(options.heldout, seed=context.seed, progress=context.progress)
     )
@@ -196,7 +196,7 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
     if distribution is not None:
         model = _whole(options, model, context)
     scores = result.model_dump(mode="json", exclude={"history"})
-    settings = {**config.model_dump(mode="json", exclude_defaults=True), "text": options.text}
+    settings = {**config.model_dump(mode="json", exclude_defaults=True), "data": options.data}
     save_changed(
         model,
         tokenizer,

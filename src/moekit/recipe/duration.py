@@ -203,24 +203,24 @@ def _tokens(reference: str | None, limit: int | None, sizes: ByteSizes) -> float
 
 
 def _convert(step: Any, shape: Shape, sizes: ByteSizes) -> float:
-    return shape.forward * (0 if step.text is None else _tokens(step.text, step.max_tokens, sizes))
+    return shape.forward * (0 if step.data is None else _tokens(step.data, step.max_tokens, sizes))
 
 
 def _profile(step: Any, shape: Shape, sizes: ByteSizes) -> float:
-    return shape.forward * _tokens(step.text, step.max_tokens, sizes)
+    return shape.forward * _tokens(step.data, step.max_tokens, sizes)
 
 
 def _train(step: Any, shape: Shape, sizes: ByteSizes) -> float:
     from moekit.training import TrainConfig
 
     config = TrainConfig(**step.settings)
-    rows = round(_tokens(step.text, None, sizes) / config.seq_len)
+    rows = round(_tokens(step.data, None, sizes) / config.seq_len)
     tokens: int = config.planned_steps(max(rows, 1)) * config.batch * config.accumulation * config.seq_len
     return float(tokens) * (shape.forward + shape.backward(("all",) if config.lora is not None else config.parts))
 
 
 def _evaluate(step: Any, shape: Shape, sizes: ByteSizes) -> float:
-    text = 0.0 if step.text is None else _tokens(step.text, step.max_tokens, sizes)
+    text = 0.0 if step.data is None else _tokens(step.data, step.max_tokens, sizes)
     asked = len((*step.questions, *step.tasks)) * (step.limit or _QUESTIONS) * _CHOICES * _CHOICE_TOKENS
     return shape.forward * (text + asked)
 

@@ -4,7 +4,7 @@
     out: runs/demo
     vars: {model: smollm2, devices: [2, 4, 8]}
     steps:
-      - {use: profile, id: look, model: "${model}", text: demo}
+      - {use: profile, id: look, model: "${model}", data: demo}
       - {use: place, id: place-${d}, trace: "${steps.look}", method: swap, devices: "${d}", over: {d: "${devices}"}}
 
 Unknown keys are refused, and every complaint names the line.

@@ -23,7 +23,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "moe")
     write_text(folder / "text")
     for command in (
-        ["profile", folder / "moe", folder / "trace", "--text", folder / "text", "--seq-len", "64"],
+        ["profile", folder / "moe", folder / "trace", "--data", folder / "text", "--seq-len", "64"],
         ["place", "swap", folder / "trace", folder / "placed", "--devices", "2,4"],
         ["route", "c2r", folder / "moe", folder / "plan", "--trace", folder / "trace", "--top-t", "3"],
     ):
@@ -47,7 +47,7 @@ def test_help_has_an_example_and_the_common_options(moekit: Moekit, name: str) -
 
 
 def test_profile_says_what_it_saw(moekit: Moekit, made: Path, tmp_path: Path) -> None:
-    done = moekit("profile", made / "moe", tmp_path / "t", "--text", made / "text", "--max-tokens", 200, "--json")
+    done = moekit("profile", made / "moe", tmp_path / "t", "--data", made / "text", "--max-tokens", 200, "--json")
     assert done.code == 0
     assert done.json["tokens"] <= 240  # type: ignore[operator]
     assert done.json["domains"] == ["prose", "sums"]
@@ -84,13 +84,13 @@ def test_a_routed_model_is_restored_checked_and_undone(moekit: Moekit, made: Pat
 def test_train_evaluate_and_generate(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     moe, text = made / "moe", made / "text"
     knobs = ("--steps", 2, "--seq-len", 32, "--lr", "1e-3", "--balance", "0.01", "--plan", made / "plan")
-    trained = moekit("train", moe, tmp_path / "tuned", "--text", text, *knobs, "--json")
+    trained = moekit("train", moe, tmp_path / "tuned", "--data", text, *knobs, "--json")
     assert trained.code == 0, trained.err
     assert trained.json["steps"] == 2
     assert not list(tmp_path.glob(".*scratch*"))
-    assert moekit("evaluate", moe, tmp_path / "before", "--text", text, "--name", "stock").code == 0
+    assert moekit("evaluate", moe, tmp_path / "before", "--data", text, "--name", "stock").code == 0
     after = moekit(
-        "evaluate", tmp_path / "tuned", tmp_path / "after", "--text", text, "--baseline", tmp_path / "before", "--json"
+        "evaluate", tmp_path / "tuned", tmp_path / "after", "--data", text, "--baseline", tmp_path / "before", "--json"
     )
     comparison = after.json["comparison"]
     assert comparison["a"] == "stock"  # type: ignore[index]
@@ -104,7 +104,7 @@ def test_train_evaluate_and_generate(moekit: Moekit, made: Path, tmp_path: Path)
 
 def test_the_same_seed_trains_the_same_model(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        options = ("--text", made / "text", "--steps", 2, "--seq-len", 32, "--seed", seed)
+        options = ("--data", made / "text", "--steps", 2, "--seq-len", 32, "--seed", seed)
         assert moekit("train", made / "moe", tmp_path / name, *options).code == 0
     first, same, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert first == same
@@ -120,12 +120,12 @@ def test_estimate_reads_headers_alone(moekit: Moekit, made: Path, tmp_path: Path
 def test_a_dry_run_writes_nothing(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "out", made / "text"
     for command in (
-        ("profile", made / "moe", out, "--text", text),
+        ("profile", made / "moe", out, "--data", text),
         ("place", "swap", made / "trace", out, "--devices", "2"),
         ("route", "c2r", made / "moe", out, "--trace", made / "trace", "--top-t", 3, "--write", "model"),
         ("convert", "residual", made / "moe", out, "--experts", 8),
-        ("train", made / "moe", out, "--text", text, "--steps", 2),
-        ("evaluate", made / "moe", out, "--text", text),
+        ("train", made / "moe", out, "--data", text, "--steps", 2),
+        ("evaluate", made / "moe", out, "--data", text),
         ("data", "write", text, out),
         ("report", out, "--traces", made / "trace"),
     ):
@@ -165,7 +165,7 @@ def test_damaged_models_are_refused_by_every_command_that_opens_them(
     moekit: Moekit, made: Path, tmp_path: Path, how: str, code: int
 ) -> None:
     folder, text = damaged(made, tmp_path, how), made / "text"
-    for command in (("profile", folder, tmp_path / "out", "--text", text), ("generate", folder, "-p", "x")):
+    for command in (("profile", folder, tmp_path / "out", "--data", text), ("generate", folder, "-p", "x")):
         done = moekit(*command)
         assert done.code == code, done.err
         assert done.err.startswith("error: ")
@@ -252,7 +252,7 @@ def test_a_training_that_left_experts_silent_is_kept_and_said(moekit: Moekit, ma
         shutil.copy(made / "moe" / name, tmp_path / "dense")
     moe = tmp_path / "moe"
     assert moekit("convert", "residual", tmp_path / "dense", moe, "--experts", 16, "--top-k", 1).code == 0
-    options = ("--text", made / "text", "--steps", 2, "--seq-len", 8, "--batch", 1, "--warmup", 0)
+    options = ("--data", made / "text", "--steps", 2, "--seq-len", 8, "--batch", 1, "--warmup", 0)
     done = moekit("train", moe, tmp_path / "tuned", *options)
     assert done.code == 0, done.err
     assert "experts can only answer zero" in done.err

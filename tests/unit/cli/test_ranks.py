@@ -20,7 +20,7 @@ def launch(folder: Path, world: int, *args: str) -> str:
 def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     write_model(tmp_path / "moe")
     write_text(tmp_path / "text")
-    options = ("--text", "text", "--steps", "3", "--seq-len", "32", "--batch", "2", "--lr", "1e-2")
+    options = ("--data", "text", "--steps", "3", "--seq-len", "32", "--batch", "2", "--lr", "1e-2")
     launch(tmp_path, 1, "train", "moe", "one", *options, "--accumulation", "2")
     told = launch(tmp_path, 2, "train", "moe", "two", *options)
     assert told.count("wrote two") == 1

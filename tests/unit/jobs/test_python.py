@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     write_model(folder / "moe", "qwen3_moe", num_hidden_layers=2)
     write_text(folder / "text", documents=20)
-    moekit.profile(folder / "moe", text=folder / "text", out=folder / "trace", seq_len=64, max_tokens=2000)
+    moekit.profile(folder / "moe", data=folder / "text", out=folder / "trace", seq_len=64, max_tokens=2000)
     return folder
 
 
@@ -58,9 +58,9 @@ def plain(result: Any) -> dict[str, Any]:
 
 
 def test_profile_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
-    how = ["--text", made / "text", "--seq-len", 64, "--max-tokens", 500]
+    how = ["--data", made / "text", "--seq-len", 64, "--max-tokens", 500]
     asked = command("profile", made / "moe", tmp_path / "a", *how)
-    called = moekit.profile(made / "moe", text=made / "text", seq_len=64, max_tokens=500, out=tmp_path / "b")
+    called = moekit.profile(made / "moe", data=made / "text", seq_len=64, max_tokens=500, out=tmp_path / "b")
     assert plain(called) == asked
     assert called.out == tmp_path / "b"
     assert (tmp_path / "b" / "trace.json").is_file() == (tmp_path / "a" / "trace.json").is_file()
@@ -97,8 +97,8 @@ def test_place_answers_as_the_command_does(made: Path, tmp_path: Path, command: 
 
 
 def test_evaluate_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
-    asked = command("evaluate", made / "moe", tmp_path / "a", "--text", made / "text", "--max-tokens", 400)
-    called = moekit.evaluate(made / "moe", text=made / "text", max_tokens=400)
+    asked = command("evaluate", made / "moe", tmp_path / "a", "--data", made / "text", "--max-tokens", 400)
+    called = moekit.evaluate(made / "moe", data=made / "text", max_tokens=400)
     assert plain(called) == asked
 
 
@@ -169,17 +169,17 @@ def test_steps_of_a_recipe_check_and_generate(made: Path, tmp_path: Path) -> Non
 def test_a_model_in_memory_is_measured_as_its_folder_is(made: Path) -> None:
     model = moekit.load(made / "moe", device="cpu").train()
     tokenizer = AutoTokenizer.from_pretrained(made / "moe")
-    of_folder = moekit.evaluate(made / "moe", text=made / "text", max_tokens=400, device="cpu")
-    of_memory = moekit.evaluate(model, tokenizer=tokenizer, text=made / "text", max_tokens=400, name="moe")
+    of_folder = moekit.evaluate(made / "moe", data=made / "text", max_tokens=400, device="cpu")
+    of_memory = moekit.evaluate(model, tokenizer=tokenizer, data=made / "text", max_tokens=400, name="moe")
     assert of_memory.domains == of_folder.domains
     assert model.training, "left in the mode it came in"
     # What is measured is this model, not what it was loaded from.
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
-    flat = moekit.evaluate(model, tokenizer=tokenizer, text=made / "text", max_tokens=400)
+    flat = moekit.evaluate(model, tokenizer=tokenizer, data=made / "text", max_tokens=400)
     assert flat.domains[0]["perplexity"] == pytest.approx(model.config.vocab_size, rel=1e-4)
     with pytest.raises(BadConfig, match="no tokenizer"):
-        moekit.evaluate(model, text=made / "text")
+        moekit.evaluate(model, data=made / "text")
 
 
 def test_texts_may_be_given_as_they_are(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,21 +188,21 @@ def test_texts_may_be_given_as_they_are(made: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "same.jsonl").write_text(
         "".join(json.dumps({"text": t, "domain": d}) + "\n" for d, some in texts.items() for t in some)
     )
-    given = moekit.evaluate(made / "moe", text=texts)
+    given = moekit.evaluate(made / "moe", data=texts)
     assert [d["domain"] for d in given.domains][1:] == ["prose", "sums"]
-    assert given.domains == moekit.evaluate(made / "moe", text=tmp_path / "same.jsonl").domains
+    assert given.domains == moekit.evaluate(made / "moe", data=tmp_path / "same.jsonl").domains
     with pytest.raises(BadConfig, match="no text"):
-        moekit.evaluate(made / "moe", text=[1, 2])  # type: ignore[list-item]
+        moekit.evaluate(made / "moe", data=[1, 2])  # type: ignore[list-item]
 
 
 def test_progress_is_told_to_a_function_and_silent_on_request(made: Path, capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[str, int, int | None, str]] = []
-    moekit.evaluate(made / "moe", text=made / "text", max_tokens=200, progress=lambda *told: seen.append(told))
+    moekit.evaluate(made / "moe", data=made / "text", max_tokens=200, progress=lambda *told: seen.append(told))
     assert seen
     capfd.readouterr()
-    moekit.evaluate(made / "moe", text=made / "text", max_tokens=200, progress=False)
+    moekit.evaluate(made / "moe", data=made / "text", max_tokens=200, progress=False)
     # No terminal here: nothing is drawn either where nothing was said.
-    moekit.evaluate(made / "moe", text=made / "text", max_tokens=200)
+    moekit.evaluate(made / "moe", data=made / "text", max_tokens=200)
     assert capfd.readouterr().err == ""
-    moekit.evaluate(made / "moe", text=made / "text", max_tokens=200, progress=True)
+    moekit.evaluate(made / "moe", data=made / "text", max_tokens=200, progress=True)
     assert seen[0][0].split()[0] in capfd.readouterr().err

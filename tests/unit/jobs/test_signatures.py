@@ -77,7 +77,7 @@ def test_a_result_is_frozen_and_explained(name: str) -> None:
 
 def test_an_impossible_option_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match=r"batch_size.*greater than or equal to 1.*given: 0"):
-        moekit.profile(tmp_path, text="x", out=tmp_path / "t", batch_size=0)
+        moekit.profile(tmp_path, data="x", out=tmp_path / "t", batch_size=0)
 
 
 def test_what_needs_a_place_to_write_asks_for_it(tmp_path: Path) -> None:

@@ -66,12 +66,12 @@ def test_seconds_are_operations_over_the_rate(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("four" * 1000)
     steps: dict[str, Any] = {
-        "look": STEPS["profile"](model=str(tmp_path / "model"), text=str(text), max_tokens=500),
-        "judge": STEPS["evaluate"](model=str(tmp_path / "model"), text=str(text)),
+        "look": STEPS["profile"](model=str(tmp_path / "model"), data=str(text), max_tokens=500),
+        "judge": STEPS["evaluate"](model=str(tmp_path / "model"), data=str(text)),
         "learn": STEPS["train"](
-            model=str(tmp_path / "model"), text=str(text), settings={"steps": 3, "batch": 2, "seq_len": 10}
+            model=str(tmp_path / "model"), data=str(text), settings={"steps": 3, "batch": 2, "seq_len": 10}
         ),
-        "other": STEPS["profile"](model="org/unknown", text=str(text)),
+        "other": STEPS["profile"](model="org/unknown", data=str(text)),
     }
     found = durations(steps, ByteSizes(), Fixed("cpu"))
     shape = shape_of(DENSE)
@@ -98,7 +98,7 @@ def test_a_dry_run_tells_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"name: r\nabout: a test\nout: {tmp_path / 'run'}\nsteps:\n"
-        f"  - {{use: profile, id: look, model: {model}, text: {tmp_path / 'text'}}}\n"
+        f"  - {{use: profile, id: look, model: {model}, data: {tmp_path / 'text'}}}\n"
     )
     with pytest.raises(SystemExit) as left:
         main(["run", str(recipe), "--dry-run", "--json"])

@@ -64,7 +64,7 @@ def test_a_step_is_repeated_over_lists(tmp_path: Path) -> None:
             "steps: [{use: data, id: '${t}', source: a, over: {t: [1], u: " + str(list(range(300))) + "}}]",
             "at most 256",
         ),
-        ("steps: [{use: profile, model: a}]", "line 3: text: Field required"),
+        ("steps: [{use: profile, model: a}]", "line 3: data: Field required"),
     ],
 )
 def test_complaints_name_file_and_line(tmp_path: Path, text: str, words: str) -> None:

@@ -12,7 +12,7 @@ from moekit.checkpoint import Record
 from moekit.jobs.shared.trained import trained_alike
 
 SCORES = {"steps": 10, "tokens": 5120, "precision": "fp32", "trained": {"router": 96}, "losses": [3.0, 2.5]}
-SETTINGS = {"tokens": 5120, "lr": 1e-3, "text": "train.jsonl"}
+SETTINGS = {"tokens": 5120, "lr": 1e-3, "data": "train.jsonl"}
 
 
 def traced(folder: Path, *, model: str = "", **changes: Any) -> Any:
@@ -31,7 +31,7 @@ def test_what_differs_in_routing_alone_was_trained_alike(tmp_path: Path) -> None
     "changes",
     [
         {"config": SETTINGS | {"lr": 1e-4}},
-        {"config": SETTINGS | {"text": "other.jsonl"}},
+        {"config": SETTINGS | {"data": "other.jsonl"}},
         {"seed": 2},
         {"parent_fingerprint": "another"},
         {"scores": SCORES | {"precision": "bf16"}},

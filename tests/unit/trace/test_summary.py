@@ -68,8 +68,8 @@ def test_what_could_not_be_summarised_is_refused_before_anything_runs() -> None:
         (("gate_mess",), True, "no statistic is called"),
     ]:
         with pytest.raises(BadConfig, match=complaint):
-            ProfileOptions(model="none", text="none", statistics=statistics, choices=choices).check()
-    ProfileOptions(model="none", text="none", statistics=("gate_mass", "load"), choices=False).check()
+            ProfileOptions(model="none", data="none", statistics=statistics, choices=choices).check()
+    ProfileOptions(model="none", data="none", statistics=("gate_mass", "load"), choices=False).check()
 
 
 def test_warnings_of_a_real_trace_are_passed_on() -> None:

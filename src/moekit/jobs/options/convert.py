@@ -20,13 +20,13 @@ class ConvertOptions(JobOptions):
         writes="folder of the new checkpoint",
         arguments=("model",),
         by_method="convert",
-        example=lambda record: f"moekit convert {record.name} ./dense ./moe --experts 32 --top-k 4 --text demo",
+        example=lambda record: f"moekit convert {record.name} ./dense ./moe --experts 32 --top-k 4 --data demo",
     )
 
     model: ModelRef = Field(description="dense model: folder, hub id or packaged model")
     method: str = Field(description="conversion; see moekit methods convert")
     settings: dict[str, Any] = Field(default_factory=dict, description="the conversion's own options")
-    text: TextRef | None = Field(default=None, description="calibration text, for conversions that look at activations")
+    data: TextRef | None = Field(default=None, description="calibration text, for conversions that look at activations")
     split: Literal["train", "heldout"] | None = Field(default="train", description="part of the text to take")
     max_tokens: int = Field(default=8192, ge=1, description="calibration tokens, at most")
     seq_len: int = Field(default=256, ge=2, description="tokens a row")

@@ -22,15 +22,15 @@ class EvaluateOptions(RankedOptions):
         writes="folder of the results",
         arguments=("model",),
         examples=(
-            "moekit evaluate ./moe ./before --text demo --split heldout --questions ./piqa/test.json --limit 200",
-            "moekit evaluate ./routed ./after --text demo --split heldout --baseline ./before",
+            "moekit evaluate ./moe ./before --data demo --split heldout --questions ./piqa/test.json --limit 200",
+            "moekit evaluate ./routed ./after --data demo --split heldout --baseline ./before",
         ),
     )
 
     model: ModelRef = Field(description="model: folder or hub id")
     plan: PlanRef | None = Field(default=None, description="routing plan to route by; the checkpoint's own by default")
     name: str = Field(default="", description="what to call the model in tables; by default the folder's name")
-    text: TextRef | None = Field(default=None, description="text for perplexity: file, folder, source, mix or hub id")
+    data: TextRef | None = Field(default=None, description="text for perplexity: file, folder, source, mix or hub id")
     split: Literal["train", "heldout"] | None = Field(default=None, description="part of the text to take")
     max_tokens: int | None = Field(default=None, ge=2, description="tokens, at most, shared among the documents")
     window: int | None = Field(

@@ -15,6 +15,6 @@ class PretrainTinyOptions(JobOptions):
 
     job: ClassVar[str] = "moekit.jobs.pretrain_tiny"
 
-    text: TextRef = Field(description="text of several domains: folder, source, mix or hub id")
+    data: TextRef = Field(description="text of several domains: folder, source, mix or hub id")
     device: str = Field(default="auto", description=DEVICE_HELP)
     settings: dict[str, Any] = Field(default_factory=dict, description="layout, experts, training, ...: TinyConfig")

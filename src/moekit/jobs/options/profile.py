@@ -19,11 +19,11 @@ class ProfileOptions(JobOptions):
         help="Record which experts each token of a text chooses: a trace on disk, and statistics of it.",
         writes="folder of the trace",
         arguments=("model",),
-        examples=("moekit profile allenai/OLMoE-1B-7B-0924 ./trace --text wikitext --max-tokens 100000",),
+        examples=("moekit profile allenai/OLMoE-1B-7B-0924 ./trace --data wikitext --max-tokens 100000",),
     )
 
     model: ModelRef = Field(description="MoE: folder or hub id")
-    text: TextRef = Field(description="file, folder, source, mix or hub id")
+    data: TextRef = Field(description="file, folder, source, mix or hub id")
     plan: PlanRef | None = Field(default=None, description="routing plan to route by; the checkpoint's own by default")
     split: Literal["train", "heldout"] | None = Field(default=None, description="part of the text to take")
     max_tokens: int | None = Field(default=65536, ge=1, description="tokens, at most, shared among the documents")

@@ -20,15 +20,15 @@ class TrainOptions(RankedOptions):
         writes="folder of the trained checkpoint",
         arguments=("model",),
         examples=(
-            "moekit train ./moe ./tuned --text demo --split train --tokens 100000 --lr 2e-4 --balance 0.01",
-            "moekit train ./moe ./tuned --text ./text --plan ./plan --steps 50 --parts router,experts",
+            "moekit train ./moe ./tuned --data demo --split train --tokens 100000 --lr 2e-4 --balance 0.01",
+            "moekit train ./moe ./tuned --data ./text --plan ./plan --steps 50 --parts router,experts",
         ),
         settings="moekit.training.flags:TrainFlags",
         panel="Training",
     )
 
     model: ModelRef = Field(description="model: folder or hub id")
-    text: TextRef = Field(description="training text: file, folder, source, mix or hub id")
+    data: TextRef = Field(description="training text: file, folder, source, mix or hub id")
     texts: dict[str, TextRef] | None = Field(
         default=None, description="further texts by name, which objectives read by their setting `text`"
     )
