@@ -84,7 +84,7 @@ def build_command(
     app.command(
         name=name or function.__name__.replace("_", "-"),
         help=flowing(help or inspect.getdoc(function) or ""),
-        epilog=_examples(examples),
+        epilog=example_lines(examples),
         context_settings={"help_option_names": ["-h", "--help"]},
         cls=ClosedCommand,
     )(call)
@@ -107,7 +107,12 @@ class ClosedCommand(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-def _examples(lines: Sequence[str]) -> str:
+def example_lines(lines: Sequence[str]) -> str:
+    """Examples as they stand under --help.
+
+    Args:
+        lines: one command line each.
+    """
     head = "Example:" if len(lines) == 1 else "Examples:"
     # A blank line between them: rich joins lines of one paragraph.
     return "\n\n".join([head, *(line.replace("[", "\\[") for line in lines)])
@@ -134,11 +139,29 @@ def build_method_group(
     """
     from moekit import catalogue
 
-    settings = {"help_option_names": ["-h", "--help"]}
-    group = TyperGroup(name=name, help=help, no_args_is_help=True, rich_markup_mode="rich", context_settings=settings)
-    for record in catalogue.methods(kind):
+    records = list(catalogue.methods(kind))
+    group = build_group(name=name, help=help, examples=[example(record) for record in records[:1]])
+    for record in records:
         group.add_command(_method_command(record, function, example(record), extra), record.name)
     return group
+
+
+def build_group(*, name: str, help: str, examples: Sequence[str]) -> TyperGroup:
+    """A command that only holds others.
+
+    Args:
+        name: the command's name.
+        help: help text.
+        examples: shown under --help, one command line each.
+    """
+    return TyperGroup(
+        name=name,
+        help=help,
+        epilog=example_lines(examples),
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
 def _method_command(

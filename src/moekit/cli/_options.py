@@ -56,7 +56,9 @@ def option_parameters(
         names = (f"--method-{flag}",) if name in taken else ((flags or {}).get(name, f"--{flag}"),)
         if kind is bool:
             names = (f"{names[0]}/--no-{names[0][2:]}",)
-        option = typer.Option(*names, help=describe(field), rich_help_panel=panel, show_default=False)
+        option = typer.Option(
+            *names, help=describe(field), metavar=_metavar(field.annotation), rich_help_panel=panel, show_default=False
+        )
         required = field.is_required()
         annotation: Any = Annotated[kind if required else typing.Optional[kind], option]  # noqa: UP045
         default = inspect.Parameter.empty if required else None
@@ -120,7 +122,7 @@ def parse_value(text: str, option: str = "") -> Any:
 
 
 def describe(field: Any) -> str:
-    """A field's help: description, bounds and default."""
+    """A field's help: description, bounds, the settings that it holds, and its default."""
     bounds = []
     for rule in field.metadata:
         for attribute, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("multiple_of", "multiple of")):
@@ -130,11 +132,30 @@ def describe(field: Any) -> str:
     parts = [field.description or ""]
     if bounds:
         parts.append(f"({', '.join(bounds)})")
+    parts += [f"(such as {_example(cls)})" for cls in _members(field.annotation) if fields_of(cls)]
     if not field.is_required():
         default = field.get_default(call_default_factory=False)
-        if default is not None and default is not PydanticUndefined:  # with a factory, what it makes says little
-            parts.append(f"(default: {default})")
+        # With a factory, what it makes says little.
+        shown = "" if default is None or default is PydanticUndefined else _as_given(default)
+        parts.append(f"(default: {shown})" if shown else "")
     return " ".join(part for part in parts if part)
+
+
+def _as_given(value: Any) -> str:
+    """A value as it is written on the command line or in a recipe; nothing for an empty one."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple | list):
+        return ",".join(map(_as_given, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _example(cls: type) -> str:
+    """A group of settings in YAML, with their defaults."""
+    found = {n: f.get_default(call_default_factory=True) for n, f in fields_of(cls).items() if not f.is_required()}
+    values = {name: value for name, value in found.items() if value is not None}
+    told = [f"{n}: [{_as_given(v)}]" if isinstance(v, tuple) else f"{n}: {_as_given(v)}" for n, v in values.items()]
+    return "{" + ", ".join(told) + "}"
 
 
 def type_name(annotation: Any) -> str:
@@ -163,6 +184,14 @@ def _cli_type(annotation: Any) -> Any:
     if origin is Literal and all(isinstance(a, str) for a in typing.get_args(annotation)):
         return annotation
     return annotation if annotation in (int, float, bool, str) else str
+
+
+def _metavar(annotation: Any) -> str | None:
+    """What --help calls the value, where its type alone would not say how it is written."""
+    members = _members(annotation)
+    if any(typing.get_origin(kind) is dict or fields_of(kind) for kind in members):
+        return "YAML"
+    return "A,B,..." if _is_sequence(annotation) else None
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

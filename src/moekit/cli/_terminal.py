@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from moekit._ranks import is_first_rank
 from moekit.errors import printable
@@ -87,23 +87,14 @@ class Terminal:
             print(printable(text), file=sys.stderr)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Print a table; numbers stand to the right."""
-        from rich.table import Table
-        from rich.text import Text
+        """Print a table; numbers stand to the right, and a narrow terminal gets it in parts."""
+        from moekit.cli._tables import print_table
 
         if self.json or self.quiet:
             return
         body = [[_cell(value) for value in row] for row in rows]
-        # Texts, not strings: rich would take [red] in a name for markup.
-        heading = Text(printable(title)) if title else None
-        table = Table(title=heading, title_justify="left", header_style="bold", box=None, pad_edge=False)
-        for position, column in enumerate(columns):
-            numeric = bool(body) and all(_is_number(row[position]) for row in body)
-            justify: Literal["left", "right"] = "right" if numeric else "left"
-            table.add_column(Text(printable(column)), justify=justify, overflow="fold", no_wrap=numeric)
-        for row in body:
-            table.add_row(*map(Text, row))
-        self.console.print(table)
+        numeric = [bool(body) and all(_is_number(row[c]) for row in body) for c in range(len(columns))]
+        print_table(self.console, title, columns, body, numeric)
 
     def answer(self, **values: Any) -> None:
         """Add to the object that --json prints."""

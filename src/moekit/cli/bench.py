@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from moekit.cli import _bench_prune
-from moekit.cli._command import build_command
+from moekit.cli._command import build_command, build_group
 from moekit.cli._terminal import Terminal
 from moekit.errors import BadConfig
 
@@ -230,11 +229,9 @@ def _ratio(ratio: Ratio | None) -> str:
 
 def build() -> Any:
     """The command."""
-    settings = {"help_option_names": ["-h", "--help"]}
     text = "Measure ways to do the same side by side: sending tokens, pruning."
-    group = TyperGroup(
-        name="bench", help=text, no_args_is_help=True, rich_markup_mode="rich", context_settings=settings
-    )
+    examples = ["moekit bench ep --out ./bench", "moekit bench prune ./moe --data ./text --out ./bench"]
+    group = build_group(name="bench", help=text, examples=examples)
     command = build_command(
         ep,
         name="ep",

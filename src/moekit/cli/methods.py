@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moekit.cli._command import build_command
+from moekit.cli._command import build_command, method_help
+from moekit.cli._examples import example_of
 from moekit.cli._options import describe, fields_of, type_name
 from moekit.cli._terminal import Terminal
 
@@ -22,11 +24,12 @@ def methods(
     kind: Annotated[
         str | None, typer.Argument(help="Only this kind: routing, convert, place, ...; or: statistics")
     ] = None,
+    name: Annotated[str | None, typer.Argument(help="Only this method: all that is known of it")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the documentation page of each method.")] = False,
 ) -> None:
     """List every method, our own and those of installed packages, with its paper, needs and limits.
 
-    `moekit methods statistics` lists what `profile --statistics` can sum up instead, and what each one looks at.
+    `moekit methods KIND NAME` shows a method's knobs and an example. `moekit methods statistics` lists what `profile --statistics` can sum up instead, and what each one looks at.
     """
     from moekit import catalogue
     from moekit.errors import BadConfig
@@ -38,13 +41,31 @@ def methods(
     if not records:
         kinds = sorted({record.kind for record in catalogue.methods()})
         raise BadConfig(f"no method is of the kind {kind!r}", hint=f"there are: {', '.join([*kinds, STATISTICS])}")
+    if name is not None:
+        records = [catalogue.get(str(kind), name)]
     terminal.answer(methods=[as_dict(record) for record in records])
     if markdown:
         for record in records:
             terminal.say(page(record))
         return
+    if name is not None:
+        _show(terminal, records[0])
+        return
     rows = [(r.kind, r.name, r.paper or "-", r.axis, traits_of(r), r.origin, r.summary) for r in records]
     terminal.table("", ("kind", "method", "paper", "axis", "traits", "from", "what it does"), rows)
+    terminal.say("")
+    terminal.say(f"moekit methods {kind or 'KIND'} NAME shows a method's knobs, limits and an example.")
+
+
+def _show(terminal: Terminal, record: MethodRecord) -> None:
+    terminal.say(f"{record.kind} {record.name}\n\n{method_help(record)}\n")
+    rows = [(name, type_name(field.annotation), describe(field)) for name, field in fields_of(record.cls).items()]
+    if rows:
+        terminal.table("", ("knob", "type", "what it is"), rows)
+    else:
+        terminal.say("It has no knobs.")
+    if example := example_of(record):
+        terminal.say(f"\nExample: {example}")
 
 
 def _statistics(terminal: Terminal) -> None:
@@ -100,7 +121,7 @@ def page(record: MethodRecord) -> str:
     lines = [f"# {record.name}", "", record.doc, "", "| | |", "|---|---|"]
     facts = {
         "kind": record.kind,
-        "paper": record.paper or "none",
+        "paper": linked(record.paper) or "none",
         "needs of the trace": ", ".join(record.needs) or "nothing",
         "changes": record.changes,
         "axis": f"{record.axis}: {AXES[record.axis]}",
@@ -108,6 +129,8 @@ def page(record: MethodRecord) -> str:
         "comes from": f"`{record.cls.__module__}.{record.cls.__qualname__}`",
     }
     lines += [f"| {key} | {value} |" for key, value in facts.items()]
+    if example := example_of(record):
+        lines += ["", "## Example", "", "```sh", example, "```"]
     if promised := [trait for trait in TRAITS if trait in record.traits]:
         lines += ["", "## Traits", "", *(f"- {trait}: {TRAITS[trait]}." for trait in promised)]
     if record.limits:
@@ -121,8 +144,19 @@ def page(record: MethodRecord) -> str:
     return "\n".join(lines) + "\n"
 
 
+def linked(paper: str | None) -> str:
+    """A paper in Markdown, each arXiv id as a link; "" for none."""
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper or "")
+
+
 def build() -> Any:
     """The command."""
     return build_command(
-        methods, examples=["moekit methods routing", "moekit methods statistics", "moekit methods --json"]
+        methods,
+        examples=[
+            "moekit methods routing",
+            "moekit methods prune reap",
+            "moekit methods statistics",
+            "moekit methods --json",
+        ],
     )

@@ -103,7 +103,7 @@ class Conversion(BaseModel, ABC):
         elif self.needs_calibration:
             raise BadConfig(
                 f"{type(self).__name__} looks at activations and needs calibration text",
-                hint="give text (--text) that the model is for, about 4,000 tokens; from Python, its token ids",
+                hint="give text (--data) that the model is for, about 4,000 tokens; from Python, its token ids",
             )
         dense_layers = tuple(layer for layer in range(count) if layer not in set(chosen))
         geometry = self.geometry(model.config.intermediate_size, dense_layers)

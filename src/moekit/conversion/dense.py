@@ -62,7 +62,7 @@ def check_calibration(calibration: torch.Tensor, model: PreTrainedModel) -> None
     if calibration.dim() != 2 or calibration.is_floating_point() or not (calibration != PADDING).any():
         raise BadData(
             f"calibration of type {calibration.dtype} and shape {list(calibration.shape)} holds no rows of token ids",
-            hint="give text that holds some words (--text); from Python, `pack(docs, tokenizer, 512).calibration`",
+            hint="give text that holds some words (--data); from Python, `pack(docs, tokenizer, 512).calibration`",
         )
     rows = model.get_input_embeddings().weight.shape[0]
     low, high = int(calibration.min()), int(calibration.max())
