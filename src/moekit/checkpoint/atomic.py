@@ -260,12 +260,18 @@ def atomic_folder(target: str | Path, *, overwrite: bool = False, need_bytes: in
             shutil.rmtree(temporary, ignore_errors=True)
             if is_disk_full(error):
                 raise _out_of_disk(target.parent, need_bytes, error) from error
-            _name_target(error, temporary, target)
+            name_target(error, temporary, target)
             raise
 
 
-def _name_target(error: BaseException, temporary: Path, target: Path) -> None:
-    """Let an error speak of the folder that was to be written: the one under the hidden name is gone."""
+def name_target(error: BaseException, temporary: Path, target: Path) -> None:
+    """Let an error speak of the folder that was to be written: the one under the hidden name is gone.
+
+    Args:
+        error: changed in place.
+        temporary: the hidden folder.
+        target: what was to be written.
+    """
     if isinstance(error, MoekitError):
         for name in ("file", "message", "hint"):
             if (text := getattr(error, name)) is not None:

@@ -183,7 +183,8 @@ def refuse_remote_code(
         raise UnsupportedModel(
             f"the model type {model_type!r} needs code from its repository, which is not run",
             file=file,
-            hint="read the code, then pass allow_remote_code=True with revision=<full commit hash>",
+            hint="commands never run it; from Python: read it, then moekit.load(..., allow_remote_code=True, "
+            "revision=FULL_COMMIT_HASH)",
         )
     from_hub = any("--" in str(value) for value in code.values()) or not (file is not None and Path(file).exists())
     if from_hub and not (revision and _COMMIT.fullmatch(revision)):

@@ -52,7 +52,7 @@ def config_error(error: ValidationError, where: str = "") -> BadConfig:
 def _of_system(error: OSError) -> Explanation:
     name = error.strerror or str(error)
     where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Explanation("OutOfBudget", f"{where}{name}", "free some space or choose another folder", RESOURCES)
     if isinstance(
         error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError | FileExistsError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,10 +30,10 @@ def check(
     from moekit.jobs.options.check import CheckOptions
 
     given = {"folder": folder, "parent": parent, "for_": for_}
-    carry_out(terminal, CheckOptions, given, None, False, _show)
+    carry_out(terminal, CheckOptions, given, None, False, partial(_show, target=for_))
 
 
-def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
+def _show(terminal: Terminal, results: Mapping[str, Any], *, target: str | None) -> None:
     from moekit.checking import CheckReport
 
     report = CheckReport.model_validate({key: value for key, value in results.items() if key != "ok"})
@@ -48,6 +49,8 @@ def _show(terminal: Terminal, results: Mapping[str, Any]) -> None:
     if warnings:
         verdict = f"{'no error' if report.ok else verdict}, {warnings} warning{'s' * (warnings > 1)}"
     terminal.say(f"{report.folder}: {verdict}; {_layers(report)}{report.tensors} tensors, {size(report.nbytes)} read")
+    if target is not None and report.ok and not any(target in finding.message for finding in report.findings):
+        terminal.say(f"for {target}: nothing is known that keeps it from loading this; it was not started to try")
     if not report.ok:
         terminal.close()
         raise typer.Exit(3 if report.unsafe else 2)

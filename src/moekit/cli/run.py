@@ -10,6 +10,7 @@ import typer
 
 from moekit.cli._command import build_command
 from moekit.cli._terminal import Terminal, size
+from moekit.errors import BadConfig
 
 if TYPE_CHECKING:
     from moekit.recipe.runner import Event, Marker
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 def run(
     terminal: Terminal,
-    recipe: Annotated[Path, typer.Argument(help="YAML file", show_default=False)],
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML file, or the name of a recipe of moekit", show_default=False)
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="variables of the recipe")
     ] = None,
@@ -27,12 +30,18 @@ def run(
     again: Annotated[
         list[str] | None, typer.Option(help="run this step even if it is finished; may be repeated")
     ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="name the recipes that come with moekit, and stop")] = False,
 ) -> None:
     """Carry out a recipe, step by step. Steps that are finished are skipped; a killed run goes on where it was."""
     from moekit.recipe.runner import run as run_recipe
     from moekit.recipe.schema import load_recipe
     from moekit.recipe.variables import parse_overrides
 
+    if listed:
+        _list(terminal)
+        return
+    if recipe is None:
+        raise BadConfig("no recipe is given", hint="`moekit run --list` names those that come with moekit")
     seed = terminal.seed if terminal.seed_given else None
     loaded = load_recipe(recipe, parse_overrides(overrides or []), out=out, seed=seed)
     if terminal.dry_run:
@@ -57,6 +66,15 @@ def run(
             for line in marker.results.get("findings", ()):
                 terminal.say(line)
             terminal.say(f"report: {marker.results.get('page')}")
+
+
+def _list(terminal: Terminal) -> None:
+    from moekit.recipe.packaged import packaged_recipes, recipes_folder
+
+    found = packaged_recipes()
+    terminal.answer(recipes=found, folder=str(recipes_folder()))
+    terminal.table("", ("recipe", "what it does"), list(found.items()))
+    terminal.say(f"\nThey lie in {recipes_folder()}: copy one to change it.")
 
 
 def _print_estimate(terminal: Terminal, recipe: Recipe) -> None:
@@ -111,7 +129,8 @@ def _short(names: list[str], limit: int = 3) -> str:
 def build() -> Any:
     """The command."""
     examples = [
-        "moekit run recipes/c2r-demo.yaml",
-        "moekit run recipes/c2r.yaml model=allenai/OLMoE-1B-7B-0924 data=wikitext --dry-run",
+        "moekit run --list",
+        "moekit run c2r-demo",
+        "moekit run c2r model=allenai/OLMoE-1B-7B-0924 data=wikitext --dry-run",
     ]
     return build_command(run, examples=examples)

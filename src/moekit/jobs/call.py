@@ -20,7 +20,7 @@ from moekit._progress import Progress
 from moekit._ranks import is_first_rank
 from moekit._validation import faults
 from moekit.checkpoint import fingerprint_model
-from moekit.checkpoint.atomic import atomic_write, lock
+from moekit.checkpoint.atomic import atomic_write, lock, name_target
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.context import JobContext, LiveModel
 from moekit.jobs.options.base import JobOptions, kinds_of
@@ -180,9 +180,10 @@ def _refuse_further(options: JobOptions, context: JobContext) -> None:
 def _run(options: JobOptions, context: JobContext) -> dict[str, Any]:
     try:
         results = options.run(context)
-    except MoekitError:
+    except (MoekitError, OSError) as error:
         if not any(context.scratch.glob("checkpoint-*")):
             shutil.rmtree(context.scratch, ignore_errors=True)
+            name_target(error, context.scratch, context.out)
         raise
     if is_first_rank():
         shutil.rmtree(context.scratch, ignore_errors=True)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moekit._names import hint_for
 from moekit.errors import BadConfig
 from moekit.recipe.document import Document, KeyPath, read_document
+from moekit.recipe.packaged import find_recipe
 from moekit.recipe.steps import STEPS, AnyStep
 from moekit.recipe.variables import matching, override, repeated, resolve, step_references, substitute
 
@@ -58,7 +59,7 @@ def load_recipe(
     """Read a recipe and fill in its variables.
 
     Args:
-        file: YAML file.
+        file: YAML file, or the name of a recipe that comes with moekit.
         overrides: new values for its variables.
         out: another run folder.
         seed: another seed.
@@ -68,7 +69,7 @@ def load_recipe(
             names file and line.
         UnsafeInput: the file has YAML tags.
     """
-    document = read_document(file)
+    document = read_document(find_recipe(file))
     try:
         variables = resolve(override(_mapping(document, ("vars",)), overrides or {}))
         raw: dict[str, Any] = {

@@ -83,6 +83,8 @@ class HeatmapsSection(_Section):
         panels: such as before and after.
         unit: "%" shows fractions as per cent.
         meaning: what a cell says, with {row} and {column} for the names.
+        down: label of the vertical axis.
+        across: label of the horizontal axis.
     """
 
     kind: Literal["heatmaps"] = "heatmaps"
@@ -90,6 +92,8 @@ class HeatmapsSection(_Section):
     panels: tuple[HeatmapPanel, ...] = Field(min_length=1)
     unit: str = ""
     meaning: str = ""
+    down: str = ""
+    across: str = ""
 
     @model_validator(mode="after")
     def _all_layers(self) -> HeatmapsSection:

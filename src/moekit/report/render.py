@@ -103,6 +103,8 @@ def _heatmaps(content: HeatmapsSection) -> Markup:
             "figure",
             tag("h3", panel.name),
             heatmap(panel.layers[0], top, f"{panel.name}, {content.layers[0]}. {panel.layers[0].caption}"),
+            tag("span", content.down, class_="down note"),
+            tag("span", content.across, class_="across note"),
             tag("figcaption", panel.layers[0].caption, aria_live="polite"),
         )
         for panel in content.panels

@@ -42,6 +42,9 @@ DARK = {
     "c5": "#b6bcc6",
 }
 
+# Dashes and gaps of curves.
+_DASHES = ("7 4", "2 4", "11 3 2 3", "14 4", "5 2", "3 2")
+
 # From nothing to the maximum.
 _HEAT_LIGHT = ("#f3f5f8", "#c6dcf0", "#6eaad9", "#1f66ad", "#0a2a57")
 _HEAT_DARK = ("#1b2028", "#173a5c", "#1e6fae", "#69b7ea", "#e9f6ff")
@@ -86,6 +89,7 @@ def variables(dark: bool) -> str:
 def style() -> str:
     """Return the colours' style sheet: the system's scheme unless the reader chose another; print is light."""
     series = "".join(f".f{i}{{fill:var(--c{i})}}.s{i}{{stroke:var(--c{i})}}" for i in range(6))
+    series += "".join(f".d{i}{{stroke-dasharray:{dash}}}" for i, dash in enumerate(_DASHES))
     heat = "".join(f".h{i}{{fill:var(--h{i})}}" for i in range(LEVELS))
     light, dark = variables(False), variables(True)
     return (

@@ -87,7 +87,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     if not modules and not parameters:
         raise BadConfig(
             f"{', '.join(settings.parts)}: this model has nothing there that LoRA could adapt",
-            hint="see moekit.training.parts_of for the parts that it has",
+            hint=f"it has {', '.join(sorted(set(parts_of(model).values())))}",
         )
     config = LoraConfig(
         r=settings.rank,

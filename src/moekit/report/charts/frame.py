@@ -51,7 +51,14 @@ def nice_step(span: float, most: int) -> float:
 
 
 def scale(
-    values: Iterable[float], start: float, end: float, *, zero: bool = False, most: int = 6, tight: bool = False
+    values: Iterable[float],
+    start: float,
+    end: float,
+    *,
+    zero: bool = False,
+    most: int = 6,
+    tight: bool = False,
+    whole: bool = False,
 ) -> Scale:
     """Make a scale that covers values; equal values get room on both sides.
 
@@ -62,6 +69,7 @@ def scale(
         zero: include zero.
         most: how many parts the ticks may make.
         tight: end a little beyond the values instead of at round ones.
+        whole: ticks at whole numbers only.
     """
     known = list(values)
     low, high = min(known), max(known)
@@ -72,6 +80,7 @@ def scale(
         margin = abs(high) * 0.05 or 1.0
         low, high = (low, high + margin) if zero and low >= 0 else (low - margin, high + margin)
     step = nice_step(high - low, most)
+    step = max(1.0, step) if whole else step
     if tight:
         margin = 0.04 * (high - low)
         return Scale(low if zero and low == 0 else low - margin, high + margin, start, end, step)

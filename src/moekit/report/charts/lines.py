@@ -79,7 +79,9 @@ def _frame(chart: LineChart, width: float) -> Frame:
     ys += [r.value for r in chart.references if r.axis == "y"]
     y = scale(ys, HEIGHT - BOTTOM, TOP, zero=chart.y.zero)
     left = left_margin(y.ticks(), y.step, chart.y.unit)
-    return Frame(width, HEIGHT, scale(xs, left, width - RIGHT, zero=chart.x.zero, tight=True), y)
+    # Layers and counts: no tick between two of them.
+    whole = not chart.x.unit and all(float(v).is_integer() for v in xs)
+    return Frame(width, HEIGHT, scale(xs, left, width - RIGHT, zero=chart.x.zero, tight=True, whole=whole), y)
 
 
 def _boxes(frame: Frame, point: Point, marked: bool) -> Iterable[Box]:
@@ -114,7 +116,9 @@ def _series(frame: Frame, series: Series, index: int, chart: LineChart, taken: l
     parts = [_band(frame, series, index)] if series.band else []
     if series.connect and len(series.points) > 1:
         way = "L".join(f"{frame.x(p.x):.1f} {frame.y(p.y):.1f}" for p in series.points)
-        parts.append(tag("path", class_=f"line s{index % COLOURS}", d=f"M{way}"))
+        # All but the lowest have gaps, so that curves that coincide are both seen.
+        gaps = f" d{index % COLOURS}" if index < len(chart.series) - 1 else ""
+        parts.append(tag("path", class_=f"line s{index % COLOURS}{gaps}", d=f"M{way}"))
     within = (frame.left, frame.y.end - 8, frame.width, frame.y.start)
     for p in series.points:
         x, y = frame.x(p.x), frame.y(p.y)

@@ -65,6 +65,8 @@ def coactivation_section(
         layers=tuple(f"Layer {layer}" for layer in layers),
         unit="%",
         meaning="of the tokens of expert {row}, also chose {column}",
+        down="expert of a token, from the top",
+        across="expert that it also chose, from the left",
         panels=tuple(
             HeatmapPanel(name=panel.name, layers=tuple(_matrix(panel, layer) for layer in layers)) for panel in panels
         ),
