@@ -237,13 +237,30 @@ def test_the_page_never_scrolls_sideways(visit, width):
 
 
 def test_text_in_charts_stays_readable_on_a_phone(visit):
-    page = visit(viewport={"width": 360, "height": 800})
+    page = visit(viewport={"width": 390, "height": 800})
     sizes = page.evaluate(
         """() => [...document.querySelectorAll("svg text")].map(t => t.getBoundingClientRect().height)
         .filter(h => h > 0)"""
     )
     assert len(sizes) > 20
-    assert min(sizes) >= 9
+    assert min(sizes) >= 12  # a line of 11 pixels
+
+
+def test_tables_fit_a_laptop_and_keep_their_rows_names_on_a_phone(visit):
+    widths = "() => [...document.querySelectorAll('.scroll')].map(s => [s.clientWidth, s.scrollWidth])"
+    for shown, whole in visit(viewport={"width": 1200, "height": 800}).evaluate(widths):
+        assert whole <= shown
+    page = visit(viewport={"width": 390, "height": 800})
+    assert page.evaluate("""() => { const s = [...document.querySelectorAll(".scroll")]
+        .find(s => s.scrollWidth > s.clientWidth + 50 && s.querySelector("tbody th"));
+        s.scrollLeft = 50; const box = s.querySelector("tbody th").getBoundingClientRect();
+        return Math.abs(box.left - s.getBoundingClientRect().left) < 1; }""")
+
+
+def test_heat_maps_name_their_axes(visit):
+    page = visit()
+    for where in ("down", "across"):
+        assert page.locator(f".heat .{where}").first.inner_text()
 
 
 def test_labels_of_a_chart_do_not_overlap(visit):

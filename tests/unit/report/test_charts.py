@@ -13,6 +13,7 @@ from moekit.report.charts.heatmaps import LEVELS, STEPS, cells, heatmap, level, 
 from moekit.report.charts.lines import line_chart
 from moekit.report.data import BarsSection
 from moekit.report.parts import Axis, BarGroup, BarSeries, LineChart, Matrix, Point, Reference, Series
+from moekit.report.theme import style
 
 FINITE = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -82,6 +83,23 @@ def test_error_bars_reach_their_ends():
     grid = sorted({float(line.get("y1")) for line in positions(drawn, "grid")})
     unit = (grid[-1] - grid[0]) / 5
     assert abs(top - bottom) == pytest.approx(2 * unit, abs=0.2), "3 to 5 on an axis from 0 to 5"
+
+
+def test_curves_that_coincide_are_both_seen():
+    points = (Point(x=0, y=1), Point(x=1, y=2))
+    drawn = line_chart(chart(series=tuple(Series(name=n, points=points, connect=True) for n in "abc")))
+    lines = [set(e.get("class").split()) for e in positions(drawn, "line")]
+    # Drawn from the last to the first: what lies above has gaps.
+    assert [bool(classes & {"d0", "d1"}) for classes in lines] == [False, True, True]
+    assert lines[1] & {"d0", "d1"} != lines[2] & {"d0", "d1"}
+    assert ".d0{stroke-dasharray:" in style()
+
+
+def test_layers_have_whole_ticks():
+    few = chart(series=(Series(name="s", points=(Point(x=0, y=0.25), Point(x=2, y=0.5))),), x=Axis(label="layer"))
+    root = ET.fromstring(line_chart(few))
+    across = [e.text for e in root.iter("text") if {"tick", "middle"} <= set(e.get("class").split())]
+    assert across == ["0", "1", "2"]
 
 
 def test_every_point_says_its_numbers():
