@@ -29,7 +29,8 @@ def methods(
 ) -> None:
     """List every method, our own and those of installed packages, with its paper, needs and limits.
 
-    `moekit methods KIND NAME` shows a method's knobs and an example. `moekit methods statistics` lists what `profile --statistics` can sum up instead, and what each one looks at.
+    `moekit methods KIND NAME` shows a method's knobs and an example. `moekit methods statistics` lists what `profile
+    --statistics` can sum up instead, and what each one looks at.
     """
     from moekit import catalogue
     from moekit.errors import BadConfig

@@ -49,7 +49,9 @@ def read_document(file: str | Path) -> Document:
     """
     file = Path(file)
     if not file.exists() or file.is_dir():
-        raise BadConfig("there is no such recipe", file=file, hint="`moekit run --list` names those that come with moekit")
+        raise BadConfig(
+            "there is no such recipe", file=file, hint="`moekit run --list` names those that come with moekit"
+        )
     if file.stat().st_size > MAX_BYTES:
         raise BadConfig(f"a recipe of {file.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read", file=file)
     try:

@@ -1,4 +1,4 @@
-"""What somebody meets who has never seen moekit: tables, help, knobs, completion, recipes by name, what is left behind."""
+"""What somebody meets who has never seen moekit: tables, help, knobs, completion, recipes by name, what is left."""
 
 from __future__ import annotations
 
@@ -126,7 +126,8 @@ def test_a_shell_completes_the_names_of_commands_without_torch() -> None:
     # A process of its own: this one has imported torch already.
     code = (
         "import sys\nfrom moekit.cli.main import main\n"
-        "try: main([])\nexcept SystemExit: pass\nprint('heavy', [m for m in ('torch', 'transformers') if m in sys.modules])"
+        "try: main([])\nexcept SystemExit: pass\n"
+        "print('heavy', [m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     asked = {"_MOEKIT_COMPLETE": "complete_bash", "COMP_WORDS": "moekit pr", "COMP_CWORD": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked)
