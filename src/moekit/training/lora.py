@@ -9,6 +9,7 @@ Legend: E experts, R rank.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -97,7 +98,10 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         target_parameters=parameters or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft asks by a name that transformers will drop; nothing that a user could do about it.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:

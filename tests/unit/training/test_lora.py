@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,9 @@ def test_generation_works_with_adapters() -> None:
     wrapped = add_lora(build("qwen3_moe"), LoraSettings(rank=2))
     out = wrapped.generate(input_ids=tokens(1, 4), max_new_tokens=3, do_sample=False)
     assert out.shape == (1, 7)
+
+
+def test_wrapping_a_model_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_lora(build("olmoe"), LoraSettings())
