@@ -39,6 +39,6 @@ def test_a_perplexity_is_that_with_one_beginning_token(bos: str, tmp_path: Path,
 @pytest.mark.parametrize("use", sorted(STEPS))
 def test_every_step_that_reads_text_has_the_option(use: str) -> None:
     fields = STEPS[use].model_fields
-    reads = {"text", "data", "heldout"} & set(fields)
+    reads = {"data", "heldout"} & set(fields)
     own = "bos" in fields or ("bos" in TrainConfig.model_fields and use in ("train", "pretrain-tiny"))
     assert own or not reads or use == "report"

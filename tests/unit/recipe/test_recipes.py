@@ -41,11 +41,11 @@ def test_what_is_planned_is_judged_on_other_text(name: str) -> None:
     steps = {step.id: step for step in load_recipe(RECIPES / f"{name}.yaml").steps}
 
     def text_of(reference: str) -> str:
-        return steps[reference.removeprefix("${steps.").removesuffix("}")].text
+        return steps[reference.removeprefix("${steps.").removesuffix("}")].data
 
     planned = {text_of(s.trace) for s in steps.values() if s.use in ("place", "route") and s.trace is not None}
     judged = {text_of(s.replay) for s in steps.values() if s.use == "place" and s.replay is not None}
-    judged |= {s.text for s in steps.values() if s.use == "evaluate"}
+    judged |= {s.data for s in steps.values() if s.use == "evaluate"}
     compared = [s for s in steps.values() if s.use == "place" and s.baseline is not None]
     assert compared
     assert all(s.replay is not None for s in compared)

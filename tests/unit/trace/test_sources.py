@@ -104,7 +104,7 @@ def test_profile_of_a_dense_model(tmp_path: Path) -> None:
     tokenizer().save_pretrained(folder)
     text = tmp_path / "text.txt"
     text.write_text("the river runs down to the sea and the old mill turns all day. " * 4)
-    step = ProfileOptions(model=str(folder), text=str(text), statistics=DENSE_NAMES, choices=False, device="cpu")
+    step = ProfileOptions(model=str(folder), data=str(text), statistics=DENSE_NAMES, choices=False, device="cpu")
     step.check()
     results = step.run(JobContext(out=tmp_path / "out", scratch=tmp_path / "scratch"))
     assert results["summary"] is None
@@ -316,7 +316,7 @@ def test_a_recording_says_what_it_costs(tmp_path: Path) -> None:
     assert "backward pass" in told
     assert sizes_of({"hidden_size": 4}, rows=1, positions=1) is None
     (tmp_path / "config.json").write_text(json.dumps(config))
-    step = ProfileOptions(model=str(tmp_path), text="none", statistics=("all_output_sum",))
+    step = ProfileOptions(model=str(tmp_path), data="none", statistics=("all_output_sum",))
     assert any("GFLOP a token" in note for note in step.estimate(tmp_path / "out", ByteSizes()).notes)
 
 
