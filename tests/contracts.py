@@ -25,9 +25,12 @@ CONTRACT = {
 
 def drawn(name: str, families: Iterable[str] = FAMILIES) -> str:
     """One more family for a method: the same on every machine, and another for another method."""
-    rest = sorted(set(families) - set(CONTRACT))
-    number = int.from_bytes(hashlib.sha256(f"{name}|{','.join(rest)}".encode()).digest()[:8], "big")
-    return rest[number % len(rest)]
+    return _drawn(name, sorted(set(families) - set(CONTRACT)))
+
+
+def _drawn(name: str, families: Sequence[str]) -> str:
+    number = int.from_bytes(hashlib.sha256(f"{name}|{','.join(families)}".encode()).digest()[:8], "big")
+    return families[number % len(families)]
 
 
 def cases(names: Sequence[str], *further: Sequence[Any]) -> list[Any]:
@@ -35,13 +38,15 @@ def cases(names: Sequence[str], *further: Sequence[Any]) -> list[Any]:
 
     Args:
         names: of the methods.
-        further: for each parameter behind the family its values; of these only the first is tried on the drawn family.
+        further: for each parameter behind the family its values; all of them are tried on one family of the contract,
+            which differs by method, and the first on the others.
     """
     made = []
     for name, family in itertools.product(names, sorted(FAMILIES)):
         for values in itertools.product(*further):
             first = all(value == options[0] for value, options in zip(values, further, strict=True))
-            contract = family in CONTRACT or (first and family == drawn(name))
+            everything = family == _drawn(name, sorted(CONTRACT))
+            contract = everything or (first and (family in CONTRACT or family == drawn(name)))
             marks = () if contract else (pytest.mark.full, pytest.mark.slow)
             label = "-".join(map(str, (name, family, *values)))
             made.append(pytest.param(name, family, *values, marks=marks, id=label))

@@ -136,23 +136,38 @@ def test_every_round_is_there(result: BenchResult) -> None:
             assert (timing.total_ratio is None) == (entry.entry == BASELINE)
 
 
-def _lose_a_rank(work: Workload) -> None:
-    with start(work, [BASELINE, ONCE], {}, False) as bench:
+def _lose_a_rank() -> None:
+    with start(make_layer(SMALL.model_copy(update={"ranks": 2})), [BASELINE, ONCE], {}, False) as bench:
         profile = bench.team.ask("profile", number=1, rounds=2)[0]
         assert {"plan", "experts, forward", "experts, backward", "waiting for counts"} <= set(profile["phases"])
         assert sum(profile["phases"].values()) == pytest.approx(profile["total"])
         assert profile["operations"]
-        bench.team.processes[2].kill()
+        bench.team.processes[1].kill()
         bench.team.ask("time", seconds=30, turns=[[0, 1]], seed=0)
 
 
-def test_where_time_goes_is_told_and_a_dead_rank_ends_the_bench(work: Workload) -> None:
-    with pytest.raises(PeerLost, match="rank 2 of the bench was ended by signal 9"):
-        _lose_a_rank(work)
+def test_where_time_goes_is_told_and_a_dead_rank_ends_the_bench() -> None:
+    with pytest.raises(PeerLost, match="rank 1 of the bench was ended by signal 9"):
+        _lose_a_rank()
 
 
 def test_the_command_writes_a_page_over_a_modelled_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--tokens", "32", "--hidden", "32", "--experts", "8", "--width", "16", "--top-k", "2", "--rounds", "2"]
+    sizes = [
+        "--tokens",
+        "32",
+        "--hidden",
+        "32",
+        "--experts",
+        "8",
+        "--width",
+        "16",
+        "--top-k",
+        "2",
+        "--rounds",
+        "2",
+        "--ranks",
+        "2",
+    ]
     options = ["--rate", "200Mbit/s,none", "--no-shaped", "--json"]
     with pytest.raises(SystemExit) as left:
         main(["bench", "ep", "--out", str(tmp_path / "b"), *sizes, "--only", "once-per-rank,hierarchical", *options])

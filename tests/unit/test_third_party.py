@@ -81,7 +81,7 @@ def test_each_is_listed_with_its_package_traits_and_place(answers: dict[str, Any
         found = record(answers, kind, name)
         assert (found["origin"], found["axis"], found["traits"]) == expected
     temperature = record(answers, "routing", "coolest")["options"]["temperature"]
-    assert temperature["help"] == "divides the logits; no unit (> 0) (default: 2.0)"
+    assert temperature["help"] == "divides the logits; no unit (> 0) (default: 2)"
     assert re.search(r"coolest +- +gating +learnable +coolest", said(answers, "methods routing"))
 
 

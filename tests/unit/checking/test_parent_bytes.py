@@ -233,7 +233,7 @@ def test_a_converted_and_a_trained_child_pass(tmp_path: Path) -> None:
     moekit.convert(tmp_path / "dense", method="residual", settings=settings, out=tmp_path / "moe")
     assert errors(check(tmp_path / "moe", parent=tmp_path / "dense")) == []
     moekit.train(
-        tmp_path / "moe", text=text, settings={"steps": 2, "seq_len": 32, "batch": 2}, out=tmp_path / "trained"
+        tmp_path / "moe", data=text, settings={"steps": 2, "seq_len": 32, "batch": 2}, out=tmp_path / "trained"
     )
     report = check(tmp_path / "trained", parent=tmp_path / "moe")
     assert errors(report) == []

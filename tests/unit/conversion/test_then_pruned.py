@@ -57,7 +57,7 @@ def test_a_converted_model_can_be_pruned(stacked: bool, tmp_path: Path) -> None:
         tmp_path / "dense",
         method="activation",
         settings=settings,
-        text=text,
+        data=text,
         max_tokens=1024,
         seq_len=64,
         out=tmp_path / "moe",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +28,7 @@ from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadCheckpoint, BadConfig, NumericFault, OutOfBudget, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.families import EXPERTS, FAMILIES, HIDDEN, TOP_K, WIDTH, build, logits
+from tests.processes import python
 
 # Tensors on disk that count experts, and the axis that does; written down by hand, from the families' model cards.
 COUNTING = [
@@ -40,7 +39,6 @@ COUNTING = [
     (r"\.gate\.e_score_correction_bias$", 0),
     (r"\.moe_statics\.e_score_correction_bias$", 1),
 ]
-ROOT = Path(__file__).resolve().parents[4]
 
 
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
@@ -567,9 +565,8 @@ def test_memory_does_not_grow_with_the_model(how: str, bound: int, tmp_path: Pat
     large = plain(tmp_path / "large", "mixtral", **LARGE)
     assert Checkpoint.open(large).nbytes > 300 * 2**20
     folders = [small, tmp_path / "small-out", large, tmp_path / "large-out"]
-    command = [sys.executable, "-c", PEAK, how, *map(str, folders)]
-    env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}"}
-    told = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    told = python(["-c", PEAK, how, *folders])
+    assert told.returncode == 0, told.stderr
     print(how, int(told.stdout.split()[-1]) / 2**20)
     assert int(told.stdout.split()[-1]) < bound  # buffers are 32 MiB
 
