@@ -1,11 +1,11 @@
 # Needs Python 3.11 or newer and make; everything else goes into .venv, once.
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 2
+WORKERS ?= 3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-# One thread per test worker: two workers with one thread each beat one worker with two.
+# One thread a worker; one worker more than cores, as tests of ranks and kills wait much of their time.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 # Benchmarks of what another run leaves, one of 50 GB, and a part of another one.

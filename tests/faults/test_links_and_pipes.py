@@ -161,6 +161,7 @@ _ALLOWED = {
     "bench/dispatch/workers.py",
     "cli/_errors.py",  # /dev/null
     "parallel/checkpoints/ranks.py",  # /proc
+    "recipe/packaged.py",  # recipes of this package
     "report/page.py",  # templates of this package
     "report/run_info.py",  # /proc
 }
