@@ -20,9 +20,21 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.serving.expert_sets.expert_set import ExpertSet, keep_sets, make_expert_set
 from moekit.serving.expert_sets.loading import load_task
 from tests.checkpoints import plain
+from tests.contracts import CONTRACT
 from tests.families import EXPERTS, FAMILIES, logits, tokens
 
 KEEP = 5
+# Every family as it is stored as a rule; stacked, one of each contract, and the others in the long run.
+LAYOUTS = [
+    pytest.param(
+        family,
+        fused,
+        id=f"{family}-{'fused' if fused else 'split'}",
+        marks=(pytest.mark.full, pytest.mark.slow) if fused and family not in CONTRACT else (),
+    )
+    for family in sorted(FAMILIES)
+    for fused in (False, True)
+]
 
 
 def any_expert_set(checkpoint: Checkpoint, seed: int = 4) -> ExpertSet:
@@ -42,8 +54,7 @@ def written(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]], folder: P
     return model
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(("family", "fused"), LAYOUTS)
 def test_a_loaded_task_is_the_folder_that_would_be_written(family: str, fused: bool, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(plain(tmp_path / "m", family, fused=fused))
     expert_set = any_expert_set(checkpoint)
@@ -77,8 +88,7 @@ def dropped(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> list[t
     return ranges
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(("family", "fused"), LAYOUTS)
 def test_no_byte_of_another_expert_is_read(
     family: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

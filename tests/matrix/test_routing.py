@@ -18,6 +18,7 @@ from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.routing import RoutingPlan, plan_routing
 from moekit.runtime import RouterPart, attached, detach
+from tests.contracts import cases
 from tests.families import EXPERTS, FAMILIES, TOP_K, build, logits, tokens
 from tests.runtime_cases import statistics
 
@@ -35,8 +36,7 @@ def plans(family: str, model: PreTrainedModel, method: str) -> list[tuple[Router
     return [(p, plan_routing(layers, p, method, known, devices=devices)) for p in policies]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "family"), cases(METHODS))
 def test_a_policy_routes_trains_and_generates(method: str, family: str) -> None:
     model = build(family)
     stock = logits(model)
@@ -94,8 +94,7 @@ def _check_gradients(model: PreTrainedModel) -> None:
     model.zero_grad()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "family"), cases(METHODS))
 def test_a_saved_policy_comes_back_and_stock_transformers_still_opens_the_folder(
     method: str, family: str, tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_ranks_that_disagree_all_stop_and_name_the_odd_one(tmp_path: Path, fault
         assert all(said in job.last_words(rank) for rank in range(3)), job.words()
 
 
+@pytest.mark.slow  # the quick run has ranks that disagree without a launcher
 def test_under_torchrun_ranks_that_disagree_end_as_they_say(tmp_path: Path) -> None:
     with torchrun(tmp_path, "plan", 2, "") as job:
         assert job.wait() == [1]
