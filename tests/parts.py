@@ -97,6 +97,29 @@ class Neighbours(ScorePart):
         return Scored((logits_BSE + inputs.learned["share"] * (near_BSL @ known_BLE)).flatten(0, 1))
 
 
+class Fading(ScorePart):
+    """Logits and a fading sum of the sequence's earlier ones, kept as one state: m_s = fade m_(s-1) + z_s."""
+
+    axes: ClassVar = {"share": ""}
+    fade: float = 0.5
+
+    def parameters(self, init: LayerInit) -> nn.Module:
+        return nn.ParameterDict({"share": nn.Parameter(torch.zeros(()))})
+
+    def score(self, inputs: RouteInputs) -> Scored:
+        context, layer = inputs.context, inputs.layer
+        logits_BSE = context.sequences(inputs.logits)
+        real_BS = context.token_mask(logits_BSE.device)
+        kept_BE = context.kept(layer, "memory")
+        memory_BE = torch.zeros_like(logits_BSE[:, 0]) if kept_BE is None else kept_BE
+        scored = []
+        for logits_BE, real_B in zip(logits_BSE.unbind(1), real_BS.unbind(1), strict=True):
+            scored.append(logits_BE + inputs.learned["share"] * memory_BE)
+            memory_BE = torch.where(real_B[:, None], self.fade * memory_BE + logits_BE, memory_BE)
+        context.keep(layer, "memory", memory_BE)
+        return Scored(torch.stack(scored, dim=1).flatten(0, 1))
+
+
 class Attended(ScorePart):
     """Logits mixed with those of the tokens that the block's attention looks at, by a second attention call."""
 
@@ -148,8 +171,8 @@ class FirstOnly(LimitPart):
 
     @classmethod
     def examples(cls, geometry: Geometry) -> Sequence[FirstOnly]:
-        """Takes nothing back, and some."""
-        return [cls(), cls(above=0.6)]
+        """Takes nothing back, and some: where weights add up to one, and where the family scales them up."""
+        return [cls(), cls(above=0.6), cls(above=1.4)]
 
     def limit(self, inputs: RouteInputs, routed: Routed) -> Routed:
         best_T1 = routed.weights.max(dim=1, keepdim=True).values
@@ -205,11 +228,12 @@ class Gain(ExpertsPart):
 
 
 # Parts that leave the model as it is until they have learned something.
-NEUTRAL = (Nudge(), Recurrence(), Neighbours(), Attended(), FirstOnly(), Momentum(), Gain())
+NEUTRAL = (Nudge(), Recurrence(), Neighbours(), Fading(), Attended(), FirstOnly(), Momentum(), Gain())
 ALL = (*NEUTRAL, NullExperts())
 DECLARED: dict[type[RuntimePart], frozenset[Trait]] = {
     Recurrence: frozenset({"stateful"}),
     Neighbours: frozenset({"sequence"}),
+    Fading: frozenset({"sequence"}),
     Attended: frozenset({"sequence", "attention"}),
     NullExperts: frozenset({"variable_k"}),
     FirstOnly: frozenset({"variable_k"}),

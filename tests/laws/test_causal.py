@@ -10,7 +10,7 @@ from moekit.catalogue import MethodRecord
 from moekit.errors import UnsupportedModel
 from moekit.runtime import attach, detach
 from tests.families import build, logits, tokens
-from tests.parts import Attended, Neighbours, stir
+from tests.parts import Attended, Fading, Neighbours, stir
 from tests.runtime_cases import cases, hang
 
 KINDS = ("routing", "block", "experts")
@@ -131,3 +131,15 @@ def test_mixing_by_attention_is_the_attention_map_times_values(family: str, impl
     maps = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
     for layer, (values, mixed) in seen.items():
         torch.testing.assert_close(mixed, maps[layer].mean(dim=1) @ values, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_state_does_not_go_back_with_a_cache_that_is_cut() -> None:
+    model = build("qwen3_moe")
+    attach(model, Fading())
+    stir(model)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=tokens(1, 8), past_key_values=cache)
+    cache.crop(-3)
+    with pytest.raises(UnsupportedModel, match="holds 5 positions, but 'memory' was kept after 8"):
+        model(input_ids=tokens(1, 1), past_key_values=cache)

@@ -29,7 +29,7 @@ class PartCache:
     def __init__(self) -> None:
         self._grown: dict[tuple[int, str], Tensor] = {}
         self._state: dict[tuple[int, str], Tensor] = {}
-        self.length = 0
+        self._reached: dict[tuple[int, str], int] = {}
 
     def extend(self, layer: int, name: str, values: Tensor, past: int) -> Tensor:
         """Append values of new positions [B, S, ...] to those of `past` earlier ones; all of them [B, L, ...]."""
@@ -46,9 +46,10 @@ class PartCache:
         self._grown[layer, name] = whole
         return whole
 
-    def write(self, layer: int, name: str, value: Tensor) -> None:
-        """Keep a state of each sequence [B, ...] for the next positions, in place of the one before."""
+    def write(self, layer: int, name: str, value: Tensor, reached: int) -> None:
+        """Keep a state of each sequence [B, ...] after `reached` positions, in place of the one before."""
         self._state[layer, name] = value.detach()
+        self._reached[layer, name] = reached
 
     def read(self, layer: int, name: str, past: int) -> Tensor | None:
         """The state that was kept; None before the first position.
@@ -58,9 +59,10 @@ class PartCache:
         """
         if past == 0:
             return None
-        if past != self.length or (layer, name) not in self._state:
+        reached = self._reached.get((layer, name), 0)
+        if past != reached:
             raise UnsupportedModel(
-                f"the key-value cache holds {past} positions, but {name!r} was kept after {self.length}",
+                f"the key-value cache holds {past} positions, but {name!r} was kept after {reached}",
                 layer=layer,
                 hint="generate without assisted decoding, and with the parts attached from the first position",
             )

@@ -145,14 +145,33 @@ class ForwardContext:
             UnsupportedModel: earlier positions were computed without this part.
         """
         if self.cache is None:
-            if self.past:
-                raise UnsupportedModel(
-                    f"{self.past} earlier positions were computed without keeping what {name!r} needs of them",
-                    layer=layer,
-                    hint="let one model, with its parts attached, fill the key-value cache from the first position",
-                )
+            self._refuse_past(layer, name)
             return values
         return self.cache.extend(layer, name, values, self.past)
+
+    def _refuse_past(self, layer: int, name: str) -> None:
+        if self.past:
+            raise UnsupportedModel(
+                f"{self.past} earlier positions were computed without keeping what {name!r} needs of them",
+                layer=layer,
+                hint="let one model, with its parts attached, fill the key-value cache from the first position",
+            )
+
+    def keep(self, layer: int, name: str, value: Tensor) -> None:
+        """Keep a state of each sequence [B, ...] for the positions that follow; without a cache none is kept."""
+        if self.cache is not None and not self.tracker.repeating:
+            self.cache.write(layer, name, value, self.past + self.length)
+
+    def kept(self, layer: int, name: str) -> Tensor | None:
+        """The state that earlier positions left: [B, ...]; None where this pass begins the sequences.
+
+        Raises:
+            UnsupportedModel: they were computed without this part, or the cache was cut back since.
+        """
+        if self.cache is not None:
+            return self.cache.read(layer, name, self.past)
+        self._refuse_past(layer, name)
+        return None
 
     def attention(self, layer: int) -> BlockAttention:
         """The attention of the layer's block in this pass, to mix other values by it.

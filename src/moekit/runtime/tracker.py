@@ -178,11 +178,9 @@ class PassTracker:
         if context is None:
             return
         past_key_values = getattr(output, "past_key_values", None)
-        if context.cache is not None and past_key_values is not None:
-            context.cache.length = context.past + context.length
-            if past_key_values not in self._caches:
-                self._caches[past_key_values] = context.cache
-                context.cache.follow(past_key_values)
+        if context.cache is not None and past_key_values is not None and past_key_values not in self._caches:
+            self._caches[past_key_values] = context.cache
+            context.cache.follow(past_key_values)
         if context.armed:
             checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
             if not checkpointed:
