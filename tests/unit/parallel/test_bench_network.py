@@ -145,7 +145,9 @@ def test_an_exception_leaves_nothing_behind() -> None:
 
 HOLD = """
 import signal, time
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have it ignored
+# Whoever runs the tests may have these ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from moekit.bench.dispatch.network import two_nodes
 with two_nodes(shaped=True):
     print("made", flush=True)
