@@ -112,7 +112,7 @@ FAULTS = (
         "parallel/plan.py",
         "    slot_NK = same_NKK.tril(-1).sum(-1)\n",
         "    slot_NK = same_NKK.tril(-1).sum(-1) * 0\n",
-        ("tests/unit/parallel", "tests/parallel/test_dispatch.py"),
+        ("tests/parallel/test_dispatch.py", "tests/unit/parallel"),
     ),
     Fault(
         "padding counted as tokens by the balance loss",
