@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -94,10 +94,25 @@ def _decoder_stack(checkpoint: Checkpoint, mtp: Iterable[str]) -> str:
 
 def _check_whole(tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint, layer: int) -> None:
     there = {int(match[1]) for name in tensors if (match := re.search(r"\.experts\.(\d+)\.", name))}
-    gap = next((expert for expert in range(len(there)) if expert not in there), None)
+    refuse_gap(there, checkpoint, layer, "expert of a multi-token-prediction layer")
+
+
+def refuse_gap(experts: Collection[int], checkpoint: Checkpoint, layer: int, what: str = "expert") -> None:
+    """Refuse a layer of which an expert is missing though later ones are there.
+
+    Args:
+        experts: that are there.
+        checkpoint: for messages.
+        layer: decoder layer.
+        what: the experts are called.
+
+    Raises:
+        BadCheckpoint: naming the first that is missing.
+    """
+    gap = next((expert for expert in range(len(experts)) if expert not in experts), None)
     if gap is not None:
         raise BadCheckpoint(
-            "the tensors of this expert of a multi-token-prediction layer are missing, those of later ones are there",
+            f"the tensors of this {what} are missing, those of later ones are there",
             file=checkpoint.path,
             layer=layer,
             expert=gap,

@@ -25,10 +25,10 @@ from moekit.checkpoint.expected import renamer
 from moekit.checkpoint.experts import mtp_tensors
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
-from moekit.compress.engine.mtp import Mtp, MtpKept, mtp_blocks
+from moekit.compress.engine.mtp import Mtp, MtpKept, mtp_blocks, refuse_gap
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.shard_writer import Spec
-from moekit.errors import BadCheckpoint, UnsupportedModel
+from moekit.errors import UnsupportedModel
 
 _SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
 _LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers\.)(?P<layer>\d+)\.")
@@ -116,15 +116,7 @@ def expert_counts(checkpoint: Checkpoint) -> dict[int, int]:
         elif (parsed := parse_expert_tensor(name)) and len(info.shape) >= 3:
             counts[parsed.layer] = info.shape[0]
     for layer, experts in split.items():
-        gap = next((e for e in range(len(experts)) if e not in experts), None)
-        if gap is not None:
-            raise BadCheckpoint(
-                "the tensors of this expert are missing, those of later ones are there",
-                file=checkpoint.path,
-                layer=layer,
-                expert=gap,
-                hint="fetch the shards again; see `moekit check`",
-            )
+        refuse_gap(experts, checkpoint, layer)
         counts[layer] = len(experts)
     if not counts:
         raise UnsupportedModel(

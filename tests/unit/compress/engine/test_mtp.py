@@ -16,10 +16,10 @@ from moekit.checking import check
 from moekit.checkpoint import Checkpoint, Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.measuring import geometries_of
-from moekit.compress.engine.mtp import highest, mtp_blocks
+from moekit.compress.engine.mtp import highest, mtp_blocks, refuse_gap
 from moekit.compress.engine.mtp_routing import mtp_scores
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.errors import BadConfig, UnsupportedModel
+from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
 from moekit.trace.streamed import Streamed
 from tests.checkpoints import edit_json
 from tests.families import EXPERTS, HIDDEN, build
@@ -242,3 +242,12 @@ def test_of_each_group_equally_many_stay() -> None:
     assert highest(scores, 4) == (0, 1, 2, 3)
     assert highest(scores, 4, groups=2) == (0, 1, 5, 6)
     assert highest(scores, 4, groups=4) == (0, 2, 5, 6)
+
+
+def test_the_first_missing_expert_is_named(tmp_path: Path) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path / "m")
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    refuse_gap({0, 1, 2}, checkpoint, 5)
+    with pytest.raises(BadCheckpoint, match="of this expert are missing, those of later ones are there") as told:
+        refuse_gap({0, 1, 3, 4}, checkpoint, 5)
+    assert (told.value.layer, told.value.expert) == (5, 2)
