@@ -39,8 +39,8 @@ from moekit.diagnose.super_experts.report import SHARED
 from moekit.evaluation.super_expert_study import SuperExpertStudy
 from moekit.evaluation.super_experts import check_super_experts
 from moekit.jobs.shared.opened import OpenedModel, open_source
-from moekit.jobs.shared.protection import find_in_trace, protection_needs
 from moekit.jobs.super_experts import summary_of
+from moekit.jobs.weights.protection import find_in_trace, protection_needs
 from moekit.trace import Trace
 from moekit.trace.each_expert import plain_expert
 from moekit.trace.seam import read_arguments

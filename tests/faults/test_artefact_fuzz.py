@@ -28,7 +28,7 @@ from moekit.data import load_text
 from moekit.errors import MoekitError
 from moekit.evaluation.documents import PerplexityResult
 from moekit.jobs.shared.opened import open_source
-from moekit.jobs.shared.protection import parse_protected
+from moekit.jobs.weights.protection import parse_protected
 from moekit.placement import Placement
 from moekit.recipe.schema import load_recipe
 from moekit.report.results import load_evaluation, load_replay

@@ -72,7 +72,7 @@ def _show_pairs(terminal: Terminal, results: Mapping[str, Any]) -> None:
 
 def _task(made: Mapping[str, Any]) -> str:
     """The task of a prompt, and how near it is."""
-    from moekit.jobs.shared.tasks import Assigned
+    from moekit.jobs.tasks.answering import Assigned
 
     nearest = tuple((near["task"], near["distance"]) for near in made["nearest"])
     return str(Assigned(made["prompt"], made["task"], made["metric"] or "", nearest))

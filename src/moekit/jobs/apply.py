@@ -20,11 +20,11 @@ from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.prune import PruneResult
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, record_bytes, text_item
-from moekit.jobs.shared.mtp import check_mtp
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
-from moekit.jobs.shared.pruned import Decided, finish, in_groups, log_warnings
-from moekit.jobs.shared.pruning import (
-    PLAN_FILE,
+from moekit.jobs.weights.mtp import check_mtp
+from moekit.jobs.weights.plans import plan_path
+from moekit.jobs.weights.prune_finish import Decided, finish, in_groups, log_warnings
+from moekit.jobs.weights.sizes import (
     budget_of,
     bytes_between,
     check_disk,
@@ -32,7 +32,7 @@ from moekit.jobs.shared.pruning import (
     size_of_result,
     warn_uneven,
 )
-from moekit.jobs.shared.texts import heldout_of_plan
+from moekit.jobs.weights.texts import heldout_of_plan
 from moekit.progress import ProgressLike
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def apply(
 
 def further_inputs(options: ApplyOptions) -> list[tuple[str, str]]:
     """The plan's own model, too, where no other is given."""
-    if options.model is None and _plan_path(options.plan).is_file():
+    if options.model is None and plan_path(options.plan).is_file():
         with contextlib.suppress(MoekitError):  # told where the plan is read
             return [("model", _load(options).file.model)]
     return []
@@ -132,7 +132,7 @@ def check(options: ApplyOptions) -> None:
 def estimate(options: ApplyOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """Exact where plan and model lie here."""
     reads = [sizes.item(options.plan), *(text_item(text, sizes) for text in (options.heldout,) if text)]
-    if not _plan_path(options.plan).is_file():
+    if not plan_path(options.plan).is_file():
         return JobEstimate(tuple(reads), (Item(str(out), None),))
     plan = _load(options)
     reference = options.model or plan.file.model
@@ -164,13 +164,13 @@ def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
     if options.proof:
         check_runnable(source)
     check_disk(context.out, context.scratch, outlook.nbytes, _between(options, source, plan))
-    heldout = heldout_of_plan(plan, options, source, context) if options.proof else None
+    heldout = heldout_of_plan(plan, options, source, context.progress) if options.proof else None
     decided = Decided(source, request, _decided(options, plan, source, request), plan.statistics)
     return finish(decided, heldout, options, context, log_warnings(decided.plan))
 
 
 def _load(options: ApplyOptions) -> WeightPlan:
-    return WeightPlan.load(_plan_path(options.plan), kind="prune")
+    return WeightPlan.load(plan_path(options.plan), kind="prune")
 
 
 def _fitting(options: ApplyOptions, plan: WeightPlan, source: OpenedModel) -> WeightPlan:
@@ -220,8 +220,3 @@ def _between(options: ApplyOptions, source: OpenedModel, plan: WeightPlan) -> in
     proof = (options.proof_tokens or (1 << 20)) if options.proof else 0
     rewritten = source.nbytes if plan.method.rewrites else 0
     return bytes_between(source, 0, proof, 2 + options.random_seeds, rewritten)
-
-
-def _plan_path(reference: str) -> Path:
-    path = Path(reference).expanduser()
-    return path / PLAN_FILE if path.is_dir() else path

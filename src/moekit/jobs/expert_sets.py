@@ -21,8 +21,8 @@ from moekit.jobs.options.expert_sets import ExpertSetsOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, read_text, text_item
 from moekit.jobs.shared.opened import OpenedModel, open_source
-from moekit.jobs.shared.pruning import bytes_between, check_disk
-from moekit.jobs.shared.task_texts import Texts, account, largest_layer, log_warnings, texts_of_tasks
+from moekit.jobs.tasks.texts import Texts, account, largest_layer, log_warnings, texts_of_tasks
+from moekit.jobs.weights.sizes import bytes_between, check_disk
 from moekit.progress import ProgressLike
 from moekit.serving.expert_sets.expert_set import GENERALIST, ExpertSet, generalist
 from moekit.serving.expert_sets.recording import GroupedText

@@ -23,7 +23,7 @@ from moekit.jobs.options.generate import GenerateOptions
 from moekit.jobs.shared.estimates import ByteSizes, JobEstimate, largest
 from moekit.jobs.shared.inputs import model_item, open_model
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
-from moekit.jobs.shared.tasks import TaskModels, check_tasks, summary
+from moekit.jobs.tasks.answering import TaskModels, check_tasks, summary
 from moekit.progress import ProgressLike
 
 COMPLETIONS = "completions.json"

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from moekit import catalogue
 from moekit._device import DtypeName, named_dtype, resolve_device
-from moekit.checkpoint import atomic_folder
-from moekit.compress.budget.parents import Original, expert_weights, find_original
-from moekit.compress.budget.sparsity import SparsityBudget, remaining_sparsity, total_sparsity
-from moekit.compress.engine.layout import prepare
-from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.plan import WeightPlan
-from moekit.compress.engine.planning import plan_weights
-from moekit.compress.engine.request import CalibrationText, PlanRequest
-from moekit.compress.engine.zeroing import SparsifyMethod, check_sparsity
-from moekit.data import Document
+from moekit.compress.engine.zeroing import check_sparsity
 from moekit.data.encoding import Bos
-from moekit.errors import BadConfig, MoekitError, UnsupportedModel
+from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
-from moekit.jobs.shared.hashes import text_hash
-from moekit.jobs.shared.inputs import calibration_rows, model_item, record_bytes, text_item
-from moekit.jobs.shared.opened import OpenedModel, open_source
+from moekit.jobs.shared.inputs import model_item, text_item
 from moekit.jobs.shared.outputs import model_or_plan
-from moekit.jobs.shared.pruning import PLAN_FILE, bytes_between, check_disk
-from moekit.jobs.shared.sparse import Placed, finish, log_warnings, summary_of
-from moekit.jobs.shared.texts import heldout_of_plan, read_texts
+from moekit.jobs.weights.plans import PLAN_BYTES, plan_path, save_plan
+from moekit.jobs.weights.sizes import check_disk
+from moekit.jobs.weights.sparsify_decide import decide
+from moekit.jobs.weights.sparsify_finish import Placed, finish, log_warnings, summary_of
+from moekit.jobs.weights.sparsify_request import ask, method_of, proves, stored_plan
 from moekit.progress import ProgressLike
 
-logger = logging.getLogger(__name__)
 # What a stored plan has decided already.
 _DECIDED = ("model", "method", "settings", "sparsity", "total", "original", "data", "plan")
 
@@ -155,7 +143,7 @@ def check(options: SparsifyOptions) -> None:
         return
     if options.model is None or options.method is None:
         raise BadConfig("model and method are missing", hint="moekit sparsify MODEL --method METHOD, or --from PLAN")
-    method = _method(options)
+    method = method_of(options)
     if options.sparsity is not None and options.total is not None:
         raise BadConfig("sparsity and total are both given", hint="one follows from the other: leave one out")
     if options.sparsity is None and options.total is None and method.fixed_sparsity is None:
@@ -165,7 +153,7 @@ def check(options: SparsifyOptions) -> None:
     if options.data is None and (method.required or method.sequential):
         needs = ", ".join(method.required) or "activations"
         raise BadConfig(f"{options.method} decides from {needs}", hint="give text (--data)")
-    if _proves(options) and options.data is None and options.heldout is None:
+    if proves(options) and options.data is None and options.heldout is None:
         raise BadConfig(
             "there is no text to prove the result on", hint="give --heldout TEXT, or say --no-proof to go without"
         )
@@ -177,180 +165,34 @@ def estimate(options: SparsifyOptions, out: Path, sizes: ByteSizes) -> JobEstima
     reads = [text_item(text, sizes) for text in (options.data, options.heldout) if text]
     if options.from_plan is not None:
         reads.append(sizes.item(options.from_plan))
-        reference = _stored(options).file.model if _plan_path(options.from_plan).is_file() else None
+        plan = stored_plan(options) if plan_path(options.from_plan).is_file() else None
+        reference = None if plan is None else plan.file.model
     if reference is None:
         return JobEstimate(tuple(reads), (Item(str(out), None),))
     model = model_item(reference, sizes)
     notes = ("layers are read from disk one at a time: memory does not grow with their number",)
     if options.write == "plan":
-        return JobEstimate((model, *reads), (Item(str(out), 16 << 20),), disk=16 << 20, notes=notes)
+        return JobEstimate((model, *reads), (Item(str(out), PLAN_BYTES),), disk=PLAN_BYTES, notes=notes)
     if model.nbytes is None or not (Path(reference).expanduser() / "config.json").is_file():
         return JobEstimate((model, *reads), (Item(str(out), model.nbytes),), disk=model.nbytes, notes=notes)
-    source = open_source(reference)
-    if options.from_plan is None:
-        _request(options, source, 0)
-    nbytes = _foresee(source) + record_bytes(source.checkpoint.tensors.values())
-    disk = nbytes + _between(options, source)
-    return JobEstimate((model, *reads), (Item(str(out), nbytes),), disk=disk, memory=1 << 30, notes=notes)
+    asked = ask(options, 0)
+    written = Item(str(out), asked.written)
+    return JobEstimate((model, *reads), (written,), disk=asked.written + asked.between, memory=1 << 30, notes=notes)
 
 
 def run(options: SparsifyOptions, context: JobContext) -> dict[str, Any]:
     """Refuse what is impossible, calibrate, decide, prove, write, check."""
     check(options)
-    plan = None if options.from_plan is None else _stored(options)
-    source = open_source(str(options.model) if plan is None else plan.file.model, context.progress)
-    if plan is not None:
-        plan.check_model(source.checkpoint.fingerprint, source.checkpoint.path)
-    request = None if plan is not None else _request(options, source, context.seed)
-    nbytes = _foresee(source)
-    if options.write == "model":
-        check_disk(context.out, context.scratch, nbytes, _between(options, source))
-    if request is None:
-        assert plan is not None
-        heldout = heldout_of_plan(plan, options, source, context) if _proves(options) else None
-    else:
-        apart = options.heldout is None
-        documents, heldout = read_texts(options, source, context, apart=apart, proves=_proves(options))
-        plan = _plan(options, documents, source, request, context)
+    progress, scratch, out = context.progress, context.scratch, context.out
+    asked = ask(options, context.seed, progress)
+    writes_plan = options.write == "plan"
+    check_disk(out, scratch, PLAN_BYTES if writes_plan else asked.nbytes, asked.between)
+    plan, heldout = decide(options, asked, scratch, progress)
     log_warnings(plan.file.warnings)
     if options.plan is not None:
         plan.save(options.plan)
-    if options.write == "model":
-        return finish(plan, source, heldout, Placed(options.device, named_dtype(options.dtype)), context)
-    _save_plan(plan, context)
+    if not writes_plan:
+        machine = Placed(options.device, named_dtype(options.dtype))
+        return finish(plan, asked.source, heldout, machine, context)
+    save_plan(plan, out, overwrite=context.overwrite)
     return summary_of(plan, None)
-
-
-def _proves(options: SparsifyOptions) -> bool:
-    return options.proof and options.write == "model"
-
-
-def _method(options: SparsifyOptions) -> SparsifyMethod:
-    method: SparsifyMethod = catalogue.make("sparsify", str(options.method), options.settings)
-    return method
-
-
-def _stored(options: SparsifyOptions) -> WeightPlan:
-    return WeightPlan.load(_plan_path(str(options.from_plan)), kind="sparsify")
-
-
-def _request(options: SparsifyOptions, source: OpenedModel, seed: int) -> PlanRequest:
-    """What is asked for, in shares of the weights that are there.
-
-    Raises:
-        BadConfig: a total that cannot be met, or a parent that says how many weights there were is gone.
-    """
-    method, original = _method(options), _original(options, source)
-    weights = None if original is None else original.weights
-    if options.total is None:
-        share = method.fixed_sparsity if options.sparsity is None else options.sparsity
-        assert share is not None
-        return PlanRequest(method, SparsityBudget(sparsity=share, original=weights), seed=seed)
-    assert weights is not None
-    removed = 1 - expert_weights(source.geometries) / weights
-    share = remaining_sparsity(options.total, removed)
-    if method.fixed_sparsity is not None:
-        share = _fixed(method.fixed_sparsity, options.total, removed, source)
-    budget = SparsityBudget(sparsity=share, total=options.total, original=weights)
-    return PlanRequest(method, budget, seed=seed)
-
-
-def _original(options: SparsifyOptions, source: OpenedModel) -> Original | None:
-    try:
-        return find_original(source.checkpoint, options.original)
-    except MoekitError:
-        if options.total is not None or options.original is not None:
-            raise
-        return None  # only a figure less to print
-
-
-def _between(options: SparsifyOptions, source: OpenedModel) -> int:
-    passes = 0
-    if options.from_plan is None and options.data is not None:
-        passes = 2 if _method(options).reads_weights else 1
-    tokens = passes * (options.max_tokens or (1 << 20))
-    proof = (options.proof_tokens or (1 << 20)) if _proves(options) else 0
-    return bytes_between(source, tokens, proof, 2, 0)
-
-
-def _plan(
-    options: SparsifyOptions, documents: list[Document], source: OpenedModel, request: PlanRequest, context: JobContext
-) -> WeightPlan:
-    text = None
-    if documents:
-        tokenizer, length = source.tokenizer(), min(options.seq_len, source.longest)
-        rows = calibration_rows(documents, tokenizer, seq_len=length, max_tokens=options.max_tokens, bos=options.bos)
-        text = CalibrationText(
-            list(rows.batches(options.batch_size)),
-            context.scratch / "calibration",
-            named_dtype(options.dtype),
-            options.device,
-            tokenizer,
-            _origin(options),
-        )
-    plan = plan_weights(source.checkpoint, text, request, context.progress)
-    kept = _named(options.data) if options.data is not None and options.heldout is None else ""
-    return WeightPlan(
-        plan.file.model_copy(update={"kept_apart": kept, "text_sha256": text_hash(options.data)}), plan.statistics
-    )
-
-
-def _origin(options: SparsifyOptions) -> str:
-    """How the plan names its text: the part in brackets tells that the rest was kept apart."""
-    name = _named(str(options.data))
-    return name if options.heldout is not None else f"{name}[train]"
-
-
-def _foresee(source: OpenedModel) -> int:
-    """Bytes of the result's files; refuses what cannot be written, before any work.
-
-    Raises:
-        UnsupportedModel: the weights are quantized, or experts cannot be told apart on disk.
-        BadConfig: the checkpoint carries a routing policy.
-    """
-    quantized = source.checkpoint.config.get("quantization_config")
-    if quantized is not None:
-        raise UnsupportedModel(
-            f"the weights are quantized ({quantized.get('quant_method', '?')}): zeros cannot be put into them",
-            file=source.checkpoint.path,
-            hint="give the unquantized checkpoint, and quantize what comes out",
-        )
-    outcomes = {layer: LayerOutcome(keep=tuple(range(g.experts))) for layer, g in source.geometries.items()}
-    return prepare(source.checkpoint, outcomes, mtp="keep").nbytes
-
-
-def _fixed(share: float, total: float, removed: float, source: OpenedModel) -> float:
-    """The share that a pattern fixes, where it meets the total.
-
-    Raises:
-        BadConfig: it does not; names the total that it gives.
-    """
-    whole = total_sparsity(removed, share)
-    inputs = max(max(g.hidden, g.width) for g in source.geometries.values())
-    if abs(whole - total) > 1 / inputs:
-        raise BadConfig(
-            f"the total is to be {total:g}, but {removed:g} is removed and the pattern zeroes exactly {share:g} of the "
-            f"rest, {whole:g} in all",
-            hint=f"ask for a total of {whole:.6g}, for pattern=unstructured, or remove other experts",
-        )
-    return share
-
-
-def _named(reference: str) -> str:
-    """A text as a reader in another working folder finds it."""
-    path = Path(reference).expanduser()
-    return str(path.resolve()) if path.exists() else reference
-
-
-def _plan_path(reference: str) -> Path:
-    path = Path(reference).expanduser()
-    return path / PLAN_FILE if path.is_dir() else path
-
-
-def _save_plan(plan: WeightPlan, context: JobContext) -> None:
-    """As a file of that name, or in a folder, whole or not at all."""
-    if context.out.suffix == ".json":
-        plan.save(context.out)
-        return
-    with atomic_folder(context.out, overwrite=context.overwrite) as folder:
-        plan.save(folder / PLAN_FILE)

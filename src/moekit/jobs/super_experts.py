@@ -23,10 +23,10 @@ from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, text_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
-from moekit.jobs.shared.proof import HeldOut
-from moekit.jobs.shared.protection import find_in_trace, protection_needs
-from moekit.jobs.shared.pruning import bytes_between, check_disk
-from moekit.jobs.shared.texts import read_texts
+from moekit.jobs.weights.proof import HeldOut
+from moekit.jobs.weights.protection import find_in_trace, protection_needs
+from moekit.jobs.weights.sizes import bytes_between, check_disk
+from moekit.jobs.weights.texts import read_texts
 from moekit.progress import ProgressLike
 
 # A report is small: some hundred bytes a layer, and a number for each expert.
@@ -177,7 +177,7 @@ def _texts(
     documents, heldout = read_texts(
         options,
         source,
-        context,
+        context.progress,
         apart=options.proof and options.heldout is None,
         proves=options.proof,
     )

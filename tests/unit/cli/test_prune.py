@@ -289,7 +289,7 @@ def test_a_device_that_is_not_here(moekit: Moekit, made: Path, tmp_path: Path) -
 def test_a_disk_that_is_too_small_is_told_first(
     moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moekit.jobs.shared.pruning.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1000))
+    monkeypatch.setattr("moekit.jobs.weights.sizes.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1000))
     for command in (prune(made), ["apply", made / "p.json"]):
         done = moekit(*command, "-o", tmp_path / "out")
         assert done.code == 4

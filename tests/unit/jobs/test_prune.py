@@ -26,7 +26,7 @@ from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.shared.estimates import ByteSizes
 from moekit.jobs.shared.inputs import load_tokenizer, read_text, rows_of
-from moekit.jobs.shared.pruning import budget_of
+from moekit.jobs.weights.sizes import budget_of
 from moekit.recipe import runner
 from moekit.recipe.schema import load_recipe
 from moekit.recipe.variables import parse_overrides
@@ -215,7 +215,7 @@ def test_protected_experts_stay(made: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(BadConfig, match="a protected expert is not there: experts are 0 to 7"):
         step(made, write="plan", protect=str(file)).run(place(tmp_path, "bad.json"))
 
-    import moekit.jobs.shared.protection as module
+    import moekit.jobs.weights.protection as module
 
     real = module.find_super_experts
 
@@ -243,8 +243,8 @@ def test_the_plan_is_that_of_the_library(made: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import moekit.jobs.shared.proof as proof
-    import moekit.jobs.shared.pruned as engine
+    import moekit.jobs.weights.proof as proof
+    import moekit.jobs.weights.prune_finish as engine
     from moekit.compress.prune.dern import DERN
 
     real = engine.apply

@@ -27,7 +27,7 @@ from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.shared.estimates import ByteSizes
 from moekit.jobs.shared.inputs import load_tokenizer, read_text
 from moekit.jobs.shared.opened import open_source
-from moekit.jobs.shared.protection import parse_protected
+from moekit.jobs.weights.protection import parse_protected
 from moekit.recipe import runner
 from moekit.recipe.schema import load_recipe
 from moekit.trace.streamed import Streamed

@@ -62,7 +62,7 @@ def mark(checkpoint):
     stock(checkpoint)
 resume.mark_complete = mark
 if moment == "finishing":
-    import moekit.training.run as module
+    import moekit.training.session as module
     module.save_changing = lambda *_: die()
 if moment == "full":
     import resource

@@ -10,16 +10,16 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
+from moekit._progress import Progress
 from moekit.compress.engine.plan import WeightPlan
 from moekit.data import Document, load_split, load_text
 from moekit.data.encoding import Bos
 from moekit.data.passages import units
 from moekit.data.shares import take_shares
 from moekit.errors import BadConfig, BadData, MoekitError
-from moekit.jobs.context import JobContext
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.opened import OpenedModel
-from moekit.jobs.shared.proof import HeldOut
+from moekit.jobs.weights.proof import HeldOut
 from moekit.trace.meta import DataEntry
 
 logger = logging.getLogger(__name__)
@@ -58,14 +58,14 @@ class TextOptions(ProofOptions, Protocol):
 
 
 def read_texts(
-    options: TextOptions, source: OpenedModel, context: JobContext, *, apart: bool, proves: bool
+    options: TextOptions, source: OpenedModel, progress: Progress | None, *, apart: bool, proves: bool
 ) -> tuple[list[Document], HeldOut | None]:
     """Documents to decide on, and text to prove on; both before any work, as either may turn out empty.
 
     Args:
         options: the text to decide on, none where there is none, and maybe another one to prove on.
         source: whose tokenizer is used.
-        context: progress.
+        progress: told of downloads.
         apart: whether a tenth of the text to decide on is kept apart.
         proves: whether there is a proof.
 
@@ -74,29 +74,29 @@ def read_texts(
     """
     data = options.data
     if data is None:
-        return [], read_heldout(options.heldout, options, source, context) if proves and options.heldout else None
+        return [], read_heldout(options.heldout, options, source, progress) if proves and options.heldout else None
     if apart:
-        documents, rest = load_split(data, progress=context.progress)
+        documents, rest = load_split(data, progress=progress)
     else:
-        documents, rest = load_text(data, progress=context.progress), []
+        documents, rest = load_text(data, progress=progress), []
     if not proves:
         return documents, None
     if options.heldout is not None:
-        return documents, read_heldout(options.heldout, options, source, context)
+        return documents, read_heldout(options.heldout, options, source, progress)
     return documents, _tokenized(data, rest, f"{data}[heldout]", options, source)
 
 
-def read_heldout(reference: str, options: ProofOptions, source: OpenedModel, context: JobContext) -> HeldOut:
+def read_heldout(reference: str, options: ProofOptions, source: OpenedModel, progress: Progress | None) -> HeldOut:
     """A text of its own to prove on.
 
     Raises:
         BadData: it is not there, empty, or no document has two tokens.
     """
-    return _tokenized(reference, load_text(reference, progress=context.progress), reference, options, source)
+    return _tokenized(reference, load_text(reference, progress=progress), reference, options, source)
 
 
 def heldout_of_plan(
-    plan: WeightPlan, options: ProofOptions, source: OpenedModel, context: JobContext
+    plan: WeightPlan, options: ProofOptions, source: OpenedModel, progress: Progress | None
 ) -> HeldOut | None:
     """Text to prove a stored plan on: the one given, else what was kept apart when it was made; None where nothing was.
 
@@ -105,12 +105,12 @@ def heldout_of_plan(
         BadData: the text that was given is not there, empty, or too short.
     """
     if options.heldout is not None:
-        return read_heldout(options.heldout, options, source, context)
+        return read_heldout(options.heldout, options, source, progress)
     text = plan.file.kept_apart
     if text:
         _check_unchanged(text, plan.file.text_sha256)
         try:
-            _, rest = load_split(text, progress=context.progress)
+            _, rest = load_split(text, progress=progress)
             return _tokenized(text, rest, f"{text}[heldout]", options, source)
         except MoekitError as error:
             logger.warning("the text of the plan cannot be read again: %s", error.message)

@@ -26,9 +26,9 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.writing import WritingOptions
 from moekit.jobs.shared.checked import DEAD, write_checked
 from moekit.jobs.shared.hashes import hash_of
-from moekit.jobs.shared.mtp import mtp_kept
 from moekit.jobs.shared.opened import OpenedModel
-from moekit.jobs.shared.proof import HeldOut, Proof, prove
+from moekit.jobs.weights.mtp import mtp_kept
+from moekit.jobs.weights.proof import HeldOut, Proof, prove
 from moekit.trace.statistics import LayerStatistics
 
 logger = logging.getLogger(__name__)

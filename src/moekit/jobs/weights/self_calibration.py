@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import moekit
 from moekit._files import read_text
+from moekit._progress import Progress
 from moekit.compress.self_calibration import answer_tokens, demonstrations, prompt_ids
 from moekit.data import Document, TokenBatches, TokenizedDocument
 from moekit.data.batches import arrange, pad_id_of
 from moekit.errors import BadConfig
-from moekit.jobs.context import JobContext
 from moekit.jobs.shared.opened import OpenedModel
 
 logger = logging.getLogger(__name__)
@@ -22,29 +23,39 @@ FILE = "answers.json"
 
 
 def answered_rows(
-    documents: list[Document], source: OpenedModel, context: JobContext, *, new_tokens: int, each: int, load: Any
+    documents: list[Document],
+    source: OpenedModel,
+    scratch: Path,
+    *,
+    new_tokens: int,
+    each: int,
+    seed: int,
+    load: Callable[[], Any],
+    progress: Progress | None = None,
 ) -> TokenBatches:
     """Let the model answer some documents of each domain, and lay each prompt with its answer out in a row of its own.
 
     Args:
         documents: prompts.
         source: whose tokenizer asks, and whose positions bound prompt and answer together.
-        context: seed, progress, and where answers are kept for a run that goes on.
+        scratch: where answers are kept for a run that goes on.
         new_tokens: longest answer.
         each: prompts of each domain, the longest that fit.
+        seed: of what is drawn.
         load: opens the whole model, if answers are still wanted.
+        progress: told prompt by prompt.
 
     Raises:
         BadConfig: no prompt leaves room for an answer.
         BadData: an empty prompt.
     """
-    file = context.scratch / FILE
+    file = scratch / FILE
     found = _read(file)
     tokenizer = source.tokenizer()
     if found is None:
-        prompts = _fitting(documents, tokenizer, source.longest - new_tokens, each, context.seed)
+        prompts = _fitting(documents, tokenizer, source.longest - new_tokens, each, seed)
         model = load()
-        found = answer_tokens(model, tokenizer, prompts, max_new_tokens=new_tokens, progress=context.progress)
+        found = answer_tokens(model, tokenizer, prompts, max_new_tokens=new_tokens, progress=progress)
         _write(file, found)
     # In gapless rows answers would follow other prompts, and be cut off from their own.
     return arrange(found, max(len(answered.ids) for answered in found), pad=True, pad_id=pad_id_of(tokenizer))

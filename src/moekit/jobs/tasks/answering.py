@@ -19,8 +19,8 @@ from moekit.jobs.options.tasks import TaskOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item
 from moekit.jobs.shared.opened import OpenedModel, open_source
-from moekit.jobs.shared.protection import SUPER, parse_protected
-from moekit.jobs.shared.pruning import budget_of
+from moekit.jobs.weights.protection import SUPER, parse_protected
+from moekit.jobs.weights.sizes import budget_of
 from moekit.serving.expert_sets.expert_set import GENERALIST, ExpertSet
 from moekit.serving.expert_sets.loading import load_task, plan_task
 from moekit.serving.expert_sets.retrieval import queries_from_disk, retrieve

@@ -1,4 +1,4 @@
-"""What the steps that drop experts share: options, refusing early, held-out text.
+"""How large a result will be, before any work: budgets that a model can have, and bytes on disk.
 
 Legend: E experts.
 """
@@ -23,12 +23,11 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.request import PlanRequest
 from moekit.errors import BadConfig, OutOfBudget
 from moekit.jobs.shared.estimates import disk_bytes
-from moekit.jobs.shared.mtp import some_kept
 from moekit.jobs.shared.opened import OpenedModel
+from moekit.jobs.weights.mtp import some_kept
 
 logger = logging.getLogger(__name__)
 
-PLAN_FILE = "plan.json"
 _HALF = ("bfloat16", "float16")
 
 

@@ -21,7 +21,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.shared.checked import write_checked
 from moekit.jobs.shared.hashes import hash_of
 from moekit.jobs.shared.opened import OpenedModel
-from moekit.jobs.shared.proof import HeldOut, Proof, prove
+from moekit.jobs.weights.proof import HeldOut, Proof, prove
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Prompts answered with the experts of their task alone."""

@@ -1,0 +1,1 @@
+"""What the jobs that change weights share: request, text, plan, proof, writing."""

@@ -1,0 +1,58 @@
+"""Plans on disk as jobs write, name and find them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from moekit.checkpoint import atomic_folder
+from moekit.compress.engine.plan import WeightPlan
+from moekit.errors import MoekitError
+
+PLAN_FILE = "plan.json"
+# At most, with the scores of all experts.
+PLAN_BYTES = 16 << 20
+
+
+def plan_path(reference: str) -> Path:
+    """The file of a plan that a user names by itself, or by the folder that holds it."""
+    path = Path(reference).expanduser()
+    return path / PLAN_FILE if path.is_dir() else path
+
+
+def save_plan(plan: WeightPlan, out: Path, *, overwrite: bool) -> None:
+    """Write a plan to a `.json` file, or into a folder, whole or not at all."""
+    if out.suffix == ".json":
+        plan.save(out)
+        return
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        plan.save(folder / PLAN_FILE)
+
+
+def known_plan(file: Path, trace: str, protected: Mapping[int, Collection[int]]) -> WeightPlan | None:
+    """The plan that an interrupted run of the same work had come to.
+
+    Args:
+        file: where it would lie.
+        trace: digest of what was measured.
+        protected: decoder layer -> experts that stay.
+    """
+    try:
+        plan = WeightPlan.load(file) if file.is_file() else None
+    except MoekitError:
+        return None
+    if plan is None or plan.file.trace != trace or plan.file.protected != protected:
+        return None
+    return plan
+
+
+def named(reference: str) -> str:
+    """A text as a reader in another working folder finds it."""
+    path = Path(reference).expanduser()
+    return str(path.resolve()) if path.exists() else reference
+
+
+def origin(data: str | None, heldout: str | None) -> str:
+    """How a plan names its text: the part in brackets tells that the rest was kept apart for the proof."""
+    name = named(str(data))
+    return name if heldout is not None else f"{name}[train]"

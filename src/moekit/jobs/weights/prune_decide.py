@@ -1,0 +1,142 @@
+"""From text, or from a trace of it, to a pruning plan in its final form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from moekit._device import named_dtype
+from moekit._progress import Progress
+from moekit.compress.engine.describing import mtp_warnings, warnings_of
+from moekit.compress.engine.measuring import refuse_damaged
+from moekit.compress.engine.mtp_routing import mtp_scores
+from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.searching import plan_by_search
+from moekit.data import Document, TokenBatches
+from moekit.errors import MoekitError
+from moekit.jobs.options.prune import PruneOptions
+from moekit.jobs.shared.hashes import text_hash
+from moekit.jobs.shared.inputs import calibration_rows
+from moekit.jobs.shared.opened import OpenedModel
+from moekit.jobs.weights.mtp import cuts_mtp
+from moekit.jobs.weights.plans import PLAN_FILE, known_plan, origin
+from moekit.jobs.weights.protection import SUPER, protection_needs, super_experts
+from moekit.jobs.weights.prune_finish import Decided, in_groups
+from moekit.jobs.weights.prune_request import Asked
+from moekit.jobs.weights.self_calibration import answered_rows, load_for_answers
+from moekit.jobs.weights.texts import kept_apart
+from moekit.streaming.states import States
+from moekit.trace import Trace
+from moekit.trace.streamed import Streamed
+
+
+def decide(
+    options: PruneOptions, asked: Asked, documents: list[Document], scratch: Path, progress: Progress | None
+) -> Decided:
+    """Run the text through the model layer by layer, or read the trace, and let the method decide.
+
+    Args:
+        options: of the job.
+        asked: the model, and what was asked for.
+        documents: text to decide on; none where a trace, or nothing, says it.
+        scratch: for hidden states, answers, and the plan, so that an interrupted run goes on.
+        progress: told layer by layer.
+
+    Raises:
+        BadConfig: no prompt leaves room for an answer.
+        BadData: the trace does not hold what the method decides from, or is another model's.
+        BadCheckpoint: weights are damaged.
+    """
+    if documents:
+        return _from_text(options, asked, _rows(options, asked, documents, scratch, progress), scratch, progress)
+    trace = None if options.trace is None else Trace.load(options.trace)
+    request = _protecting(options, asked, trace)
+    plan = plan_weights(asked.source.checkpoint, trace, request, progress)
+    return _complete(options, asked.source, request, plan, trace, {})
+
+
+def _rows(
+    options: PruneOptions, asked: Asked, documents: list[Document], scratch: Path, progress: Progress | None
+) -> TokenBatches:
+    source = asked.source
+    if options.self_generated is None:
+        length = min(options.seq_len, source.longest)
+        return calibration_rows(
+            documents, source.tokenizer(), seq_len=length, max_tokens=options.max_tokens, bos=options.bos
+        )
+    return answered_rows(
+        documents,
+        source,
+        scratch,
+        new_tokens=options.self_generated,
+        each=options.demonstrations,
+        seed=asked.request.seed,
+        load=lambda: load_for_answers(source, options.device, options.dtype),
+        progress=progress,
+    )
+
+
+def _from_text(
+    options: PruneOptions, asked: Asked, rows: TokenBatches, scratch: Path, progress: Progress | None
+) -> Decided:
+    source, method, mtp = asked.source, asked.request.method, dict[str, tuple[float, ...]]()
+    needed = protection_needs(source) if options.protect == SUPER else ()
+
+    def look_ahead(last: States) -> None:
+        if cuts_mtp(source.checkpoint, options.mtp):
+            mtp.update(mtp_scores(streamed, last))
+
+    with Streamed(
+        source.checkpoint,
+        rows.batches(options.batch_size),
+        # What the method, the protection and the baselines look at.
+        statistics=tuple(dict.fromkeys((*method.required, *needed, "load"))),
+        folder=scratch / "calibration",
+        dtype=named_dtype(options.dtype),
+        device=options.device,
+    ) as streamed:
+        streamed.run(progress, refuse_damaged, look_ahead)
+        text = origin(options.data, options.heldout)
+        trace = streamed.trace(tokenizer=source.tokenizer(), source=text, seed=asked.request.seed)
+        request = _protecting(options, asked, trace)
+        plan = known_plan(scratch / PLAN_FILE, trace.digest, request.protected or {})
+        if plan is None:
+            searching = request.method.searches
+            plan = (
+                plan_by_search(source.checkpoint, trace, streamed, request, progress)
+                if searching
+                else plan_weights(source.checkpoint, trace, request, progress)
+            )
+            plan.save(scratch / PLAN_FILE)
+    return _complete(options, source, request, plan, trace, mtp)
+
+
+def _protecting(options: PruneOptions, asked: Asked, trace: Trace | None) -> PlanRequest:
+    """The request, with the super experts that the text shows where they are to stay."""
+    if options.protect != SUPER or trace is None:
+        return asked.request
+    return dataclasses.replace(asked.request, protected=super_experts(asked.source, trace))
+
+
+def _complete(
+    options: PruneOptions,
+    source: OpenedModel,
+    request: PlanRequest,
+    plan: WeightPlan,
+    trace: Trace | None,
+    mtp: Mapping[str, tuple[float, ...]],
+) -> Decided:
+    """The plan in its final form, with what baselines decide from."""
+    layers = in_groups(source, plan)
+    warnings = (*warnings_of(request.method, layers, plan.file.data), *mtp_warnings(mtp))
+    changed = {"layers": layers, "warnings": warnings, "mtp": dict(mtp)}
+    changed |= {"text_sha256": text_hash(options.data), "kept_apart": kept_apart(plan.file.data)}
+    plan = WeightPlan(plan.file.model_copy(update=changed), plan.statistics)
+    try:
+        counted = {} if trace is None else dict(trace.require(("load",)))
+    except MoekitError:
+        counted = {}  # a trace of something else: frequency cannot be compared with
+    return Decided(source, request, plan, counted)

@@ -1,0 +1,84 @@
+"""What pruning is asked for, of which model, and what is known of the result before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moekit import catalogue
+from moekit._progress import Progress
+from moekit.compress.engine.measuring import sizes_of
+from moekit.compress.engine.request import PlanRequest
+from moekit.jobs.options.prune import PruneOptions
+from moekit.jobs.shared.inputs import record_bytes
+from moekit.jobs.shared.opened import OpenedModel, open_source
+from moekit.jobs.weights.mtp import check_mtp
+from moekit.jobs.weights.protection import SUPER, parse_protected
+from moekit.jobs.weights.sizes import ResultSize, budget_of, bytes_between, size_of_result
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that this model can fulfil.
+
+    Attributes:
+        source: the model.
+        request: method, budget, and what bounds them.
+        size: of the result.
+        between: bytes on disk while the work runs.
+    """
+
+    source: OpenedModel
+    request: PlanRequest
+    size: ResultSize
+    between: int
+
+    @property
+    def written(self) -> int:
+        """Bytes of the folder, with its records."""
+        return self.size.nbytes + record_bytes(self.source.checkpoint.tensors.values())
+
+    @property
+    def memory(self) -> int:
+        """Bytes of two layers' experts and a chunk."""
+        return 2 * max(layer_bytes(self.source).values()) + (1 << 30)
+
+
+def proves(options: PruneOptions) -> bool:
+    """Whether held-out text is measured."""
+    return options.proof and options.write == "model"
+
+
+def ask(options: PruneOptions, seed: int, progress: Progress | None = None) -> Asked:
+    """Open the model, and refuse what it cannot fulfil; no weight is read.
+
+    Raises:
+        BadCheckpoint: damaged, or not what its config says.
+        BadConfig: a budget that the model cannot have, or protected experts that it does not.
+        UnsupportedModel: no Mixture of Experts, or experts that cannot be told apart on disk.
+    """
+    source = open_source(options.model, progress)
+    method = catalogue.make("prune", options.method, options.settings)
+    budget = budget_of(options.keep, options.scope, options.least, options.most)
+    listed = options.protect is not None and options.protect != SUPER
+    protected = parse_protected(str(options.protect), source) if listed else None
+    request = PlanRequest(method, budget, options.top_k, options.groups, seed, protected)
+    check_mtp(source.checkpoint, options.mtp, request, options.data is not None)
+    size = size_of_result(source, request, options.method, stock_only=options.stock_only, mtp=options.mtp)
+    return Asked(source, request, size, _between(options, source, size, request))
+
+
+def _between(options: PruneOptions, source: OpenedModel, size: ResultSize, request: PlanRequest) -> int:
+    tokens = 0 if options.data is None else options.max_tokens or (1 << 20)
+    tokens *= 2 if request.method.searches else 1
+    proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0
+    rewritten = 0
+    if request.method.rewrites:
+        each = layer_bytes(source)
+        rewritten = sum(each[n] * count // source.geometries[n].experts for n, count in size.counts.items())
+    return bytes_between(source, tokens, proof, 2 + options.random_seeds, rewritten)
+
+
+def layer_bytes(source: OpenedModel) -> dict[int, int]:
+    """Bytes of all routed experts of each layer."""
+    sizes = sizes_of(source.checkpoint, source.geometries)
+    return {layer: each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items()}
