@@ -5,7 +5,7 @@ Shapes: R rows in all, B rows of a batch, S positions of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import torch
 
 from moekit._progress import Progress, track
 from moekit.data.encoding import Bos, beginning, encode_document
+from moekit.data.pictures import PictureReader, Shown
 from moekit.data.text import Document
 from moekit.errors import BadConfig, BadData
 
@@ -33,12 +34,14 @@ class TokenizedDocument:
         domain: its domain.
         index: its number in the list that was tokenized.
         begins: how many of the ids are no part of its text: those of `moekit.data.encoding.beginning`.
+        shown: its pictures, read by the model's processor; such a document is never cut.
     """
 
     ids: list[int]
     domain: str
     index: int
     begins: int = field(default=0, kw_only=True)
+    shown: Shown | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,7 @@ class Batch:
         domain_BS: int16 [B, S], position in `domains`, -1 at padding.
         domains: names of the domains.
         begins: ids that each document begins with.
+        shown: pictures of a row, which is then the only one.
     """
 
     input_ids: torch.Tensor
@@ -60,6 +64,7 @@ class Batch:
     domain_BS: torch.Tensor
     domains: tuple[str, ...]
     begins: tuple[int, ...] = ()
+    shown: Shown | None = None
 
     @property
     def labels(self) -> torch.Tensor:
@@ -82,6 +87,7 @@ class TokenBatches:
         domain_RS: int16 [R, S], -1 at padding.
         domains: names of the domains.
         begins: ids that each document begins with.
+        shown: row -> its pictures, for rows that have some.
     """
 
     input_ids: torch.Tensor
@@ -89,6 +95,7 @@ class TokenBatches:
     domain_RS: torch.Tensor
     domains: tuple[str, ...]
     begins: tuple[int, ...] = ()
+    shown: Mapping[int, Shown] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -124,7 +131,7 @@ class TokenBatches:
         )
 
     def batches(self, batch_size: int, *, seed: int | None = None) -> Iterator[Batch]:
-        """Iterate over the rows.
+        """Iterate over the rows; one with pictures is a batch of its own, as families join theirs in different ways.
 
         Args:
             batch_size: rows of a batch; the last may have fewer.
@@ -135,8 +142,8 @@ class TokenBatches:
         order = torch.arange(len(self))
         if seed is not None:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        for start in range(0, len(self), batch_size):
-            batch = self._batch(order[start : start + batch_size])
+        for rows in self._groups(order.tolist(), batch_size):
+            batch = self._batch(torch.tensor(rows))
             longest = int(batch.attention_mask.sum(1).max())
             yield Batch(
                 batch.input_ids[:, :longest],
@@ -145,7 +152,23 @@ class TokenBatches:
                 batch.domain_BS[:, :longest],
                 batch.domains,
                 batch.begins,
+                self.shown.get(rows[0]),
             )
+
+    def _groups(self, order: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+        """Rows of each batch."""
+        group: list[int] = []
+        for row in order:
+            alone = row in self.shown
+            if group and (alone or len(group) == batch_size):
+                yield group
+                group = []
+            group.append(row)
+            if alone:
+                yield group
+                group = []
+        if group:
+            yield group
 
 
 def tokenize(
@@ -155,6 +178,7 @@ def tokenize(
     *,
     end_token: bool = False,
     bos: Bos = "auto",
+    pictures: PictureReader | None = None,
     progress: Progress | None = None,
 ) -> list[TokenizedDocument]:
     """Tokenize documents, each behind the beginning that the tokenizer gives a text.
@@ -165,6 +189,7 @@ def tokenize(
         max_tokens_per_doc: only the first so many tokens of each.
         end_token: put the end-of-text token behind each document that was not cut.
         bos: see `moekit.data.encoding.beginning`; it counts among the tokens.
+        pictures: reads conversations with pictures, which are never cut; None reads their words alone.
         progress: told of each document.
 
     Raises:
@@ -174,6 +199,10 @@ def tokenize(
     begins = beginning(tokenizer, bos)
     tokenized = []
     for index, document in track(list(enumerate(docs)), "tokenizing", progress):
+        if pictures is not None and document.pictures:
+            shown = Shown(pictures, document)
+            tokenized.append(TokenizedDocument(pictures.ids(document), document.domain, index, shown=shown))
+            continue
         # Few tokens are longer than 16 characters: no need to tokenize a novel for its first page.
         characters = None if max_tokens_per_doc is None else 16 * max_tokens_per_doc
         ids = encode_document(document, tokenizer, bos=bos, characters=characters)
@@ -201,7 +230,8 @@ def _rows(
     free = seq_len
     for document in tokenized:
         # A row never mixes domains: figures per domain would otherwise depend on what happened to stand before.
-        if row and (pad or document.domain != row[-1][0].domain):
+        alone = pad or document.shown is not None or bool(row and row[-1][0].shown)
+        if row and (alone or document.domain != row[-1][0].domain):
             yield row
             row, free = [], seq_len
         start = 0
@@ -228,10 +258,16 @@ def arrange(
         pad_id: id at padding, which the attention mask leaves out.
 
     Raises:
-        BadConfig: rows too short to predict anything.
+        BadConfig: rows too short to predict anything, or for a document with pictures.
     """
     if seq_len < 2:
         raise BadConfig(f"rows of {seq_len} tokens predict nothing", hint="give seq_len at least 2")
+    longest = max((len(d.ids) for d in tokenized if d.shown), default=0)
+    if longest > seq_len:
+        raise BadConfig(
+            f"a conversation with pictures has {longest} tokens, and is never cut: rows have {seq_len}",
+            hint=f"--seq-len {longest}",
+        )
     domains = tuple(dict.fromkeys(d.domain for d in tokenized))
     number = {name: i for i, name in enumerate(domains)}
     rows = list(_rows(tokenized, seq_len, pad))
@@ -247,7 +283,8 @@ def arrange(
             domain_RS[r, here] = number[document.domain]
             at += stop - start
     begins = {tuple(document.ids[: document.begins]) for document in tokenized}
-    return TokenBatches(ids_RS, document_RS, domain_RS, domains, max(begins, key=len, default=()))
+    shown = {r: row[0][0].shown for r, row in enumerate(rows) if row[0][0].shown is not None}
+    return TokenBatches(ids_RS, document_RS, domain_RS, domains, max(begins, key=len, default=()), shown)
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -267,10 +304,13 @@ def pack(
     max_tokens_per_doc: int | None = None,
     end_token: bool = False,
     bos: Bos = "auto",
+    pictures: PictureReader | None = None,
     progress: Progress | None = None,
 ) -> TokenBatches:
     """Tokenize documents and lay them out in rows: `tokenize`, then `arrange`."""
-    tokenized = tokenize(docs, tokenizer, max_tokens_per_doc, end_token=end_token, bos=bos, progress=progress)
+    tokenized = tokenize(
+        docs, tokenizer, max_tokens_per_doc, end_token=end_token, bos=bos, pictures=pictures, progress=progress
+    )
     return arrange(tokenized, seq_len, pad=pad, pad_id=pad_id_of(tokenizer))
 
 

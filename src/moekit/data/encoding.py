@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from moekit.data.formats import words
 from moekit.data.text import Document
 from moekit.errors import BadConfig
 
@@ -56,6 +57,8 @@ def encode_document(
 ) -> list[int]:
     """Token ids of a document; a conversation is written by the tokenizer's chat template, where it has one.
 
+    Pictures are left out: `moekit.data.pictures` reads them.
+
     Args:
         document: text or conversation.
         tokenizer: any tokenizer of transformers.
@@ -63,7 +66,7 @@ def encode_document(
         characters: read of a plain text only so many.
     """
     if document.messages and getattr(tokenizer, "chat_template", None):
-        turns = [{"role": role, "content": content} for role, content in document.messages]
+        turns = [{"role": role, "content": words(content)} for role, content in document.messages]
         written = str(tokenizer.apply_chat_template(turns, tokenize=False))
         return [int(i) for i in tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]]
     return encode(document.text if characters is None else document.text[:characters], tokenizer, bos=bos)

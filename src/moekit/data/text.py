@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moekit._progress import Progress
-from moekit.data.formats import SUFFIXES, Messages, read_records
+from moekit.data.formats import SUFFIXES, Messages, Picture, read_records
 from moekit.data.sources import all_sources, get_source, resolve_mix, text_mixes
 from moekit.data.split import Split, sample, split_texts
 from moekit.errors import BadConfig, BadData, printable
@@ -28,13 +28,19 @@ class Document:
         text: plain text, never blank.
         domain: what kind of text it is; statistics and perplexities are reported per domain.
         source: where it came from: a path, or source and name within it.
-        messages: role and content of each turn, where it is a conversation; `text` is then their contents.
+        messages: role and content of each turn, where it is a conversation; `text` is then what they say.
     """
 
     text: str
     domain: str
     source: str
     messages: Messages = ()
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Pictures that its turns show, in their order."""
+        parts = (part for _, content in self.messages if not isinstance(content, str) for part in content)
+        return tuple(part for part in parts if isinstance(part, Picture))
 
 
 def load_text(

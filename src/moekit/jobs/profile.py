@@ -14,7 +14,15 @@ from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.profile import ProfileOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
-from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, text_item
+from moekit.jobs.shared.inputs import (
+    model_item,
+    model_location,
+    open_model,
+    picture_reader,
+    read_text,
+    rows_of,
+    text_item,
+)
 from moekit.progress import ProgressLike
 from moekit.trace import check_summary, record, single_figures, summarise
 from moekit.trace.cost import cost_of, notes_on, sizes_of
@@ -144,7 +152,15 @@ def run(options: ProfileOptions, context: JobContext) -> dict[str, Any]:
         live=context.live,
     )
     documents = read_text(options.data, split=options.split, seed=context.seed, progress=context.progress)
-    rows = rows_of(documents, tokenizer, seq_len=options.seq_len, max_tokens=options.max_tokens, bos=options.bos)
+    location = model_location(options.model)
+    rows = rows_of(
+        documents,
+        tokenizer,
+        seq_len=options.seq_len,
+        max_tokens=options.max_tokens,
+        bos=options.bos,
+        pictures=None if context.live else picture_reader(documents, location, model.config.to_dict()),
+    )
     trace = record(
         model,
         rows.batches(options.batch_size),

@@ -14,7 +14,7 @@ from moekit._progress import Progress, track
 from moekit.errors import BadConfig, BadData
 from moekit.trace.live import Recorder
 from moekit.trace.recording import Recording, RecordingOptions
-from moekit.trace.rows import read_batch
+from moekit.trace.rows import features_of, read_batch
 from moekit.trace.store import Trace
 
 __all__ = ["Recorder", "evaluating", "record", "run_batch"]
@@ -56,6 +56,7 @@ def run_batch(recorder: Recorder, batch: Any) -> int:
     device = embedding.weight.device
     recorder.expect(labels)
     inputs: dict[str, Any] = {"input_ids": ids_BS.to(device), "use_cache": False}
+    inputs |= features_of(batch, device)
     inputs["attention_mask"] = labels.mask_BS.to(device=device, dtype=torch.int64)
     if recorder.needs_loss:
         with torch.enable_grad():

@@ -132,6 +132,12 @@ def read_batch(batch: Any) -> tuple[Tensor, Labels]:
     return ids.cpu(), labels
 
 
+def features_of(batch: Any, device: torch.device | str) -> dict[str, Tensor]:
+    """What the pictures of a batch give the model's forward beside ids and mask, by argument; empty for text."""
+    shown = getattr(batch, "shown", None)
+    return {} if shown is None else {name: value.to(device) for name, value in shown.features().items()}
+
+
 class RowCounter:
     """Numbers sequences, documents and domains over all forward passes; continues sequences that a cache holds."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 import moekit
 from moekit._device import DtypeName
@@ -17,10 +17,12 @@ from moekit._ranks import is_first_rank
 from moekit.checkpoint import Checkpoint, Record, fingerprint_model
 from moekit.checkpoint.estimate import estimate
 from moekit.checkpoint.folder import read_tensors
+from moekit.checkpoint.names import text_config
 from moekit.checkpoint.safety import TensorInfo
 from moekit.data import Document, TokenBatches, fetch, pack, vocabulary
 from moekit.data.batches import arrange
 from moekit.data.encoding import Bos
+from moekit.data.pictures import PictureReader
 from moekit.data.shares import take_shares
 from moekit.data.sources import all_sources, get_source, text_mixes
 from moekit.data.text import load_text
@@ -160,6 +162,48 @@ def load_tokenizer(location: str) -> Any:
         ) from error
 
 
+def picture_reader(documents: Sequence[Document], location: str, config: Mapping[str, Any]) -> PictureReader | None:
+    """What reads the pictures of a text by the model's own processor; None where there are none.
+
+    Args:
+        documents: the text.
+        location: of the model.
+        config: its parsed config.json.
+
+    Raises:
+        BadConfig: the model takes pictures, and its processor is not there, or needs a library that is not.
+    """
+    shown = [document for document in documents if document.pictures]
+    if not shown:
+        return None
+    if text_config(config) is config:
+        logger.warning(
+            "%d conversations show pictures, which this model does not take: their words alone are read", len(shown)
+        )
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(location, trust_remote_code=False)
+    except ImportError as error:
+        raise BadConfig(
+            f"the model's processor needs a library that is not installed: {str(error).strip().splitlines()[0]}",
+            file=location,
+            hint="install it beside torch, or give text without pictures",
+        ) from error
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise BadConfig(
+            f"{len(shown)} conversations show pictures, and the model's processor cannot be loaded: {error}",
+            file=location,
+            hint="put the original's preprocessor_config.json beside its tokenizer, or give text without pictures",
+        ) from error
+    if getattr(processor, "image_processor", None) is None:
+        raise BadConfig(
+            f"{len(shown)} conversations show pictures, and the folder has no image processor",
+            file=location,
+            hint="put the original's preprocessor_config.json beside its tokenizer, or give text without pictures",
+        )
+    return PictureReader(processor, location)
+
+
 def read_text(
     reference: str,
     *,
@@ -179,11 +223,20 @@ def rows_of(
     seq_len: int,
     max_tokens: int | None,
     bos: Bos = "auto",
+    pictures: PictureReader | None = None,
     progress: Progress | None = None,
 ) -> TokenBatches:
     """Lay documents out in rows, each document cut so that all together have about `max_tokens`."""
     per_document = None if max_tokens is None else max(1, -(-max_tokens // len(documents)))
-    return pack(documents, tokenizer, seq_len, max_tokens_per_doc=per_document, bos=bos, progress=progress)
+    return pack(
+        documents,
+        tokenizer,
+        seq_len,
+        max_tokens_per_doc=per_document,
+        bos=bos,
+        pictures=pictures,
+        progress=progress,
+    )
 
 
 def calibration_rows(
@@ -193,10 +246,14 @@ def calibration_rows(
     seq_len: int,
     max_tokens: int | None,
     bos: Bos = "auto",
+    pictures: PictureReader | None = None,
     progress: Progress | None = None,
 ) -> TokenBatches:
     """Lay at most `max_tokens` of a text out in rows, an equal share of each domain (`moekit.data.shares`)."""
-    return arrange(take_shares(documents, tokenizer, max_tokens, bos=bos, progress=progress), seq_len)
+    taken = take_shares(
+        documents, tokenizer, max_tokens, bos=bos, pictures=pictures, longest=seq_len, progress=progress
+    )
+    return arrange(taken, seq_len)
 
 
 def model_item(reference: str, sizes: ByteSizes) -> Item:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.names import text_config
 from moekit.compress.engine.measuring import geometries_of
-from moekit.data import vocabulary
+from moekit.data import Document, vocabulary
+from moekit.data.pictures import PictureReader
 from moekit.errors import UnsupportedModel
-from moekit.jobs.shared.inputs import load_tokenizer, model_location
+from moekit.jobs.shared.inputs import load_tokenizer, model_location, picture_reader
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class OpenedModel:
         tokenizer = load_tokenizer(self.location)
         vocabulary.check(tokenizer, int(text_config(self.checkpoint.config).get("vocab_size") or 0))
         return tokenizer
+
+    def pictures(self, documents: Sequence[Document]) -> PictureReader | None:
+        """What reads the pictures of a text; see `picture_reader`."""
+        return picture_reader(documents, self.location, self.checkpoint.config)
 
     @property
     def longest(self) -> int:

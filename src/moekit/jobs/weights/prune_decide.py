@@ -65,7 +65,12 @@ def _rows(
     if options.self_generated is None:
         length = min(options.seq_len, source.longest)
         return calibration_rows(
-            documents, source.tokenizer(), seq_len=length, max_tokens=options.max_tokens, bos=options.bos
+            documents,
+            source.tokenizer(),
+            seq_len=length,
+            max_tokens=options.max_tokens,
+            bos=options.bos,
+            pictures=source.pictures(documents),
         )
     return answered_rows(
         documents,

@@ -58,7 +58,14 @@ def _plan(
     text = None
     if documents:
         tokenizer, length = source.tokenizer(), min(options.seq_len, source.longest)
-        rows = calibration_rows(documents, tokenizer, seq_len=length, max_tokens=options.max_tokens, bos=options.bos)
+        rows = calibration_rows(
+            documents,
+            tokenizer,
+            seq_len=length,
+            max_tokens=options.max_tokens,
+            bos=options.bos,
+            pictures=source.pictures(documents),
+        )
         text = CalibrationText(
             list(rows.batches(options.batch_size)),
             scratch / "calibration",
