@@ -12,7 +12,7 @@ import typer
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName, named_dtype
 from moekit.cli._command import build_command
-from moekit.cli._options import parse_value
+from moekit.cli._options import out_option, parse_value
 from moekit.cli._terminal import Terminal
 from moekit.errors import BadConfig, BadData
 
@@ -44,9 +44,7 @@ def prune(
         list[str] | None,
         typer.Option("--set", metavar="METHOD.KNOB=VALUE", help="A knob of a method; may be repeated."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder of the page and of bench.json")] = Path(
-        "bench-prune"
-    ),
+    out: Annotated[Path, out_option("folder of the page and of bench.json", show_default=True)] = Path("bench-prune"),
     max_tokens: Annotated[int, typer.Option(min=2, help="tokens of data, at most")] = 65536,
     heldout_tokens: Annotated[int, typer.Option(min=2, help="held-out tokens, at most")] = 32768,
     search_tokens: Annotated[int, typer.Option(min=2, help="tokens for methods that decide by trying")] = 4096,
@@ -270,8 +268,8 @@ def command() -> Any:
         prune,
         name="prune",
         examples=[
-            "moekit bench prune ./moe --data ./text --out ./bench",
+            "moekit bench prune ./moe --data ./text -o ./bench",
             "moekit bench prune ./moe --data demo --methods reap,easy-ep,dern --keep 0.75,0.5 --set dern.alpha=0.4",
-            'moekit bench prune ./moe --data ./text --domain "python,man pages" --seeds 10 --out ./tasks',
+            'moekit bench prune ./moe --data ./text --domain "python,man pages" --seeds 10 -o ./tasks',
         ],
     )

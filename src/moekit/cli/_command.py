@@ -95,9 +95,19 @@ def build_command(
 
 
 class ClosedCommand(TyperCommand):
-    """A command whose help text may end with what takes long to look up."""
+    """A command whose help text may end with what takes long to look up, and that knows a misplaced OUT."""
 
     closing: Callable[[], str] | None = None
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Tell whoever gives OUT as an argument how it is given; other faults are typer's to tell."""
+        if not ctx.resilient_parsing and "out" in {parameter.name for parameter in self.params}:
+            given, beyond, _ = self.make_parser(ctx).parse_args(args=list(args))
+            if beyond and not {"out", "help"} & given.keys():
+                several = f"arguments {' '.join(beyond)}" if len(beyond) > 1 else f"argument {beyond[0]}"
+                ctx.fail(f"unexpected {several}: where to write is an option, -o OUT")
+        found: list[str] = super().parse_args(ctx, args)
+        return found
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Append the last paragraph, once."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moekit.jobs.options.base import CommandLine
 
 # Kinds without a command of their own: what they are an option of.
-_TRAIN = "moekit train ./moe ./tuned --data ./text --steps 50"
+_TRAIN = "moekit train ./moe --data ./text --steps 50 -o ./tuned"
 _IN_TRAINING = {
     "objective": _TRAIN + " --objectives '{{{name}: {settings}}}'",
     "balancer": _TRAIN + " --balancer {settings}",

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import typer
 
 from moekit import catalogue
 from moekit.cli._command import build_command, build_method_group
-from moekit.cli._options import keyword_parameter, option_parameters, read_options
+from moekit.cli._options import keyword_parameter, option_parameters, out_option, read_options
 from moekit.cli._terminal import Terminal
 from moekit.jobs.options.base import CommandLine, JobOptions
 from moekit.jobs.table import Job, jobs
@@ -116,10 +117,11 @@ def carry_out(
     from moekit.jobs.shared.estimates import ByteSizes
 
     given = options_from(options, values, hint=_HELP)
-    with kept_or_not(options, out) as place:
+    with kept_or_not(given, out) as place:
         if terminal.dry_run:
             settled, target, _ = ready(given, place, overwrite=overwrite)
-            terminal.estimate(settled.estimate(target, ByteSizes()))
+            estimate = settled.estimate(target, ByteSizes())
+            terminal.estimate(replace(estimate, writes=()) if out is None and not options.needs_out else estimate)
             return
         target, results = perform(
             given,
@@ -157,21 +159,25 @@ def _settings_class(told: CommandLine) -> Any:
 
 
 def _parameters(options: type[JobOptions], told: CommandLine) -> list[inspect.Parameter]:
-    """Arguments, OUT, and options of a job, in the order of --help."""
+    """Arguments and options of a job, OUT first among these, in the order of --help."""
     hidden = {*told.hidden, "settings", *(("method",) if told.by_method else ())}
     own = option_parameters(options, without=hidden, arguments=told.arguments, panel=None, flags=told.flags)
     first, rest = own[: len(told.arguments)], own[len(told.arguments) :]
-    if told.out == "argument":
-        out = keyword_parameter("out", Path, typer.Argument(help=told.writes, show_default=False))
-    else:
-        kind, default = (Path, inspect.Parameter.empty) if told.out == "option" else (Path | None, None)
-        out = keyword_parameter("out", kind, typer.Option("--out", "-o", help=told.writes, show_default=False), default)
+    out = _out_parameter(options, told)
     overwrite = keyword_parameter("overwrite", bool, typer.Option("--overwrite", help=told.overwrite), False)
     knobs = []
     if "settings" in options.model_fields and not told.by_method and not told.settings:
         option = typer.Option("--set", metavar="KNOB=VALUE", help="A knob of the method; may be repeated.")
         knobs.append(keyword_parameter("knobs", list[str] | None, option, None))
     return [*first, out, overwrite, *rest, *knobs]
+
+
+def _out_parameter(options: type[JobOptions], told: CommandLine) -> inspect.Parameter:
+    """OUT of a job: required, unless its result alone or something else may be wanted."""
+    if options.needs_out and not told.instead:
+        return keyword_parameter("out", Path, out_option(told.writes))
+    without = f"may be left out with {told.instead}" if told.instead else "without it nothing is kept"
+    return keyword_parameter("out", Path | None, out_option(f"{told.writes}; {without}"), None)
 
 
 def _add_aliases(command: Any, told: CommandLine) -> None:

@@ -78,6 +78,16 @@ def keyword_parameter(name: str, kind: Any, option: Any, default: Any = inspect.
     return inspect.Parameter(name, _KEYWORD, default=default, annotation=Annotated[kind, option])
 
 
+def out_option(help: str, *, show_default: bool = False) -> Any:
+    """How every command that writes is told where, whatever else it takes: `-o OUT`, or `--out OUT`.
+
+    Args:
+        help: what OUT is.
+        show_default: whether --help shows the default.
+    """
+    return typer.Option("--out", "-o", metavar="OUT", help=help, show_default=show_default)
+
+
 def _argument(name: str, field: Any) -> inspect.Parameter:
     argument = typer.Argument(help=describe(field), show_default=False)
     if field.is_required():

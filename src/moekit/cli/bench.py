@@ -9,6 +9,7 @@ import typer
 
 from moekit.cli import _bench_prune
 from moekit.cli._command import build_command, build_group
+from moekit.cli._options import out_option
 from moekit.cli._terminal import Terminal
 from moekit.errors import BadConfig
 
@@ -26,7 +27,7 @@ def ep(
     model: Annotated[
         str | None, typer.Argument(help="MoE whose experts are measured; a made-up layer without", show_default=False)
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder of the page and of bench.json")] = Path("bench-ep"),
+    out: Annotated[Path, out_option("folder of the page and of bench.json", show_default=True)] = Path("bench-ep"),
     trace: Annotated[
         str | None,
         typer.Option(help="traces whose choices are sent, comma-separated; further ones, such as C2R's, by ours alone"),
@@ -230,15 +231,15 @@ def _ratio(ratio: Ratio | None) -> str:
 def build() -> Any:
     """The command."""
     text = "Measure ways to do the same side by side: sending tokens, pruning."
-    examples = ["moekit bench ep --out ./bench", "moekit bench prune ./moe --data ./text --out ./bench"]
+    examples = ["moekit bench ep -o ./bench", "moekit bench prune ./moe --data ./text -o ./bench"]
     group = build_group(name="bench", help=text, examples=examples)
     command = build_command(
         ep,
         name="ep",
         examples=[
-            "moekit bench ep --out ./bench",
-            "moekit bench ep ./tuned --trace ./trace --placement ./place/placement-4.json --out ./bench",
-            "moekit bench ep --routing skewed --only once-per-rank,cf=1,no-drop --rate 200Mbit/s --out ./bench",
+            "moekit bench ep -o ./bench",
+            "moekit bench ep ./tuned --trace ./trace --placement ./place/placement-4.json -o ./bench",
+            "moekit bench ep --routing skewed --only once-per-rank,cf=1,no-drop --rate 200Mbit/s -o ./bench",
         ],
     )
     group.add_command(command, "ep")

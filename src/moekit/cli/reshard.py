@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moekit.cli._command import build_command
+from moekit.cli._options import out_option
 from moekit.cli._terminal import Terminal, size
 from moekit.errors import BadConfig
 
@@ -15,7 +16,7 @@ from moekit.errors import BadConfig
 def reshard(
     terminal: Terminal,
     folder: Annotated[Path, typer.Argument(help="checkpoint that ranks saved", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+    out: Annotated[Path, out_option("folder to write")],
     ep: Annotated[int | None, typer.Option(help="ranks that will share the experts: one file for each", min=1)] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="write one folder that stock transformers opens, without optimizer state")
@@ -90,7 +91,7 @@ def build() -> Any:
     return build_command(
         reshard,
         examples=[
-            "moekit reshard ./run/checkpoint-100 ./on-eight --ep 8",
-            "moekit reshard ./run/checkpoint-100 ./plain --plain",
+            "moekit reshard ./run/checkpoint-100 --ep 8 -o ./on-eight",
+            "moekit reshard ./run/checkpoint-100 --plain -o ./plain",
         ],
     )

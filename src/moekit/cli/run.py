@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moekit.cli._command import build_command
+from moekit.cli._options import out_option
 from moekit.cli._terminal import Terminal, size
 from moekit.errors import BadConfig
 
@@ -25,7 +26,7 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="variables of the recipe")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="run folder, instead of the recipe's")] = None,
+    out: Annotated[str | None, out_option("run folder, instead of the recipe's")] = None,
     until: Annotated[str | None, typer.Option(help="stop after this step")] = None,
     again: Annotated[
         list[str] | None, typer.Option(help="run this step even if it is finished; may be repeated")

@@ -147,9 +147,9 @@ def _hash(reference: str) -> list[str | None]:
 
 
 @contextmanager
-def kept_or_not(options: type[JobOptions], out: Path | None) -> Iterator[Path | None]:
+def kept_or_not(options: JobOptions, out: Path | None) -> Iterator[Path | None]:
     """Where a job writes: `out`, or, for a job whose result alone may be wanted, a folder that is gone afterwards."""
-    if out is not None or options.needs_out:
+    if out is not None or options.wants_out():
         yield out
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -221,7 +221,7 @@ def call(options: type[JobOptions], result: type[Result], values: dict[str, Any]
         "command": _call_text(ready_options),
         "live": held,
     }
-    with _as_before(held), kept_or_not(options, None if out is None else Path(out)) as place:
+    with _as_before(held), kept_or_not(ready_options, None if out is None else Path(out)) as place:
         target, figures = perform(ready_options, place, **how)
         return result(out=None if out is None and not options.needs_out else target, **figures)
 

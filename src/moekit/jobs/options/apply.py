@@ -17,9 +17,8 @@ class ApplyOptions(WritingOptions):
     command: ClassVar[CommandLine] = CommandLine(
         help="Write the model that a pruning plan describes. With --keep, decide anew from the plan's scores: no new "
         "pass over the text.",
-        writes="Folder of the smaller model.",
+        writes="folder of the smaller model",
         arguments=("plan",),
-        out="maybe",
         examples=("moekit apply ./p.json -o ./half", "moekit apply ./p.json --keep 0.75 -o ./three-quarters"),
     )
 

@@ -56,8 +56,8 @@ class CommandLine:
         help: what it does, for its --help.
         writes: what OUT is.
         examples: command lines; for a job with a command a method, none.
-        arguments: fields that are given as arguments, before OUT; the others are options.
-        out: "argument", or "option" for `-o OUT`; "maybe" for a `-o OUT` that may be left out.
+        arguments: fields that are given as arguments; the others are options, and so is OUT, everywhere `-o OUT`.
+        instead: option that may say what to write in OUT's place, such as --plan; OUT may be left out then.
         by_method: the kind whose methods are each a command of their own, such as "place" for `moekit place swap`;
             elsewhere the method is an option and its knobs are `--set KNOB=VALUE`.
         example: with `by_method`, the command line for a method's --help.
@@ -73,7 +73,7 @@ class CommandLine:
     writes: str
     examples: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
-    out: str = "argument"
+    instead: str = ""
     by_method: str = ""
     example: Callable[[MethodRecord], str] | None = None
     hidden: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ class JobOptions(BaseModel):
 
     Attributes:
         job: the module.
-        needs_out: whether a Python call must say where to write; elsewhere the result alone may be wanted.
+        needs_out: whether a call must say where to write; elsewhere the result alone may be wanted.
         command: how it is called on the command line.
     """
 
@@ -125,8 +125,12 @@ class JobOptions(BaseModel):
         if found is not None:
             return found
         if out is None:
-            raise BadConfig("nothing says where to write", hint="give the folder to write (out)")
+            raise BadConfig("nothing says where to write", hint="-o OUT, in Python out=")
         return self, out, overwrite
+
+    def wants_out(self) -> bool:
+        """Whether this call must say where to write: what it asks for beside the result would be lost otherwise."""
+        return self.needs_out
 
     def estimate(self, out: Path, sizes: ByteSizes) -> JobEstimate:
         """Say what the job would read, write and need, from file sizes and headers alone.

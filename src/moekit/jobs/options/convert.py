@@ -20,7 +20,7 @@ class ConvertOptions(JobOptions):
         writes="folder of the new checkpoint",
         arguments=("model",),
         by_method="convert",
-        example=lambda record: f"moekit convert {record.name} ./dense ./moe --experts 32 --top-k 4 --data demo",
+        example=lambda record: f"moekit convert {record.name} ./dense --experts 32 --top-k 4 --data demo -o ./moe",
     )
 
     model: ModelRef = Field(description="dense model: folder, hub id or packaged model")

@@ -22,7 +22,7 @@ class DataOptions(JobOptions):
         "overlap; a model, packaged or in a folder, as a folder of links to its files.",
         writes="folder to write",
         arguments=("source",),
-        examples=("moekit data write six-domains ./text --train-bytes 2000000 --heldout-bytes 200000",),
+        examples=("moekit data write six-domains --train-bytes 2000000 --heldout-bytes 200000 -o ./text",),
     )
 
     source: TextRef = Field(description="file, folder, source, mix (demo, six-domains), packaged model, or hub id")

@@ -22,8 +22,8 @@ class EvaluateOptions(RankedOptions):
         writes="folder of the results",
         arguments=("model",),
         examples=(
-            "moekit evaluate ./moe ./before --data demo --split heldout --questions ./piqa/test.json --limit 200",
-            "moekit evaluate ./routed ./after --data demo --split heldout --baseline ./before",
+            "moekit evaluate ./moe --data demo --split heldout --questions ./piqa/test.json --limit 200 -o ./before",
+            "moekit evaluate ./routed --data demo --split heldout --baseline ./before -o ./after",
         ),
     )
 

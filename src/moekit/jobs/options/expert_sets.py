@@ -19,9 +19,8 @@ class ExpertSetsOptions(JobOptions):
         help="Record what the routers make of each task's text and keep the ranks of all experts: a few hundred "
         "kilobytes a task, which serve every budget. moekit generate --expert-sets then loads the experts of a "
         "prompt's task alone.",
-        writes="Folder of expert sets; tasks are added to it.",
+        writes="folder of expert sets; tasks are added to it",
         arguments=("model",),
-        out="option",
         hidden=("existing",),
         overwrite="Replace tasks that the folder holds already.",
         examples=(

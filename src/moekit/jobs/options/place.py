@@ -19,7 +19,7 @@ class PlaceOptions(JobOptions):
         writes="folder of the placements and counts",
         arguments=("trace",),
         by_method="place",
-        example=lambda record: f"moekit place {record.name} ./trace ./placement --devices 2,4,8",
+        example=lambda record: f"moekit place {record.name} ./trace --devices 2,4,8 -o ./placement",
         # As people who think of ranks or of EPLB call them.
         aliases={"devices": "--ranks", "redundant": "--redundant-experts"},
     )
@@ -55,3 +55,7 @@ class PlaceOptions(JobOptions):
         description="added: keep the solver's owners; eplb: choose owners, too, by load alone. Both are counted, "
         "this one is written",
     )
+
+    def wants_out(self) -> bool:
+        """A model in device order is nothing that goes with the result."""
+        return self.model is not None

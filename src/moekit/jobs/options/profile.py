@@ -19,7 +19,7 @@ class ProfileOptions(JobOptions):
         help="Record which experts each token of a text chooses: a trace on disk, and statistics of it.",
         writes="folder of the trace",
         arguments=("model",),
-        examples=("moekit profile allenai/OLMoE-1B-7B-0924 ./trace --data wikitext --max-tokens 100000",),
+        examples=("moekit profile allenai/OLMoE-1B-7B-0924 --data wikitext --max-tokens 100000 -o ./trace",),
     )
 
     model: ModelRef = Field(description="MoE: folder or hub id")

@@ -19,9 +19,9 @@ class PruneOptions(WritingOptions):
         help="Drop the experts that a model needs least: decide on text, prove what it costs on held-out text, against "
         "frequency and random pruning of the same budget, write, and check what was written. Methods: moekit methods "
         "prune.",
-        writes="Folder of the smaller model.",
+        writes="folder of the smaller model",
         arguments=("model",),
-        out="maybe",
+        instead="--plan",
         hidden=("write",),
         examples=(
             "moekit prune ./moe --method easy-ep --keep 0.5 --data my-domain/ -o ./half",

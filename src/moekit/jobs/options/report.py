@@ -20,8 +20,8 @@ class ReportOptions(JobOptions):
         help="Write one self-contained page, and the same numbers as JSON, about traces, placements and evaluations.",
         writes="folder of the page",
         examples=(
-            "moekit report ./report --traces ./before/trace,./after/trace --evaluations ./after",
-            "moekit report ./report --free ./placed --constrained ./placed-t8 --costs ./evaluated-t8",
+            "moekit report --traces ./before/trace,./after/trace --evaluations ./after -o ./report",
+            "moekit report --free ./placed --constrained ./placed-t8 --costs ./evaluated-t8 -o ./report",
         ),
     )
 

@@ -15,7 +15,7 @@ def _example(record: MethodRecord) -> str:
     required = [name for name, field in getattr(record.cls, "model_fields", {}).items() if field.is_required()]
     options = "".join(f" --{name.replace('_', '-')} ..." for name in required)
     special = " --top-t 8" if record.name == "c2r" else ""
-    return f"moekit route {record.name} ./moe ./routed{trace}{options}{special}"
+    return f"moekit route {record.name} ./moe{trace}{options}{special} -o ./routed"
 
 
 class RouteOptions(JobOptions):

@@ -19,9 +19,9 @@ class SparsifyOptions(JobOptions):
     command: ClassVar[CommandLine] = CommandLine(
         help="Zero single weights of the experts: decide on text, prove what it costs on held-out text, against "
         "magnitudes at the same sparsity, write, and check what was written. Methods: moekit methods sparsify.",
-        writes="Folder of the smaller model.",
+        writes="folder of the smaller model",
         arguments=("model",),
-        out="maybe",
+        instead="--plan",
         hidden=("write",),
         flags={"from_plan": "--from"},
         examples=(

@@ -23,9 +23,8 @@ class SuperExpertsOptions(JobOptions):
         help="Find the few experts that make massive activations, layer by layer from disk, and check on held-out text "
         "whether the model breaks without them, and without as many others. Many models have none. OUT/"
         "super-experts.json is what moekit prune --protect takes.",
-        writes="Folder of the report.",
+        writes="folder of the report",
         arguments=("model",),
-        out="option",
         examples=(
             "moekit super-experts ./moe --data my-domain/ -o ./super",
             "moekit super-experts ./moe --data demo --heldout wikitext --random-seeds 10 -o ./super --json",

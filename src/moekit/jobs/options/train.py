@@ -20,8 +20,8 @@ class TrainOptions(RankedOptions):
         writes="folder of the trained checkpoint",
         arguments=("model",),
         examples=(
-            "moekit train ./moe ./tuned --data demo --split train --tokens 100000 --lr 2e-4 --balance 0.01",
-            "moekit train ./moe ./tuned --data ./text --plan ./plan --steps 50 --parts router,experts",
+            "moekit train ./moe --data demo --split train --tokens 100000 --lr 2e-4 --balance 0.01 -o ./tuned",
+            "moekit train ./moe --data ./text --plan ./plan --steps 50 --parts router,experts -o ./tuned",
         ),
         settings="moekit.training.flags:TrainFlags",
         panel="Training",
