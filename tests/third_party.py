@@ -54,7 +54,7 @@ def commands(page: str) -> dict[str, Any]:
     told["methods routing --json"] = cli("methods", "routing", "--json")
     for line in lines:
         told[line] = cli(*line.split(), *(() if "--help" in line or line.startswith("methods") else ("--json",)))
-    told["fade"] = cli("fade", "moe", "faded", "--method", "half", "--json")
+    told["fade"] = cli("fade", "moe", "-o", "faded", "--method", "half", "--json")
     Path("recipe.yaml").write_text("name: a\nout: run\nsteps: [{use: fade, model: moe, method: half}]\n")
     told["run"] = cli("run", "recipe.yaml", "--json")
     told["no such method"] = cli("prune", "moe", "--method", "surestt", "--keep", "0.5", "-o", "no")

@@ -39,15 +39,32 @@ def parse(line: str) -> None:
 
 
 def lines_of(text: str) -> list[str]:
-    return [line.strip() for line in re.findall(r"^ *(moekit [a-z].*)$", text, flags=re.MULTILINE)]
+    """Lines that call moekit, also by a launcher."""
+    found = re.findall(r"^ *(?:torchrun .*-m )?(moekit [a-z].*)$", text, flags=re.MULTILINE)
+    return [line.strip() for line in found]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_command_lines_of_the_documentation_parse(page: Path) -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    for line in (line for block in blocks for line in lines_of(block)):
+    text = page.read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in lines_of(block)]
+    # In a sentence a command may be named in part; with a path it is one to copy.
+    lines += re.findall(r"`(moekit [^`]* \./[^`]*)`", text)
+    for line in lines:
         if not ELSEWHERE & set(line.split()):
             parse(line)
+
+
+def test_the_lines_of_launchers_and_sentences_are_among_those_that_parse() -> None:
+    text = (ROOT / "docs" / "expert-parallel.md").read_text()
+    assert any(line.startswith("moekit train ") for line in lines_of(text))
+    assert re.search(r"`moekit [^`]* \./", (ROOT / "docs" / "pruning.md").read_text())
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_command_lines_of_recipes_parse(recipe: Path) -> None:
+    for line in lines_of(re.sub(r"^# *", "", recipe.read_text(), flags=re.MULTILINE)):
+        parse(line)
 
 
 def examples(command: Any) -> list[str]:
