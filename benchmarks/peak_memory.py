@@ -49,30 +49,30 @@ def choices(moe: str) -> int:
 def commands(moe: str, text: str, out: Path) -> dict[str, list[str]]:
     """One call of each command, in an order in which each finds what it needs."""
     look = ["--data", f"{text}/heldout.jsonl", "--seq-len", "256"]
-    small = ["--steps", "2", "--seq-len", "128", "--batch", "2"]
+    learnt = ["--data", f"{text}/train.jsonl", "--steps", "2", "--seq-len", "128", "--batch", "2"]
     c2r = ["--trace", f"{out}/trace", "--top-t", str(choices(moe))]
     return {
         "methods": ["methods"],
         "estimate": ["estimate", moe],
-        "profile": ["profile", moe, f"{out}/trace", *look],
-        "place": ["place", "swap", f"{out}/trace", f"{out}/placed", "--devices", "2,4,8"],
-        "place --model": ["place", "swap", f"{out}/trace", f"{out}/permuted", "--devices", "4", "--model", moe],
-        "route (plan)": ["route", "c2r", moe, f"{out}/plan", *c2r],
-        "route --write model": ["route", "c2r", moe, f"{out}/routed", *c2r, "--write", "model"],
-        "train (routers)": ["train", moe, f"{out}/tuned", "--data", f"{text}/train.jsonl", *small, "--parts", "router"],
-        "train (all)": ["train", moe, f"{out}/tuned-all", "--data", f"{text}/train.jsonl", *small],
-        "evaluate": ["evaluate", moe, f"{out}/evaluated", "--data", f"{text}/heldout.jsonl"],
+        "profile": ["profile", moe, "-o", f"{out}/trace", *look],
+        "place": ["place", "swap", f"{out}/trace", "-o", f"{out}/placed", "--devices", "2,4,8"],
+        "place --model": ["place", "swap", f"{out}/trace", "-o", f"{out}/permuted", "--devices", "4", "--model", moe],
+        "route (plan)": ["route", "c2r", moe, "-o", f"{out}/plan", *c2r],
+        "route --write model": ["route", "c2r", moe, "-o", f"{out}/routed", *c2r, "--write", "model"],
+        "train (routers)": ["train", moe, "-o", f"{out}/tuned", *learnt, "--parts", "router"],
+        "train (all)": ["train", moe, "-o", f"{out}/tuned-all", *learnt],
+        "evaluate": ["evaluate", moe, "-o", f"{out}/evaluated", "--data", f"{text}/heldout.jsonl"],
         "generate": ["generate", moe, f"{out}/routed", "--max-new-tokens", "16"],
         "check": ["check", f"{out}/routed"],
         "undo": ["undo", f"{out}/routed"],
-        "report": ["report", f"{out}/report", "--traces", f"{out}/trace"],
+        "report": ["report", "-o", f"{out}/report", "--traces", f"{out}/trace"],
     }
 
 
 def conversion(moe: str, text: str) -> list[str]:
     """The demo's conversion."""
     sizes = ["--experts", "32", "--top-k", "4", "--width", "64", "--layers", "22,23,24,25,26,27,28,29"]
-    return ["convert", "residual", "smollm2", moe, *sizes, "--data", f"{text}/train.jsonl"]
+    return ["convert", "residual", "smollm2", "-o", moe, *sizes, "--data", f"{text}/train.jsonl"]
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
         out = Path(folder)
         text = out / "text"
         limits = ["--train-bytes", str(TEXT_BYTES), "--heldout-bytes", str(TEXT_BYTES)]
-        rows = {"data write": measure(["data", "write", "demo", str(text), *limits])}
+        rows = {"data write": measure(["data", "write", "demo", "-o", str(text), *limits])}
         if model is None:
             rows["data fetch"] = measure(["data", "fetch", "smollm2"])
             rows["convert"] = measure(conversion(str(out / "moe"), str(text)))

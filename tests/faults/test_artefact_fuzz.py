@@ -62,13 +62,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     traced = ["--trace", folder / "trace", "--top-t", 3]
     (folder / "pruned").mkdir()
     for command in (
-        ["profile", folder / "moe", folder / "trace", *options, "--max-tokens", 200],
-        ["place", "swap", folder / "trace", folder / "placed", "--compare", "[]"],
-        ["route", "c2r", folder / "moe", folder / "plan", *traced],
-        ["route", "c2r", folder / "moe", folder / "routed", *traced, "--write", "model"],
+        ["profile", folder / "moe", "-o", folder / "trace", *options, "--max-tokens", 200],
+        ["place", "swap", folder / "trace", "-o", folder / "placed", "--compare", "[]"],
+        ["route", "c2r", folder / "moe", "-o", folder / "plan", *traced],
+        ["route", "c2r", folder / "moe", "-o", folder / "routed", *traced, "--write", "model"],
         ["prune", folder / "moe", *plan],
         ["expert-sets", folder / "moe", "--task", "a", "--data", text, "-o", folder / "expert_sets"],
-        ["evaluate", folder / "moe", folder / "evaluated", "--data", text],
+        ["evaluate", folder / "moe", "-o", folder / "evaluated", "--data", text],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as left:
             main([*map(str, command), "--quiet"])

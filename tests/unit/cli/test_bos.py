@@ -31,7 +31,7 @@ def test_a_perplexity_is_that_with_one_beginning_token(bos: str, tmp_path: Path,
             logprobs = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0, :-1]
         loss -= float(logprobs.gather(1, ids[0, 1:, None]).sum())
         count += ids.shape[1] - 1
-    told = moekit("evaluate", tmp_path / "model", tmp_path / "out", "--data", folder, "--bos", bos, "--json")
+    told = moekit("evaluate", tmp_path / "model", "-o", tmp_path / "out", "--data", folder, "--bos", bos, "--json")
     (whole,) = [d for d in told.json["domains"] if d["domain"] == "all"]
     assert whole["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
 

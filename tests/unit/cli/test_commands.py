@@ -23,9 +23,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "moe")
     write_text(folder / "text")
     for command in (
-        ["profile", folder / "moe", folder / "trace", "--data", folder / "text", "--seq-len", "64"],
-        ["place", "swap", folder / "trace", folder / "placed", "--devices", "2,4"],
-        ["route", "c2r", folder / "moe", folder / "plan", "--trace", folder / "trace", "--top-t", "3"],
+        ["profile", folder / "moe", "-o", folder / "trace", "--data", folder / "text", "--seq-len", "64"],
+        ["place", "swap", folder / "trace", "-o", folder / "placed", "--devices", "2,4"],
+        ["route", "c2r", folder / "moe", "-o", folder / "plan", "--trace", folder / "trace", "--top-t", "3"],
     ):
         with pytest.raises(SystemExit) as left:
             main([*map(str, command), "--quiet"])
@@ -47,14 +47,14 @@ def test_help_has_an_example_and_the_common_options(moekit: Moekit, name: str) -
 
 
 def test_profile_says_what_it_saw(moekit: Moekit, made: Path, tmp_path: Path) -> None:
-    done = moekit("profile", made / "moe", tmp_path / "t", "--data", made / "text", "--max-tokens", 200, "--json")
+    done = moekit("profile", made / "moe", "-o", tmp_path / "t", "--data", made / "text", "--max-tokens", 200, "--json")
     assert done.code == 0
     assert done.json["tokens"] <= 240  # type: ignore[operator]
     assert done.json["domains"] == ["prose", "sums"]
 
 
 def test_place_counts_rows(moekit: Moekit, made: Path, tmp_path: Path) -> None:
-    done = moekit("place", "exact", made / "trace", tmp_path / "p", "--devices", "2", "--json")
+    done = moekit("place", "exact", made / "trace", "-o", tmp_path / "p", "--devices", "2", "--json")
     (part,) = done.json["devices"]  # type: ignore[misc]
     rows = {row["name"]: row for row in part["rows"]}
     assert set(rows) == {"contiguous", "random", "exact"}
@@ -69,7 +69,7 @@ def test_a_routed_model_is_restored_checked_and_undone(moekit: Moekit, made: Pat
 
     routed = tmp_path / "routed"
     options = ("--trace", made / "trace", "--top-t", 2, "--write", "model")
-    assert moekit("route", "c2r", made / "moe", routed, *options).code == 0
+    assert moekit("route", "c2r", made / "moe", "-o", routed, *options).code == 0
     model = library.load(routed, dtype=torch.float32, device="cpu")
     assert attached(model)[0].part.top_t == 2  # type: ignore[attr-defined]
     assert moekit("check", routed, "--parent", made / "moe").code == 0
@@ -84,20 +84,19 @@ def test_a_routed_model_is_restored_checked_and_undone(moekit: Moekit, made: Pat
 def test_train_evaluate_and_generate(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     moe, text = made / "moe", made / "text"
     knobs = ("--steps", 2, "--seq-len", 32, "--lr", "1e-3", "--balance", "0.01", "--plan", made / "plan")
-    trained = moekit("train", moe, tmp_path / "tuned", "--data", text, *knobs, "--json")
+    trained = moekit("train", moe, "-o", tmp_path / "tuned", "--data", text, *knobs, "--json")
     assert trained.code == 0, trained.err
     assert trained.json["steps"] == 2
     assert not list(tmp_path.glob(".*scratch*"))
-    assert moekit("evaluate", moe, tmp_path / "before", "--data", text, "--name", "stock").code == 0
-    after = moekit(
-        "evaluate", tmp_path / "tuned", tmp_path / "after", "--data", text, "--baseline", tmp_path / "before", "--json"
-    )
+    assert moekit("evaluate", moe, "-o", tmp_path / "before", "--data", text, "--name", "stock").code == 0
+    compared = ("--data", text, "--baseline", tmp_path / "before")
+    after = moekit("evaluate", tmp_path / "tuned", *compared, "-o", tmp_path / "after", "--json")
     comparison = after.json["comparison"]
     assert comparison["a"] == "stock"  # type: ignore[index]
     assert comparison["overall"]["difference"]["n"] == 12  # type: ignore[index]
     both = moekit("generate", moe, tmp_path / "tuned", "--prompt", "the", "--max-new-tokens", 3, "--json")
     assert both.json["pairs"][0]["prompt"] == "the"  # type: ignore[index]
-    page = moekit("report", tmp_path / "report", "--evaluations", tmp_path / "after", "--traces", made / "trace")
+    page = moekit("report", "-o", tmp_path / "report", "--evaluations", tmp_path / "after", "--traces", made / "trace")
     assert page.code == 0, page.err
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
 
@@ -105,7 +104,7 @@ def test_train_evaluate_and_generate(moekit: Moekit, made: Path, tmp_path: Path)
 def test_the_same_seed_trains_the_same_model(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         options = ("--data", made / "text", "--steps", 2, "--seq-len", 32, "--seed", seed)
-        assert moekit("train", made / "moe", tmp_path / name, *options).code == 0
+        assert moekit("train", made / "moe", "-o", tmp_path / name, *options).code == 0
     first, same, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert first == same
     assert first != other
@@ -120,14 +119,14 @@ def test_estimate_reads_headers_alone(moekit: Moekit, made: Path, tmp_path: Path
 def test_a_dry_run_writes_nothing(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "out", made / "text"
     for command in (
-        ("profile", made / "moe", out, "--data", text),
-        ("place", "swap", made / "trace", out, "--devices", "2"),
-        ("route", "c2r", made / "moe", out, "--trace", made / "trace", "--top-t", 3, "--write", "model"),
-        ("convert", "residual", made / "moe", out, "--experts", 8),
-        ("train", made / "moe", out, "--data", text, "--steps", 2),
-        ("evaluate", made / "moe", out, "--data", text),
-        ("data", "write", text, out),
-        ("report", out, "--traces", made / "trace"),
+        ("profile", made / "moe", "-o", out, "--data", text),
+        ("place", "swap", made / "trace", "-o", out, "--devices", "2"),
+        ("route", "c2r", made / "moe", "-o", out, "--trace", made / "trace", "--top-t", 3, "--write", "model"),
+        ("convert", "residual", made / "moe", "-o", out, "--experts", 8),
+        ("train", made / "moe", "-o", out, "--data", text, "--steps", 2),
+        ("evaluate", made / "moe", "-o", out, "--data", text),
+        ("data", "write", text, "-o", out),
+        ("report", "-o", out, "--traces", made / "trace"),
     ):
         done = moekit(*command, "--dry-run", "--json")
         assert done.code == 0, (command, done.err)
@@ -165,7 +164,7 @@ def test_damaged_models_are_refused_by_every_command_that_opens_them(
     moekit: Moekit, made: Path, tmp_path: Path, how: str, code: int
 ) -> None:
     folder, text = damaged(made, tmp_path, how), made / "text"
-    for command in (("profile", folder, tmp_path / "out", "--data", text), ("generate", folder, "-p", "x")):
+    for command in (("profile", folder, "-o", tmp_path / "out", "--data", text), ("generate", folder, "-p", "x")):
         done = moekit(*command)
         assert done.code == code, done.err
         assert done.err.startswith("error: ")
@@ -178,28 +177,28 @@ def test_damaged_models_are_refused_by_every_command_that_opens_them(
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
-        ("route c2r MOE OUT --trace TRACE --top-t 0", 2, "top_t"),
-        ("route c2r MOE OUT --trace TRACE --top-t 8", 2, "nearest legal value is 7"),
-        ("route c2r MOE OUT --trace TRACE", 2, "top_t"),
-        ("route c2r MOE OUT --trace TRACE --top-t many", 2, "top-t"),
-        ("route c3r MOE OUT", 2, "c2r"),
-        ("route c2r MOE OUT --trace nowhere --top-t 3", 2, "no trace here"),
-        ("route c2r OTHER OUT --trace TRACE --top-t 3", 2, "another|recorded on"),
-        ("place swap TRACE OUT --devices 9", 2, "9"),
-        ("place swap TRACE OUT --devices 3 --model MOE", 2, "equal"),
-        ("place swap TRACE OUT --devices two", 2, "devices"),
-        ("convert residual MOE OUT", 2, "."),
-        ("profile MOE OUT --data EMPTY", 2, "no text|white space"),
-        ("profile MOE OUT --data nowhere.txt", 2, "no such file"),
-        ("profile MOE TRACE --data TEXT", 2, "--overwrite"),
-        ("profile DENSE OUT --data TEXT", 2, "MoE|expert"),
-        ("train MOE OUT --data TEXT --steps 2 --tokens 5", 2, "contradict"),
-        ("train MOE OUT --data TEXT --steps 2 --parts nothing", 2, "nothing"),
-        ("evaluate MOE OUT", 2, "nothing to measure"),
-        ("evaluate MOE OUT --data TEXT --baseline TRACE", 2, "no evaluation here"),
-        ("evaluate MOE OUT --data TOKEN", 2, "token"),
+        ("route c2r MOE -o OUT --trace TRACE --top-t 0", 2, "top_t"),
+        ("route c2r MOE -o OUT --trace TRACE --top-t 8", 2, "nearest legal value is 7"),
+        ("route c2r MOE -o OUT --trace TRACE", 2, "top_t"),
+        ("route c2r MOE -o OUT --trace TRACE --top-t many", 2, "top-t"),
+        ("route c3r MOE -o OUT", 2, "c2r"),
+        ("route c2r MOE -o OUT --trace nowhere --top-t 3", 2, "no trace here"),
+        ("route c2r OTHER -o OUT --trace TRACE --top-t 3", 2, "another|recorded on"),
+        ("place swap TRACE -o OUT --devices 9", 2, "9"),
+        ("place swap TRACE -o OUT --devices 3 --model MOE", 2, "equal"),
+        ("place swap TRACE -o OUT --devices two", 2, "devices"),
+        ("convert residual MOE -o OUT", 2, "cannot be turned into a MoE"),
+        ("profile MOE -o OUT --data EMPTY", 2, "no text|white space"),
+        ("profile MOE -o OUT --data nowhere.txt", 2, "no such file"),
+        ("profile MOE -o TRACE --data TEXT", 2, "--overwrite"),
+        ("profile DENSE -o OUT --data TEXT", 2, "MoE|expert"),
+        ("train MOE -o OUT --data TEXT --steps 2 --tokens 5", 2, "contradict"),
+        ("train MOE -o OUT --data TEXT --steps 2 --parts nothing", 2, "nothing"),
+        ("evaluate MOE -o OUT", 2, "nothing to measure"),
+        ("evaluate MOE -o OUT --data TEXT --baseline TRACE", 2, "no evaluation here"),
+        ("evaluate MOE -o OUT --data TOKEN", 2, "token"),
         ("undo MOE", 2, "nothing to undo"),
-        ("report OUT --traces nowhere", 2, "no trace here"),
+        ("report -o OUT --traces nowhere", 2, "no trace here"),
         ("generate MOE -p ''", 2, "empty"),
         ("run nowhere.yaml", 2, "no such recipe"),
         ("run TAGGED", 3, "YAML tag"),
@@ -239,7 +238,7 @@ def test_a_full_disk_is_exit_code_4(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    done = moekit("route", "c2r", made / "moe", tmp_path / "out", "--trace", made / "trace", "--top-t", 3)
+    done = moekit("route", "c2r", made / "moe", "-o", tmp_path / "out", "--trace", made / "trace", "--top-t", 3)
     assert done.code == 4
     assert "disk is full" in done.err
     assert not list(tmp_path.iterdir())
@@ -251,9 +250,9 @@ def test_a_training_that_left_experts_silent_is_kept_and_said(moekit: Moekit, ma
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(made / "moe" / name, tmp_path / "dense")
     moe = tmp_path / "moe"
-    assert moekit("convert", "residual", tmp_path / "dense", moe, "--experts", 16, "--top-k", 1).code == 0
+    assert moekit("convert", "residual", tmp_path / "dense", "-o", moe, "--experts", 16, "--top-k", 1).code == 0
     options = ("--data", made / "text", "--steps", 2, "--seq-len", 8, "--batch", 1, "--warmup", 0)
-    done = moekit("train", moe, tmp_path / "tuned", *options)
+    done = moekit("train", moe, "-o", tmp_path / "tuned", *options)
     assert done.code == 0, done.err
     assert "experts can only answer zero" in done.err
     # Afterwards, without knowing where they come from, `check` calls them what they are.

@@ -91,15 +91,15 @@ def test_nothing_that_is_printed_steers_the_terminal(
 
 def test_commands_on_names_that_steer(moekit: Moekit, evil: Path, tmp_path: Path) -> None:
     out = tmp_path / "trace"
-    done = moekit("profile", evil / "moe", out, "--data", evil / "text", "--seq-len", "64")
+    done = moekit("profile", evil / "moe", "-o", out, "--data", evil / "text", "--seq-len", "64")
     assert done.code == 0, done.err
     commands = [
         done,
-        moekit("profile", evil / "moe", tmp_path / "x", "--data", evil / "text", "--dry-run"),
+        moekit("profile", evil / "moe", "-o", tmp_path / "x", "--data", evil / "text", "--dry-run"),
         moekit("check", evil / "moe"),
         moekit("generate", evil / "moe", "-p", EVIL, "--max-new-tokens", "2"),
         moekit("generate", evil / "nowhere"),
-        moekit("evaluate", evil / "moe", tmp_path / "e", "--data", evil / "text"),
+        moekit("evaluate", evil / "moe", "-o", tmp_path / "e", "--data", evil / "text"),
     ]
     assert all(not STEERS.search(done.out + done.err) for done in commands)
     assert [done.code for done in commands] == [0, 0, 0, 0, 2, 0]
@@ -134,14 +134,14 @@ def test_tensor_names_that_steer(moekit: Moekit, evil: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("command", ["place", "route", "report"])
 def test_a_pipe_hangs_no_command(moekit: Moekit, evil: Path, tmp_path: Path, name: str, command: str) -> None:
     trace = tmp_path / "trace"
-    assert moekit("profile", evil / "moe", trace, "--data", evil / "text", "--max-tokens", "100").code == 0
+    assert moekit("profile", evil / "moe", "-o", trace, "--data", evil / "text", "--max-tokens", "100").code == 0
     (trace / name).unlink()
     os.mkfifo(trace / name)
     out = tmp_path / "out"
     done = {
-        "place": lambda: moekit("place", "swap", trace, out),
-        "route": lambda: moekit("route", "c2r", evil / "moe", out, "--trace", trace, "--top-t", 3),
-        "report": lambda: moekit("report", out, "--traces", trace),
+        "place": lambda: moekit("place", "swap", trace, "-o", out),
+        "route": lambda: moekit("route", "c2r", evil / "moe", "-o", out, "--trace", trace, "--top-t", 3),
+        "report": lambda: moekit("report", "-o", out, "--traces", trace),
     }[command]()
     assert done.code == 3, done.err
     assert done.says("no regular file")
@@ -151,9 +151,9 @@ def test_a_pipe_hangs_no_command(moekit: Moekit, evil: Path, tmp_path: Path, nam
 def test_a_pipe_as_text_prompts_or_recipe(moekit: Moekit, evil: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     for arguments in (
-        ("profile", evil / "moe", tmp_path / "out", "--data", tmp_path / "pipe.txt"),
+        ("profile", evil / "moe", "-o", tmp_path / "out", "--data", tmp_path / "pipe.txt"),
         ("generate", evil / "moe", "--prompts", tmp_path / "pipe.txt"),
-        ("evaluate", evil / "moe", tmp_path / "out", "--questions", tmp_path / "pipe.txt"),
+        ("evaluate", evil / "moe", "-o", tmp_path / "out", "--questions", tmp_path / "pipe.txt"),
         ("run", tmp_path / "pipe.txt"),
     ):
         done = moekit(*arguments)
@@ -195,15 +195,16 @@ def test_closed_streams_are_no_crash(tmp_path: Path, closed: tuple[int, ...]) ->
 def test_every_written_file_follows_the_umask(moekit: Moekit, evil: Path, tmp_path: Path) -> None:
     before = os.umask(0o027)
     text = evil / "text"
+    permuted = ("--compare", "[]", "--model", evil / "moe")
     try:
         for command in (
-            ("profile", evil / "moe", tmp_path / "trace", "--data", text, "--max-tokens", 100),
-            ("place", "swap", tmp_path / "trace", tmp_path / "placed", "--compare", "[]", "--model", evil / "moe"),
-            ("route", "c2r", evil / "moe", tmp_path / "plan", "--trace", tmp_path / "trace", "--top-t", 3),
+            ("profile", evil / "moe", "-o", tmp_path / "trace", "--data", text, "--max-tokens", 100),
+            ("place", "swap", tmp_path / "trace", *permuted, "-o", tmp_path / "placed"),
+            ("route", "c2r", evil / "moe", "-o", tmp_path / "plan", "--trace", tmp_path / "trace", "--top-t", 3),
             ("prune", evil / "moe", "--method", "random", "--keep", 0.5, "--no-proof", "-o", tmp_path / "pruned"),
-            ("train", evil / "moe", tmp_path / "tuned", "--data", text, "--steps", 1, "--seq-len", 32),
-            ("evaluate", evil / "moe", tmp_path / "evaluated", "--data", text),
-            ("report", tmp_path / "report", "--traces", tmp_path / "trace"),
+            ("train", evil / "moe", "-o", tmp_path / "tuned", "--data", text, "--steps", 1, "--seq-len", 32),
+            ("evaluate", evil / "moe", "-o", tmp_path / "evaluated", "--data", text),
+            ("report", "-o", tmp_path / "report", "--traces", tmp_path / "trace"),
         ):
             done = moekit(*command)
             assert done.code == 0, done.err
@@ -223,8 +224,8 @@ def test_a_report_that_cannot_be_made_leaves_nothing(
         raise BadData("nothing to say")
 
     monkeypatch.setattr(page, "to_html", fail)
-    assert moekit("profile", evil / "moe", tmp_path / "t", "--data", evil / "text", "--max-tokens", 100).code == 0
-    assert moekit("report", tmp_path / "report", "--traces", tmp_path / "t").code == 2
+    assert moekit("profile", evil / "moe", "-o", tmp_path / "t", "--data", evil / "text", "--max-tokens", 100).code == 0
+    assert moekit("report", "-o", tmp_path / "report", "--traces", tmp_path / "t").code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
@@ -233,11 +234,11 @@ def test_dry_runs_name_no_less_than_is_written(moekit: Moekit, evil: Path, tmp_p
     # What a command says beforehand may be so much more than it writes.
     slack = {"trace": 100 << 10, "placed": 100 << 10}
     for name, command in {
-        "trace": ("profile", moe, trace, "--data", text),
-        "placed": ("place", "swap", trace, tmp_path / "placed", "--devices", "2,4", "--model", moe),
-        "routed": ("route", "c2r", moe, tmp_path / "routed", "--trace", trace, "--top-t", 3, "--write", "model"),
+        "trace": ("profile", moe, "-o", trace, "--data", text),
+        "placed": ("place", "swap", trace, "-o", tmp_path / "placed", "--devices", "2,4", "--model", moe),
+        "routed": ("route", "c2r", moe, "-o", tmp_path / "routed", "--trace", trace, "--top-t", 3, "--write", "model"),
         "pruned": ("prune", moe, "--method", "random", "--keep", 0.5, "--no-proof", "-o", tmp_path / "pruned"),
-        "tuned": ("train", moe, tmp_path / "tuned", "--data", text, "--steps", 1, "--seq-len", 32),
+        "tuned": ("train", moe, "-o", tmp_path / "tuned", "--data", text, "--steps", 1, "--seq-len", 32),
     }.items():
         told = moekit(*command, "--dry-run", "--json")
         done = moekit(*command)

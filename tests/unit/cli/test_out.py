@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+import moekit as library
 from moekit.cli._jobs import command_of
 from moekit.cli.main import COMMANDS, build
+from moekit.errors import BadConfig
 from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef
 from moekit.jobs.table import Job, jobs
 from tests.commands import Moekit
@@ -165,6 +167,45 @@ def test_only_what_may_be_meant_is_said(moekit: Moekit, tmp_path: Path) -> None:
     assert not nowhere.says("-o OUT")
     assert moekit("profile", "./moe", "./more", "--help").code == 0
     assert moekit("profile", "./moe", "--data", "demo").says("Missing option '--out' / '-o'")
+
+
+def test_without_a_place_the_result_alone_is_told(
+    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    how = ("--data", made / "text", "--max-tokens", 200)
+    told = moekit("evaluate", made / "moe", *how)
+    assert told.code == 0, told.err
+    assert told.says("perplexity of moe")
+    assert not told.says("wrote")
+    answer = moekit("evaluate", made / "moe", *how, "--json").json
+    assert "out" not in answer
+    assert answer["domains"] == moekit("evaluate", made / "moe", *how, "-o", "kept", "--json").json["domains"]
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_dry_run_without_a_place_names_none(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    command = ("evaluate", made / "moe", "--data", made / "text", "--dry-run", "--json")
+    assert moekit(*command).json["writes"] == []
+    assert [item["what"] for item in moekit(*command, "-o", tmp_path / "e").json["writes"]] == [str(tmp_path / "e")]
+
+
+def test_placements_may_be_counted_alone_but_no_model_is_written_to_be_lost(
+    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = tmp_path / "trace"
+    assert moekit("profile", made / "moe", "--data", made / "text", "--max-tokens", 200, "-o", trace).code == 0
+    monkeypatch.chdir(tmp_path)
+    counted = moekit("place", "swap", trace, "--json")
+    assert counted.code == 0, counted.err
+    assert counted.json["devices"][0]["rows"]
+    for more in ((), ("--dry-run",)):
+        lost = moekit("place", "swap", trace, "--model", made / "moe", *more)
+        assert lost.code == 2
+        assert lost.says("nothing says where to write -> -o OUT")
+    with pytest.raises(BadConfig, match="where to write"):
+        library.place(trace, method="swap", model=made / "moe")
+    assert [path.name for path in tmp_path.iterdir()] == ["trace"]
 
 
 @pytest.mark.parametrize("flag", ["-o", "--out"])

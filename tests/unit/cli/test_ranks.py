@@ -21,8 +21,8 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     write_model(tmp_path / "moe")
     write_text(tmp_path / "text")
     options = ("--data", "text", "--steps", "3", "--seq-len", "32", "--batch", "2", "--lr", "1e-2")
-    launch(tmp_path, 1, "train", "moe", "one", *options, "--accumulation", "2")
-    told = launch(tmp_path, 2, "train", "moe", "two", *options)
+    launch(tmp_path, 1, "train", "moe", "-o", "one", *options, "--accumulation", "2")
+    told = launch(tmp_path, 2, "train", "moe", "-o", "two", *options)
     assert told.count("wrote two") == 1
     one, two = (moekit.load(tmp_path / name, device="cpu").state_dict() for name in ("one", "two"))
     start = moekit.load(tmp_path / "moe", device="cpu").state_dict()

@@ -45,7 +45,7 @@ def call(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, s
 def test_plain_writes_what_transformers_opens(
     capsys: pytest.CaptureFixture[str], sharded: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = call(capsys, sharded, tmp_path / "plain", "--plain")
+    code, out, _ = call(capsys, sharded, "-o", tmp_path / "plain", "--plain")
     assert code == 0
     assert "transformers opens it" in out
     model = build("olmoe", seed=3)
@@ -56,7 +56,7 @@ def test_plain_writes_what_transformers_opens(
 
 
 def test_ep_writes_a_file_for_each_rank(capsys: pytest.CaptureFixture[str], sharded: Path, tmp_path: Path) -> None:
-    code, out, _ = call(capsys, sharded, tmp_path / "three", "--ep", 3, "--json")
+    code, out, _ = call(capsys, sharded, "-o", tmp_path / "three", "--ep", 3, "--json")
     assert code == 0
     answer = json.loads(out)
     assert (answer["ranks_before"], answer["ranks"]) == (1, 3)
@@ -67,7 +67,7 @@ def test_ep_writes_a_file_for_each_rank(capsys: pytest.CaptureFixture[str], shar
     groups = dict.fromkeys(range(2), owners["a"])
     Placement(devices=2, experts=8, layers=groups, solver="random").save(tmp_path / "placement.json")
     options = ("--ep", 2, "--placement", tmp_path / "placement.json")
-    assert call(capsys, tmp_path / "three", tmp_path / "two", *options)[0] == 0
+    assert call(capsys, tmp_path / "three", "-o", tmp_path / "two", *options)[0] == 0
     placed = Index.read(tmp_path / "two")
     assert {placed.expert_of(k)[1] for k in placed.of_shard("rank-00001-of-00002.safetensors").values()} == {None, 7}
 
@@ -75,12 +75,12 @@ def test_ep_writes_a_file_for_each_rank(capsys: pytest.CaptureFixture[str], shar
 def test_dry_run_says_bytes_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], sharded: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = call(capsys, sharded, tmp_path / "plain", "--plain", "--dry-run", "--json")
+    code, out, _ = call(capsys, sharded, "-o", tmp_path / "plain", "--plain", "--dry-run", "--json")
     assert code == 0
     weights = sum(p.numel() * 4 for p in build("olmoe").parameters())
     assert json.loads(out)["disk_bytes"] == weights
     assert 0 < json.loads(out)["memory_bytes"] < 2 * weights
-    code, out, _ = call(capsys, sharded, tmp_path / "two", "--ep", 2, "--dry-run", "--json")
+    code, out, _ = call(capsys, sharded, "-o", tmp_path / "two", "--ep", 2, "--dry-run", "--json")
     assert 2.9 * weights < json.loads(out)["disk_bytes"] < 3.1 * weights
     assert list(tmp_path.iterdir()) == []
 
@@ -98,7 +98,7 @@ def test_dry_run_says_bytes_and_writes_nothing(
 def test_impossible_wishes_are_refused(
     capsys: pytest.CaptureFixture[str], sharded: Path, tmp_path: Path, options: list[Any], words: str
 ) -> None:
-    code, _, err = call(capsys, sharded, tmp_path / "out", *options)
+    code, _, err = call(capsys, sharded, "-o", tmp_path / "out", *options)
     assert code == 2
     assert words in " ".join(err.split())
     assert list(tmp_path.iterdir()) == []
@@ -109,21 +109,21 @@ def test_what_is_there_stays_without_overwrite(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
-    code, _, err = call(capsys, sharded, tmp_path / "out", "--ep", 2)
+    code, _, err = call(capsys, sharded, "-o", tmp_path / "out", "--ep", 2)
     assert code == 2
     assert "exists" in err
     assert (tmp_path / "out" / "mine").read_text() == "keep"
-    assert call(capsys, sharded, tmp_path / "out", "--ep", 2, "--overwrite")[0] == 0
+    assert call(capsys, sharded, "-o", tmp_path / "out", "--ep", 2, "--overwrite")[0] == 0
     assert not (tmp_path / "out" / "mine").exists()
 
 
 def test_damage_ends_with_exit_code_two(capsys: pytest.CaptureFixture[str], sharded: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(sharded, tmp_path / "copy"))
     (copy / "rank-00000-of-00001.safetensors").unlink()
-    code, _, err = call(capsys, copy, tmp_path / "out", "--plain")
+    code, _, err = call(capsys, copy, "-o", tmp_path / "out", "--plain")
     assert code == 2
     assert "rank-00000-of-00001.safetensors" in "".join(err.split())
     assert not (tmp_path / "out").exists()
-    code, _, err = call(capsys, tmp_path, tmp_path / "out", "--plain")
+    code, _, err = call(capsys, tmp_path, "-o", tmp_path / "out", "--plain")
     assert code == 2
     assert "no sharded checkpoint" in err

@@ -25,9 +25,9 @@ def test_a_placement_of_another_model_is_refused(moekit: Moekit, tmp_path: Path)
         )
         placement.save(tmp_path / f"{name}.json")
     options = ("route", "c2r", model)
-    own = moekit(*options, tmp_path / "a", "--mode", "device", "--placement", tmp_path / "own.json")
+    own = moekit(*options, "-o", tmp_path / "a", "--mode", "device", "--placement", tmp_path / "own.json")
     assert own.code == 0, own.err
-    other = moekit(*options, tmp_path / "b", "--mode", "device", "--placement", tmp_path / "other.json")
+    other = moekit(*options, "-o", tmp_path / "b", "--mode", "device", "--placement", tmp_path / "other.json")
     assert other.code == 2
     assert other.says("placement was made for model 000000000000")
     assert not (tmp_path / "b").exists()

@@ -98,11 +98,11 @@ def test_as_on_the_command_line(
     """Nothing is folded on a terminal of the usual width."""
     monkeypatch.setenv("COLUMNS", "84")
     links = ("--nodes", 2, "--bandwidth", "900GB/s,50GB/s", "--latency", "3us,10us", "--redundant-experts", 1)
-    told = moekit("place", "swap", trace, tmp_path / "out", "--ranks", "4,8", *links)
+    told = moekit("place", "swap", trace, "-o", tmp_path / "out", "--ranks", "4,8", *links)
     assert "8 devices in 2 nodes" in told
     for word in ("hierarchical", "swap+1 ", "eplb+1 ", "time in", "out, in", "1 expert slot more"):
         assert word in told
-    answer = json.loads(moekit("place", "swap", trace, tmp_path / "again", "--devices", "8", *links, "--json"))
+    answer = json.loads(moekit("place", "swap", trace, "-o", tmp_path / "again", "--devices", "8", *links, "--json"))
     (part,) = answer["devices"]
     assert part["links"]["inter"] == 50e9
     assert set(part["predictions"][0]["sending"]) == {"once per expert", "once per device", "hierarchical"}
@@ -124,6 +124,6 @@ def test_refused_before_anything_runs(trace: Path, options: dict[str, Any], said
 
 
 def test_more_spare_than_there_is_to_copy(trace: Path, tmp_path: Path, moekit: Callable[..., str]) -> None:
-    told = moekit("place", "swap", trace, tmp_path / "out", "--devices", 4, "--redundant", 13, code=2)
+    told = moekit("place", "swap", trace, "-o", tmp_path / "out", "--devices", 4, "--redundant", 13, code=2)
     assert "0 to 12 redundant slots" in told
     assert not (tmp_path / "out").exists()

@@ -59,7 +59,7 @@ def plain(result: Any) -> dict[str, Any]:
 
 def test_profile_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
     how = ["--data", made / "text", "--seq-len", 64, "--max-tokens", 500]
-    asked = command("profile", made / "moe", tmp_path / "a", *how)
+    asked = command("profile", made / "moe", "-o", tmp_path / "a", *how)
     called = moekit.profile(made / "moe", data=made / "text", seq_len=64, max_tokens=500, out=tmp_path / "b")
     assert plain(called) == asked
     assert called.out == tmp_path / "b"
@@ -88,7 +88,7 @@ def test_prune_answers_as_the_command_does(made: Path, tmp_path: Path, command: 
 
 
 def test_place_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
-    asked = command("place", "swap", made / "trace", tmp_path / "a", "--devices", "2")
+    asked = command("place", "swap", made / "trace", "-o", tmp_path / "a", "--devices", "2")
     called = moekit.place(made / "trace", method="swap", devices=(2,), out=tmp_path / "b")
     assert plain(called) == asked
     kept = moekit.place(made / "trace", method="swap", devices=(2,))
@@ -97,7 +97,7 @@ def test_place_answers_as_the_command_does(made: Path, tmp_path: Path, command: 
 
 
 def test_evaluate_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
-    asked = command("evaluate", made / "moe", tmp_path / "a", "--data", made / "text", "--max-tokens", 400)
+    asked = command("evaluate", made / "moe", "-o", tmp_path / "a", "--data", made / "text", "--max-tokens", 400)
     called = moekit.evaluate(made / "moe", data=made / "text", max_tokens=400)
     assert plain(called) == asked
 

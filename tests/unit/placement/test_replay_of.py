@@ -37,18 +37,18 @@ def place(*args: object) -> int:
 
 def test_a_trace_of_another_model_is_refused_by_name(tmp_path, capsys):
     planned, other = folder_of(tmp_path / "planned", "base-model"), folder_of(tmp_path / "other", "stranger")
-    assert place(planned, tmp_path / "out", "--devices", 2, "--replay", other) == 2
+    assert place(planned, "-o", tmp_path / "out", "--devices", 2, "--replay", other) == 2
     told = capsys.readouterr().err
     assert "models/stranger (stranger)" in told
     assert "models/base-model (base-model)" in told
     assert not (tmp_path / "out").exists()
-    assert place(planned, tmp_path / "out", "--devices", 2, "--replay", other, "--other-weights") == 0
+    assert place(planned, "-o", tmp_path / "out", "--devices", 2, "--replay", other, "--other-weights") == 0
 
 
 def test_a_trace_of_a_model_made_from_it_is_taken(tmp_path):
     planned = folder_of(tmp_path / "planned", "base-model")
     tuned = folder_of(tmp_path / "tuned", "tuned-twice", ("tuned-once", "base-model"))
-    assert place(planned, tmp_path / "out", "--devices", 2, "--replay", tuned) == 0
+    assert place(planned, "-o", tmp_path / "out", "--devices", 2, "--replay", tuned) == 0
     with pytest.raises(BadData, match="tuned-twice"):
         Trace.load(planned).check_descent(Trace.load(tuned))
 
