@@ -15,7 +15,7 @@ from moekit.cli.main import main
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.evaluation import complete
-from moekit.jobs.shared import tasks as loading
+from moekit.jobs.tasks import answering as loading
 from moekit.serving.expert_sets.expert_set import keep_sets
 from moekit.serving.expert_sets.store import INDEX_FILE, ExpertSetStore
 from moekit.streaming.loader import LayerLoader

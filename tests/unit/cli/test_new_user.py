@@ -182,16 +182,16 @@ def test_a_job_that_fails_leaves_nothing_and_names_no_hidden_folder(
 ) -> None:
     from moekit.jobs import prune
 
-    def fail(options: Any, source: Any, request: Any, rows: Any, context: Any) -> None:
-        context.scratch.mkdir(parents=True)
-        (context.scratch / "half").write_text("half")
+    def fail(options: Any, asked: Any, documents: Any, scratch: Path, progress: Any) -> None:
+        scratch.mkdir(parents=True)
+        (scratch / "half").write_text("half")
         if isinstance(error, OSError):
-            error.filename = str(context.scratch / "half")
+            error.filename = str(scratch / "half")
         else:
-            error.file = str(context.scratch / "half")  # type: ignore[attr-defined]
+            error.file = str(scratch / "half")  # type: ignore[attr-defined]
         raise error
 
-    monkeypatch.setattr(prune, "_decide", fail)
+    monkeypatch.setattr(prune, "decide", fail)
     done = moekit(
         *("prune", made / "moe", "--method", "reap", "--keep", "0.5"),
         *("--data", made / "text", "--plan", tmp_path / "p.json", "--max-tokens", 200),

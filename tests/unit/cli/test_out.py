@@ -24,8 +24,9 @@ from tests.tiny import write_model, write_text
 WITHOUT = {"data list", "data fetch", "estimate", "generate", "check", "undo", "methods"}
 # These write somewhere by themselves, too: benches into a folder of their name, recipes where they say.
 WITH_A_DEFAULT = {"bench ep", "bench prune", "run"}
-# Whose result alone, or whose plan, may be wanted.
-MAY_BE_LEFT_OUT = {"evaluate", "place", "prune", "sparsify"}
+# Whose result alone may be wanted, as their options say, or whose plan.
+RESULT_ALONE = {name for name, job in jobs().items() if job.line and not job.load().needs_out}
+MAY_BE_LEFT_OUT = RESULT_ALONE | {"prune", "sparsify"}
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -82,11 +83,13 @@ def test_examples_say_where_to_write(name: str) -> None:
     assert not any(" --out " in line for line in lines)
 
 
-def test_what_may_be_left_out_follows_from_the_options() -> None:
-    for name, job in jobs().items():
-        if job.line:
-            options = job.load()
-            assert (name in MAY_BE_LEFT_OUT) == (not options.needs_out or bool(options.command.instead)), name
+def test_what_may_be_left_out_is_said_in_the_help() -> None:
+    assert {"evaluate", "place"} <= RESULT_ALONE
+    for name in ("prune", "sparsify"):
+        assert "may be left out with --plan" in out_of(ALL[name]).help
+    for name, command in ALL.items():
+        if own(name) in RESULT_ALONE:
+            assert "without it nothing is kept" in out_of(command).help
 
 
 class NewOptions(JobOptions):

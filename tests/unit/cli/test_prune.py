@@ -197,7 +197,7 @@ def test_outputs_that_are_in_the_way(moekit: Moekit, made: Path, tmp_path: Path)
     assert done.code == 2
     assert "the folder exists" in done.err
     assert "nothing says what to write" in moekit(*prune(made)).err
-    assert "nothing says where to write" in moekit("apply", made / "p.json").err
+    assert "Missing option '--out' / '-o'" in moekit("apply", made / "p.json").err
 
 
 def test_what_is_read_is_not_replaced(moekit: Moekit, made: Path, tmp_path: Path) -> None:
