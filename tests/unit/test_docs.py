@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -65,6 +66,16 @@ def test_the_lines_of_launchers_and_sentences_are_among_those_that_parse() -> No
 def test_command_lines_of_recipes_parse(recipe: Path) -> None:
     for line in lines_of(re.sub(r"^# *", "", recipe.read_text(), flags=re.MULTILINE)):
         parse(line)
+
+
+def test_command_lines_of_the_benchmark_of_memory_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = runpy.run_path(str(ROOT / "benchmarks" / "peak_memory.py"))
+    # It asks a model how many experts a token chooses; there is none here.
+    monkeypatch.setitem(found["commands"].__globals__, "choices", lambda moe: 8)
+    lines = [*found["commands"]("./moe", "./text", Path("./out")).values(), found["conversion"]("./moe", "./text")]
+    assert len(lines) > 10
+    for line in lines:
+        parse(shlex.join(["moekit", *line]))
 
 
 def examples(command: Any) -> list[str]:

@@ -211,6 +211,12 @@ def test_placements_may_be_counted_alone_but_no_model_is_written_to_be_lost(
     assert [path.name for path in tmp_path.iterdir()] == ["trace"]
 
 
+def test_a_shell_completes_the_option() -> None:
+    command = ALL["profile"]
+    context = command.make_context("profile", ["./moe", "./trace"], resilient_parsing=True)
+    assert [item.value for item in command.shell_complete(context, "--ou")] == ["--out"]
+
+
 @pytest.mark.parametrize("flag", ["-o", "--out"])
 def test_both_spellings_write_there(moekit: Moekit, made: Path, tmp_path: Path, flag: str) -> None:
     done = moekit("data", "write", made / "text", flag, tmp_path / "frozen", "--json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import moekit
@@ -29,3 +30,12 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 5e-3
     assert not list(tmp_path.glob(".two.scratch*"))
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_and_keep_nothing(tmp_path: Path) -> None:
+    write_model(tmp_path / "moe")
+    write_text(tmp_path / "text")
+    told = launch(tmp_path, 2, "evaluate", "moe", "--data", "text", "--max-tokens", "200", "--ep", "2")
+    assert told.count("perplexity of moe") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"moe", "text"}
