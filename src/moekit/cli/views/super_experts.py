@@ -23,7 +23,8 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
     if results["check_verdict"] is not None:
         terminal.say(results["check_verdict"])
     if results["protect"]:
-        terminal.say(f"to keep them: moekit prune ... --protect {results['file']}")
+        where = results["file"] or "super"  # without a folder, prune finds them itself
+        terminal.say(f"to keep them: moekit prune ... --protect {where}")
     elif any(told["expert"] == _SHARED for told in results["report"]["found"]):
         terminal.say("shared experts need no protection: no method drops them")
 
