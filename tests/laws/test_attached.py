@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_module
+from transformers import PreTrainedModel
 
 from moekit.anatomy import find_moe_layers
 from moekit.catalogue import MethodRecord
@@ -15,7 +18,7 @@ from moekit.runtime import attach, attached, detach, parts_on, without_parts
 from moekit.runtime.experts import refuse_other_calls
 from moekit.runtime.part import RuntimePart
 from tests.families import build, logits
-from tests.parts import NEUTRAL, FirstOnly, Gain, Nudge, NullExperts, learned, pairs, stir
+from tests.parts import NEUTRAL, FirstOnly, Gain, Momentum, Nudge, NullExperts, learned, leftovers, pairs, stir
 from tests.runtime_cases import cases, hang
 
 KINDS = ("routing", "block", "experts")
@@ -96,7 +99,7 @@ def test_experts_parts_stay_whatever_implementation_transformers_is_told_to_use(
 
 
 def test_what_another_library_set_as_forward_still_runs_inside_and_comes_back() -> None:
-    """As accelerate does where layers are moved between devices."""
+    """It may do anything, with or without the stock forward."""
     model = build("qwen3_moe")
     experts = find_moe_layers(model)[0].experts
     calls, stock = [], experts.forward
@@ -123,3 +126,64 @@ def test_experts_that_are_called_in_another_way_are_refused() -> None:
         layer.experts(torch.zeros(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 8))
     with pytest.raises(UnsupportedModel, match="called with hidden_TH, not with"):
         refuse_other_calls(Dense(), 0)
+
+
+def dispatched() -> PreTrainedModel:
+    """A model as accelerate leaves it where it lies on several devices: every module has a `forward` of its own."""
+    model = build("qwen3_moe")
+    return accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+def own_forwards(model: PreTrainedModel) -> list[tuple[object, object]]:
+    return [(m.__dict__.get("forward"), m.__dict__.get("_old_forward")) for m in model.modules()]
+
+
+@pytest.mark.parametrize("part", [Nudge(), FirstOnly(above=0.6), NullExperts(), Momentum(), Gain()], ids=repr)
+def test_parts_act_in_a_model_that_accelerate_has_dispatched(part: RuntimePart) -> None:
+    plain, model = build("qwen3_moe"), dispatched()
+    stock, before = logits(model), own_forwards(model)
+    for each in (plain, model):
+        attach(each, part)
+        stir(each)
+    assert not torch.equal(logits(plain), stock)
+    assert torch.equal(logits(model), logits(plain))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(plain))
+    detach(model)
+    assert own_forwards(model) == before
+    assert torch.equal(logits(model), stock)
+
+
+@pytest.mark.parametrize("part", [Nudge(), Momentum(), Gain()], ids=repr)
+def test_accelerate_may_come_and_go_while_parts_are_attached(part: RuntimePart) -> None:
+    model = build("qwen3_moe")
+    stock = logits(model)
+    attach(model, part)
+    stir(model)
+    changed = logits(model)
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert torch.equal(logits(model), changed)
+    with without_parts(model):
+        assert torch.equal(logits(model), stock)
+    assert torch.equal(logits(model), changed)
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(logits(model), changed)
+    detach(model)
+    assert torch.equal(logits(model), stock)
+
+
+@pytest.mark.parametrize("slot", ["router", "block"])
+def test_a_router_or_block_that_another_library_runs_in_its_own_way_is_refused(slot: str) -> None:
+    model = build("qwen3_moe")
+    stock = logits(model)
+    layer = find_moe_layers(model)[1]
+    module = layer.require_router() if slot == "router" else layer.block
+    own = type(module).forward
+    theirs = module.forward = lambda *args, **kwargs: own(module, *args, **kwargs)
+    with pytest.raises(UnsupportedModel, match="a forward of its own") as refused:
+        attach(model, Nudge() if slot == "router" else Momentum())
+    assert refused.value.layer == 1
+    assert attached(model) == []
+    assert module.forward is theirs
+    del module.forward
+    assert leftovers(model) == []
+    assert torch.equal(logits(model), stock)

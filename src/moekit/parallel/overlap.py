@@ -19,6 +19,7 @@ from moekit.anatomy import MoELayer
 from moekit.errors import UnsupportedModel
 from moekit.parallel.dispatcher import Dispatcher
 from moekit.parallel.empty_batch import EmptyBatch
+from moekit.runtime.forwards import ForwardAbove
 from moekit.runtime.slots import parts_on
 
 _Forward = Callable[..., Any]
@@ -29,7 +30,7 @@ def _own(module: nn.Module) -> _Forward:
     return partial(type(module).forward, module)
 
 
-class _Wrapped:
+class _Wrapped(ForwardAbove):
     """A forward in place of a module's own; a copy of the module has its own again."""
 
     def __init__(self, forward: _Forward, module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from moekit.checkpoint.names import PARTS
 from moekit.runtime.attention import attention_modules
 from moekit.runtime.block import BlockWithParts
 from moekit.runtime.experts import ExpertsWithParts, TransientPart, refuse_other_calls
+from moekit.runtime.forwards import change_class, has_foreign_forward, refuse_foreign_forward
 from moekit.runtime.part import RuntimePart, Slot
 from moekit.runtime.router import RouterWithParts
 from moekit.runtime.slots import BaseParts, PartOnLayer, SlotParts, parts_on, slot_of, slots_in, subclass_with
@@ -57,9 +58,12 @@ def _opened(layer: MoELayer, kind: Slot) -> SlotParts:
         slot = SlotParts()
         if kind == "experts":
             refuse_other_calls(module, layer.index)
-            slot.own_forward = module.__dict__.pop("forward", None)
+            if has_foreign_forward(module):
+                slot.own_forward = module.__dict__.pop("forward")
+        else:
+            refuse_foreign_forward(module, layer.index)
         module.add_module(PARTS, slot)
-        module.__class__ = subclass_with(_MIXINS[kind], type(module))
+        change_class(module, subclass_with(_MIXINS[kind], type(module)))
     return slot
 
 
@@ -71,7 +75,7 @@ def _close_empty(module: nn.Module, slot: SlotParts) -> None:
     if slot.transient:
         return
     delattr(module, PARTS)
-    module.__class__ = type(module).stock_class  # type: ignore[attr-defined]
+    change_class(module, type(module).stock_class)  # type: ignore[attr-defined]
     if slot.own_forward is not None:
         module.forward = slot.own_forward
 

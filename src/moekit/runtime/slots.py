@@ -90,8 +90,8 @@ class SlotParts(nn.Module):
         tracker: knows the forward pass under way; None where no part of a record is attached.
         gate: of a router: the family's own.
         transient: of experts: parts that come and go, in the order in which they came.
-        own_forward: of experts: a forward of the module's own that another library had set on it (accelerate does); it
-            stands inside of all parts.
+        own_forward: of experts: what another library had set on the module in place of its class's forward; stands inside of
+            all parts.
     """
 
     def __init__(
