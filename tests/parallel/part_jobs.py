@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from moekit.anatomy import find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.parallel import expert_parallel, gather_experts
 from moekit.parallel.ranks import Ranks
 from moekit.runtime import attach, detach
 from moekit.trace import Recorder
+from tests.families import logits
 from tests.parallel.jobs import step, tiny
 from tests.parts import Gain, leftovers, stir
 
@@ -61,3 +65,32 @@ def refused(ranks: Ranks) -> list[str]:
         except (BadConfig, UnsupportedModel) as error:
             said.append(str(error))
     return said
+
+
+def refused_half_way(ranks: Ranks, what: str) -> tuple[str, list[str]]:
+    """Why a model's experts are not dealt out for a reason that its second layer gives; and what has changed."""
+    model = tiny("qwen3_moe")
+    layer = find_moe_layers(model)[1]
+    stock, state, before = type(layer.experts), copy.deepcopy(model.state_dict()), logits(model)
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    if what == "another call":
+        layer.experts.__class__ = type("Called", (stock,), {"forward": lambda self, hidden: hidden})
+    elif what == "too few experts":
+        for name, tensor in list(layer.experts.named_parameters()):
+            layer.experts.register_parameter(name, torch.nn.Parameter(tensor[:1]))
+        layer.experts.num_experts = 1
+        state = copy.deepcopy(model.state_dict())
+    said = ""
+    try:
+        expert_parallel(model, ranks, dispatch="all-reduce" if what == "another batch" else "once-per-rank")
+    except (BadConfig, UnsupportedModel) as error:
+        said = str(error)
+    changed = leftovers(model)
+    layer.experts.__class__ = stock
+    after = model.state_dict()
+    changed += [name for name, tensor in state.items() if not torch.equal(tensor, after[name])]
+    if hooks != [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]:
+        changed.append("hooks")
+    if what != "too few experts" and not torch.equal(before, logits(model)):
+        changed.append("logits")
+    return said, changed

@@ -55,3 +55,17 @@ def test_what_would_need_all_weights_is_refused(pool: Pool) -> None:
         assert len(said) == 3
         assert all("a rank holds its own experts only" in words for words in said[:2])
         assert "the experts lie on several ranks" in said[2]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("another call", "layer 1: Called is called with hidden, not with"),
+        ("too few experts", "1 experts cannot be dealt to 2 ranks"),
+        ("another batch", "needs ranks that hold the same tokens"),
+    ],
+)
+def test_what_a_later_layer_refuses_leaves_the_whole_model(pool: Pool, what: str, words: str) -> None:
+    for said, changed in pool.run(2, "tests.parallel.part_jobs.refused_half_way", what):
+        assert words in said
+        assert changed == []

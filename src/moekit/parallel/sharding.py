@@ -30,7 +30,7 @@ from moekit.parallel.ranks import Ranks
 from moekit.parallel.shared_batch import SharedBatch
 from moekit.parallel.wire import Codec
 from moekit.placement import Placement
-from moekit.runtime.experts import ExpertsInputs, ExpertsPart, TransientPart
+from moekit.runtime.experts import ExpertsInputs, ExpertsPart, TransientPart, refuse_other_calls
 from moekit.runtime.hanging import Laid, lay, let_choose_none
 from moekit.runtime.slots import parts_on, slots_in
 
@@ -132,7 +132,8 @@ def expert_parallel(
 
     Raises:
         BadConfig: already parallel; fewer experts than ranks; a placement for other layers, experts or devices; an
-            attached part that reads the experts' weights.
+            attached part that reads the experts' weights. The model is as before.
+        UnsupportedModel: a layer's experts do not follow the contract. The model is as before.
     """
     ranks = mesh if isinstance(mesh, Ranks) else Ranks.of(mesh)
     if any(True for _ in shards(model)):
@@ -140,30 +141,39 @@ def expert_parallel(
     layers = find_moe_layers(model)
     if placement is not None:
         _check_placement(placement, layers, ranks)
+    # Whole or not at all: whatever any layer refuses, it refuses before the first one is cut.
+    planned = []
     for layer in layers:
+        refuse_other_calls(layer.experts, layer.index)
         for part in parts_on(layer.experts):
             if ranks.size > 1 and isinstance(part, ExpertsPart):
                 part.check_dealt_out(layer.index)
-    found = []
+        layout = _layout(layer, ranks, placement)
+        planned.append((layer, layout, _dispatcher(dispatch, layout, ranks, codec, shared_batch)))
     empty = EmptyBatch()
     empty.install(model)
-    for layer in layers:
-        device = layer.experts.down_proj.device
-        assert isinstance(device, torch.device)
-        if placement is None:
-            layout = ExpertLayout.contiguous(layer.geometry.experts, ranks.size, device)
-        else:
-            layout = ExpertLayout.make(placement.layers[layer.index], ranks.size, device)
-        dispatcher = make_dispatcher(dispatch, layout, ranks, codec=codec)
-        if dispatcher.needs_shared_batch and not shared_batch:
-            raise BadConfig(
-                f"{dispatch} needs ranks that hold the same tokens",
-                hint="use it for generation, or choose once-per-rank for tokens of their own",
-            )
-        if shared_batch and not dispatcher.needs_shared_batch:
-            dispatcher = SharedBatch.sharing(dispatcher, Link(ranks.group))
-        found.append(_shard(layer, layout, ranks, dispatcher, empty, overlap))
-    return found
+    return [_shard(layer, layout, ranks, dispatcher, empty, overlap) for layer, layout, dispatcher in planned]
+
+
+def _layout(layer: MoELayer, ranks: Ranks, placement: Placement | None) -> ExpertLayout:
+    device = layer.experts.down_proj.device
+    assert isinstance(device, torch.device)
+    if placement is None:
+        return ExpertLayout.contiguous(layer.geometry.experts, ranks.size, device)
+    return ExpertLayout.make(placement.layers[layer.index], ranks.size, device)
+
+
+def _dispatcher(name: str, layout: ExpertLayout, ranks: Ranks, codec: Codec, shared_batch: bool) -> Dispatcher:
+    """A dispatcher that works on the batches that ranks will have."""
+    dispatcher = make_dispatcher(name, layout, ranks, codec=codec)
+    if dispatcher.needs_shared_batch and not shared_batch:
+        raise BadConfig(
+            f"{name} needs ranks that hold the same tokens",
+            hint="use it for generation, or choose once-per-rank for tokens of their own",
+        )
+    if shared_batch and not dispatcher.needs_shared_batch:
+        return SharedBatch.sharing(dispatcher, Link(ranks.group))
+    return dispatcher
 
 
 def _check_placement(placement: Placement, layers: list[MoELayer], ranks: Ranks) -> None:

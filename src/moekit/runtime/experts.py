@@ -153,10 +153,11 @@ def refuse_other_calls(experts: nn.Module, layer: int) -> None:
     Raises:
         UnsupportedModel: they are called in another way.
     """
-    names = _arguments(type(experts))  # type: ignore[arg-type]
+    stock = getattr(type(experts), "stock_class", type(experts))
+    names = _arguments(stock)
     if len(names) < 3:
         raise UnsupportedModel(
-            f"{type(experts).__name__} is called with {', '.join(names)}, not with hidden states, indices and weights",
+            f"{stock.__name__} is called with {', '.join(names)}, not with hidden states, indices and weights",
             layer=layer,
             hint="experts parts, recording and expert parallelism need this family's experts to follow the contract",
         )

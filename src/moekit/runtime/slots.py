@@ -90,8 +90,8 @@ class SlotParts(nn.Module):
         tracker: knows the forward pass under way; None where no part of a record is attached.
         gate: of a router: the family's own.
         transient: of experts: parts that come and go, in the order in which they came.
-        own_forward: of experts: what another library had set on the module in place of its class's forward; stands inside of
-            all parts.
+        own_forward: of experts: what another library set on the module in place of its class's forward; it stands
+            inside of all parts.
     """
 
     def __init__(
