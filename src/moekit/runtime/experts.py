@@ -153,8 +153,8 @@ def refuse_other_calls(experts: nn.Module, layer: int) -> None:
     Raises:
         UnsupportedModel: they are called in another way.
     """
-    stock = getattr(type(experts), "stock_class", type(experts))
-    names = _arguments(stock)
+    stock: type[nn.Module] = getattr(type(experts), "stock_class", type(experts))
+    names = _arguments(stock)  # type: ignore[arg-type]
     if len(names) < 3:
         raise UnsupportedModel(
             f"{stock.__name__} is called with {', '.join(names)}, not with hidden states, indices and weights",
