@@ -10,7 +10,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from transformers import PreTrainedModel
 
-from moekit.anatomy import find_moe_layers
+from moekit.anatomy import find_moe_layers, identify_gate
 from moekit.catalogue import MethodRecord
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.routing import TopK
@@ -187,3 +187,30 @@ def test_a_router_or_block_that_another_library_runs_in_its_own_way_is_refused(s
     del module.forward
     assert leftovers(model) == []
     assert torch.equal(logits(model), stock)
+
+
+class Uncopied:
+    """What must not be copied: somebody's hook, or a module far from the router."""
+
+    def __call__(self, *args: object) -> None:
+        """As a hook does nothing."""
+
+    def __deepcopy__(self, memo: object) -> Uncopied:
+        raise AssertionError("the router's copy took it along")
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_asking_a_router_for_its_gate_copies_neither_its_parts_nor_its_hooks(dispatch: bool) -> None:
+    """A router that another library wraps is asked each time, through a copy; parts know the whole model."""
+    model = dispatched() if dispatch else build("qwen3_moe")
+    layer = find_moe_layers(model)[0]
+    router = layer.require_router()
+    stock = identify_gate(layer)
+    attach(model, Nudge())
+    router.register_forward_hook(Uncopied())
+    router.register_forward_pre_hook(Uncopied())
+    model.model.layers[0].self_attn.note = Uncopied()
+    router.note = 1 if dispatch else torch.nn.Parameter(torch.zeros(3))  # another router than those known
+    assert identify_gate(layer) == stock
+    attach(model, FirstOnly(), layers=[0])
+    assert [type(part) for part in parts_on(router)] == [Nudge, FirstOnly]

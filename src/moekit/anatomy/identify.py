@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from moekit.anatomy.gate import Gate, GateSpec, Scoring
 from moekit.anatomy.probe import MoELayer, ask_router
-from moekit.checkpoint.names import is_part_tensor
+from moekit.checkpoint.names import PARTS, is_part_tensor
 from moekit.errors import UnsupportedModel
 
 _EPSILONS = (0.0, 1e-20, 1e-6, 1e-9, 1e-12)
@@ -158,7 +159,8 @@ def _candidates(router: nn.Module, experts: int, top_k: int) -> Iterator[GateSpe
 
 def _stirred(router: nn.Module) -> nn.Module:
     """A copy with random tensors: fresh checkpoints have zero routers and biases, where every gate looks alike."""
-    twin = copy.deepcopy(router).to("cpu") if not _on_meta(router) else copy.deepcopy(router).to_empty(device="cpu")
+    twin = _alone(router)
+    twin = twin.to_empty(device="cpu") if _on_meta(router) else twin.to("cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in (*twin.parameters(), *twin.buffers()):
@@ -167,6 +169,16 @@ def _stirred(router: nn.Module) -> nn.Module:
                 scale = spread / max(tensor.shape[-1], 1) ** 0.5 if tensor.dim() == 2 else spread
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
     return twin
+
+
+def _alone(router: nn.Module) -> nn.Module:
+    """A copy without its parts and without hooks: both hold on to modules of the whole model."""
+    hooks = router._forward_hooks, router._forward_pre_hooks
+    instead: dict[int, object] = {id(known): OrderedDict() for known in hooks}
+    parts = router._modules.get(PARTS)
+    if parts is not None:
+        instead[id(parts)] = nn.Module()
+    return copy.deepcopy(router, instead)
 
 
 def _on_meta(module: nn.Module) -> bool:

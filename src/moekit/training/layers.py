@@ -51,7 +51,7 @@ _known: dict[nn.Module, list[TrainedLayer]] = {}
 
 @contextmanager
 def remembered_layers(model: nn.Module, found: list[TrainedLayer] | None = None) -> Iterator[None]:
-    """Ask the routers once for all that happens inside; asking copies a router, with all hooks that hang on it then.
+    """Ask the routers once for all that happens inside.
 
     Args:
         model: the model.
