@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -13,7 +14,11 @@ from moekit.errors import BadConfig, UnsupportedModel
 from moekit.parallel import expert_parallel, gather_experts
 from moekit.parallel.ranks import Ranks
 from moekit.runtime import attach, detach
-from moekit.trace import Recorder
+from moekit.runtime.router import RouteInputs, Scored, ScorePart
+from moekit.runtime.tracker import tracker_of
+from moekit.trace import Recorder, record
+from moekit.training.collector import collect
+from moekit.training.losses import balance_loss
 from tests.families import logits
 from tests.parallel.jobs import step, tiny
 from tests.parts import Gain, leftovers, stir
@@ -94,3 +99,60 @@ def refused_half_way(ranks: Ranks, what: str) -> tuple[str, list[str]]:
     if what != "too few experts" and not torch.equal(before, logits(model)):
         changed.append("logits")
     return said, changed
+
+
+class Counting(ScorePart):
+    """A part with a loss: the mean over the batch's tokens of its logits' squares."""
+
+    def score(self, inputs: RouteInputs) -> Scored:
+        """Leave the logits alone, and lose by them."""
+        real_T = inputs.context.token_mask(inputs.logits.device).flatten()
+        squares_T = inputs.logits.square().sum(-1) * real_T
+        return Scored(inputs.logits, {"squares": squares_T.sum() / real_T.sum().clamp(min=1)})
+
+
+def recorded_without_tokens(
+    ranks: Ranks, family: str, passes: list[Tensor], recorder_first: bool, expected: bool
+) -> dict[str, Any]:
+    """What is recorded, collected and lost where a rank has no row of some batches."""
+    model = tiny(family).train()
+    attach(model, Counting())
+    recorder = Recorder(model, fingerprint="")
+    with contextlib.ExitStack() as stack:
+        if recorder_first:
+            stack.enter_context(recorder)
+            collected = stack.enter_context(collect(model))
+        expert_parallel(model, ranks)
+        if not recorder_first:
+            stack.enter_context(recorder)
+            collected = stack.enter_context(collect(model))
+        losses = []
+        for tokens in passes:
+            mine = tokens[ranks.rank :: ranks.size]
+            if expected:
+                recorder.expect(mine)
+            loss = model(input_ids=mine, use_cache=False).logits.float().square().sum()
+            balance = sum(balance_loss(r.logits_TE, r.indices_TK, r.mask_T) for r in collected)
+            (loss + balance).backward()
+            counted = sum(int(r.tokens) for r in collected)
+            losses.append((counted, float(balance), sum(float(v) for v in tracker_of(model).losses.values())))
+            collected.clear()
+    trace = recorder.trace()
+    return {
+        "tokens": trace.meta.tokens,
+        "documents": trace.document_N.tolist(),
+        "choices": {layer: trace.indices(layer) for layer in trace.meta.layers},
+        "losses": losses,
+        "finite": all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters()),
+    }
+
+
+def recorded_padding(ranks: Ranks, tokens: Tensor) -> int:
+    """Tokens recorded where a rank's batch holds nothing but padding."""
+    model = tiny("qwen2_moe")
+    expert_parallel(model, ranks)
+    mask = torch.full_like(tokens, int(ranks.rank == 0))
+    trace = record(
+        model, [{"input_ids": tokens, "attention_mask": mask}, tokens[:, :0] if ranks.rank else tokens, tokens]
+    )
+    return trace.meta.tokens

@@ -69,3 +69,36 @@ def test_what_a_later_layer_refuses_leaves_the_whole_model(pool: Pool, what: str
     for said, changed in pool.run(2, "tests.parallel.part_jobs.refused_half_way", what):
         assert words in said
         assert changed == []
+
+
+@pytest.mark.parametrize("expected", [False, True])
+@pytest.mark.parametrize("recorder_first", [False, True])
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_a_rank_without_tokens_records_and_loses_nothing(
+    pool: Pool, family: str, recorder_first: bool, expected: bool
+) -> None:
+    """One row of text for two ranks, then two; the same rows one after another in one process."""
+    passes = [TOKENS[:1], TOKENS[1:3]]
+    trace = record(tiny(family), [TOKENS[:1], TOKENS[1:2], TOKENS[2:3]], fingerprint="")
+    job = "tests.parallel.part_jobs.recorded_without_tokens"
+    full, empty = pool.run(2, job, family, passes, recorder_first, expected)
+    length = TOKENS.shape[1]
+    assert (full["tokens"], empty["tokens"]) == (2 * length, length)
+    assert full["documents"] == [0] * length + [1] * length
+    assert empty["documents"] == [0] * length
+    for layer in trace.meta.layers:
+        index_NK = trace.indices(layer)
+        assert torch.equal(full["choices"][layer], index_NK[: 2 * length])
+        assert torch.equal(empty["choices"][layer], index_NK[2 * length :])
+    layers = len(trace.meta.layers)
+    assert empty["losses"][0] == (0, 0, 0)
+    for counted, balance, squares in (*full["losses"], empty["losses"][1]):
+        assert counted == layers * length
+        assert balance > 0
+        assert squares > 0
+    assert full["finite"]
+    assert empty["finite"]
+
+
+def test_a_batch_of_padding_keeps_no_other_rank_waiting(pool: Pool) -> None:
+    assert pool.run(2, "tests.parallel.part_jobs.recorded_padding", TOKENS) == [3 * TOKENS.numel(), TOKENS.numel()]

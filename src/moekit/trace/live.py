@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moekit.anatomy.probe import holds_all_experts
 from moekit.checkpoint.fingerprint import fingerprint_model, provenance_of
 from moekit.checkpoint.record import ancestors
 from moekit.errors import BadConfig, BadData, MoekitError, UnsupportedModel
@@ -158,7 +159,9 @@ class Recorder:
             rows = self._row_source(arguments)
         else:
             expected, self._expected = self._expected, None
-            rows = rows_of_pass(self.counter, arguments, expected)
+            # Nothing is numbered for what stands for a batch of no rows (`moekit.parallel.empty_batch`).
+            counter = RowCounter() if _stands_for_nothing(arguments, expected) else self.counter
+            rows = rows_of_pass(counter, arguments, expected if counter is self.counter else None)
         self._pass = ForwardPass(rows, self.counter.domains)
         for hook in self._hooks:
             hook.begin(self._pass)
@@ -244,6 +247,17 @@ class Recorder:
         return bool(self._gradients)
 
     @property
+    def is_awaited(self) -> bool:
+        """Whether experts lie on several ranks, which then all take part in every pass."""
+        return any(place.moe is not None and not holds_all_experts(place.moe.experts) for place in self._places)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its ids."""
+        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        return device
+
+    @property
     def tokens(self) -> int:
         """Tokens recorded so far, padding not counted."""
         return self._labels.tokens
@@ -270,6 +284,14 @@ class Recorder:
             begins=self.counter.begins,
             told=self._told,
         )
+
+
+def _stands_for_nothing(arguments: Mapping[str, Any], expected: Labels | None) -> bool:
+    """Whether a pass has no tokens at all, read from its mask; where rows are expected, nothing is read."""
+    if expected is not None and len(expected.mask_BS):
+        return False
+    mask = arguments.get("attention_mask")
+    return isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.any())
 
 
 def _learns(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -34,7 +34,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def run_batch(recorder: Recorder, batch: Any) -> int:
-    """One forward pass over a batch, padding-only rows and batches left out; returns its tokens.
+    """One forward pass over a batch, padding-only rows left out; returns its tokens.
+
+    A batch of padding alone is left out, too, unless other ranks wait for this one's part in every exchange.
 
     Raises:
         BadConfig: no batch of token ids, or an id the model does not embed.
@@ -42,6 +44,8 @@ def run_batch(recorder: Recorder, batch: Any) -> int:
     ids_BS, labels = read_batch(batch)
     rows = labels.mask_BS.any(dim=1) if ids_BS.numel() else torch.zeros(len(ids_BS), dtype=torch.bool)
     if not bool(rows.any()):
+        if recorder.is_awaited:
+            recorder.model(input_ids=ids_BS.new_zeros(0, 1).to(recorder.device), use_cache=False)
         return 0
     if not bool(rows.all()):
         ids_BS, labels = ids_BS[rows], labels.rows(rows)
@@ -53,7 +57,7 @@ def run_batch(recorder: Recorder, batch: Any) -> int:
             f"token id {largest} lies outside the model's {size} embeddings",
             hint="tokenize with the tokenizer that belongs to the model",
         )
-    device = embedding.weight.device
+    device = recorder.device
     recorder.expect(labels)
     inputs: dict[str, Any] = {"input_ids": ids_BS.to(device), "use_cache": False}
     inputs |= features_of(batch, device)
