@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ from moekit.training.objectives.z import RouterZ
 from moekit.training.terms import Terms, weighted_sum
 
 logger = logging.getLogger(__name__)
+
+# Callbacks that observe a model: a run that fails never tells them that it has ended.
+_observing: WeakSet[MoECallback] = WeakSet()
 
 
 class MoECallback(TrainerCallback):  # type: ignore[misc]
@@ -94,6 +98,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         self._collector: RouterCollector | None = None
         self._meter: RoutingMeter | None = None
         self._layers: list[TrainedLayer] = []
+        self._run: tuple[Any, TrainerState] | None = None
         self._memory = ExitStack()
         self._now = MicroBatch()
         self._share = 1.0
@@ -113,8 +118,9 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         """Remove all hooks from the model."""
         if self._collector is not None:
             self._collector.close()
-        self._collector = self._meter = self.biases = None
+        self._collector = self._meter = self.biases = self._run = None
         self._memory.close()
+        _observing.discard(self)
 
     def _check(self, args: TrainingArguments, model: Any) -> None:
         config = model.config.get_text_config()
@@ -135,6 +141,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         self.detach()
         self._read_at = state.global_step
         self._check(args, model)
+        self._follow(model, state)
         # Not earlier: what wraps the model for ranks may put other tensors in the place of its buffers.
         self._memory.enter_context(remembered_layers(model))
         self._layers = layers = trained_layers(model)
@@ -145,6 +152,14 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         device = next(layers[0].router.parameters()).device
         self._meter = RoutingMeter({layer.index: layer.experts for layer in layers}, device)
         self._collector = RouterCollector(model, self._consume, layers, self._batch)
+
+    def _follow(self, model: Any, state: TrainerState) -> None:
+        """Take this run's place on the model: what an earlier one that failed left there would add its losses, too."""
+        for other in list(_observing):
+            if other._run is not None and other._run[0] is model and other._run[1] is not state:
+                other.detach()
+        self._run = model, state
+        _observing.add(self)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

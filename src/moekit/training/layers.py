@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 from torch import Tensor, nn
 
@@ -45,8 +46,27 @@ class TrainedLayer:
         return self.layer.geometry.experts
 
 
-# Layers of models whose routers are not to be asked again, for the length of a `remembered_layers`.
-_known: dict[nn.Module, list[TrainedLayer]] = {}
+@dataclass(frozen=True, eq=False)
+class _Remembered:
+    """Layers of a model whose routers are not to be asked again.
+
+    Attributes:
+        model: the model; another may have its id later.
+        layers: its layers.
+    """
+
+    model: ReferenceType[nn.Module]
+    layers: list[TrainedLayer]
+
+
+# By the model's id, each for the length of a `remembered_layers`, which alone holds it: where nobody ends that, as
+# after a run that failed, no model is kept alive.
+_known: WeakValueDictionary[int, _Remembered] = WeakValueDictionary()
+
+
+def _remembered(model: nn.Module) -> list[TrainedLayer] | None:
+    found = _known.get(id(model))
+    return None if found is None or found.model() is not model else found.layers
 
 
 @contextmanager
@@ -58,14 +78,15 @@ def remembered_layers(model: nn.Module, found: list[TrainedLayer] | None = None)
         found: its layers, where they were found before: once parameters are dealt out to ranks (FSDP), a router alone
             does not answer.
     """
-    if model in _known:
+    if _remembered(model) is not None:
         yield
         return
-    _known[model] = trained_layers(model) if found is None else found
+    held = _known[id(model)] = _Remembered(ref(model), trained_layers(model) if found is None else found)
     try:
         yield
     finally:
-        del _known[model]
+        if _known.get(id(model)) is held:
+            del _known[id(model)]
 
 
 @contextmanager
@@ -95,8 +116,8 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     Raises:
         UnsupportedModel: no MoE layer, or a router that does not follow the contract.
     """
-    if model in _known:
-        return [layer.layer for layer in _known[model]]
+    if (known := _remembered(model)) is not None:
+        return [layer.layer for layer in known]
     with without_wrappers(model):
         layers = find_moe_layers(model)
     for layer in layers:
@@ -112,8 +133,8 @@ def trained_layers(model: nn.Module) -> list[TrainedLayer]:
     Raises:
         UnsupportedModel: no MoE layer, or a router that does not follow the contract.
     """
-    if model in _known:
-        return _known[model]
+    if (known := _remembered(model)) is not None:
+        return known
     found = []
     for layer in moe_layers(model):
         scores: Scores = "softmax"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +295,41 @@ def test_trl_sft_trainer_takes_the_same_callback(
 def test_trl_with_its_own_balance_loss_left_on_is_refused(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match="router_aux_loss_coef=0"):
         MoECallback({"balance": 1.0}).install(sft(words, tmp_path, router_aux_loss_coef=0.001))
+
+
+def test_a_run_that_failed_adds_nothing_to_the_next(tmp_path: Path) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    model, data = build("qwen2_moe"), Rows(2)
+    expected = gradients_of_one_step(model, data, tmp_path)
+    handle = model.lm_head.register_forward_hook(fail)
+    failed = trainer(model, data, tmp_path, max_steps=1)
+    failed.add_callback(MoECallback(WEIGHTS))
+    with pytest.raises(RuntimeError, match="no such luck"):
+        failed.train()
+    handle.remove()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run = trainer(model, data, tmp_path, max_steps=1, learning_rate=1.0)
+    # Two callbacks of one run stay both.
+    run.add_callback(MoECallback({"balance": WEIGHTS["balance"]}))
+    run.add_callback(MoECallback({name: weight for name, weight in WEIGHTS.items() if name != "balance"}))
+    run.train()
+    for name, grad in expected.items():
+        torch.testing.assert_close(before[name] - model.get_parameter(name).detach(), grad, atol=2e-6, rtol=1e-4)
+
+
+def test_a_run_that_fails_does_not_keep_the_model_alive(tmp_path: Path) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    model = build("qwen2_moe")
+    run = trainer(model, Rows(2), tmp_path, max_steps=1)
+    MoECallback({"balance": 0.1}).install(run)
+    handle = model.lm_head.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="no such luck"):
+        run.train()
+    seen = weakref.ref(model)
+    del run, model, handle
+    gc.collect()
+    assert seen() is None
