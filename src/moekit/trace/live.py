@@ -59,6 +59,8 @@ class Recorder:
         UnsupportedModel: no MoE, compiled, or a statistic reads what this family does not show.
     """
 
+    _records = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -98,6 +100,12 @@ class Recorder:
         self._held: ForwardPass | None = None
         self._fault: MoekitError | None = None
         self._handles: list[Removable] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        """One that does nothing: it comes along with a copy of the model, which nobody records."""
+        made = object.__new__(type(self))
+        made._records, made._pass = False, None
+        return made
 
     def __enter__(self) -> Recorder:
         if self._handles:
@@ -148,6 +156,8 @@ class Recorder:
         self._row_source = rows
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self._records:
+            return
         if torch.compiler.is_compiling():
             raise UnsupportedModel("the model is compiled while it is recorded", hint="record it without torch.compile")
         if self._held is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -474,3 +475,19 @@ def test_progress_is_told() -> None:
     bar = Bar()
     record(build("mixtral"), [tokens(), tokens()], progress=bar)
     assert bar.told == [("profiling", 2), 1, 1, "end"]
+
+
+@pytest.mark.parametrize("statistics", [("basic",), ("basic", "outputs", "router", "residual")])
+def test_a_copy_of_a_recorded_model_runs_and_is_not_recorded(statistics: tuple[str, ...]) -> None:
+    model = build("qwen2_moe")
+    stock = logits(model)
+    with Recorder(model, statistics=statistics) as recorder:
+        logits(model)
+        before = recorder.tokens
+        twin = copy.deepcopy(model)
+        assert torch.equal(logits(twin), stock)
+        assert recorder.tokens == before
+        with Recorder(twin, statistics=statistics) as other:
+            logits(twin)
+        assert recorder.tokens == before == other.tokens
+    assert torch.equal(logits(twin), stock)
