@@ -191,3 +191,54 @@ def test_families_that_do_not_ask_transformers_registry_have_parts_too() -> None
     with Recorder(model, statistics=("outputs",), once=True):
         logits(model)
     assert len(formula.chosen) == len(formula.layers)
+
+
+STATISTICS = ("basic", "outputs", "router", "inputs")
+
+
+@pytest.mark.parametrize("with_part", [False, True])
+@pytest.mark.parametrize(("outer_once", "inner_once"), list(itertools.product([False, True], repeat=2)))
+def test_two_recorders_see_what_each_sees_alone(with_part: bool, outer_once: bool, inner_once: bool) -> None:
+    """With a part attached experts are asked one by one through `run`; the other recorder must not hear of it."""
+    model = build(FAMILY)
+    if with_part:
+        attach(model, Gain())
+        stir(model)
+    stock = logits(model)
+    alone = Recorder(model, statistics=STATISTICS)
+    inner = Recorder(model, statistics=STATISTICS, once=inner_once)
+    outer = Recorder(model, statistics=(*STATISTICS, "all_output_sum"), once=outer_once)
+    with alone:
+        logits(model)
+    with inner, outer:
+        torch.testing.assert_close(logits(model), stock, atol=1e-5, rtol=1e-4)
+    expected = alone.trace().statistics
+    assert expected is not None
+    for recorder in (inner, outer):
+        found = recorder.trace().statistics
+        assert found is not None
+        for index, known in expected.items():
+            for name, value in known.items():
+                torch.testing.assert_close(found[index][name], value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("group")
+def test_recording_once_leaves_the_overlap_on() -> None:
+    """Tokens that left early for a pass whose experts were computed elsewhere are not taken for those of the next."""
+    model = build(FAMILY)  # calls its shared experts first
+    stock = logits(model)
+    expert_parallel(model, Ranks(dist.group.WORLD))
+    events: list[str] = []
+    for shard, layer in zip(shards(model), find_moe_layers(model), strict=True):
+        send = shard.dispatcher.dispatch
+        shard.dispatcher.dispatch = lambda *given, _send=send: events.append("sent") or _send(*given)
+        layer.shared[0].down_proj.register_forward_hook(lambda *_: events.append("shared"))
+    layers = len(find_moe_layers(model))
+    logits(model)
+    assert events == ["sent", "shared"] * layers
+    with Recorder(model, statistics=("outputs",), once=True):
+        torch.testing.assert_close(logits(model), stock, atol=1e-5, rtol=1e-4)
+    for _ in range(2):
+        events.clear()
+        torch.testing.assert_close(logits(model, tokens(2, 9)), logits(build(FAMILY), tokens(2, 9)))
+        assert events == ["sent", "shared"] * layers

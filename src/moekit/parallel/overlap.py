@@ -143,7 +143,7 @@ class SharedOverlap:
             if ready is not None:
                 return ready.view(*hidden.shape[:-1], ready.shape[-1])
             early = self._begins_early and not parts_on(self.layer.experts)
-            if number == 0 and early and self._flight is None:
+            if number == 0 and early:  # what an earlier pass has left is forgotten
                 self._begin(hidden)
             return _own(self.shared[number])(hidden, *args, **kwargs)
 

@@ -45,6 +45,8 @@ class ExpertsInputs(PartInputs):
         index_TK: chosen experts; E is "no expert".
         weights_TK: their weights.
         run: computes the experts as without this part.
+        unwatched: of a part that watches: `run` without those that watch further inside, for calls that the block does
+            not make; None where nobody does.
     """
 
     module: Any
@@ -52,6 +54,7 @@ class ExpertsInputs(PartInputs):
     index_TK: Tensor
     weights_TK: Tensor
     run: Run
+    unwatched: Run | None = None
 
 
 class ExpertsPart(RuntimePart):
@@ -135,8 +138,12 @@ class ExpertsWithParts(nn.Module):
             return answer
 
         run_all: Run = run
+        unwatched: Run | None = None
         for part in slot.from_inside():
-            run_all = functools.partial(_through, part, self, run_all)
+            inside = run_all
+            run_all = functools.partial(_through, part, self, inside, unwatched)
+            if unwatched is None and isinstance(part, TransientPart) and part.watches:
+                unwatched = inside
         answer = run_all(*rows)
         return answer if answer.shape == hidden.shape else answer.view(hidden.shape)
 
@@ -172,6 +179,7 @@ def _through(
     part: PartOnLayer | TransientPart,
     module: nn.Module,
     run: Run,
+    unwatched: Run | None,
     hidden_TH: Tensor,
     index_TK: Tensor,
     weights_TK: Tensor,
@@ -189,6 +197,7 @@ def _through(
             index_TK=index_TK,
             weights_TK=weights_TK,
             run=run,
+            unwatched=unwatched,
         )
     )
 

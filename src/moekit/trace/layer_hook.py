@@ -4,7 +4,7 @@ It is an experts part that watches: it stands outside of every other part, sees 
 lets them compute. What else statistics look at is fetched by a probe for each source. Outputs of single experts are
 asked for only where a statistic reads them, and only for the tokens routed to them. By default the layer's output is
 left untouched, so that the routed experts are computed twice; `once` adds the single outputs up instead, and the
-layer's output equals the stock one up to rounding.
+layer's output equals the stock one up to rounding; where another one watches further inside, that stays undone.
 
 Legend: T positions of a forward pass, N of them no padding, K choices a token, E experts, H hidden.
 """
@@ -151,8 +151,10 @@ class LayerHook(TransientPart):
         if self._pass is None:  # recomputation under activation checkpointing, say
             return inputs.run(*given)
         call = self._see(inputs)
-        one = self._one(inputs.run)
-        if call is not None and self._once and self._runs_experts and not torch.is_grad_enabled():
+        one = self._one(inputs.unwatched or inputs.run)
+        # Who watches further inside must see the block's call.
+        once = self._once and inputs.unwatched is None
+        if call is not None and once and self._runs_experts and not torch.is_grad_enabled():
             return self._pass.put(self._ask(call, one, add_up=True), inputs.hidden_TH)
         self._ask(call, one)
         return inputs.run(*given)
@@ -188,7 +190,7 @@ class LayerHook(TransientPart):
         extremes = torch.stack(torch.aminmax(index_NK)).long()
         self.buffer = LayerBuffer(small_NK, weights_NK, extremes, [weights_NK.sum(dtype=torch.float32)])
         if self._entries:
-            self._call = _Call(self._pass.keep(hidden_TH), index_NK.long(), weights_NK, inputs.run)
+            self._call = _Call(self._pass.keep(hidden_TH), index_NK.long(), weights_NK, inputs.unwatched or inputs.run)
         return self._call
 
     def _empty(self, entries: Sequence[Statistic], device: torch.device) -> LayerStatistics:
