@@ -36,7 +36,7 @@ from moekit.trace.meta import STOCK_ROUTING, tokenizer_hash
 from moekit.trace.recording import Recording
 from moekit.trace.resuming import note, resume
 from moekit.trace.rows import RowCounter, read_batch, rows_of_pass
-from moekit.trace.sources.base import ForwardPass, Place
+from moekit.trace.sources.base import ForwardPass, Place, Removable
 from moekit.trace.sources.places import dense_place, moe_place
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace
@@ -212,8 +212,9 @@ class Streamed:
         accumulator = LayerAccumulator(
             place, self.entries, keep_choices=self.keep_choices, keep_weights=self.keep_weights
         )
-        handles = list(hook.hooks())
+        handles: list[Removable] = []
         try:
+            handles.extend(hook.hooks())
             yield LayerRecording(place, hook, accumulator)
         finally:
             hook.begin(None)

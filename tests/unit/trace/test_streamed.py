@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moekit.checkpoint.folder import Checkpoint
-from moekit.errors import BadConfig, BadData
-from moekit.trace import Trace, record
+from moekit.errors import BadConfig, BadData, UnsupportedModel
+from moekit.trace import Trace, layer_hook, record
 from moekit.trace.streamed import Streamed, record_streamed
 from tests.checkpoints import plain
 from tests.families import FAMILIES, build, tokens
@@ -84,3 +84,15 @@ def test_what_cannot_be_walked_is_refused_first(tmp_path: Path) -> None:
         record_streamed(opened, [{"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}])
     with pytest.raises(BadConfig, match="embeddings"):
         record_streamed(opened, [torch.full((1, 4), 5000)])
+
+
+def test_a_layer_that_refuses_to_be_seen_keeps_no_hooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise UnsupportedModel("its experts are called in another way")
+
+    monkeypatch.setattr(layer_hook, "lay", refuse)
+    with Streamed(checkpoint(tmp_path / "m", "qwen2_moe"), BATCHES, statistics=GROUPS) as streamed:
+        with pytest.raises(UnsupportedModel, match="called in another way"):
+            streamed.run()
+        modules = list(streamed.loader.model.modules())
+    assert [m for m in modules if m._forward_hooks or m._forward_pre_hooks] == []
