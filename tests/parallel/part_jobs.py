@@ -13,7 +13,7 @@ from moekit.anatomy import find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.parallel import expert_parallel, gather_experts
 from moekit.parallel.ranks import Ranks
-from moekit.runtime import attach, detach
+from moekit.runtime import attach, attached, detach, without_parts
 from moekit.runtime.router import RouteInputs, Scored, ScorePart
 from moekit.runtime.tracker import tracker_of
 from moekit.trace import Recorder, record
@@ -70,6 +70,20 @@ def refused(ranks: Ranks) -> list[str]:
         except (BadConfig, UnsupportedModel) as error:
             said.append(str(error))
     return said
+
+
+def put_back(ranks: Ranks) -> tuple[str, list[str]]:
+    """What is said where experts are dealt out while parts that read their weights are off; and what is attached."""
+    model = tiny("olmoe")
+    attach(model, Reading())
+    attach(model, Counting())
+    said = ""
+    try:
+        with without_parts(model):
+            expert_parallel(model, ranks)
+    except BadConfig as error:
+        said = str(error)
+    return said, [type(each.part).__name__ for each in attached(model)]
 
 
 def refused_half_way(ranks: Ranks, what: str) -> tuple[str, list[str]]:

@@ -102,3 +102,9 @@ def test_a_rank_without_tokens_records_and_loses_nothing(
 
 def test_a_batch_of_padding_keeps_no_other_rank_waiting(pool: Pool) -> None:
     assert pool.run(2, "tests.parallel.part_jobs.recorded_padding", TOKENS) == [3 * TOKENS.numel(), TOKENS.numel()]
+
+
+def test_what_needs_all_weights_is_not_put_back_over_experts_dealt_out_meanwhile(pool: Pool) -> None:
+    for said, there in pool.run(2, "tests.parallel.part_jobs.put_back"):
+        assert "a rank holds its own experts only" in said
+        assert there == ["Counting"]

@@ -76,8 +76,7 @@ def attach(
     given = {layer.index: dict((constants or {}).get(layer.index, {})) for layer in chosen}
     for layer in chosen:
         part.check(layer.geometry, layer.index)
-        if isinstance(part, ExpertsPart) and not holds_all_experts(layer.experts):
-            part.check_dealt_out(layer.index)
+        _check_dealt_out(part, layer)
         _refuse_second(part, layer)
         check_axes(given[layer.index], part.axes, layer.geometry, layer.index)
     shared, prepared = _prepare(part, chosen, given, seed, _next_order(model))
@@ -92,6 +91,11 @@ def attach(
         _take_off(model, [ready.on for ready in prepared])
         raise
     return Attachment(part, {ready.layer.index: ready.on for ready in prepared}, shared)
+
+
+def _check_dealt_out(part: RuntimePart, layer: MoELayer) -> None:
+    if isinstance(part, ExpertsPart) and not holds_all_experts(layer.experts):
+        part.check_dealt_out(layer.index)
 
 
 def _refuse_second(part: RuntimePart, layer: MoELayer) -> None:
@@ -201,19 +205,35 @@ def _take_off(model: nn.Module, ons: list[PartOnLayer]) -> None:
 
 @contextlib.contextmanager
 def without_parts(model: nn.Module) -> Iterator[list[Attachment]]:
-    """Take all parts off for a moment; they come back as they are, with what they have learned."""
+    """Take all parts off for a moment; they come back as they are, with what they have learned.
+
+    Raises:
+        BadConfig: the experts were dealt out meanwhile, over which a part cannot stand; the others are back.
+    """
     taken = attached(model)
     _take_off(model, [on for a in taken for on in a.layers.values()])
     try:
         yield taken
     finally:
+        refused: list[BadConfig] = []
         for attachment in taken:
-            reattach(model, attachment)
+            try:
+                reattach(model, attachment)
+            except BadConfig as error:
+                refused.append(error)
+        if refused:
+            raise refused[0]
 
 
 def reattach(model: nn.Module, attachment: Attachment) -> None:
-    """Put back what `detach` took off, with what it has learned."""
+    """Put back what `detach` took off, with what it has learned.
+
+    Raises:
+        BadConfig: the experts were dealt out meanwhile, over which the part cannot stand. The model is as before.
+    """
     found = {layer.index: layer for layer in find_moe_layers(model)}
+    for index in attachment.layers:
+        _check_dealt_out(attachment.part, found[index])
     base = base_parts(model, list(found.values()))
     for index, on in attachment.layers.items():
         gate = None
