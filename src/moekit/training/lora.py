@@ -40,14 +40,41 @@ class LoraSettings(BaseModel):
     parts: tuple[str, ...] = Field(default=("experts", "attention"), min_length=1, description="what is adapted")
 
 
+# Parts that have no matrix to which factors could be added.
+_NEVER = ("norms", "embeddings", "adapters")
+
+
+def _adaptable(model: nn.Module, *, by_layer: bool) -> str:
+    """The parts that can be adapted, with their decoder layers where those were asked for."""
+    layers: dict[str, set[int]] = {}
+    for name, part in parts_of(model).items():
+        if part not in _NEVER:
+            known, layer = layers.setdefault(part, set()), _layer_of(name)
+            known |= set() if layer is None else {layer}
+    told = {part: f" ({_ranges(known)})" if by_layer and known else "" for part, known in layers.items()}
+    return ", ".join(part + told[part] for part in sorted(told))
+
+
+def _layer_of(name: str) -> int | None:
+    layer = re.search(r"\.(\d+)\.", name)
+    return int(layer[1]) if layer else None
+
+
+def _ranges(numbers: set[int]) -> str:
+    """Layers in few words: 0, 1, 2, 3 and 5 are "layers 0-3, 5"."""
+    firsts = sorted(n for n in numbers if n - 1 not in numbers)
+    lasts = sorted(n for n in numbers if n + 1 not in numbers)
+    told = [str(first) if first == last else f"{first}-{last}" for first, last in zip(firsts, lasts, strict=True)]
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(told)}"
+
+
 def _targets(model: nn.Module, specs: Sequence[PartSpec]) -> tuple[list[str], list[str]]:
     """Linear modules, and parameters of other modules, that belong to the given parts."""
     modules: list[str] = []
     parameters: list[str] = []
     for name, part in parts_of(model).items():
         owner, _, leaf = name.rpartition(".")
-        layer = re.search(r"\.(\d+)\.", name)
-        if chosen_rows(specs, part, int(layer[1]) if layer else None, ()) is False:
+        if chosen_rows(specs, part, _layer_of(name), ()) is False:
             continue
         # A router may be a linear module that returns three tensors: peft must adapt its weight, not its output.
         if type(model.get_submodule(owner)).forward is nn.Linear.forward:
@@ -80,7 +107,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     for spec in specs:
         if spec.low is not None:
             raise BadConfig("adapters go on all experts of a layer", hint="name layers without experts in brackets")
-        if spec.part in ("norms", "embeddings", "adapters"):
+        if spec.part in _NEVER:
             raise BadConfig(
                 f"LoRA does not adapt {spec.part}", hint="adapt experts, router, attention, shared or other"
             )
@@ -88,7 +115,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     if not modules and not parameters:
         raise BadConfig(
             f"{', '.join(settings.parts)}: this model has nothing there that LoRA could adapt",
-            hint=f"it has {', '.join(sorted(set(parts_of(model).values())))}",
+            hint=f"it has {_adaptable(model, by_layer=any(spec.first is not None for spec in specs))}",
         )
     config = LoraConfig(
         r=settings.rank,

@@ -98,6 +98,23 @@ def test_what_cannot_be_adapted_is_refused(parts: tuple[str, ...]) -> None:
         add_lora(build("olmoe"), LoraSettings(parts=parts))
 
 
+@pytest.mark.parametrize(
+    ("family", "parts", "hint"),
+    [
+        ("olmoe", ("shared",), "it has attention, experts, router"),
+        ("olmoe", ("experts:40",), "it has attention (layers 0-1), experts (layers 0-1), router (layers 0-1)"),
+        ("glm4_moe", ("experts:0",), "attention (layers 0-2), experts (layers 1-2), other (layer 0),"),
+    ],
+)
+def test_the_way_out_names_what_can_be_adapted_and_where(family: str, parts: tuple[str, ...], hint: str) -> None:
+    with pytest.raises(BadConfig) as refused:
+        add_lora(build(family), LoraSettings(parts=parts))
+    assert refused.value.hint is not None
+    assert hint in refused.value.hint
+    assert "norms" not in refused.value.hint
+    assert "embeddings" not in refused.value.hint
+
+
 def test_generation_works_with_adapters() -> None:
     wrapped = add_lora(build("qwen3_moe"), LoraSettings(rank=2))
     out = wrapped.generate(input_ids=tokens(1, 4), max_new_tokens=3, do_sample=False)
