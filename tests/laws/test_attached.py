@@ -10,12 +10,13 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from transformers import PreTrainedModel
 
-from moekit.anatomy import find_moe_layers, identify_gate
+from moekit.anatomy import MoELayer, find_moe_layers, identify_gate
 from moekit.catalogue import MethodRecord
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.routing import TopK
 from moekit.runtime import attach, attached, detach, parts_on, without_parts
-from moekit.runtime.experts import refuse_other_calls
+from moekit.runtime.experts import ExpertsInputs, TransientPart, refuse_other_calls
+from moekit.runtime.hanging import lay
 from moekit.runtime.part import RuntimePart
 from tests.families import build, logits
 from tests.parts import NEUTRAL, FirstOnly, Gain, Momentum, Nudge, NullExperts, learned, leftovers, pairs, stir
@@ -114,16 +115,39 @@ def test_what_another_library_set_as_forward_still_runs_inside_and_comes_back() 
     assert len(calls) > 2
 
 
+class Turned(TransientPart):
+    """Gives the experts' answer column by column in memory, as a matrix product of turned factors does."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        self.layer, self.geometry = layer.index, layer.geometry
+
+    def compute(self, inputs: ExpertsInputs) -> torch.Tensor:
+        return inputs.run(inputs.hidden_TH, inputs.index_TK, inputs.weights_TK).T.contiguous().T
+
+
+def test_experts_may_be_given_sequences_whatever_lies_in_memory() -> None:
+    layer = find_moe_layers(build("qwen3_moe"))[0]
+    hidden, index, weights = torch.randn(2, 3, 32), torch.randint(8, (6, 2)), torch.rand(6, 2)
+    stock = layer.experts(hidden.flatten(0, 1), index, weights).view_as(hidden)
+    lay(layer, Turned(layer))
+    assert torch.equal(layer.experts(hidden, index, weights), stock)
+
+
 def test_experts_that_are_called_in_another_way_are_refused() -> None:
     class Dense(torch.nn.Module):
         def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
             return hidden_TH
 
     model = build("qwen3_moe")
-    layer = find_moe_layers(model)[0]
+    layer = find_moe_layers(model)[1]
     attach(model, Gain())
-    with pytest.raises(UnsupportedModel, match=r"top_k_weights \[3, 8\], not with"):
-        layer.experts(torch.zeros(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 8))
+    for take_off in (lambda: detach(model), lambda: None):
+        with pytest.raises(UnsupportedModel, match=r"top_k_weights \[3, 8\], not with") as refused:
+            layer.experts(torch.zeros(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 8))
+        assert refused.value.layer == 1
+        assert "take them off" in str(refused.value.hint)
+        lay(layer, Turned(layer))
+        take_off()
     with pytest.raises(UnsupportedModel, match="called with hidden_TH, not with"):
         refuse_other_calls(Dense(), 0)
 

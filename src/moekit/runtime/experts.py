@@ -62,7 +62,8 @@ class ExpertsPart(RuntimePart):
 
     Attributes:
         reads_weights: whether it looks at the experts' own weights; one that does not computes them by `run` alone, and
-            so works where they lie on ranks, too.
+            so works where they lie on ranks, too, if it calls `run` equally often on every rank, whatever its tokens:
+            each call is an exchange in which all ranks take part.
     """
 
     slot: ClassVar[Slot] = "experts"
@@ -78,7 +79,8 @@ class ExpertsPart(RuntimePart):
             raise BadConfig(
                 f"{type(self).__name__} reads the experts' weights, but a rank holds its own experts only",
                 layer=layer,
-                hint="run it in one process; a part that computes by `run` alone says `reads_weights = False`",
+                hint="run it in one process; a part that computes by `run` alone, equally often whatever its tokens, "
+                "says `reads_weights = False`",
             )
 
     @abstractmethod
@@ -127,11 +129,7 @@ class ExpertsWithParts(nn.Module):
         hidden, index, weights = (given.pop(name) for name in names[:3])
         rows = _rows(hidden), _rows(index), _rows(weights)
         if rows[1].shape != rows[2].shape or len(rows[0]) != len(rows[1]):
-            shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(names, rows, strict=False))
-            raise UnsupportedModel(
-                f"{type(self).__name__} is called with {shapes}, not with [T, H], [T, K], [T, K]",
-                hint="parts, recording and expert parallelism need this family's experts to follow the contract",
-            )
+            raise _wrong_call(self, dict(zip(names, rows, strict=False)))
 
         def run(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
             answer: Tensor = own(hidden_TH, index_TK, weights_TK, **given)
@@ -146,6 +144,18 @@ class ExpertsWithParts(nn.Module):
                 unwatched = inside
         answer = run_all(*rows)
         return answer if answer.shape == hidden.shape else answer.view(hidden.shape)
+
+
+def _wrong_call(experts: ExpertsWithParts, given: dict[str, Tensor]) -> UnsupportedModel:
+    slot = slot_of(experts)
+    first = next(iter(slot.from_inside()), None) if slot is not None else None
+    stock: type[nn.Module] = type(experts).stock_class  # type: ignore[attr-defined]
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in given.items())
+    return UnsupportedModel(
+        f"{stock.__name__} is called with {shapes}, not with [T, H], [T, K], [T, K]",
+        layer=None if first is None else first.layer,
+        hint="parts, recording and expert parallelism cannot stand over such experts: take them off, or name other ones",
+    )
 
 
 @functools.cache

@@ -65,6 +65,10 @@ class LayerInit:
 class RuntimePart(BaseModel, ABC):
     """Base of all parts; fields are the method's knobs.
 
+    A part itself keeps nothing between calls. What it must hand on it leaves in the pass, `inputs.context`: to later
+    layers by `put` and `get`, to the positions that follow in a generation by `extend` (values of every position) or by
+    `keep` and `kept` (one state of each sequence, as a recurrence has).
+
     Attributes:
         slot: where it lives.
         axes: what the axes of its tensors mean, by the constant's name or the learned state's key (see

@@ -1,8 +1,8 @@
-"""The experts seam of a live model: what is passed over it, and how to ask experts one by one.
+"""What recording asks of a live model: which layers it has, what stands around them, and how their routers score.
 
 Every family calls its experts with (hidden [T, H], indices [T, K], weights [T, K]), whatever its router is.
 
-Legend: T positions of a forward pass, K choices a token, P (token, choice) pairs, E experts, H hidden.
+Legend: T positions of a forward pass, K choices a token, E experts, H hidden.
 """
 
 from __future__ import annotations
