@@ -154,7 +154,7 @@ def _wrong_call(experts: ExpertsWithParts, given: dict[str, Tensor]) -> Unsuppor
     return UnsupportedModel(
         f"{stock.__name__} is called with {shapes}, not with [T, H], [T, K], [T, K]",
         layer=None if first is None else first.layer,
-        hint="parts, recording and expert parallelism cannot stand over such experts: take them off, or name other ones",
+        hint="parts, recording and expert parallelism cannot stand over such experts: take them off, or name others",
     )
 
 
