@@ -81,7 +81,7 @@ def _list(terminal: Terminal) -> None:
 def _print_estimate(terminal: Terminal, recipe: Recipe) -> None:
     from moekit.jobs.shared.estimates import merged
     from moekit.recipe.duration import in_words
-    from moekit.recipe.runner import durations, estimate
+    from moekit.recipe.forecast import durations, estimate
 
     estimates = estimate(recipe)
     seconds = durations(recipe)
@@ -105,7 +105,7 @@ def _print_estimate(terminal: Terminal, recipe: Recipe) -> None:
 
 
 def _say_how_long(terminal: Terminal, recipe: Recipe) -> None:
-    from moekit.recipe.runner import durations
+    from moekit.recipe.forecast import durations
 
     if left := durations(recipe, done=False):
         terminal.note(f"{len(left)} steps: {_how_long(left)}")

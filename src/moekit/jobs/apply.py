@@ -19,7 +19,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.prune import PruneResult
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
-from moekit.jobs.shared.inputs import model_item, record_bytes, text_item
+from moekit.jobs.shared.inputs import lies_here, model_item, record_bytes, text_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.weights.mtp import check_mtp
 from moekit.jobs.weights.plans import plan_path
@@ -137,7 +137,7 @@ def estimate(options: ApplyOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     plan = _load(options)
     reference = options.model or plan.file.model
     model = model_item(reference, sizes)
-    if model.nbytes is None or not (Path(reference).expanduser() / "config.json").is_file():
+    if model.nbytes is None or not lies_here(reference):
         return JobEstimate((*reads, model), (Item(str(out), model.nbytes),), disk=model.nbytes)
     source = open_source(reference)
     plan = _fitting(options, plan, source)

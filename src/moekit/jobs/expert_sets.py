@@ -19,7 +19,7 @@ from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.expert_sets import ExpertSetsOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
-from moekit.jobs.shared.inputs import model_item, read_text, text_item
+from moekit.jobs.shared.inputs import lies_here, model_item, read_text, text_item
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.tasks.texts import Texts, account, largest_layer, log_warnings, texts_of_tasks
 from moekit.jobs.weights.sizes import bytes_between, check_disk
@@ -140,7 +140,7 @@ def estimate(options: ExpertSetsOptions, out: Path, sizes: ByteSizes) -> JobEsti
     """A few hundred kilobytes are written; what lies on the disk meanwhile are the text's hidden states."""
     reads = (model_item(options.model, sizes), text_item(options.data, sizes))
     notes = ("layers are read from disk one at a time: memory does not grow with their number",)
-    if not (Path(options.model).expanduser() / "config.json").is_file():
+    if not lies_here(options.model):
         return JobEstimate(reads, (Item(str(out), _STORE_BYTES),), notes=notes)
     source = open_source(options.model)
     disk = _STORE_BYTES + _between(options, source)

@@ -21,10 +21,11 @@ from moekit.jobs.call import JobResult, ModelLike, call
 from moekit.jobs.context import JobContext, LiveModel
 from moekit.jobs.options.generate import GenerateOptions
 from moekit.jobs.shared.estimates import ByteSizes, JobEstimate, largest
-from moekit.jobs.shared.inputs import model_item, open_model
+from moekit.jobs.shared.inputs import lies_here, model_item, open_model
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.jobs.tasks.answering import TaskModels, check_tasks, summary
 from moekit.progress import ProgressLike
+from moekit.serving.expert_sets.store import INDEX_FILE
 
 COMPLETIONS = "completions.json"
 PROMPTS = (
@@ -156,6 +157,9 @@ def check(options: GenerateOptions) -> None:
 def estimate(options: GenerateOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """One model is in memory at a time; with expert sets, one task's experts."""
     if options.expert_sets is not None:
+        # An earlier step may be yet to write either.
+        if not lies_here(options.model) or not (Path(options.expert_sets).expanduser() / INDEX_FILE).is_file():
+            return JobEstimate((model_item(options.model, sizes), sizes.item(options.expert_sets)), (), disk=0)
         return TaskModels(options, options.model, device=options.device, dtype=options.dtype).estimate()
     items = tuple(model_item(name, sizes) for name in (options.model, options.other) if name is not None)
     return JobEstimate(items, (), disk=0, memory=largest(item.nbytes for item in items))

@@ -14,7 +14,7 @@ from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
-from moekit.jobs.shared.inputs import model_item, text_item
+from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 from moekit.jobs.shared.opened import check_runnable
 from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.weights.plans import PLAN_BYTES, save_plan
@@ -194,7 +194,7 @@ def estimate(options: PruneOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
         notes.append("layers may keep different numbers of experts: the result loads through moekit.load only")
     if options.write == "plan":
         return JobEstimate(tuple(reads), (Item(str(out), PLAN_BYTES),), disk=PLAN_BYTES, notes=tuple(notes))
-    if not (Path(options.model).expanduser() / "config.json").is_file():
+    if not lies_here(options.model):
         return JobEstimate(tuple(reads), (Item(str(out), model.nbytes),), disk=model.nbytes, notes=tuple(notes))
     asked = ask(options, 0)
     whole = 0 if options.self_generated is None else asked.source.nbytes + (1 << 30)

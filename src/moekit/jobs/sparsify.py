@@ -14,7 +14,7 @@ from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
-from moekit.jobs.shared.inputs import model_item, text_item
+from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.weights.plans import PLAN_BYTES, plan_path, save_plan
 from moekit.jobs.weights.sizes import check_disk
@@ -173,7 +173,7 @@ def estimate(options: SparsifyOptions, out: Path, sizes: ByteSizes) -> JobEstima
     notes = ("layers are read from disk one at a time: memory does not grow with their number",)
     if options.write == "plan":
         return JobEstimate((model, *reads), (Item(str(out), PLAN_BYTES),), disk=PLAN_BYTES, notes=notes)
-    if model.nbytes is None or not (Path(reference).expanduser() / "config.json").is_file():
+    if model.nbytes is None or not lies_here(reference):
         return JobEstimate((model, *reads), (Item(str(out), model.nbytes),), disk=model.nbytes, notes=notes)
     asked = ask(options, 0)
     written = Item(str(out), asked.written)

@@ -21,7 +21,7 @@ from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
-from moekit.jobs.shared.inputs import model_item, text_item
+from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.weights.proof import HeldOut
 from moekit.jobs.weights.protection import find_in_trace, protection_needs
@@ -140,7 +140,7 @@ def estimate(options: SuperExpertsOptions, out: Path, sizes: ByteSizes) -> JobEs
         notes.append(f"where any are found, the held-out text is walked without them, and without {draws}")
     disk: int | None = _FILE_BYTES
     memory = None
-    if (Path(options.model).expanduser() / "config.json").is_file():
+    if lies_here(options.model):
         source = open_source(options.model)
         check_runnable(source)
         disk = _FILE_BYTES + _between(options, source)

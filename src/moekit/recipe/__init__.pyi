@@ -1,6 +1,3 @@
-from .runner import (
-    RunResult as RunResult,
-    estimate as estimate,
-    run as run,
-)
+from .forecast import durations as durations, estimate as estimate
+from .runner import RunResult as RunResult, run as run
 from .schema import Recipe as Recipe, load_recipe as load_recipe

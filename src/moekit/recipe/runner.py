@@ -25,7 +25,6 @@ from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write, lock
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.context import JobContext
-from moekit.jobs.shared.estimates import ByteSizes, JobEstimate
 from moekit.jobs.shared.hashes import artefact_hash, hash_of, listing, reference_hash
 from moekit.jobs.shared.outputs import check_output
 from moekit.recipe.schema import Recipe
@@ -83,39 +82,6 @@ class RunResult:
     ran: list[str] = field(default_factory=list)
 
 
-def estimate(recipe: Recipe) -> dict[str, JobEstimate]:
-    """What each step would read, write and need, in order; nothing is read but file sizes and headers."""
-    check(recipe)
-    sizes = ByteSizes()
-    folders = {step.id: str(recipe.folder / step.id) for step in recipe.steps}
-    estimates: dict[str, JobEstimate] = {}
-    for step in recipe.steps:
-        ready = _with_folders(step, folders, before=list(estimates))
-        estimates[step.id] = ready.estimate(Path(folders[step.id]), sizes)
-        sizes.expect(estimates[step.id])
-    return estimates
-
-
-def durations(recipe: Recipe, *, done: bool = True) -> dict[str, float | None]:
-    """Seconds that each step will take on this machine, about; None where nothing says so.
-
-    Args:
-        recipe: from `load_recipe`.
-        done: name finished steps, too.
-    """
-    from moekit.recipe.duration import durations as estimated
-
-    sizes = ByteSizes()
-    folders = {step.id: str(recipe.folder / step.id) for step in recipe.steps}
-    ready: dict[str, AnyStep] = {}
-    for step in recipe.steps:
-        before = [known.id for known in ready.values()]
-        ready[folders[step.id]] = _with_folders(step, folders, before=before)
-        sizes.expect(ready[folders[step.id]].estimate(Path(folders[step.id]), sizes))
-    found = dict(zip(folders, estimated(ready, sizes).values(), strict=True))
-    return {name: took for name, took in found.items() if done or read_marker(recipe.folder, name) is None}
-
-
 def check(recipe: Recipe) -> None:
     """Refuse impossible options of any step before the first one runs.
 
@@ -123,12 +89,12 @@ def check(recipe: Recipe) -> None:
         BadConfig: naming the step and the option.
     """
     for step in recipe.steps:
-        with _named(step.id):
+        with named(step.id):
             step.check()
 
 
 @contextmanager
-def _named(step: str) -> Iterator[None]:
+def named(step: str) -> Iterator[None]:
     """Put the step's name into the message of whatever it raises."""
     try:
         yield
@@ -170,7 +136,7 @@ def run(
     with lock(folder):
         _write_recipe(folder, recipe)
         for step in recipe.steps:
-            ready = _with_folders(step, {name: str(folder / name) for name in ids}, before=list(result.done))
+            ready = with_folders(step, {name: str(folder / name) for name in ids}, before=list(result.done))
             key = step_key(recipe, step, ready, result.done)
             marker = None if step.id in again else _finished(folder, step.id, key)
             if marker is not None:
@@ -209,8 +175,14 @@ def step_key(recipe: Recipe, step: AnyStep, ready: AnyStep, done: Mapping[str, M
     return hash_of([config, seed, before, outside, __version__])
 
 
-def _with_folders(step: AnyStep, folders: Mapping[str, str], before: list[str]) -> AnyStep:
-    """The step with `${steps.ID}` replaced by folders."""
+def with_folders(step: AnyStep, folders: Mapping[str, str], before: list[str]) -> AnyStep:
+    """The step with `${steps.ID}` replaced by folders.
+
+    Args:
+        step: as written.
+        folders: id -> folder.
+        before: ids of the steps that come before it.
+    """
     known = {name: folders[name] for name in before}
     return type(step).model_validate(resolve_steps(step.model_dump(), known))
 
@@ -219,7 +191,7 @@ def _carry_out(
     recipe: Recipe, step: AnyStep, key: str, done: Mapping[str, Marker], progress: Progress | None
 ) -> Marker:
     folder = recipe.folder
-    with _named(step.id):
+    with named(step.id):
         check_output(step, folder / step.id)
     marker_file = folder / MARKERS / f"{step.id}.json"
     marker_file.unlink(missing_ok=True)
@@ -239,7 +211,7 @@ def _carry_out(
         finished={m.id: StepResult(m.id, m.use, folder / m.id, m.config, m.results) for m in done.values()},
     )
     started = time.monotonic()
-    with _named(step.id):
+    with named(step.id):
         results = step.run(work)
     marker = Marker(
         id=step.id,

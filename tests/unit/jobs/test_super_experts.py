@@ -29,6 +29,7 @@ from moekit.jobs.shared.inputs import load_tokenizer, read_text
 from moekit.jobs.shared.opened import open_source
 from moekit.jobs.weights.protection import parse_protected
 from moekit.recipe import runner
+from moekit.recipe.forecast import estimate
 from moekit.recipe.schema import load_recipe
 from moekit.trace.streamed import Streamed
 from tests.planted import PLANTED, write_planted
@@ -278,7 +279,7 @@ steps:
 """
     )
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert set(runner.estimate(recipe)) == {"super", "report"}
+    assert set(estimate(recipe)) == {"super", "report"}
     runner.run(recipe)
     page = (tmp_path / "run" / "report" / "report.html").read_text()
     for words in ("Massive activations", "Which block makes them", "Does the model break without them?"):

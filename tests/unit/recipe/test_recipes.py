@@ -11,6 +11,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moekit.recipe import runner
+from moekit.recipe.forecast import estimate
 from moekit.recipe.schema import load_recipe
 from moekit.recipe.variables import parse_overrides
 from tests.families import randomize
@@ -25,7 +26,7 @@ def test_every_recipe_is_valid_and_can_say_what_it_would_do(file: Path, monkeypa
     # No hub is asked for sizes here.
     monkeypatch.setattr("moekit.jobs.shared.inputs._hub_bytes", lambda reference: None)
     recipe = load_recipe(file)
-    estimates = runner.estimate(recipe)
+    estimates = estimate(recipe)
     assert [step.id for step in recipe.steps] == list(estimates)
     assert recipe.steps[-1].use == "report"
     assert not recipe.folder.exists() or (recipe.folder / "run.json").exists()

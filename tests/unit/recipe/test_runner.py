@@ -17,6 +17,7 @@ from moekit.errors import BadConfig, BadData
 from moekit.jobs.options.data import DataOptions
 from moekit.jobs.shared.hashes import artefact_hash
 from moekit.recipe import runner
+from moekit.recipe.forecast import estimate
 from moekit.recipe.schema import Recipe, load_recipe
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again. "
@@ -165,7 +166,7 @@ def test_two_processes_do_not_share_a_run_folder(recipe: Recipe) -> None:
 
 
 def test_the_forecast_reads_sizes_and_writes_nothing(recipe: Recipe) -> None:
-    estimates = runner.estimate(recipe)
+    estimates = estimate(recipe)
     assert list(estimates) == ["first", "second"]
     assert estimates["first"].reads[0].nbytes == len(TEXT) * 200
     assert estimates["second"].reads[0].what.endswith("first/train.jsonl")

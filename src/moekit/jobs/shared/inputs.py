@@ -16,7 +16,7 @@ from moekit._progress import Progress
 from moekit._ranks import is_first_rank
 from moekit.checkpoint import Checkpoint, Record, fingerprint_model
 from moekit.checkpoint.estimate import estimate
-from moekit.checkpoint.folder import read_tensors
+from moekit.checkpoint.folder import CONFIG_FILE, read_tensors
 from moekit.checkpoint.names import text_config
 from moekit.checkpoint.safety import TensorInfo
 from moekit.data import Document, TokenBatches, fetch, pack, vocabulary
@@ -47,7 +47,12 @@ def is_packaged_model(reference: str) -> bool:
 
 def is_model(reference: str) -> bool:
     """Whether a reference means a model: a packaged one, or a folder with a config."""
-    return is_packaged_model(reference) or (Path(reference).expanduser() / "config.json").is_file()
+    return is_packaged_model(reference) or lies_here(reference)
+
+
+def lies_here(reference: str) -> bool:
+    """Whether a model's folder is on this disk, so that its config and headers can be read."""
+    return (Path(reference).expanduser() / CONFIG_FILE).is_file()
 
 
 def model_location(reference: str, progress: Progress | None = None) -> str:
@@ -281,14 +286,13 @@ def record_bytes(tensors: Iterable[TensorInfo]) -> int:
 def changed_bytes(reference: str, model: Item) -> int | None:
     """Most bytes of what a model becomes whose weights change and not their sizes; None if the model's are unknown."""
     folder = Path(reference).expanduser()
-    if model.nbytes is None or not (folder / "config.json").is_file():
+    if model.nbytes is None or not lies_here(reference):
         return model.nbytes
     return model.nbytes + record_bytes(read_tensors(folder).values())
 
 
 def _refuse_bad_config(folder: Path) -> None:
     """A dry run of a model that no command would open says so."""
-    from moekit.checkpoint.folder import CONFIG_FILE
     from moekit.checkpoint.safety import check_name, read_json
     from moekit.checkpoint.sanity import check_config
 

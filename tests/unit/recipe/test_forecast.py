@@ -1,0 +1,83 @@
+"""What a recipe would do, told before its steps have written what later ones read, and beside what older runs left."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moekit.errors import BadConfig
+from moekit.recipe import runner
+from moekit.recipe.forecast import durations, estimate
+from moekit.recipe.schema import Recipe, load_recipe
+from tests.tiny import write_model, write_text
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and a text."""
+    folder = tmp_path_factory.mktemp("made")
+    write_model(folder / "moe", "qwen3_moe")
+    write_text(folder / "text", documents=4)
+    return folder
+
+
+def recipe(made: Path, folder: Path, steps: list[dict[str, Any]], model: Path | None = None) -> Recipe:
+    variables = {"model": str(model or made / "moe"), "text": str(made / "text")}
+    body = {"name": "r", "out": str(folder / "run"), "vars": variables, "steps": steps}
+    (folder / "r.yaml").write_text(yaml.safe_dump(body))
+    return load_recipe(folder / "r.yaml")
+
+
+TASKS = [
+    {"use": "expert-sets", "id": "sets", "model": "${model}", "data": "${text}", "max_tokens": 200},
+    {"use": "generate", "model": "${model}", "expert_sets": "${steps.sets}", "keep": 0.5, "max_new_tokens": 2},
+]
+PLAN = {"model": "${model}", "data": "${text}", "write": "plan", "proof": False, "max_tokens": 200}
+PRUNED = [
+    {"use": "prune", "id": "plan", "method": "frequency", "keep": 0.5, **PLAN},
+    {"use": "apply", "plan": "${steps.plan}", "proof": False},
+]
+SPARSE = [
+    {"use": "sparsify", "id": "plan", "method": "wanda", "sparsity": 0.5, **PLAN},
+    {"use": "sparsify", "id": "again", "from_plan": "${steps.plan}", "proof": False},
+]
+
+
+def test_expert_sets_that_an_earlier_step_writes_are_unknown_beforehand(made: Path, tmp_path: Path) -> None:
+    asked = recipe(made, tmp_path, TASKS)
+    told = estimate(asked)
+    assert told["generate"].memory is None
+    assert [item.what for item in told["generate"].reads] == [str(made / "moe"), str(tmp_path / "run" / "sets")]
+    assert set(durations(asked)) == {"sets", "generate"}
+    assert runner.run(asked).ran == ["sets", "generate"]
+    assert estimate(asked)["generate"].memory
+
+
+@pytest.mark.parametrize("steps", [TASKS, PRUNED, SPARSE], ids=["expert sets", "apply", "sparsify"])
+def test_what_another_model_left_in_the_run_folder_is_no_obstacle(
+    made: Path, tmp_path: Path, steps: list[dict[str, Any]]
+) -> None:
+    asked = recipe(made, tmp_path, steps, write_model(tmp_path / "moe", "qwen3_moe"))
+    ids = [step.id for step in asked.steps]
+    runner.run(asked)
+    exact = estimate(asked)[ids[1]]
+    assert exact.memory
+    shutil.rmtree(tmp_path / "moe")
+    write_model(tmp_path / "moe", "qwen3_moe", seed=1)
+    told = estimate(asked)[ids[1]]
+    assert told.memory is None
+    assert any("unknown until" in note for note in told.notes)
+    assert set(durations(asked)) == set(ids)
+    assert runner.run(asked).ran == ids
+    assert estimate(asked)[ids[1]].writes == exact.writes
+
+
+def test_what_is_wrong_with_an_input_from_outside_is_still_told_at_once(made: Path, tmp_path: Path) -> None:
+    asked = recipe(made, tmp_path, [{"use": "prune", "method": "frequency", "keep": 400, **PLAN, "write": "model"}])
+    for told in (estimate, durations):
+        with pytest.raises(BadConfig, match="step 'prune'"):
+            told(asked)
