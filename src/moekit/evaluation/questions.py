@@ -125,6 +125,24 @@ def choices(
     return tuple(_result(task, raw, name) for task in built)
 
 
+def check_choices(questions: Iterable[QuestionLike], tasks: Sequence[str] = ()) -> None:
+    """Refuse what `choices` would refuse, before a model is opened; no task's data are fetched.
+
+    Args:
+        questions: as `choices` takes them.
+        tasks: names from lm-eval's registry.
+
+    Raises:
+        BadConfig: lm-eval is not installed, or has no such task.
+        BadData: no questions, or damaged ones.
+    """
+    _require()
+    if not _by_task(questions, None) and not tasks:
+        raise BadData("there are no questions", hint="give questions, or names of lm-eval tasks")
+    if tasks:
+        _known(tasks)
+
+
 def _require() -> None:
     try:
         import lm_eval  # noqa: F401
@@ -154,18 +172,29 @@ def _named(names: Sequence[str], taken: set[str]) -> dict[str, Any]:
         return {}
     from moekit.evaluation import _lm_eval
 
-    manager = _lm_eval.manager()
-    for name in names:
-        if name not in manager.all_tasks:
-            hint = hint_for(name, manager.all_tasks, otherwise="see `lm-eval ls tasks`")
-            raise BadConfig(f"lm-eval has no task {name!r}", hint=hint)
-    built = _lm_eval.registered(manager, names)
+    built = _lm_eval.registered(_known(names), names)
     for name, task in built.items():
         if name in taken:
             raise BadConfig(f"two tasks are called {name!r}", hint="rename the local questions' task")
         if getattr(task, "UNSAFE_CODE", False):
             raise UnsafeInput(f"the task {name!r} runs code that the model writes", hint="run it with lm-eval itself")
     return built
+
+
+def _known(names: Sequence[str]) -> Any:
+    """lm-eval's registry, which holds all of these.
+
+    Raises:
+        BadConfig: it does not.
+    """
+    from moekit.evaluation import _lm_eval
+
+    manager = _lm_eval.manager()
+    for name in names:
+        if name not in manager.all_tasks:
+            hint = hint_for(name, manager.all_tasks, otherwise="see `lm-eval ls tasks`")
+            raise BadConfig(f"lm-eval has no task {name!r}", hint=hint)
+    return manager
 
 
 def _result(task: str, raw: dict[str, Any], name: str) -> TaskResult:

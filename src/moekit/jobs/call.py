@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,7 @@ def perform(
     progress: Progress | None = None,
     command: str = "",
     live: LiveModel | None = None,
+    kept: bool = True,
 ) -> tuple[Path, dict[str, Any]]:
     """Do a job, and leave nothing beside `out` but what the same call can go on with.
 
@@ -106,6 +108,7 @@ def perform(
         progress: told how far it is.
         command: what the record of a written checkpoint says made it.
         live: the model itself, where it is in memory already.
+        kept: whether `out` stays; False where the figures alone are wanted.
 
     Returns:
         What was written, and the figures.
@@ -125,6 +128,7 @@ def perform(
         command=command,
         overwrite=replace,
         live=live,
+        kept=kept,
     )
     with _alone(context):
         require_own_folder(context.scratch)
@@ -211,8 +215,8 @@ def call(options: type[JobOptions], result: type[Result], values: dict[str, Any]
     for name, info in options.model_fields.items():
         if given.get(name) is None and info.default_factory is not None:
             given.pop(name, None)
-        elif kinds_of(info) == ["text"] and not isinstance(given.get(name), str | Path | None):
-            given[name] = _stored(given[name])
+        elif kinds_of(info) == ["text"] and given.get(name) is not None:
+            given[name] = _texts(given[name], several=_is_mapping(info.annotation))
     ready_options = options_from(options, given, hint="help() of the function lists every option with its bounds")
     how: dict[str, Any] = {
         "seed": seed,
@@ -220,10 +224,11 @@ def call(options: type[JobOptions], result: type[Result], values: dict[str, Any]
         "progress": progress,
         "command": _call_text(ready_options),
         "live": held,
+        "kept": out is not None or options.needs_out,
     }
     with _as_before(held), kept_or_not(ready_options, None if out is None else Path(out)) as place:
         target, figures = perform(ready_options, place, **how)
-        return result(out=None if out is None and not options.needs_out else target, **figures)
+        return result(out=target if how["kept"] else None, **figures)
 
 
 def _live(model: Any, tokenizer: Any) -> LiveModel | None:
@@ -237,6 +242,23 @@ def _live(model: Any, tokenizer: Any) -> LiveModel | None:
     if tokenizer is None:
         raise BadConfig("a model in memory has no tokenizer with it", hint="give tokenizer=")
     return LiveModel(f"{type(model).__name__}-{fingerprint_model(model)[:12]}", model, tokenizer)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Whether a field holds several things by name."""
+    return any(typing.get_origin(part) is dict for part in (annotation, *typing.get_args(annotation)))
+
+
+def _texts(given: Any, *, several: bool) -> Any:
+    """What a text option was given, with texts themselves put into files.
+
+    Args:
+        given: see `TextLike`; or name -> such.
+        several: whether the option itself is by name, so that names are no domains.
+    """
+    if several and isinstance(given, Mapping):
+        return {name: _texts(text, several=False) for name, text in given.items()}
+    return given if isinstance(given, str | Path) else _stored(given)
 
 
 def _stored(texts: Sequence[str] | Mapping[str, Sequence[str]]) -> Path:

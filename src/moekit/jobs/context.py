@@ -39,6 +39,7 @@ class JobContext:
         overwrite: whether `out` may be replaced.
         finished: steps of the same run that are done, by id.
         live: the model itself, where it is in memory already.
+        kept: whether `out` stays when the job is done.
     """
 
     out: Path
@@ -49,3 +50,4 @@ class JobContext:
     overwrite: bool = True
     finished: Mapping[str, StepResult] = field(default_factory=dict)
     live: LiveModel | None = None
+    kept: bool = True

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from moekit._device import DtypeName
 from moekit._ranks import is_first_rank
 from moekit.checkpoint import atomic_folder
-from moekit.data import load_questions, tokenize
+from moekit.data import Document, Question, load_questions, tokenize
 from moekit.data.encoding import Bos
 from moekit.data.passages import units
 from moekit.errors import BadConfig
 from moekit.evaluation import Evaluation, TaskResult, choices, compare, perplexity_of_documents
+from moekit.evaluation.questions import check_choices
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.evaluate import EvaluateOptions
@@ -109,8 +111,10 @@ def evaluate(
 
 
 def check(options: EvaluateOptions) -> None:
-    """Refuse impossible ranks."""
+    """Refuse impossible ranks, and a call that would measure nothing."""
     check_ranks(options)
+    if options.data is None and not options.questions and not options.tasks:
+        raise BadConfig("there is nothing to measure", hint="give --data, --questions or --tasks")
 
 
 def estimate(options: EvaluateOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
@@ -121,15 +125,38 @@ def estimate(options: EvaluateOptions, out: Path, sizes: ByteSizes) -> JobEstima
 
 
 def run(options: EvaluateOptions, context: JobContext) -> dict[str, Any]:
-    """Measure, compare and write."""
-    check_ranks(options)
-    if options.data is None and not options.questions and not options.tasks:
-        raise BadConfig("there is nothing to measure", hint="give --data, --questions or --tasks")
+    """Read all that is compared and asked, then measure, compare and write."""
+    check(options)
+    given = _read(options, context)
     with ranks_of(options) as started:
-        return _measure(options, context, started)
+        return _measure(options, given, context, started)
 
 
-def _measure(options: EvaluateOptions, context: JobContext, started: StartedRanks | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Given:
+    """What the model is measured on and compared with; read before hours of work, as any of it may be missing."""
+
+    documents: list[Document]
+    questions: list[Question]
+    baseline: Evaluation | None
+
+
+def _read(options: EvaluateOptions, context: JobContext) -> _Given:
+    documents: list[Document] = []
+    if options.data is not None:
+        read = read_text(options.data, split=options.split, seed=context.seed, progress=context.progress)
+        documents = units(read)
+    questions: list[Question] = []
+    for reference in options.questions:
+        questions += load_questions(reference, limit=options.limit, seed=context.seed, progress=context.progress)
+    if options.questions or options.tasks:
+        check_choices(questions, options.tasks)
+    return _Given(documents, questions, None if options.baseline is None else load_evaluation(options.baseline))
+
+
+def _measure(
+    options: EvaluateOptions, given: _Given, context: JobContext, started: StartedRanks | None
+) -> dict[str, Any]:
     name = options.name or Path(options.model).name
     model, tokenizer = open_model(
         options.model,
@@ -143,22 +170,20 @@ def _measure(options: EvaluateOptions, context: JobContext, started: StartedRank
         # All ranks measure the same and deal the tokens of each batch out between them; the first one writes.
         asked = options.model_dump(mode="json", exclude={"placement", "device"})
         deal_out(model, options, started, shared_batch=True, facts={**asked, "seed": context.seed})
-    perplexity = _perplexity(options, model, tokenizer, name, context) if options.data is not None else None
+    perplexity = _perplexity(options, given.documents, model, tokenizer, name, context) if given.documents else None
     tasks: tuple[TaskResult, ...] = ()
     if options.questions or options.tasks:
         tasks = choices(
             model,
             tokenizer,
-            _questions(options, context),
+            given.questions,
             tasks=options.tasks,
             limit=options.limit,
             name=name,
             progress=context.progress,
         )
     evaluation = Evaluation(name=name, perplexity=perplexity, tasks=tasks)
-    comparison = None
-    if options.baseline is not None:
-        comparison = compare(load_evaluation(options.baseline), evaluation, seed=context.seed)
+    comparison = None if given.baseline is None else compare(given.baseline, evaluation, seed=context.seed)
     if not is_first_rank():
         return _figures(evaluation, comparison)
     with atomic_folder(context.out, overwrite=context.overwrite) as folder:
@@ -168,19 +193,12 @@ def _measure(options: EvaluateOptions, context: JobContext, started: StartedRank
     return _figures(evaluation, comparison)
 
 
-def _perplexity(options: EvaluateOptions, model: Any, tokenizer: Any, name: str, context: JobContext) -> Any:
-    assert options.data is not None
-    documents = units(read_text(options.data, split=options.split, seed=context.seed, progress=context.progress))
+def _perplexity(
+    options: EvaluateOptions, documents: list[Document], model: Any, tokenizer: Any, name: str, context: JobContext
+) -> Any:
     each = None if options.max_tokens is None else max(2, options.max_tokens // len(documents))
     tokenized = tokenize(documents, tokenizer, each, bos=options.bos)
     return perplexity_of_documents(model, tokenized, window=options.window, name=name, progress=context.progress)
-
-
-def _questions(options: EvaluateOptions, context: JobContext) -> list[Any]:
-    found: list[Any] = []
-    for reference in options.questions:
-        found += load_questions(reference, limit=options.limit, seed=context.seed, progress=context.progress)
-    return found
 
 
 def _figures(evaluation: Any, comparison: Any) -> dict[str, Any]:

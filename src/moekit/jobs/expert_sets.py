@@ -65,7 +65,7 @@ def expert_sets(
     settings: Mapping[str, Any] | None = None,
     generalist: bool = False,
     further: bool = True,
-    existing: Literal["anew", "add", "replace"] = "anew",
+    existing: Literal["anew", "add", "replace"] | None = None,
     max_tokens: int | None = 65536,
     seq_len: int = 512,
     batch_size: int = 8,
@@ -88,7 +88,8 @@ def expert_sets(
         generalist: also store an expert set of all tasks of the folder together.
         further: keep the scores of all layers: without them prompts are compared at the first alone, and tasks cannot
             be pooled later.
-        existing: expert sets that the folder holds: make it anew, add to them, or replace tasks of the same name too.
+        existing: expert sets that the folder holds: make it anew, add to them, or replace tasks of the same name too;
+            by default they are added to, with overwrite replaced.
         max_tokens: tokens of each task, at most, shared among its documents.
         seq_len: tokens a row; the model's limit if that is less.
         batch_size: rows a pass.
@@ -122,8 +123,12 @@ def settle(options: ExpertSetsOptions, out: Path | None, overwrite: bool) -> tup
         raise BadConfig("nothing says where to write", hint="-o OUT, a folder of expert sets")
     if out.exists() and not (out / INDEX_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise BadConfig("there is something else here, and no expert sets", file=out, hint="choose another folder")
+    if options.existing == "anew":
+        return options, out, overwrite
+    if options.existing == "add" and overwrite:
+        raise BadConfig("tasks are to be added, and overwrite is said", hint="leave one of them out")
     # The folder stays: tasks are added to it.
-    return options.model_copy(update={"existing": "replace" if overwrite else "add"}), out, True
+    return options.model_copy(update={"existing": options.existing or ("replace" if overwrite else "add")}), out, True
 
 
 def check(options: ExpertSetsOptions) -> None:
@@ -172,6 +177,11 @@ def _between(options: ExpertSetsOptions, source: OpenedModel, tasks: int = 1) ->
     return bytes_between(source, tasks * (options.max_tokens or (1 << 20)), 0, 0, 0)
 
 
+def _anew(options: ExpertSetsOptions) -> bool:
+    """Whether the folder is made anew: where nothing is said, as a recipe's step writes a folder of its own."""
+    return options.existing in (None, "anew")
+
+
 def _texts(options: ExpertSetsOptions, source: OpenedModel, context: JobContext) -> Texts:
     """Task -> its documents; read before any work, as one may turn out empty."""
     documents = read_text(options.data, seed=context.seed, progress=context.progress)
@@ -180,7 +190,7 @@ def _texts(options: ExpertSetsOptions, source: OpenedModel, context: JobContext)
 
 def _store_before(options: ExpertSetsOptions, out: Path, source: OpenedModel) -> ExpertSetStore | None:
     """The folder that tasks are added to; None where there is none yet, or it is made anew."""
-    if options.existing == "anew" or not (out / INDEX_FILE).is_file():
+    if _anew(options) or not (out / INDEX_FILE).is_file():
         return None
     return ExpertSetStore(out, source.checkpoint.fingerprint)
 
@@ -280,7 +290,7 @@ def _pooled(
 
 def _store(options: ExpertSetsOptions, expert_sets: list[ExpertSet], source: OpenedModel, context: JobContext) -> None:
     fingerprint = source.checkpoint.fingerprint
-    if options.existing == "anew":
+    if _anew(options):
         with atomic_folder(context.out, overwrite=context.overwrite) as folder:
             ExpertSetStore(folder, fingerprint).save_all(expert_sets)
         return

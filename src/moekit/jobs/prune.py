@@ -85,7 +85,7 @@ def prune(
     max_tokens: int | None = 65536,
     seq_len: int = 512,
     batch_size: int = 8,
-    plan: str | None = None,
+    plan: str | Path | None = None,
     write: Literal["model", "plan"] = "model",
     proof: bool = True,
     proof_tokens: int | None = 32768,

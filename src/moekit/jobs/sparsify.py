@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.compress.engine.zeroing import check_sparsity
 from moekit.data.encoding import Bos
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.sparsify import SparsifyOptions
@@ -72,7 +73,7 @@ def sparsify(
     max_tokens: int | None = 65536,
     seq_len: int = 512,
     batch_size: int = 8,
-    plan: str | None = None,
+    plan: str | Path | None = None,
     from_plan: str | Path | None = None,
     write: Literal["model", "plan"] = "model",
     proof: bool = True,
@@ -125,6 +126,15 @@ def sparsify(
         BadCheckpoint: a model is damaged.
     """
     return call(SparsifyOptions, SparsifyResult, dict(locals()))
+
+
+def further_inputs(options: SparsifyOptions) -> list[tuple[str, str]]:
+    """The model that a stored plan names."""
+    if options.from_plan is not None and plan_path(options.from_plan).is_file():
+        with contextlib.suppress(MoekitError):  # told where the plan is read
+            plan = stored_plan(options)
+            return [] if plan is None else [("model", plan.file.model)]
+    return []
 
 
 def settle(options: SparsifyOptions, out: Path | None, overwrite: bool) -> tuple[SparsifyOptions, Path, bool]:

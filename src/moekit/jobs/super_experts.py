@@ -46,7 +46,7 @@ class SuperExpertsResult(JobResult):
         check_verdict: what the check says, in words.
         forms: layers that form massive activations.
         room: how many experts could exceed the percentile.
-        file: what `prune --protect` takes.
+        file: what `prune --protect` takes; None where nothing was kept.
     """
 
     protect: dict[str, Any] | dict[int, Any]
@@ -58,7 +58,7 @@ class SuperExpertsResult(JobResult):
     check_verdict: str | None
     forms: list[int]
     room: int
-    file: str
+    file: str | None
 
 
 def super_experts(
@@ -162,7 +162,7 @@ def run(options: SuperExpertsOptions, context: JobContext) -> dict[str, Any]:
     study = SuperExpertStudy.of(report, streams, _origin(options), proof)
     with atomic_folder(context.out, overwrite=context.overwrite) as folder:
         study.save(folder / STUDY_FILE)
-    return summary_of(study, context.out / STUDY_FILE)
+    return summary_of(study, context.out / STUDY_FILE if context.kept else None)
 
 
 def _between(options: SuperExpertsOptions, source: OpenedModel) -> int:
@@ -248,12 +248,12 @@ def _largest_layer(source: OpenedModel) -> int:
     return max(each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items())
 
 
-def summary_of(study: SuperExpertStudy, file: Path) -> dict[str, Any]:
+def summary_of(study: SuperExpertStudy, file: Path | None) -> dict[str, Any]:
     """A study as plain values, single experts' maxima left out.
 
     Args:
         study: what was found.
-        file: where it lies.
+        file: where it lies; None where it was not kept.
     """
     told = study.model_dump(mode="json", exclude={"kind": True, "format": True, "report": {"format", "layers"}})
     forms = [layer for layer, profile in study.report.layers.items() if profile.forms]
@@ -264,5 +264,5 @@ def summary_of(study: SuperExpertStudy, file: Path) -> dict[str, Any]:
         "check_verdict": check,
         "forms": forms,
         "room": study.report.room,
-        "file": str(file),
+        "file": None if file is None else str(file),
     }

@@ -68,7 +68,7 @@ def train(
     model: str | Path,
     *,
     data: TextLike,
-    texts: Mapping[str, str] | None = None,
+    texts: Mapping[str, TextLike] | None = None,
     teacher: str | Path | None = None,
     teacher_top_k: int | None = None,
     plan: str | Path | None = None,

@@ -206,3 +206,44 @@ def test_progress_is_told_to_a_function_and_silent_on_request(made: Path, capfd:
     assert capfd.readouterr().err == ""
     moekit.evaluate(made / "moe", data=made / "text", max_tokens=200, progress=True)
     assert seen[0][0].split()[0] in capfd.readouterr().err
+
+
+def test_further_texts_are_named_by_the_caller(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEKIT_HOME", str(tmp_path / "home"))
+    same = {"prose": made / "text" / "prose", "sums": ["1 + 2 = 3, 4 + 5 = 9"] * 30}
+    settings = {"steps": 1, "seq_len": 32, "batch": 2, "objectives": {n: {"use": "ce", "text": n} for n in same}}
+    trained = moekit.train(made / "moe", data=made / "text", texts=same, settings=settings, out=tmp_path / "out")
+    assert trained.steps == 1
+    record = Record.read(tmp_path / "out")
+    assert record is not None
+    assert f"'prose': '{made / 'text' / 'prose'}'" in record.command
+    with pytest.raises(BadConfig, match="no text"):
+        moekit.train(made / "moe", data=made / "text", texts={"x": [1]}, out=tmp_path / "x")  # type: ignore[dict-item]
+
+
+def test_super_experts_need_no_place_to_write(made: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"data": made / "text", "proof": False, "max_tokens": 200}
+    told = moekit.super_experts(made / "moe", **how)
+    assert told.out is None
+    assert told.file is None
+    kept = moekit.super_experts(made / "moe", **how, out=tmp_path / "super")
+    assert kept.file == str(tmp_path / "super" / "super-experts.json")
+    assert told.report == kept.report
+
+
+def test_expert_sets_are_added_replaced_or_made_anew_as_asked(made: Path, tmp_path: Path) -> None:
+    def add(task: str, **how: Any) -> list[str]:
+        return moekit.expert_sets(
+            made / "moe", data=made / "text", task=task, max_tokens=200, out=tmp_path / "sets", **how
+        ).tasks
+
+    assert add("one") == ["one"]
+    assert add("two") == ["one", "two"]
+    with pytest.raises(BadConfig, match="already"):
+        add("two", existing="add")
+    assert add("two", existing="replace") == add("two", overwrite=True) == ["one", "two"]
+    with pytest.raises(BadConfig, match="the folder exists"):
+        add("three", existing="anew")
+    assert add("three", existing="anew", overwrite=True) == ["three"]
+    with pytest.raises(BadConfig, match="overwrite"):
+        add("three", existing="add", overwrite=True)

@@ -35,17 +35,18 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-_Text = Annotated[str, BeforeValidator(_as_text)]
+# A path, written by the job or otherwise no input of it.
+PathText = Annotated[str, BeforeValidator(_as_text)]
 
-ModelRef = Annotated[_Text, InputKind("model")]
-TextRef = Annotated[_Text, InputKind("text")]
-TraceRef = Annotated[_Text, InputKind("trace")]
-PlanRef = Annotated[_Text, InputKind("plan")]
-PlacementRef = Annotated[_Text, InputKind("placement")]
-ResultsRef = Annotated[_Text, InputKind("results")]
-ExpertsRef = Annotated[_Text, InputKind("experts")]
-SetsRef = Annotated[_Text, InputKind("expert sets")]
-QuestionsRef = Annotated[_Text, InputKind("questions")]
+ModelRef = Annotated[PathText, InputKind("model")]
+TextRef = Annotated[PathText, InputKind("text")]
+TraceRef = Annotated[PathText, InputKind("trace")]
+PlanRef = Annotated[PathText, InputKind("plan")]
+PlacementRef = Annotated[PathText, InputKind("placement")]
+ResultsRef = Annotated[PathText, InputKind("results")]
+ExpertsRef = Annotated[PathText, InputKind("experts")]
+SetsRef = Annotated[PathText, InputKind("expert sets")]
+QuestionsRef = Annotated[PathText, InputKind("questions")]
 
 
 @dataclass(frozen=True)

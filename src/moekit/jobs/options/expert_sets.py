@@ -43,9 +43,10 @@ class ExpertSetsOptions(JobOptions):
         description="keep the scores of all layers: without them prompts are compared at the first alone, and tasks "
         "cannot be pooled later",
     )
-    existing: Literal["anew", "add", "replace"] = Field(
-        default="anew",
-        description="what the folder holds already: make it anew, add to it, or replace tasks of the same name too",
+    existing: Literal["anew", "add", "replace"] | None = Field(
+        default=None,
+        description="expert sets that the folder holds: make it anew, add to them, or replace tasks of the same name "
+        "too; by default a call adds, with overwrite replaces, and a recipe's step makes its folder anew",
     )
     max_tokens: int | None = Field(
         default=65536, ge=1, description="tokens of each task, at most, shared among its documents"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from moekit.jobs.options.base import CommandLine, ExpertsRef, ModelRef, TextRef, TraceRef
+from moekit.jobs.options.base import CommandLine, ExpertsRef, ModelRef, PathText, TextRef, TraceRef
 from moekit.jobs.options.writing import WritingOptions
 
 
@@ -70,7 +70,7 @@ class PruneOptions(WritingOptions):
         description="tokens a row, the model's limit if that is less; a prompt and its answer are one",
     )
     batch_size: int = Field(default=8, ge=1, description="rows a pass")
-    plan: str | None = Field(default=None, description="also write scores and outcome to this file")
+    plan: PathText | None = Field(default=None, description="also write scores and outcome to this file")
     write: Literal["model", "plan"] = Field(default="model", description="write the smaller model, or the plan alone")
 
     def further_outputs(self) -> tuple[Path, ...]:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from moekit._device import DEVICE_HELP, DTYPE_HELP, DtypeName
 from moekit.data.encoding import BOS_HELP, Bos
-from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef, PlanRef, TextRef
+from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef, PathText, PlanRef, TextRef
 
 
 class SparsifyOptions(JobOptions):
@@ -55,7 +55,7 @@ class SparsifyOptions(JobOptions):
     max_tokens: int | None = Field(default=65536, ge=1, description="tokens of data, at most, shared by its domains")
     seq_len: int = Field(default=512, ge=2, description="tokens a row; the model's limit if that is less")
     batch_size: int = Field(default=8, ge=1, description="rows a pass")
-    plan: str | None = Field(default=None, description="also write what was decided to this file")
+    plan: PathText | None = Field(default=None, description="also write what was decided to this file")
     from_plan: PlanRef | None = Field(
         default=None, description="carry this plan out again instead: the same zeros without a text"
     )

@@ -19,6 +19,7 @@ class SuperExpertsOptions(JobOptions):
     """
 
     job: ClassVar[str] = "moekit.jobs.super_experts"
+    needs_out: ClassVar[bool] = False
     command: ClassVar[CommandLine] = CommandLine(
         help="Find the few experts that make massive activations, layer by layer from disk, and check on held-out text "
         "whether the model breaks without them, and without as many others. Many models have none. OUT/"
