@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,9 @@ from moekit.cli._command import build_command
 from moekit.cli._options import out_option, parse_value
 from moekit.cli._terminal import Terminal
 from moekit.errors import BadConfig, BadData
+
+# The page and all figures, at most.
+_RESULT_BYTES = 16 << 20
 
 if TYPE_CHECKING:
     from moekit.bench.pruning import PruneBenchResult, PruneBenchSetting, Ranking, RankRow
@@ -78,7 +82,7 @@ def prune(
         seed=terminal.seed,
     )
     if terminal.dry_run:
-        _print_estimate(terminal, model, (data, heldout), out, setting)
+        _print_estimate(terminal, model, (data, heldout), out, setting, _Run(max_tokens, heldout_tokens, device, dtype))
         return
     with _held(out):
         tokens = (max_tokens, heldout_tokens)
@@ -182,11 +186,21 @@ def _read(terminal: Terminal, text: str, heldout: str | None, part: str) -> list
     return read_text(text, split=split, seed=terminal.seed, progress=terminal.progress)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """How much text goes through the model, where, and how wide."""
+
+    tokens: int
+    heldout_tokens: int
+    device: str
+    dtype: DtypeName
+
+
 def _print_estimate(
-    terminal: Terminal, model: str, texts: tuple[str, str | None], out: Path, setting: PruneBenchSetting
+    terminal: Terminal, model: str, texts: tuple[str, str | None], out: Path, setting: PruneBenchSetting, run: _Run
 ) -> None:
     from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
-    from moekit.jobs.shared.inputs import model_item, text_item
+    from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 
     sizes = ByteSizes()
     reads = (model_item(model, sizes), *(text_item(text, sizes) for text in texts if text is not None))
@@ -196,9 +210,34 @@ def _print_estimate(
         f"{len(setting.entries)} methods, about {count} pruned models, none of them written",
         "layers are read from disk one at a time: memory does not grow with their number",
     )
-    terminal.estimate(
-        JobEstimate(reads, (Item(str(out), 16 << 20),), disk=16 << 20, memory=setting.memory_bytes, notes=notes)
-    )
+    written = Item(str(out), _RESULT_BYTES)
+    disk = memory = None
+    if lies_here(model):
+        disk, memory = _needs(model, setting, run, count)
+    terminal.estimate(JobEstimate(reads, (written,), disk=disk, memory=memory, notes=notes))
+
+
+def _needs(model: str, setting: PruneBenchSetting, run: _Run, count: int) -> tuple[int, int]:
+    """Bytes on disk and in memory: states of the pass over the text, then those of models that are measured together.
+
+    Args:
+        model: its folder.
+        setting: of the bench.
+        run: how much text goes through it.
+        count: pruned models.
+    """
+    from moekit.bench.pruning.measuring import MOST_TOGETHER
+    from moekit.jobs.shared.opened import open_source
+    from moekit.jobs.weights.sizes import bytes_between, memory_of
+
+    source = open_source(model)
+    decided = bytes_between(source, run, tokens=run.tokens)
+    variants = min(count, MOST_TOGETHER)
+    measured = bytes_between(source, run, proof_tokens=run.heldout_tokens, variants=variants)
+    # What is measured stays in memory as far as it may, beyond that it lies in a file of the system's.
+    kept = setting.memory_bytes // 2
+    disk = _RESULT_BYTES + max(decided, measured if measured > kept else 0)
+    return disk, memory_of(source, run) + setting.memory_bytes
 
 
 def _write(terminal: Terminal, result: PruneBenchResult, out: Path) -> Path:

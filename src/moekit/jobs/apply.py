@@ -28,6 +28,7 @@ from moekit.jobs.weights.sizes import (
     budget_of,
     bytes_between,
     check_disk,
+    memory_of,
     refuse_uneven,
     size_of_result,
     warn_uneven,
@@ -144,10 +145,9 @@ def estimate(options: ApplyOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     request = _request(options, plan)
     refuse_uneven(request.keep_budget, options.stock_only)
     check_mtp(source.checkpoint, options.mtp, request, plan.file.mtp)
-    nbytes = size_of_result(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp).nbytes
-    nbytes += record_bytes(source.checkpoint.tensors.values())
+    nbytes = _written(options, plan, source, request)
     disk = nbytes + _between(options, source, plan)
-    return JobEstimate((*reads, model), (Item(str(out), nbytes),), disk=disk, memory=1 << 30)
+    return JobEstimate((*reads, model), (Item(str(out), nbytes),), disk=disk, memory=memory_of(source, options))
 
 
 def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
@@ -160,10 +160,10 @@ def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
     refuse_uneven(request.keep_budget, options.stock_only)
     check_mtp(source.checkpoint, options.mtp, request, plan.file.mtp)
     warn_uneven(request.keep_budget)
-    outlook = size_of_result(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp)
+    written = _written(options, plan, source, request)
     if options.proof:
         check_runnable(source)
-    check_disk(context.out, context.scratch, outlook.nbytes, _between(options, source, plan))
+    check_disk(context.out, context.scratch, written, _between(options, source, plan))
     heldout = heldout_of_plan(plan, options, source, context.progress) if options.proof else None
     decided = Decided(source, request, _decided(options, plan, source, request), plan.statistics)
     return finish(decided, heldout, options, context, log_warnings(decided.plan))
@@ -216,7 +216,13 @@ def _decided(options: ApplyOptions, plan: WeightPlan, source: OpenedModel, reque
     return WeightPlan(made.file.model_copy(update={"layers": in_groups(source, made)}), made.statistics)
 
 
+def _written(options: ApplyOptions, plan: WeightPlan, source: OpenedModel, request: PlanRequest) -> int:
+    """Bytes of the folder, with its records; refuses what this model cannot have."""
+    size = size_of_result(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp)
+    return size.nbytes + record_bytes(source.checkpoint.tensors.values())
+
+
 def _between(options: ApplyOptions, source: OpenedModel, plan: WeightPlan) -> int:
     proof = (options.proof_tokens or (1 << 20)) if options.proof else 0
     rewritten = source.nbytes if plan.method.rewrites else 0
-    return bytes_between(source, 0, proof, 2 + options.random_seeds, rewritten)
+    return bytes_between(source, options, proof_tokens=proof, variants=2 + options.random_seeds, rewritten=rewritten)

@@ -21,8 +21,8 @@ from moekit.jobs.options.expert_sets import ExpertSetsOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import lies_here, model_item, read_text, text_item
 from moekit.jobs.shared.opened import OpenedModel, open_source
-from moekit.jobs.tasks.texts import Texts, account, largest_layer, log_warnings, texts_of_tasks
-from moekit.jobs.weights.sizes import bytes_between, check_disk
+from moekit.jobs.tasks.texts import Texts, account, log_warnings, tasks_of, texts_of_tasks
+from moekit.jobs.weights.sizes import bytes_between, check_disk, memory_of
 from moekit.progress import ProgressLike
 from moekit.serving.expert_sets.expert_set import GENERALIST, ExpertSet, generalist
 from moekit.serving.expert_sets.recording import GroupedText
@@ -144,14 +144,16 @@ def check(options: ExpertSetsOptions) -> None:
 def estimate(options: ExpertSetsOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """A few hundred kilobytes are written; what lies on the disk meanwhile are the text's hidden states."""
     reads = (model_item(options.model, sizes), text_item(options.data, sizes))
-    notes = ("layers are read from disk one at a time: memory does not grow with their number",)
+    notes: tuple[str, ...] = ("layers are read from disk one at a time: memory does not grow with their number",)
     if not lies_here(options.model):
         return JobEstimate(reads, (Item(str(out), _STORE_BYTES),), notes=notes)
     source = open_source(options.model)
-    disk = _STORE_BYTES + _between(options, source)
-    return JobEstimate(
-        reads, (Item(str(out), _STORE_BYTES),), disk=disk, memory=2 * largest_layer(source) + (1 << 30), notes=notes
-    )
+    tasks, memory = tasks_of(options.data, options.task, sizes), memory_of(source, options)
+    if tasks is None:
+        notes = (*notes, "each domain of the text is a task; how many it has is known when it is read")
+        return JobEstimate(reads, (Item(str(out), _STORE_BYTES),), memory=memory, notes=notes)
+    disk = _STORE_BYTES + _between(options, source, tasks)
+    return JobEstimate(reads, (Item(str(out), _STORE_BYTES),), disk=disk, memory=memory, notes=notes)
 
 
 def run(options: ExpertSetsOptions, context: JobContext) -> dict[str, Any]:
@@ -173,8 +175,8 @@ def run(options: ExpertSetsOptions, context: JobContext) -> dict[str, Any]:
     return _told(options, made, source, context)
 
 
-def _between(options: ExpertSetsOptions, source: OpenedModel, tasks: int = 1) -> int:
-    return bytes_between(source, tasks * (options.max_tokens or (1 << 20)), 0, 0, 0)
+def _between(options: ExpertSetsOptions, source: OpenedModel, tasks: int) -> int:
+    return bytes_between(source, options, tokens=tasks * (options.max_tokens or (1 << 20)))
 
 
 def _anew(options: ExpertSetsOptions) -> bool:

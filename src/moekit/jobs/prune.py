@@ -192,16 +192,17 @@ def estimate(options: PruneOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     notes += ["layers are read from disk one at a time: memory does not grow with their number"]
     if options.scope == "global":
         notes.append("layers may keep different numbers of experts: the result loads through moekit.load only")
-    if options.write == "plan":
-        return JobEstimate(tuple(reads), (Item(str(out), PLAN_BYTES),), disk=PLAN_BYTES, notes=tuple(notes))
+    plan_only = options.write == "plan"
     if not lies_here(options.model):
-        return JobEstimate(tuple(reads), (Item(str(out), model.nbytes),), disk=model.nbytes, notes=tuple(notes))
+        nbytes = PLAN_BYTES if plan_only else model.nbytes
+        return JobEstimate(tuple(reads), (Item(str(out), nbytes),), disk=nbytes, notes=tuple(notes))
     asked = ask(options, 0)
+    written = PLAN_BYTES if plan_only else asked.written
     whole = 0 if options.self_generated is None else asked.source.nbytes + (1 << 30)
     return JobEstimate(
         tuple(reads),
-        (Item(str(out), asked.written),),
-        disk=asked.written + asked.between,
+        (Item(str(out), written),),
+        disk=written + asked.between,
         memory=max(asked.memory, whole),
         notes=tuple(notes),
     )
@@ -216,7 +217,7 @@ def run(options: PruneOptions, context: JobContext) -> dict[str, Any]:
     if proves(options):
         check_runnable(asked.source)
     writes_plan = options.write == "plan"
-    check_disk(out, scratch, PLAN_BYTES if writes_plan else asked.size.nbytes, asked.between)
+    check_disk(out, scratch, PLAN_BYTES if writes_plan else asked.written, asked.between)
     documents, heldout = read_texts(
         options, asked.source, progress, apart=options.heldout is None, proves=proves(options)
     )

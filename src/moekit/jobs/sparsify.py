@@ -181,13 +181,19 @@ def estimate(options: SparsifyOptions, out: Path, sizes: ByteSizes) -> JobEstima
         return JobEstimate(tuple(reads), (Item(str(out), None),))
     model = model_item(reference, sizes)
     notes = ("layers are read from disk one at a time: memory does not grow with their number",)
-    if options.write == "plan":
-        return JobEstimate((model, *reads), (Item(str(out), PLAN_BYTES),), disk=PLAN_BYTES, notes=notes)
+    plan_only = options.write == "plan"
     if model.nbytes is None or not lies_here(reference):
-        return JobEstimate((model, *reads), (Item(str(out), model.nbytes),), disk=model.nbytes, notes=notes)
+        nbytes = PLAN_BYTES if plan_only else model.nbytes
+        return JobEstimate((model, *reads), (Item(str(out), nbytes),), disk=nbytes, notes=notes)
     asked = ask(options, 0)
-    written = Item(str(out), asked.written)
-    return JobEstimate((model, *reads), (written,), disk=asked.written + asked.between, memory=1 << 30, notes=notes)
+    written = PLAN_BYTES if plan_only else asked.written
+    return JobEstimate(
+        (model, *reads),
+        (Item(str(out), written),),
+        disk=written + asked.between,
+        memory=asked.memory,
+        notes=notes,
+    )
 
 
 def run(options: SparsifyOptions, context: JobContext) -> dict[str, Any]:
@@ -196,7 +202,7 @@ def run(options: SparsifyOptions, context: JobContext) -> dict[str, Any]:
     progress, scratch, out = context.progress, context.scratch, context.out
     asked = ask(options, context.seed, progress)
     writes_plan = options.write == "plan"
-    check_disk(out, scratch, PLAN_BYTES if writes_plan else asked.nbytes, asked.between)
+    check_disk(out, scratch, PLAN_BYTES if writes_plan else asked.written, asked.between)
     plan, heldout = decide(options, asked, scratch, progress)
     log_warnings(plan.file.warnings)
     if options.plan is not None:

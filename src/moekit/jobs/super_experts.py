@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.checkpoint import atomic_folder
-from moekit.compress.engine.measuring import sizes_of
 from moekit.data import TokenBatches
 from moekit.data.batches import arrange, pad_id_of
 from moekit.data.encoding import Bos
@@ -23,9 +22,10 @@ from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
+from moekit.jobs.weights.plans import origin
 from moekit.jobs.weights.proof import HeldOut
 from moekit.jobs.weights.protection import find_in_trace, protection_needs
-from moekit.jobs.weights.sizes import bytes_between, check_disk
+from moekit.jobs.weights.sizes import bytes_between, check_disk, memory_of
 from moekit.jobs.weights.texts import read_texts
 from moekit.progress import ProgressLike
 
@@ -144,7 +144,7 @@ def estimate(options: SuperExpertsOptions, out: Path, sizes: ByteSizes) -> JobEs
         source = open_source(options.model)
         check_runnable(source)
         disk = _FILE_BYTES + _between(options, source)
-        memory = 2 * _largest_layer(source) + (1 << 30)
+        memory = memory_of(source, options)
     return JobEstimate(reads, (Item(str(out), _FILE_BYTES),), disk=disk, memory=memory, notes=tuple(notes))
 
 
@@ -159,7 +159,7 @@ def run(options: SuperExpertsOptions, context: JobContext) -> dict[str, Any]:
     proof = None
     if report.found and heldout is not None:
         proof = _prove(options, source, report, heldout, context)
-    study = SuperExpertStudy.of(report, streams, _origin(options), proof)
+    study = SuperExpertStudy.of(report, streams, origin(options.data, apart=_apart(options)), proof)
     with atomic_folder(context.out, overwrite=context.overwrite) as folder:
         study.save(folder / STUDY_FILE)
     return summary_of(study, context.out / STUDY_FILE if context.kept else None)
@@ -167,7 +167,8 @@ def run(options: SuperExpertsOptions, context: JobContext) -> dict[str, Any]:
 
 def _between(options: SuperExpertsOptions, source: OpenedModel) -> int:
     proof = (options.proof_tokens or (1 << 20)) if options.proof else 0
-    return bytes_between(source, options.max_tokens or (1 << 20), proof, 1 + options.random_seeds, 0)
+    tokens, variants = options.max_tokens or (1 << 20), 1 + options.random_seeds
+    return bytes_between(source, options, tokens=tokens, proof_tokens=proof, variants=variants)
 
 
 def _texts(
@@ -178,7 +179,7 @@ def _texts(
         options,
         source,
         context.progress,
-        apart=options.proof and options.heldout is None,
+        apart=_apart(options),
         proves=options.proof,
     )
     tokenizer = source.tokenizer()
@@ -205,7 +206,9 @@ def _look(
     )
     with streamed:
         streamed.run(context.progress)
-        trace = streamed.trace(tokenizer=source.tokenizer(), source=_origin(options), seed=context.seed)
+        trace = streamed.trace(
+            tokenizer=source.tokenizer(), source=origin(options.data, apart=_apart(options)), seed=context.seed
+        )
     rule = {
         "percentile": options.percentile,
         "ratio": options.ratio,
@@ -235,17 +238,9 @@ def _prove(
     )
 
 
-def _origin(options: SuperExpertsOptions) -> str:
-    """The text by a name that holds in other working folders; the part in brackets tells that a rest was kept."""
-    path = Path(options.data).expanduser()
-    name = str(path.resolve()) if path.exists() else options.data
-    return f"{name}[train]" if options.proof and options.heldout is None else name
-
-
-def _largest_layer(source: OpenedModel) -> int:
-    """Bytes of the routed experts of the layer that has most of them."""
-    sizes = sizes_of(source.checkpoint, source.geometries)
-    return max(each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items())
+def _apart(options: SuperExpertsOptions) -> bool:
+    """Whether a tenth of the text is kept apart for the check."""
+    return options.proof and options.heldout is None
 
 
 def summary_of(study: SuperExpertStudy, file: Path | None) -> dict[str, Any]:

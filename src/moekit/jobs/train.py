@@ -16,7 +16,7 @@ from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.train import TrainOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
+from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate, total
 from moekit.jobs.shared.inputs import changed_bytes, model_item, open_model, read_text, save_changed, text_item
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.parallel.checkpoints.gathering import gather_state
@@ -152,12 +152,16 @@ def estimate(options: TrainOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     texts = [
         text_item(item, sizes) for item in (options.data, options.heldout, *(options.texts or {}).values()) if item
     ]
-    needed = None if model.nbytes is None else _TRAINING_FACTOR * model.nbytes
+    teachers = () if options.teacher is None else (model_item(options.teacher, sizes),)
+    # A teacher whose answers are stored is gone before training; it is counted all the same, as it needs room first.
+    needed = (
+        None if model.nbytes is None else _TRAINING_FACTOR * model.nbytes + (total(t.nbytes for t in teachers) or 0)
+    )
     # What was learnt, then the model; two checkpoints with both moments where any are kept.
     copies = 2 if config_of(options, 0).save_every is None else 8
     kept = None if model.nbytes is None else copies * model.nbytes
     return JobEstimate(
-        (model, *texts), (Item(str(out), changed_bytes(options.model, model)),), disk=kept, memory=needed
+        (model, *teachers, *texts), (Item(str(out), changed_bytes(options.model, model)),), disk=kept, memory=needed
     )
 
 

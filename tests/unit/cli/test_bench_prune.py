@@ -231,6 +231,19 @@ def test_a_dry_run_says_how_much_it_is_and_writes_nothing(moekit: Moekit, made: 
     assert not (tmp_path / "b").exists()
 
 
+def test_a_dry_run_counts_the_states_that_lie_on_the_disk(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    def disk(tokens: int, dtype: str) -> int:
+        how = ["--methods", "reap", "--max-tokens", tokens, "--dtype", dtype, "--dry-run", "--json"]
+        done = moekit("bench", "prune", made / "moe", "--data", made / "text", "-o", tmp_path / "b", *how)
+        assert done.code == 0, done.err
+        return int(done.json["disk_bytes"])
+
+    hidden = int(json.loads((made / "moe" / "config.json").read_text())["hidden_size"])
+    # From one set of states to another.
+    assert disk(2000, "float32") - disk(1000, "float32") == 2 * 1000 * hidden * 4
+    assert disk(2000, "bfloat16") - disk(1000, "bfloat16") == 2 * 1000 * hidden * 2
+
+
 def test_one_text_is_parted_in_two(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     write_text(tmp_path / "text", documents=20)
     data = ("--data", tmp_path / "text", "--out", tmp_path / "b")

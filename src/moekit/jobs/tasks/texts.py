@@ -7,21 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moekit.checkpoint.names import where
-from moekit.data import Document, TokenizedDocument
+from moekit.data import Document, TokenizedDocument, load_text
 from moekit.data.encoding import Bos
 from moekit.data.shares import take_shares
+from moekit.data.sources import text_mixes
 from moekit.errors import BadData
-from moekit.jobs.shared.opened import OpenedModel
+from moekit.jobs.shared.estimates import ByteSizes
+from moekit.jobs.shared.hashes import local_parts
 from moekit.serving.expert_sets.expert_set import GENERALIST, ExpertSet
 from moekit.trace.meta import DataEntry
-
-# Task -> its documents.
 
 # Task -> its documents.
 Texts = dict[str, list[TokenizedDocument]]
 
 logger = logging.getLogger(__name__)
+
+# Text up to this size is read for a dry run, which must know how many domains it has.
+_COUNTED_BYTES = 64 << 20
 
 
 def texts_of_tasks(
@@ -95,9 +97,19 @@ def account(reference: str, text: list[TokenizedDocument]) -> list[DataEntry]:
     ]
 
 
-def largest_layer(source: OpenedModel) -> int:
-    """Bytes of the largest decoder layer, experts and all."""
-    layers: dict[int | None, int] = {}
-    for name, info in source.checkpoint.tensors.items():
-        layers[where(name)[0]] = layers.get(where(name)[0], 0) + info.nbytes
-    return max(layers.values())
+def tasks_of(reference: str, task: str | None, sizes: ByteSizes) -> int | None:
+    """How many tasks a text is of; None where that is known only when it is read.
+
+    Args:
+        reference: the text.
+        task: the one task that all of it is of; None makes each domain a task.
+        sizes: bytes of what is here.
+    """
+    if task is not None:
+        return 1
+    if reference in (mixes := text_mixes()):
+        return len(mixes[reference])
+    nbytes = sizes.of(Path(reference).expanduser())
+    if nbytes is None or nbytes > _COUNTED_BYTES or not local_parts(reference):
+        return None
+    return len({document.domain for document in load_text(reference)})

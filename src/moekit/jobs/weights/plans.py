@@ -52,7 +52,12 @@ def named(reference: str) -> str:
     return str(path.resolve()) if path.exists() else reference
 
 
-def origin(data: str | None, heldout: str | None) -> str:
-    """How a plan names its text: the part in brackets tells that the rest was kept apart for the proof."""
+def origin(data: str | None, *, apart: bool) -> str:
+    """How a plan or report names its text: the part in brackets tells that the rest was kept apart for the proof.
+
+    Args:
+        data: the text.
+        apart: whether a tenth of it was.
+    """
     name = named(str(data))
-    return name if heldout is not None else f"{name}[train]"
+    return f"{name}[train]" if apart else name

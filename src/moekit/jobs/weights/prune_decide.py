@@ -104,7 +104,7 @@ def _from_text(
         device=options.device,
     ) as streamed:
         streamed.run(progress, refuse_damaged, look_ahead)
-        text = origin(options.data, options.heldout)
+        text = origin(options.data, apart=options.heldout is None)
         trace = streamed.trace(tokenizer=source.tokenizer(), source=text, seed=asked.request.seed)
         request = _protecting(options, asked, trace)
         plan = known_plan(scratch / PLAN_FILE, trace.digest, request.protected or {})

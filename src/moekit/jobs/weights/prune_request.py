@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from moekit import catalogue
 from moekit._progress import Progress
-from moekit.compress.engine.measuring import sizes_of
 from moekit.compress.engine.request import PlanRequest
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.shared.inputs import record_bytes
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.weights.mtp import check_mtp
 from moekit.jobs.weights.protection import SUPER, parse_protected
-from moekit.jobs.weights.sizes import ResultSize, budget_of, bytes_between, size_of_result
+from moekit.jobs.weights.sizes import ResultSize, budget_of, bytes_between, layer_bytes, memory_of, size_of_result
 
 
 @dataclass(frozen=True)
@@ -25,22 +24,19 @@ class Asked:
         request: method, budget, and what bounds them.
         size: of the result.
         between: bytes on disk while the work runs.
+        memory: bytes of memory while layers run.
     """
 
     source: OpenedModel
     request: PlanRequest
     size: ResultSize
     between: int
+    memory: int
 
     @property
     def written(self) -> int:
         """Bytes of the folder, with its records."""
         return self.size.nbytes + record_bytes(self.source.checkpoint.tensors.values())
-
-    @property
-    def memory(self) -> int:
-        """Bytes of two layers' experts and a chunk."""
-        return 2 * max(layer_bytes(self.source).values()) + (1 << 30)
 
 
 def proves(options: PruneOptions) -> bool:
@@ -64,7 +60,7 @@ def ask(options: PruneOptions, seed: int, progress: Progress | None = None) -> A
     request = PlanRequest(method, budget, options.top_k, options.groups, seed, protected)
     check_mtp(source.checkpoint, options.mtp, request, options.data is not None)
     size = size_of_result(source, request, options.method, stock_only=options.stock_only, mtp=options.mtp)
-    return Asked(source, request, size, _between(options, source, size, request))
+    return Asked(source, request, size, _between(options, source, size, request), memory_of(source, options))
 
 
 def _between(options: PruneOptions, source: OpenedModel, size: ResultSize, request: PlanRequest) -> int:
@@ -75,10 +71,11 @@ def _between(options: PruneOptions, source: OpenedModel, size: ResultSize, reque
     if request.method.rewrites:
         each = layer_bytes(source)
         rewritten = sum(each[n] * count // source.geometries[n].experts for n, count in size.counts.items())
-    return bytes_between(source, tokens, proof, 2 + options.random_seeds, rewritten)
-
-
-def layer_bytes(source: OpenedModel) -> dict[int, int]:
-    """Bytes of all routed experts of each layer."""
-    sizes = sizes_of(source.checkpoint, source.geometries)
-    return {layer: each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items()}
+    return bytes_between(
+        source,
+        options,
+        tokens=tokens,
+        proof_tokens=proof,
+        variants=2 + options.random_seeds,
+        rewritten=rewritten,
+    )

@@ -9,11 +9,15 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from pydantic import ValidationError
 
+from moekit._device import DtypeName, named_dtype
 from moekit._validation import faults
+from moekit.checkpoint.names import where
+from moekit.checkpoint.precision import reading_dtype, stored_dtype
 from moekit.compress.budget.sizes import Budget, bounds, check_total, total_count, uniform_count
 from moekit.compress.engine.grouped import check_grouping, routing_groups
 from moekit.compress.engine.layout import prepare
@@ -27,8 +31,6 @@ from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.weights.mtp import some_kept
 
 logger = logging.getLogger(__name__)
-
-_HALF = ("bfloat16", "float16")
 
 
 def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Budget:
@@ -174,9 +176,78 @@ def check_disk(out: Path, scratch: Path, output: int, between: int) -> None:
         )
 
 
-def bytes_between(source: OpenedModel, tokens: int, proof_tokens: int, variants: int, rewritten: int) -> int:
-    """Bytes on disk while a run works: hidden states of calibration and proof, and rewritten layers."""
+class Running(Protocol):
+    """Options of jobs that run layers."""
+
+    @property
+    def device(self) -> str:
+        """Where layers run."""
+
+    @property
+    def dtype(self) -> DtypeName:
+        """Of weights in memory."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a number.
+
+    Attributes:
+        stored: as the checkpoint holds it.
+        running: of weights in memory, and so of hidden states.
+    """
+
+    stored: int
+    running: int
+
+
+def precision_of(source: OpenedModel, running: Running) -> Precision:
+    """How wide numbers are on disk and in memory: half precision runs as float32 where a device would emulate it."""
+    stored = stored_dtype(source.checkpoint.config, source.checkpoint.tensors) or torch.float32
+    read = reading_dtype(source.checkpoint, named_dtype(running.dtype), running.device) or stored
+    return Precision(stored.itemsize, read.itemsize)
+
+
+def bytes_between(
+    source: OpenedModel,
+    running: Running,
+    *,
+    tokens: int = 0,
+    proof_tokens: int = 0,
+    variants: int = 0,
+    rewritten: int = 0,
+) -> int:
+    """Bytes on disk while a run works: hidden states of calibration and proof, and rewritten layers.
+
+    Args:
+        source: the model.
+        running: where layers run, and how wide.
+        tokens: that are decided on.
+        proof_tokens: held-out ones.
+        variants: that are measured beside the unchanged model.
+        rewritten: bytes of rewritten layers, as they are stored.
+    """
     hidden = next(iter(source.geometries.values())).hidden
-    wide = 2 if str(source.checkpoint.config.get("dtype", source.checkpoint.config.get("torch_dtype"))) in _HALF else 4
+    wide = precision_of(source, running)
     # Calibration goes from one set of states to another; windows of the proof overlap by half.
-    return hidden * wide * (2 * tokens + 2 * proof_tokens * (variants + 1)) + rewritten
+    states = hidden * wide.running * (2 * tokens + 2 * proof_tokens * (variants + 1))
+    # The proof rewrites layers as they run, the writing as they are stored: both are kept.
+    proved = rewritten * wide.running // wide.stored if proof_tokens and wide.running != wide.stored else 0
+    return states + rewritten + proved
+
+
+def layer_bytes(source: OpenedModel) -> dict[int, int]:
+    """Bytes of all routed experts of each layer."""
+    sizes = sizes_of(source.checkpoint, source.geometries)
+    return {layer: each * sizes.experts[layer] for layer, each in sizes.expert_bytes.items()}
+
+
+def memory_of(source: OpenedModel, running: Running) -> int:
+    """Bytes of memory where layers run one at a time: two of the largest, experts and all, and what they work on."""
+    layers: dict[int, int] = {}
+    for name, info in source.checkpoint.tensors.items():
+        layer, _ = where(name)
+        if layer is not None:
+            layers[layer] = layers.get(layer, 0) + info.nbytes
+    wide = precision_of(source, running)
+    return 2 * max(layers.values()) * wide.running // wide.stored + (1 << 30)

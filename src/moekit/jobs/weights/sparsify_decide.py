@@ -72,7 +72,7 @@ def _plan(
             named_dtype(options.dtype),
             options.device,
             tokenizer,
-            origin(options.data, options.heldout),
+            origin(options.data, apart=options.heldout is None),
         )
     plan = plan_weights(source.checkpoint, text, request, progress)
     kept = named(options.data) if options.data is not None and options.heldout is None else ""

@@ -18,7 +18,7 @@ from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.shared.inputs import record_bytes
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.weights.plans import plan_path
-from moekit.jobs.weights.sizes import bytes_between
+from moekit.jobs.weights.sizes import bytes_between, memory_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Asked:
         plan: that plan; None where it is still to be decided.
         nbytes: of the result's files.
         between: bytes on disk while the work runs.
+        memory: bytes of memory while layers run.
     """
 
     source: OpenedModel
@@ -38,6 +39,7 @@ class Asked:
     plan: WeightPlan | None
     nbytes: int
     between: int
+    memory: int
 
     @property
     def written(self) -> int:
@@ -79,7 +81,7 @@ def ask(options: SparsifyOptions, seed: int, progress: Progress | None = None) -
     if plan is not None:
         plan.check_model(source.checkpoint.fingerprint, source.checkpoint.path)
     request = _request(options, source, seed) if plan is None else None
-    return Asked(source, request, plan, _foresee(source), _between(options, source))
+    return Asked(source, request, plan, _foresee(source), _between(options, source), memory_of(source, options))
 
 
 def _request(options: SparsifyOptions, source: OpenedModel, seed: int) -> PlanRequest:
@@ -118,7 +120,7 @@ def _between(options: SparsifyOptions, source: OpenedModel) -> int:
         passes = 2 if method_of(options).reads_weights else 1
     tokens = passes * (options.max_tokens or (1 << 20))
     proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0
-    return bytes_between(source, tokens, proof, 2, 0)
+    return bytes_between(source, options, tokens=tokens, proof_tokens=proof, variants=2)
 
 
 def _foresee(source: OpenedModel) -> int:

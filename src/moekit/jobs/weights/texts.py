@@ -75,12 +75,13 @@ def read_texts(
     data = options.data
     if data is None:
         return [], read_heldout(options.heldout, options, source, progress) if proves and options.heldout else None
+    if not proves:
+        # Nothing is asked of the other part: a text too small to be parted will do.
+        return load_text(data, split="train" if apart else None, progress=progress), None
     if apart:
         documents, rest = load_split(data, progress=progress)
     else:
         documents, rest = load_text(data, progress=progress), []
-    if not proves:
-        return documents, None
     if options.heldout is not None:
         return documents, read_heldout(options.heldout, options, source, progress)
     return documents, _tokenized(data, rest, f"{data}[heldout]", options, source)
