@@ -130,6 +130,7 @@ def carry_out(
             overwrite=overwrite,
             progress=terminal.progress,
             command=terminal.command,
+            kept=out is not None or options.needs_out,
         )
     if out is None and not options.needs_out:
         terminal.answer(**results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,10 +46,11 @@ def run(
         raise BadConfig("no recipe is given", hint="`moekit run --list` names those that come with moekit")
     seed = terminal.seed if terminal.seed_given else None
     loaded = load_recipe(recipe, parse_overrides(overrides or []), out=out, seed=seed)
+    chosen = _Chosen(until, frozenset(again or ()))
     if terminal.dry_run:
-        _print_estimate(terminal, loaded)
+        _print_estimate(terminal, loaded, chosen)
         return
-    _say_how_long(terminal, loaded)
+    _say_how_long(terminal, loaded, chosen)
     total = len(loaded.steps)
     position = {step.id: number for number, step in enumerate(loaded.steps, 1)}
 
@@ -59,7 +61,7 @@ def run(
         elif marker is not None:
             terminal.note(f"{head} {'was done' if event == 'skipped' else 'done'} in {marker.seconds:.0f} s")
 
-    result = run_recipe(loaded, until=until, again=frozenset(again or ()), progress=terminal.progress, tell=tell)
+    result = run_recipe(loaded, until=chosen.until, again=chosen.again, progress=terminal.progress, tell=tell)
     steps = {name: {"seconds": marker.seconds, "results": marker.results} for name, marker in result.done.items()}
     terminal.answer(out=str(result.folder), ran=result.ran, steps=steps)
     for marker in result.done.values():
@@ -78,37 +80,60 @@ def _list(terminal: Terminal) -> None:
     terminal.say(f"\nThey lie in {recipes_folder()}: copy one to change it.")
 
 
-def _print_estimate(terminal: Terminal, recipe: Recipe) -> None:
+@dataclass(frozen=True)
+class _Chosen:
+    """Which steps are to run: up to one of them, and some even if they are finished."""
+
+    until: str | None
+    again: frozenset[str]
+
+
+def _print_estimate(terminal: Terminal, recipe: Recipe, chosen: _Chosen) -> None:
     from moekit.jobs.shared.estimates import merged
     from moekit.recipe.duration import in_words
-    from moekit.recipe.forecast import durations, estimate
+    from moekit.recipe.forecast import durations, estimate, left
 
-    estimates = estimate(recipe)
-    seconds = durations(recipe)
+    estimates = estimate(recipe, until=chosen.until)
+    to_do = left(recipe, until=chosen.until, again=chosen.again)
+    seconds = durations(recipe, until=chosen.until)
     inside = f"{recipe.folder}/"
+
+    def time_of(name: str) -> str:
+        if name not in to_do:
+            return "finished"
+        return "?" if (took := seconds[name]) is None else in_words(took)
+
     rows = [
         (
             name,
             _short([item.what.removeprefix(inside) for item in part.reads]),
             size(part.disk),
             size(part.memory),
-            "?" if (took := seconds[name]) is None else in_words(took),
+            time_of(name),
         )
         for name, part in estimates.items()
     ]
     columns = ("step", "reads", "disk", "memory", "time")
     terminal.table(f"{recipe.name}: {len(rows)} steps into {recipe.out}", columns, rows)
-    terminal.estimate(merged(estimates))
-    terminal.say(f"time    {_how_long(seconds)}")
-    told = {name: {**part.as_dict(), "seconds": seconds[name]} for name, part in estimates.items()}
-    terminal.answer(steps=told, seconds=sum(took or 0 for took in seconds.values()))
+    remaining = {name: seconds[name] for name in to_do}
+    if to_do:
+        terminal.estimate(merged({name: estimates[name] for name in to_do}))
+        terminal.say(f"time    {_how_long(remaining)}")
+    else:
+        terminal.say("all of them are finished: nothing would be done")
+    told = {
+        name: {**part.as_dict(), "seconds": seconds[name], "finished": name not in to_do}
+        for name, part in estimates.items()
+    }
+    terminal.answer(dry_run=True, steps=told, seconds=sum(took or 0 for took in remaining.values()))
 
 
-def _say_how_long(terminal: Terminal, recipe: Recipe) -> None:
-    from moekit.recipe.forecast import durations
+def _say_how_long(terminal: Terminal, recipe: Recipe, chosen: _Chosen) -> None:
+    from moekit.recipe.forecast import durations, left
 
-    if left := durations(recipe, done=False):
-        terminal.note(f"{len(left)} steps: {_how_long(left)}")
+    if to_do := left(recipe, until=chosen.until, again=chosen.again):
+        seconds = durations(recipe, until=chosen.until)
+        terminal.note(f"{len(to_do)} steps: {_how_long({name: seconds[name] for name in to_do})}")
 
 
 def _how_long(seconds: Mapping[str, float | None]) -> str:

@@ -34,6 +34,9 @@ TextLike: TypeAlias = str | Path | Sequence[str] | Mapping[str, Sequence[str]]
 # What may stand for a model: a folder, a hub id, the name of a packaged model; or the model itself.
 ModelLike: TypeAlias = str | Path | PreTrainedModel
 
+# Functions that are not called as their job is: `moekit.data` and `moekit.report` are modules.
+_FUNCTIONS = {"data": "write_data", "report": "write_report"}
+
 Options = TypeVar("Options", bound=JobOptions)
 Result = TypeVar("Result", bound="JobResult")
 
@@ -122,7 +125,8 @@ def perform(
         raise BadConfig(f"the {what} exists", file=target, hint="choose another one, or say --overwrite")
     context = JobContext(
         out=target,
-        scratch=target.parent / f".{target.name}.scratch-{_key(options, seed)}",
+        # Nobody finds the scratch folder of a call again whose own folder is gone: no inputs are hashed for its name.
+        scratch=target.parent / f".{target.name}.scratch-{_key(options, seed) if kept else 'once'}",
         seed=seed,
         progress=progress,
         command=command,
@@ -176,7 +180,7 @@ def _refuse_further(options: JobOptions, context: JobContext) -> None:
     """Files beside `out` may be there only if an interrupted run of the same call wrote them."""
     if context.overwrite or context.scratch.exists():
         return
-    for file in options.further_outputs():
+    for file in options.further_outputs(context.out):
         if file.exists():
             raise BadConfig("the file exists", file=file, hint="choose another one, or say --overwrite")
 
@@ -279,11 +283,16 @@ def _stored(texts: Sequence[str] | Mapping[str, Sequence[str]]) -> Path:
     return file
 
 
+def function_name(options: type[JobOptions]) -> str:
+    """What a job's function is called in `moekit`."""
+    name = options.job.rpartition(".")[2]
+    return _FUNCTIONS.get(name, name)
+
+
 def _call_text(options: JobOptions) -> str:
     """A call as records tell it: what was given beside the defaults."""
     given = options.model_dump(mode="json", exclude_defaults=True)
-    name = options.job.rpartition(".")[2]
-    return f"moekit.{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
+    return f"moekit.{function_name(type(options))}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def generate(
     retrieval_layers: int = 1,
     metric: Literal["l2", "cosine"] | None = None,
     max_distance: float | None = None,
-    protect: str | None = None,
+    protect: str | Path | None = None,
     top_k: int | None = None,
     other_weights: bool = False,
     ep: int = 1,
@@ -217,9 +217,10 @@ def _complete(
     return complete(model, tokenizer, texts, max_new_tokens=tokens, name=reference, progress=context.progress)
 
 
-def _lines(file: Path | None) -> list[str]:
-    if file is None:
+def _lines(reference: str | None) -> list[str]:
+    if reference is None:
         return []
+    file = Path(reference).expanduser()
     try:
         lines = [line for line in read_text(file).splitlines() if line.strip()]
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 from moekit.jobs.shared.opened import check_runnable
 from moekit.jobs.shared.outputs import model_or_plan
-from moekit.jobs.weights.plans import PLAN_BYTES, save_plan
+from moekit.jobs.weights.plans import PLAN_BYTES, plan_beside, save_plan
 from moekit.jobs.weights.protection import SUPER
 from moekit.jobs.weights.prune_decide import decide
 from moekit.jobs.weights.prune_finish import finish, log_warnings, summary_of_plan
@@ -223,9 +223,8 @@ def run(options: PruneOptions, context: JobContext) -> dict[str, Any]:
     )
     decided = decide(options, asked, documents, scratch, progress)
     warnings = log_warnings(decided.plan)
-    if options.plan is not None:
-        decided.plan.save(options.plan)
     if not writes_plan:
-        return finish(decided, heldout, options, context, warnings)
+        with plan_beside(decided.plan, options.plan, overwrite=context.overwrite):
+            return finish(decided, heldout, options, context, warnings)
     save_plan(decided.plan, out, overwrite=context.overwrite)
     return summary_of_plan(decided, warnings, asked.size.tensors)

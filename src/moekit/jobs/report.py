@@ -10,14 +10,12 @@ from moekit._files import read_bytes
 from moekit.checkpoint import atomic_write
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
-from moekit.jobs.options.report import ReportOptions
+from moekit.jobs.options.report import NUMBERS, PAGE, ReportOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.progress import ProgressLike
 from moekit.report import build
 from moekit.report.gather import report_data
 from moekit.report.inputs import ReportInputs
-
-PAGE = "report.html"
 
 
 class ReportResult(JobResult):
@@ -117,7 +115,7 @@ def run(options: ReportOptions, context: JobContext) -> dict[str, Any]:
     )
     page = build(data, context.out / PAGE, strict=options.strict)
     if options.publish:
-        for file in (page, page.with_suffix(".json")):
-            atomic_write(context.out.parent / file.name, read_bytes(file))
+        for name in (PAGE, NUMBERS):
+            atomic_write(context.out.parent / name, read_bytes(context.out / name))
     findings = [finding.text for finding in (data.headline, *data.findings)]
     return {"page": str(page), "findings": findings, "failures": list(data.failures)}

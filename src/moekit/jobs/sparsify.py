@@ -17,7 +17,7 @@ from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 from moekit.jobs.shared.outputs import model_or_plan
-from moekit.jobs.weights.plans import PLAN_BYTES, plan_path, save_plan
+from moekit.jobs.weights.plans import PLAN_BYTES, plan_beside, plan_path, save_plan
 from moekit.jobs.weights.sizes import check_disk
 from moekit.jobs.weights.sparsify_decide import decide
 from moekit.jobs.weights.sparsify_finish import Placed, finish, log_warnings, summary_of
@@ -205,10 +205,9 @@ def run(options: SparsifyOptions, context: JobContext) -> dict[str, Any]:
     check_disk(out, scratch, PLAN_BYTES if writes_plan else asked.written, asked.between)
     plan, heldout = decide(options, asked, scratch, progress)
     log_warnings(plan.file.warnings)
-    if options.plan is not None:
-        plan.save(options.plan)
     if not writes_plan:
         machine = Placed(options.device, named_dtype(options.dtype))
-        return finish(plan, asked.source, heldout, machine, context)
+        with plan_beside(plan, options.plan, overwrite=context.overwrite):
+            return finish(plan, asked.source, heldout, machine, context)
     save_plan(plan, out, overwrite=context.overwrite)
     return summary_of(plan, None)

@@ -130,7 +130,7 @@ class MachineSpeed:
 def durations(
     steps: Mapping[str, Any], sizes: ByteSizes, machine: MachineSpeed | None = None
 ) -> dict[str, float | None]:
-    """Seconds of each step; None where nothing says how large its model is.
+    """Seconds of each step; None where nothing says how large its model is, or how much of it the step uses.
 
     Args:
         steps: output folder -> step, in order, with folders in the place of references.
@@ -146,22 +146,28 @@ def durations(
     shapes: dict[str, Shape | None] = {}
     found: dict[str, float | None] = {}
     for folder, step in steps.items():
-        source = getattr(step, "model", None) or getattr(step, "source", None)
+        source = _source(step)
         shape = _known_shape(str(source), shapes) if source else None
         shapes[folder] = _made(step, shape)
         if step.use == "data":
             parts = {"train": step.train_bytes, "profile": step.profile_bytes, "heldout": step.heldout_bytes}
             sizes.expected.update({f"{folder}/{part}.jsonl": n for part, n in parts.items() if n is not None})
         count = _OPERATIONS.get(step.use)
-        if count is None:
+        if step.use in _QUICK:
             found[folder] = STEP_SECONDS
-        elif shape is None:
+        elif count is None or shape is None:
             found[folder] = None
         else:
             dtype = fast if step.use == "train" or shape.half else torch.float32
             moved = 2 * (sizes.of(Path(str(source)).expanduser()) or 0) / READ_BYTES_PER_SECOND
             found[folder] = STEP_SECONDS + moved + machine.seconds(shape, count(step, shape, sizes), dtype)
     return found
+
+
+def _source(step: Any) -> str | None:
+    """What tells a step's model: the model itself, or the plan that was made of it."""
+    names = (getattr(step, name, None) for name in ("model", "source", "plan", "from_plan"))
+    return next((name for name in names if name), None)
 
 
 def _known_shape(reference: str, shapes: Mapping[str, Shape | None]) -> Shape | None:
@@ -229,16 +235,21 @@ def _compress(step: Any, shape: Shape, sizes: ByteSizes) -> float:
     data = getattr(step, "data", None)
     decided = 0.0 if data is None else _tokens(data, getattr(step, "max_tokens", None), sizes)
     variants = 3 + getattr(step, "random_seeds", 0)  # as it was, as it becomes, and what it is compared with
-    proof = (step.proof_tokens or 0) * variants if step.proof and step.write == "model" else 0
+    proves = step.proof and getattr(step, "write", "model") == "model"
+    proof = (step.proof_tokens or 0) * variants if proves else 0
     return shape.forward * (decided + proof)
 
 
+# What takes about a second, whatever the model.
+_QUICK = frozenset({"data", "place", "report", "route"})
 _OPERATIONS: dict[str, Callable[[Any, Shape, ByteSizes], float]] = {
+    "apply": _compress,
     "convert": _convert,
     "evaluate": _evaluate,
     "profile": _profile,
     "prune": _compress,
     "sparsify": _compress,
+    "super-experts": _compress,
     "train": _train,
 }
 

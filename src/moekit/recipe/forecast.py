@@ -11,46 +11,82 @@ from pathlib import Path
 
 from moekit.errors import MoekitError
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
-from moekit.recipe.runner import check, named, with_folders
+from moekit.recipe.runner import Marker, check, chosen, finished, named, read_marker, step_key, with_folders
 from moekit.recipe.schema import Recipe
 from moekit.recipe.steps import AnyStep
-from moekit.recipe.variables import step_references
+from moekit.recipe.variables import matching, step_references
 
 
-def estimate(recipe: Recipe) -> dict[str, JobEstimate]:
-    """What each step would read, write and need, in order; nothing is read but file sizes and headers.
+def left(recipe: Recipe, *, until: str | None = None, again: frozenset[str] = frozenset()) -> list[str]:
+    """Ids of the steps that a run would carry out, in order.
 
-    Raises:
-        MoekitError: a step would be refused for what it reads from outside; names it.
-    """
-    check(recipe)
-    return {ready.id: told for ready, told in _forecast(recipe, ByteSizes())}
-
-
-def durations(recipe: Recipe, *, done: bool = True) -> dict[str, float | None]:
-    """Seconds that each step will take on this machine, about; None where nothing says so.
+    A step that reads what another one will write anew counts as left, though it stands if that writes the same bytes;
+    one that is only run again is taken to write them.
 
     Args:
         recipe: from `load_recipe`.
-        done: name finished steps, too.
+        until: stop after this step.
+        again: steps to run even if they are finished.
+
+    Raises:
+        BadConfig: the recipe has no such step.
+    """
+    steps = chosen(recipe, until, again)
+    folders = {step.id: str(recipe.folder / step.id) for step in recipe.steps}
+    done: dict[str, Marker] = {}
+    found: list[str] = []
+    for number, step in enumerate(steps):
+        before = [known.id for known in steps[:number]]
+        marker = None
+        used = {name for reference in step_references(step.model_dump()) for name in matching(reference, before)}
+        # Inputs are hashed only where there is a marker to compare with.
+        if used <= done.keys() and read_marker(recipe.folder, step.id) is not None:
+            key = step_key(recipe, step, with_folders(step, folders, before), done)
+            marker = finished(recipe.folder, step.id, key)
+        if marker is not None:
+            done[step.id] = marker
+        if marker is None or step.id in again:
+            found.append(step.id)
+    return found
+
+
+def estimate(recipe: Recipe, *, until: str | None = None) -> dict[str, JobEstimate]:
+    """What each step would read, write and need, in order; nothing is read but file sizes and headers.
+
+    Args:
+        recipe: from `load_recipe`.
+        until: stop after this step.
+
+    Raises:
+        BadConfig: the recipe has no such step, or an option is impossible; names the step.
+        MoekitError: a step would be refused for what it reads from outside; names it.
+    """
+    check(recipe)
+    return {ready.id: told for ready, told in _forecast(recipe, until, ByteSizes())}
+
+
+def durations(recipe: Recipe, *, until: str | None = None) -> dict[str, float | None]:
+    """Seconds that each step takes on this machine, about; None where nothing says so.
+
+    Args:
+        recipe: from `load_recipe`.
+        until: stop after this step.
 
     Raises:
         MoekitError: as `estimate`.
     """
     from moekit.recipe.duration import durations as estimated
-    from moekit.recipe.runner import read_marker
 
     sizes = ByteSizes()
-    ready = {str(recipe.folder / step.id): step for step, _ in _forecast(recipe, sizes)}
-    found = {step.id: seconds for step, seconds in zip(ready.values(), estimated(ready, sizes).values(), strict=True)}
-    return {name: took for name, took in found.items() if done or read_marker(recipe.folder, name) is None}
+    ready = {str(recipe.folder / step.id): step for step, _ in _forecast(recipe, until, sizes)}
+    return {step.id: seconds for step, seconds in zip(ready.values(), estimated(ready, sizes).values(), strict=True)}
 
 
-def _forecast(recipe: Recipe, sizes: ByteSizes) -> Iterator[tuple[AnyStep, JobEstimate]]:
+def _forecast(recipe: Recipe, until: str | None, sizes: ByteSizes) -> Iterator[tuple[AnyStep, JobEstimate]]:
     """Each step with folders in the place of references, and its estimate; `sizes` learns what steps will write."""
     folders = {step.id: str(recipe.folder / step.id) for step in recipe.steps}
     before: list[str] = []
-    for step in recipe.steps:
+    for step in chosen(recipe, until):
         ready = with_folders(step, folders, before=before)
         told = _of_step(step, ready, Path(folders[step.id]), sizes)
         sizes.expect(told)

@@ -124,10 +124,8 @@ def run(
         BadConfig: the run folder is in use, or a step of that name does not exist.
         MoekitError: whatever a step raises, with its name in the message; later steps are not run.
     """
+    steps = chosen(recipe, until, again)
     ids = [step.id for step in recipe.steps]
-    for name in {until, *again} - {None}:
-        if name not in ids:
-            raise BadConfig(f"the recipe has no step {name!r}", hint=f"it has: {', '.join(ids)}")
     check(recipe)
     tell = tell or (lambda event, name, marker: None)
     folder = recipe.folder
@@ -135,10 +133,10 @@ def run(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         _write_recipe(folder, recipe)
-        for step in recipe.steps:
+        for step in steps:
             ready = with_folders(step, {name: str(folder / name) for name in ids}, before=list(result.done))
             key = step_key(recipe, step, ready, result.done)
-            marker = None if step.id in again else _finished(folder, step.id, key)
+            marker = None if step.id in again else finished(folder, step.id, key)
             if marker is not None:
                 tell("skipped", step.id, marker)
             else:
@@ -148,9 +146,25 @@ def run(
                 tell("finished", step.id, marker)
             result.done[step.id] = marker
             _write(folder / RUN_FILE, _summary(recipe, result))
-            if step.id == until:
-                break
     return result
+
+
+def chosen(recipe: Recipe, until: str | None, again: frozenset[str] = frozenset()) -> list[AnyStep]:
+    """The steps up to one of them.
+
+    Args:
+        recipe: from `load_recipe`.
+        until: the last; None for all.
+        again: steps that are to run even if they are finished.
+
+    Raises:
+        BadConfig: the recipe has no step of such a name.
+    """
+    ids = [step.id for step in recipe.steps]
+    for name in {until, *again} - {None}:
+        if name not in ids:
+            raise BadConfig(f"the recipe has no step {name!r}", hint=f"it has: {', '.join(ids)}")
+    return list(recipe.steps if until is None else recipe.steps[: ids.index(until) + 1])
 
 
 def step_key(recipe: Recipe, step: AnyStep, ready: AnyStep, done: Mapping[str, Marker]) -> str:
@@ -228,8 +242,14 @@ def _carry_out(
     return marker
 
 
-def _finished(folder: Path, name: str, key: str) -> Marker | None:
-    """The marker of a finished step; None if it never ran, for other inputs, or its output is gone or changed."""
+def finished(folder: Path, name: str, key: str) -> Marker | None:
+    """The marker of a finished step; None if it never ran, for other inputs, or its output is gone or changed.
+
+    Args:
+        folder: of the run.
+        name: of the step.
+        key: what `step_key` gives now.
+    """
     marker = read_marker(folder, name)
     if marker is None or marker.key != key:
         return None

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import moekit
 from moekit.checkpoint import Record
 from moekit.cli.main import main
-from moekit.errors import BadCheckpoint, BadConfig
+from moekit.errors import BadCheckpoint, BadConfig, OutOfBudget
 from moekit.recipe import runner
 from moekit.recipe.schema import load_recipe
 from tests.checkpoints import edit_shard
@@ -247,3 +247,47 @@ def test_expert_sets_are_added_replaced_or_made_anew_as_asked(made: Path, tmp_pa
     assert add("three", existing="anew", overwrite=True) == ["three"]
     with pytest.raises(BadConfig, match="overwrite"):
         add("three", existing="add", overwrite=True)
+
+
+def test_what_is_not_kept_costs_no_hashes(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(reference: str) -> list[str | None]:
+        raise AssertionError(f"{reference} was hashed for a folder that nobody finds again")
+
+    monkeypatch.setattr("moekit.jobs.call.reference_hash", never)
+    assert moekit.generate(made / "moe", prompt="a", max_new_tokens=1).completions
+    with pytest.raises(AssertionError, match="hashed"):
+        moekit.generate(made / "moe", prompt="a", max_new_tokens=1, out=tmp_path / "kept")
+
+
+@pytest.mark.parametrize("job", ["prune", "sparsify"])
+def test_a_run_that_failed_can_be_called_again(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
+) -> None:
+    how: dict[str, Any] = {
+        "prune": {"method": "frequency", "keep": 0.5},
+        "sparsify": {"method": "wanda", "sparsity": 0.5},
+    }
+
+    def again() -> Any:
+        return getattr(moekit, job)(made / "moe", plan=tmp_path / "p.json", out=tmp_path / "out", **how)
+
+    def full(*_: Any) -> None:
+        raise OutOfBudget("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"moekit.jobs.{job}.finish", full)
+        with pytest.raises(OutOfBudget):
+            again()
+    assert list(tmp_path.iterdir()) == []
+    assert again().out == tmp_path / "out"
+    assert (tmp_path / "p.json").is_file()
+
+
+def test_a_published_page_does_not_replace_another_unasked(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    how: dict[str, Any] = {"traces": [made / "trace"], "publish": True}
+    with pytest.raises(BadConfig, match=r"report\.html: the file exists"):
+        moekit.write_report(**how, out=tmp_path / "page")
+    assert (tmp_path / "report.html").read_text() == "mine"
+    moekit.write_report(**how, out=tmp_path / "page", overwrite=True)
+    assert (tmp_path / "report.html").read_bytes() == (tmp_path / "page" / "report.html").read_bytes()

@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 
 import moekit
 from moekit.errors import BadConfig
-from moekit.jobs.call import JobResult
+from moekit.jobs.call import JobResult, function_name
 from moekit.jobs.options.base import JobOptions
 from moekit.jobs.table import jobs
 
@@ -53,6 +53,25 @@ def test_a_function_takes_what_its_command_takes(name: str) -> None:
             assert default == info.default, field
     positional = [p.name for p in parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert len(positional) <= 1, "what does not come first is named"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_records_name_the_function_that_was_called(name: str) -> None:
+    assert function_name(OPTIONS[name]) == function_of(OPTIONS[name]).__name__
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_paths_are_told_as_text(name: str) -> None:
+    """A recipe puts folders of steps in the place of references in texts, and in nothing else."""
+    for field, info in OPTIONS[name].model_fields.items():
+        assert "Path" not in str(info.annotation), field
+
+
+def test_all_that_generating_reads_is_an_input(tmp_path: Path) -> None:
+    names = ("model", "prompts", "placement", "expert_sets", "protect")
+    given: dict[str, Any] = {name: tmp_path / name for name in names}
+    found = {reference for _, reference in OPTIONS["generate"](**given).inputs()}
+    assert found == {str(path) for path in given.values()}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

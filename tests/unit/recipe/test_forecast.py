@@ -11,7 +11,7 @@ import yaml
 
 from moekit.errors import BadConfig
 from moekit.recipe import runner
-from moekit.recipe.forecast import durations, estimate
+from moekit.recipe.forecast import durations, estimate, left
 from moekit.recipe.schema import Recipe, load_recipe
 from tests.tiny import write_model, write_text
 
@@ -81,3 +81,45 @@ def test_what_is_wrong_with_an_input_from_outside_is_still_told_at_once(made: Pa
     for told in (estimate, durations):
         with pytest.raises(BadConfig, match="step 'prune'"):
             told(asked)
+
+
+COPIES = [
+    {"use": "data", "id": "one", "source": "${text}"},
+    {"use": "data", "id": "two", "source": "${steps.one}/train.jsonl"},
+    {"use": "data", "id": "three", "source": "${text}", "train_bytes": 300},
+]
+
+
+def test_what_is_left_is_what_the_run_would_do(made: Path, tmp_path: Path) -> None:
+    asked = recipe(made, tmp_path, COPIES)
+    assert left(asked) == ["one", "two", "three"]
+    assert left(asked, until="two") == ["one", "two"]
+    runner.run(asked, until="two")
+    assert left(asked) == ["three"]
+    assert left(asked, again=frozenset({"one"})) == runner.run(asked, again=frozenset({"one"})).ran == ["one", "three"]
+    assert left(asked) == []
+    # A marker of other inputs is none of these.
+    asked = recipe(made, tmp_path, [{**COPIES[0], "train_bytes": 500}, *COPIES[1:]])
+    assert left(asked) == runner.run(asked).ran == ["one", "two"]
+    with pytest.raises(BadConfig, match="no step 'four'"):
+        left(asked, until="four")
+
+
+def test_a_forecast_goes_as_far_as_the_run(made: Path, tmp_path: Path) -> None:
+    asked = recipe(made, tmp_path, COPIES)
+    assert list(estimate(asked, until="two")) == list(durations(asked, until="two")) == ["one", "two"]
+
+
+def test_of_what_takes_long_and_cannot_be_counted_nothing_is_promised(made: Path, tmp_path: Path) -> None:
+    steps = [
+        {"use": "generate", "model": "${model}"},
+        {"use": "check", "folder": "${model}"},
+        *TASKS[:1],
+        {"use": "super-experts", "id": "super", "model": "${model}", "data": "${text}"},
+        {"use": "data", "id": "copy", "source": "${text}"},
+        *PRUNED,
+        {"use": "apply", "id": "proved", "plan": "${steps.plan}", "heldout": "${text}"},
+    ]
+    told = durations(recipe(made, tmp_path, steps))
+    assert {name for name, seconds in told.items() if seconds is None} == {"generate", "check", "sets"}
+    assert (told["proved"] or 0) > (told["apply"] or 0)

@@ -76,6 +76,12 @@ def write_plan(path: Path, file: ReadablePart, statistics: Mapping[int, Mapping[
     atomic_write(path, file.model_dump_json(indent=1) + "\n")
 
 
+def remove_plan(path: Path) -> None:
+    """Take both files of a plan away, as far as they are there."""
+    for file in (path, beside(path)):
+        file.unlink(missing_ok=True)
+
+
 def _is_ours(file: Path) -> bool:
     try:
         return read_header(file).metadata.get("moekit") == _MARK["moekit"]

@@ -24,8 +24,8 @@ class InputKind:
     """Marks a field whose value names something that the job reads.
 
     Attributes:
-        kind: "model", "text", "trace", "plan", "placement", "results", "questions", "experts" or "expert
-            sets".
+        kind: "model", "text", "trace", "plan", "placement", "results", "questions", "experts", "prompts" or
+            "expert sets".
     """
 
     kind: str
@@ -46,6 +46,7 @@ PlacementRef = Annotated[PathText, InputKind("placement")]
 ResultsRef = Annotated[PathText, InputKind("results")]
 ExpertsRef = Annotated[PathText, InputKind("experts")]
 SetsRef = Annotated[PathText, InputKind("expert sets")]
+PromptsRef = Annotated[PathText, InputKind("prompts")]
 QuestionsRef = Annotated[PathText, InputKind("questions")]
 
 
@@ -170,8 +171,12 @@ class JobOptions(BaseModel):
         further: list[tuple[str, str]] = self._call("further_inputs", [])
         return [*found, *further]
 
-    def further_outputs(self) -> tuple[Path, ...]:
-        """Files that the job writes beside its folder."""
+    def further_outputs(self, out: Path) -> tuple[Path, ...]:
+        """Files that the job writes beside its folder.
+
+        Args:
+            out: the folder.
+        """
         return ()
 
     def identity(self) -> dict[str, Any]:

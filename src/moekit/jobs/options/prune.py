@@ -73,6 +73,6 @@ class PruneOptions(WritingOptions):
     plan: PathText | None = Field(default=None, description="also write scores and outcome to this file")
     write: Literal["model", "plan"] = Field(default="model", description="write the smaller model, or the plan alone")
 
-    def further_outputs(self) -> tuple[Path, ...]:
+    def further_outputs(self, out: Path) -> tuple[Path, ...]:
         """The plan, where it is written beside a model."""
         return () if self.plan is None else (Path(self.plan),)

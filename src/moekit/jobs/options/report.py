@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
 
 from moekit.jobs.options.base import CommandLine, JobOptions, PlacementRef, ResultsRef, TraceRef
+
+PAGE, NUMBERS = "report.html", "report.json"
 
 
 class ReportOptions(JobOptions):
@@ -40,3 +43,7 @@ class ReportOptions(JobOptions):
     )
     publish: bool = Field(default=False, description="put the page and its numbers beside the step folders, too")
     strict: bool = Field(default=True, description="fail if the page finds that a measurement shows nothing")
+
+    def further_outputs(self, out: Path) -> tuple[Path, ...]:
+        """The page and its numbers beside the folder, where they are wanted there, too."""
+        return tuple(out.parent / name for name in (PAGE, NUMBERS)) if self.publish else ()

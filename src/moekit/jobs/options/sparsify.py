@@ -78,6 +78,6 @@ class SparsifyOptions(JobOptions):
         found = settings.get("pattern")
         return settings | {"pattern": f"{found // 60}:{found % 60}"} if type(found) is int else settings
 
-    def further_outputs(self) -> tuple[Path, ...]:
+    def further_outputs(self, out: Path) -> tuple[Path, ...]:
         """The plan, where it is written beside a model."""
         return () if self.plan is None else (Path(self.plan),)

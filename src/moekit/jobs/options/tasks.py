@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moekit.jobs.options.base import JobOptions, SetsRef
+from moekit.jobs.options.base import ExpertsRef, JobOptions, SetsRef
 
 
 class TaskOptions(JobOptions):
@@ -24,12 +24,12 @@ class TaskOptions(JobOptions):
     metric: Literal["l2", "cosine"] | None = Field(
         default=None,
         description="distance of a prompt from a task; by default l2 for premoe, cosine for other methods, whose "
-        " scores grow with the text",
+        "scores grow with the text",
     )
     max_distance: float | None = Field(
         default=None, ge=0, description="a prompt farther than this from all tasks gets the generalist's experts"
     )
-    protect: str | None = Field(
+    protect: ExpertsRef | None = Field(
         default=None, description="experts that are always loaded: pairs such as 1:68,2:92, or a JSON file"
     )
     top_k: int | None = Field(default=None, ge=1, description="choices a token makes; as before by default")

@@ -21,7 +21,7 @@ def check_output(options: JobOptions, out: Path) -> None:
     Raises:
         BadConfig: naming both.
     """
-    for target in (out, *options.further_outputs()):
+    for target in (out, *options.further_outputs(out)):
         for _, reference in options.inputs():
             for source in local_parts(reference):
                 check_apart(target, source)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from moekit.checkpoint import atomic_folder
 from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.plan_files import remove_plan
 from moekit.errors import MoekitError
 
 PLAN_FILE = "plan.json"
@@ -27,6 +29,29 @@ def save_plan(plan: WeightPlan, out: Path, *, overwrite: bool) -> None:
         return
     with atomic_folder(out, overwrite=overwrite) as folder:
         plan.save(folder / PLAN_FILE)
+
+
+@contextmanager
+def plan_beside(plan: WeightPlan, file: str | None, *, overwrite: bool) -> Iterator[None]:
+    """A plan's file beside a model that is made meanwhile: a killed run finds it, and one that failed leaves none.
+
+    A failed run leaves nothing that it could go on with; a file would only stop the same call from being made again.
+
+    Args:
+        plan: what was decided.
+        file: where to; None writes none.
+        overwrite: whether the file may be replaced, so that it is in nobody's way.
+    """
+    if file is None:
+        yield
+        return
+    plan.save(file)
+    try:
+        yield
+    except (MoekitError, OSError):
+        if not overwrite:
+            remove_plan(Path(file))
+        raise
 
 
 def known_plan(file: Path, trace: str, protected: Mapping[int, Collection[int]]) -> WeightPlan | None:
