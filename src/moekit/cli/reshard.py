@@ -45,8 +45,8 @@ def reshard(
 
     if (ep is None) == (not plain):
         raise BadConfig("say either --ep N or --plain", hint="moekit reshard --help shows both")
-    if (placement is not None and plain) or (tokenizer is not None and not plain):
-        raise BadConfig("--placement goes with --ep, --tokenizer with --plain", hint="leave it out")
+    if (placement is not None and plain) or ((tokenizer is not None or drop_unknown) and not plain):
+        raise BadConfig("--placement goes with --ep, --drop-unknown and --tokenizer with --plain", hint="leave it out")
     found = library.sizes(folder)
     if terminal.dry_run:
         total = found.weights + (0 if plain else found.optimizer)

@@ -189,12 +189,12 @@ def _by_task(options: GenerateOptions, texts: Sequence[str], context: JobContext
 def _side_by_side(options: GenerateOptions, texts: Sequence[str], context: JobContext) -> dict[str, Any]:
     with ranks_of(options) as started:
         share = None if started is None else partial(_share, options, started)
-        first = _complete(options, options.model, texts, context, context.live, share)
+        # The first model is given up before the second one is opened.
+        first = _complete(options, options.model, texts, context, context.live, share)[0]
     if options.other is None:
         return first.model_dump(mode="json")
-    second = _complete(options, options.other, texts, context)
-    asked, _ = open_model(options.other, device=options.device, dtype=options.dtype, progress=context.progress)
-    return side_by_side(first, second, agreement(asked, first)).model_dump(mode="json")
+    second, other = _complete(options, options.other, texts, context)
+    return side_by_side(first, second, agreement(other, first)).model_dump(mode="json")
 
 
 def _share(options: GenerateOptions, started: Any, model: Any, **facts: Any) -> None:
@@ -209,12 +209,14 @@ def _complete(
     context: JobContext,
     live: LiveModel | None = None,
     share: Callable[..., None] | None = None,
-) -> Completions:
+) -> tuple[Completions, Any]:
+    """How a model continues the prompts, and the model."""
     tokens, dtype = options.max_new_tokens, options.dtype
     model, tokenizer = open_model(reference, device=options.device, dtype=dtype, progress=context.progress, live=live)
     if share is not None:
         share(model, prompts=list(texts), tokens=tokens, dtype=dtype)
-    return complete(model, tokenizer, texts, max_new_tokens=tokens, name=reference, progress=context.progress)
+    made = complete(model, tokenizer, texts, max_new_tokens=tokens, name=reference, progress=context.progress)
+    return made, model
 
 
 def _lines(reference: str | None) -> list[str]:

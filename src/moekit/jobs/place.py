@@ -19,10 +19,10 @@ from moekit.jobs.shared.inputs import changed_bytes, model_item, model_location
 from moekit.jobs.shared.trained import trained_alike
 from moekit.placement import Placement, constraint_gain, routing_groups
 from moekit.placement.apply import place_checkpoint
-from moekit.placement.comparison import compare, compare_solvers
+from moekit.placement.comparison import compare, place_repeatedly
 from moekit.placement.redundancy import add_copies, place_by_load
 from moekit.placement.sending import predict_sending
-from moekit.placement.simulation import place_trace
+from moekit.placement.simulation import place_trace, statistics_of
 from moekit.placement.topology import Topology, parse_latency
 from moekit.progress import ProgressLike
 from moekit.report.results import REPLAY, placement_file
@@ -162,20 +162,15 @@ def _on(
     *_, placement = placements.values()
     placement.save(folder / placement_file(devices))
     rows = compare(measured, placements).as_dicts()
-    if options.compare:
-        planned = {name: how[name] for name in ("nodes", "routing_groups")}
-        others = compare_solvers(
-            measured, (devices,), options.compare, planned_on=trace, seed=context.seed, options=planned
-        )
-        rows = [*others.as_dicts(), *rows]
+    others = _others(options, devices, trace, dict(how))
+    if others:
+        rows = [*compare(measured, others).as_dicts(), *rows]
     if options.model is not None:
         target = folder / f"model-{devices}"
         location = model_location(options.model, context.progress)
         place_checkpoint(location, placement, target, command=context.command, progress=context.progress)
     topology = _topology(options, devices)
-    if topology is not None:
-        others_placed = {name: place_trace(trace, devices, solver=name, **how) for name in options.compare}
-        placements = {**others_placed, **placements}
+    placements = {**{name: placed[0] for name, placed in others.items()}, **placements}
     return {
         "devices": devices,
         "placement": placement.hash,
@@ -187,6 +182,16 @@ def _on(
         "gain": _gain(options, devices, measured, placement, context.seed),
         "links": None if topology is None else {**topology.model_dump(), "dtype": options.dtype},
         "predictions": [] if topology is None else _predictions(options, measured, placements, topology),
+    }
+
+
+def _others(options: PlaceOptions, devices: int, trace: Any, how: dict[str, Any]) -> dict[str, list[Placement]]:
+    """Placements to compare with, by solver: of one that draws numbers several."""
+    seed = how.pop("seed")
+    statistics = statistics_of(trace) if options.compare else None
+    return {
+        name: place_repeatedly(trace, devices, name, seed=seed, options=how, statistics=statistics)
+        for name in options.compare
     }
 
 

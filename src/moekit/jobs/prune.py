@@ -23,7 +23,7 @@ from moekit.jobs.weights.prune_decide import decide
 from moekit.jobs.weights.prune_finish import finish, log_warnings, summary_of_plan
 from moekit.jobs.weights.prune_request import ask, proves
 from moekit.jobs.weights.sizes import budget_of, check_disk, refuse_uneven, warn_uneven
-from moekit.jobs.weights.texts import read_texts
+from moekit.jobs.weights.texts import read_texts, refuse_unread
 from moekit.progress import ProgressLike
 
 
@@ -173,6 +173,9 @@ def check(options: PruneOptions) -> None:
     if options.data is None and options.trace is None and (method.searches or method.required):
         what = "runs layers on text" if method.searches else f"decides from {', '.join(method.required)}"
         raise BadConfig(f"{options.method} {what}", hint="give text (--data) or a trace (--trace) of this model")
+    refuse_unread(options)
+    if options.self_generated is None and options.given("demonstrations"):
+        raise BadConfig("demonstrations is given, but no prompts are answered", hint="say --self-generated TOKENS, too")
     if options.self_generated is not None and options.data is None:
         raise BadConfig("there are no prompts to answer", hint="give prompts (--data), or leave --self-generated out")
     if options.protect == SUPER and options.data is None and options.trace is None:

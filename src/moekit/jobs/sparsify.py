@@ -22,10 +22,11 @@ from moekit.jobs.weights.sizes import check_disk
 from moekit.jobs.weights.sparsify_decide import decide
 from moekit.jobs.weights.sparsify_finish import Placed, finish, log_warnings, summary_of
 from moekit.jobs.weights.sparsify_request import ask, method_of, proves, stored_plan
+from moekit.jobs.weights.texts import TEXT_FIELDS, refuse_unread
 from moekit.progress import ProgressLike
 
 # What a stored plan has decided already.
-_DECIDED = ("model", "method", "settings", "sparsity", "total", "original", "data", "plan")
+_DECIDED = ("model", "method", "settings", "sparsity", "total", "original", "data", "plan", *TEXT_FIELDS)
 
 
 class SparsifyResult(JobResult):
@@ -146,7 +147,7 @@ def check(options: SparsifyOptions) -> None:
     """Refuse an unknown method, impossible knobs and shares, and a run without what it needs."""
     resolve_device(options.device)
     if options.from_plan is not None:
-        given = [name for name in _DECIDED if getattr(options, name)]
+        given = options.given(*_DECIDED)
         if given or options.write == "plan":
             what = f"{', '.join(given)} given as well" if given else "only a plan is to be written"
             raise BadConfig(f"a stored plan is to be carried out, but {what}", hint="leave that out")
@@ -163,6 +164,7 @@ def check(options: SparsifyOptions) -> None:
     if options.data is None and (method.required or method.sequential):
         needs = ", ".join(method.required) or "activations"
         raise BadConfig(f"{options.method} decides from {needs}", hint="give text (--data)")
+    refuse_unread(options)
     if proves(options) and options.data is None and options.heldout is None:
         raise BadConfig(
             "there is no text to prove the result on", hint="give --heldout TEXT, or say --no-proof to go without"

@@ -7,6 +7,7 @@ from .comparison import (
     Comparison as Comparison,
     compare as compare,
     compare_solvers as compare_solvers,
+    place_repeatedly as place_repeatedly,
 )
 from .cost_model import (
     Cost as Cost,

@@ -188,7 +188,6 @@ def compare_solvers(
         BadConfig: unknown solver, or no number of devices fits.
     """
     source = planned_on or trace
-    statistics, digest = statistics_of(source), source.digest
     fewest = min(source.meta.experts)
     jobs = [
         (count, name)
@@ -198,21 +197,52 @@ def compare_solvers(
     ]
     if not jobs:
         raise BadConfig(f"{fewest} experts cannot be placed on {min(devices)} devices", hint="choose fewer devices")
-    placed: dict[str, list[Placement]] = {}
-    for count, name in track(jobs, "comparing placements", progress):
-        repeats = seeds if name == "random" else 1
-        placed[f"{name}@{count}"] = [
-            place(
-                devices=count,
-                solver=name,
-                seed=seed + number,
-                fingerprint=source.meta.fingerprint,
-                trace=digest,
-                bound=name not in {"contiguous", "random"},
-                **statistics,
-                **(options or {}),
-            )
-            for number in range(repeats)
-        ]
+    statistics = statistics_of(source)
+    placed = {
+        f"{name}@{count}": place_repeatedly(
+            source, count, name, seeds=seeds, seed=seed, options=options, statistics=statistics
+        )
+        for count, name in track(jobs, "comparing placements", progress)
+    }
     found = compare(trace, placed)
     return Comparison([ComparisonRow(**{**asdict(r), "name": r.name.split("@")[0]}) for r in found.rows])
+
+
+def place_repeatedly(
+    trace: Trace,
+    devices: int,
+    solver: str,
+    *,
+    seeds: int = 5,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    statistics: Mapping[str, Any] | None = None,
+) -> list[Placement]:
+    """Place by a solver as `compare_solvers` does: several times where it draws numbers, else once.
+
+    Args:
+        trace: what is placed by.
+        devices: D.
+        solver: catalogue name.
+        seeds: random placements.
+        seed: first seed.
+        options: further options of `moekit.placement.planning`, such as `nodes` or `routing_groups`.
+        statistics: of the trace, from `statistics_of`; taken here by default.
+
+    Raises:
+        BadConfig: unknown solver, or an impossible number of devices.
+    """
+    known, digest = statistics or statistics_of(trace), trace.digest
+    return [
+        place(
+            devices=devices,
+            solver=solver,
+            seed=seed + number,
+            fingerprint=trace.meta.fingerprint,
+            trace=digest,
+            bound=solver not in {"contiguous", "random"},
+            **known,
+            **(options or {}),
+        )
+        for number in range(seeds if solver == "random" else 1)
+    ]

@@ -93,6 +93,7 @@ def test_dry_run_says_bytes_and_writes_nothing(
         (["--ep", 9], "8 experts cannot be dealt to 9 ranks"),
         (["--ep", 2, "--tokenizer", "x"], "--tokenizer with --plain"),
         (["--ep", 2, "--placement", "nowhere.json"], "no placement file"),
+        (["--ep", 2, "--drop-unknown"], "--drop-unknown and --tokenizer with"),
     ],
 )
 def test_impossible_wishes_are_refused(

@@ -171,6 +171,15 @@ class JobOptions(BaseModel):
         further: list[tuple[str, str]] = self._call("further_inputs", [])
         return [*found, *further]
 
+    def given(self, *names: str) -> list[str]:
+        """Those of some fields that are not as by default.
+
+        Args:
+            names: of fields.
+        """
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].get_default(call_default_factory=True)]
+
     def further_outputs(self, out: Path) -> tuple[Path, ...]:
         """Files that the job writes beside its folder.
 

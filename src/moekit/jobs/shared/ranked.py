@@ -29,8 +29,16 @@ def check_ranks(options: RankedOptions) -> None:
     catalogue.get("dispatch", options.dispatch)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if options.ep == 1:
-        if options.placement is not None or options.codec != "none":
-            raise BadConfig("placement and codec are about several ranks", hint="give --ep, the number of ranks")
+        if given := options.given(*(name for name in RankedOptions.model_fields if name != "ep")):
+            raise BadConfig(
+                f"{', '.join(given)} given, which {'is' if len(given) == 1 else 'are'} about several ranks",
+                hint="give --ep, the number of ranks",
+            )
+        if world > 1:
+            raise BadConfig(
+                f"{world} ranks are started, and each would do all of the work",
+                hint=f"say --ep {world} to share the model, or start one process",
+            )
         return
     if world % options.ep:
         raise BadConfig(

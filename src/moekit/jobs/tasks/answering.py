@@ -33,8 +33,7 @@ def check_tasks(options: TaskOptions) -> None:
     Raises:
         BadConfig: options of expert sets without expert sets, no budget, or an impossible one.
     """
-    fields = TaskOptions.model_fields
-    given = sorted(name for name in fields if name != "expert_sets" and getattr(options, name) != fields[name].default)
+    given = sorted(options.given(*(name for name in TaskOptions.model_fields if name != "expert_sets")))
     if options.expert_sets is None:
         if given:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -29,6 +29,10 @@ _TRAINED = re.compile(r"(.+)\[train\]")
 _TOO_SHORT = "no document has two tokens in the tenth that is kept apart for the proof"
 
 
+# How the text to decide on is laid out.
+TEXT_FIELDS = ("max_tokens", "seq_len", "batch_size")
+
+
 class ProofOptions(Protocol):
     """Options of every job that proves on text."""
 
@@ -55,6 +59,19 @@ class TextOptions(ProofOptions, Protocol):
     @property
     def data(self) -> str | None:
         """Text to decide on."""
+
+    def given(self, *names: str) -> list[str]:
+        """Those of some fields that are not as by default."""
+
+
+def refuse_unread(options: TextOptions) -> None:
+    """Refuse to lay out a text that nothing reads.
+
+    Raises:
+        BadConfig: naming the options.
+    """
+    if options.data is None and (given := options.given(*TEXT_FIELDS)):
+        raise BadConfig(f"{', '.join(given)} given, but no text to decide on", hint="give --data, or leave that out")
 
 
 def read_texts(
