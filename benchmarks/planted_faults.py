@@ -5,6 +5,8 @@
 Each fault is one line of the source made wrong, as a slip of the hand would: gate and up projections swapped, an
 inverse forgotten, a row of the router that does not follow its expert. The tests that run are those of `make test`
 (slow ones left out), the folders that hold the laws first, until one fails. A fault that no test notices is an error.
+Before the first one all these tests run on a copy without a fault, and must pass: what fails there would catch
+anything.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,16 +141,21 @@ FAULTS = (
 )
 
 
+def copy(folder: Path) -> None:
+    """Copy the sources and tests."""
+    for name in ("src", "tests", "docs", "recipes", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "mkdocs.yml", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+
+
 def plant(fault: Fault, folder: Path) -> None:
     """Copy the sources and tests, and make the one line wrong.
 
     Raises:
         SystemExit: the line is not there once: the library has changed, and this list has not.
     """
-    for name in ("src", "tests", "docs", "recipes", "benchmarks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "mkdocs.yml", "README.md"):
-        shutil.copy(ROOT / name, folder / name)
+    copy(folder)
     file = folder / "src" / "moekit" / fault.file
     text = file.read_text()
     if text.count(fault.right) != 1:
@@ -169,6 +177,19 @@ def caught_by(folder: Path, tests: tuple[str, ...]) -> str | None:
     return None
 
 
+def control(faults: Sequence[Fault]) -> None:
+    """Run all that is to catch them on a copy without a fault: what fails there would catch anything.
+
+    Raises:
+        SystemExit: a test fails, or pytest does not run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy(Path(folder))
+        failed = caught_by(Path(folder), tuple(dict.fromkeys(name for fault in faults for name in fault.tests)))
+    if failed is not None:
+        raise SystemExit(f"{failed} fails without any fault: mend that first")
+
+
 def main() -> None:
     """Plant each, print who caught it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,9 +197,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     results: list[dict[str, object]] = []
-    for fault in FAULTS:
-        if asked.only and not any(word in fault.name for word in asked.only):
-            continue
+    faults = [fault for fault in FAULTS if not asked.only or any(word in fault.name for word in asked.only)]
+    control(faults)
+    for fault in faults:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             plant(fault, Path(folder))

@@ -43,7 +43,8 @@ from moekit.checkpoint.atomic import atomic_folder
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import ShardWriter
-from moekit.compress.engine.apply import apply, plan_bytes
+from moekit.compress.engine.apply import apply
+from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.trace.streamed import record_streamed
 
@@ -211,7 +212,7 @@ def dd(source: Path, target: Path, nbytes: int) -> float:
 def apply_figures(root: Path, source: Path, rounds: int) -> None:
     """Peak and speed of `apply`, against dd in turns."""
     checkpoint = Checkpoint.open(source)
-    written = plan_bytes(checkpoint, decisions_for(MixtralConfig.from_pretrained(source)))
+    written = prepare(checkpoint, decisions_for(MixtralConfig.from_pretrained(source))).nbytes
     ours: list[dict[str, float]] = []
     theirs: list[float] = []
     for number in range(rounds):

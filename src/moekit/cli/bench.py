@@ -52,7 +52,9 @@ def ep(
         bool | None,
         typer.Option("--shaped/--no-shaped", help="network namespaces (root) or a modelled link", show_default="auto"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in the folder")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace its own files in the folder; others stay")
+    ] = False,
 ) -> None:
     """Measure every dispatcher, and every peer that is installed, on one machine with a link of a known rate.
 

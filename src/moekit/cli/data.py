@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +11,9 @@ from moekit.cli._command import build_command, build_group
 from moekit.cli._jobs import command_of
 from moekit.cli._terminal import Terminal, size
 from moekit.jobs.table import jobs
+
+if TYPE_CHECKING:
+    from moekit.jobs.shared.estimates import JobEstimate
 
 
 def list_sources(terminal: Terminal) -> None:
@@ -46,19 +50,25 @@ def fetch(
     from moekit.data import fetch as fetch_source
     from moekit.data.sources import get_source, resolve_mix, text_mixes
 
+    if terminal.dry_run:
+        _print_estimate(terminal, names)
+        return
     folders: dict[str, str] = {}
     for name in names:
-        if terminal.dry_run:
-            _print_estimate(terminal, name)
-            continue
         for source in resolve_mix(name, terminal.progress) if name in text_mixes() else [name]:
             folders[source] = str(fetch_source(source, terminal.progress))
             terminal.say(f"{source}: {get_source(source).info().licence}, in {folders[source]}")
-    if not terminal.dry_run:
-        terminal.answer(folders=folders)
+    terminal.answer(folders=folders)
 
 
-def _print_estimate(terminal: Terminal, name: str) -> None:
+def _print_estimate(terminal: Terminal, names: Sequence[str]) -> None:
+    """All of them together: one comes after the other, and all stay."""
+    from moekit.jobs.shared.estimates import merged
+
+    terminal.estimate(merged({name: _estimate(name) for name in names}))
+
+
+def _estimate(name: str) -> JobEstimate:
     from moekit.data.sources import get_source, text_mixes
     from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
     from moekit.jobs.shared.inputs import text_item
@@ -66,7 +76,7 @@ def _print_estimate(terminal: Terminal, name: str) -> None:
     item = text_item(name, ByteSizes())
     first = text_mixes()[name][0][0] if name in text_mixes() else name
     kept = get_source(first).folder.parent
-    terminal.estimate(JobEstimate((item,), (Item(str(kept), item.nbytes),), disk=item.nbytes, memory=item.nbytes))
+    return JobEstimate((item,), (Item(str(kept), item.nbytes),), disk=item.nbytes, memory=item.nbytes)
 
 
 def build() -> Any:

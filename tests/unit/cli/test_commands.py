@@ -258,3 +258,11 @@ def test_a_training_that_left_experts_silent_is_kept_and_said(moekit: Moekit, ma
     # Afterwards, without knowing where they come from, `check` calls them what they are.
     checked = moekit("check", tmp_path / "tuned", "--json")
     assert {finding["code"] for finding in checked.json["findings"]} == {"dead-expert"}  # type: ignore[index, union-attr]
+
+
+def test_a_dry_run_of_several_sources_tells_all_of_them(moekit: Moekit) -> None:
+    done = moekit("data", "fetch", "smollm2", "demo", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    assert [item["what"] for item in done.json["reads"]] == ["smollm2", "demo"]
+    each = [item["bytes"] for item in done.json["reads"]]
+    assert done.json["disk_bytes"] == sum(each)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moekit.cli._terminal import Terminal
-
-if TYPE_CHECKING:
-    pass
 
 
 def show(terminal: Terminal, results: Mapping[str, Any]) -> None:

@@ -24,15 +24,13 @@ from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.small_files import copy_small_files
 from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.layer_writer import Rewrite, Rewriter
-from moekit.compress.engine.layout import OutputLayout, plan_bytes, prepare
+from moekit.compress.engine.layout import OutputLayout, prepare
 from moekit.compress.engine.mtp import Mtp, MtpKept
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups
 from moekit.compress.engine.shard_writer import OutputShards
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import UnsupportedModel
-
-__all__ = ["apply", "plan_bytes"]
 
 # Room for the card, which is written last.
 _CARD_BYTES = 64 << 10

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moekit.checkpoint.config_file import edited_config, without_mtp
 from moekit.checkpoint.experts import mtp_tensors, stacked_experts
@@ -140,20 +140,6 @@ def prepare(
     text = _config_text(checkpoint, before, after, outcomes, kept_mtp, bool(extra) and mtp == "drop")
     gone = len(extra) if mtp == "drop" else 0
     return OutputLayout(checkpoint, outcomes, counts, tuple(kept), tuple(shards), index, after, text, gone, kept_mtp)
-
-
-def plan_bytes(checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome], **options: Any) -> int:
-    """Bytes of what `apply` would write, the record and the card left out; no weight is read.
-
-    Args:
-        checkpoint: the source.
-        outcomes: of every MoE layer.
-        options: as for `prepare`.
-
-    Raises:
-        BadConfig, BadCheckpoint, UnsupportedModel: see `apply`.
-    """
-    return prepare(checkpoint, outcomes, **options).nbytes
 
 
 def _axes(before: PreTrainedConfig, counts: Mapping[int, int]) -> Axes:

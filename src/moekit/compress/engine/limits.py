@@ -14,6 +14,8 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig, UnsupportedModel
 
+_FREE = "route without groups (--groups free, in Python groups='free')"
+
 
 def check_layers(outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int], file: Path | None = None) -> None:
     """Refuse outcomes that do not name each MoE layer and only experts that it has.
@@ -78,7 +80,7 @@ def check_top_k(outcomes: Mapping[int, LayerOutcome], top_k: int, file: Path | N
                 f"{len(outcome.keep)} experts would stay, but each token chooses {top_k}",
                 file=file,
                 layer=layer,
-                hint=f"keep at least {top_k}, or let tokens choose fewer (top_k={len(outcome.keep)})",
+                hint=f"keep at least {top_k}, or say --top-k {len(outcome.keep)} (in Python top_k)",
             )
 
 
@@ -130,7 +132,7 @@ def check_groups(
                 f"the {groups} routing groups would keep {kept} experts, and groups must be equal",
                 file=file,
                 layer=layer,
-                hint='keep equally many of each group, or route without groups (groups="free")',
+                hint=f"keep equally many of each group (--groups equal), or {_FREE}",
             )
         if kept[0] * allowed < chosen:
             raise BadConfig(
@@ -138,7 +140,7 @@ def check_groups(
                 f"than the {chosen} it chooses",
                 file=file,
                 layer=layer,
-                hint=f'keep at least {-(-chosen // allowed)} of each group, or route without groups (groups="free")',
+                hint=f"keep at least {-(-chosen // allowed)} of each group, or {_FREE}",
             )
 
 

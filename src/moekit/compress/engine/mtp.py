@@ -32,7 +32,7 @@ Mtp = Literal["drop", "keep", "prune"]
 MtpKept = Mapping[str, Sequence[int]]
 
 _LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?layers\.)(?P<layer>\d+)\.")
-_DROP = 'leave it out (mtp="drop"): it only speeds up decoding, and answers stay the same'
+_DROP = "leave it out (--mtp drop, in Python mtp='drop'): it only speeds up decoding, and answers stay the same"
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def check_equal(checkpoint: Checkpoint, outcomes: Mapping[int, LayerOutcome]) ->
                 f"the multi-token-prediction layer has {block.experts} experts, the config would say {experts}",
                 file=checkpoint.path,
                 layer=block.layer,
-                hint=f'cut it to as many (mtp="prune"), or {_DROP}',
+                hint=f"cut it to as many (--mtp prune, in Python mtp='prune'), or {_DROP}",
             )
 
 

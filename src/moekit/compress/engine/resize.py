@@ -70,11 +70,13 @@ def resized_config(
             setattr(text, key, top_k)
     chosen = int(getattr(text, choices[0])) if choices else 1
     if chosen < 1:
-        raise BadConfig(f"a token cannot choose {chosen} experts", hint=f"choose 1 to {experts} (top_k)")
+        raise BadConfig(
+            f"a token cannot choose {chosen} experts", hint=f"choose 1 to {experts} (--top-k, in Python top_k)"
+        )
     if experts < chosen:
         raise BadConfig(
             f"{experts} experts would stay, but each token chooses {chosen}",
-            hint=f"keep at least {chosen}, or let tokens choose fewer (top_k={experts})",
+            hint=f"keep at least {chosen}, or let tokens choose fewer (--top-k {experts}, in Python top_k)",
         )
     if (experts != before) if dropped is None else dropped:
         _set_groups(made, text, experts, groups)
@@ -132,13 +134,13 @@ def _set_groups(made: PreTrainedConfig, text: Any, experts: int, groups: Groups)
     if experts % count:
         raise BadConfig(
             f"{experts} experts are not equally many in {count} routing groups",
-            hint=f"keep a multiple of {count}, or route without groups (groups=free)",
+            hint=f"keep a multiple of {count}, or route without groups (--groups free)",
         )
     if experts == count and any(layer.router is None for layer in iterate_moe_layers(_skeleton_of(made))):
         # Some families score a group by its two best experts; asked on meta, their routers fail on smaller groups.
         raise BadConfig(
             "routing groups of a single expert would be left, too few for this family's router to score",
-            hint=f"keep at least {2 * count}" + ("" if count == 1 else ", or route without groups (groups=free)"),
+            hint=f"keep at least {2 * count}" + ("" if count == 1 else ", or route without groups (--groups free)"),
         )
 
 

@@ -154,7 +154,7 @@ def check_sparsity(sparsity: float, fixed: float | None = None, layer: int | Non
         raise BadConfig(
             f"the sparsity is {sparsity:g}, but the pattern zeroes exactly {fixed:g}",
             layer=layer,
-            hint=f"ask for {fixed:g}, or for pattern=unstructured",
+            hint=f"ask for {fixed:g}, or for --set pattern=unstructured",
         )
 
 

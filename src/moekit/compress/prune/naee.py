@@ -155,7 +155,7 @@ class NAEE(PruneMethod):
             raise BadConfig(
                 f"an exhaustive search would run this layer {subsets:.2g} times",
                 layer=layer,
-                hint="use strategy=greedy, or drop fewer experts",
+                hint="say --set strategy=greedy, or drop fewer experts",
             )
         return True
 

@@ -53,7 +53,7 @@ def _forming(statistics: Mapping[int, LayerStatistics], rule: Rule, early: int) 
             raise BadData(
                 f"{' and '.join(missing)} were not recorded",
                 layer=layer,
-                hint="record them, or take the first 75 % of the layers for those that form (forming=first-75)",
+                hint="record them, or take the first 75 % of the layers for those that form (--forming first-75)",
             )
         if forms_massive(float(stats["stream_gain"][0]), median_magnitude(stats["stream_magnitude"])):
             found.add(layer)

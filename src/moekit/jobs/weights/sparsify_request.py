@@ -153,6 +153,6 @@ def _fixed(share: float, total: float, removed: float, source: OpenedModel) -> f
         raise BadConfig(
             f"the total is to be {total:g}, but {removed:g} is removed and the pattern zeroes exactly {share:g} of the "
             f"rest, {whole:g} in all",
-            hint=f"ask for a total of {whole:.6g}, for pattern=unstructured, or remove other experts",
+            hint=f"ask for a total of {whole:.6g}, for --set pattern=unstructured, or remove other experts",
         )
     return share

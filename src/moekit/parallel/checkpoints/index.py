@@ -126,7 +126,7 @@ class Index(_Frozen):
             raise BadCheckpoint(
                 f"this is no sharded checkpoint: there is no {INDEX_FILE}",
                 file=folder,
-                hint="a save that was cut off leaves nothing; a plain folder opens with moekit.load",
+                hint="a save that was cut off leaves nothing; commands and moekit.load open a plain folder as it is",
             )
         value = read_json(path, limit=MAX_INDEX_BYTES)
         if isinstance(value.get("format"), int) and value["format"] > FORMAT:

@@ -139,7 +139,7 @@ class C2R(ChoosePart):
             raise BadConfig(
                 "device mode needs to know which device holds which expert",
                 layer=inputs.layer,
-                hint="give a placement (moekit place), or use mode=list",
+                hint="give a placement (moekit place), or say --mode list",
             )
         devices_E = torch.tensor(inputs.devices, dtype=torch.int16)
         smallest = int(torch.bincount(devices_E.long()).min()) * self.max_devices

@@ -92,7 +92,8 @@ class AttentionProbe(Probe):
             raise UnsupportedModel(
                 f"the attention implementation {chosen!r} does not show its mask",
                 layer=place.index,
-                hint='load the model with attn_implementation="sdpa" or "eager", or leave out statistics of attention',
+                hint="leave statistics of attention out (--statistics), or load the model in Python with "
+                "attn_implementation='sdpa' or 'eager'",
             )
 
     def hooks(self) -> Iterator[Removable]:

@@ -227,7 +227,9 @@ class LayerStatistics(Mapping[str, Tensor]):
             return self._values["coactivation"].diagonal().clone()
         if "domain_load" in self._values:
             return self._values["domain_load"].sum(0)
-        raise BadData("the load was not recorded", hint='record with statistics=("load",)')
+        raise BadData(
+            "the load was not recorded", hint="record it with --statistics load (in Python statistics=('load',))"
+        )
 
     @property
     def never_routed(self) -> list[int]:

@@ -22,7 +22,8 @@ from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.parts import PartEntry
 from moekit.checkpoint.record import Record
-from moekit.compress.engine.apply import apply, plan_bytes
+from moekit.compress.engine.apply import apply
+from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadCheckpoint, BadConfig, NumericFault, OutOfBudget, UnsupportedModel
@@ -96,7 +97,7 @@ def run(source: Path, target: Path, outcomes: Mapping[int, LayerOutcome], **opti
 def test_every_byte_is_the_sources(family: str, fused: bool, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", family, fused=fused)
     outcomes = keeping(source, (1, 2, 4, 7), (0, 3, 4, 5))
-    planned = plan_bytes(Checkpoint.open(source), outcomes, max_shard_bytes=60_000)
+    planned = prepare(Checkpoint.open(source), outcomes, max_shard_bytes=60_000).nbytes
     record = run(source, tmp_path / "out", outcomes, max_shard_bytes=60_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert_equal(read_all(tmp_path / "out"), sliced(read_all(source), as_tuples(outcomes)))
@@ -461,7 +462,7 @@ def test_impossible_decisions(change, options, said, tmp_path: Path) -> None:
         run(source, tmp_path / "out", outcomes, **options)
     assert "->" in str(caught.value)
     with pytest.raises(BadConfig, match=said):
-        plan_bytes(Checkpoint.open(source), outcomes, **options)
+        prepare(Checkpoint.open(source), outcomes, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -476,7 +477,7 @@ def test_fewer_choices_allow_fewer_experts(tmp_path: Path) -> None:
 def test_too_little_disk_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = plain(tmp_path / "source", "mixtral")
     outcomes = keeping(source, (0, 1))
-    need = plan_bytes(Checkpoint.open(source), outcomes)
+    need = prepare(Checkpoint.open(source), outcomes).nbytes
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=need))
     with pytest.raises(OutOfBudget, match="bytes are needed"):

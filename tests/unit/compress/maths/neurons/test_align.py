@@ -135,4 +135,4 @@ def test_tensors_of_unknown_layout_are_refused() -> None:
     strange = LayerWeights(weights.up_EIH, weights.down_EHI, others={"scale": torch.ones(3, 6)})
     with pytest.raises(UnsupportedModel, match="scale") as caught:
         permute_neurons(strange, 0, torch.arange(6))
-    assert "align=false" in str(caught.value.hint)
+    assert "--set align=false" in str(caught.value.hint)
