@@ -9,66 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moekit._progress import Progress
-from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.dropping import PruneMethod
-from moekit.compress.self_calibration import prompt_ids
-from moekit.errors import BadConfig, BadData, NumericFault
+from moekit.errors import BadData, NumericFault
 from moekit.serving.expert_sets.expert_set import ExpertSet
 from moekit.serving.expert_sets.recording import GroupedText
 from moekit.serving.expert_sets.scoring import score_layers
-from moekit.trace.recorder import record
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Metric = Literal["l2", "cosine"]
-
-
-def query(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Sequence[int],
-    *,
-    method: PruneMethod,
-    layers: int = 1,
-) -> Tensor:
-    """Score a prompt as a task is scored, on its own tokens, at the first MoE layers: [layers, E].
-
-    Args:
-        model: the model, or one of the same first layers: what comes after them is run but not looked at.
-        tokenizer: its tokenizer.
-        prompt: text, put into the chat template where there is one, or token ids.
-        method: the one that scored the expert sets; an adaptive threshold follows the prompt's own tokens.
-        layers: how many MoE layers from the first.
-
-    Raises:
-        BadConfig: the model has fewer MoE layers.
-        BadData: an empty prompt.
-    """
-    found = find_moe_layers(model)
-    if not 1 <= layers <= len(found):
-        raise BadConfig(f"{layers} layers, but the model has {len(found)} MoE layers", hint="ask for fewer")
-    ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
-    if not ids:
-        raise BadData("the prompt has no tokens", hint="leave empty prompts out")
-    geometries = {layer.index: layer.geometry for layer in found[:layers]}
-    trace = record(
-        model,
-        [torch.tensor([ids])],
-        statistics=method.required,
-        keep_choices=False,
-        layers=list(geometries),
-        fingerprint="",
-    )
-    scores = score_layers(method, trace.require(method.required), geometries)
-    return torch.stack([scores[layer].double().cpu() for layer in geometries])
 
 
 def queries_from_disk(

@@ -14,11 +14,12 @@ from moekit.compress.prune.easy_ep import EasyEP
 from moekit.compress.prune.premoe import PreMoe
 from moekit.errors import BadConfig, BadData
 from moekit.serving.expert_sets.recording import GroupedText
-from moekit.serving.expert_sets.retrieval import queries_from_disk, query
+from moekit.serving.expert_sets.retrieval import queries_from_disk
 from moekit.streaming.loader import LayerLoader
 from moekit.trace import record
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain
+from tests.expert_sets import query
 from tests.families import build, tokens
 from tests.tiny import tokenizer
 
@@ -111,7 +112,7 @@ def test_prompts_are_scored_as_in_memory_from_the_first_layers_alone(
     dense = 1 if family == "deepseek_v3" else 0
     assert loaded == list(range(dense + layers))
     for ids, scores in zip(prompts, found, strict=True):
-        expected = query(model, tokenizer(), ids, method=PreMoe(), layers=layers)
+        expected = query(model, ids, method=PreMoe(), layers=layers)
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
 
 
