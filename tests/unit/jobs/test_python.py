@@ -263,10 +263,8 @@ def test_what_is_not_kept_costs_no_hashes(made: Path, tmp_path: Path, monkeypatc
 def test_a_run_that_failed_can_be_called_again(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
 ) -> None:
-    how: dict[str, Any] = {
-        "prune": {"method": "frequency", "keep": 0.5},
-        "sparsify": {"method": "wanda", "sparsity": 0.5},
-    }
+    share = {"prune": {"method": "frequency", "keep": 0.5}, "sparsify": {"method": "wanda", "sparsity": 0.5}}[job]
+    how: dict[str, Any] = {"data": made / "text", "max_tokens": 200, "proof": False, **share}
 
     def again() -> Any:
         return getattr(moekit, job)(made / "moe", plan=tmp_path / "p.json", out=tmp_path / "out", **how)
