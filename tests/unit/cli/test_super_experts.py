@@ -81,7 +81,6 @@ def test_bad_input_is_one_message(moekit: Moekit, made: Path, tmp_path: Path) ->
     out = tmp_path / "out"
     for args, words in (
         (["super-experts", made / "moe", "-o", out], "--data"),
-        (["super-experts", made / "moe", "--data", made / "text"], "--out"),
         (["super-experts", made / "moe", "--data", tmp_path / "nothing.txt", "-o", out], "nothing.txt"),
         (call(made, out, "--percentile", 101), "less than or equal to 100"),
         (call(made, out, "--no-proof", "--heldout", made / "text"), "no check"),
