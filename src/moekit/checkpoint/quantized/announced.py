@@ -52,8 +52,8 @@ def refuse_bare(
             continue
         layer, expert = where(name)
         raise BadCheckpoint(
-            f"the config says that {name} is quantized ({kind}) like others of its kind, but it is {info.dtype} and has "
-            "no scales",
+            f"the config says that {name} is quantized ({kind}) like others of its kind, but it is {info.dtype} "
+            "and has no scales",
             file=folder,
             layer=layer,
             expert=expert,

@@ -139,9 +139,10 @@ def demand_dtype(info: TensorInfo, allowed: frozenset[str]) -> None:
 
 def unreadable(what: str) -> UnsupportedModel:
     """The error for a variant of a format that nothing here reads."""
-    return UnsupportedModel(
-        what, hint="give the unquantized checkpoint; `--method random --no-proof` cuts this one too"
+    hint = (
+        "give the unquantized checkpoint; a plan that was made on it cuts this one too (moekit apply --other-weights)"
     )
+    return UnsupportedModel(what, hint=hint)
 
 
 def ceil_div(number: int, by: int) -> int:

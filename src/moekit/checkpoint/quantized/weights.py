@@ -176,8 +176,8 @@ def _found(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> QuantizedWeig
     if not formats:
         raise UnsupportedModel(
             f"the weights are quantized ({kind(settings)}), which nothing here reads",
-            hint=f"give the unquantized checkpoint, or one that is quantized as {known()}; a plan made on the unquantized "
-            "one cuts this one too (moekit apply --other-weights --no-proof)",
+            hint=f"give the unquantized checkpoint, or one that is quantized as {known()}; a plan made on the former "
+            "cuts this one too (moekit apply --other-weights --no-proof)",
         )
     found = QuantizedWeights(checkpoint, formats, kind(settings))
     _refuse_orphans(checkpoint, found, formats)

@@ -80,15 +80,15 @@ def test_a_sound_folder_is_verified_and_checked(made: Path, kind: str) -> None:
 def fused(tensors: Tensors) -> None:
     """As transformers writes fp8 experts, stacked."""
     block = "model.layers.1.mlp.experts"
-    for ending in ("", "_scale_inv"):
 
-        def stack(part: str, ending: str = ending) -> torch.Tensor:
-            made = torch.stack([tensors.pop(f"{block}.{e}.{part}.weight{ending}") for e in range(8)])
-            return made if ending else made.view(torch.uint8)  # torch joins no eight-bit floats
+    def stack(part: str, ending: str) -> torch.Tensor:
+        made = torch.stack([tensors.pop(f"{block}.{e}.{part}.weight{ending}") for e in range(8)])
+        return made if ending else made.view(torch.uint8)  # torch joins no eight-bit floats
 
-        both, down = torch.cat([stack("gate_proj"), stack("up_proj")], dim=1), stack("down_proj")
-        kind = torch.float32 if ending else torch.float8_e4m3fn
-        tensors |= {f"{block}.gate_up_proj{ending}": both.view(kind), f"{STACK}{ending}": down.view(kind)}
+    for ending, kind in (("", torch.float8_e4m3fn), ("_scale_inv", torch.float32)):
+        both = torch.cat([stack("gate_proj", ending), stack("up_proj", ending)], dim=1)
+        tensors[f"{block}.gate_up_proj{ending}"] = both.view(kind)
+        tensors[f"{STACK}{ending}"] = stack("down_proj", ending).view(kind)
 
 
 def test_stacked_experts_in_fp8(made: Path, tmp_path: Path) -> None:
