@@ -18,7 +18,7 @@ from moekit.checkpoint.fingerprint import disk_state_dict
 from moekit.checkpoint.meta import meta_model, stated_model
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, text_config, where
 from moekit.checkpoint.safety import FLOAT_DTYPES, TensorInfo
-from moekit.errors import BadCheckpoint, UnsupportedModel
+from moekit.errors import BadCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -266,17 +266,10 @@ def _unpacked(checkpoint: Checkpoint) -> tuple[Mapping[str, TensorInfo], bool]:
     """The tensors as they are where nothing is quantized, and whether that could be told of quantized ones."""
     if "quantization_config" not in checkpoint.config:
         return checkpoint.tensors, False
-    from moekit.checkpoint.quantized.weights import quantized_weights
-    from moekit.checkpoint.reading import TensorReader
+    from moekit.checkpoint.quantized.weights import unquantized_tensors
 
-    try:
-        found = quantized_weights(checkpoint)
-    except UnsupportedModel:  # its bytes can be cut all the same
-        return checkpoint.tensors, False
-    assert found is not None
-    with TensorReader(checkpoint) as reader:
-        found.check_values(reader)
-    return found.tensors, True
+    found = unquantized_tensors(checkpoint)
+    return (checkpoint.tensors, False) if found is None else (found, True)
 
 
 def _natural(name: str) -> list[int | str]:

@@ -154,7 +154,7 @@ def test_stock_transformers_loads_what_was_cut(kind: str, moekit: Moekit, made: 
 
 def test_a_profile_streams(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     for name in ("ragged", "ragged-as-floats"):
-        done = moekit("profile", made / name, tmp_path / name, "--data", made / "my-domain")
+        done = moekit("profile", made / name, "--data", made / "my-domain", "-o", tmp_path / name)
         assert done.code == 0, done.err
     mine, other = (Trace.load(tmp_path / name) for name in ("ragged", "ragged-as-floats"))
     assert mine.meta.tokens == other.meta.tokens

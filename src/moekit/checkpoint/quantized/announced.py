@@ -43,12 +43,11 @@ def refuse_bare(
             file=folder,
             hint="fetch the folder again, or take quantization_config out of config.json if nothing is quantized",
         )
-    kinds = {_kind(name) for name in weights}
-    spared = [*_listed(settings)]
+    kinds, spared = {_kind(name) for name in weights}, _listed(settings)
     for name, info in tensors.items():
-        if name in weights or _kind(name) not in kinds or any(_names(entry, name) for entry in spared):
+        if name in weights or _kind(name) not in kinds:
             continue
-        if not _meant(settings, name):
+        if any(_names(entry, name) for entry in spared) or not _meant(settings, name):
             continue
         layer, expert = where(name)
         raise BadCheckpoint(

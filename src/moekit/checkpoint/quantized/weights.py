@@ -5,6 +5,7 @@ Legend: E experts stacked in one tensor.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,8 @@ from moekit.checkpoint.quantized.registry import formats_of, kind, known, quanti
 from moekit.checkpoint.reading import TensorReader
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
+# Attribute of an opened checkpoint that holds what was worked out of it: large ones have a hundred thousand tensors.
+_KEPT = "moekit_quantized"
 # Scales that are looked at as a folder is verified; those beyond are, as their layers are read.
 _LOOKED_AT_BYTES = 256 << 20
 
@@ -49,7 +52,7 @@ class QuantizedWeights:
             self._formats[packed.name] = taken
         self._plain = {name: info for name, info in checkpoint.tensors.items() if name not in self.owners}
 
-    @property
+    @functools.cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """What the checkpoint would hold were it not quantized; dtypes of packed weights are F32, offsets theirs."""
         unpacked = {
@@ -152,7 +155,7 @@ def located(error: BadCheckpoint, checkpoint: Checkpoint) -> BadCheckpoint:
 
 
 def quantized_weights(checkpoint: Checkpoint) -> QuantizedWeights | None:
-    """The packed weights of a checkpoint; None where nothing is quantized. No weight is read.
+    """The packed weights of a checkpoint, worked out once; None where nothing is quantized. No weight is read.
 
     Raises:
         BadCheckpoint: parts of weights are missing or do not fit each other, or weights that the config announces as
@@ -162,13 +165,38 @@ def quantized_weights(checkpoint: Checkpoint) -> QuantizedWeights | None:
     settings = quantization(checkpoint.config)
     if settings is None:
         return None
+    kept = vars(checkpoint).get(_KEPT)
+    if isinstance(kept, QuantizedWeights):
+        return kept
     try:
-        return _found(checkpoint, settings)
+        found = _found(checkpoint, settings)
+        setattr(checkpoint, _KEPT, found)
+        return found
     except BadCheckpoint as error:
         raise located(error, checkpoint) from None
     except UnsupportedModel as error:
         error.file = str(checkpoint.path)
         raise
+
+
+def unquantized_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorInfo] | None:
+    """What a quantized checkpoint would hold were it not quantized; its first scales are looked at.
+
+    Returns:
+        None where the weights are quantized in a way that nothing here reads: their bytes can be cut all the same.
+
+    Raises:
+        BadCheckpoint: see `quantized_weights` and `QuantizedWeights.check_values`.
+    """
+    try:
+        found = quantized_weights(checkpoint)
+    except UnsupportedModel:
+        return None
+    if found is None:
+        return checkpoint.tensors
+    with TensorReader(checkpoint) as reader:
+        found.check_values(reader)
+    return found.tensors
 
 
 def _found(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> QuantizedWeights:
