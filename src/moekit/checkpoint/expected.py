@@ -139,11 +139,20 @@ def _place(name: str, layout: Layout) -> tuple[str, str, tuple[int, ...] | None]
     return (target, "foreign", None) if gathered else (target, "whole", layout.live[target])
 
 
-def compare(tensors: Mapping[str, TensorInfo], layout: Layout, config: Mapping[str, Any]) -> Differences:
+def compare(
+    tensors: Mapping[str, TensorInfo], layout: Layout, config: Mapping[str, Any], *, unpacked: bool = False
+) -> Differences:
     """Compare the tensors on disk with the layout.
 
     Of quantized checkpoints (`quantization_config`) only presence is compared: packed weights have other names,
     shapes and dtypes.
+
+    Args:
+        tensors: on disk.
+        layout: legal ones.
+        config: parsed config.json.
+        unpacked: whether packed weights are given as what they are where nothing is quantized; all is compared then,
+            but that experts share a dtype.
     """
     differences = Differences()
     quantized = "quantization_config" in config
@@ -157,7 +166,7 @@ def compare(tensors: Mapping[str, TensorInfo], layout: Layout, config: Mapping[s
         reached[target].whole |= how == "whole"
         reached[target].parts |= {name} if how == "part" else set()
         reached[target].foreign += [name] if how == "foreign" else []
-        if not quantized:
+        if unpacked or not quantized:
             if shape is not None and info.shape != shape:
                 differences.shapes[name] = shape
             _check_float(info, differences)
@@ -227,27 +236,40 @@ def describe(differences: Differences, tensors: Mapping[str, TensorInfo]) -> str
 def verify(checkpoint: Checkpoint) -> Layout:
     """Compare names, shapes and dtypes with what the config says, before any weight is read.
 
+    Of quantized weights the scales are looked at, too: all there, of shapes that fit, and positive numbers.
+
     Returns:
         The legal tensors of the config.
 
     Raises:
         BadCheckpoint: tensors are missing, surplus or of a wrong shape or dtype: the full list, naming layer and
-            expert of the first.
+            expert of the first. Or scales are, or hold what scales nothing.
     """
     layout = layout_of(meta_model(checkpoint))
-    differences = compare(checkpoint.tensors, layout, checkpoint.config)
+    tensors, unpacked = _unpacked(checkpoint)
+    differences = compare(tensors, layout, checkpoint.config, unpacked=unpacked)
     if not differences:
         return layout
     names = [*differences.missing, *differences.surplus, *differences.shapes, *differences.dtypes]
     layer, expert = where(sorted(names, key=_natural)[0])
-    hint = count_hint(differences, checkpoint.config, checkpoint.tensors)
+    hint = count_hint(differences, checkpoint.config, tensors)
     raise BadCheckpoint(
-        describe(differences, checkpoint.tensors),
+        describe(differences, tensors),
         file=Path(checkpoint.path),
         layer=layer,
         expert=expert,
         hint=hint or "the folder is incomplete or its config belongs to another model: fetch it again",
     )
+
+
+def _unpacked(checkpoint: Checkpoint) -> tuple[Mapping[str, TensorInfo], bool]:
+    """The tensors as they are where nothing is quantized, and whether that could be told of quantized ones."""
+    if "quantization_config" not in checkpoint.config:
+        return checkpoint.tensors, False
+    from moekit.checkpoint.quantized.weights import unquantized_tensors
+
+    found = unquantized_tensors(checkpoint)
+    return (checkpoint.tensors, False) if found is None else (found, True)
 
 
 def _natural(name: str) -> list[int | str]:

@@ -26,6 +26,7 @@ from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.precision import loading_dtype
 from moekit.checkpoint.provenance import origin_of, stamp
+from moekit.checkpoint.quantized.stock import naming_quantizer, refuse_misread
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.safety import check_name, load_tensors, read_header
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES, index_text
@@ -75,6 +76,7 @@ def load(
 
     Raises:
         BadCheckpoint, UnsafeInput, UnsupportedModel: see `Checkpoint.open` and `verify`.
+        UnsupportedModel: quantized weights that transformers cannot load on this device, or would misread.
         BadConfig: an unknown dtype or device.
     """
     place = resolve_device("auto" if device_map is not None else device)
@@ -97,7 +99,8 @@ def load(
 def _load_stock(
     checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: Any, allow_remote_code: bool
 ) -> PreTrainedModel:
-    with quiet_transformers():
+    refuse_misread(checkpoint)
+    with quiet_transformers(), naming_quantizer(checkpoint):
         loaded, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
             dtype=dtype,

@@ -25,10 +25,13 @@ def stored_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
     None where it is quantized, or stored in a type that is no float's.
     """
+    return None if "quantization_config" in config else unquantized_dtype(config, tensors)
+
+
+def unquantized_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> torch.dtype | None:
+    """As `stored_dtype`; of a quantized checkpoint the type of what is not quantized."""
     import torch
 
-    if "quantization_config" in config:
-        return None
     inner = text_config(config)
     told = [values.get(key) for values in (config, inner) for key in ("dtype", "torch_dtype")]
     named = next((str(name) for name in told if isinstance(name, str)), None)
@@ -62,5 +65,5 @@ def reading_dtype(
 
     None where only the config's class knows: nothing says how the checkpoint is stored.
     """
-    stored = stored_dtype(checkpoint.config, checkpoint.tensors)
+    stored = unquantized_dtype(checkpoint.config, checkpoint.tensors)
     return dtype or (None if stored is None else compute_dtype(stored, device))

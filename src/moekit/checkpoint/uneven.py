@@ -14,9 +14,11 @@ from torch import nn
 
 from moekit.checkpoint.conversions import follow_names
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, stated_experts, text_config, where
+from moekit.checkpoint.precision import reading_dtype
+from moekit.checkpoint.quantized.weights import WeightReader
 from moekit.checkpoint.record import RECORD_FILE
 from moekit.checkpoint.tying import tie
-from moekit.errors import BadCheckpoint, UnsupportedModel
+from moekit.errors import BadCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -160,7 +162,9 @@ def fill(
 def load_uneven(
     checkpoint: Checkpoint, build: Callable[[torch.dtype | None], PreTrainedModel], dtype: str | torch.dtype
 ) -> tuple[PreTrainedModel, Iterable[str]]:
-    """Load a checkpoint whose layers hold different numbers of experts.
+    """Load a checkpoint whose layers hold different numbers of experts; quantized weights become floats.
+
+    transformers builds quantized experts with one number for all layers, and so has no way of its own to load them.
 
     Args:
         checkpoint: opened and verified.
@@ -171,28 +175,24 @@ def load_uneven(
         The model, and what did not get weights.
 
     Raises:
-        UnsupportedModel: the weights are quantized.
+        UnsupportedModel: the weights are quantized in a way that is not read here.
     """
-    if "quantization_config" in checkpoint.config:
-        kind = checkpoint.config["quantization_config"].get("quant_method", "?")
-        raise UnsupportedModel(
-            f"layers hold different numbers of experts, and the weights are quantized ({kind}): transformers builds "
-            "quantized experts with one number for all layers",
-            file=checkpoint.path,
-            hint="prune all layers to one number, or give the unquantized checkpoint",
-        )
     from transformers import GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME
 
     given = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if "quantization_config" in checkpoint.config:
+        given = reading_dtype(checkpoint, given)
     model = build(given)
     wanted = given or model.config.dtype or torch.float32
     groups: dict[int | None, list[str]] = {}
     for name in checkpoint.tensors:
         groups.setdefault(where(name)[0], []).append(name)
-    for names in groups.values():  # one layer at a time is in memory twice
-        fill(model, {name: checkpoint.read(name) for name in names}, dtype=wanted, file=checkpoint.path)
-    follow_names(model, checkpoint.tensors)
+    with WeightReader(checkpoint, wanted) as reader:
+        for names in groups.values():  # one layer at a time is in memory twice
+            tensors = {name: reader.weight(name) for name in reader.plain_names(names)}
+            fill(model, tensors, dtype=wanted, file=checkpoint.path)
+        follow_names(model, reader.plain_names(checkpoint.tensors))
     tie(model)
     if model.can_generate() and (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)

@@ -151,7 +151,7 @@ def compare_without(
     Raises:
         BadData: no document has two tokens.
         BadConfig: no such layer or expert, or two ablations have one name.
-        UnsupportedModel: the weights are quantized, or layers cannot be run one by one.
+        UnsupportedModel: quantized in a way that is not read here, or layers cannot be run one by one.
     """
     if len({ablation.name for ablation in ablations} | {UNCHANGED}) <= len(ablations):
         raise BadConfig("two ablations have one name", hint=f"give each its own, none of them {UNCHANGED!r}")

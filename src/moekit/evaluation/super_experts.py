@@ -175,7 +175,7 @@ def check_super_experts(
     Raises:
         BadConfig: there are not so many others, or no such experts.
         BadData: no document has two tokens.
-        UnsupportedModel: the weights are quantized, or layers cannot be run one by one.
+        UnsupportedModel: quantized in a way that is not read here, or layers cannot be run one by one.
     """
     experts = {layer: geometry.experts for layer, geometry in geometries.items()}
     shared = [layer for layer, geometry in geometries.items() if geometry.shared_width]

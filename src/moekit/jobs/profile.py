@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from moekit._device import DtypeName
+from moekit._device import DtypeName, named_dtype
 from moekit.checkpoint.names import text_config
 from moekit.checkpoint.strictjson import read_json
 from moekit.data.encoding import Bos
@@ -23,10 +23,12 @@ from moekit.jobs.shared.inputs import (
     rows_of,
     text_item,
 )
+from moekit.jobs.shared.layerwise import layerwise_source
 from moekit.progress import ProgressLike
-from moekit.trace import check_summary, record, single_figures, summarise
+from moekit.trace import Trace, check_summary, record, single_figures, summarise
 from moekit.trace.cost import cost_of, notes_on, sizes_of
 from moekit.trace.recording import Recording
+from moekit.trace.streamed import record_streamed
 
 # Sums of all layers and what describes them, of models of usual size.
 _STATISTICS = 64 << 10
@@ -143,14 +145,19 @@ def _cost(options: ProfileOptions) -> tuple[int, tuple[str, ...]]:
 def run(options: ProfileOptions, context: JobContext) -> dict[str, Any]:
     """Record and save."""
     recording = _recording(options)
-    model, tokenizer = open_model(
-        options.model,
-        plan=options.plan,
-        device=options.device,
-        dtype=options.dtype,
-        progress=context.progress,
-        live=context.live,
-    )
+    trace = _layer_by_layer(options, recording, context)
+    if trace is None:
+        trace = _whole(options, recording, context)
+    trace.save(context.out, overwrite=context.overwrite)
+    told = {"tokens": trace.meta.tokens, "domains": list(trace.meta.domains), "warnings": trace.warnings}
+    figures = {} if trace.statistics is None else single_figures(trace.statistics)
+    # A dense model routes nothing that could be summarised.
+    summary = summarise(trace).model_dump(mode="json") if recording.routed else None
+    return {**told, "summary": summary, "figures": {str(layer): named for layer, named in figures.items()}}
+
+
+def _rows(options: ProfileOptions, tokenizer: Any, context: JobContext, config: Mapping[str, Any] | None) -> Any:
+    """The text in batches; with its pictures, where the model's config is given."""
     documents = read_text(options.data, split=options.split, seed=context.seed, progress=context.progress)
     location = model_location(options.model)
     rows = rows_of(
@@ -159,20 +166,50 @@ def run(options: ProfileOptions, context: JobContext) -> dict[str, Any]:
         seq_len=options.seq_len,
         max_tokens=options.max_tokens,
         bos=options.bos,
-        pictures=None if context.live else picture_reader(documents, location, model.config.to_dict()),
+        pictures=None if config is None else picture_reader(documents, location, config),
     )
-    trace = record(
+    return rows.batches(options.batch_size)
+
+
+def _layer_by_layer(options: ProfileOptions, recording: Recording, context: JobContext) -> Trace | None:
+    """Record a quantized model whose weights have to be read as floats here; None for all others."""
+    if context.live is not None or options.plan is not None or recording.whole_model:
+        return None
+    source = layerwise_source(options.model, device=options.device, progress=context.progress)
+    if source is None:
+        return None
+    tokenizer = source.tokenizer()
+    return record_streamed(
+        source.checkpoint,
+        _rows(options, tokenizer, context, source.checkpoint.config),
+        statistics=options.statistics,
+        keep_choices=options.choices,
+        weights=options.weights,
+        dtype=named_dtype(options.dtype),
+        device=options.device,
+        tokenizer=tokenizer,
+        source=options.data,
+        seed=context.seed,
+        progress=context.progress,
+    )
+
+
+def _whole(options: ProfileOptions, recording: Recording, context: JobContext) -> Trace:
+    """Record the whole model, as transformers loads it."""
+    model, tokenizer = open_model(
+        options.model,
+        plan=options.plan,
+        device=options.device,
+        dtype=options.dtype,
+        progress=context.progress,
+        live=context.live,
+    )
+    return record(
         model,
-        rows.batches(options.batch_size),
+        _rows(options, tokenizer, context, None if context.live else model.config.to_dict()),
         recording.model_copy(update={"tokenizer": tokenizer, "source": options.data, "seed": context.seed}),
         progress=context.progress,
     )
-    trace.save(context.out, overwrite=context.overwrite)
-    told = {"tokens": trace.meta.tokens, "domains": list(trace.meta.domains), "warnings": trace.warnings}
-    figures = {} if trace.statistics is None else single_figures(trace.statistics)
-    # A dense model routes nothing that could be summarised.
-    summary = summarise(trace).model_dump(mode="json") if recording.routed else None
-    return {**told, "summary": summary, "figures": {str(layer): named for layer, named in figures.items()}}
 
 
 def _bytes_per_token(model: str, weights: bool) -> int | None:

@@ -13,8 +13,8 @@ from moekit._device import resolve_device
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.names import in_mtp_stack, where
-from moekit.checkpoint.precision import reading_dtype, stored_dtype
-from moekit.checkpoint.reading import TensorReader
+from moekit.checkpoint.precision import reading_dtype, unquantized_dtype
+from moekit.checkpoint.quantized.weights import WeightReader
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.tying import tie
 from moekit.checkpoint.uneven import fill
@@ -43,6 +43,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
 class LayerLoader:
     """Loads decoder layers of a checkpoint one at a time, through transformers' own weight conversion.
 
+    Quantized weights are loaded as floats, into the family's plain modules.
+
     Args:
         checkpoint: opened and verified.
         dtype: of the weights in memory; None as stored, or float32 where the device would only emulate that.
@@ -50,7 +52,7 @@ class LayerLoader:
         config: of the model, where it is not the checkpoint's own.
 
     Attributes:
-        stored: type in which the weights lie on disk.
+        stored: type in which the weights lie on disk; of quantized ones, that of those that are not.
         dtype: type in which they are in memory.
         device: where layers go.
         model: the model; parameters that are not loaded lie on the meta device.
@@ -65,23 +67,15 @@ class LayerLoader:
         device: str | torch.device = "auto",
         config: PreTrainedConfig | None = None,
     ) -> None:
-        if "quantization_config" in checkpoint.config:
-            kind = checkpoint.config["quantization_config"].get("quant_method", "?")
-            raise UnsupportedModel(
-                f"the weights are quantized ({kind}), and layers are run in full precision here",
-                file=checkpoint.path,
-                hint="give the unquantized checkpoint; dropping experts alone (a plan made on it) works on quantized "
-                "weights too",
-            )
         self.checkpoint = checkpoint
         self.device = resolve_device(device)
-        self.stored = stored_dtype(checkpoint.config, checkpoint.tensors) or torch.float32
+        self.stored = unquantized_dtype(checkpoint.config, checkpoint.tensors) or torch.float32
         wanted = reading_dtype(checkpoint, dtype, self.device)
         self.model = empty_model(config or checkpoint, wanted)
         self.dtype: torch.dtype = wanted or self.model.config.dtype or torch.float32
         self.decoder = decoder_of(self.model)
         self.layers = len(self.stack)
-        self._reader = TensorReader(checkpoint)
+        self._reader = WeightReader(checkpoint, self.dtype)
         self._names: dict[int | None, list[str]] = {}
         for name in checkpoint.tensors:
             if in_mtp_stack(name):
@@ -159,7 +153,7 @@ class LayerLoader:
                 _set(self.model, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 
     def _fill(self, names: Iterable[str]) -> None:
-        tensors = {name: self._reader.read(name) for name in names}
+        tensors = {name: self._reader.weight(name) for name in self._reader.plain_names(names)}
         with quiet_transformers():
             fill(self.model, tensors, dtype=self.dtype, device=self.device, file=self.checkpoint.path)
         for parameter in self.model.parameters():

@@ -291,7 +291,8 @@ def record_streamed(
         BadData: the batches hold no tokens but padding.
         BadConfig: an unknown statistic, or a token id the model does not embed.
         NumericFault: NaN or infinity in a router, with its layer.
-        UnsupportedModel: no MoE, quantized weights, or a statistic reads what this family does not show.
+        UnsupportedModel: no MoE, weights quantized in a way that is not read here, or a statistic that reads what this
+            family does not show.
     """
     with Streamed(
         checkpoint,

@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM
 import moekit
 from moekit.anatomy import find_moe_layers
 from moekit.checking import check
+from moekit.checkpoint.expected import verify
 from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.live import change_model
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.errors import BadCheckpoint, BadConfig, UnsupportedModel
+from moekit.errors import BadCheckpoint, BadConfig
+from moekit.streaming import LayerLoader
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.families import EXPERTS, FAMILIES, build, logits, tokens
 
@@ -207,7 +209,7 @@ def test_layers_beyond_the_models_own_do_not_count(tmp_path: Path) -> None:
     assert torch.equal(logits(moekit.load(tmp_path / "out", device="cpu")), stock)
 
 
-def test_quantized_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_quantized_weights_become_floats(tmp_path: Path) -> None:
     source = plain(tmp_path / "m", "qwen3_moe")
 
     def shrink(tensors: dict[str, torch.Tensor]) -> None:
@@ -219,5 +221,13 @@ def test_quantized_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
     quantization = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": ["lm_head"]}
     edit_json(source / "config.json", lambda config: config.update(quantization_config=quantization))
     apply(Checkpoint.open(source), outcomes("qwen3_moe"), tmp_path / "out", record=Record(command="a test"))
-    with pytest.raises(UnsupportedModel, match="fp8"):
-        moekit.load(tmp_path / "out", device="cpu")
+    verify(Checkpoint.open(tmp_path / "out"))
+    loaded = moekit.load(tmp_path / "out", device="cpu")
+    counts = {layer: moe.geometry.experts for layer, moe in enumerate(find_moe_layers(loaded))}
+    assert counts == {layer: outcome.experts for layer, outcome in outcomes("qwen3_moe").items()}
+    layers = LayerLoader(Checkpoint.open(tmp_path / "out"), device="cpu")
+    for index in range(layers.layers):
+        layers.load(index)
+    layers.load_rest()
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, layers.model(tokens()).logits)

@@ -392,8 +392,6 @@ def test_a_quantized_copy_is_pruned_by_the_plan_of_the_original(moekit: Moekit, 
     copy = quantize(shutil.copytree(made / "moe", tmp_path / "fp8"))
     command = ["apply", made / "p.json", "--model", copy, "-o", tmp_path / "out"]
     assert_told(moekit(*command).err, "this plan was made for")
-    proof = moekit(*command, "--other-weights")
-    assert_told(proof.err, r"quantized \(fp8\), and the proof runs layers.*--no-proof")
     done = moekit(*command, "--other-weights", "--no-proof", "--json")
     assert done.code == 0, done.err
     before, after = tensors(copy), tensors(tmp_path / "out")
@@ -401,7 +399,5 @@ def test_a_quantized_copy_is_pruned_by_the_plan_of_the_original(moekit: Moekit, 
         for new, old in enumerate(layer["kept"]):
             name = f"model.layers.{layer['layer']}.mlp.experts.{{}}.down_proj.weight"
             assert torch.equal(after[name.format(new)].view(torch.uint8), before[name.format(old)].view(torch.uint8))
-    direct = moekit("prune", copy, "--method", "reap", "--keep", 4, "--data", made / "my-domain", "-o", tmp_path / "x")
-    assert_told(direct.err, "quantized")
     free = ("--method", "random", "--keep", 4, "--no-proof", "-o", tmp_path / "free")
     assert moekit("prune", copy, *free).code == 0

@@ -16,9 +16,9 @@ from moekit.recipe import runner
 from moekit.recipe.schema import load_recipe
 from moekit.recipe.variables import parse_overrides
 from moekit.trace.streamed import Streamed
-from tests.checkpoints import edit_json
 from tests.commands import Moekit
 from tests.families import EXPERTS, HIDDEN, WIDTH
+from tests.quantizing import fp8_packer, fp8_settings, requantized
 from tests.tiny import write_model, write_text
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
@@ -205,10 +205,11 @@ def test_text_and_parents_that_are_missing(moekit: Moekit, made: Path, tmp_path:
 
 def test_quantized_weights_are_refused_before_any_work(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "moe", tmp_path / "quantized")
-    edit_json(tmp_path / "quantized" / "config.json", lambda c: c.update(quantization_config={"quant_method": "fp8"}))
+    requantized(tmp_path / "quantized", fp8_settings((16, 16)), fp8_packer((16, 16)))
+    shutil.rmtree(tmp_path / "quantized-as-floats")
     command = ["sparsify", tmp_path / "quantized", "--method", "magnitude", "--sparsity", 0.5, "--no-proof"]
     done = moekit(*command, "-o", tmp_path / "out")
-    assert (done.code, "quantized (fp8)" in done.err) == (2, True)
+    assert (done.code, "quantized (fp8): zeros cannot be put into them" in done.err) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["quantized"]
 
 

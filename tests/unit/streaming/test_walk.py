@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.skeleton import empty_model
-from moekit.errors import BadCheckpoint, UnsupportedModel
+from moekit.errors import BadCheckpoint
 from moekit.streaming import LayerLoader, States, Walk
 from moekit.streaming.walk import Inputs
-from tests.checkpoints import edit_json, edit_shard, plain
+from tests.checkpoints import edit_shard, plain
 from tests.families import FAMILIES, HIDDEN, build, tokens
 
 IDS = tokens(3, 12, seed=8)
@@ -108,13 +108,6 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match=r"input_layernorm.weight") as caught:
         LayerLoader(checkpoint).load(1)
     assert caught.value.layer == 1
-
-
-def test_quantized_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
-    folder = plain(tmp_path / "m", "mixtral")
-    edit_json(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "fp8"}))
-    with pytest.raises(UnsupportedModel, match="fp8"):
-        LayerLoader(Checkpoint.open(folder))
 
 
 def test_states_in_a_folder_outlive_the_object(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def bench_pruning(
         BadConfig: an impossible budget, an unknown method, knobs it refuses, or `earlier` is of another model, text or
             setting.
         BadData: a text is empty or lacks a task's domain.
-        UnsupportedModel: no MoE, or quantized weights.
+        UnsupportedModel: no MoE, or weights quantized in a way that is not read here.
     """
     start = time.perf_counter()
     folder, text, dtype = Path(folder), text_digest(calibration, heldout), dtype_name(subject.dtype)

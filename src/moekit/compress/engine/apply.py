@@ -19,6 +19,7 @@ from moekit.checkpoint.atomic import atomic_folder, check_apart
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
 from moekit.checkpoint.model import seal
+from moekit.checkpoint.quantized.registry import kind, quantization
 from moekit.checkpoint.record import Expectations, Record, TensorExpectation
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.small_files import copy_small_files
@@ -118,14 +119,23 @@ def apply(
         return seal(temporary, full, digests=digests, progress=progress)
 
 
-def _rewriter(work: OutputLayout, rewrite: Rewrite) -> Rewriter:
-    if "quantization_config" in work.checkpoint.config:
-        kind = work.checkpoint.config["quantization_config"].get("quant_method", "?")
+def refuse_rewriting(checkpoint: Checkpoint) -> None:
+    """Refuse to change weights that would have to be quantized again.
+
+    Raises:
+        UnsupportedModel: the weights are quantized.
+    """
+    settings = quantization(checkpoint.config)
+    if settings is not None:
         raise UnsupportedModel(
-            f"the weights are quantized ({kind}): they can be dropped, but not changed and quantized again",
-            file=work.checkpoint.path,
+            f"the weights are quantized ({kind(settings)}): they can be dropped, but not changed and quantized again",
+            file=checkpoint.path,
             hint="choose a method that only drops experts, or give the unquantized checkpoint",
         )
+
+
+def _rewriter(work: OutputLayout, rewrite: Rewrite) -> Rewriter:
+    refuse_rewriting(work.checkpoint)
     short = next(tensor.source.dtype for tensor in work.kept if tensor.layer is not None)
     name = next(name for name, known in TORCH_NAMES.items() if known == short)
     return Rewriter(work.checkpoint, work.config, rewrite, getattr(torch, name.removeprefix("torch.")))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moekit.checkpoint.experts import mtp_tensors
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.meta import model_config
-from moekit.checkpoint.reading import TensorReader
+from moekit.checkpoint.quantized.weights import WeightReader
 from moekit.compress.engine.mtp import MtpBlock, longer_config, mtp_blocks
 from moekit.errors import BadCheckpoint, BadData, UnsupportedModel
 from moekit.streaming.states import States
@@ -108,9 +108,9 @@ class _Ahead:
             behind_decoder: whether the states still have the decoder's final norm before them.
         """
         loader = self._loader
-        with TensorReader(loader.checkpoint) as reader:
+        with WeightReader(loader.checkpoint, loader.dtype) as reader:
             ahead, state, projection_HX = (
-                reader.read(name).to(device=loader.device, dtype=loader.dtype) for name in names
+                reader.weight(name).to(device=loader.device, dtype=loader.dtype) for name in names
             )
         loader.load_rest()
         try:

@@ -49,7 +49,7 @@ def plan_weights(
         BadData: the trace is of another model, or lacks what the method needs; no token reached the experts.
         BadConfig: the budget is impossible, or the method needs what was not given.
         NumericFault: a score is not finite; names layer and expert.
-        UnsupportedModel: no Mixture of Experts, or quantized where weights are read.
+        UnsupportedModel: no Mixture of Experts, or quantized in a way that is not read here.
     """
     method, geometries = request.method, geometries_of(checkpoint)
     if isinstance(source, CalibrationText) and method.passes == "search":

@@ -11,6 +11,7 @@ from moekit.anatomy.probe import Geometry
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.names import text_config
+from moekit.checkpoint.quantized.weights import quantized_weights
 from moekit.compress.engine.measuring import geometries_of
 from moekit.data import Document, vocabulary
 from moekit.data.pictures import PictureReader
@@ -80,17 +81,23 @@ def open_source(reference: str, progress: Any = None) -> OpenedModel:
     return OpenedModel(checkpoint, geometries_of(checkpoint), parent)
 
 
-def check_runnable(source: OpenedModel) -> None:
-    """Refuse a proof where layers cannot be run.
+def check_runnable(
+    source: OpenedModel, hint: str = "prove the same plan on the unquantized model, and say --no-proof here"
+) -> None:
+    """Refuse what runs layers where they cannot be run.
+
+    Args:
+        source: the model.
+        hint: the way out.
 
     Raises:
-        UnsupportedModel: the weights are quantized.
+        UnsupportedModel: the weights are quantized in a way that is not read as floats here.
     """
-    quantized = source.checkpoint.config.get("quantization_config")
-    if quantized is not None:
+    try:
+        quantized_weights(source.checkpoint)
+    except UnsupportedModel as error:
         raise UnsupportedModel(
-            f"the weights are quantized ({quantized.get('quant_method', '?')}), and the proof runs layers in full "
-            "precision",
-            file=source.checkpoint.path,
-            hint="prove the same plan on the unquantized model, and say --no-proof here",
-        )
+            f"{error.message}, and layers have to be run",
+            file=error.file,
+            hint=hint,
+        ) from error

@@ -12,13 +12,13 @@ from moekit._device import named_dtype
 from moekit._progress import Progress
 from moekit.compress.engine.layout import OutputLayout
 from moekit.data.encoding import encode
-from moekit.errors import BadConfig, BadData, UnsupportedModel
+from moekit.errors import BadConfig, BadData
 from moekit.evaluation import complete
 from moekit.evaluation.generation import Completion
 from moekit.jobs.options.tasks import TaskOptions
 from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item
-from moekit.jobs.shared.opened import OpenedModel, open_source
+from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.weights.protection import SUPER, parse_protected
 from moekit.jobs.weights.sizes import budget_of
 from moekit.serving.expert_sets.expert_set import GENERALIST, ExpertSet
@@ -142,7 +142,7 @@ class TaskModels:
         Raises:
             BadData: an empty prompt, nothing to compare with, or a prompt far from all tasks and no generalist.
             BadConfig: more layers than there are.
-            UnsupportedModel: the weights are quantized.
+            UnsupportedModel: the weights are quantized in a way that is not read here.
         """
         if self.options.task is not None:
             return [Assigned(prompt, self.options.task) for prompt in prompts]
@@ -167,12 +167,7 @@ class TaskModels:
         return next(iter(self.expert_sets.values())).origin
 
     def _scores(self, prompts: Sequence[str]) -> list[Any]:
-        if "quantization_config" in self.source.checkpoint.config:
-            raise UnsupportedModel(
-                "the weights are quantized, and prompts are scored by layers in full precision",
-                file=self.source.checkpoint.path,
-                hint="name the task (--task)",
-            )
+        check_runnable(self.source, hint="name the task (--task)")
         tokenizer = self.source.tokenizer()
         read = [encode(prompt, tokenizer) for prompt in prompts]
         if not all(read):

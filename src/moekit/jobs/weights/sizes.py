@@ -19,6 +19,7 @@ from moekit._validation import faults
 from moekit.checkpoint.names import where
 from moekit.checkpoint.precision import reading_dtype, stored_dtype
 from moekit.compress.budget.sizes import Budget, bounds, check_total, total_count, uniform_count
+from moekit.compress.engine.apply import refuse_rewriting
 from moekit.compress.engine.grouped import check_grouping, routing_groups
 from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.measuring import sizes_of
@@ -92,8 +93,11 @@ def size_of_result(source: OpenedModel, request: PlanRequest, name: str, *, stoc
 
     Raises:
         BadConfig: the budget against the choices a token makes, routing groups, protected experts, a routing policy.
-        BadCheckpoint, UnsupportedModel: experts that cannot be told apart on disk.
+        BadCheckpoint, UnsupportedModel: experts that cannot be told apart on disk; a method that changes weights, where
+            these are quantized.
     """
+    if request.method.rewrites:
+        refuse_rewriting(source.checkpoint)
     counts = _counts(source, request)
     groups = routing_groups(source.checkpoint.config) if request.groups == "equal" else 1
     if groups > 1:

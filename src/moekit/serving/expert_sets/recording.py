@@ -50,7 +50,7 @@ class GroupedText:
     Raises:
         BadData: a text without tokens.
         BadConfig: more layers than there are, or a token id that the model does not embed.
-        UnsupportedModel: quantized weights, or no MoE.
+        UnsupportedModel: weights quantized in a way that is not read here, or no MoE.
     """
 
     def __init__(

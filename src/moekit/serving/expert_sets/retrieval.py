@@ -52,7 +52,7 @@ def queries_from_disk(
     Raises:
         BadConfig: the model has fewer MoE layers, or does not embed a token.
         BadData: no prompts, or an empty one.
-        UnsupportedModel: quantized weights.
+        UnsupportedModel: weights quantized in a way that is not read here.
     """
     if not prompts or not all(prompts):
         raise BadData("a prompt has no tokens, or there is none", hint="leave empty prompts out")

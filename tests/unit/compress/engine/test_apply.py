@@ -235,12 +235,12 @@ def pack_experts(tensors: dict[str, torch.Tensor]) -> None:
     """4-bit blocks with scales, as GPT-OSS's files have them."""
     for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
         experts, inner, outer = tensors.pop(name).shape
-        tensors[f"{name}_blocks"] = torch.randint(0, 255, (experts, outer, inner // 8, 4), dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(0, 255, (experts, outer, inner // 8), dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = torch.randint(0, 255, (experts, outer, inner // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(0, 255, (experts, outer, inner // 32), dtype=torch.uint8)
 
 
 def test_four_bit_blocks(tmp_path: Path) -> None:
-    source = plain(tmp_path / "source", "gpt_oss")
+    source = plain(tmp_path / "source", "gpt_oss", intermediate_size=64)
     edit_shard(source / "model.safetensors", pack_experts)
     edit_json(source / "config.json", lambda c: c.update(quantization_config={"quant_method": "mxfp4"}))
     outcomes = keeping(source, (0, 6, 7))
