@@ -27,7 +27,7 @@ from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.variants import SideBySideWalk
 from moekit.evaluation.windows import Corpus, TokenizedLike, from_documents
-from moekit.streaming.states import States
+from moekit.streaming.passes import Passes
 
 UNCHANGED = "unchanged"
 
@@ -97,18 +97,18 @@ class _SkippingWalk(SideBySideWalk):
         self._go(index, UNCHANGED, self.plain)
         for track in self.tracks:
             name = track.variant.name
-            if not track.parted:
+            if track.passes is None:
                 self.largest[name][index] = self.largest[UNCHANGED][index]
                 continue
             with contextlib.nullcontext() if moe is None else skipped(moe, self.gone[name].get(index, ())):
-                self._go(index, name, track.states)
+                self._go(index, name, track.passes)
 
-    def _go(self, index: int, name: str, states: States) -> None:
+    def _go(self, index: int, name: str, passes: Passes) -> None:
         """All batches through a layer, and the largest value that comes out of it at any token."""
         largest = 0.0
         for number, batch in enumerate(self.walk.batches):
-            made_BSH = self.walk.run(index, number, states.get(number))
-            states.put(number, made_BSH)
+            made_BSH = passes.run(index, number)
+            passes.go_on(index, number)
             at_tokens = batch.attention_mask.bool().to(made_BSH.device)
             largest = max(largest, float(made_BSH[at_tokens].abs().max()))
         self.largest[name][index] = largest
@@ -116,9 +116,9 @@ class _SkippingWalk(SideBySideWalk):
     def measured(self) -> dict[str, AblationResult]:
         """What became of the text, unchanged and without each set of experts."""
         named = {UNCHANGED: self.plain}
-        named |= {t.variant.name: t.states if t.parted else self.plain for t in self.tracks}
+        named |= {t.variant.name: t.passes or self.plain for t in self.tracks}
         return {
-            name: AblationResult(self._perplexity(states, name), self.largest[name]) for name, states in named.items()
+            name: AblationResult(self._perplexity(passes, name), self.largest[name]) for name, passes in named.items()
         }
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from moekit._progress import Progress, track
 from moekit.anatomy.swap import replaced
@@ -27,7 +26,8 @@ from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.likelihood import Scorer, Scores, pad
 from moekit.evaluation.windows import Corpus, TokenizedLike, Window, by_length, from_documents
 from moekit.streaming.loader import LayerLoader
-from moekit.streaming.states import MEMORY_BYTES, States
+from moekit.streaming.passes import Passes
+from moekit.streaming.states import MEMORY_BYTES
 from moekit.streaming.walk import Inputs, Walk
 
 
@@ -59,8 +59,7 @@ class _Track:
     """One variant on its way."""
 
     variant: Variant
-    states: States
-    parted: bool = False
+    passes: Passes | None = None  # the unchanged model's as long as nothing is changed
     layers: dict[int, ChangedLayer] = field(default_factory=dict)
     reconstruction: dict[int, float] = field(default_factory=dict)
     lost_tokens: dict[int, float] = field(default_factory=dict)
@@ -101,14 +100,14 @@ class SideBySideWalk:
         inputs = [Inputs(*pad(group, torch.device("cpu"))) for group in self.groups]
         share = limit // (len(variants) + 1)
         self.walk = Walk(self.loader, inputs, folder=folder, limit=share)
-        self.plain = self.walk.new_states("plain")
-        self.tracks = [_Track(v, self.walk.new_states(f"variant-{i}")) for i, v in enumerate(variants)]
+        self.plain = self.walk.passes("plain")
+        self.tracks = [_Track(variant) for variant in variants]
 
     @torch.no_grad()
     def run(self, progress: Progress | None = None) -> None:
         """Walk all layers."""
         self.loader.load_rest()
-        self.walk.embed(self.plain)
+        self.plain.begin()
         for index in track(range(self.loader.layers), "comparing", progress):
             with self.loader.loaded(index):
                 self._layer(index)
@@ -127,7 +126,9 @@ class SideBySideWalk:
         for number, batch in enumerate(self.walk.batches):
             mask_T = batch.attention_mask.bool().flatten()
             with watched(moe, self.loader.device) as seen:
-                self.plain.put(number, self.walk.run(index, number, self.plain.get(number)))
+                self.plain.run(index, number)
+            self._part(index, also=not self.plain.only_answers)
+            self.plain.go_on(index, number)
             if moe is not None and changed:
                 output_TH = seen.output_TH[mask_T]
                 norm += float(output_TH.double().square().sum())
@@ -140,19 +141,24 @@ class SideBySideWalk:
             track_.reconstruction[index] = (layer.difference / norm) ** 0.5 if norm else 0.0
             track_.lost_tokens[index] = layer.lost_tokens / max(tokens, 1)
             track_.lost_choices[index] = layer.lost_choices / max(choices, 1)
-        for track_ in (t for t in self.tracks if t.parted):
+        for track_ in self.tracks:
             block = track_.layers.pop(index).block if track_ in changed else None
             with replaced(self.loader.model, moe.name, block) if moe is not None else contextlib.nullcontext():
-                for number in range(len(self.walk.batches)):
-                    track_.states.put(number, self.walk.run(index, number, track_.states.get(number)))
+                for number in range(len(self.walk.batches) if track_.passes is not None else 0):
+                    assert track_.passes is not None
+                    track_.passes.run(index, number)
+                    track_.passes.go_on(index, number)
 
-    def _part(self, index: int) -> None:
-        """Variants go the unchanged model's way up to the first layer that they change."""
-        for track_ in self.tracks:
-            if not track_.parted and index in track_.variant.outcomes:
-                for number in range(len(self.groups)):
-                    track_.states.put(number, self.plain.get(number).clone())
-                track_.parted = True
+    def _part(self, index: int, *, also: bool = False) -> None:
+        """Variants go the unchanged model's way up to the first layer that they change.
+
+        Args:
+            index: the layer before which all passes stand.
+            also: also those that do not change this one: it hands on what no later pass could be given.
+        """
+        for number, track_ in enumerate(self.tracks):
+            if track_.passes is None and (also or index in track_.variant.outcomes):
+                track_.passes = self.plain.parted(f"variant-{number}")
 
     def results(self) -> tuple[PerplexityResult, list[VariantResult]]:
         """Likelihoods of the unchanged model and of each variant, with what each layer lost."""
@@ -160,7 +166,7 @@ class SideBySideWalk:
         found = [
             VariantResult(
                 name=t.variant.name,
-                perplexity=self._perplexity(t.states if t.parted else self.plain, t.variant.name),
+                perplexity=self._perplexity(t.passes or self.plain, t.variant.name),
                 reconstruction=t.reconstruction,
                 lost_tokens=t.lost_tokens,
                 lost_choices=t.lost_choices,
@@ -170,8 +176,8 @@ class SideBySideWalk:
         ]
         return plain, found
 
-    def _perplexity(self, states: States, name: str) -> PerplexityResult:
-        scorer = _StreamedScorer(self.walk, self.groups, states)
+    def _perplexity(self, passes: Passes, name: str) -> PerplexityResult:
+        scorer = _StreamedScorer(self.walk, self.groups, passes)
         tokens, nll = [0] * len(self.corpus.domains), [0.0] * len(self.corpus.domains)
         for group in self.groups:
             for window, scores in zip(group, scorer(group), strict=True):
@@ -186,32 +192,24 @@ class SideBySideWalk:
         """Give files back."""
         self.plain.close()
         for track_ in self.tracks:
-            track_.states.close()
+            if track_.passes is not None:
+                track_.passes.close()
         self.loader.close()
 
 
 class _StreamedScorer(Scorer):
     """Scores windows whose last hidden states are known already: only final norm and head run."""
 
-    def __init__(self, walk: Walk, groups: Sequence[Sequence[Window]], states: States) -> None:
+    def __init__(self, walk: Walk, groups: Sequence[Sequence[Window]], passes: Passes) -> None:
         super().__init__(walk.loader.model)
         self._walk = walk
-        self._states = states
+        self._passes = passes
         self._place = {id(window): (g, row) for g, group in enumerate(groups) for row, window in enumerate(group)}
 
     def _score(self, windows: Sequence[Window]) -> list[Scores]:
         longest = max(len(window.inputs) for window in windows)
-        read: dict[int, Tensor] = {}
-
-        def hidden_BSH() -> Tensor:
-            rows = []
-            for group, row in (self._place[id(window)] for window in windows):
-                if group not in read:
-                    read[group] = self._states.get(group)
-                rows.append(read[group][row, :longest])
-            return torch.stack(rows)
-
-        with self._walk.finished_with(hidden_BSH):
+        places = [self._place[id(window)] for window in windows]
+        with self._walk.finished_with(lambda: self._passes.rows(places, longest)):
             return super()._score(windows)
 
 

@@ -1,8 +1,8 @@
 """Walk all batches through a model layer by layer.
 
-A decoder layer needs more than hidden states: masks, positions, rotary embeddings, which families make in their own
-ways. So the model's own forward is run for every layer, with all layers before it passing their input on, the layer
-itself fed from the states of the layer below, and nothing after it.
+Each batch is one forward pass of the real model, by its own code, which stops before every decoder layer until that is
+loaded (`moekit.streaming.paused`). What comes before the first layer (embedding, masks, rotary tables, inputs of
+layers) runs once a batch, what stands between layers runs where it stands, and whatever layers hand on, they hand on.
 
 Legend: B rows, S positions, H hidden.
 """
@@ -21,19 +21,23 @@ from torch import Tensor, nn
 from moekit.anatomy.probe import MoELayer, iterate_moe_layers
 from moekit.errors import UnsupportedModel
 from moekit.streaming.loader import LayerLoader
+from moekit.streaming.nested import mapped, with_hidden
+from moekit.streaming.passes import Passes
+from moekit.streaming.paused import Call, PausedPass, StandIns
 from moekit.streaming.states import MEMORY_BYTES, States
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """One batch: token ids [B, S], and 1 where a token is, 0 at padding [B, S]."""
+    """One batch: token ids [B, S], and 1 where a token is, 0 at padding [B, S].
+
+    Attributes:
+        more: what the model's forward is given beside these.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
-
-
-class _Reached(Exception):
-    """The layer asked for has run; what comes after it is not wanted."""
+    more: dict[str, Any] | None = None
 
 
 class Walk:
@@ -42,8 +46,9 @@ class Walk:
     Args:
         loader: of the model's layers.
         batches: what to walk.
-        folder: where states are kept; None for memory, up to `limit` bytes.
-        limit: bytes of states kept in memory.
+        folder: where passes lie that take more than `limit`, and what a later run goes on from; None keeps nothing for
+            later, and what is too much in the system's temporary folder.
+        limit: bytes that passes hold in memory.
     """
 
     def __init__(
@@ -57,101 +62,85 @@ class Walk:
         self.loader = loader
         self.batches = list(batches)
         self.hidden = int(loader.model.get_input_embeddings().weight.shape[1])
-        self._folder = folder
+        self.folder = folder
         self._limit = limit
-        self._answers_tuple = False
+        self._stand_ins: StandIns | None = None
 
-    def new_states(self, name: str) -> States:
-        """Room for the states of all batches."""
-        shapes = [(batch.input_ids.shape[0], batch.input_ids.shape[1]) for batch in self.batches]
-        return States(shapes, self.hidden, self.loader.dtype, folder=self._folder, name=name, limit=self._limit)
+    @property
+    def stand_ins(self) -> StandIns:
+        """What stands at the places of the layers while the model's forward runs."""
+        if self._stand_ins is None:
+            layers = [self.loader.layer(index) for index in range(self.loader.layers)]
+            self._stand_ins = StandIns(self.loader.model, layers)
+        return self._stand_ins
 
-    @torch.no_grad()
-    def embed(self, states: States) -> None:
-        """Put into `states` what the first decoder layer sees; embedding and head must be loaded."""
-        for number, batch in enumerate(self.batches):
-            states.put(number, self._drive(0, batch, None, None))
-
-    @torch.no_grad()
-    def run(self, index: int, number: int, hidden_BSH: Tensor) -> Tensor:
-        """Output of the decoder layer `index`, which must be loaded, on the states of a batch: [B, S, H]."""
-        layer = self.loader.layer(index)
-        return self._drive(index, self.batches[number], layer, hidden_BSH.to(self.loader.device))
-
-    def _drive(self, index: int, batch: Inputs, layer: nn.Module | None, hidden_BSH: Tensor | None) -> Tensor:
-        answers: list[Tensor] = []
-
-        def reached(given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if layer is None or hidden_BSH is None:
-                answers.append(given)
-            else:
-                made = layer(hidden_BSH, *args, **kwargs)
-                self._answers_tuple = isinstance(made, tuple)
-                answers.append(made[0] if isinstance(made, tuple) else made)
-            raise _Reached
-
-        with self._patched(index, reached):
-            inputs: dict[str, Any] = {"attention_mask": batch.attention_mask.to(self.loader.device), "use_cache": False}
-            if layer is None:
-                inputs["input_ids"] = batch.input_ids.to(self.loader.device)
-            else:
-                # Only its shape matters: the layer is fed from the states.
-                rows, length = batch.input_ids.shape
-                inputs["inputs_embeds"] = torch.zeros((), dtype=self.loader.dtype, device=self.loader.device).expand(
-                    rows, length, self.hidden
-                )
-            with contextlib.suppress(_Reached):
-                self.loader.decoder(**inputs)
-        if not answers:
-            raise UnsupportedModel(
-                f"{type(self.loader.decoder).__name__} did not come to this layer",
-                layer=index,
-                hint="the model skips layers, or does not run them in order: run it whole",
-            )
-        return answers[0]
-
-    @contextlib.contextmanager
-    def _patched(self, index: int, reached: Callable[..., Tensor]) -> Iterator[None]:
-        """Layers before `index` pass their input on; the one at `index` is replaced by a stand-in that calls it."""
-        layers = self.loader.stack
-        own = layers[index]
-
-        def pass_on(given: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-            return (given,) if self._answers_tuple else given
-
-        layers[index] = _StandIn(own, reached)
-        for layer in list(layers)[:index]:
-            layer.forward = pass_on
-        try:
-            yield
-        finally:
-            layers[index] = own
-            for layer in list(layers)[:index]:
-                layer.__dict__.pop("forward", None)
-
-    @contextlib.contextmanager
-    def finished_with(self, hidden_BSH: Callable[[], Tensor]) -> Iterator[None]:
-        """The whole model with every decoder layer passing on these states: for final norm, head and logits.
+    def passes(self, name: str, *, resumed: bool = False) -> Passes:
+        """A way of all batches through the model, not begun yet.
 
         Args:
-            hidden_BSH: gives the last layer's output for the rows that the model is about to be asked about.
+            name: of its files.
+            resumed: keep in the walk's folder what a later run can go on from.
         """
-        layers = self.loader.stack
+        return Passes(self, name, resumed=resumed, limit=self._limit)
 
-        def give(given: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-            states = hidden_BSH().to(given.device)
-            return (states,) if self._answers_tuple else states
+    def new_states(self, name: str) -> States:
+        """Room for [B, S, H] numbers of all batches."""
+        shapes = [(batch.input_ids.shape[0], batch.input_ids.shape[1]) for batch in self.batches]
+        return States(shapes, self.hidden, self.loader.dtype, folder=self.folder, name=name, limit=self._limit)
 
-        def pass_on(given: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-            return (given,) if self._answers_tuple else given
+    def inputs(self, number: int) -> dict[str, Any]:
+        """What the model's forward is given for a batch."""
+        batch = self.batches[number]
+        # Copies: a pass may lay down what it holds.
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **(batch.more or {})}
+        given = mapped(given, lambda tensor: tensor.to(self.loader.device, copy=True))
+        return {**given, "use_cache": False}
 
-        for number, layer in enumerate(layers):
-            layer.forward = pass_on if number else give
+    def paused(self, inputs: dict[str, Any], *, decoder: bool = False) -> PausedPass:
+        """A forward pass of the model on such inputs, or of its decoder alone, not begun yet."""
+        model: nn.Module = self.loader.decoder if decoder else self.loader.model
+        return PausedPass(lambda: model(**inputs), self.stand_ins, self.loader.device)
+
+    @torch.no_grad()
+    def alone(self, index: int, number: int, hidden_BSH: Tensor, like: Any = None) -> Tensor:
+        """Output of one decoder layer, which must be loaded, on hidden states that are given, [B, S, H].
+
+        Args:
+            index: the layer.
+            number: of a batch, for its mask and its positions.
+            hidden_BSH: what the layer is given.
+            like: what such layers answer, with whatever hidden states; None for hidden states alone.
+        """
+        hidden_BSH = hidden_BSH.to(self.loader.device)
+        mask = self.batches[number].attention_mask.to(self.loader.device)
+        paused = self.paused({"inputs_embeds": hidden_BSH, "attention_mask": mask, "use_cache": False}, decoder=True)
         try:
-            yield
+            paused.begin()
+            while paused.call is not None and paused.call.index < index:
+                paused.go_on(hidden_BSH if like is None else with_hidden(like, hidden_BSH))
+            if paused.call is None:
+                raise UnsupportedModel(f"{type(self.loader.decoder).__name__} did not come to this layer", layer=index)
+            made = paused.run(self.loader.layer(index), paused.call.with_hidden(hidden_BSH))
+            return made[0] if isinstance(made, tuple) else made  # type: ignore[no-any-return]
         finally:
-            for layer in layers:
-                layer.__dict__.pop("forward", None)
+            paused.close()
+
+    @contextlib.contextmanager
+    def finished_with(self, answer: Callable[[], Any]) -> Iterator[None]:
+        """The whole model with every decoder layer answering the same: for final norm, head and logits.
+
+        Args:
+            answer: gives the last layer's answer for the rows that the model is about to be asked about.
+        """
+        given: list[Any] = []
+
+        def give(call: Call) -> Any:
+            if call.index == 0 or not given:
+                given[:] = [mapped(answer(), lambda tensor: tensor.to(self.loader.device))]
+            return mapped(given[0], Tensor.clone) if call.index + 1 < self.loader.layers else given[0]
+
+        with self.stand_ins.answering(give):
+            yield
 
     def moe(self, index: int) -> MoELayer | None:
         """The MoE block of a loaded decoder layer; None if the layer is dense."""
@@ -183,19 +172,3 @@ def layer_of(loader: LayerLoader, index: int) -> MoELayer:
     if found is None:
         raise UnsupportedModel("this decoder layer holds no routed experts", layer=index)
     return found
-
-
-class _StandIn(nn.Module):
-    """Stands where a decoder layer stood: answers for its attributes, and calls a function instead."""
-
-    def __init__(self, layer: nn.Module, call: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.__dict__["_layer"] = layer
-        self.__dict__["_call"] = call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        call: Callable[..., Tensor] = self.__dict__["_call"]
-        return call(*args, **kwargs)

@@ -26,7 +26,8 @@ from moekit.checkpoint.record import ancestors
 from moekit.data import vocabulary
 from moekit.errors import BadData, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
-from moekit.streaming.states import MEMORY_BYTES, States
+from moekit.streaming.passes import Passes
+from moekit.streaming.states import MEMORY_BYTES
 from moekit.streaming.walk import Inputs, Walk
 from moekit.trace.accumulator import LabelAccumulator, LayerAccumulator, LayerRecord, LayerRecording
 from moekit.trace.assembly import assemble
@@ -139,7 +140,7 @@ class Streamed:
         self,
         progress: Progress | None = None,
         change: Change | None = None,
-        then: Callable[[States], None] | None = None,
+        then: Callable[[Passes], None] | None = None,
     ) -> None:
         """Take all layers' statistics.
 
@@ -147,27 +148,27 @@ class Streamed:
             progress: told layer by layer.
             change: given each MoE layer with its weights and what was recorded of it, makes the block that the text
                 passes through to the next layer instead; None lets it pass through the layer as it is.
-            then: given the states behind the last layer.
+            then: given the passes behind the last layer.
         """
         key = self._key()
-        done = self._resume(key)
-        states = [self.walk.new_states(f"states-{parity}") for parity in (0, 1)]
-        if done < 0:
-            self.loader.load_rest()
-            self.walk.embed(states[0])
-            self.loader.release_rest()
-        for index in track(range(done + 1, self.loader.layers), "calibrating", progress):
-            self._layer(index, states[index % 2], states[(index + 1) % 2], change)
-            if self.folder is not None:
-                note(self.folder, key, index, self.records.get(index))
-        if then is not None:
-            then(states[self.loader.layers % 2])
-        for side in states:
-            side.close()
+        passes = self.walk.passes("states", resumed=True)
+        try:
+            done = passes.begin_loaded(self._resume(key))
+            if done < 0:
+                self.records.clear()
+            for index in track(range(done + 1, self.loader.layers), "calibrating", progress):
+                self._layer(index, passes, change)
+                passes.seal(index)
+                if self.folder is not None:
+                    note(self.folder, key, index, self.records.get(index))
+            if then is not None:
+                then(passes)
+        finally:
+            passes.close()
         if self.inputs is not None:
             self.inputs.close()
 
-    def _layer(self, index: int, before: States, after: States, change: Change | None) -> None:
+    def _layer(self, index: int, passes: Passes, change: Change | None) -> None:
         with self.loader.loaded(index):
             moe = self.walk.moe(index)
             place = None
@@ -183,24 +184,24 @@ class Streamed:
                 for number, current in enumerate(self.passes):
                     if layer is not None:
                         layer.hook.begin(current)
-                    after.put(number, self.walk.run(index, number, before.get(number)))
+                    passes.run(index, number)
                     if layer is not None:
                         layer.take(current, self.domains)
-            if layer is None:
-                return
-            self.records[index] = layer.accumulator.record(self.domains)
-            if moe is None:
-                return
-            block = None if change is None else change(moe, self.records[index].statistics)
-            if block is not None:
-                self._pass_through(moe, block, before, after)
+                    if change is None:
+                        passes.go_on(index, number)
+            if layer is not None:
+                self.records[index] = layer.accumulator.record(self.domains)
+            if change is not None:
+                block = None if moe is None else change(moe, self.records[index].statistics)
+                self._go_on(index, passes, moe, block)
 
-    @torch.no_grad()
-    def _pass_through(self, moe: MoELayer, block: nn.Module, before: States, after: States) -> None:
-        """Let the text go on to the next layer through another block."""
-        with replaced(self.loader.model, moe.name, block):
+    def _go_on(self, index: int, passes: Passes, moe: MoELayer | None, block: nn.Module | None) -> None:
+        """Let the text go on to the next layer, through another block where there is one."""
+        with contextlib.nullcontext() if moe is None else replaced(self.loader.model, moe.name, block):
             for number in range(len(self.passes)):
-                after.put(number, self.walk.run(moe.index, number, before.get(number)))
+                if block is not None:
+                    passes.run(index, number)
+                passes.go_on(index, number)
 
     def recording(self, moe: MoELayer) -> contextlib.AbstractContextManager[LayerRecording]:
         """See a loaded MoE layer for as long as the block lasts."""

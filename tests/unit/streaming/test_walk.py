@@ -54,23 +54,26 @@ def test_walking_gives_the_whole_models_logits(family: str, spilled: bool, tmp_p
     loader = LayerLoader(opened(tmp_path / "m", family))
     loader.load_rest()
     walk = Walk(loader, BATCHES, limit=0 if spilled else 1 << 20)
-    states = walk.new_states("states")
-    walk.embed(states)
+    passes = walk.passes("states")
+    passes.begin()
     for index in range(loader.layers):
         with loader.loaded(index):
             moe = walk.moe(index)
             assert moe is None or (moe.index == index and loader.model.get_submodule(moe.name) is moe.block)
             for number in range(len(BATCHES)):
-                states.put(number, walk.run(index, number, states.get(number)))
+                passes.run(index, number)
+                passes.go_on(index, number)
     model = build(family)
     for number, batch in enumerate(BATCHES):
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-        with torch.no_grad(), walk.finished_with(lambda n=number: states.get(n)):
+        with torch.no_grad(), walk.finished_with(lambda n=number: passes.answer(n)):
             logits = loader.model(**inputs).logits
         with torch.no_grad():
             expected = model(**inputs).logits
         real = batch.attention_mask.bool()
-        torch.testing.assert_close(logits[real], expected[real], rtol=1e-5, atol=1e-5)
+        assert torch.equal(logits[real], expected[real])
+        assert torch.equal(passes.finish(number).logits, expected)
+    passes.close()
 
 
 @pytest.mark.parametrize("head", ["left out", "equal", "own"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from moekit.checkpoint.meta import model_config
 from moekit.checkpoint.quantized.weights import WeightReader
 from moekit.compress.engine.mtp import MtpBlock, longer_config, mtp_blocks
 from moekit.errors import BadCheckpoint, BadData, UnsupportedModel
+from moekit.streaming.passes import Passes
 from moekit.streaming.states import States
 from moekit.streaming.walk import Inputs, layer_of
 from moekit.trace.streamed import Streamed
@@ -36,12 +38,12 @@ _MIXING = (
 _DROP = "leave these layers out (--mtp drop)"
 
 
-def mtp_scores(streamed: Streamed, last: States) -> dict[str, tuple[float, ...]]:
+def mtp_scores(streamed: Streamed, last: Passes) -> dict[str, tuple[float, ...]]:
     """How much each expert of each multi-token-prediction layer is used: the sum of its gate weights, [E].
 
     Args:
         streamed: the text, having passed through all decoder layers.
-        last: the states behind the last one.
+        last: the passes behind the last one.
 
     Returns:
         Beginning of a layer's names ("model.layers.61.") -> scores.
@@ -52,9 +54,10 @@ def mtp_scores(streamed: Streamed, last: States) -> dict[str, tuple[float, ...]]
         BadData: no row of the text is long enough.
     """
     blocks, rows, found = mtp_blocks(streamed.checkpoint), streamed.walk.batches, {}
-    states, mixers = last, [_mixing(streamed.checkpoint, block) for block in blocks]
+    states: Passes | States = last
+    like, mixers = last.answer(0), [_mixing(streamed.checkpoint, block) for block in blocks]
     for depth, (block, names) in enumerate(zip(blocks, mixers, strict=True)):
-        with _Ahead(streamed, blocks, rows, states) as ahead:
+        with _Ahead(streamed, blocks, rows, states, like) as ahead:
             ahead.mix(names, behind_decoder=depth == 0)
             found[block.prefix] = tuple(ahead.route(block).double().tolist())
             rows, states = ahead.run.walk.batches, ahead.states
@@ -69,14 +72,23 @@ class _Ahead:
         blocks: all such layers of the checkpoint.
         rows: the text, as the states stand for it.
         below: the states that the layer stands on.
+        like: what a decoder layer answers.
 
     Attributes:
         run: a decoder that goes on through the layers, on the text without each row's first token.
         states: of that text; what the layer is given, then what it gives.
     """
 
-    def __init__(self, streamed: Streamed, blocks: Sequence[MtpBlock], rows: Sequence[Inputs], below: States) -> None:
+    def __init__(
+        self,
+        streamed: Streamed,
+        blocks: Sequence[MtpBlock],
+        rows: Sequence[Inputs],
+        below: Passes | States,
+        like: Any,
+    ) -> None:
         self._loader = streamed.loader
+        self._like = like
         self._below = below
         self._numbers = [n for n, row in enumerate(rows) if bool(row.attention_mask[:, 1:].any())]
         if not self._numbers:
@@ -141,7 +153,8 @@ class _Ahead:
         with run.recording(layer_of(run.loader, block.layer)) as layer:
             for number, current in enumerate(run.passes):
                 layer.hook.begin(current)
-                self.states.put(number, run.walk.run(block.layer, number, self.states.get(number)))
+                made_BSH = run.walk.alone(block.layer, number, self.states.get(number), self._like)
+                self.states.put(number, made_BSH)
                 layer.take(current, run.domains)
         run.loader.release(block.layer)
         return layer.accumulator.record(run.domains).statistics["gate_mass"]

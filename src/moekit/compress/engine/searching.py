@@ -30,6 +30,8 @@ from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import BadConfig, UnsupportedModel
+from moekit.streaming.nested import mapped
+from moekit.streaming.passes import Passes
 from moekit.streaming.states import States
 from moekit.trace.store import Trace
 from moekit.trace.streamed import Streamed
@@ -72,14 +74,12 @@ class _Search:
     @torch.no_grad()
     def run(self, progress: Progress | None) -> dict[int, LayerRecord]:
         loader, found = self.streamed.loader, {}
-        plain = self.walk.new_states("search-plain")
-        pruned = self.walk.new_states("search-pruned") if self.request.method.sequential else None
+        plain = self.walk.passes("search-plain")
+        pruned = self.walk.passes("search-pruned") if self.request.method.sequential else None
         self.calls, self.targets = _Calls(self.walk.new_states("search-inputs")), self.walk.new_states("search-targets")
-        loader.load_rest()
-        for states in (plain, pruned):
-            if states is not None:
-                self.walk.embed(states)
-        loader.release_rest()
+        for passes in (plain, pruned):
+            if passes is not None:
+                passes.begin_loaded()
         for index in track(range(loader.layers), "searching", progress):
             with loader.loaded(index):
                 moe = self.walk.moe(index)
@@ -87,12 +87,12 @@ class _Search:
                     self._advance(index, plain, pruned, None)
                 else:
                     found[index] = self._layer(moe, plain, pruned)
-        for states in (plain, pruned, self.calls.states, self.targets):
-            if states is not None:
-                states.close()
+        for done in (plain, pruned, self.calls.states, self.targets):
+            if done is not None:
+                done.close()
         return found
 
-    def _layer(self, moe: MoELayer, plain: States, pruned: States | None) -> LayerRecord:
+    def _layer(self, moe: MoELayer, plain: Passes, pruned: Passes | None) -> LayerRecord:
         index, weights = moe.index, read_block(moe)
         self._see(moe, plain, targets=True)
         if pruned is not None:
@@ -108,7 +108,7 @@ class _Search:
         scores = torch.tensor(rise if isinstance(rise, list) else [rise], dtype=torch.float64)
         return layer_record(inputs, scores, _readable(outcome))
 
-    def _see(self, moe: MoELayer, states: States, *, targets: bool) -> None:
+    def _see(self, moe: MoELayer, passes: Passes, *, targets: bool) -> None:
         """Keep what the block is called with on each batch; of the unchanged model also what it gives, and go on."""
         seen: list[int] = []
 
@@ -116,33 +116,33 @@ class _Search:
             whole = self.calls.keep(number, args, kwargs)
             seen.extend([number] * whole)
             if targets:
-                self.targets.put(
-                    number, flat_output(output).reshape(*states.shapes[number], states.hidden).to(states.dtype)
-                )
+                kept = self.targets
+                kept.put(number, flat_output(output).reshape(*kept.shapes[number], kept.hidden).to(kept.dtype))
 
         handle = moe.block.register_forward_hook(see, with_kwargs=True)
         try:
-            for number in range(len(states)):
-                after = self.walk.run(moe.index, number, states.get(number))
+            for number in range(len(passes)):
+                passes.run(moe.index, number)
                 if targets:
-                    states.put(number, after)
+                    passes.go_on(moe.index, number)
         finally:
             handle.remove()
-        if seen != list(range(len(states))):
+        if seen != list(range(len(passes))):
             raise UnsupportedModel(
                 "the experts stand in no block of their own, which could be run alone",
                 layer=moe.index,
                 hint="choose a method that decides from statistics (moekit methods prune)",
             )
 
-    def _advance(self, index: int, plain: States | None, pruned: States | None, block: nn.Module | None) -> None:
+    def _advance(self, index: int, plain: Passes | None, pruned: Passes | None, block: nn.Module | None) -> None:
         loader = self.streamed.loader
         moe = self.walk.moe(index) if block is not None else None
         with replaced(loader.model, moe.name, block) if moe is not None else contextlib.nullcontext():
-            for states in (plain, pruned):
-                for number in range(len(states) if states is not None else 0):
-                    assert states is not None
-                    states.put(number, self.walk.run(index, number, states.get(number)))
+            for passes in (plain, pruned):
+                for number in range(len(passes) if passes is not None else 0):
+                    assert passes is not None
+                    passes.run(index, number)
+                    passes.go_on(index, number)
 
 
 class _Calls:
@@ -159,7 +159,8 @@ class _Calls:
     def keep(self, number: int, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Keep a call; False if no argument holds the hidden states of the whole batch."""
         rows, length = self.states.shapes[number]
-        rest, named = list(args), dict(kwargs)
+        # New tensors over the same storage: the pass may put away what its own lie in.
+        rest, named = mapped((list(args), dict(kwargs)), Tensor.detach)
         given: list[tuple[int | str, Any]] = [*enumerate(rest), *named.items()]
         for key, value in given:
             if isinstance(value, Tensor) and value.numel() == rows * length * self.states.hidden:

@@ -24,7 +24,7 @@ from moekit.diagnose.super_experts.finding import forms_massive
 from moekit.diagnose.super_experts.magnitudes import is_massive, median_magnitude
 from moekit.diagnose.super_experts.report import SHARED
 from moekit.errors import NumericFault
-from moekit.streaming.states import States
+from moekit.streaming.passes import Passes
 from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.streamed import Change, Streamed
@@ -93,15 +93,15 @@ class StreamedProfile(Streamed):
         self.dense: dict[int, LayerStatistics] = {}
         self.apart: set[int] = set()
 
-    def _layer(self, index: int, before: States, after: States, change: Change | None) -> None:
+    def _layer(self, index: int, passes: Passes, change: Change | None) -> None:
         if index in self.moe_layers:
-            super()._layer(index, before, after, change)
+            super()._layer(index, passes, change)
             return
         entries = [get(name) for name in _OF_STREAM]
         stats = LayerStatistics.empty(entries, 1, self.walk.hidden, self.domains)
         watch = _DenseWatch(self, stats)
         with watch.watching(self.loader.layer(index)):
-            super()._layer(index, before, after, change)
+            super()._layer(index, passes, change)
         self.dense[index] = stats
         if watch.apart:
             self.apart.add(index)

@@ -28,7 +28,7 @@ from moekit.jobs.weights.prune_finish import Decided, in_groups
 from moekit.jobs.weights.prune_request import Asked
 from moekit.jobs.weights.self_calibration import answered_rows, load_for_answers
 from moekit.jobs.weights.texts import kept_apart
-from moekit.streaming.states import States
+from moekit.streaming.passes import Passes
 from moekit.trace import Trace
 from moekit.trace.streamed import Streamed
 
@@ -90,7 +90,7 @@ def _from_text(
     source, method, mtp = asked.source, asked.request.method, dict[str, tuple[float, ...]]()
     needed = protection_needs(source) if options.protect == SUPER else ()
 
-    def look_ahead(last: States) -> None:
+    def look_ahead(last: Passes) -> None:
         if cuts_mtp(source.checkpoint, options.mtp):
             mtp.update(mtp_scores(streamed, last))
 

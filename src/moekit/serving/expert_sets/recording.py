@@ -24,7 +24,7 @@ from moekit.anatomy.probe import Geometry, MoELayer, find_moe_layers
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.folder import Checkpoint
 from moekit.errors import BadConfig, BadData
-from moekit.streaming.states import States
+from moekit.streaming.passes import Passes
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.streamed import Streamed
 
@@ -98,45 +98,41 @@ class GroupedText:
         Raises:
             NumericFault: NaN or infinity in a router, with its layer.
         """
-        walk, loader = self._streamed.walk, self._streamed.loader
         key = self._key()
-        done = self._resume(key)
-        states = [walk.new_states(f"states-{parity}") for parity in (0, 1)]
+        passes = self._streamed.walk.passes("states", resumed=True)
         try:
-            if done < 0:
-                loader.load_rest()
-                walk.embed(states[0])
-                loader.release_rest()
+            done = passes.begin_loaded(self._resume(key))
             for index in track(range(done + 1, self._last + 1), "reading the text", progress):
-                self._layer(index, states[index % 2], states[(index + 1) % 2])
+                self._layer(index, passes)
+                passes.seal(index)
                 self._note(key, index)
         finally:
-            loader.close()
-            for side in states:
-                side.close()
+            passes.close()
+            self._streamed.loader.close()
         return self.statistics
 
     @torch.no_grad()
-    def _layer(self, index: int, before: States, after: States) -> None:
-        walk = self._streamed.walk
+    def _layer(self, index: int, passes: Passes) -> None:
         with self._streamed.loader.loaded(index):
-            moe = walk.moe(index)
+            moe = self._streamed.walk.moe(index)
             for name, members in self._members.items():
                 if moe is not None:
-                    self.statistics[name][index] = self._record(moe, members, before, after)
+                    self.statistics[name][index] = self._record(moe, members, passes)
                     continue
                 for number in members:
-                    after.put(number, walk.run(index, number, before.get(number)))
+                    passes.run(index, number)
+                    passes.go_on(index, number)
 
-    def _record(self, moe: MoELayer, members: Iterable[int], before: States, after: States) -> LayerStatistics:
+    def _record(self, moe: MoELayer, members: Iterable[int], passes: Passes) -> LayerStatistics:
         """Let one text through a loaded layer, and count."""
         streamed = self._streamed
         with streamed.recording(moe) as layer:
             for number in members:
                 current = streamed.passes[number]
                 layer.hook.begin(current)
-                after.put(number, streamed.walk.run(moe.index, number, before.get(number)))
+                passes.run(moe.index, number)
                 layer.take(current, streamed.domains)
+                passes.go_on(moe.index, number)
         return layer.accumulator.record(streamed.domains).statistics
 
     def _key(self) -> str:
