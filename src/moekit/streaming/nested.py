@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import enum
 import types
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 # Objects of these libraries are looked into; others hold no states of a pass.
 _LOOKED_INTO = frozenset({"transformers", "transformers_modules", "torch"})
-_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type})
 
 
 def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -27,38 +26,76 @@ def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+def mapped_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with each tensor changed, but for those in lists and dictionaries: a layer may write into these."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        return tuple(of(item) for item in value) if type(value) is tuple else value
+
+    return tuple(of(value) for value in args), {key: of(value) for key, value in kwargs.items()}
+
+
 def tensors_in(roots: Iterable[Any]) -> list[Tensor]:
     """All tensors that can be reached without going through a module, each once; weights and empty ones left out."""
     found: list[Tensor] = []
     seen: set[int] = set()
     stack = list(roots)
+    kinds = _KINDS
     while stack:
         value = stack.pop()
-        if type(value) in _PLAIN or id(value) in seen:
+        kind = kinds.get(type(value)) or _kind_of(type(value))
+        if kind is _Kind.NOTHING or id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter) and not value.is_meta and value.layout == torch.strided:
+        if kind is _Kind.TENSOR:
+            if not value.is_meta and value.layout == torch.strided:
                 found.append(value)
-        elif isinstance(value, dict):
-            stack.extend(value.values())
-            stack.extend(getattr(value, "__dict__", {}).values())
-        elif isinstance(value, (tuple, list, set, frozenset, deque)):
+        elif kind is _Kind.SEQUENCE:
             stack.extend(value)
+        elif kind is _Kind.CELLS:
+            stack.extend(cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType())
         else:
-            stack.extend(_parts(value))
+            if kind is _Kind.MAPPING:
+                stack.extend(value.values())
+            stack.extend(getattr(value, "__dict__", {}).values())
     return found
 
 
-def _parts(value: Any) -> list[Any]:
-    """What an object holds, where it may hold states: a cache, a mask object, a function's cells."""
-    if isinstance(value, types.FunctionType):
-        return [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-    kind = type(value)
-    own = getattr(value, "__dict__", None)
-    if own is None or isinstance(value, (nn.Module, type)) or kind.__name__.endswith("Config"):
-        return []
-    return list(own.values()) if kind.__module__.partition(".")[0] in _LOOKED_INTO else []
+class _Kind(enum.Enum):
+    """Where tensors may be in an object."""
+
+    NOTHING = enum.auto()
+    TENSOR = enum.auto()
+    SEQUENCE = enum.auto()
+    MAPPING = enum.auto()
+    ATTRIBUTES = enum.auto()
+    CELLS = enum.auto()
+
+
+# Type -> where tensors may be in its objects; a pass is looked through at every layer.
+_KINDS: dict[type, _Kind] = {}
+
+
+def _kind_of(kind: type) -> _Kind:
+    if issubclass(kind, Tensor):
+        found = _Kind.NOTHING if issubclass(kind, nn.Parameter) else _Kind.TENSOR
+    elif issubclass(kind, dict):
+        found = _Kind.MAPPING
+    elif issubclass(kind, (tuple, list, set, frozenset, deque)) and kind is not torch.Size:
+        found = _Kind.SEQUENCE
+    elif kind is types.FunctionType:
+        found = _Kind.CELLS  # a mask may be a function that holds tensors
+    elif issubclass(kind, (nn.Module, type)) or kind.__name__.endswith("Config"):
+        found = _Kind.NOTHING
+    else:
+        known = kind.__module__.partition(".")[0] in _LOOKED_INTO and hasattr(kind, "__dict__")
+        found = _Kind.ATTRIBUTES if known else _Kind.NOTHING
+    _KINDS[kind] = found
+    return found
 
 
 def hidden_of(answer: Any) -> Tensor:
@@ -115,8 +152,3 @@ def rebuilt(told: Any, tensors: list[Tensor]) -> Any:
         return {key: rebuilt(item, tensors) for key, item in content.items()}
     items = [rebuilt(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
-
-
-def same_structure(first: Any, second: Any) -> bool:
-    """Whether two descriptions tell of answers that are built alike."""
-    return json.dumps(first) == json.dumps(second)

@@ -32,6 +32,7 @@ class _Batch:
         paused: the pass.
         answer: of the layer it waits at; None before that has run.
         last: the answer that was handed on last.
+        written: copies that the layer wrote into what it was given in, with what they are copies of.
     """
 
     def __init__(self, paused: PausedPass, parking: Parking) -> None:
@@ -40,11 +41,32 @@ class _Batch:
         self.handed = HandedOn()
         self.answer: Any = None
         self.last: Any = None
+        self.written: list[tuple[Tensor, Tensor]] = []
         self.nbytes = 0
+        self._held: list[Tensor] | None = None
 
     def held(self) -> list[Tensor]:
         """All tensors of the pass, the answers among them."""
-        return tensors_in([self.paused.held(), self.answer, self.last])
+        if self._held is None:
+            self._held = tensors_in([self.paused.held(), self.answer, self.last])
+        return self._held
+
+    def answered(self, answer: Any) -> None:
+        """The layer that waits has run."""
+        self.answer, self._held = answer, None
+
+    def go_on(self) -> None:
+        """Hand the answer on, and go up to the next layer or to the end."""
+        for copy, given in self.written:
+            given.copy_(copy)
+        self.written = []
+        self.last, self.answer, self._held = self.answer, None, None
+        self.handed.handing(self.last)
+        self.paused.go_on(self.last)
+        if self.paused.call is None:
+            self.last = None
+        else:
+            self.handed.stopped(self.held())
 
 
 class Passes:
@@ -108,7 +130,7 @@ class Passes:
                 continue
             answer = self._on_device(self._answers.get(after, number))  # type: ignore[union-attr]
             batch = self._enter(number, after, answer)
-            batch.answer = answer
+            batch.answered(answer)
             if after + 1 < self._walk.loader.layers:
                 self._advance(batch)
         return after
@@ -167,9 +189,10 @@ class Passes:
         if hidden is not None:
             call = call.with_hidden(hidden.to(self._walk.loader.device))
         first = batch.answer is None
-        batch.answer = self._run(batch, call)
+        batch.answered(self._run(batch, call))
         if first:
-            batch.handed.ran(batch.paused.held())
+            own = self._waiting(batch)
+            batch.handed.ran(tensors_in([own.args, own.kwargs]))
         return self.get(number)
 
     def get(self, number: int) -> Tensor:
@@ -182,7 +205,7 @@ class Passes:
     def put(self, number: int, hidden: Tensor) -> None:
         """Let other hidden states go on than the layer answered, [B, S, H]."""
         batch = self._opened(number)
-        batch.answer = with_hidden(batch.answer, hidden.to(self._walk.loader.device))
+        batch.answered(with_hidden(batch.answer, hidden.to(self._walk.loader.device)))
 
     def answer(self, number: int) -> Any:
         """The whole answer of the layer that was run last, as it goes on."""
@@ -270,13 +293,9 @@ class Passes:
             if due == 0:
                 batch.handed.stopped(batch.held())
             if due < index:
-                batch.last = mapped(answer, Tensor.clone)
-                batch.handed.handing(batch.last)
-                paused.go_on(batch.last)
-        if index:
-            batch.last = answer
-            batch.handed.handing(batch.last)
-            batch.handed.stopped(batch.held())
+                # The same for all: only the last of them is seen by the layer where the pass waits.
+                batch.answered(mapped(answer, Tensor.clone))
+                batch.go_on()
         before, self._open = self._open, number
         if before is not None:
             self._settle(before, beside=number)
@@ -284,24 +303,18 @@ class Passes:
 
     def _advance(self, batch: _Batch) -> None:
         assert batch.answer is not None
-        batch.last, batch.answer = batch.answer, None
-        batch.handed.handing(batch.last)
-        batch.paused.go_on(batch.last)
-        if batch.paused.call is None:
-            batch.last = None
-            return
-        batch.handed.stopped(batch.held())
+        batch.go_on()
 
     def _run(self, batch: _Batch, call: Call) -> Any:
         """Run a layer; where it writes into what it is given, on a copy, so that it can be run again."""
         layer = self._walk.loader.layer(call.index)
         if self._writes.get(call.index) is False:
             return batch.paused.run(layer, call)
-        copied = call.copied()
-        given = tensors_in([copied.args, copied.kwargs])
-        before = [tensor._version for tensor in given]
+        copied, pairs = call.copied()
+        before = [copy._version for copy, _ in pairs]
         answer = batch.paused.run(layer, copied)
-        self._writes[call.index] = before != [tensor._version for tensor in given]
+        batch.written = [pair for pair, version in zip(pairs, before, strict=True) if pair[0]._version != version]
+        self._writes[call.index] = bool(batch.written)
         return answer
 
     def _waiting(self, batch: _Batch) -> Call:

@@ -20,7 +20,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from moekit.streaming.inside import Inside
-from moekit.streaming.nested import mapped, tensors_in
+from moekit.streaming.nested import mapped, mapped_arguments, tensors_in
 from moekit.streaming.spill import bytes_of
 
 # Outputs that a config may ask a model to collect from its layers on the way: nobody reads them here.
@@ -48,8 +48,13 @@ class Call:
             return Call(self.index, args, self.kwargs)
         return Call(self.index, self.args, {**self.kwargs, key: hidden})
 
-    def copied(self) -> Call:
-        """The same call on copies of its tensors, in memory as they were: one storage stays one."""
+    def copied(self) -> tuple[Call, list[tuple[Tensor, Tensor]]]:
+        """The same call on copies of its tensors, in memory as they were: one storage stays one.
+
+        Returns:
+            The call, and each copy with what it is a copy of.
+        """
+        pairs: list[tuple[Tensor, Tensor]] = []
         storages: dict[int, torch.UntypedStorage] = {}
 
         def copy(tensor: Tensor) -> Tensor:
@@ -57,10 +62,12 @@ class Call:
             if own.data_ptr() not in storages:
                 storages[own.data_ptr()] = bytes_of(own).clone().untyped_storage()
             made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            return made.set_(storages[own.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
+            made.set_(storages[own.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
+            pairs.append((made, tensor))
+            return made
 
-        args, kwargs = mapped((self.args, self.kwargs), copy)
-        return Call(self.index, args, kwargs)
+        args, kwargs = mapped_arguments(self.args, self.kwargs, copy)
+        return Call(self.index, args, kwargs), pairs
 
     def _values(self) -> dict[int | str, Any]:
         return dict([*enumerate(self.args), *self.kwargs.items()])
@@ -174,7 +181,7 @@ class _Flow(greenlet):  # type: ignore[misc]
 def _called(order: _Run) -> Any:
     try:
         # New tensors over the same storage: what a hook keeps of them stays whole when a pass's own are emptied.
-        args, kwargs = mapped((order.call.args, order.call.kwargs), Tensor.detach)
+        args, kwargs = mapped_arguments(order.call.args, order.call.kwargs, Tensor.detach)
         return mapped(order.module(*args, **kwargs), Tensor.detach)
     except GreenletExit:
         raise
