@@ -108,25 +108,25 @@ class StandIns:
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         own = {id(layer): index for index, layer in enumerate(layers)}
-        self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self._places: list[tuple[nn.Module, str, nn.Module]] = []
         for parent in model.modules():
             for name, child in parent._modules.items():
                 if child is not None and id(child) in own:
-                    stand_in = _StandIn(child, own[id(child)], self)
-                    self._places.append((parent, name, child, stand_in))
+                    self._places.append((parent, name, _StandIn(child, own[id(child)], self)))
         # What answers where no paused pass runs: index, arguments -> answer.
         self._otherwise: Callable[[Call], Any] | None = None
 
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
-        """The layers are in their places again afterwards."""
-        for parent, name, _, stand_in in self._places:
+        """What stands there is in its place again afterwards: the layer, or what somebody has put there."""
+        before = [parent._modules[name] for parent, name, _ in self._places]
+        for parent, name, stand_in in self._places:
             parent._modules[name] = stand_in
         try:
             yield
         finally:
-            for parent, name, layer, _ in self._places:
-                parent._modules[name] = layer
+            for (parent, name, _), module in zip(self._places, before, strict=True):
+                parent._modules[name] = module
 
     @contextlib.contextmanager
     def answering(self, answer: Callable[[Call], Any]) -> Iterator[None]:
