@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moekit.errors import OutOfBudget
@@ -75,3 +76,9 @@ def require_memory(needed: int, what: str, hint: str) -> None:
     has = machine_bytes()
     if has is not None and needed > has:
         raise OutOfBudget(f"{what} needs {needed:,} bytes of memory; this machine has {has:,}", hint=hint)
+
+
+def return_freed_memory() -> None:
+    """Give pages back to the system: glibc keeps what lies between pieces still in use, layer by layer more of it."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

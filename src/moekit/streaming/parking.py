@@ -104,10 +104,9 @@ class Parking:
             if copy is not None and copy.holds(group):
                 slot = copy.slot
             else:
-                reused = copy.slot if copy is not None and copy.slot.nbytes == storage.nbytes() else None
-                if copy is not None and reused is None:
+                if copy is not None:
                     self._spill.free(copy.slot)
-                slot = self._spill.put(bytes_of(storage).cpu(), reused)
+                slot = self._spill.put(bytes_of(storage).cpu())
             lain = _Lain(storage.device, slot)
             for tensor in group:
                 lain.tensors.append((tensor, int(tensor.storage_offset()), tensor.shape, tensor.stride()))

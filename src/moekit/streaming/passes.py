@@ -5,12 +5,14 @@ Legend: B rows, S positions, H hidden.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from moekit._memory import return_freed_memory
 from moekit.errors import UnsupportedModel
 from moekit.streaming.answers import Answers
 from moekit.streaming.handed_on import HandedOn
@@ -22,6 +24,10 @@ from moekit.streaming.spill import Spill
 if TYPE_CHECKING:
     from moekit.streaming.walk import Walk
 
+log = logging.getLogger(__name__)
+
+# So many bytes laid down, the allocator is asked to give back what it keeps of them.
+_FREED_BYTES = 1 << 26
 _WHOLE = "run it whole: it cannot be streamed layer by layer"
 
 
@@ -90,6 +96,7 @@ class Passes:
         self._open: int | None = None
         # Addresses that others hold as well, and the tensors themselves, so that no address is given out again.
         self._shared: set[int] | None = None
+        self._freed = 0
         self._keep: list[torch.UntypedStorage] = []
         # Decoder layer -> whether it writes into what it is given.
         self._writes: dict[int, bool] = {}
@@ -133,6 +140,11 @@ class Passes:
             batch.answered(answer)
             if after + 1 < self._walk.loader.layers:
                 self._advance(batch)
+        if self._open is not None:
+            batch = self._batches[self._open]
+            batch.nbytes = self._own_bytes(batch)
+        kept, away = self.nbytes
+        log.info("%d paused passes hold %.1f MB in memory and %.1f MB in files", len(self), kept / 1e6, away / 1e6)
         return after
 
     def begin_loaded(self, after: int = -1) -> int:
@@ -303,7 +315,23 @@ class Passes:
 
     def _advance(self, batch: _Batch) -> None:
         assert batch.answer is not None
-        batch.go_on()
+        try:
+            batch.go_on()
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            raise UnsupportedModel(
+                f"{type(self._walk.loader.model).__name__} uses weights between its layers that are in memory only "
+                f"while it begins and ends ({error})",
+                hint=_WHOLE,
+            ) from error
+        if batch.paused.call is not None and batch.paused.call.hidden.is_meta:
+            raise UnsupportedModel(
+                f"{type(self._walk.loader.model).__name__} uses weights between its layers that are in memory only "
+                "while it begins and ends",
+                layer=batch.paused.call.index,
+                hint=_WHOLE,
+            )
 
     def _run(self, batch: _Batch, call: Call) -> Any:
         """Run a layer; where it writes into what it is given, on a copy, so that it can be run again."""
@@ -352,10 +380,19 @@ class Passes:
             self._keep.extend(both)
             self._shared |= {storage.data_ptr() for storage in both}
         shared = self._shared
-        batch.nbytes = sum(s.nbytes() for address, s in storages_of(held).items() if address not in shared)
+        batch.nbytes = self._own_bytes(batch)
         others = sum(b.nbytes for b in self._batches if b is not batch and not b.parking.away)
         if others + batch.nbytes > self._limit or self._walk.loader.device.type != "cpu":
             batch.parking.park(held, shared.__contains__)
+            self._freed += batch.parking.nbytes
+            if self._freed > _FREED_BYTES:
+                self._freed = 0
+                return_freed_memory()
+
+    def _own_bytes(self, batch: _Batch) -> int:
+        """Bytes that only this pass holds."""
+        shared = self._shared or set()
+        return sum(s.nbytes() for address, s in storages_of(batch.held()).items() if address not in shared)
 
     def _store(self, batch: _Batch, index: int, number: int) -> None:
         assert self._answers is not None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+# Bytes from which on a piece is mapped into memory.
+_MAPPED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -31,29 +36,38 @@ class Spill:
         self._file: int | None = None
         self._end = 0
         self._free: dict[int, list[Slot]] = {}
+        # Pieces that lie in memory as they are in the file: what is written there would be seen there.
+        self._mapped: dict[Slot, weakref.ref[mmap.mmap]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the file."""
         return self._end
 
-    def put(self, data: Tensor, slot: Slot | None = None) -> Slot:
-        """Write bytes, uint8 in the processor's memory, into a slot of their size, or a new one."""
+    def put(self, data: Tensor) -> Slot:
+        """Write bytes, uint8 in the processor's memory."""
         if self._file is None:
             self._file, path = tempfile.mkstemp(prefix=".moekit-states-", dir=self._folder)
             os.unlink(path)  # gone by itself, whatever ends the process
-        if slot is None:
-            slot = self._slot(data.numel())
+        slot = self._slot(data.numel())
         write_at(self._file, data, slot.start)
         return slot
 
     def get(self, slot: Slot) -> Tensor:
-        """Bytes of a slot, uint8."""
+        """Bytes of a slot, uint8, to be written to at will: the file stays as it is.
+
+        Larger pieces are mapped: pages that nobody looks at are not read, and freed memory goes back to the system,
+        which the allocator would keep between pieces that stay.
+        """
         assert self._file is not None  # something was put
-        return read_at(self._file, slot.start, slot.nbytes)
+        if slot.nbytes < _MAPPED:
+            return read_at(self._file, slot.start, slot.nbytes)
+        piece = mmap.mmap(self._file, slot.nbytes, access=mmap.ACCESS_COPY, offset=slot.start)
+        self._mapped[slot] = weakref.ref(piece)
+        return torch.frombuffer(piece, dtype=torch.uint8)
 
     def free(self, slot: Slot) -> None:
-        """The slot's bytes are not wanted any more."""
+        """The slot's bytes are not wanted any more; it is given out again when nobody has them in memory either."""
         self._free.setdefault(slot.nbytes, []).append(slot)
 
     def close(self) -> None:
@@ -63,11 +77,17 @@ class Spill:
             self._file = None
 
     def _slot(self, nbytes: int) -> Slot:
-        free = self._free.get(nbytes)
-        if free:
-            return free.pop()
-        self._end += nbytes
-        return Slot(self._end - nbytes, nbytes)
+        free = self._free.get(nbytes, [])
+        for place, slot in enumerate(free):
+            piece = self._mapped.get(slot)
+            if piece is None or piece() is None:
+                self._mapped.pop(slot, None)
+                return free.pop(place)
+        start = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        if nbytes < _MAPPED:
+            start = self._end
+        self._end = start + nbytes
+        return Slot(start, nbytes)
 
 
 def write_at(file: int, data: Tensor, start: int) -> None:

@@ -230,3 +230,31 @@ def test_a_layer_that_writes_into_what_it_is_given_can_be_run_again(limit: int) 
             passes.go_on(index, number)
     assert all(torch.equal(passes.finish(number), wanted) for number, wanted in enumerate(expected))
     passes.close()
+
+
+class _Between(Model):
+    """A weight of no layer stands between its layers."""
+
+    def __init__(self, *, loud: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.loud = loud
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        hidden = self.layers[0](self.embedding(input_ids))
+        hidden = hidden * self.weight if self.loud else self.weight.expand(hidden.shape)
+        made: Tensor = self.layers[1](hidden)
+        return made
+
+
+@pytest.mark.parametrize("loud", [True, False])
+def test_weights_between_layers_that_have_left_memory_are_named(loud: bool) -> None:
+    model, ids = _Between(loud=loud), torch.arange(4)[None]
+    walk = Walk(_Loader(model), [Inputs(ids, torch.ones_like(ids))])  # type: ignore[arg-type]
+    passes = walk.passes("states")
+    passes.begin()
+    passes.run(0, 0)
+    model.weight = nn.Parameter(model.weight.to("meta"), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match="uses weights between its layers"):
+        passes.go_on(0, 0)
+    passes.close()

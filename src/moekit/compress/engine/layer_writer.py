@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from moekit._memory import return_freed_memory
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.reading import TensorReader
@@ -80,7 +79,7 @@ class Rewriter:
             _refuse_non_finite(new, tensor)
             yield tensor, self._exact(new, tensor)
         del new
-        _return_freed_memory()
+        return_freed_memory()
 
     def _new_state(self, index: int, outcome: LayerOutcome) -> dict[str, Tensor]:
         """The rewritten block's tensors by their live names; of the old layer nothing stays in memory."""
@@ -121,12 +120,6 @@ class Rewriter:
             rows = torch.arange(old.shape[kept.cut.axis]).view(-1, size)[list(kept.cut.keep)].flatten()
             old = old.index_select(kept.cut.axis, rows)
         return old if torch.equal(old.to(new.dtype), new) else new.to(old.dtype)
-
-
-def _return_freed_memory() -> None:
-    """Give pages back to the system: glibc keeps what lies between pieces still in use, layer by layer more of it."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _refuse_non_finite(tensor: Tensor, kept: KeptTensor) -> None:
