@@ -15,10 +15,10 @@ from torch import Tensor
 from moekit._memory import return_freed_memory
 from moekit.errors import UnsupportedModel
 from moekit.streaming.answers import Answers
-from moekit.streaming.handed_on import HandedOn
 from moekit.streaming.nested import Unstorable, hidden_of, mapped, tensors_in, with_hidden
+from moekit.streaming.one_batch import WHOLE, OneBatch
 from moekit.streaming.parking import Parking, kept_by, storages_of
-from moekit.streaming.paused import Call, PausedPass, nothing_collected
+from moekit.streaming.paused import Call, nothing_collected
 from moekit.streaming.spill import Spill
 
 if TYPE_CHECKING:
@@ -28,51 +28,6 @@ log = logging.getLogger(__name__)
 
 # So many bytes laid down, the allocator is asked to give back what it keeps of them.
 _FREED_BYTES = 1 << 26
-_WHOLE = "run it whole: it cannot be streamed layer by layer"
-
-
-class _Batch:
-    """One batch's pass, and what is known of it.
-
-    Attributes:
-        paused: the pass.
-        answer: of the layer it waits at; None before that has run.
-        last: the answer that was handed on last.
-        written: copies that the layer wrote into what it was given in, with what they are copies of.
-    """
-
-    def __init__(self, paused: PausedPass, parking: Parking) -> None:
-        self.paused = paused
-        self.parking = parking
-        self.handed = HandedOn()
-        self.answer: Any = None
-        self.last: Any = None
-        self.written: list[tuple[Tensor, Tensor]] = []
-        self.nbytes = 0
-        self._held: list[Tensor] | None = None
-
-    def held(self) -> list[Tensor]:
-        """All tensors of the pass, the answers among them."""
-        if self._held is None:
-            self._held = tensors_in([self.paused.held(), self.answer, self.last])
-        return self._held
-
-    def answered(self, answer: Any) -> None:
-        """The layer that waits has run."""
-        self.answer, self._held = answer, None
-
-    def go_on(self) -> None:
-        """Hand the answer on, and go up to the next layer or to the end."""
-        for copy, given in self.written:
-            given.copy_(copy)
-        self.written = []
-        self.last, self.answer, self._held = self.answer, None, None
-        self.handed.handing(self.last)
-        self.paused.go_on(self.last)
-        if self.paused.call is None:
-            self.last = None
-        else:
-            self.handed.stopped(self.held())
 
 
 class Passes:
@@ -92,7 +47,7 @@ class Passes:
         self._limit = limit
         self._spill = Spill(walk.folder)
         self._answers = Answers(walk.folder, name) if resumed and walk.folder is not None else None
-        self._batches: list[_Batch] = []
+        self._batches: list[OneBatch] = []
         self._open: int | None = None
         # Addresses that others hold as well, and the tensors themselves, so that no address is given out again.
         self._shared: set[int] | None = None
@@ -142,7 +97,7 @@ class Passes:
                 self._advance(batch)
         if self._open is not None:
             batch = self._batches[self._open]
-            batch.nbytes = self._own_bytes(batch)
+            batch.nbytes = batch.own_bytes(self._shared or set())
         kept, away = self.nbytes
         log.info("%d paused passes hold %.1f MB in memory and %.1f MB in files", len(self), kept / 1e6, away / 1e6)
         return after
@@ -196,12 +151,12 @@ class Passes:
             raise UnsupportedModel(
                 f"{type(self._walk.loader.model).__name__} comes to layer {call.index} where layer {index} was due",
                 layer=index,
-                hint=f"it skips layers, or does not run them in order; {_WHOLE}",
+                hint=f"it skips layers, or does not run them in order; {WHOLE}",
             )
         if hidden is not None:
             call = call.with_hidden(hidden.to(self._walk.loader.device))
         first = batch.answer is None
-        batch.answered(self._run(batch, call))
+        self._writes[index] = batch.run(self._walk.loader.layer(index), call, self._writes.get(index))
         if first:
             own = self._waiting(batch)
             batch.handed.ran(tensors_in([own.args, own.kwargs]))
@@ -267,7 +222,7 @@ class Passes:
             self._advance(batch)
         if batch.paused.call is not None:
             raise UnsupportedModel(
-                f"{type(self._walk.loader.model).__name__} comes to layer {batch.paused.call.index} again", hint=_WHOLE
+                f"{type(self._walk.loader.model).__name__} comes to layer {batch.paused.call.index} again", hint=WHOLE
             )
         return batch.paused.result
 
@@ -286,10 +241,10 @@ class Passes:
         if self._answers is not None:
             self._answers.close()
 
-    def _enter(self, number: int, index: int, answer: Any) -> _Batch:
+    def _enter(self, number: int, index: int, answer: Any) -> OneBatch:
         """Begin a batch's pass, and take it up to a layer; those before give this answer."""
         paused = self._walk.paused(self._walk.inputs(number))
-        batch = _Batch(paused, Parking(self._spill))
+        batch = OneBatch(paused, Parking(self._spill), type(self._walk.loader.model).__name__)
         self._batches.append(batch)
         with nothing_collected(self._walk.loader.model):
             paused.begin()
@@ -300,7 +255,7 @@ class Passes:
                 raise UnsupportedModel(
                     f"{type(self._walk.loader.model).__name__} comes {came} where layer {due} was due",
                     layer=due,
-                    hint=f"it skips layers, or does not run them in order; {_WHOLE}",
+                    hint=f"it skips layers, or does not run them in order; {WHOLE}",
                 )
             if due == 0:
                 batch.handed.stopped(batch.held())
@@ -313,46 +268,18 @@ class Passes:
             self._settle(before, beside=number)
         return batch
 
-    def _advance(self, batch: _Batch) -> None:
+    def _advance(self, batch: OneBatch) -> None:
         assert batch.answer is not None
-        try:
-            batch.go_on()
-        except (RuntimeError, NotImplementedError) as error:
-            if "meta" not in str(error):
-                raise
-            raise UnsupportedModel(
-                f"{type(self._walk.loader.model).__name__} uses weights between its layers that are in memory only "
-                f"while it begins and ends ({error})",
-                hint=_WHOLE,
-            ) from error
-        if batch.paused.call is not None and batch.paused.call.hidden.is_meta:
-            raise UnsupportedModel(
-                f"{type(self._walk.loader.model).__name__} uses weights between its layers that are in memory only "
-                "while it begins and ends",
-                layer=batch.paused.call.index,
-                hint=_WHOLE,
-            )
+        batch.go_on()
 
-    def _run(self, batch: _Batch, call: Call) -> Any:
-        """Run a layer; where it writes into what it is given, on a copy, so that it can be run again."""
-        layer = self._walk.loader.layer(call.index)
-        if self._writes.get(call.index) is False:
-            return batch.paused.run(layer, call)
-        copied, pairs = call.copied()
-        before = [copy._version for copy, _ in pairs]
-        answer = batch.paused.run(layer, copied)
-        batch.written = [pair for pair, version in zip(pairs, before, strict=True) if pair[0]._version != version]
-        self._writes[call.index] = bool(batch.written)
-        return answer
-
-    def _waiting(self, batch: _Batch) -> Call:
+    def _waiting(self, batch: OneBatch) -> Call:
         if batch.paused.call is None:
             raise UnsupportedModel(
-                f"{type(self._walk.loader.model).__name__} has ended without coming to this layer", hint=_WHOLE
+                f"{type(self._walk.loader.model).__name__} has ended without coming to this layer", hint=WHOLE
             )
         return batch.paused.call
 
-    def _opened(self, number: int) -> _Batch:
+    def _opened(self, number: int) -> OneBatch:
         """A batch's pass, its tensors in their places."""
         batch = self._batches[number]
         if self._open != number:
@@ -380,7 +307,7 @@ class Passes:
             self._keep.extend(both)
             self._shared |= {storage.data_ptr() for storage in both}
         shared = self._shared
-        batch.nbytes = self._own_bytes(batch)
+        batch.nbytes = batch.own_bytes(self._shared or set())
         others = sum(b.nbytes for b in self._batches if b is not batch and not b.parking.away)
         if others + batch.nbytes > self._limit or self._walk.loader.device.type != "cpu":
             batch.parking.park(held, shared.__contains__)
@@ -389,12 +316,7 @@ class Passes:
                 self._freed = 0
                 return_freed_memory()
 
-    def _own_bytes(self, batch: _Batch) -> int:
-        """Bytes that only this pass holds."""
-        shared = self._shared or set()
-        return sum(s.nbytes() for address, s in storages_of(batch.held()).items() if address not in shared)
-
-    def _store(self, batch: _Batch, index: int, number: int) -> None:
+    def _store(self, batch: OneBatch, index: int, number: int) -> None:
         assert self._answers is not None
         if not batch.handed.only_answers:
             return
