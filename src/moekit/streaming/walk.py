@@ -10,7 +10,7 @@ Legend: B rows, S positions, H hidden.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,12 @@ class Inputs:
     """One batch: token ids [B, S], and 1 where a token is, 0 at padding [B, S].
 
     Attributes:
-        more: what the model's forward is given beside these.
+        more: makes what the model's forward is given beside these, such as the pixels of pictures; None for nothing.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    more: dict[str, Any] | None = None
+    more: Callable[[], Mapping[str, Any]] | None = None
 
 
 class Walk:
@@ -92,7 +92,7 @@ class Walk:
         """What the model's forward is given for a batch."""
         batch = self.batches[number]
         # Copies: a pass may lay down what it holds.
-        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **(batch.more or {})}
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **(batch.more() if batch.more is not None else {})}
         given = mapped(given, lambda tensor: tensor.to(self.loader.device, copy=True))
         return {**given, "use_cache": False}
 

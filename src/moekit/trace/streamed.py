@@ -100,16 +100,19 @@ class Streamed:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.counter = RowCounter()
         self.labels = LabelAccumulator(keep=self.keep_choices)
-        inputs, passes = [], []
+        inputs, passes, digests = [], [], list[str]()
         for batch in batches:
             ids_BS, labels = read_batch(batch)
             if not ids_BS.numel() or not bool(labels.mask_BS.any()):
                 continue
             rows = rows_of_pass(self.counter, {"input_ids": ids_BS}, labels)
-            inputs.append(Inputs(ids_BS, labels.mask_BS.long()))
+            shown = getattr(batch, "shown", None)
+            digests.append("" if shown is None else shown.digest)
+            inputs.append(Inputs(ids_BS, labels.mask_BS.long(), None if shown is None else shown.features))
             passes.append(rows)
         if not inputs:
             raise BadData("the text holds no tokens but padding", hint="give a text that is not empty")
+        self._shown = digests
         self.domains = list(self.counter.domains)
         self.passes = [ForwardPass(rows, self.domains) for rows in passes]
         for current in self.passes:
@@ -255,7 +258,7 @@ class Streamed:
             digest.update(json.dumps(list(batch.input_ids.shape)).encode())
             digest.update(batch.input_ids.numpy().tobytes())
             digest.update(batch.attention_mask.numpy().tobytes())
-        digest.update(json.dumps(list(self.domains)).encode())
+        digest.update(json.dumps([list(self.domains), *([self._shown] if any(self._shown) else [])]).encode())
         for current in self.passes:
             digest.update(current.labels.domain_N.numpy().tobytes())
         return digest.hexdigest()
