@@ -96,7 +96,7 @@ def save(
         extra_tensors: for `moekit.safetensors`; named "layers.<layer>.<what>".
         overwrite: replace a folder that is there.
         max_shard_bytes: size of a shard.
-        drop_unknown: leave out what the source holds beyond the model, such as a vision tower; otherwise it is copied.
+        drop_unknown: leave out what the source holds beyond the model, such as extra layers; else it is copied.
         mtp: whether multi-token-prediction layers of the source go along ("keep", "drop").
         progress: told how far it is.
 

@@ -14,6 +14,7 @@ Shapes: T tokens, H hidden size, E routed experts, K choices a token, I expert w
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moekit.checkpoint.decoder import besides_text
 from moekit.checkpoint.names import PARTS
 from moekit.errors import MoekitError, UnsupportedModel
 
@@ -108,8 +110,11 @@ def flat_output(output: Any) -> torch.Tensor:
 
 
 def decoder_index(name: str) -> int:
-    """Decoder layer index in a module or tensor path: its first number ("model.layers.12.mlp" -> 12)."""
-    match = re.search(r"\.(\d+)(\.|$)", name)
+    """Decoder layer index in a module or tensor path: the number of its list of layers ("model.layers.12.mlp" -> 12).
+
+    Where no list is called so, the first number of the path.
+    """
+    match = re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", name) or re.search(r"\.(\d+)(?:\.|$)", name)
     return int(match.group(1)) if match else 0
 
 
@@ -240,10 +245,10 @@ def _geometry(experts: nn.Module, top_k: int, shared_width: int) -> Geometry:
 
 
 def iterate_moe_layers(model: nn.Module) -> Iterator[MoELayer]:
-    """Yield the MoE blocks of any module tree, in module order."""
-    modules = dict(model.named_modules())
+    """Yield the MoE blocks of any module tree, in module order; in a model of several parts, the language model's."""
+    modules, aside = dict(model.named_modules()), besides_text(model)
     for experts_name, experts in modules.items():
-        if not is_experts(experts):
+        if not is_experts(experts) or experts_name.startswith(aside):
             continue
         block_name = experts_name.rpartition(".")[0]
         block = modules[block_name]
@@ -274,7 +279,7 @@ def find_moe_layers(model: PreTrainedModel | nn.Module) -> list[MoELayer]:
         One `MoELayer` per MoE block; dense layers are left out.
 
     Raises:
-        UnsupportedModel: the model holds no experts by the contract.
+        UnsupportedModel: the model holds no experts by the contract, or two blocks of them in one layer.
     """
     layers = sorted(iterate_moe_layers(model), key=lambda layer: layer.index)
     if not layers:
@@ -283,4 +288,11 @@ def find_moe_layers(model: PreTrainedModel | nn.Module) -> list[MoELayer]:
             "[E, ..] with a `down_proj`",
             hint="`moekit convert` turns a dense Llama-type model into a MoE",
         )
+    for first, second in itertools.pairwise(layers):
+        if first.index == second.index:
+            raise UnsupportedModel(
+                f"one decoder layer holds two MoE blocks, {first.name} and {second.name}",
+                layer=first.index,
+                hint="moekit works on models with one MoE block a layer",
+            )
     return layers

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from moekit import catalogue
 from moekit.checking.samples import layer_key
-from moekit.checkpoint.experts import expert_counts
+from moekit.checkpoint.experts import counts_of
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.errors import MoekitError
@@ -41,7 +41,7 @@ def claims_of(child: Checkpoint, parent: Checkpoint) -> Claims:
     if record.parts and record.plan_hash is not None and not record.scores:
         return Claims(rest=True, experts=True)  # routed by a plan
     name = record.config.get("method")
-    converted = not expert_counts(parent.tensors) and isinstance(name, str) and _known("convert", name)
+    converted = not counts_of(parent) and isinstance(name, str) and _known("convert", name)
     return Claims(rest=converted)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator
 
 from moekit.checking.report import Finding
 from moekit.checkpoint.config_file import announced_mtp
-from moekit.checkpoint.expected import Layout, stated_differences, unknown_tensors
-from moekit.checkpoint.experts import expert_counts, mtp_tensors
+from moekit.checkpoint.expected import stated_differences, unknown_tensors
+from moekit.checkpoint.experts import counts_of, mtp_tensors
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint, listed
-from moekit.checkpoint.names import text_config, where
+from moekit.checkpoint.layout import Layout
+from moekit.checkpoint.names import in_tower, text_config, where
 
 _SOME = "while others of them are"
 
@@ -17,7 +18,7 @@ _SOME = "while others of them are"
 def check_announced(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Multi-token-prediction layers and towers that the config announces and no tensor holds."""
     count = announced_mtp(checkpoint.config)
-    if count and not mtp_tensors(checkpoint.tensors, checkpoint.config):
+    if count and not mtp_tensors(checkpoint):
         yield Finding(
             severity="warning",
             code="mtp-missing",
@@ -49,9 +50,14 @@ def check_lost(
         layout: of the child's config.
         theirs: of the parent's.
     """
-    if layout is None or theirs is None or layout.live.keys() != theirs.live.keys():
-        return  # another family or another number of layers: a conversion
-    beyond = mtp_tensors(parent.tensors, parent.config)
+    if layout is None or theirs is None:
+        return
+    if layout.live.keys() != theirs.live.keys():  # another family or number of layers, or a language model alone
+        towers = {name for name in parent.tensors if in_tower(theirs.live_name(name))} - set(child.tensors)
+        if towers and text_config(child.config).get("model_type") == text_config(parent.config).get("model_type"):
+            yield _lost(child, towers, "warning", "beside the language model")
+        return
+    beyond = mtp_tensors(parent)
     lost = {n for n in unknown_tensors(parent, theirs) if _still(n, child, beyond) not in {None, *child.tensors}}
     if not lost:
         return
@@ -99,5 +105,5 @@ def _lost(child: Checkpoint, names: Iterable[str], severity: str, what: str, bro
 def expert_layers(checkpoint: Checkpoint) -> dict[int, int]:
     """Decoder layer -> routed experts, multi-token-prediction layers left out."""
     layers = text_config(checkpoint.config).get("num_hidden_layers")
-    counts = expert_counts(checkpoint.tensors)
+    counts = counts_of(checkpoint)
     return {layer: count for layer, count in counts.items() if not isinstance(layers, int) or layer < layers}

@@ -28,8 +28,9 @@ from moekit.checking.report import Finding
 from moekit.checking.samples import RELATED, Side, matches, router_moves, sample, samples, shown, side_of
 from moekit.checking.scan import TensorScan
 from moekit.checking.units import read_unit, swap_halves
-from moekit.checkpoint.expected import Layout, disk_names
+from moekit.checkpoint.expected import disk_names
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.layout import Layout
 from moekit.checkpoint.names import text_config
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from moekit.anatomy.probe import MoELayer, ask_router
 from moekit.checking.report import Finding
-from moekit.checkpoint.expected import Layout, disk_names
+from moekit.checkpoint.expected import disk_names
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.layout import Layout
 
 # Probes a router is asked: this many times as many choices as there are experts, so that a fair one never misses any.
 _CHOICES_PER_EXPERT = 64

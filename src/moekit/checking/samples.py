@@ -15,8 +15,9 @@ from torch import Tensor
 
 from moekit.anatomy.probe import MoELayer
 from moekit.checking.units import Unit, read_unit, units_of
-from moekit.checkpoint.expected import Layout, disk_names
+from moekit.checkpoint.expected import disk_names
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.layout import Layout
 from moekit.checkpoint.names import in_mtp_stack, where
 
 _SAMPLES = 4096

@@ -10,8 +10,9 @@ from typing import Any
 
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.checking.report import Finding, from_error
-from moekit.checkpoint.expected import Differences, Layout, compare, count_hint, layout_of
+from moekit.checkpoint.expected import Differences, compare, count_hint
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_weight_map
+from moekit.checkpoint.layout import Layout, layout_of
 from moekit.checkpoint.meta import meta_model
 from moekit.checkpoint.names import text_config, where
 from moekit.checkpoint.record import TENSORS_FILE

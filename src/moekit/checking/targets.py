@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from moekit.checking.report import Finding
 from moekit.checking.vllm import check_vllm
-from moekit.checkpoint.expected import Layout
-from moekit.checkpoint.experts import expert_counts
+from moekit.checkpoint.experts import counts_of
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.layout import Layout
 from moekit.errors import BadConfig
 
 TARGETS = ("transformers", "vllm")
@@ -34,7 +34,7 @@ def check_target(checkpoint: Checkpoint, layout: Layout | None, target: str) -> 
 
 
 def _uneven(checkpoint: Checkpoint, target: str) -> Iterator[Finding]:
-    counts = expert_counts(checkpoint.tensors)
+    counts = counts_of(checkpoint)
     if len(set(counts.values())) > 1:
         yield Finding(
             severity="error",

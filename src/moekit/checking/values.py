@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from moekit.checking.report import Finding
 from moekit.checking.scan import MatrixScan, TensorScan
 from moekit.checking.units import Unit, unit_digests, unit_matrices
-from moekit.checkpoint.experts import expert_counts
+from moekit.checkpoint.experts import counts_of
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.names import where
 from moekit.checkpoint.safety import TensorInfo
@@ -45,9 +45,12 @@ def _packed_scale_is_nan(scan: TensorScan, matrix: MatrixScan) -> bool:
 
 
 def check_scales(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Iterator[Finding]:
-    """Scales must be positive: a zero scale silences what it scales."""
+    """Scales must be positive: a zero scale silences what it scales. Parameters that are called so may be anything."""
+    layout = checkpoint.known_layout
     for scan in scans.values():
         if not scan.info.name.endswith(("_scale", "_scale_inv", "scales")) or scan.info.dtype == "U8":
+            continue
+        if layout is not None and layout.live_name(scan.info.name) in layout.live:
             continue
         for unit, matrix in unit_matrices(scan).items():
             if matrix.finite and matrix.low <= 0:
@@ -65,7 +68,7 @@ def check_scales(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Ite
 
 def check_dead(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Iterator[Finding]:
     """Experts that can only answer zero, and other matrices that are all zero."""
-    counts = expert_counts(checkpoint.tensors)
+    counts = counts_of(checkpoint)
     experts: dict[tuple[str, int], dict[int, list[Unit]]] = defaultdict(lambda: defaultdict(list))
     for scan in scans.values():
         for unit, matrix in unit_matrices(scan).items():

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from moekit.anatomy.layout import parse_expert_tensor
 from moekit.checking.report import Finding
-from moekit.checkpoint.expected import Layout
-from moekit.checkpoint.experts import expert_counts
+from moekit.checkpoint.experts import counts_of
 from moekit.checkpoint.folder import INDEX_FILE, Checkpoint
+from moekit.checkpoint.layout import Layout
 from moekit.checkpoint.record import TENSORS_FILE
 
 # Mixture-of-Experts classes in vLLM's registry of models.
@@ -63,7 +63,7 @@ def _architecture(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
         return
     named = [name for name in checkpoint.config["architectures"] if isinstance(name, str)]
-    if expert_counts(checkpoint.tensors) and not MOE_CLASSES.intersection(named):
+    if counts_of(checkpoint) and not MOE_CLASSES.intersection(named):
         yield Finding(
             severity="warning",
             code="unknown-to-vllm",

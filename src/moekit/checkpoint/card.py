@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moekit._files import open_regular
 from moekit.checkpoint.hub import looks_like_hub_id
+from moekit.checkpoint.names import text_path
 from moekit.checkpoint.record import RECORD_FILE, TENSORS_FILE, Record, TensorExpectation
 from moekit.checkpoint.safety import DTYPE_BITS
 from moekit.errors import printable
@@ -50,18 +52,19 @@ def _sizes(record: Record, config: dict[str, Any]) -> str:
     return f"`{config.get('model_type', '?')}`, {len(counts)} MoE layers of {experts} routed experts."
 
 
-def _loading(record: Record) -> list[str]:
+def _loading(record: Record, config: Mapping[str, Any]) -> list[str]:
+    named = config.get("architectures") or []
+    kind = named[0] if text_path(config) and named and isinstance(named[0], str) else "AutoModelForCausalLM"
     lines = [
         "",
         "## Loading",
         "",
-        "A stock Hugging Face folder: `AutoModelForCausalLM.from_pretrained` opens it without moekit and without "
-        "remote code.",
+        f"A stock Hugging Face folder: `{kind}.from_pretrained` opens it without moekit and without remote code.",
     ]
     if len(set(record.expectations.experts.values())) > 1:
         lines[-1] = (
             f"Layers hold different numbers of experts, as `{RECORD_FILE}` says: `moekit.load` opens the folder; "
-            "`AutoModelForCausalLM.from_pretrained`, which knows one number for all layers, does not."
+            f"`{kind}.from_pretrained`, which knows one number for all layers, does not."
         )
     if record.parts:
         names = ", ".join(f"**{part.name}** ({part.kind})" for part in record.parts)
@@ -143,7 +146,5 @@ def render(record: Record, config: dict[str, Any], licence: str | None = None) -
         f"(fingerprint `{(record.fingerprint or '')[:16]}`).",
     ]
     title = ["", "# A Mixture-of-Experts checkpoint made with moekit", "", _sizes(record, config)]
-    text = (
-        "\n".join([_front_matter(record, licence), *title, *_loading(record), *_pruned(record), *made, *limits]) + "\n"
-    )
-    return printable(text)
+    parts = [_front_matter(record, licence), *title, *_loading(record, config), *_pruned(record), *made, *limits]
+    return printable("\n".join(parts) + "\n")

@@ -1,9 +1,9 @@
 """Carry along what a source checkpoint holds beyond the model that was loaded from it.
 
-A causal language model has no place for multi-token-prediction layers or a vision tower: transformers leaves them
-behind when it loads, and would save a folder without them, of another class. Here their bytes are copied from the
-source, and the source's config is kept but for what has changed: the new folder loads in the class that the source
-loads in.
+A model has no place for multi-token-prediction layers, nor a language model for the towers of a folder that names no
+class with them: transformers leaves them behind when it loads, and would save a folder without them. Here their bytes
+are copied from the source, and the source's config is kept but for what has changed: the new folder loads in the class
+that the source loads in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moekit.checkpoint.expected import describe, stated_differences
 from moekit.checkpoint.experts import expert_counts, mtp_tensors
 from moekit.checkpoint.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, listed, read_tensors
 from moekit.checkpoint.meta import model_config
-from moekit.checkpoint.names import stated_experts, text_config
+from moekit.checkpoint.names import stated_experts, text_config, with_text_config
 from moekit.checkpoint.provenance import Origin
 from moekit.checkpoint.record import Expectations, Record
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo, read_json
@@ -51,12 +51,15 @@ class Carried:
         source: opened, known to be the one that the model was loaded from; None where nothing is carried.
         tensors: to copy.
         left: names of what is left out on purpose.
+        left_class: that the source names, and the new folder does not.
+        files: folder that small files, such as an image processor's settings, are copied from.
     """
 
     source: Checkpoint | None = None
     tensors: tuple[TensorInfo, ...] = ()
     left: tuple[str, ...] = ()
     left_class: tuple[str, ...] = field(default=())
+    files: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -86,16 +89,18 @@ def carried(origin: Origin | None, *, drop_unknown: bool = False, mtp: Mtp = "ke
     if origin is None:
         return Carried()
     if drop_unknown:
-        return Carried(left=origin.tensors, left_class=origin.architectures)
+        files = Path(origin.folder) if origin.files and Path(origin.folder).is_dir() else None
+        return Carried(left=origin.tensors, left_class=origin.architectures, files=files)
     source = _opened(origin)
-    left = mtp_tensors(source.tensors, source.config) & set(origin.tensors) if mtp == "drop" else set()
+    left = mtp_tensors(source) & set(origin.tensors) if mtp == "drop" else set()
     kept = tuple(source.tensors[name] for name in origin.tensors if name not in left)
-    return Carried(source, kept, tuple(name for name in origin.tensors if name in left))
+    return Carried(source, kept, tuple(name for name in origin.tensors if name in left), files=source.path)
 
 
 def _opened(origin: Origin) -> Checkpoint:
     what = [f"{len(origin.tensors)} tensors ({listed(list(origin.tensors), 3)})"] if origin.tensors else []
     what += [f"the class {', '.join(origin.architectures)}"] if origin.architectures else []
+    what += [", ".join(origin.files)] if origin.files else []
     hint = "put the source back, or leave them out on purpose (drop_unknown=True, --drop-unknown)"
     try:
         source = Checkpoint.open(origin.folder, local_files_only=True)
@@ -143,10 +148,11 @@ def write_carried(
             append_tensors(folder, [(info, source.path / info.shard) for info in work.tensors], max_shard_bytes)
         _check_mtp(work, source, after)
         atomic_write(folder / CONFIG_FILE, json.dumps(_config(source, after), indent=2) + "\n")
-        for file in small_files(source.path):
+        _check_class(folder, source, counts or {})
+    if work.files is not None:
+        for file in small_files(work.files):
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-        _check_class(folder, source, counts or {})
     _announce_what_is_there(folder)
     if work.note is not None:
         logger.warning("left out on purpose: %s", work.note)
@@ -161,22 +167,25 @@ def _config(source: Checkpoint, after: PreTrainedConfig) -> dict[str, Any]:
         raw = edited_config(raw, before, after, keep=keep)
     else:
         inner = edited_config(text_config(raw), before.get_text_config(), after, keep=keep)
-        raw = {**raw, "text_config": inner} if text_config(raw) is not raw else inner
+        raw = with_text_config(raw, inner)
     return _with_dtype(raw, str(after.dtype).removeprefix("torch."))
 
 
 def _with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
     """A config that says what the weights are, under the keys that it has for that."""
     changed: dict[str, Any] = {key: dtype for key in _DTYPE_KEYS if key in raw} or {"dtype": dtype}
-    nested = raw.get("text_config")
-    if isinstance(nested, dict):
-        changed["text_config"] = {key: dtype if key in _DTYPE_KEYS else value for key, value in nested.items()}
-    return {**raw, **changed}
+    made = {**raw, **changed}
+    inner = text_config(raw)
+    return made if inner is raw else with_text_config(made, _renamed(inner, dtype))
+
+
+def _renamed(values: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    return {key: dtype if key in _DTYPE_KEYS else value for key, value in values.items()}
 
 
 def _check_mtp(work: Carried, source: Checkpoint, after: PreTrainedConfig) -> None:
     """Multi-token-prediction layers must have as many experts as the config says of all layers."""
-    stated, names = stated_experts(after.to_dict()), mtp_tensors(source.tensors, source.config)
+    stated, names = stated_experts(after.to_dict()), mtp_tensors(source)
     own = {info.name: info for info in work.tensors if info.name in names}
     for layer, count in expert_counts(own, stacks=True).items():
         if stated is not None and count != stated:
@@ -205,7 +214,7 @@ def _check_class(folder: Path, source: Checkpoint, counts: Mapping[int, int]) ->
 def _announce_what_is_there(folder: Path) -> None:
     """A config must not announce multi-token-prediction layers that no tensor holds."""
     checkpoint = Checkpoint.open(folder)
-    if announced_mtp(checkpoint.config) and not mtp_tensors(checkpoint.tensors, checkpoint.config):
+    if announced_mtp(checkpoint.config) and not mtp_tensors(checkpoint):
         raw = read_json(folder / CONFIG_FILE)
         atomic_write(folder / CONFIG_FILE, json.dumps(without_mtp(raw), indent=2) + "\n")
 

@@ -26,20 +26,20 @@ def edited_config(
         raw: parsed config.json.
         before: its transformers config.
         after: what it is to become.
-        keep: keys that stay as the file has them.
+        keep: keys that stay as the file has them, in parts of it too.
     """
-    old, new = before.to_dict(), after.to_dict()
-    changed = {key: value for key, value in new.items() if key not in keep}
-    return _merged(raw, old, changed, before)
+    return _merged(raw, before.to_dict(), after.to_dict(), before, keep)
 
 
-def _merged(raw: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], config: Any) -> dict[str, Any]:
+def _merged(
+    raw: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], config: Any, keep: Collection[str]
+) -> dict[str, Any]:
     merged = dict(raw)
     for key, value in after.items():
-        if value == before.get(key):
+        if value == before.get(key) or key in keep:
             continue
         if isinstance(value, dict) and isinstance(raw.get(key), dict):
-            merged[key] = _merged(raw[key], before.get(key) or {}, value, getattr(config, key, None))
+            merged[key] = _merged(raw[key], before.get(key) or {}, value, getattr(config, key, None), keep)
             continue
         names = [name for name in _aliases(key, config) if name in raw] or [key]
         merged.update(dict.fromkeys(names, value))

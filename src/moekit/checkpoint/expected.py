@@ -1,56 +1,28 @@
 """What a checkpoint must hold, from its config alone: names, shapes and dtypes, before any weight is read.
 
-The config's model is built on the meta device, where tensors have shapes but no memory. Its own names (experts fused,
-transformers v5) and the names that transformers' conversion mapping turns them into (experts split, as on the hub) are
-both legal on disk.
+The config's model is built on the meta device, where tensors have shapes but no memory.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moekit.checkpoint.fingerprint import disk_state_dict
-from moekit.checkpoint.meta import meta_model, stated_model
-from moekit.checkpoint.names import EXPERT_COUNT_KEYS, text_config, where
+from moekit.checkpoint.config_file import announced_mtp
+from moekit.checkpoint.layout import HARMLESS, Layout, layout_of
+from moekit.checkpoint.meta import stated_model
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, text_config
 from moekit.checkpoint.safety import FLOAT_DTYPES, TensorInfo
 from moekit.errors import BadCheckpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from moekit.checkpoint.folder import Checkpoint
 
 _WIDE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-# Buffers that old versions of transformers saved and newer ones compute.
-_HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.position_ids$")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Legal tensors of a config.
-
-    Attributes:
-        stock: name -> shape as `save_pretrained` writes them.
-        live: name -> shape in the live model.
-        target: stock name -> live name it becomes (part of).
-        rename: any name on disk -> (live name, whether a converter gathers it).
-        optional: patterns of names that transformers ignores.
-    """
-
-    stock: dict[str, tuple[int, ...]]
-    live: dict[str, tuple[int, ...]]
-    target: dict[str, str]
-    rename: Callable[[str], tuple[str, bool]]
-    optional: tuple[re.Pattern[str], ...]
-
-    def ignored(self, name: str) -> bool:
-        """Whether transformers ignores a surplus tensor of this name."""
-        return any(pattern.search(name) for pattern in self.optional)
 
 
 @dataclass
@@ -71,49 +43,19 @@ class Differences:
         return all(set(ours) <= set(theirs) for ours, theirs in pairs)
 
 
-def renamer(model: PreTrainedModel, live: Mapping[str, Any]) -> Callable[[str], tuple[str, bool]]:
-    """How transformers names a tensor on disk in the live model, and whether a converter gathers it from parts."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-
-    def rename(name: str) -> tuple[str, bool]:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, live)
-        return target, pattern is not None
-
-    return rename
-
-
-def layout_of(model: PreTrainedModel) -> Layout:
-    """Legal tensors of a model, which may lie on the meta device."""
-    live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    stock = {name: tuple(tensor.shape) for name, tensor in disk_state_dict(model).items()}
-    rename = renamer(model, live)
-    patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
-    return Layout(
-        stock=stock,
-        live=live,
-        target={name: rename(name)[0] if name not in live else name for name in stock},
-        rename=rename,
-        optional=(*patterns, _HARMLESS),
-    )
-
-
-def _is_extra_layer(name: str, config: Mapping[str, Any]) -> bool:
+def _is_extra_layer(name: str, layout: Layout, config: Mapping[str, Any]) -> bool:
     """Whether a tensor belongs to a multi-token-prediction layer, which follows the decoder layers on disk."""
-    layers = text_config(config).get("num_hidden_layers")
-    extra = text_config(config).get("num_nextn_predict_layers") or text_config(config).get("num_mtp_layers")
-    match = re.search(r"layers\.(\d+)\.", name)
-    if match is None or not isinstance(layers, int) or not isinstance(extra, int):
-        return False
-    return layers <= int(match.group(1)) < layers + extra
+    layers, layer = text_config(config).get("num_hidden_layers"), layout.layer(name)
+    extra = announced_mtp(config)
+    return isinstance(layers, int) and layer is not None and layers <= layer < layers + extra
 
 
-def _check_float(info: TensorInfo, differences: Differences) -> None:
-    if info.dtype not in _WIDE_DTYPES:
+def _check_dtype(info: TensorInfo, target: str, layout: Layout, differences: Differences) -> None:
+    declared = layout.counters.get(target)
+    if declared is not None:
+        if info.dtype != declared:
+            differences.dtypes[info.name] = f"{info.dtype}, its class declares {declared}"
+    elif info.dtype not in _WIDE_DTYPES:
         what = "needs scales that the config does not announce" if info.dtype in FLOAT_DTYPES else "is no float"
         differences.dtypes[info.name] = f"{info.dtype} {what}"
 
@@ -160,7 +102,9 @@ def compare(
     for name, info in tensors.items():
         target, how, shape = _place(name, layout)
         if how == "unknown":
-            harmless = quantized or layout.ignored(name) or layout.ignored(target) or _is_extra_layer(name, config)
+            harmless = (
+                quantized or layout.ignored(name) or layout.ignored(target) or _is_extra_layer(name, layout, config)
+            )
             differences.surplus += [] if harmless else [name]
             continue
         reached[target].whole |= how == "whole"
@@ -169,7 +113,7 @@ def compare(
         if unpacked or not quantized:
             if shape is not None and info.shape != shape:
                 differences.shapes[name] = shape
-            _check_float(info, differences)
+            _check_dtype(info, target, layout, differences)
     _find_missing(tensors, layout, reached, differences, quantized)
     _check_uniform(tensors, reached, differences, quantized)
     return differences
@@ -245,13 +189,13 @@ def verify(checkpoint: Checkpoint) -> Layout:
         BadCheckpoint: tensors are missing, surplus or of a wrong shape or dtype: the full list, naming layer and
             expert of the first. Or scales are, or hold what scales nothing.
     """
-    layout = layout_of(meta_model(checkpoint))
+    layout = checkpoint.layout
     tensors, unpacked = _unpacked(checkpoint)
     differences = compare(tensors, layout, checkpoint.config, unpacked=unpacked)
     if not differences:
         return layout
     names = [*differences.missing, *differences.surplus, *differences.shapes, *differences.dtypes]
-    layer, expert = where(sorted(names, key=_natural)[0])
+    layer, expert = layout.where(sorted(names, key=_natural)[0])
     hint = count_hint(differences, checkpoint.config, tensors)
     raise BadCheckpoint(
         describe(differences, tensors),
@@ -280,24 +224,24 @@ def stated_differences(checkpoint: Checkpoint) -> Differences | None:
     """How the tensors differ from what the class that the config names demands, such as a vision tower.
 
     Returns:
-        None where the config names the causal language model itself, or a class that cannot be built here.
+        None where the config names the class that the checkpoint is opened as, or one that cannot be built here.
     """
     model = stated_model(checkpoint)
     return None if model is None else compare(checkpoint.tensors, layout_of(model), checkpoint.config)
 
 
 def unknown_tensors(checkpoint: Checkpoint, layout: Layout) -> list[str]:
-    """Tensors that the config's causal language model has no place for: what loading leaves behind.
+    """Tensors that the class of the checkpoint has no place for: what loading leaves behind.
 
-    Multi-token-prediction layers, vision and audio towers. Packed weights and scales of a quantized module belong to
-    that module; buffers that are computed today are nothing by themselves.
+    Multi-token-prediction layers; towers where a language model is made of a folder that holds more. Packed weights and
+    scales of a quantized module belong to that module; buffers that are computed today are nothing by themselves.
 
     Args:
         checkpoint: opened and verified.
         layout: of its config.
     """
     unknown = [name for name in checkpoint.tensors if _place(name, layout)[1] == "unknown"]
-    if all(_HARMLESS.search(name) for name in unknown):
+    if all(HARMLESS.search(name) for name in unknown):
         return []
     if "quantization_config" not in checkpoint.config:
         return unknown

@@ -5,18 +5,24 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-from moekit.checkpoint.names import in_mtp_stack, text_config, where
+from moekit.checkpoint.names import in_mtp_stack, in_tower, text_config, where
 from moekit.checkpoint.safety import TensorInfo
 
-_SPLIT = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts\.(\d+)\.")
-# Stacked experts: [E, ..] tensors of at least three axes, named so by transformers or by Granite.
-_STACKED = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?(?:experts\.\w+|(?:in|out)put_linear\.weight)$")
+if TYPE_CHECKING:
+    from moekit.checkpoint.folder import Checkpoint
+
+_SPLIT = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.(?:.*\.)?experts\.(\d+)\.")
+# Stacked experts: [E, ..] tensors of at least three axes, named so by transformers, by Granite and by Step.
+_STACKED = re.compile(
+    r"(?:^|\.)(?:layers|blocks)\.(\d+)\.(?:.*\.)?"
+    r"(?:experts\.\w+(?:\.weight)?|(?:in|out)put_linear\.weight|moe\.(?:gate|up|down)_proj\.weight)$"
+)
 
 
 def expert_counts(tensors: Mapping[str, TensorInfo], *, stacks: bool = False) -> dict[int, int]:
-    """Decoder layer -> routed experts that have tensors.
+    """Decoder layer -> routed experts that have tensors, by their names alone; see `counts_of`.
 
     Args:
         tensors: by name.
@@ -25,7 +31,7 @@ def expert_counts(tensors: Mapping[str, TensorInfo], *, stacks: bool = False) ->
     split: dict[int, set[int]] = defaultdict(set)
     stacked: dict[int, int] = {}
     for name, info in tensors.items():
-        if in_mtp_stack(name) and not stacks:
+        if (in_mtp_stack(name) and not stacks) or in_tower(name):
             continue
         if match := _SPLIT.search(name):
             split[int(match.group(1))].add(int(match.group(2)))
@@ -45,24 +51,32 @@ def stacked_experts(info: TensorInfo) -> int | None:
     return info.shape[0] if stacks else None
 
 
-def mtp_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> set[str]:
-    """Names that belong to multi-token-prediction layers: after the decoder's last one, or in a stack of their own.
+def counts_of(checkpoint: Checkpoint) -> dict[int, int]:
+    """Decoder layer -> routed experts that have tensors, as its class says which tensors are theirs.
 
-    Args:
-        tensors: of a checkpoint, by name.
-        config: its parsed config.json.
+    Layers of multi-token prediction that follow the decoder's last one count too, those of a stack beside it do not.
     """
-    layers = text_config(config).get("num_hidden_layers")
-    # Towers number their layers too: only the stack that holds experts goes on beyond the decoder's end.
-    decoder = {match.group(0).rpartition("layers.")[0] for name in tensors if (match := _place(name))}
-    found = {name for name in tensors if in_mtp_stack(name)}
-    for name in tensors:
-        layer = where(name)[0]
-        if layer is not None and isinstance(layers, int) and layer >= layers:
-            found |= {name} if name[: name.index("layers.")] in decoder else set()
-    return found
+    layout = checkpoint.known_layout
+    if layout is None:
+        return expert_counts(checkpoint.tensors)
+    split: dict[int, set[int]] = defaultdict(set)
+    stacked: dict[int, int] = {}
+    for name, info in checkpoint.tensors.items():
+        layer = layout.layer(name)
+        if layer is None or not layout.is_expert(name):
+            continue
+        if (expert := where(name)[1]) is not None:
+            split[layer].add(expert)
+        elif len(info.shape) >= 3:
+            stacked[layer] = info.shape[0]
+    return dict(sorted((stacked | {layer: len(experts) for layer, experts in split.items()}).items()))
 
 
-def _place(name: str) -> re.Match[str] | None:
-    """Where the name of an expert's tensor says its layer."""
-    return re.match(r"(?:.*?\.)?layers\.\d+\.", name) if is_expert_tensor(name) else None
+def mtp_tensors(checkpoint: Checkpoint) -> set[str]:
+    """Names that belong to multi-token-prediction layers: after the decoder's last one, or in a stack of their own."""
+    layers = text_config(checkpoint.config).get("num_hidden_layers")
+    found = {name for name in checkpoint.tensors if in_mtp_stack(name)}
+    if not isinstance(layers, int):
+        return found
+    numbers = ((name, checkpoint.where(name)[0]) for name in checkpoint.tensors)
+    return found | {name for name, layer in numbers if layer is not None and layer >= layers}

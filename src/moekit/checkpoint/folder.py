@@ -29,10 +29,12 @@ from moekit.checkpoint.safety import (
     refuse_remote_code,
 )
 from moekit.checkpoint.sanity import check_config, check_scales
-from moekit.errors import BadCheckpoint
+from moekit.errors import BadCheckpoint, MoekitError
 
 if TYPE_CHECKING:
     import torch
+
+    from moekit.checkpoint.layout import Layout
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -117,6 +119,31 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and 64 evenly spaced elements of each matrix; see `fingerprint`."""
         return combine(self._samples(), self.config)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Legal tensors of its class, and where each belongs.
+
+        Raises:
+            BadCheckpoint: the config contradicts itself.
+            UnsupportedModel: transformers has no class of this type that writes text.
+        """
+        from moekit.checkpoint.layout import layout_of
+        from moekit.checkpoint.meta import meta_model
+
+        return layout_of(meta_model(self))
+
+    @functools.cached_property
+    def known_layout(self) -> Layout | None:
+        """`layout`; None where no model can be made of the config."""
+        try:
+            return self.layout
+        except MoekitError:
+            return None
+
+    def where(self, name: str) -> tuple[int | None, int | None]:
+        """Decoder layer and expert that a tensor belongs to, as its class says; by the name alone if there is none."""
+        return where(name) if self.known_layout is None else self.known_layout.where(name)
 
     def _samples(self) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
         for shard in self.shards:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moekit._device import named_dtype, resolve_device
@@ -21,8 +21,9 @@ from moekit.checkpoint.card import CARD_FILE, licence_of, render
 from moekit.checkpoint.carried import Mtp, carried, write_carried
 from moekit.checkpoint.digest import config_digest, config_settings, file_digests, tensor_digests
 from moekit.checkpoint.expected import verify
-from moekit.checkpoint.experts import expert_counts
+from moekit.checkpoint.experts import counts_of
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from moekit.checkpoint.meta import architecture
 from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.precision import loading_dtype
 from moekit.checkpoint.provenance import origin_of, stamp
@@ -32,7 +33,8 @@ from moekit.checkpoint.safety import check_name, load_tensors, read_header
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES, index_text
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.stored import as_stored, mark_stored, saved_bytes
-from moekit.checkpoint.uneven import live_counts, load_uneven, uneven_counts
+from moekit.checkpoint.uneven import live_counts, uneven_counts
+from moekit.checkpoint.uneven_loading import load_uneven
 from moekit.errors import BadCheckpoint, BadConfig
 
 
@@ -61,6 +63,8 @@ def load(
 ) -> PreTrainedModel:
     """Open, verify and load a checkpoint as the stock model; `moekit.load` attaches the parts of its record too.
 
+    The class is the one that the config names, towers included, where it writes text; else the language model's.
+
     Args:
         model: local folder or hub id.
         revision: of a hub model.
@@ -87,7 +91,7 @@ def load(
     if uneven_counts(checkpoint):
         loaded = _load_uneven(checkpoint, kind, device_map)
     else:
-        loaded = _load_stock(checkpoint, kind, device_map, allow_remote_code)
+        loaded = _load_stock(checkpoint, kind, device_map)
     if device_map is None:
         loaded.to(place)
     mark_stored(loaded, stored)
@@ -96,22 +100,11 @@ def load(
     return loaded
 
 
-def _load_stock(
-    checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: Any, allow_remote_code: bool
-) -> PreTrainedModel:
+def _load_stock(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: Any) -> PreTrainedModel:
     refuse_misread(checkpoint)
     with quiet_transformers(), naming_quantizer(checkpoint):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=allow_remote_code,
-            output_loading_info=True,
-        )
+        loaded, info = architecture(checkpoint).load(checkpoint.path, dtype=dtype, device_map=device_map)
     _refuse_partial(checkpoint, info)
-    assert isinstance(loaded, PreTrainedModel)
     return loaded
 
 
@@ -227,7 +220,7 @@ def seal(
     verify(checkpoint)
     extra = read_header(folder / TENSORS_FILE).tensors.values() if extra_tensors else ()
     expectations = Expectations(
-        experts=expert_counts(checkpoint.tensors),
+        experts=counts_of(checkpoint),
         top_k=config_top_k(checkpoint.config),
         tensors=_all_digests(checkpoint, digests or {}, progress),
         extra=tensor_digests(folder, extra),

@@ -1,4 +1,4 @@
-"""Which checkpoint a model in memory was loaded from, and what of it the model has no place for."""
+"""Which checkpoint a model in memory was loaded from, and what that holds beyond the model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from moekit.checkpoint.expected import Layout, unknown_tensors
+from moekit.checkpoint.expected import unknown_tensors
 from moekit.checkpoint.fingerprint import STAMP, live_fingerprint, provenance_of
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.layout import Layout
+from moekit.checkpoint.names import text_path
 from moekit.checkpoint.record import Record
+from moekit.checkpoint.small_files import small_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +28,7 @@ class Origin(BaseModel):
         fingerprint: of the checkpoint.
         tensors: names of those that the model has no place for: multi-token-prediction layers, vision towers.
         architectures: that the checkpoint's config names, where the model is of another class.
+        files: beside the weights of a model of several parts, such as its image processor's settings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +37,7 @@ class Origin(BaseModel):
     fingerprint: str
     tensors: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,18 @@ def origin(checkpoint: Checkpoint, layout: Layout, class_name: str) -> Origin | 
     unknown = tuple(unknown_tensors(checkpoint, layout))
     stated = tuple(name for name in checkpoint.config.get("architectures") or () if isinstance(name, str))
     other = stated if class_name not in stated else ()
-    if not unknown and not other:
+    files = _processor_files(checkpoint)
+    if not unknown and not other and not files:
         return None
     folder = str(checkpoint.path.resolve())
-    return Origin(folder=folder, fingerprint=checkpoint.fingerprint, tensors=unknown, architectures=other)
+    return Origin(folder=folder, fingerprint=checkpoint.fingerprint, tensors=unknown, architectures=other, files=files)
+
+
+def _processor_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Files that say how a model of several parts is given images or sound; neither model nor tokenizer saves them."""
+    if not text_path(checkpoint.config):
+        return ()
+    return tuple(file.name for file in small_files(checkpoint.path) if "processor" in file.name)
 
 
 def origin_of(model: Any) -> Origin | None:

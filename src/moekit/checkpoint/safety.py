@@ -27,6 +27,7 @@ __all__ = [
     "TensorInfo",
     "check_name",
     "load_tensors",
+    "newer_transformers",
     "open_own",
     "open_regular",
     "parse_json",
@@ -174,16 +175,20 @@ def refuse_remote_code(
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES:
         return
-    code = config.get("auto_map")
+    code, newer = config.get("auto_map"), newer_transformers(config)
     if not isinstance(code, Mapping) or not code:
         raise UnsupportedModel(
-            f"transformers knows no model type {model_type!r}", file=file, hint="a newer transformers may know it"
+            f"transformers knows no model type {model_type!r}",
+            file=file,
+            hint=newer or "a newer transformers may know it",
         )
     if not allow:
         raise UnsupportedModel(
-            f"the model type {model_type!r} needs code from its repository, which is not run",
+            f"transformers knows no model type {model_type!r}: it needs code from its repository "
+            f"({', '.join(sorted({str(value) for value in code.values()})[:4])}), which is not run",
             file=file,
-            hint="commands never run it; from Python: read it, then moekit.load(..., allow_remote_code=True, "
+            hint=(f"{newer}; " if newer else "")
+            + "commands never run it; from Python: read it, then moekit.load(..., allow_remote_code=True, "
             "revision=FULL_COMMIT_HASH)",
         )
     from_hub = any("--" in str(value) for value in code.values()) or not (file is not None and Path(file).exists())
@@ -193,6 +198,20 @@ def refuse_remote_code(
             file=file,
             hint="pass revision=<the full 40-digit commit hash you have read>",
         )
+
+
+def newer_transformers(config: Mapping[str, Any]) -> str | None:
+    """What to do where a config was written by a newer transformers than the one that is installed; None if not."""
+    import transformers
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        wrote, here = Version(str(config.get("transformers_version"))), Version(transformers.__version__)
+    except InvalidVersion:
+        return None
+    if wrote <= here:
+        return None
+    return f"transformers {wrote} wrote this config, {here} is installed: pip install -U 'transformers>={wrote}'"
 
 
 def refuse_foreign_kernels(config: Mapping[str, Any], *, allow: bool = False, file: str | Path | None = None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from moekit.checkpoint.meta import model_config
+from moekit.checkpoint.architecture import architecture_of
+from moekit.checkpoint.meta import architecture, model_config
 from moekit.checkpoint.uneven import uneven_counts, with_counts
 
 if TYPE_CHECKING:
@@ -13,38 +14,50 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from moekit.checkpoint.architecture import Architecture
     from moekit.checkpoint.folder import Checkpoint
 
 
-def empty_model(source: Checkpoint | PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def empty_model(
+    source: Checkpoint | PreTrainedConfig,
+    dtype: torch.dtype | None = None,
+    *,
+    config: PreTrainedConfig | None = None,
+) -> PreTrainedModel:
     """Build a model whose parameters lie on the meta device; buffers, such as rotary frequencies, are real.
 
     Args:
-        source: an opened checkpoint, or a transformers config.
+        source: an opened checkpoint, or a transformers config alone.
         dtype: of the parameters; None as the config says.
+        config: of the model, where it is not the checkpoint's own: class and numbers of experts are the checkpoint's.
 
     Raises:
         BadCheckpoint: the config contradicts itself.
-        UnsupportedModel: transformers has no causal language model of this type.
+        UnsupportedModel: transformers has no class of this type that writes text.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, PreTrainedConfig
-    from transformers.initialization import no_init_weights
-
-    def build(config: PreTrainedConfig) -> PreTrainedModel:
-        remote = False if isinstance(source, PreTrainedConfig) else source.remote_code
-        kind = {} if dtype is None else {"dtype": dtype}
-        # Drawing weights that have no memory takes far longer than building the model.
-        with warnings.catch_warnings(), init_empty_weights(include_buffers=False), no_init_weights():
-            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=remote, **kind)
-        _fill_buffers(model, model)
-        model.tie_weights(recompute_mapping=False)
-        return model.eval()
+    from transformers import PreTrainedConfig
 
     if isinstance(source, PreTrainedConfig):
-        return build(source)
-    return with_counts(build(model_config(source)), uneven_counts(source), build)
+        return _built(architecture_of(source), source, dtype)
+    made, own = architecture(source), config or model_config(source)
+
+    def build(config: PreTrainedConfig) -> PreTrainedModel:
+        return _built(made, config, dtype)
+
+    return with_counts(build(own), uneven_counts(source), build)
+
+
+def _built(made: Architecture, config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    # Drawing weights that have no memory takes far longer than building the model.
+    with warnings.catch_warnings(), init_empty_weights(include_buffers=False), no_init_weights():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        model = made.build(config, dtype)
+    _fill_buffers(model, model)
+    model.tie_weights(recompute_mapping=False)
+    return model.eval()
 
 
 def _fill_buffers(module: nn.Module, owner: PreTrainedModel) -> None:

@@ -6,19 +6,16 @@ Stock transformers knows one number for all layers and does not load them; `moek
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from moekit.checkpoint.conversions import follow_names
-from moekit.checkpoint.names import EXPERT_COUNT_KEYS, stated_experts, text_config, where
-from moekit.checkpoint.precision import reading_dtype
-from moekit.checkpoint.quantized.weights import WeightReader
+from moekit.checkpoint.decoder import decoder_of, has_stack
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, stated_experts, text_config
 from moekit.checkpoint.record import RECORD_FILE
-from moekit.checkpoint.tying import tie
-from moekit.errors import BadCheckpoint
+from moekit.errors import BadCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -53,12 +50,12 @@ def uneven_counts(checkpoint: Checkpoint) -> dict[int, int]:
 def live_counts(model: nn.Module) -> dict[int, int]:
     """Decoder layer -> E of a live model, where layers differ; empty otherwise."""
     counts: dict[int, int] = {}
-    for name, module in model.named_modules():
-        layer, _ = where(f"{name}.")
-        down = module._parameters.get("down_proj")
-        if layer is not None and isinstance(getattr(module, "num_experts", None), int) and down is not None:
-            # A module that holds one rank's share says how many the layer has.
-            counts[layer] = getattr(module, "experts_in_layer", down.shape[0])
+    for index, layer in enumerate(_stack(model) if has_stack(model) else ()):
+        for module in layer.modules():
+            down = module._parameters.get("down_proj")
+            if isinstance(getattr(module, "num_experts", None), int) and down is not None:
+                # A module that holds one rank's share says how many the layer has.
+                counts[index] = getattr(module, "experts_in_layer", down.shape[0])
     return counts if len(set(counts.values())) > 1 else {}
 
 
@@ -112,12 +109,13 @@ def _exchange(model: PreTrainedModel, other: PreTrainedModel, layer: int) -> Non
 
 
 def _stack(model: Any) -> nn.ModuleList:
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
+    try:
+        layers: Any = decoder_of(model).layers
+    except UnsupportedModel as error:
         raise BadCheckpoint(
-            f"{type(model).__name__} keeps its decoder layers in no `layers` list, so they cannot differ",
-            hint="the record belongs to another model",
-        )
+            f"{error.message}, so they cannot differ", hint="the record belongs to another model"
+        ) from error
+    assert isinstance(layers, nn.ModuleList)
     return layers
 
 
@@ -157,43 +155,3 @@ def fill(
         raise BadCheckpoint(
             f"{len(wrong)} tensors do not fit the model: {', '.join(wrong[:8])}", file=file, hint="see `moekit check`"
         )
-
-
-def load_uneven(
-    checkpoint: Checkpoint, build: Callable[[torch.dtype | None], PreTrainedModel], dtype: str | torch.dtype
-) -> tuple[PreTrainedModel, Iterable[str]]:
-    """Load a checkpoint whose layers hold different numbers of experts; quantized weights become floats.
-
-    transformers builds quantized experts with one number for all layers, and so has no way of its own to load them.
-
-    Args:
-        checkpoint: opened and verified.
-        build: makes its model of a dtype (None as the config says) without weights, counts as the record says.
-        dtype: of the weights; "auto" keeps the config's.
-
-    Returns:
-        The model, and what did not get weights.
-
-    Raises:
-        UnsupportedModel: the weights are quantized in a way that is not read here.
-    """
-    from transformers import GenerationConfig
-    from transformers.utils import GENERATION_CONFIG_NAME
-
-    given = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    if "quantization_config" in checkpoint.config:
-        given = reading_dtype(checkpoint, given)
-    model = build(given)
-    wanted = given or model.config.dtype or torch.float32
-    groups: dict[int | None, list[str]] = {}
-    for name in checkpoint.tensors:
-        groups.setdefault(where(name)[0], []).append(name)
-    with WeightReader(checkpoint, wanted) as reader:
-        for names in groups.values():  # one layer at a time is in memory twice
-            tensors = {name: reader.weight(name) for name in reader.plain_names(names)}
-            fill(model, tensors, dtype=wanted, file=checkpoint.path)
-        follow_names(model, reader.plain_names(checkpoint.tensors))
-    tie(model)
-    if model.can_generate() and (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    return model, [name for name, tensor in model.state_dict().items() if tensor.is_meta]

@@ -196,6 +196,7 @@ def _refuse_loss(model: PreTrainedModel) -> None:
     if beyond is not None:
         what = [f"{len(beyond.tensors)} tensors ({listed(list(beyond.tensors), 3)})"] if beyond.tensors else []
         what += [f"the class {', '.join(beyond.architectures)}"] if beyond.architectures else []
+        what += [", ".join(beyond.files)] if beyond.files else []
         raise BadConfig(
             f"the dense checkpoint holds more than its language model: {' and '.join(what)} would be lost",
             file=beyond.folder,

@@ -72,7 +72,7 @@ def convert(
         bos: what stands before each text: see `moekit.data.encoding.beginning`.
         dtype: of weights in memory; auto: as the model is stored, but float32 where the device would only emulate half
             precision.
-        drop_unknown: leave out what the source holds beyond the model, such as a vision tower.
+        drop_unknown: leave out what the source holds beyond the model, such as extra layers.
         out: folder of the new checkpoint.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.

@@ -107,7 +107,7 @@ def train(
         dispatch: how tokens travel; see moekit methods dispatch.
         placement: placement file: which rank holds which expert.
         codec: int8 sends hidden states in 8 bits; lossy.
-        drop_unknown: leave out what the source holds beyond the model, such as a vision tower.
+        drop_unknown: leave out what the source holds beyond the model, such as extra layers.
         out: folder of the trained checkpoint.
         overwrite: replace what is there, at the very end.
         seed: of everything random; the same seed gives the same result.

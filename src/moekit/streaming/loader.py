@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from moekit._device import resolve_device
+from moekit.checkpoint.decoder import besides_text, decoder_of
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.layout import layout_of
 from moekit.checkpoint.model import quiet_transformers
-from moekit.checkpoint.names import in_mtp_stack, where
+from moekit.checkpoint.names import in_mtp_stack
 from moekit.checkpoint.precision import reading_dtype, unquantized_dtype
 from moekit.checkpoint.quantized.weights import WeightReader
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.tying import tie
 from moekit.checkpoint.uneven import fill
-from moekit.errors import BadCheckpoint, UnsupportedModel
+from moekit.errors import BadCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The stack of decoder layers of a causal language model: what has `layers`, an embedding and a final norm.
-
-    Raises:
-        UnsupportedModel: no such module.
-    """
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise UnsupportedModel(
-            f"{type(model).__name__} keeps its decoder layers in no `layers` list",
-            hint="run it whole: it cannot be streamed layer by layer",
-        )
-    assert isinstance(decoder, nn.Module)
-    return decoder
 
 
 class LayerLoader:
@@ -49,7 +35,7 @@ class LayerLoader:
         checkpoint: opened and verified.
         dtype: of the weights in memory; None as stored, or float32 where the device would only emulate that.
         device: where layers go; "auto" is a GPU if there is one.
-        config: of the model, where it is not the checkpoint's own.
+        config: of the model, where it is not the checkpoint's own: class and numbers of experts are the checkpoint's.
 
     Attributes:
         stored: type in which the weights lie on disk; of quantized ones, that of those that are not.
@@ -71,17 +57,22 @@ class LayerLoader:
         self.device = resolve_device(device)
         self.stored = unquantized_dtype(checkpoint.config, checkpoint.tensors) or torch.float32
         wanted = reading_dtype(checkpoint, dtype, self.device)
-        self.model = empty_model(config or checkpoint, wanted)
+        self.model = empty_model(checkpoint, wanted, config=config)
         self.dtype: torch.dtype = wanted or self.model.config.dtype or torch.float32
         self.decoder = decoder_of(self.model)
         self.layers = len(self.stack)
         self._reader = WeightReader(checkpoint, self.dtype)
+        self._layout = layout_of(self.model)
+        self._aside = besides_text(self.model)
         self._names: dict[int | None, list[str]] = {}
+        self._towers: list[str] = []
         for name in checkpoint.tensors:
             if in_mtp_stack(name):
                 continue
-            layer, _ = where(name)
-            self._names.setdefault(layer, []).append(name)
+            if self._is_aside(self._layout.live_name(name)):
+                self._towers.append(name)
+            else:
+                self._names.setdefault(self._layout.layer(name), []).append(name)
         for buffer_name, buffer in list(self.decoder.named_buffers()):
             if not buffer.is_meta and not buffer_name.startswith("layers."):
                 _set(self.decoder, buffer_name, buffer.to(self.device))
@@ -97,8 +88,12 @@ class LayerLoader:
         """A decoder layer, with or without weights."""
         return self.stack[index]
 
+    def _is_aside(self, name: str) -> bool:
+        """Whether a live tensor belongs to what stands beside the language model."""
+        return any(name.startswith(prefix) for prefix in self._aside)
+
     def names(self, index: int | None) -> list[str]:
-        """Names on disk of a decoder layer's tensors; None for those of no layer."""
+        """Names on disk of a decoder layer's tensors; None for those of no layer, without those of towers."""
         return self._names.get(index, [])
 
     def nbytes(self, index: int) -> int:
@@ -140,16 +135,20 @@ class LayerLoader:
         finally:
             self.release(index)
 
-    def load_rest(self) -> None:
-        """Load what belongs to no decoder layer: embedding, final norm, head (tied or not)."""
-        self._fill(self.names(None))
+    def load_rest(self, *, towers: bool = False) -> None:
+        """Load what text needs beside decoder layers: embedding, final norm, head (tied or not).
+
+        Args:
+            towers: load what stands beside the language model, too: vision and audio towers, projectors.
+        """
+        self._fill([*self.names(None), *(self._towers if towers else ())])
         tie(self.model)
 
     def release_rest(self) -> None:
-        """Forget embedding, final norm and head."""
+        """Forget what is of no decoder layer: embedding, final norm, head, towers."""
         # A tied head is named too: forgetting the embedding alone would leave it in memory.
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
-            if where(name)[0] is None and not parameter.is_meta:
+            if self._layout.layer(name) is None and not parameter.is_meta:
                 _set(self.model, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 
     def _fill(self, names: Iterable[str]) -> None:

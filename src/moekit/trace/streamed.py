@@ -254,6 +254,7 @@ class Streamed:
         digest = hashlib.sha256(self.checkpoint.fingerprint.encode())
         settings = [[e.name for e in self.entries], self.keep_choices, self.keep_weights, str(self.loader.dtype)]
         digest.update(json.dumps(settings).encode())
+        digest.update(self.loader.model.config.to_json_string(use_diff=False).encode())
         for batch in self.walk.batches:
             digest.update(json.dumps(list(batch.input_ids.shape)).encode())
             digest.update(batch.input_ids.numpy().tobytes())

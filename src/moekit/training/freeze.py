@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import MoELayer, decoder_index
+from moekit.checkpoint.decoder import besides_text
 from moekit.checkpoint.names import PARTS as PARTS_NAME
 from moekit.errors import BadConfig
 from moekit.training.layers import moe_layers, trained_layers
@@ -229,10 +230,15 @@ def train_only(model: nn.Module, parts: Sequence[str]) -> FreezeReport:
     trained: dict[str, int] = {}
     frozen: dict[str, int] = {}
     rows: dict[str, tuple[int, ...]] = {}
+    aside = besides_text(model)  # text does not reach a tower
     for name, parameter in model.named_parameters():
         part = named[name]
         layer = decoder_index(name) if re.search(r"\.\d+\.", name) else None
-        chosen = parameter.data_ptr() not in biases and chosen_rows(wanted, part, layer, parameter.shape)
+        chosen = (
+            not name.startswith(aside)
+            and parameter.data_ptr() not in biases
+            and chosen_rows(wanted, part, layer, parameter.shape)
+        )
         some = isinstance(chosen, Tensor)
         parameter.requires_grad_(some or bool(chosen))
         count = parameter.numel() if chosen is True else 0

@@ -60,10 +60,22 @@ def test_a_tower_that_the_config_names_must_be_there(tmp_path):
     lacking = without(source, tmp_path / "lacking", lambda name: "visual" in name)
     report = check(lacking)
     assert errors(report) == {"missing-tensor"}
-    assert "Qwen3_5MoeForConditionalGeneration, which the config names, demands 21 tensors" in messages(
+    assert "the config demands model.visual.patch_embed.proj.weight, which is missing" in messages(
         report, "missing-tensor"
     )
-    assert "lost-tensors" in errors(check(lacking, parent=source))
+
+
+def test_a_language_model_alone_has_lost_its_parents_tower(tmp_path):
+    source = with_vision(tmp_path / "source")
+    moekit.save(moekit.load(source, device="cpu"), tmp_path / "whole")
+    assert check(tmp_path / "whole", parent=source).codes() == set()
+    names = Checkpoint.open(source).config["architectures"]
+    edit_json(source / "config.json", lambda config: config.update(architectures=[]))
+    moekit.save(moekit.load(source, device="cpu"), tmp_path / "text", drop_unknown=True)
+    edit_json(source / "config.json", lambda config: config.update(architectures=names))
+    report = check(tmp_path / "text", parent=source)
+    assert report.ok
+    assert "beside the language model" in messages(report, "lost-tensors")
 
 
 def test_a_parent_with_more_layers_is_compared_where_both_have_them(tmp_path):

@@ -181,7 +181,7 @@ def test_a_config_that_contradicts_itself(tmp_path):
 def test_a_config_of_no_language_model(tmp_path):
     folder = plain(tmp_path / "model", "qwen2_moe")
     (folder / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(UnsupportedModel, match="no causal language model"):
+    with pytest.raises(UnsupportedModel, match="no model of type 'vit' that writes text"):
         verify(Checkpoint.open(folder))
 
 

@@ -16,7 +16,7 @@ from moekit.checkpoint.config_file import edited_config, without_mtp
 from moekit.checkpoint.experts import mtp_tensors, stacked_experts
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
 from moekit.checkpoint.meta import model_config
-from moekit.checkpoint.names import EXPERT_COUNT_KEYS, config_top_k, where
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, config_top_k
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.skeleton import empty_model
@@ -121,7 +121,7 @@ def prepare(
     if groups == "equal":
         check_groups(outcomes, counts, checkpoint.config, top_k, config_path)
     most, width = max(outcome.experts for outcome in outcomes.values()), common_width(outcomes, checkpoint.path)
-    extra = mtp_tensors(checkpoint.tensors, checkpoint.config)
+    extra = mtp_tensors(checkpoint)
     blocks = mtp_blocks(checkpoint) if mtp == "prune" else ()
     kept_mtp = {block.prefix: tuple((mtp_kept or {}).get(block.prefix, ())) for block in blocks}
     if mtp == "keep":
@@ -186,7 +186,7 @@ def _config_text(
     if "quantization_config" in edited:
 
         def rename(prefix: str, expert: int) -> int | None:
-            layer = where(prefix)[0]
+            layer = checkpoint.where(prefix)[0]
             outcome = None if layer is None else outcomes.get(layer)
             keep = kept_mtp.get(prefix) if outcome is None else outcome.keep
             if keep is None:

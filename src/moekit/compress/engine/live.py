@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.anatomy.swap import replace
+from moekit.checkpoint.architecture import class_name
 from moekit.checkpoint.names import config_top_k, stated_experts
 from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.engine.carrying import carried_out
@@ -64,7 +65,9 @@ def change_model(
     most = max(outcome.experts for outcome in outcomes.values())
     width = common_width(outcomes)
     config = resized_config(model.config, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
+    named, config.architectures = config.architectures, [class_name(model)]  # new blocks are those of this class
     blocks = _new_blocks(layers, outcomes, rewrite, config)
+    config.architectures = named
     if len({len(outcome.keep) for outcome in outcomes.values()}) > 1:
         without_common_loss(config)
     for index, layer in layers.items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from moekit.anatomy.layout import find_expert_tensors
 from moekit.anatomy.probe import Geometry, MoELayer, find_moe_layers
 from moekit.checkpoint.experts import mtp_tensors
 from moekit.checkpoint.folder import Checkpoint
@@ -38,12 +37,12 @@ def empty_statistics(geometries: Mapping[int, Geometry]) -> dict[int, LayerStati
 
 def sizes_of(checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: int | None = None) -> ByteSizes:
     """What a budget is counted against; multi-token-prediction layers are left out, as they are when it is written."""
-    left_out = mtp_tensors(checkpoint.tensors, checkpoint.config)
-    layout = find_expert_tensors(checkpoint.tensors)
+    left_out = mtp_tensors(checkpoint)
     bytes_of = dict.fromkeys(geometries, 0)
-    for tensors in layout.experts.values():
-        if tensors[0].layer in bytes_of and tensors[0].name not in left_out:
-            bytes_of[tensors[0].layer] += sum(checkpoint.tensors[t.name].nbytes for t in tensors)
+    for name, info in checkpoint.tensors.items():
+        layer = checkpoint.where(name)[0]
+        if layer in bytes_of and name not in left_out and checkpoint.layout.is_expert(name):
+            bytes_of[layer] += info.nbytes
     experts = {layer: geometry.experts for layer, geometry in geometries.items()}
     choices = top_k or config_top_k(checkpoint.config) or max(g.top_k for g in geometries.values())
     routed = sum(bytes_of.values())

@@ -62,7 +62,7 @@ def mtp_blocks(checkpoint: Checkpoint) -> tuple[MtpBlock, ...]:
     Raises:
         BadCheckpoint: experts are missing between others.
     """
-    names, layers = mtp_tensors(checkpoint.tensors, checkpoint.config), _layers(checkpoint)
+    names, layers = mtp_tensors(checkpoint), _layers(checkpoint)
     own: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name in names:
         if (match := _LAYER.match(name)) and is_expert_tensor(name):

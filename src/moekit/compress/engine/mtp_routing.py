@@ -184,7 +184,7 @@ def _mixing(checkpoint: Checkpoint, block: MtpBlock) -> tuple[str, ...]:
 def _longer(checkpoint: Checkpoint, blocks: Sequence[MtpBlock]) -> Checkpoint:
     """The checkpoint whose decoder goes on through these layers."""
     tensors = {}
-    beyond = mtp_tensors(checkpoint.tensors, checkpoint.config)
+    beyond = mtp_tensors(checkpoint)
     for name, info in checkpoint.tensors.items():
         block = next((block for block in blocks if name.startswith(block.prefix)), None)
         if block is not None:

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from moekit.anatomy.layout import parse_expert_tensor
 from moekit.anatomy.probe import decoder_index
 from moekit.checkpoint.digest import read_range
-from moekit.checkpoint.expected import renamer
 from moekit.checkpoint.experts import mtp_tensors
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.layout import renamer
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
 from moekit.compress.engine.mtp import Mtp, MtpKept, mtp_blocks, refuse_gap
 from moekit.compress.engine.outcome import LayerOutcome
@@ -31,7 +31,6 @@ from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import UnsupportedModel
 
 _SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
-_LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers\.)(?P<layer>\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -105,16 +104,17 @@ def expert_counts(checkpoint: Checkpoint) -> dict[int, int]:
         BadCheckpoint: experts are missing between others.
         UnsupportedModel: no experts at all.
     """
-    beyond = mtp_tensors(checkpoint.tensors, checkpoint.config)
+    beyond = mtp_tensors(checkpoint)
     split: dict[int, set[int]] = defaultdict(set)
     counts: dict[int, int] = {}
     for name, info in checkpoint.tensors.items():
-        if name in beyond:
+        layer = checkpoint.where(name)[0]
+        if name in beyond or layer is None or not checkpoint.layout.is_expert(name):
             continue
         if match := _split(name):
-            split[decoder_index(match["block"])].add(int(match["expert"]))
-        elif (parsed := parse_expert_tensor(name)) and len(info.shape) >= 3:
-            counts[parsed.layer] = info.shape[0]
+            split[layer].add(int(match["expert"]))
+        elif len(info.shape) >= 3:
+            counts[layer] = info.shape[0]
     for layer, experts in split.items():
         refuse_gap(experts, checkpoint, layer)
         counts[layer] = len(experts)
@@ -217,7 +217,7 @@ def kept_tensors(
     Raises:
         UnsupportedModel: see `Axes.of`.
     """
-    beyond, counts = mtp_tensors(checkpoint.tensors, checkpoint.config), expert_counts(checkpoint)
+    beyond, counts = mtp_tensors(checkpoint), expert_counts(checkpoint)
     blocks = mtp_blocks(checkpoint) if mtp == "prune" else ()
     cut = {block.layer: LayerOutcome(keep=tuple((mtp_kept or {})[block.prefix])) for block in blocks}
     before = {block.layer: block.experts for block in blocks}
@@ -225,9 +225,10 @@ def kept_tensors(
     for name, info in checkpoint.tensors.items():
         block = next((block for block in blocks if name.startswith(block.prefix)), None)
         if name not in beyond:
-            found += _kept(info, outcomes, counts, axes)
+            _refuse_table(checkpoint, info, outcomes, counts)
+            found += _kept(info, checkpoint.where(name)[0], outcomes, counts, axes)
         elif block is not None:
-            made = _kept(block.as_decoder(info), cut, before, axes)
+            made = _kept(block.as_decoder(info), block.layer, cut, before, axes)
             # They belong to no decoder layer: nothing rewrites them.
             found += [
                 KeptTensor(block.prefix + tensor.name.removeprefix(block.longer), info, cut=tensor.cut)
@@ -238,13 +239,27 @@ def kept_tensors(
     return found
 
 
+def _refuse_table(
+    checkpoint: Checkpoint, info: TensorInfo, outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int]
+) -> None:
+    """Refuse to drop experts that a table of the layer names by number, such as one of each token's experts."""
+    layer, layout = checkpoint.where(info.name)[0], checkpoint.layout
+    named = layer in outcomes and layout.live_name(info.name) in layout.counters and info.numel > 1
+    if named and layer is not None and list(outcomes[layer].keep) != list(range(counts[layer])):
+        raise UnsupportedModel(
+            f"{info.name} ({info.dtype}) names experts by number: without some of them it would name others",
+            file=checkpoint.path,
+            layer=layer,
+            hint="keep all experts of this layer",
+        )
+
+
 def _kept(
-    info: TensorInfo, outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int], axes: Axes
+    info: TensorInfo, layer: int | None, outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int], axes: Axes
 ) -> Iterator[KeptTensor]:
-    """What becomes of one tensor: one, none, or, where experts are there more than once, several."""
+    """What becomes of one tensor of a decoder layer: one, none, or, where experts stay more than once, several."""
     match = _split(info.name)
-    layer = decoder_index(match["block"] if match else info.name)
-    if layer not in outcomes or not _LAYER.match(info.name):
+    if layer is None or layer not in outcomes:
         yield KeptTensor(info.name, info)
         return
     keep = outcomes[layer].keep

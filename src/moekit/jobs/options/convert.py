@@ -33,5 +33,6 @@ class ConvertOptions(JobOptions):
     bos: Bos = Field(default="auto", description=BOS_HELP)
     dtype: DtypeName = Field(default="auto", description=DTYPE_HELP)
     drop_unknown: bool = Field(
-        default=False, description="leave out what the source holds beyond the model, such as a vision tower"
+        default=False,
+        description="leave out what the source holds beyond the model, such as extra layers",
     )

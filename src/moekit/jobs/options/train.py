@@ -47,7 +47,8 @@ class TrainOptions(RankedOptions):
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, objectives, ...: TrainConfig")
     drop_unknown: bool = Field(
-        default=False, description="leave out what the source holds beyond the model, such as a vision tower"
+        default=False,
+        description="leave out what the source holds beyond the model, such as extra layers",
     )
 
     def identity(self) -> dict[str, Any]:

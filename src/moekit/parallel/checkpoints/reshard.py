@@ -191,7 +191,7 @@ def plain(
     """Write a sharded checkpoint's model as one plain folder, which stock `AutoModelForCausalLM` opens.
 
     Layer by layer: memory holds the heaviest decoder layer about twice. The optimizer's state stays behind. What the
-    checkpoint that the model came from holds beyond the model, such as a vision tower, is copied from there.
+    checkpoint that the model came from holds beyond the model is copied from there.
 
     Args:
         folder: sharded checkpoint.

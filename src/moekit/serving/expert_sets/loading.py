@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from moekit._device import resolve_device
 from moekit._progress import Progress
 from moekit._validation import faults
+from moekit.checkpoint.architecture import architecture_of
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.folder import Checkpoint, listed
 from moekit.checkpoint.model import quiet_transformers
@@ -157,15 +157,15 @@ def _budget(keep: int | float | str) -> Budget:
 
 
 def _load(work: OutputLayout, source: KeptBytes, dtype: str | torch.dtype, device_map: Any) -> PreTrainedModel:
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(work.config), None)
-    if kind is None or work.checkpoint.remote_code:
+    kind: Any = architecture_of(work.config, remote=work.checkpoint.remote_code, file=work.checkpoint.path).kind
+    if kind is None or kind.config_class is not type(work.config):
         raise UnsupportedModel(
-            f"transformers itself has no causal language model of type {work.config.model_type!r}",
+            f"transformers itself has no class of type {work.config.model_type!r} that writes text",
             file=work.checkpoint.path,
             hint="write the smaller folder instead (moekit prune), and load that",
         )
     with quiet_transformers(), _in_turn():
-        loaded, told = (kind[0] if isinstance(kind, tuple) else kind).from_pretrained(
+        loaded, told = kind.from_pretrained(
             None,
             config=_config(work),
             state_dict=source.tensors(),

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from moekit.anatomy.probe import Geometry, MoELayer, iterate_moe_layers
+from moekit.checkpoint.decoder import decoder_of
 from moekit.errors import BadConfig
-from moekit.streaming.loader import decoder_of
 from moekit.trace.seam import decoder_layer, recorded_layers
 from moekit.trace.sources.base import Place
 

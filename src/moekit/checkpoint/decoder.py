@@ -1,0 +1,117 @@
+"""Find the language model's stack of decoder layers in a model, whatever else the model is made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moekit.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The stack of decoder layers of a language model: what has `layers`, an embedding and a final norm.
+
+    In a model with towers it is the language model's, not a tower's.
+
+    Raises:
+        UnsupportedModel: no such module.
+    """
+    found = _asked(model) or _with_text_config(model)
+    if found is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps its decoder layers in no `layers` list",
+            hint="run it whole: it cannot be streamed layer by layer",
+        )
+    return found
+
+
+def has_stack(model: nn.Module) -> bool:
+    """Whether `decoder_of` finds one."""
+    return (_asked(model) or _with_text_config(model)) is not None
+
+
+def decoder_path(model: nn.Module) -> str:
+    """Module path of `decoder_of`; "" where it is the model itself.
+
+    Raises:
+        UnsupportedModel: the model has none.
+    """
+    decoder = decoder_of(model)
+    return next(str(name) for name, module in model.named_modules() if module is decoder)
+
+
+def stack_prefix(model: nn.Module) -> str:
+    """With what the names of decoder layers begin, up to the layer's number: "model.language_model.layers.".
+
+    Raises:
+        UnsupportedModel: the model has no such layers.
+    """
+    return f"{decoder_path(model)}.layers.".lstrip(".")
+
+
+def besides_text(model: nn.Module) -> tuple[str, ...]:
+    """With what the names of modules begin that stand beside the language model: towers, projectors, other decoders.
+
+    Everything is text in a model that is nothing but a language model; in one of several parts, what its decoder and
+    its head hold, and what its language model holds beside them.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    if text is None or text is config or not has_stack(model):
+        return ()
+    path, modules = decoder_path(model), dict(model.named_modules())
+    heads = _embeddings(model)
+    aside = []
+    for parent in _above(path):
+        if getattr(modules[parent], "config", None) is text:
+            break  # within the language model all is text
+        for child, module in modules[parent].named_children():
+            name = f"{parent}.{child}".lstrip(".")
+            inside = f"{path}.".startswith(f"{name}.") or any(head is own for head in heads for own in module.modules())
+            aside += [] if inside else [f"{name}."]
+    return tuple(aside)
+
+
+def _embeddings(model: Any) -> list[nn.Module]:
+    """The modules that turn ids into states and states into logits."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, name)())
+        except (AttributeError, NotImplementedError):  # a model of several models, none of which is the first
+            continue
+    return [module for module in found if module is not None]
+
+
+def _above(path: str) -> list[str]:
+    """The modules that hold the one at a path, from the outermost."""
+    parts = path.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts))]
+
+
+def _asked(model: Any) -> nn.Module | None:
+    """What the model itself calls its decoder, which may be a model in its turn (Llama 4)."""
+    seen: list[Any] = []
+    while model is not None and not any(model is other for other in seen):
+        if _is_stack(model):
+            found: nn.Module = model
+            return found
+        seen.append(model)
+        model = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "module", None)
+    return None
+
+
+def _with_text_config(model: Any) -> nn.Module | None:
+    """The one stack that was built from the config of the text (Qwen3-Omni, whose thinker has it)."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    found = [module for module in model.modules() if _is_stack(module) and getattr(module, "config", None) is text]
+    return found[0] if len(found) == 1 and text is not None else None
+
+
+def _is_stack(module: Any) -> bool:
+    from torch import nn
+
+    return isinstance(getattr(module, "layers", None), nn.ModuleList)
