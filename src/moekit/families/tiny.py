@@ -134,6 +134,7 @@ def build(family: Family, seed: int = 0) -> PreTrainedModel:
             hint="its fields need an entry in moekit/families/exceptions.py",
         ) from error
     randomize(model, seed)
+    _settle(model, model)
     return model.eval()
 
 
@@ -211,3 +212,17 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
                 tensor.copy_(noise / tensor.shape[-1] ** 0.5)
             else:
                 tensor.copy_(0.1 * noise)
+
+
+def _settle(module: torch.nn.Module, owner: PreTrainedModel) -> None:
+    """Let a class set again what it also sets when a checkpoint is loaded, whatever that holds: all else stays."""
+    import torch
+    from transformers import PreTrainedModel
+
+    for child in module.children():
+        _settle(child, child if isinstance(child, PreTrainedModel) else owner)
+    tensors: list[Any] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    for tensor in tensors:
+        tensor._is_hf_initialized = True
+    with torch.no_grad():
+        owner._init_weights(module)
