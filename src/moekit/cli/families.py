@@ -43,16 +43,23 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
     steps, rows = results["steps"], results["families"]
     body = [(row["name"], *(_SIGNS[row["cells"][step]["state"]] for step in steps)) for row in rows]
     terminal.table(f"transformers {results['transformers']}", ("family", *steps), body)
-    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for (message, when), told in _reasons(steps, rows).items():
+        of = ", ".join(f"{name} ({', '.join(tried)})" for name, tried in told.items())
+        terminal.say(f"{of}, {when}: {message}")
+    works = sum(row["cells"]["stock"]["state"] == "yes" for row in rows)
+    terminal.say(f"{len(rows)} families, {works} of which prune to a folder that stock transformers loads")
+
+
+def _reasons(steps: list[str], rows: list[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, list[str]]]:
+    """What was said, and when -> family -> the steps that said so."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in rows:
         for step in steps:
             cell = row["cells"][step]
-            if cell["state"] in ("refused", "failed"):
-                reasons.setdefault((step, cell["message"], cell["when"]), []).append(row["name"])
-    for (step, message, when), names in reasons.items():
-        terminal.say(f"{', '.join(names)}: {step}, {when}: {message}")
-    works = sum(row["cells"]["stock"]["state"] == "yes" for row in rows)
-    terminal.say(f"{len(rows)} families, {works} of which prune to a folder that stock transformers loads")
+            if cell["message"]:
+                told = found.setdefault((cell["message"], cell["when"]), {})
+                told.setdefault(row["name"], []).append(step)
+    return found
 
 
 def build() -> Any:

@@ -152,10 +152,11 @@ def write(family: Family, folder: Path, seed: int = 0) -> Path:
     Raises:
         UnsupportedModel: see `build`.
     """
+    from moekit.checkpoint.model import quiet_transformers
     from moekit.families.texts import tokenizer
 
     model = build(family, seed)
-    with quiet():
+    with quiet(), quiet_transformers():
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
     return folder

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from moekit.checkpoint.model import quiet_transformers
 from moekit.families import Family, texts, write
 from moekit.jobs.check import check
 from moekit.jobs.profile import profile
-from moekit.jobs.prune import prune
+from moekit.jobs.prune import PruneResult, prune
 from moekit.jobs.route import route
 from moekit.jobs.train import train
 from moekit.jobs.trials.cell import UNTRIED, Cell, WrongResult, attempt
@@ -42,15 +42,17 @@ class Trial:
         folder: where everything is written; gone afterwards.
         seed: of weights and of everything random.
         cells: step -> what became of it.
+        pruned: what pruning told, where it came to its end.
     """
 
     family: Family
     folder: Path
     seed: int = 0
     cells: dict[str, Cell] = field(default_factory=dict)
+    pruned: PruneResult | None = None
 
-    def run(self) -> dict[str, Cell]:
-        """Try every step whose needs are there."""
+    def run(self, wanted: Sequence[str] = STEPS) -> dict[str, Cell]:
+        """Try these steps, each if what it needs has worked."""
         steps: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
             "build": (self._build, ()),
             "load": (self._load, ("build",)),
@@ -61,8 +63,9 @@ class Trial:
             "route": (self._route, ("profile",)),
             "train": (self._train, ("build",)),
         }
-        for name, (function, needs) in steps.items():
-            ready = all(self.cells[need].state == "yes" for need in needs)
+        for name in wanted:
+            function, needs = steps[name]
+            ready = all(need in self.cells and self.cells[need].state == "yes" for need in needs)
             self.cells[name] = attempt(function, unseen=str(self.folder))[0] if ready else UNTRIED
         return self.cells
 
@@ -88,7 +91,7 @@ class Trial:
             raise WrongResult("profile tells nothing")
 
     def _prune(self) -> None:
-        prune(
+        self.pruned = prune(
             self._source,
             method="reap",
             keep=_KEEP,
