@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moekit.families import discover
-from moekit.families.registry import family
-from moekit.families.rules import EXPERTS
+from moekit.family import discover
+from moekit.family.registry import family
+from moekit.family.rules import EXPERTS
 from moekit.jobs.trials.cell import Cell, attempt
 from moekit.jobs.trials.trial import STEPS, Trial
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from moekit._ranks import is_first_rank
 from moekit.checkpoint import atomic_folder
-from moekit.families import Family, discover, family
+from moekit.family import Family, discover, family
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.families import FamiliesOptions

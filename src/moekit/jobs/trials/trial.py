@@ -18,13 +18,15 @@ from transformers import PreTrainedModel
 from moekit.api import load
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.model import quiet_transformers
-from moekit.families import Family, texts, write
+from moekit.family import Family, texts, write
 from moekit.jobs.check import check
 from moekit.jobs.profile import profile
 from moekit.jobs.prune import PruneResult, prune
 from moekit.jobs.route import route
 from moekit.jobs.train import train
+from moekit.checkpoint.names import config_groups
 from moekit.jobs.trials.cell import UNTRIED, Cell, WrongResult, attempt
+from moekit.jobs.trials.masking import without
 
 # In the order in which they are tried; `build` and `load` are what all others need.
 STEPS = ("build", "load", "profile", "prune", "stock", "check", "route", "train")
@@ -103,8 +105,18 @@ class Trial:
         )
 
     def _stock(self) -> None:
-        pruned = self.folder / "pruned"
-        _same(load(pruned, device="cpu"), _stock(pruned), "pruned", "stock")
+        folder = self.folder / "pruned"
+        found = _stock(folder)
+        _same(load(folder, device="cpu"), found, "pruned", "stock")
+        assert self.pruned is not None
+        # Pruning may lift a limit to groups, which masking would leave.
+        if self.pruned.groups == "free" and config_groups(_config(self._source)) != config_groups(_config(folder)):
+            return
+        source = _stock(self._source)
+        with without(source, {row["layer"]: row["kept"] for row in self.pruned.layers}) as told:
+            masked = _logits(source, finite=False)
+        if not told and not torch.allclose(masked, _logits(found), **_CLOSE):
+            raise WrongResult("the pruned model is not the source with the dropped experts masked: logits differ")
 
     def _check(self) -> None:
         found = check(self.folder / "pruned", parent=self._source, progress=False)
@@ -159,11 +171,16 @@ def try_family(family: Family, seed: int = 0) -> dict[str, Cell]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
 def _stock(folder: Path) -> PreTrainedModel:
     """The model as its own class loads it, without moekit."""
     import transformers
 
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    name = _config(folder)["architectures"][0]
     kind: Any = getattr(transformers, name)
     with quiet_transformers():
         model, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -175,13 +192,13 @@ def _stock(folder: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel) -> Tensor:
+def _logits(model: PreTrainedModel, *, finite: bool = True) -> Tensor:
     ids = torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(0))
     further = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     # Some models draw noise.
     torch.manual_seed(0)
     found: Tensor = model(input_ids=ids, use_cache=False, **further).logits.float()
-    if not bool(found.isfinite().all()):
+    if finite and not bool(found.isfinite().all()):
         raise WrongResult("logits are not finite")
     return found
 

@@ -17,7 +17,7 @@ HIDDEN = 32
 LAYERS = 4
 HEADS = 4
 EXPERTS, TOP_K, GROUPS = 8, 2, 2
-# First id that tokens of a modality take: `moekit.families.texts` uses none from here on.
+# First id that tokens of a modality take: `moekit.family.texts` uses none from here on.
 FIRST_SPARE_TOKEN = 104
 
 

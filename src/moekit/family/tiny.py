@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS
 from moekit.errors import UnsupportedModel
-from moekit.families.exceptions import exceptions_of
-from moekit.families.registry import Family, Nested, declared, nested, quiet
-from moekit.families.rules import (
+from moekit.family.exceptions import exceptions_of
+from moekit.family.registry import Family, Nested, declared, nested, quiet
+from moekit.family.rules import (
     EXPERTS,
     FIRST_SPARE_TOKEN,
     OTHER,
@@ -44,7 +44,7 @@ def tiny_config(family: Family) -> PreTrainedConfig:
     except Exception as error:  # a config can fail in as many ways as there are families
         raise UnsupportedModel(
             f"no tiny config of {family.name!r} can be made: {_first_line(error)}",
-            hint="its fields need an entry in moekit/families/exceptions.py",
+            hint="its fields need an entry in moekit/family/exceptions.py",
         ) from error
     made.architectures = [family.architecture]
     return made
@@ -131,7 +131,7 @@ def build(family: Family, seed: int = 0) -> PreTrainedModel:
     except Exception as error:  # a model can fail in as many ways as there are families
         raise UnsupportedModel(
             f"no tiny {family.architecture} can be built: {_first_line(error)}",
-            hint="its fields need an entry in moekit/families/exceptions.py",
+            hint="its fields need an entry in moekit/family/exceptions.py",
         ) from error
     randomize(model, seed)
     _settle(model, model)
@@ -153,7 +153,7 @@ def write(family: Family, folder: Path, seed: int = 0) -> Path:
         UnsupportedModel: see `build`.
     """
     from moekit.checkpoint.model import quiet_transformers
-    from moekit.families.texts import tokenizer
+    from moekit.family.texts import tokenizer
 
     model = build(family, seed)
     with quiet(), quiet_transformers():

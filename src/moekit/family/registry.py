@@ -2,7 +2,7 @@
 
 Nothing is listed by name: transformers' own tables say which types have a class that models language, and a type is a
 MoE if its config, or one nested in it, has a field for the number of experts. Whether the model then holds experts is
-told by building it (`moekit.families.tiny.holds_experts`).
+told by building it (`moekit.family.tiny.holds_experts`).
 """
 
 from __future__ import annotations

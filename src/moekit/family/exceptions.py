@@ -20,6 +20,7 @@ _SWA |= {"qk_nope_head_dim": 8, "v_head_dim": 6}
 
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [36, 48]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "dots3_note_text": {f"swa_{name}": value for name, value in _SWA.items()},
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse"]},
