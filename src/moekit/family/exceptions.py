@@ -40,7 +40,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    "longcat_flash": {"head_dim": 4},
+    "longcat_flash": {"head_dim": 8},
     "talker_config": {"spatial_merge_size": 2},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 20},
     "qwen4_exp_text": _INDEXER,

@@ -93,14 +93,14 @@ def nested(config: type[PreTrainedConfig]) -> dict[str, Nested]:
     stated: Mapping[str, Any] = getattr(config, "sub_configs_defaults", {})
     for name, kind in getattr(config, "sub_configs", {}).items():
         if kind is AutoConfig:
-            made = vars(_default(config)) if made is None else made
+            made = vars(defaults_of(config)) if made is None else made
             kind = type(made.get(name))
         if isinstance(kind, type) and issubclass(kind, PreTrainedConfig):
             found[name] = Nested(kind, dict(getattr(stated.get(name), "init_kwargs", {})))
     return found
 
 
-def _default(config: type[PreTrainedConfig]) -> object:
+def defaults_of(config: type[PreTrainedConfig]) -> object:
     """A config as its class makes it by itself; an empty object where it cannot."""
     try:
         with quiet():

@@ -133,14 +133,14 @@ _NAMED: tuple[tuple[str, Rule], ...] = (
     (r"q_lora_rank", _fixed(22)),
     (r"kv_lora_rank", _fixed(12)),
     (r"o_lora_rank", _fixed(14)),
-    (r"qk_head_dim", _fixed(12)),
-    (r"qk_nope_head_dim", _fixed(8)),
-    (r"qk_rope_head_dim", _fixed(4)),
+    (r"qk_head_dim", _fixed(18)),
+    (r"qk_nope_head_dim", _fixed(10)),
+    (r"qk_rope_head_dim", _fixed(8)),
     (r"v_head_dim", _fixed(6)),
     (r"rotary_dim", _fixed(8)),
     (r"sliding_window(_size)?|attention_chunk_size|keep_window_size|rel_extent|(mamba_)?chunk_size|block_size", _most(16)),
     (r"index_n_heads|indexer_n_heads", _fixed(4)),
-    (r"index_head_dim|indexer_head_dim", _fixed(8)),
+    (r"index_head_dim|indexer_head_dim", _fixed(16)),
     (r"index_topk|index_block_size", _most(8)),
     (r"index_kpool", _most(4)),
     # state spaces and linear attention
@@ -170,6 +170,18 @@ RULES = tuple((re.compile(f"(?:{pattern})"), rule) for pattern, rule in _NAMED)
 def rule_for(name: str) -> Rule | None:
     """The first rule whose pattern is the whole name; None where the field may stay as it is."""
     return next((rule for pattern, rule in RULES if pattern.fullmatch(name)), None)
+
+
+def rotary_sections(values: Mapping[str, Any], stated: Mapping[str, Any]) -> list[int]:
+    """Sections of a rotary embedding over time, height and width, which add up to half of what is turned of a head.
+
+    Args:
+        values: fields of the tiny config.
+        stated: the family's rotary settings.
+    """
+    width = values.get("qk_rope_head_dim") or values.get("head_dim") or HIDDEN // HEADS
+    half = int(width * (stated.get("partial_rotary_factor") or 1)) // 2
+    return [half // 3, half // 3, half - 2 * (half // 3)]
 
 
 def is_layer_list(value: object, layers: object) -> bool:

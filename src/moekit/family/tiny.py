@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS
 from moekit.errors import UnsupportedModel
 from moekit.family.exceptions import exceptions_of
-from moekit.family.registry import Family, Nested, declared, nested, quiet
+from moekit.family.registry import Family, Nested, declared, defaults_of, nested, quiet
 from moekit.family.rules import (
     EXPERTS,
     FIRST_SPARE_TOKEN,
@@ -21,6 +21,7 @@ from moekit.family.rules import (
     Role,
     chosen_layers,
     is_layer_list,
+    rotary_sections,
     rule_for,
 )
 
@@ -71,6 +72,7 @@ def _shrunk(outer: Nested, role: Role, ids: dict[str, int], within: str = "") ->
             values[field] = _SPECIAL[field]
     values |= _layer_lists(given, values, config)
     values |= _tokens(given, ids)
+    values |= _rotary(config, values) if "rope_parameters" in given else {}
     values |= exceptions_of(config.model_type, within)
     # What is left out stands as the class has it, or is derived from what is given.
     return config(**values)
@@ -96,6 +98,14 @@ def _layer_lists(given: Mapping[str, Any], values: Mapping[str, Any], config: ty
     lists = {name: value for name, value in given.items() if is_layer_list(value, layers)}
     kept = chosen_layers(lists, layers, count) if lists else []
     return {name: [value[index] for index in kept] for name, value in lists.items()}
+
+
+def _rotary(config: type[PreTrainedConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings whose sections were made for wider heads."""
+    stated = vars(defaults_of(config)).get("rope_parameters")
+    if not isinstance(stated, Mapping) or "mrope_section" not in stated:
+        return {}
+    return {"rope_parameters": {**stated, "mrope_section": rotary_sections(values, stated)}}
 
 
 def _tokens(given: Mapping[str, Any], ids: dict[str, int]) -> dict[str, int]:
