@@ -25,7 +25,7 @@ def families(
         typer.Option(help="show only families where all works, something is refused, or something failed"),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="folder of the report", show_default=False)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, at the very end, if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, at the very end.")] = False,
 ) -> None:
     """List every Mixture-of-Experts family of the installed transformers, and try each command on a tiny model of it.
 

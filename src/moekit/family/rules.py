@@ -138,7 +138,10 @@ _NAMED: tuple[tuple[str, Rule], ...] = (
     (r"qk_rope_head_dim", _fixed(8)),
     (r"v_head_dim", _fixed(6)),
     (r"rotary_dim", _fixed(8)),
-    (r"sliding_window(_size)?|attention_chunk_size|keep_window_size|rel_extent|(mamba_)?chunk_size|block_size", _most(16)),
+    (
+        r"sliding_window(_size)?|attention_chunk_size|keep_window_size|rel_extent|(mamba_)?chunk_size|block_size",
+        _most(16),
+    ),
     (r"index_n_heads|indexer_n_heads", _fixed(4)),
     (r"index_head_dim|indexer_head_dim", _fixed(16)),
     (r"index_topk|index_block_size", _most(8)),

@@ -17,7 +17,17 @@ FOUND = {entry.name: entry for entry in discover()}
 # Of this many weights at most; a tower of convolutions has floors that no rule gets under.
 MOST_WEIGHTS = 3_000_000
 WRAPPERS = (
-    *("qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe", "kimi_k25", "llama4", "gemma4", "step3p7", "minimax_m3_vl", "mistral4"),
+    *(
+        "qwen3_vl_moe",
+        "glm4v_moe",
+        "qwen3_5_moe",
+        "kimi_k25",
+        "llama4",
+        "gemma4",
+        "step3p7",
+        "minimax_m3_vl",
+        "mistral4",
+    ),
     *("aria", "ernie4_5_vl_moe"),
 )
 OTHER_LAYOUTS = ("dbrx", "doge", "jetmoe", "llama4_text", "nllb-moe", "switch_transformers", "longcat_flash", "zaya")

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from moekit.api import load
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.model import quiet_transformers
+from moekit.checkpoint.names import config_groups
 from moekit.family import Family, texts, write
 from moekit.jobs.check import check
 from moekit.jobs.profile import profile
 from moekit.jobs.prune import PruneResult, prune
 from moekit.jobs.route import route
 from moekit.jobs.train import train
-from moekit.checkpoint.names import config_groups
 from moekit.jobs.trials.cell import UNTRIED, Cell, WrongResult, attempt
 from moekit.jobs.trials.masking import without
 
