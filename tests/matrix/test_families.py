@@ -138,7 +138,8 @@ def indexed(tensor: Tensor, shape: torch.Size, keep: list[int]) -> Tensor:
     if before - after == EXPERTS - len(keep):  # a row an expert, and rows of no expert behind them
         chosen = rows[torch.tensor([*keep, *range(EXPERTS, before)])]
     else:  # several rows an expert
-        assert before % EXPERTS == 0 and after == before // EXPERTS * len(keep)
+        assert before % EXPERTS == 0
+        assert after == before // EXPERTS * len(keep)
         chosen = rows.unflatten(0, (EXPERTS, -1))[torch.tensor(keep)].flatten(0, 1)
     return chosen.transpose(0, axis)
 

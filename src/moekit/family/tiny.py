@@ -109,7 +109,7 @@ def _rotary(config: type[PreTrainedConfig], values: Mapping[str, Any]) -> dict[s
 
 
 def _tokens(given: Mapping[str, Any], ids: dict[str, int]) -> dict[str, int]:
-    """Ids of special tokens, beyond those of the tokenizer: each name one of its own, in every nested config the same."""
+    """Ids of special tokens, beyond the tokenizer's: each name has one of its own, in every nested config the same."""
     found: dict[str, int] = {}
     for name, value in given.items():
         special = name.endswith(("_token_id", "_token_index", "_bos_id", "_eos_id", "_pad_id")) and name not in _SPECIAL

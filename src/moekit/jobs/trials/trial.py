@@ -32,7 +32,7 @@ from moekit.jobs.trials.masking import without
 STEPS = ("build", "load", "profile", "prune", "stock", "check", "route", "train")
 _KEEP = 0.5
 # Logits of order one, in fp32.
-_CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+_RTOL, _ATOL = 1e-4, 1e-5
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Trial:
         source = _stock(self._source)
         with without(source, {row["layer"]: row["kept"] for row in self.pruned.layers}) as told:
             masked = _logits(source, finite=False)
-        if not told and not torch.allclose(masked, _logits(found), **_CLOSE):
+        if not told and not torch.allclose(masked, _logits(found), rtol=_RTOL, atol=_ATOL):
             raise WrongResult("the pruned model is not the source with the dropped experts masked: logits differ")
 
     def _check(self) -> None:
@@ -205,6 +205,6 @@ def _logits(model: PreTrainedModel, *, finite: bool = True) -> Tensor:
 
 def _same(ours: PreTrainedModel, theirs: PreTrainedModel, name: str, other: str) -> None:
     a, b = _logits(ours), _logits(theirs)
-    if a.shape != b.shape or not torch.allclose(a, b, **_CLOSE):
+    if a.shape != b.shape or not torch.allclose(a, b, rtol=_RTOL, atol=_ATOL):
         apart = "shapes differ" if a.shape != b.shape else f"{(a - b).abs().max():.3g} apart"
         raise WrongResult(f"logits of the {name} and the {other} model differ: {apart}")
