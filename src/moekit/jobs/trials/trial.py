@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moekit.api import load
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.names import config_groups
-from moekit.family import Family, texts, write
+from moekit.errors import UnsupportedModel
+from moekit.family import Family, holds_experts, texts, write
 from moekit.jobs.check import check
 from moekit.jobs.profile import profile
 from moekit.jobs.prune import PruneResult, prune
@@ -76,6 +77,8 @@ class Trial:
         return self.folder / "model"
 
     def _build(self) -> None:
+        if not holds_experts(self.family):
+            raise WrongResult("its config counts experts, and its model holds none")
         write(self.family, self._source, self.seed)
         for domain, documents in texts(documents=4, repeats=1).items():
             (self.folder / "text" / domain).mkdir(parents=True)
@@ -193,6 +196,11 @@ def _stock(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, *, finite: bool = True) -> Tensor:
+    if type(model).forward is nn.Module.forward:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no forward pass of its own: it holds several models, and only generates",
+            hint="take the model of language that it holds, as a folder of its own",
+        )
     ids = torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(0))
     further = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     # Some models draw noise.
