@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -24,8 +23,6 @@ def families(
         Literal["works", "refused", "failed"] | None,
         typer.Option(help="show only families where all works, something is refused, or something failed"),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder of the report", show_default=False)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, at the very end.")] = False,
 ) -> None:
     """List every Mixture-of-Experts family of the installed transformers, and try each command on a tiny model of it.
 
@@ -35,7 +32,7 @@ def families(
     from moekit.jobs.options.families import FamiliesOptions
 
     given: dict[str, Any] = {"names": tuple(names or ()), "only": only}
-    carry_out(terminal, FamiliesOptions, given, out, overwrite, show)
+    carry_out(terminal, FamiliesOptions, given, None, False, show)
 
 
 def show(terminal: Terminal, results: Mapping[str, Any]) -> None:

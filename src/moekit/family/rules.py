@@ -157,6 +157,7 @@ _NAMED: tuple[tuple[str, Rule], ...] = (
     # what stands beside the language model
     (r"image_size", _always(16)),
     (r"patch_size", _always(4)),
+    (r"max_img_size", _most(32)),
     (r"hidden_sizes", _stages),
     (r"downsample_channels", _stages),
     (r"output_channels", _always(28)),

@@ -97,7 +97,8 @@ def _layer_lists(given: Mapping[str, Any], values: Mapping[str, Any], config: ty
     layers, count = given[depth], values[depth]
     lists = {name: value for name, value in given.items() if is_layer_list(value, layers)}
     kept = chosen_layers(lists, layers, count) if lists else []
-    return {name: [value[index] for index in kept] for name, value in lists.items()}
+    # A rule may have made the entries small already.
+    return {name: [values.get(name, value)[index] for index in kept] for name, value in lists.items()}
 
 
 def _rotary(config: type[PreTrainedConfig], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,10 +58,17 @@ def test_a_reason_is_said_once_for_all_it_is_said_of(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
-def test_a_family_is_tried_and_the_report_is_written(moekit: Moekit, tmp_path: Path) -> None:
-    done = moekit("families", "dbrx", "mixtral", "--json", "-o", tmp_path / "out")
+def test_what_is_tried_is_told(moekit: Moekit) -> None:
+    done = moekit("families", "dbrx", "mixtral", "--json")
     assert done.code == 0
     told = {row["name"]: {step: cell["state"] for step, cell in row["cells"].items()} for row in done.json["families"]}
     assert set(told["mixtral"].values()) == {"yes"}
     assert told["dbrx"]["build"] == "yes"
-    assert (tmp_path / "out" / "families.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_report_is_kept_where_python_asks_for_it(tmp_path: Path) -> None:
+    told = moekit.families(["dbrx"], out=tmp_path / "out", progress=False)
+    assert told.out == tmp_path / "out"
+    assert json.loads((tmp_path / "out" / "families.json").read_text())["families"] == told.families
+    assert moekit.families(["dbrx"], only="works", progress=False).families == []

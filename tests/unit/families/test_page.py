@@ -37,7 +37,8 @@ def test_the_page_holds_a_row_for_every_family(hook: ModuleType) -> None:
         assert of_it
         said = any(cell["message"] for cell in family["cells"].values())
         assert (len(of_it) > 1) == said
-    assert hook.on_page_markdown("text", SimpleNamespace(file=SimpleNamespace(src_uri="index.md")), None, None) == "text"
+    other: Any = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    assert hook.on_page_markdown("text", other, None, None) == "text"
 
 
 def test_the_newest_release_counts_by_number(hook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
