@@ -30,13 +30,15 @@ HAND_MADE: dict[str, str] = {
     "undo": "Go back to the parent checkpoint that the record names.",
     "reshard": "Rewrite a checkpoint that ranks saved: for another number of ranks, or as one plain folder.",
     "run": "Carry out a recipe; steps that are finished are skipped.",
+    "families": "Try every Mixture-of-Experts family of the installed transformers on a tiny model of it.",
     "methods": "List every method, with its paper, needs and limits.",
 }
 
 # In the order in which they are used; jobs that are not named here come before "train".
 _ORDER = (
     *("data", "estimate", "convert", "profile", "super-experts", "prune", "apply", "sparsify", "expert-sets", "route"),
-    *("place", "train", "evaluate", "generate", "bench", "check", "undo", "reshard", "report", "run", "methods"),
+    *("place", "train", "evaluate", "generate", "bench", "check", "undo", "reshard", "report", "run", "families"),
+    "methods",
 )
 
 

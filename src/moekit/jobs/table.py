@@ -61,6 +61,7 @@ _AFTER = (
     ),
     _row("generate", "GenerateOptions"),
     _row("check", "CheckOptions"),
+    _row("families", "FamiliesOptions"),
     _row("evaluate", "EvaluateOptions", "Perplexity per domain and multiple choice, paired, with error bars."),
     _row("report", "ReportOptions", "Write one self-contained page about a run."),
 )

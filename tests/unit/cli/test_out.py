@@ -21,7 +21,7 @@ from tests.commands import Moekit
 from tests.tiny import write_model, write_text
 
 # Commands that show, list, judge or fetch: nothing that a caller has to name a place for.
-WITHOUT = {"data list", "data fetch", "estimate", "generate", "check", "undo", "methods"}
+WITHOUT = {"data list", "data fetch", "estimate", "generate", "check", "undo", "families", "methods"}
 # These write somewhere by themselves, too: benches into a folder of their name, recipes where they say.
 WITH_A_DEFAULT = {"bench ep", "bench prune", "run"}
 # Whose result alone may be wanted, as their options say, or whose plan.

@@ -1,0 +1,218 @@
+"""One family, from a tiny folder to one that is pruned, routed and trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moekit.api import load
+from moekit.checkpoint import Checkpoint
+from moekit.checkpoint.model import quiet_transformers
+from moekit.checkpoint.names import config_groups
+from moekit.errors import UnsupportedModel
+from moekit.family import Family, holds_experts, texts, write
+from moekit.jobs.check import check
+from moekit.jobs.profile import profile
+from moekit.jobs.prune import PruneResult, prune
+from moekit.jobs.route import route
+from moekit.jobs.train import train
+from moekit.jobs.trials.cell import UNTRIED, Cell, WrongResult, attempt
+from moekit.jobs.trials.masking import without
+
+# In the order in which they are tried; `build` and `load` are what all others need.
+STEPS = ("build", "load", "profile", "prune", "stock", "check", "route", "train")
+_KEEP = 0.5
+# Logits of order one, in fp32.
+_RTOL, _ATOL = 1e-4, 1e-5
+
+
+@dataclass
+class Trial:
+    """A family that is tried.
+
+    Attributes:
+        family: which.
+        folder: where everything is written; gone afterwards.
+        seed: of weights and of everything random.
+        cells: step -> what became of it.
+        pruned: what pruning told, where it came to its end.
+    """
+
+    family: Family
+    folder: Path
+    seed: int = 0
+    cells: dict[str, Cell] = field(default_factory=dict)
+    pruned: PruneResult | None = None
+
+    def run(self, wanted: Sequence[str] = STEPS) -> dict[str, Cell]:
+        """Try these steps, each if what it needs has worked."""
+        steps: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
+            "build": (self._build, ()),
+            "load": (self._load, ("build",)),
+            "profile": (self._profile, ("build",)),
+            "prune": (self._prune, ("build",)),
+            "stock": (self._stock, ("prune",)),
+            "check": (self._check, ("prune",)),
+            "route": (self._route, ("profile",)),
+            "train": (self._train, ("build",)),
+        }
+        for name in wanted:
+            function, needs = steps[name]
+            ready = all(need in self.cells and self.cells[need].state == "yes" for need in needs)
+            self.cells[name] = attempt(function, unseen=str(self.folder))[0] if ready else UNTRIED
+        return self.cells
+
+    @property
+    def _source(self) -> Path:
+        return self.folder / "model"
+
+    def _build(self) -> None:
+        if not holds_experts(self.family):
+            raise WrongResult("its config counts experts, and its model holds none")
+        write(self.family, self._source, self.seed)
+        for domain, documents in texts(documents=4, repeats=1).items():
+            (self.folder / "text" / domain).mkdir(parents=True)
+            for number, document in enumerate(documents):
+                (self.folder / "text" / domain / f"{number}.txt").write_text(document, encoding="utf-8")
+
+    def _load(self) -> None:
+        _same(load(self._source, device="cpu"), _stock(self._source), "loaded", "stock")
+
+    def _profile(self) -> None:
+        told = profile(
+            self._source, data=self.folder / "text", out=self.folder / "trace", device="cpu", progress=False
+        ).to_dict()
+        if not told:
+            raise WrongResult("profile tells nothing")
+
+    def _prune(self) -> None:
+        self.pruned = prune(
+            self._source,
+            method="reap",
+            keep=_KEEP,
+            data=self.folder / "text",
+            out=self.folder / "pruned",
+            device="cpu",
+            seed=self.seed,
+            progress=False,
+        )
+
+    def _stock(self) -> None:
+        folder = self.folder / "pruned"
+        found = _stock(folder)
+        _same(load(folder, device="cpu"), found, "pruned", "stock")
+        assert self.pruned is not None
+        # Pruning may lift a limit to groups, which masking would leave.
+        if self.pruned.groups == "free" and config_groups(_config(self._source)) != config_groups(_config(folder)):
+            return
+        source = _stock(self._source)
+        with without(source, {row["layer"]: row["kept"] for row in self.pruned.layers}) as told:
+            masked = _logits(source, finite=False)
+        if not told and not torch.allclose(masked, _logits(found), rtol=_RTOL, atol=_ATOL):
+            raise WrongResult("the pruned model is not the source with the dropped experts masked: logits differ")
+
+    def _check(self) -> None:
+        found = check(self.folder / "pruned", parent=self._source, progress=False)
+        if not found.ok:
+            worst = found.findings[0]
+            raise WrongResult(f"check finds in the pruned model: {worst.message}")
+
+    def _route(self) -> None:
+        route(
+            self._source,
+            method="c2r",
+            settings={"top_t": 4},
+            trace=self.folder / "trace",
+            write="model",
+            out=self.folder / "routed",
+            seed=self.seed,
+            progress=False,
+        )
+        _logits(load(self.folder / "routed", device="cpu"))
+
+    def _train(self) -> None:
+        told = train(
+            self._source,
+            data=self.folder / "text",
+            settings={"steps": 1, "seq_len": 16, "batch": 1, "precision": "fp32"},
+            device="cpu",
+            out=self.folder / "trained",
+            seed=self.seed,
+            progress=False,
+        )
+        if not math.isfinite(told.final_loss):
+            raise WrongResult(f"the loss is {told.final_loss}")
+        before, after = (set(Checkpoint.open(self.folder / name).tensors) for name in ("model", "trained"))
+        if lost := sorted(before - after):
+            raise WrongResult(f"training lost {len(lost)} of {len(before)} tensors, such as {lost[0]}")
+
+
+def try_family(family: Family, seed: int = 0) -> dict[str, Cell]:
+    """Try every step on a family, in a temporary folder.
+
+    Args:
+        family: which.
+        seed: of weights and of everything random.
+
+    Returns:
+        Step (see `STEPS`) -> what became of it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="moekit-family-"))
+    try:
+        return Trial(family, folder, seed).run()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _stock(folder: Path) -> PreTrainedModel:
+    """The model as its own class loads it, without moekit."""
+    import transformers
+
+    name = _config(folder)["architectures"][0]
+    kind: Any = getattr(transformers, name)
+    with quiet_transformers():
+        model, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    wrong = sorted(map(str, [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]]))
+    if wrong:
+        raise WrongResult(f"{name} does not load the folder as it is: {len(wrong)} tensors, such as {wrong[0]}")
+    found: PreTrainedModel = model.eval()
+    return found
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, *, finite: bool = True) -> Tensor:
+    if type(model).forward is nn.Module.forward:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no forward pass of its own: it holds several models, and only generates",
+            hint="take the model of language that it holds, as a folder of its own",
+        )
+    ids = torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+    further = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    # Some models draw noise.
+    torch.manual_seed(0)
+    found: Tensor = model(input_ids=ids, use_cache=False, **further).logits.float()
+    if finite and not bool(found.isfinite().all()):
+        raise WrongResult("logits are not finite")
+    return found
+
+
+def _same(ours: PreTrainedModel, theirs: PreTrainedModel, name: str, other: str) -> None:
+    a, b = _logits(ours), _logits(theirs)
+    if a.shape != b.shape or not torch.allclose(a, b, rtol=_RTOL, atol=_ATOL):
+        apart = "shapes differ" if a.shape != b.shape else f"{(a - b).abs().max():.3g} apart"
+        raise WrongResult(f"logits of the {name} and the {other} model differ: {apart}")
