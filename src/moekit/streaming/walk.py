@@ -91,8 +91,9 @@ class Walk:
     def inputs(self, number: int) -> dict[str, Any]:
         """What the model's forward is given for a batch."""
         batch = self.batches[number]
+        more = {} if batch.more is None else batch.more()
         # Copies: a pass may lay down what it holds.
-        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **(batch.more() if batch.more is not None else {})}
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **more}
         given = mapped(given, lambda tensor: tensor.to(self.loader.device, copy=True))
         return {**given, "use_cache": False}
 
