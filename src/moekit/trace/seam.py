@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekit.anatomy.probe import MoELayer, ask_router, find_moe_layers
+from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.runtime.slots import parts_on
 from moekit.trace.meta import STOCK_ROUTING
@@ -60,8 +60,7 @@ def uses_sigmoid(layer: MoELayer) -> bool:
     if like.is_meta:
         return False
     probe_TH = torch.randn(64, layer.geometry.hidden, generator=torch.Generator().manual_seed(0))
-    answer = ask_router(router, probe_TH.to(device=like.device, dtype=like.dtype))
-    assert answer is not None  # it is a router because it answers
+    answer = layer.ask(probe_TH.to(device=like.device, dtype=like.dtype))
     logits_TE, weights_TK, indices_TK = (a.detach().cpu() for a in answer)
     logits_TE, weights_TK = logits_TE.float(), weights_TK.float()
     indices_TK = indices_TK.long().clamp_max(layer.geometry.experts - 1)

@@ -1,0 +1,62 @@
+"""Read what tokens chose where a block does not hand it to its experts.
+
+Most blocks call their experts with hidden states, indices and weights: this is the seam. Two other ways are known, told
+by what the router answers:
+
+- *scores*: the router gives a matrix [T, E] that is zero but for the K chosen; experts are given every token times each
+  of its scores, [E * T, H] (Llama 4). A weight multiplies what an expert is given, not what it gives.
+- *sorted*: the router gives the tokens sorted by expert, with how many each expert gets (JetMoe).
+
+Legend: T tokens, E experts, K choices a token, H hidden, P = T * K (token, choice) pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+# "experts": the contract. "scores", "sorted": see above. "unknown": called in another way.
+Seam = Literal["experts", "scores", "sorted", "unknown"]
+
+
+def answered_seam(answer: Any, rows: int, experts: int) -> tuple[Seam, int]:
+    """Which of the other ways a router's answer follows, and K; "unknown" and 0 for neither."""
+    if not isinstance(answer, tuple):
+        return "unknown", 0
+    if len(answer) == 2 and all(isinstance(a, Tensor) and tuple(a.shape) == (rows, experts) for a in answer):
+        if answer[0].is_meta:
+            return "scores", 0
+        chosen = (answer[0] != 0).sum(1).unique()
+        return ("scores", int(chosen[0])) if len(chosen) == 1 and 0 < int(chosen[0]) < experts else ("unknown", 0)
+    found = _sorted_parts(answer, experts)
+    return ("sorted", len(found[0]) // rows) if found is not None and len(found[0]) % rows == 0 else ("unknown", 0)
+
+
+def _sorted_parts(answer: tuple[Any, ...], experts: int) -> tuple[Tensor, Tensor, Tensor, list[int]] | None:
+    """(order [P], token [P], weight [P], size of each expert) among what a router gave."""
+    sizes = next((a for a in answer if isinstance(a, list) and len(a) == experts), None)
+    flat = [a for a in answer if isinstance(a, Tensor) and a.dim() == 1]
+    whole = [a for a in flat if not a.is_floating_point()]
+    weights = [a for a in flat if a.is_floating_point()]
+    if sizes is None or len(whole) != 2 or len(weights) != 1 or len({len(a) for a in flat}) != 1:
+        return None
+    return (whole[0], whole[1], weights[0], sizes) if sum(sizes) == len(whole[0]) else None
+
+
+def read_choices(seam: Seam, answer: Any, rows: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """(indices [T, K], weights [T, K]) out of a router's answer."""
+    if seam == "scores":
+        scores_TE, logits_TE = answer
+        # By logits, as a score may underflow to zero.
+        index_TK = logits_TE.topk(top_k, dim=1).indices
+        return index_TK, scores_TE.gather(1, index_TK)
+    found = _sorted_parts(answer, experts)
+    assert found is not None  # the seam was told by such an answer
+    order_P, _, weights_P, sizes = found
+    numbers = torch.arange(experts, device=order_P.device)
+    expert_P = numbers.repeat_interleave(torch.tensor(sizes, device=order_P.device))
+    index_P, weight_P = torch.empty_like(order_P), torch.empty_like(weights_P)
+    index_P[order_P], weight_P[order_P] = expert_P, weights_P
+    return index_P.view(rows, -1), weight_P.view(rows, -1)
