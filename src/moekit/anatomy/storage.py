@@ -54,17 +54,12 @@ class Projection:
             stacked = stacked.unflatten(0, (experts, -1)) if self.joined else stacked[:experts]
         return stacked.transpose(1, 2) if self.transposed else stacked
 
-    def write(self, value: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """Inverse of `read`.
-
-        Args:
-            value: [E, out, in] or [E, out].
-            names: of the tensors, in a module of so many experts.
-        """
+    def write(self, value: Tensor) -> dict[str, Tensor]:
+        """Inverse of `read`: [E, out, in] or [E, out] as the module's tensors, by name."""
         value = (value.transpose(1, 2) if self.transposed else value).contiguous()
-        if len(names) > 1 or len(self.names) > 1:
-            return dict(zip(names, value.unbind(0), strict=True))
-        return {names[0]: value.flatten(0, 1) if self.joined else value}
+        if len(self.names) > 1:
+            return dict(zip(self.names, value.unbind(0), strict=True))
+        return {self.names[0]: value.flatten(0, 1) if self.joined else value}
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Rewriter:
             layer = Walk(self._loader, []).moe(index)
             if layer is None:
                 raise UnsupportedModel("the layer holds no experts that follow the contract", layer=index)
-            new = self._rewrite(index, read_block(layer))
+            new = self._rewrite(index, read_block(layer, self._config))
             check_made(new, outcome, layer.geometry.width, index)
             # The new config says already how tokens choose: only the number of experts is the layer's own.
             config = resized_config(self._config, new.experts, groups="equal")

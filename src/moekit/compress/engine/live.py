@@ -82,7 +82,7 @@ def _new_blocks(
 ) -> dict[int, nn.Module]:
     blocks: dict[int, nn.Module] = {}
     for index, layer in layers.items():
-        outcome, weights = outcomes[index], read_block(layer)
+        outcome, weights = outcomes[index], read_block(layer, config)
         made = carried_out(weights, outcome, index) if rewrite is None else rewrite(index, weights)
         check_made(made, outcome, weights.width, index)
         # The new config says already how tokens choose: only the number of experts is the layer's own.

@@ -88,6 +88,6 @@ def weights_reader(checkpoint: Checkpoint) -> Callable[[int], LayerWeights]:
 
     def read(layer: int) -> LayerWeights:
         with loader.loaded(layer):
-            return read_block(layer_of(loader, layer))
+            return read_block(layer_of(loader, layer), loader.model.config)
 
     return read

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moekit.anatomy.permute import expert_axis
-from moekit.anatomy.probe import MoELayer, iterate_moe_layers
+from moekit.anatomy.probe import MoELayer, holds_all_experts, iterate_moe_layers
+from moekit.anatomy.storage import find_storage
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, TOP_K_KEYS, config_top_k
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.spec import KEYS, stated
-from moekit.compress.engine.weights import LayerWeights, from_live, to_live
+from moekit.compress.engine.counting import Counted, counted_axes
+from moekit.compress.engine.weights import LayerWeights, from_storage, to_storage
 from moekit.errors import BadConfig, UnsupportedModel
 
 Groups = Literal["free", "equal"]
@@ -172,27 +174,58 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
 
 
-def _router_axes(layer: MoELayer) -> dict[str, int]:
-    """Tensors of the router that count experts, by name, and along which axis."""
+def _router_axes(layer: MoELayer, config: PreTrainedConfig | None) -> dict[str, Counted]:
+    """Tensors of the block that count experts but belong to none, by name below the block: the router's, mostly.
+
+    Args:
+        layer: the block.
+        config: of its model, with any number of experts; None where sizes alone must tell.
+    """
     count = layer.geometry.experts
-    axes = {name: expert_axis(name, tensor.shape, count) for name, tensor in _tensors(layer.require_router())}
-    return {name: axis for name, axis in axes.items() if axis is not None}
+    held = {f"{_below(layer, layer.experts_name)}{name}" for name in layer.storage.names}
+    if config is None:
+        router = _below(layer, layer.router_name)
+        tensors = {f"{router}{name}": t for name, t in _tensors(layer.require_router())}
+        tensors |= {name: getattr(layer.block, name) for name in layer.passed}
+        axes = {name: expert_axis(name, t.shape, count) for name, t in tensors.items()}
+        return {name: Counted(axis, 1, 0) for name, axis in axes.items() if axis is not None}
+    numbers = (count + 1, count + 2)
+    blocks = [empty_block(resized_config(config, n, dropped=True), layer.name) for n in numbers]
+    fewer, more = ({name: tuple(t.shape) for name, t in _tensors(block)} for block in blocks)
+    own = f"{_below(layer, layer.experts_name)}" if layer.storage.kind != "paired" else "-"
+    counted = counted_axes(fewer, more, numbers)
+    return {name: how for name, how in counted.items() if name not in held and not name.startswith(own)}
 
 
-def read_block(layer: MoELayer) -> LayerWeights:
+def _below(layer: MoELayer, name: str) -> str:
+    """Path of a module below the block, with a dot behind it; empty for the block itself."""
+    path = name.removeprefix(layer.name).lstrip(".")
+    return f"{path}." if path else ""
+
+
+def read_block(layer: MoELayer, config: PreTrainedConfig | None = None) -> LayerWeights:
     """The weights of a live layer in the common layout; views where that can be.
 
+    Args:
+        layer: the layer.
+        config: of its model; without, the router must follow the contract.
+
     Raises:
-        UnsupportedModel: the router does not follow the contract, or the layer holds one rank's experts.
+        UnsupportedModel: what chooses experts does so in a way that cannot be cut, or the layer holds one rank's
+            experts.
     """
-    experts, count = layer.experts, layer.geometry.experts
-    own = {n: t for n, t in (*experts._parameters.items(), *experts._buffers.items()) if t is not None}
-    stacked = {name: t.detach() for name, t in own.items() if t.dim() and t.shape[0] == count}
-    if "down_proj" not in stacked:
+    if not holds_all_experts(layer.experts):
         raise UnsupportedModel("this process does not hold all experts of the layer", layer=layer.index)
-    axes = _router_axes(layer)
-    router = {n: t.detach().movedim(axes[n], 0) for n, t in _tensors(layer.require_router()) if n in axes}
-    return from_live(stacked, router, layer.geometry)
+    own = {name: tensor.detach() for name, tensor in _tensors(layer.experts)}
+    axes = _router_axes(layer, config)
+    tensors = dict(_tensors(layer.block))
+    router = {}
+    for name, how in axes.items():
+        if how.each != 1:
+            raise UnsupportedModel(f"{name} holds {how.each} rows for every expert", layer=layer.index)
+        router[name] = tensors[name].detach().movedim(how.axis, 0)[: layer.geometry.experts]
+    inside = {name: t for name, t in own.items() if layer.storage.kind == "stacked" or name in layer.storage.names}
+    return from_storage(inside, layer.storage, router)
 
 
 @torch.no_grad()
@@ -208,13 +241,9 @@ def resized_block(layer: MoELayer, config: PreTrainedConfig, weights: LayerWeigh
         UnsupportedModel: the family's block of this size has other tensors than the old one.
     """
     made = empty_block(config, layer.name)
-    axes = _router_axes(layer)
-    router_name = layer.router_name.removeprefix(f"{layer.name}.")
-    experts_name = layer.experts_name.removeprefix(f"{layer.name}.")
-    new = {f"{experts_name}.{name}": tensor for name, tensor in to_live(weights, layer.geometry).items()}
-    for name, tensor in weights.router.items():
-        new[f"{router_name}.{name}"] = tensor.movedim(0, axes[name]).contiguous()
+    below = _below(layer, layer.experts_name)
     old = dict(_tensors(layer.block))
+    new = _new_tensors(layer, made, config, weights, old)
     for name, empty in list(_tensors(made)):
         value = new.get(name, old.get(name))
         if value is None or tuple(value.shape) != tuple(empty.shape):
@@ -224,7 +253,8 @@ def resized_block(layer: MoELayer, config: PreTrainedConfig, weights: LayerWeigh
                 layer=layer.index,
                 hint="the family sizes more by its experts than moekit knows: this cannot be resized",
             )
-        _put(made, name, value.to(old[name]) if name in new else value, old[name].requires_grad)
+        like = old[name] if name in old else next(t for n, t in old.items() if n.startswith(below))
+        _put(made, name, value.to(like) if name in new else value, like.requires_grad)
     _share_rest(made, layer.block)
     for module in made.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
@@ -232,6 +262,27 @@ def resized_block(layer: MoELayer, config: PreTrainedConfig, weights: LayerWeigh
             module.config = config.get_text_config()
     made.train(layer.block.training)
     return made
+
+
+def _new_tensors(
+    layer: MoELayer, made: nn.Module, config: PreTrainedConfig, weights: LayerWeights, old: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a new block that hold or count experts, by name below it."""
+    below = _below(layer, layer.experts_name)
+    storage = find_storage(made.get_submodule(below.rstrip(".")))
+    assert storage is not None  # the same class as before, of another size
+    new = {f"{below}{name}": tensor for name, tensor in to_storage(weights, storage).items()}
+    if storage.beyond:
+        for name in storage.names:
+            behind = old[f"{below}{name}"][layer.geometry.experts :]
+            new[f"{below}{name}"] = torch.cat([new[f"{below}{name}"], behind.to(new[f"{below}{name}"])])
+    for name, how in _router_axes(layer, config).items():
+        tensor = weights.router[name]
+        if how.tail:
+            behind = old[name].movedim(how.axis, 0)[layer.geometry.experts :]
+            tensor = torch.cat([tensor, behind.to(tensor)])
+        new[name] = tensor.movedim(0, how.axis).contiguous()
+    return new
 
 
 def _put(root: nn.Module, name: str, value: Tensor, trained: bool = False) -> None:
