@@ -48,7 +48,7 @@ _KNOBS: dict[str, dict[str, Any]] = {
     "aria_text": {"intermediate_size": WIDTH, "moe_num_experts": EXPERTS, "moe_topk": TOP_K,
                   "moe_num_shared_experts": 2},
     "inkling2_text": {**_SPLIT, "num_local_experts": EXPERTS, "n_routed_experts": EXPERTS},
-    "zaya": {**_SPLIT, "num_experts": EXPERTS, "router_hidden_size": 20, "num_experts_per_tok": TOP_K},
+    "zaya": {**_SPLIT, "num_experts": EXPERTS, "router_hidden_size": 20, "num_experts_per_tok": 1},
     "jetmoe": {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K,
                "kv_channels": 8, "num_key_value_heads": 2},
     "doge": {"intermediate_size": WIDTH, "num_experts": 16, "num_experts_per_tok": TOP_K, "is_moe": True},

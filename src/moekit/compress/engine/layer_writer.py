@@ -117,8 +117,8 @@ class Rewriter:
             return new
         old = self._reader.read(kept.source.name)
         if kept.cut is not None:
-            size = old.shape[kept.cut.axis] // kept.cut.experts
-            rows = torch.arange(old.shape[kept.cut.axis]).view(-1, size)[list(kept.cut.keep)].flatten()
+            pieces = kept.cut.pieces(old.shape[kept.cut.axis])
+            rows = torch.cat([torch.arange(first, last) for first, last in pieces])
             old = old.index_select(kept.cut.axis, rows)
         return old if torch.equal(old.to(new.dtype), new) else new.to(old.dtype)
 

@@ -12,17 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.config_file import edited_config, without_mtp
 from moekit.checkpoint.experts import mtp_tensors, stacked_experts
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
 from moekit.checkpoint.meta import model_config
-from moekit.checkpoint.names import EXPERT_COUNT_KEYS, config_top_k, where
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, config_top_k, stated_experts, where
 from moekit.checkpoint.record import TENSORS_FILE, Expectations, Record, TensorExpectation
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.small_files import small_files
 from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.engine.config_file import renamed_experts
+from moekit.compress.engine.droppable import check_droppable
 from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k, common_width
 from moekit.compress.engine.mtp import Mtp, MtpKept, check_equal, check_kept, longer_config, mtp_blocks
 from moekit.compress.engine.outcome import LayerOutcome
@@ -128,7 +130,9 @@ def prepare(
         check_equal(checkpoint, outcomes)
     check_kept(blocks, kept_mtp, outcomes, checkpoint)
     before = model_config(checkpoint)
-    dropped = any(outcomes[layer].experts != count for layer, count in counts.items())
+    cut = {layer for layer, count in counts.items() if outcomes[layer].experts != count}
+    dropped = bool(cut)
+    check_droppable(before, find_moe_layers(empty_model(before)), cut, checkpoint.path)
     after = resized_config(before, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
     if len({len(outcome.keep) for outcome in outcomes.values()}) > 1:
         without_common_loss(after)
@@ -146,10 +150,11 @@ def _axes(before: PreTrainedConfig, counts: Mapping[int, int]) -> Axes:
     """Compare the model's shapes with those of one with another number of experts."""
     other = copy.deepcopy(before)
     inner = other.get_text_config()
+    more = max(counts.values()) + 1
     for key in EXPERT_COUNT_KEYS:
         if isinstance(value := getattr(inner, key, None), int) and not isinstance(value, bool):
-            setattr(inner, key, max(counts.values()) + 1)
-    return Axes(empty_model(before), empty_model(other))
+            setattr(inner, key, more)
+    return Axes(empty_model(before), empty_model(other), (stated_experts(before.to_dict()) or more - 1, more))
 
 
 def _resized(kept: list[KeptTensor], after: PreTrainedConfig) -> list[KeptTensor]:

@@ -16,6 +16,7 @@ from moekit.anatomy.swap import replace
 from moekit.checkpoint.names import config_top_k, stated_experts
 from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.engine.carrying import carried_out
+from moekit.compress.engine.droppable import check_droppable
 from moekit.compress.engine.layer_writer import Rewrite
 from moekit.compress.engine.limits import check_groups, check_layers, check_made, check_top_k, common_width
 from moekit.compress.engine.outcome import LayerOutcome
@@ -60,7 +61,9 @@ def change_model(
     check_top_k(outcomes, (config_top_k(model.config.to_dict()) or 1) if top_k is None else top_k)
     if groups == "equal":
         check_groups(outcomes, counts, model.config.to_dict(), top_k)
-    dropped = any(outcomes[index].experts != count for index, count in counts.items())
+    cut = {index for index, count in counts.items() if outcomes[index].experts != count}
+    dropped = bool(cut)
+    check_droppable(model.config, list(layers.values()), cut)
     most = max(outcome.experts for outcome in outcomes.values())
     width = common_width(outcomes)
     config = resized_config(model.config, most, top_k=top_k, groups=groups, dropped=dropped, width=width)

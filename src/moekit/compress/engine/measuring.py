@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from moekit.anatomy.layout import find_expert_tensors
 from moekit.anatomy.probe import Geometry, MoELayer, find_moe_layers
 from moekit.checkpoint.experts import mtp_tensors
 from moekit.checkpoint.folder import Checkpoint
@@ -15,6 +14,7 @@ from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.precision import stored_dtype
 from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.budget.sizes import ByteSizes
+from moekit.compress.engine.disk import expert_names
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import NumericFault
@@ -39,11 +39,10 @@ def empty_statistics(geometries: Mapping[int, Geometry]) -> dict[int, LayerStati
 def sizes_of(checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: int | None = None) -> ByteSizes:
     """What a budget is counted against; multi-token-prediction layers are left out, as they are when it is written."""
     left_out = mtp_tensors(checkpoint.tensors, checkpoint.config)
-    layout = find_expert_tensors(checkpoint.tensors)
     bytes_of = dict.fromkeys(geometries, 0)
-    for tensors in layout.experts.values():
-        if tensors[0].layer in bytes_of and tensors[0].name not in left_out:
-            bytes_of[tensors[0].layer] += sum(checkpoint.tensors[t.name].nbytes for t in tensors)
+    for layer, names in expert_names(checkpoint).items():
+        if layer in bytes_of:
+            bytes_of[layer] += sum(checkpoint.tensors[name].nbytes for name in names if name not in left_out)
     experts = {layer: geometry.experts for layer, geometry in geometries.items()}
     choices = top_k or config_top_k(checkpoint.config) or max(g.top_k for g in geometries.values())
     routed = sum(bytes_of.values())

@@ -156,6 +156,11 @@ def _skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
     return _skeleton(type(config).from_dict, values)
 
 
+def empty_resized(config: PreTrainedConfig, experts: int) -> PreTrainedModel:
+    """The model of this config with another number of experts, without weights; shared, so only to be looked at."""
+    return _skeleton_of(resized_config(config, experts, dropped=True))
+
+
 def empty_block(config: PreTrainedConfig, name: str) -> nn.Module:
     """The MoE block at a module path, of a model of this config, without weights.
 
@@ -190,7 +195,7 @@ def _router_axes(layer: MoELayer, config: PreTrainedConfig | None) -> dict[str, 
         axes = {name: expert_axis(name, t.shape, count) for name, t in tensors.items()}
         return {name: Counted(axis, 1, 0) for name, axis in axes.items() if axis is not None}
     numbers = (count + 1, count + 2)
-    blocks = [empty_block(resized_config(config, n, dropped=True), layer.name) for n in numbers]
+    blocks = [empty_resized(config, n).get_submodule(layer.name) for n in numbers]
     fewer, more = ({name: tuple(t.shape) for name, t in _tensors(block)} for block in blocks)
     own = f"{_below(layer, layer.experts_name)}" if layer.storage.kind != "paired" else "-"
     counted = counted_axes(fewer, more, numbers)
