@@ -54,6 +54,15 @@ class Projection:
             stacked = stacked.unflatten(0, (experts, -1)) if self.joined else stacked[:experts]
         return stacked.transpose(1, 2) if self.transposed else stacked
 
+    def one(self, tensors: Mapping[str, Tensor], expert: int, experts: int) -> Tensor:
+        """One expert's matrix [out, in], or bias [out]; a view."""
+        if len(self.names) > 1:
+            own = tensors[self.names[expert]]
+        else:
+            whole = tensors[self.names[0]]
+            own = whole.unflatten(0, (experts, -1))[expert] if self.joined else whole[expert]
+        return own.T if self.transposed else own
+
     def write(self, value: Tensor) -> dict[str, Tensor]:
         """Inverse of `read`: [E, out, in] or [E, out] as the module's tensors, by name."""
         value = (value.transpose(1, 2) if self.transposed else value).contiguous()
@@ -269,3 +278,38 @@ def activation_of(module: Any, storage: Storage) -> Callable[[Tensor], Tensor] |
     for part in storage.activation.split(".") if storage.activation else ("-",):
         found = getattr(found, part, None)
     return found if callable(found) else None
+
+
+def expert_of(module: nn.Module, storage: Storage, expert: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """One expert by the plain formula: down (act(gate x) * up x), without a gate down (act(up x)).
+
+    Args:
+        module: that holds it.
+        storage: how; its activation must be known.
+        expert: which one.
+
+    Returns:
+        From inputs [n, H] to (inputs of the down projection [n, I], outputs [n, H]).
+    """
+    tensors = dict(module.named_parameters())
+    own = {(p.part, p.bias): p.one(tensors, expert, storage.experts) for p in storage.projections}
+    activation = activation_of(module, storage)
+    assert activation is not None
+
+    def linear(given: Tensor, part: Part) -> Tensor:
+        return nn.functional.linear(given, own[part, False], own.get((part, True)))
+
+    def run(hidden_nH: Tensor) -> tuple[Tensor, Tensor]:
+        if ("gate_up", False) in own:
+            both = linear(hidden_nH, "gate_up")
+            half = both.shape[-1] // 2
+            joined = storage.concatenated
+            gate, up = (both[:, :half], both[:, half:]) if joined else (both[:, 0::2], both[:, 1::2])
+            inner_nI = activation(gate) * up
+        elif ("gate", False) in own:
+            inner_nI = activation(linear(hidden_nH, "gate")) * linear(hidden_nH, "up")
+        else:
+            inner_nI = activation(linear(hidden_nH, "up"))
+        return inner_nI, linear(inner_nI, "down")
+
+    return run

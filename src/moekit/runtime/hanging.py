@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moekit.anatomy.gate import Gate
@@ -20,6 +21,7 @@ from moekit.runtime.part import RuntimePart, Slot
 from moekit.runtime.router import RouterWithParts
 from moekit.runtime.slots import BaseParts, PartOnLayer, SlotParts, parts_on, slot_of, slots_in, subclass_with
 from moekit.runtime.tracker import PassTracker
+from moekit.runtime.watching import watch
 
 _MIXINS: dict[Slot, type[nn.Module]] = {"router": RouterWithParts, "experts": ExpertsWithParts, "block": BlockWithParts}
 
@@ -95,12 +97,14 @@ class Laid:
             _close_empty(self.experts, slot)
 
 
-def lay(layer: MoELayer, part: TransientPart) -> Laid:
+def lay(layer: MoELayer, part: TransientPart) -> Laid | RemovableHandle:
     """Let a part that comes and goes compute a layer's experts; where it stands, `moekit.runtime.experts` says.
 
     Raises:
         UnsupportedModel: the family's experts do not follow the contract.
     """
+    if layer.seam != "experts":
+        return watch(layer, part)
     _opened(layer, "experts").transient.append(part)
     return Laid(layer.experts, part)
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekit.anatomy.probe import holds_all_experts
+from moekit.anatomy.probe import called_with_choices, holds_all_experts
+from moekit.anatomy.storage import activation_of, expert_of, find_storage
 from moekit.runtime.slots import parts_on
 from moekit.trace.batch import ExpertBatch
 
@@ -40,7 +41,9 @@ def plain_expert(module: Any, leaves: dict[str, Tensor] | None = None) -> OneExp
     weights = [getattr(module, name, None) for name in (up_name, "down_proj")]
     wide = all(isinstance(w, nn.Parameter) and w.dim() == 3 and w.dtype.itemsize > 1 for w in weights)
     whole = wide and holds_all_experts(module)
-    if not flags or not whole or implementation not in _STOCK or parts_on(module):
+    if not flags:
+        return None if leaves is not None else _by_storage(module)
+    if not whole or implementation not in _STOCK or parts_on(module):
         return None
 
     def leaf(name: str, expert: int) -> Tensor:
@@ -63,6 +66,16 @@ def plain_expert(module: Any, leaves: dict[str, Tensor] | None = None) -> OneExp
         return inner_nI, output_nH
 
     return run
+
+
+def _by_storage(module: nn.Module) -> OneExpert | None:
+    """The plain formula of experts that are kept otherwise than as stacks, or are called otherwise."""
+    storage = find_storage(module)
+    if storage is None or activation_of(module, storage) is None or parts_on(module):
+        return None
+    if storage.kind == "stacked" and called_with_choices(module):
+        return None  # its own formula may be another one, and it can be asked
+    return lambda expert, hidden_nH: expert_of(module, storage, expert)(hidden_nH)
 
 
 def delegated(experts: Callable[[Tensor, Tensor, Tensor], Tensor]) -> OneExpert:
@@ -100,11 +113,14 @@ def each_expert(
     look: Callable[[ExpertBatch], None] | None = None,
     peaks: bool = False,
     add_up: bool = False,
+    weighs_inputs: bool = False,
 ) -> Figures:
     """Run every token through the experts it chose.
 
     Args:
         one: runs one expert; None only looks at what each one sees.
+        weighs_inputs: weights multiply what experts are given. What an expert gives is then divided by them again, so
+            that weight times output is what it adds to a token here, too.
         hidden_NH: what the experts see.
         index_NK: chosen experts, int64; E means none.
         weights_NK: gate weights.
@@ -127,11 +143,15 @@ def each_expert(
             continue
         token_n = pair_n // top_k
         input_nH, weight_n = hidden_NH[token_n], weights_NK.flatten()[pair_n]
+        if weighs_inputs:
+            input_nH = input_nH * weight_n.to(input_nH.dtype)[:, None]
         if one is None:
             if look is not None:
                 look(ExpertBatch(expert, weight_n, input_nH))
             continue
         inner_nI, output_nH = one(expert, input_nH)
+        if weighs_inputs:
+            output_nH = torch.where(weight_n[:, None] != 0, output_nH / weight_n.to(output_nH.dtype)[:, None], 0)
         norm_P[pair_n] = torch.linalg.vector_norm(output_nH, dim=-1, dtype=wide)
         if peaks:
             value_n, channel_P[pair_n] = output_nH.abs().max(dim=-1)

@@ -231,6 +231,7 @@ class LayerHook(TransientPart):
             look=look if self._by_expert else None,
             peaks="outputs" in self._sources and any(s.rule == "peak" for s in self._by_token),
             add_up=add_up,
+            weighs_inputs=geometry.weighs_inputs,
         )
         self.buffer.measured.append(dict(kept))
         return call.figures.output_NH

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.runtime.slots import parts_on
+from moekit.runtime.watching import Shown, watch_choices
 from moekit.trace.meta import STOCK_ROUTING
 
 # Median deviation of log ratios; bf16 weights round by up to 0.004.
@@ -47,6 +49,21 @@ def read_arguments(layer: MoELayer, args: Sequence[Any], kwargs: Mapping[str, An
         layer=layer.index,
         hint="this family's routing cannot be traced",
     )
+
+
+def see_choices(layer: MoELayer, show: Shown) -> RemovableHandle:
+    """Show (hidden [T, H], indices [T, K], weights [T, K]) of every call of a layer's experts.
+
+    Raises:
+        UnsupportedModel: nothing tells them.
+    """
+    if layer.seam != "experts":
+        return watch_choices(layer, show)
+
+    def see(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        show(*read_arguments(layer, args, kwargs))
+
+    return layer.experts.register_forward_pre_hook(see, with_kwargs=True)
 
 
 def uses_sigmoid(layer: MoELayer) -> bool:
