@@ -53,7 +53,7 @@ def ask_router(
     """
     own = getattr(router, "stock_forward", router.forward)
     for forward in (own,) if stock or own == router.forward else (router.forward, own):
-        answer = _contract(raw_answer(router, forward, hidden_TH, passed), hidden_TH.shape[0])
+        answer = contract(raw_answer(router, forward, hidden_TH, passed), hidden_TH.shape[0])
         if answer is not None:
             return answer
     return None
@@ -77,7 +77,8 @@ def raw_answer(
     return None
 
 
-def _contract(answer: object, rows: int) -> Answer | None:
+def contract(answer: object, rows: int) -> Answer | None:
+    """An answer as (logits [T, E], weights [T, K], indices [T, K]); None where it is none."""
     if not isinstance(answer, tuple) or len(answer) != 3 or not all(isinstance(a, Tensor) for a in answer):
         return None
     logits_TE, weights_TK, indices_TK = answer

@@ -12,26 +12,55 @@ Legend: T tokens, E experts, K choices a token, H hidden, P = T * K (token, choi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from moekit.anatomy.asking import contract
+
 # "experts": the contract. "scores", "sorted": see above. "unknown": called in another way.
 Seam = Literal["experts", "scores", "sorted", "unknown"]
 
 
-def answered_seam(answer: Any, rows: int, experts: int) -> tuple[Seam, int]:
-    """Which of the other ways a router's answer follows, and K; "unknown" and 0 for neither."""
+@dataclass(frozen=True)
+class Answered:
+    """What a router's answer shows.
+
+    Attributes:
+        seam: which way it follows; "experts" where it holds the contract's triple, and more.
+        top_k: K.
+        scored: what it scores: E, and more where it also scores what is no routed expert.
+    """
+
+    seam: Seam
+    top_k: int
+    scored: int
+
+
+def read_answer(answer: Any, rows: int, experts: int) -> Answered | None:
+    """Which of the other ways a router's answer follows; None for none of them."""
     if not isinstance(answer, tuple):
-        return "unknown", 0
+        return None
     if len(answer) == 2 and all(isinstance(a, Tensor) and tuple(a.shape) == (rows, experts) for a in answer):
-        if answer[0].is_meta:
-            return "scores", 0
         chosen = (answer[0] != 0).sum(1).unique()
-        return ("scores", int(chosen[0])) if len(chosen) == 1 and 0 < int(chosen[0]) < experts else ("unknown", 0)
+        fits = len(chosen) == 1 and 0 < int(chosen[0]) < experts
+        return Answered("scores", int(chosen[0]), experts) if fits else None
+    if len(answer) >= 3 and (triple := contract(answer[:3], rows)) is not None:
+        return Answered("experts", triple[2].shape[1], triple[0].shape[1]) if triple[0].shape[1] >= experts else None
     found = _sorted_parts(answer, experts)
-    return ("sorted", len(found[0]) // rows) if found is not None and len(found[0]) % rows == 0 else ("unknown", 0)
+    return None if found is None or len(found[0]) % rows else Answered("sorted", len(found[0]) // rows, experts)
+
+
+def only_routed(index_TK: Tensor, weights_TK: Tensor, experts: int) -> Tensor:
+    """Choices with E, "no expert", for all that is no routed expert.
+
+    For routers that also score skipping, or copies of the input: such a choice names a number beyond the experts, or
+    any expert with weight zero.
+    """
+    none = torch.full_like(index_TK, experts)
+    return torch.where((index_TK >= experts) | (weights_TK == 0), none, index_TK)
 
 
 def _sorted_parts(answer: tuple[Any, ...], experts: int) -> tuple[Tensor, Tensor, Tensor, list[int]] | None:

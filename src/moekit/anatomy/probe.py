@@ -30,7 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moekit.anatomy.asking import PROBE_ROWS, ask_router, on_cpu, passed_names, probe_rows, raw_answer
-from moekit.anatomy.choices import Seam, answered_seam
+from moekit.anatomy.choices import Answered, Seam, read_answer
 from moekit.anatomy.storage import Storage, find_storage
 from moekit.checkpoint.names import PARTS, stated_experts
 from moekit.errors import UnsupportedModel
@@ -78,6 +78,7 @@ class _Router:
         contract: whether it follows the router contract.
         passed: tensors of the block that it is given.
         seam: where choices are read.
+        scored: what it scores: experts, and whatever else.
     """
 
     name: str = ""
@@ -86,6 +87,7 @@ class _Router:
     contract: bool = False
     passed: tuple[str, ...] = ()
     seam: Seam = "unknown"
+    scored: int = 0
 
 
 @dataclass(eq=False)
@@ -106,6 +108,7 @@ class MoELayer:
         passed: tensors of the block that its router is given behind the hidden states, by name.
         seam: where choices can be read: at the "experts" (the contract), or in what the chooser answers.
         chooser: what answers them there, router or not; None where nothing was found.
+        scored: what it scores: E, and more where it also scores what is no routed expert (a skip, say).
     """
 
     index: int
@@ -121,6 +124,7 @@ class MoELayer:
     passed: tuple[str, ...] = ()
     seam: Seam = "experts"
     chooser: nn.Module | None = field(default=None, repr=False)
+    scored: int = 0
 
     @property
     def gate_home(self) -> nn.Module:
@@ -198,29 +202,37 @@ def _experts_here(experts: nn.Module) -> int:
 def _find_router(block: nn.Module, experts: nn.Module, storage: Storage, count: int) -> _Router:
     """The child of a block that chooses among its experts; without a module where none was found."""
     inside = {name.partition(".")[0] for name in storage.names} if storage.kind == "paired" else set()
+    others = []
     for name, child in block.named_children():
         sizes = {size for t in (*child.parameters(), *child.buffers()) for size in t.shape}
-        if child is experts or name == PARTS or name in inside or count not in sizes:
+        if child is experts or name == PARTS or name in inside or not sizes:
             continue
-        passed = passed_names(child, block)
+        passed = passed_names(child, block) if count in sizes else None
         if passed is not None:
             given = tuple(getattr(block, n) for n in passed)
             answer = ask_router(child, probe_rows(child, storage.hidden), passed=given)
             # Attached parts may route by more columns than there are experts.
             if answer is not None and (answer[0].shape[1] == count or hasattr(child, "stock_forward")):
-                return _Router(name, child, answer[2].shape[1], True, passed, "experts")
-        seam, top_k = _asked_otherwise(child, storage.hidden, count)
-        if seam != "unknown":
-            return _Router(name, child, top_k, False, (), seam)
-    return _Router()
+                return _Router(name, child, answer[2].shape[1], True, passed, "experts", count)
+        others.append((name, child))
+    for name, child in others:
+        found = _asked_otherwise(child, storage.hidden, count)
+        if found is not None:
+            return _Router(name, child, found.top_k, False, (), found.seam, found.scored)
+    return _Router(top_k=next(filter(None, map(_stated_top_k, (block, *block.children()))), 0))
 
 
-def _asked_otherwise(child: nn.Module, hidden: int, experts: int) -> tuple[Seam, int]:
-    """How a module that is no router by the contract tells who is chosen, and K."""
-    if not any(p.dim() == 2 and p.shape[1] == hidden for p in child.parameters()):
-        return "unknown", 0
+def _stated_top_k(module: nn.Module) -> int:
+    known = getattr(module, "top_k", None)
+    return known if isinstance(known, int) else 0
+
+
+def _asked_otherwise(child: nn.Module, hidden: int, experts: int) -> Answered | None:
+    """How a module that is no router by the contract tells who is chosen."""
+    if _inner_width(child, hidden) or not any(p.dim() == 2 and p.shape[1] == hidden for p in child.parameters()):
+        return None
     twin = on_cpu(child)  # sorting needs numbers
-    return answered_seam(raw_answer(twin, twin.forward, probe_rows(twin, hidden)), PROBE_ROWS, experts)
+    return read_answer(raw_answer(twin, twin.forward, probe_rows(twin, hidden)), PROBE_ROWS, experts)
 
 
 def _inner_width(module: nn.Module, hidden: int) -> int:
@@ -296,6 +308,7 @@ def iterate_moe_layers(model: nn.Module) -> Iterator[MoELayer]:
             passed=router.passed,
             seam=seam,
             chooser=router.module,
+            scored=router.scored,
         )
 
 

@@ -8,6 +8,7 @@ Legend: N tokens, n tokens of one expert, K choices a token, P (token, choice) p
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import called_with_choices, holds_all_experts
-from moekit.anatomy.storage import activation_of, expert_of, find_storage
+from moekit.anatomy.storage import Storage, activation_of, expert_of, find_storage
 from moekit.runtime.slots import parts_on
 from moekit.trace.batch import ExpertBatch
 
@@ -73,9 +74,32 @@ def _by_storage(module: nn.Module) -> OneExpert | None:
     storage = find_storage(module)
     if storage is None or activation_of(module, storage) is None or parts_on(module):
         return None
-    if storage.kind == "stacked" and called_with_choices(module):
-        return None  # its own formula may be another one, and it can be asked
+    if called_with_choices(module) and not _follows_formula(module, storage):
+        return None
     return lambda expert, hidden_nH: expert_of(module, storage, expert)(hidden_nH)
+
+
+@torch.no_grad()
+def _follows_formula(module: nn.Module, storage: Storage) -> bool:
+    """Whether experts that can be called give what the plain formula gives; asked once for each module."""
+    known = _asked.get(module)
+    if known is None:
+        like = next(module.parameters())
+        generator = torch.Generator().manual_seed(0)
+        given_TH = torch.randn(4, storage.hidden, generator=generator).to(like)
+        index_TK = torch.zeros(4, 2, dtype=torch.int64, device=like.device)
+        try:
+            stock = getattr(type(module), "stock_class", type(module))  # whatever parts hang on it
+            made = stock.forward(module, given_TH, index_TK, torch.tensor([[0.75, 0.25]] * 4).to(like))
+            expected = expert_of(module, storage, 0)(given_TH)[1]
+            known = torch.allclose(made.reshape(expected.shape).float(), expected.float(), rtol=2e-2, atol=1e-4)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            known = False
+        _asked[module] = known
+    return known
+
+
+_asked: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def delegated(experts: Callable[[Tensor, Tensor, Tensor], Tensor]) -> OneExpert:

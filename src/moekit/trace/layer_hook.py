@@ -25,6 +25,7 @@ from moekit.runtime.hanging import lay
 from moekit.trace.batch import ExpertBatch, TokenBatch
 from moekit.trace.each_expert import Figures, OneExpert, delegated, each_expert, plain_expert
 from moekit.trace.meta import index_dtype
+from moekit.trace.seam import routed_choices
 from moekit.trace.sources.all_experts import all_outputs
 from moekit.trace.sources.attention import AttentionProbe
 from moekit.trace.sources.base import ForwardPass, Place, Probe, Removable
@@ -173,7 +174,8 @@ class LayerHook(TransientPart):
             self.measure()
 
     def _see(self, inputs: ExpertsInputs) -> _Call | None:
-        hidden_TH, index_TK, weights_TK = inputs.hidden_TH.detach(), inputs.index_TK, inputs.weights_TK.detach()
+        hidden_TH, weights_TK = inputs.hidden_TH.detach(), inputs.weights_TK.detach()
+        index_TK = routed_choices(self.place.require_moe(), inputs.index_TK, weights_TK)
         assert self._pass is not None
         if self.buffer is not None or index_TK.shape[0] != self._pass.positions:
             what = "twice" if self.buffer is not None else f"on {index_TK.shape[0]} positions"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moekit.anatomy.choices import only_routed
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.runtime.slots import parts_on
@@ -40,7 +41,7 @@ def read_arguments(layer: MoELayer, args: Sequence[Any], kwargs: Mapping[str, An
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         if hidden_TH.shape[0] == index_TK.shape[0] == weights.shape[0]:
             if weights.shape == index_TK.shape:
-                return hidden_TH, index_TK, weights
+                return hidden_TH, routed_choices(layer, index_TK, weights), weights
             if tuple(weights.shape[1:]) == (layer.geometry.experts,):
                 return hidden_TH, index_TK, weights.gather(1, index_TK.long())
     shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors)
@@ -49,6 +50,12 @@ def read_arguments(layer: MoELayer, args: Sequence[Any], kwargs: Mapping[str, An
         layer=layer.index,
         hint="this family's routing cannot be traced",
     )
+
+
+def routed_choices(layer: MoELayer, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Choices, with E for those of no routed expert, where a layer's router also scores such."""
+    experts = layer.geometry.experts
+    return only_routed(index_TK, weights_TK, experts) if layer.scored > experts else index_TK
 
 
 def see_choices(layer: MoELayer, show: Shown) -> RemovableHandle:

@@ -58,7 +58,8 @@ def change_model(
     counts = {index: layer.geometry.experts for index, layer in layers.items()}
     _refuse_policy(layers)
     check_layers(outcomes, counts)
-    check_top_k(outcomes, (config_top_k(model.config.to_dict()) or 1) if top_k is None else top_k)
+    known = max(layer.geometry.top_k for layer in layers.values())
+    check_top_k(outcomes, (config_top_k(model.config.to_dict()) or known or 1) if top_k is None else top_k)
     if groups == "equal":
         check_groups(outcomes, counts, model.config.to_dict(), top_k)
     cut = {index for index, count in counts.items() if outcomes[index].experts != count}

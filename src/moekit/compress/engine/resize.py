@@ -54,7 +54,7 @@ def resized_config(
         UnsupportedModel: the config does not say how many experts there are.
     """
     made = copy.deepcopy(config)
-    text: Any = made.get_text_config()
+    text: Any = stating_experts(made)
     own = text.to_dict()
     counts = [key for key in EXPERT_COUNT_KEYS if isinstance(own.get(key), int)]
     if not counts:
@@ -85,6 +85,14 @@ def resized_config(
     if top_k is not None and top_k != (config_top_k(own) or 0):
         _check_choices(made, top_k)
     return made
+
+
+def stating_experts(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a config that states the number of experts: of the language model, or one within (DBRX)."""
+    text = config.get_text_config()
+    inside = [value for value in vars(text).values() if isinstance(value, PreTrainedConfig)]
+    stating = (c for c in (text, *inside) if any(isinstance(c.to_dict().get(key), int) for key in EXPERT_COUNT_KEYS))
+    return next(stating, text)
 
 
 def _set_width(text: Any, own: Mapping[str, Any], width: int) -> None:

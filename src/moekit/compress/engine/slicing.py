@@ -135,17 +135,23 @@ def expert_counts(checkpoint: Checkpoint) -> dict[int, int]:
     """
     beyond = mtp_tensors(checkpoint.tensors, checkpoint.config)
     split: dict[int, set[int]] = defaultdict(set)
+    down: dict[int, set[int]] = defaultdict(set)
     counts: dict[int, int] = {}
     for name, info in checkpoint.tensors.items():
         if name in beyond:
             continue
         if match := _split(name):
-            split[decoder_index(match["block"])].add(int(match["expert"]))
+            layer, expert = decoder_index(match["block"]), int(match["expert"])
+            split[layer].add(expert)
+            if (known := parse_expert_tensor(name)) is not None and known.part == "down":
+                down[layer].add(expert)
         elif (parsed := parse_expert_tensor(name)) and len(info.shape) >= 3:
             counts[parsed.layer] = info.shape[0]
     for layer, experts in split.items():
         refuse_gap(experts, checkpoint, layer)
-        counts[layer] = len(experts)
+        # Only what has a way out is an expert: behind the others may lie numbers without (LongCat's zero experts).
+        whole = down[layer] if down[layer] and down[layer] == set(range(len(down[layer]))) else experts
+        counts[layer] = len(whole)
     return dict(sorted(counts.items())) or {layer: found.experts for layer, found in renamed_experts(checkpoint).items()}
 
 
@@ -277,9 +283,12 @@ def _kept(
         return
     keep = outcomes[layer].keep
     if match:
-        for number, expert in enumerate(keep):
-            if expert == int(match["expert"]):
-                yield KeptTensor(f"{match['block']}.experts.{number}.{match['rest']}", info, layer)
+        expert = int(match["expert"])
+        numbers = [n for n, kept in enumerate(keep) if kept == expert]
+        if expert >= counts[layer]:  # no expert of its own: it stays behind the others
+            numbers = [expert - counts[layer] + len(keep)]
+        for number in numbers:
+            yield KeptTensor(f"{match['block']}.experts.{number}.{match['rest']}", info, layer)
         return
     how = axes.of(info, counts[layer])
     cut = None
