@@ -132,7 +132,8 @@ def _stated(module: nn.Module) -> int | None:
 
 def _called_with_choices(module: nn.Module) -> bool:
     """Whether a module's forward is given hidden states, choices and weights."""
-    parameters = inspect.signature(module.forward).parameters.values()
+    stock: type[nn.Module] = getattr(type(module), "stock_class", type(module))
+    parameters = list(inspect.signature(stock.forward).parameters.values())[1:]
     return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 3
 
 
