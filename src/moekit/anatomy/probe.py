@@ -319,7 +319,7 @@ def find_moe_layers(model: PreTrainedModel | nn.Module) -> list[MoELayer]:
         model: any transformers v5 causal LM, on any device (the meta device too).
 
     Returns:
-        One `MoELayer` per MoE block; dense layers are left out.
+        One `MoELayer` per MoE block of the language model; dense layers are left out.
 
     Raises:
         UnsupportedModel: the model holds no experts by the contract.
@@ -327,7 +327,17 @@ def find_moe_layers(model: PreTrainedModel | nn.Module) -> list[MoELayer]:
     layers = sorted(iterate_moe_layers(model), key=lambda layer: layer.index)
     if not layers:
         raise _no_layers(model)
-    return layers
+    return _of_language(model, layers)
+
+
+def _of_language(model: nn.Module, layers: list[MoELayer]) -> list[MoELayer]:
+    """Those of the language model, where another stack (a vision tower) numbers MoE blocks of its own."""
+    numbers = [layer.index for layer in layers]
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    if len(set(numbers)) == len(numbers) or not isinstance(decoder, nn.Module):
+        return layers
+    inside = set(decoder.modules())
+    return [layer for layer in layers if layer.block in inside] or layers
 
 
 def _no_layers(model: nn.Module) -> UnsupportedModel:

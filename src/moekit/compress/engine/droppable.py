@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from moekit.anatomy.probe import MoELayer
+from moekit.anatomy.probe import MoELayer, iterate_moe_layers
 from moekit.compress.engine.counting import counted_axes
 from moekit.compress.engine.resize import empty_resized
 from moekit.errors import UnsupportedModel
@@ -39,9 +39,9 @@ def check_droppable(
         if layer.index in changed:
             _refuse_table(layer, file)
     numbers = tuple(max(layer.geometry.experts for layer in layers) + more for more in (1, 2))
-    fewer, more = (empty_resized(config, n).state_dict() for n in numbers)
-    shapes = [{name: tuple(t.shape) for name, t in state.items()} for state in (fewer, more)]
-    blocks = tuple(f"{layer.name}." for layer in layers)
+    models = [empty_resized(config, n) for n in numbers]
+    shapes = [{name: tuple(t.shape) for name, t in model.state_dict().items()} for model in models]
+    blocks = tuple(f"{layer.name}." for layer in iterate_moe_layers(models[0]))
     for name in counted_axes(shapes[0], shapes[1], (numbers[0], numbers[1])):
         if not name.startswith(blocks):
             raise UnsupportedModel(

@@ -21,7 +21,7 @@ from moekit.compress.engine.layer_writer import Rewrite
 from moekit.compress.engine.limits import check_groups, check_layers, check_made, check_top_k, common_width
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, read_block, resized_block, resized_config
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, UnsupportedModel
 from moekit.runtime.slots import parts_on
 
 
@@ -54,7 +54,14 @@ def change_model(
             is attached. The model is as before.
         UnsupportedModel: a layer that cannot be resized. The model is as before.
     """
-    layers = {layer.index: layer for layer in find_moe_layers(model)}
+    found = find_moe_layers(model)
+    layers = {layer.index: layer for layer in found}
+    if len(layers) < len(found):
+        numbers = [layer.index for layer in found]
+        raise UnsupportedModel(
+            "two MoE blocks stand in one decoder layer, and an outcome says of one which experts stay",
+            layer=next(n for n in numbers if numbers.count(n) > 1),
+        )
     counts = {index: layer.geometry.experts for index, layer in layers.items()}
     _refuse_policy(layers)
     check_layers(outcomes, counts)

@@ -169,16 +169,34 @@ def empty_resized(config: PreTrainedConfig, experts: int) -> PreTrainedModel:
     return _skeleton_of(resized_config(config, experts, dropped=True))
 
 
-def empty_block(config: PreTrainedConfig, name: str) -> nn.Module:
-    """The MoE block at a module path, of a model of this config, without weights.
+def _block_in(model: nn.Module, layer: MoELayer) -> nn.Module:
+    """The block of another model that stands where this layer's does; wrappers of a language model name it otherwise.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    found = {other.name: other.block for other in iterate_moe_layers(model)}
+    if layer.name in found:
+        return found[layer.name]
+    ends = [name for name in found if layer.name.endswith(f".{name.split('.', 1)[-1]}")]
+    if len(ends) != 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__}, which the config names, has no block {layer.name!r}",
+            layer=layer.index,
+            hint="change its experts in the checkpoint's folder (moekit prune)",
+        )
+    return found[ends[0]]
+
+
+def empty_block(config: PreTrainedConfig, layer: MoELayer) -> nn.Module:
+    """A MoE block of a model of this config, without weights.
 
     Args:
         config: of the model.
-        name: module path of the block.
+        layer: the same block of the model as it is.
     """
     # A copy of the module tree whose parameters stay on meta.
-    block: nn.Module = copy.deepcopy(_skeleton_of(config).get_submodule(name))
-    return block
+    return copy.deepcopy(_block_in(_skeleton_of(config), layer))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -203,7 +221,7 @@ def _router_axes(layer: MoELayer, config: PreTrainedConfig | None) -> dict[str, 
         axes = {name: expert_axis(name, t.shape, count) for name, t in tensors.items()}
         return {name: Counted(axis, 1, 0) for name, axis in axes.items() if axis is not None}
     numbers = (count + 1, count + 2)
-    blocks = [empty_resized(config, n).get_submodule(layer.name) for n in numbers]
+    blocks = [_block_in(empty_resized(config, n), layer) for n in numbers]
     fewer, more = ({name: tuple(t.shape) for name, t in _tensors(block)} for block in blocks)
     own = f"{_below(layer, layer.experts_name)}" if layer.storage.kind != "paired" else "-"
     counted = counted_axes(fewer, more, numbers)
@@ -253,7 +271,7 @@ def resized_block(layer: MoELayer, config: PreTrainedConfig, weights: LayerWeigh
     Raises:
         UnsupportedModel: the family's block of this size has other tensors than the old one.
     """
-    made = empty_block(config, layer.name)
+    made = empty_block(config, layer)
     below = _below(layer, layer.experts_name)
     old = dict(_tensors(layer.block))
     new = _new_tensors(layer, made, config, weights, old)
