@@ -38,7 +38,8 @@ _SPLIT: dict[str, Any] = {"intermediate_size": DENSE, "moe_intermediate_size": W
 
 _KNOBS: dict[str, dict[str, Any]] = {
     "afmoe": {**_SPLIT, "num_experts": EXPERTS, "num_dense_layers": 0, "num_shared_experts": 1},
-    "hy_v3": {**_SPLIT, "num_local_experts": EXPERTS, "num_shared_experts": 1, "first_k_dense_replace": 0},
+    "hy_v3": {**_SPLIT, "num_local_experts": EXPERTS, "num_shared_experts": 1,
+              "mlp_layer_types": ["sparse", "sparse"]},
     "lfm2_moe": {**_SPLIT, "num_experts": EXPERTS, "num_dense_layers": 0, "layer_types": ["full_attention"] * 2},
     "minimax_m2": {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K},
     "llama4_text": {
@@ -48,6 +49,8 @@ _KNOBS: dict[str, dict[str, Any]] = {
     "aria_text": {"intermediate_size": WIDTH, "moe_num_experts": EXPERTS, "moe_topk": TOP_K,
                   "moe_num_shared_experts": 2},
     "inkling2_text": {**_SPLIT, "num_local_experts": EXPERTS, "n_routed_experts": EXPERTS},
+    "inkling_text": {**_SPLIT, "n_routed_experts": EXPERTS, "n_shared_experts": 2,
+                     "mlp_layer_types": ["sparse", "sparse"]},
     "zaya": {**_SPLIT, "num_experts": EXPERTS, "router_hidden_size": 20, "num_experts_per_tok": 1},
     "jetmoe": {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K,
                "kv_channels": 8, "num_key_value_heads": 2},
