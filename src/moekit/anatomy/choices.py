@@ -1,10 +1,12 @@
 """Read what tokens chose where a block does not hand it to its experts.
 
-Most blocks call their experts with hidden states, indices and weights: this is the seam. Two other ways are known, told
+Most blocks call their experts with hidden states, indices and weights: this is the seam. Three other ways are known, told
 by what the router answers:
 
 - *scores*: the router gives a matrix [T, E] that is zero but for the K chosen; experts are given every token times each
   of its scores, [E * T, H] (Llama 4). A weight multiplies what an expert is given, not what it gives.
+- *masks*: the router gives a matrix [T, E] that is one for the expert chosen, zero throughout where its capacity is
+  used up, and the weight of each token [T, 1] (Switch Transformers).
 - *sorted*: the router gives the tokens sorted by expert, with how many each expert gets (JetMoe).
 
 Legend: T tokens, E experts, K choices a token, H hidden, P = T * K (token, choice) pairs.
@@ -20,8 +22,8 @@ from torch import Tensor
 
 from moekit.anatomy.asking import contract
 
-# "experts": the contract. "scores", "sorted": see above. "unknown": called in another way.
-Seam = Literal["experts", "scores", "sorted", "unknown"]
+# "experts": the contract. "unknown": called in another way. The others: see above.
+Seam = Literal["experts", "scores", "masks", "sorted", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def read_answer(answer: Any, rows: int, experts: int) -> Answered | None:
         chosen = (answer[0] != 0).sum(1).unique()
         fits = len(chosen) == 1 and 0 < int(chosen[0]) < experts
         return Answered("scores", int(chosen[0]), experts) if fits else None
+    if _masks(answer, experts) is not None:
+        return Answered("masks", 1, experts)
     if len(answer) >= 3 and (triple := contract(answer[:3], rows)) is not None:
         return Answered("experts", triple[2].shape[1], triple[0].shape[1]) if triple[0].shape[1] >= experts else None
     found = _sorted_parts(answer, experts)
@@ -61,6 +65,17 @@ def only_routed(index_TK: Tensor, weights_TK: Tensor, experts: int) -> Tensor:
     """
     none = torch.full_like(index_TK, experts)
     return torch.where((index_TK >= experts) | (weights_TK == 0), none, index_TK)
+
+
+def _masks(answer: tuple[Any, ...], experts: int) -> tuple[Tensor, Tensor] | None:
+    """(mask [T, E], weight [T, 1]) among what a router gave, sequences laid out behind each other."""
+    tensors = [a.reshape(-1, a.shape[-1]) for a in answer if isinstance(a, Tensor) and a.dim() > 1]
+    masks = [t for t in tensors if not t.is_floating_point() and t.shape[1] == experts]
+    weights = [t for t in tensors if t.is_floating_point() and t.shape[1] == 1]
+    if len(masks) != 1 or len(weights) != 1 or len(masks[0]) != len(weights[0]):
+        return None
+    fits = bool(((masks[0] == 0) | (masks[0] == 1)).all()) and bool((masks[0].sum(1) <= 1).all())
+    return (masks[0], weights[0]) if fits else None
 
 
 def _sorted_parts(answer: tuple[Any, ...], experts: int) -> tuple[Tensor, Tensor, Tensor, list[int]] | None:
@@ -81,6 +96,12 @@ def read_choices(seam: Seam, answer: Any, rows: int, experts: int, top_k: int) -
         # By logits, as a score may underflow to zero.
         index_TK = logits_TE.topk(top_k, dim=1).indices
         return index_TK, scores_TE.gather(1, index_TK)
+    if seam == "masks":
+        masks = _masks(answer, experts)
+        assert masks is not None  # the seam was told by such an answer
+        mask_TE, weight_T1 = masks
+        index_T1 = mask_TE.argmax(1, keepdim=True)
+        return index_T1.masked_fill(mask_TE.sum(1, keepdim=True) == 0, experts), weight_T1
     found = _sorted_parts(answer, experts)
     assert found is not None  # the seam was told by such an answer
     order_P, _, weights_P, sizes = found

@@ -151,9 +151,10 @@ class MoELayer:
         """
         if self.router is None:
             raise UnsupportedModel(
-                f"the router beside {self.experts_name!r} does not return (logits [T, E], weights [T, K], indices)",
+                f"no router beside {self.experts_name!r} answers hidden states alone with just (logits [T, E], weights "
+                "[T, K], indices [T, K])",
                 layer=self.index,
-                hint="its routing can be traced (moekit profile), but not replaced",
+                hint="moekit profile, prune and place work on such a model; what replaces or trains routers does not",
             )
         return self.router
 
@@ -291,7 +292,7 @@ def iterate_moe_layers(model: nn.Module) -> Iterator[MoELayer]:
         block = modules[block_name]
         count = experts_in_layer(experts)
         router = _find_router(block, experts, storage, count)
-        called = block is not experts and called_with_choices(experts)
+        called = block is not experts and called_with_choices(experts) and router.seam != "masks"
         seam: Seam = "experts" if called else router.seam if not router.contract else "unknown"
         shared, shared_width = _find_shared(block, {experts, *filter(None, [router.module])}, storage)
         yield MoELayer(

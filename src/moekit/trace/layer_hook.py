@@ -142,6 +142,13 @@ class LayerHook(TransientPart):
                     layer=self.layer,
                     hint="record outputs of single experts in one process, or leave out statistics of them",
                 )
+            if self._by_all and self.geometry.weighs_inputs:
+                raise UnsupportedModel(
+                    "weights multiply what this family's experts are given: an expert that a token did not choose has "
+                    "no output for it",
+                    layer=self.layer,
+                    hint="leave out statistics of the outputs of all experts",
+                )
             yield lay(self.place.moe, self)
         if self._entries or self.place.moe is None:
             yield self.place.decoder.register_forward_hook(self._on_decoder)
@@ -269,6 +276,7 @@ class LayerHook(TransientPart):
             domains=len(current.domains),
             domain=current.labels.domain_N,
             position=current.labels.position_N,
+            weighs_inputs=self.place.geometry.weighs_inputs,
             **parts,
         )
         buffer.measured.append(self._empty([], call.index_NK.device).measure(seen, self._by_token))
