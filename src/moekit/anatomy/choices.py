@@ -1,7 +1,7 @@
 """Read what tokens chose where a block does not hand it to its experts.
 
-Most blocks call their experts with hidden states, indices and weights: this is the seam. Three other ways are known, told
-by what the router answers:
+Most blocks call their experts with hidden states, indices and weights: this is the seam. Three other ways are known,
+told by what the router answers:
 
 - *scores*: the router gives a matrix [T, E] that is zero but for the K chosen; experts are given every token times each
   of its scores, [E * T, H] (Llama 4). A weight multiplies what an expert is given, not what it gives.

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from moekit.anatomy.gate import Gate, GateSpec, Scoring
 from moekit.anatomy.asking import ask_router, stirred
+from moekit.anatomy.gate import Gate, GateSpec, Scoring
 from moekit.anatomy.probe import MoELayer
 from moekit.checkpoint.names import is_part_tensor
 from moekit.errors import UnsupportedModel

@@ -5,9 +5,9 @@ transformers v5 gives every MoE block the same narrow waist::
     router.forward(hidden [T, H])                               -> (logits [T, E], weights [T, K], indices [T, K])
     experts.forward(hidden [T, H], indices [T, K], weights [T, K]) -> output [T, H]
 
-*Experts* is a module that states `num_experts` and holds their weights in a way that `moekit.anatomy.storage` knows. Its
-*router* is the sibling that, called on a few random rows, answers with the triple above. What is left of the block and
-maps H -> H is the *shared* expert.
+*Experts* is a module that states `num_experts` and holds their weights in a way that `moekit.anatomy.storage` knows.
+Its *router* is the sibling that, called on a few random rows, answers with the triple above. What is left of the block
+and maps H -> H is the *shared* expert.
 
 A router may also be given tensors of its block, such as a selection bias (`MoELayer.passed`). Blocks that choose in
 another way have no `router`; where what their `chooser` answers tells who is chosen, they can be traced all the same
@@ -352,8 +352,8 @@ def _no_layers(model: nn.Module) -> UnsupportedModel:
         return UnsupportedModel(
             f"{name} is a Mixture of Experts, but {where} in a form that moekit does not know: not as weights of one "
             "gated or plain network for each expert",
-            hint="moekit check, estimate, reshard, generate and undo work on it; what looks at single experts (profile, "
-            "prune, route, place, sparsify) does not",
+            hint="moekit check, estimate, reshard, generate and undo work on it; what looks at single experts "
+            "(profile, prune, route, place, sparsify) does not",
         )
     return UnsupportedModel(
         f"{name} is not a Mixture of Experts: no module has `num_experts` and weights of as many experts",

@@ -51,7 +51,7 @@ class Projection:
             stacked = torch.stack([tensors[name] for name in self.names])
         else:
             stacked = tensors[self.names[0]]
-            stacked = stacked.unflatten(0, (experts, -1)) if self.joined else stacked[:experts]
+            stacked = stacked.view(experts, -1, *stacked.shape[1:]) if self.joined else stacked[:experts]
         return stacked.transpose(1, 2) if self.transposed else stacked
 
     def one(self, tensors: Mapping[str, Tensor], expert: int, experts: int) -> Tensor:
@@ -60,7 +60,7 @@ class Projection:
             own = tensors[self.names[expert]]
         else:
             whole = tensors[self.names[0]]
-            own = whole.unflatten(0, (experts, -1))[expert] if self.joined else whole[expert]
+            own = whole.view(experts, -1, *whole.shape[1:])[expert] if self.joined else whole[expert]
         return own.T if self.transposed else own
 
     def write(self, value: Tensor) -> dict[str, Tensor]:
@@ -214,7 +214,11 @@ def _asked_roles(child: nn.Module, names: Sequence[str]) -> dict[Part, str] | No
         return None
     for gate, up, down in itertools.permutations(range(3)):
         expected = (activation(given @ matrices[gate].T) * (given @ matrices[up].T)) @ matrices[down]
-        if isinstance(answer, Tensor) and answer.shape == expected.shape and torch.allclose(answer, expected, atol=1e-5):
+        if (
+            isinstance(answer, Tensor)
+            and answer.shape == expected.shape
+            and torch.allclose(answer, expected, atol=1e-5)
+        ):
             # Arguments come in the order in which the tensors are registered, or are named after them.
             order = _argument_order(child, names)
             return {"gate": order[gate], "up": order[up], "down": order[down]}

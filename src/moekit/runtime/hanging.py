@@ -88,23 +88,26 @@ class Laid:
 
     experts: nn.Module
     part: TransientPart
+    handle: RemovableHandle | None = None
 
     def remove(self) -> None:
         """Take it off, whatever came after it; twice does nothing."""
+        if self.handle is not None:
+            self.handle.remove()
         slot = slot_of(self.experts)
         if slot is not None and self.part in slot.transient:
             slot.transient.remove(self.part)
             _close_empty(self.experts, slot)
 
 
-def lay(layer: MoELayer, part: TransientPart) -> Laid | RemovableHandle:
+def lay(layer: MoELayer, part: TransientPart) -> Laid:
     """Let a part that comes and goes compute a layer's experts; where it stands, `moekit.runtime.experts` says.
 
     Raises:
         UnsupportedModel: the family's experts do not follow the contract.
     """
     if layer.seam != "experts":
-        return watch(layer, part)
+        return Laid(layer.experts, part, watch(layer, part))
     _opened(layer, "experts").transient.append(part)
     return Laid(layer.experts, part)
 

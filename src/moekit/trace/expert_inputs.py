@@ -14,10 +14,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekit.anatomy.probe import MoELayer
 from moekit.errors import UnsupportedModel

@@ -127,9 +127,7 @@ def test_dropping_is_plain_indexing(family: str, tmp_path: Path) -> None:
 def test_experts_are_merged_on_disk_as_in_memory(family: str, tmp_path: Path) -> None:
     source = saved(tmp_path / "m", family)
     before = stock(source)
-    merged = {
-        n: LayerOutcome(keep=KEEP, sources=((1, 0), (2, 3), (4,), (5, 6), (7,))) for n in outcomes(before)
-    }
+    merged = {n: LayerOutcome(keep=KEEP, sources=((1, 0), (2, 3), (4,), (5, 6), (7,))) for n in outcomes(before)}
     apply(Checkpoint.open(source), merged, tmp_path / "out", record=Record(command="a test"))
     live = copy.deepcopy(change_model(copy.deepcopy(before), merged))
     assert torch.equal(logits(stock(tmp_path / "out")), logits(live))
