@@ -57,7 +57,8 @@ _KNOBS: dict[str, dict[str, Any]] = {
     "doge": {"intermediate_size": WIDTH, "num_experts": 16, "num_experts_per_tok": TOP_K, "is_moe": True},
     "deepseek_v4": {**_SPLIT, "n_routed_experts": EXPERTS, "num_local_experts": EXPERTS},
     "longcat_flash": {**_MLA, "ffn_hidden_size": DENSE, "expert_ffn_hidden_size": WIDTH, "num_layers": 2,
-                      "n_routed_experts": EXPERTS, "zero_expert_num": 3, "moe_topk": TOP_K, "num_attention_heads": 4, "head_dim": 4},
+                      "n_routed_experts": EXPERTS, "zero_expert_num": 3, "moe_topk": TOP_K,
+                      "num_attention_heads": 4, "head_dim": 4},
 }  # fmt: skip
 
 

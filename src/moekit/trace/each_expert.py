@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import called_with_choices, holds_all_experts
-from moekit.anatomy.storage import Storage, activation_of, expert_of, find_storage
+from moekit.anatomy.storage import Storage, activation_of, expert_of
+from moekit.anatomy.stored import find_storage
 from moekit.runtime.slots import parts_on
 from moekit.trace.batch import ExpertBatch
 

@@ -61,8 +61,8 @@ def routed_choices(layer: MoELayer, index_TK: Tensor, weights_TK: Tensor) -> Ten
     experts = layer.geometry.experts
     if index_TK.shape[1] == experts > 2 and index_TK.numel() and int(index_TK.max()) <= 1:
         raise UnsupportedModel(
-            f"{layer.experts_name!r} is given a mask of zeros and ones over its {experts} experts where indices are due: "
-            "the installed transformers runs experts 0 and 1 only, whatever the router chooses",
+            f"{layer.experts_name!r} is given a mask of zeros and ones over its {experts} experts where indices are "
+            "due: the installed transformers runs experts 0 and 1 only, whatever the router chooses",
             layer=layer.index,
             hint="what its routers choose cannot be traced with this release of transformers",
         )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moekit.anatomy import Gate, find_moe_layers, identify_gate, permute_experts
-from moekit.anatomy.storage import expert_of, find_storage
+from moekit.anatomy.storage import expert_of
+from moekit.anatomy.stored import find_storage
 from moekit.errors import UnsupportedModel
 from tests.families import EXPERTS, HIDDEN, TOP_K, WIDTH, logits
 from tests.odd_families import build, config_of

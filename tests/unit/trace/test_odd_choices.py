@@ -133,7 +133,7 @@ def one_block(block: nn.Module) -> tuple[nn.Module, Any]:
 def test_a_mask_over_the_experts_and_a_capacity() -> None:
     torch.manual_seed(0)
     config = SwitchTransformersConfig(d_model=HIDDEN, d_ff=24, num_experts=4, expert_capacity=2, dropout_rate=0.0)
-    model, layer = one_block(SwitchTransformersSparseMLP(config).eval())
+    _, layer = one_block(SwitchTransformersSparseMLP(config).eval())
     assert (layer.seam, layer.storage.kind, layer.geometry.top_k) == ("masks", "listed", 1)
     hidden = torch.randn(2, 7, HIDDEN)
     found: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -59,12 +59,8 @@ def _refuse_table(layer: MoELayer, file: Path | None) -> None:
             continue
         for name, buffer in module._buffers.items():
             saved = name not in module._non_persistent_buffers_set
-            if (
-                buffer is not None
-                and saved
-                and buffer.dim()
-                and not (buffer.is_floating_point() or buffer.is_complex())
-            ):
+            # [tokens, K]; a vector would count something of every expert, and is cut by its shape.
+            if buffer is not None and saved and buffer.dim() == 2 and not buffer.dtype.is_floating_point:
                 raise UnsupportedModel(
                     f"{path}.{name} of shape {list(buffer.shape)} names the experts of every token id by number: "
                     "tokens whose experts go would be left without",

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moekit.anatomy.permute import expert_axis
 from moekit.anatomy.probe import MoELayer, holds_all_experts, iterate_moe_layers
-from moekit.anatomy.storage import find_storage
+from moekit.anatomy.stored import find_storage
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, TOP_K_KEYS, config_top_k
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.spec import KEYS, stated

@@ -152,9 +152,9 @@ def expert_counts(checkpoint: Checkpoint) -> dict[int, int]:
         # Only what has a way out is an expert: behind the others may lie numbers without (LongCat's zero experts).
         whole = down[layer] if down[layer] and down[layer] == set(range(len(down[layer]))) else experts
         counts[layer] = len(whole)
-    return dict(sorted(counts.items())) or {
-        layer: found.experts for layer, found in renamed_experts(checkpoint).items()
-    }
+    if not counts:
+        counts = {layer: found.experts for layer, found in renamed_experts(checkpoint).items()}
+    return dict(sorted(counts.items()))
 
 
 def _split(name: str) -> re.Match[str] | None:

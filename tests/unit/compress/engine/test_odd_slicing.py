@@ -90,7 +90,7 @@ def folder_by_hand(source: Path, target: Path, family: str) -> Path:
 
 
 def stock(folder: Path) -> PreTrainedModel:
-    """As stock transformers loads it; a copy, as results on the CPU depend on where a file's tensors begin in memory."""
+    """As stock transformers loads it; a copy, as results on the CPU depend on where tensors begin in memory."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     made: PreTrainedModel = copy.deepcopy(model).eval()
     return made
