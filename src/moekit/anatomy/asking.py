@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moekit.checkpoint.names import PARTS
 from moekit.errors import MoekitError
 
 Answer = tuple[Tensor, Tensor, Tensor]
@@ -111,7 +113,8 @@ def on_cpu(module: nn.Module) -> nn.Module:
 def stirred(module: nn.Module) -> nn.Module:
     """A copy on the CPU with random tensors: fresh checkpoints have zero routers and biases, where all look alike."""
     meta = any(p.is_meta for p in module.parameters())
-    twin = copy.deepcopy(module).to_empty(device="cpu") if meta else copy.deepcopy(module).to("cpu")
+    twin = _alone(module)
+    twin = twin.to_empty(device="cpu") if meta else twin.to("cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in (*twin.parameters(), *twin.buffers()):
@@ -120,3 +123,13 @@ def stirred(module: nn.Module) -> nn.Module:
                 scale = spread / max(tensor.shape[-1], 1) ** 0.5 if tensor.dim() == 2 else spread
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
     return twin
+
+
+def _alone(module: nn.Module) -> nn.Module:
+    """A copy without its parts and without hooks: both hold on to modules of the whole model."""
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    instead: dict[int, object] = {id(known): OrderedDict() for known in hooks}
+    parts = module._modules.get(PARTS)
+    if parts is not None:
+        instead[id(parts)] = nn.Module()
+    return copy.deepcopy(module, instead)
