@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
-from moekit.compress.engine.apply import apply, plan_bytes
+from moekit.compress.engine.apply import apply
+from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.live import change_model
 from moekit.compress.engine.measuring import geometries_of, sizes_of
 from moekit.compress.engine.outcome import LayerOutcome
@@ -169,12 +170,12 @@ def test_what_cannot_be_dropped_is_refused_before_any_work(family: str, says: st
     checkpoint = Checkpoint.open(saved(tmp_path / "m", family))
     model = build(family)
     with pytest.raises(UnsupportedModel, match=says) as told:
-        plan_bytes(checkpoint, outcomes(model))
+        prepare(checkpoint, outcomes(model))
     assert "profile" in str(told.value)
     with pytest.raises(UnsupportedModel, match=says):
         change_model(model, outcomes(model))
     every = {n: LayerOutcome(keep=tuple(range(EXPERTS))) for n in outcomes(model)}
-    assert plan_bytes(checkpoint, every) > 0
+    assert prepare(checkpoint, every).nbytes > 0
 
 
 def test_a_router_of_more_rows_that_fits_no_count_is_told_truthfully(tmp_path: Path) -> None:
@@ -184,5 +185,5 @@ def test_a_router_of_more_rows_that_fits_no_count_is_told_truthfully(tmp_path: P
     tensors[name] = torch.zeros(EXPERTS + 2, tensors[name].shape[1])
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnsupportedModel, match="has no axis") as told:
-        plan_bytes(Checkpoint.open(source), outcomes(build("zaya")))
+        prepare(Checkpoint.open(source), outcomes(build("zaya")))
     assert "unquantized" not in str(told.value)
