@@ -108,7 +108,8 @@ class Gate:
 
     Args:
         spec: what the gate computes.
-        router: the live router; only its selection bias is read, at every call (it may be trained).
+        router: the live module that holds the selection bias, which is read at every call as it may be trained: the
+            router, or the block that gives it one (`MoELayer.gate_home`).
     """
 
     def __init__(self, spec: GateSpec, router: nn.Module) -> None:

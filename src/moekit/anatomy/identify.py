@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from moekit.anatomy.asking import ask_router, stirred
 from moekit.anatomy.gate import Gate, GateSpec, Scoring
-from moekit.anatomy.probe import MoELayer, ask_router
-from moekit.checkpoint.names import PARTS, is_part_tensor
+from moekit.anatomy.probe import MoELayer
+from moekit.checkpoint.names import is_part_tensor
 from moekit.errors import UnsupportedModel
 
+# The names that families give to the factor on weights.
+_SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale", "scaling_factor")
 _EPSILONS = (0.0, 1e-20, 1e-6, 1e-9, 1e-12)
 
 
@@ -50,6 +52,39 @@ _QUESTIONS = (
     *(_Question(rows, torch.bfloat16) for rows in (64, 256, 1024)),
 )
 
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A router that is asked, with random weights.
+
+    Attributes:
+        router: a copy.
+        block: holds what the router's block gives it; None where it gives nothing.
+    """
+
+    router: nn.Module
+    block: nn.Module | None
+
+    @property
+    def home(self) -> nn.Module:
+        """Where its selection bias is found: see `MoELayer.gate_home`."""
+        return self.router if self.block is None else self.block
+
+    @property
+    def passed(self) -> tuple[Tensor, ...]:
+        """What the block gives it."""
+        return () if self.block is None else tuple(self.block.buffers())
+
+
+def _stirred_tensors(layer: MoELayer) -> nn.Module | None:
+    if not layer.passed:
+        return None
+    block = nn.Module()
+    for name in layer.passed:
+        block.register_buffer(name, torch.empty_like(getattr(layer.block, name), device="cpu"))
+    return stirred(block)
+
+
 # A gate depends on a router's code and attributes, not on its weights: equal routers are asked once.
 _known: dict[tuple[object, ...], GateSpec] = {}
 
@@ -64,13 +99,14 @@ def identify_gate(layer: MoELayer) -> GateSpec:
     key = _key(router, layer)
     if key is not None and key in _known:
         return _known[key]
-    twin = _stirred(router)
-    asked = ask_router(twin, torch.ones(2, layer.geometry.hidden).to(next(twin.parameters()).dtype), stock=True)
-    assert asked is not None  # it is a router because it answers
+    asked = _Asked(stirred(router), _stirred_tensors(layer))
+    rows_TH = torch.ones(2, layer.geometry.hidden).to(next(asked.router.parameters()).dtype)
+    answer = ask_router(asked.router, rows_TH, stock=True, passed=asked.passed)
+    assert answer is not None  # it is a router because it answers
     # The family's own K: attached parts may choose another number.
-    alive = list(_candidates(twin, layer.geometry.experts, asked[2].shape[1]))
+    alive = list(_candidates(asked, layer.geometry.experts, answer[2].shape[1]))
     for number, question in enumerate(_QUESTIONS):
-        alive = _agreeing(twin, question, layer.geometry.hidden, alive, seed=number + 1)
+        alive = _agreeing(asked, question, layer.geometry.hidden, alive, seed=number + 1)
         if len({replace(spec, sorted=True) for spec in alive}) < 2:
             break
     if not alive:
@@ -85,30 +121,31 @@ def identify_gate(layer: MoELayer) -> GateSpec:
     return alive[0]
 
 
-def _agreeing(twin: nn.Module, question: _Question, hidden: int, specs: list[GateSpec], seed: int) -> list[GateSpec]:
+def _agreeing(asked: _Asked, question: _Question, hidden: int, specs: list[GateSpec], seed: int) -> list[GateSpec]:
     """Those of the candidates that answer like the router."""
-    asked = copy.deepcopy(twin) if question.dtype is not None or question.low else twin
+    router = copy.deepcopy(asked.router) if question.dtype is not None or question.low else asked.router
     if question.dtype is not None:
-        asked.to(question.dtype)
-    like = next(asked.parameters())
+        router.to(question.dtype)
+    like = next(router.parameters())
     rows_TH = torch.randn(question.rows, hidden, generator=torch.Generator().manual_seed(seed))
     if question.low:
         rows_TH = rows_TH.abs() * torch.logspace(-1, 2.5, question.rows).unsqueeze(1)
         with torch.no_grad():
-            for parameter in asked.parameters():
+            for parameter in router.parameters():
                 if parameter.dim() == 2:
                     parameter.copy_(-parameter.abs())
-    answer = ask_router(asked, rows_TH.to(like.dtype), stock=True)
+    answer = ask_router(router, rows_TH.to(like.dtype), stock=True, passed=asked.passed)
     if answer is None:  # a router that does not run in this type tells nothing in it
         return specs
-    return [spec for spec in specs if _equals(spec, asked, answer)]
+    home = router if asked.block is None else asked.block
+    return [spec for spec in specs if _equals(spec, home, answer)]
 
 
-def _equals(spec: GateSpec, router: nn.Module, answer: tuple[Tensor, Tensor, Tensor]) -> bool:
+def _equals(spec: GateSpec, home: nn.Module, answer: tuple[Tensor, Tensor, Tensor]) -> bool:
     logits_TE, weights_TK, indices_TK = answer
     try:
         with torch.no_grad():
-            ours_TK, chosen_TK = Gate(spec, router)(logits_TE)
+            ours_TK, chosen_TK = Gate(spec, home)(logits_TE)
     except RuntimeError:  # a bias or grouping that does not fit these shapes
         return False
     # Rows that the router itself answers with NaN tell nothing.
@@ -120,18 +157,19 @@ def _attribute(router: nn.Module, *names: str) -> object | None:
     return next((getattr(router, name) for name in names if getattr(router, name, None) is not None), None)
 
 
-def _bias_names(router: nn.Module, experts: int) -> list[str]:
+def _bias_names(home: nn.Module, experts: int) -> list[str]:
     """Candidates for a selection bias: [E]-sized tensors below the router that are not the linear map's own bias."""
-    tensors = (*router.named_parameters(), *router.named_buffers())
+    tensors = (*home.named_parameters(), *home.named_buffers())
     names = [n for n, t in tensors if t.numel() == experts and not is_part_tensor(n)]
     return [n for n in names if n not in {"bias", "layer.bias"}]
 
 
-def _candidates(router: nn.Module, experts: int, top_k: int) -> Iterator[GateSpec]:
+def _candidates(asked: _Asked, experts: int, top_k: int) -> Iterator[GateSpec]:
+    router = asked.router
     jitter = _attribute(router, "router_jitter_noise")
     if isinstance(jitter, float) and top_k == 2:
         yield GateSpec(top_k, scoring="sparsemixer", jitter=jitter)
-    scaling = _attribute(router, "routed_scaling_factor", "route_scale", "scaling_factor")
+    scaling = _attribute(router, *_SCALES)
     scales = [float(scaling), 1.0] if isinstance(scaling, int | float) and scaling != 1 else [1.0]
     groups, top_groups = _attribute(router, "num_group", "n_group"), _attribute(router, "topk_group")
     grouped: list[tuple[int, int]] = [(1, 1)]
@@ -142,7 +180,7 @@ def _candidates(router: nn.Module, experts: int, top_k: int) -> Iterator[GateSpe
     if isinstance(floor, float):
         normals.insert(0, (True, 0.0, floor))
     scorings: list[Scoring] = ["softmax", "softmax_native", "sigmoid", "selected_softmax", "selected_softmax_native"]
-    biases = [*_bias_names(router, experts), ""]
+    biases = [*_bias_names(asked.home, experts), ""]
     for scoring, bias, (count, top), (normal, epsilon, least), scale in itertools.product(
         scorings, biases, grouped, normals, scales
     ):
@@ -157,37 +195,9 @@ def _candidates(router: nn.Module, experts: int, top_k: int) -> Iterator[GateSpe
             yield replace(one, sorted=False)
 
 
-def _stirred(router: nn.Module) -> nn.Module:
-    """A copy with random tensors: fresh checkpoints have zero routers and biases, where every gate looks alike."""
-    twin = _alone(router)
-    twin = twin.to_empty(device="cpu") if _on_meta(router) else twin.to("cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in (*twin.parameters(), *twin.buffers()):
-            if tensor.is_floating_point():
-                spread = 1.0 if tensor.dim() == 2 and tensor.shape[0] > 1 and tensor.shape[1] > 1 else 0.3
-                scale = spread / max(tensor.shape[-1], 1) ** 0.5 if tensor.dim() == 2 else spread
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
-    return twin
-
-
-def _alone(router: nn.Module) -> nn.Module:
-    """A copy without its parts and without hooks: both hold on to modules of the whole model."""
-    hooks = router._forward_hooks, router._forward_pre_hooks
-    instead: dict[int, object] = {id(known): OrderedDict() for known in hooks}
-    parts = router._modules.get(PARTS)
-    if parts is not None:
-        instead[id(parts)] = nn.Module()
-    return copy.deepcopy(router, instead)
-
-
-def _on_meta(module: nn.Module) -> bool:
-    return any(p.is_meta for p in module.parameters())
-
-
 def _key(router: nn.Module, layer: MoELayer) -> tuple[object, ...] | None:
     """What decides a router's gate; None where its forward was replaced, which no attribute shows."""
-    told: list[object] = [layer.geometry.hidden, layer.geometry.experts]
+    told: list[object] = [layer.geometry.hidden, layer.geometry.experts, layer.passed]
     for name, module in router.named_modules():
         if is_part_tensor(f"{name}."):
             continue

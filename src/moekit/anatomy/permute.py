@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moekit.anatomy.layout import DiskLayout, find_expert_tensors
-from moekit.anatomy.probe import MoELayer, ask_router, find_moe_layers
+from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.checkpoint.names import is_part_tensor
 from moekit.errors import BadConfig, UnsupportedModel
 
@@ -51,20 +51,29 @@ def _reorder(tensor: torch.Tensor, axis: int, index: torch.Tensor) -> None:
 def _permute_layer(layer: MoELayer, order: Sequence[int]) -> None:
     index = torch.tensor(order)
     count = layer.geometry.experts
+    if layer.storage.kind != "stacked" or layer.storage.beyond:
+        raise UnsupportedModel(
+            f"{layer.experts_name!r} holds experts otherwise than as stacks of one tensor each",
+            layer=layer.index,
+            hint="their order cannot be changed: place them by their numbers as they are",
+        )
     for tensor in (*layer.experts._parameters.values(), *layer.experts._buffers.values()):
         if tensor is not None and tensor.dim() > 0 and tensor.shape[0] == count:
             _reorder(tensor, 0, index)
-    for name, tensor in _router_tensors(layer.require_router()):
+    for name, tensor in _router_tensors(layer):
         axis = expert_axis(name, tensor.shape, count)
         if axis is not None:
             _reorder(tensor, axis, index)
 
 
-def _router_tensors(router: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """A router's own tensors; how those of attached parts follow, `moekit.runtime` knows."""
+def _router_tensors(layer: MoELayer) -> Iterator[tuple[str, torch.Tensor]]:
+    """A router's own tensors, and those of its block; how those of attached parts follow, `moekit.runtime` knows."""
+    router = layer.require_router()
     for name, tensor in (*router.named_parameters(), *router.named_buffers()):
         if not is_part_tensor(name):
             yield name, tensor
+    for name in layer.passed:
+        yield name, getattr(layer.block, name)
 
 
 def permute_experts(model: nn.Module, orders: Mapping[int, Sequence[int]]) -> None:
@@ -90,10 +99,10 @@ def permute_experts(model: nn.Module, orders: Mapping[int, Sequence[int]]) -> No
         like = next(router.parameters())
         generator = torch.Generator().manual_seed(0)
         hidden_TH = torch.randn(PROBE_ROWS, layer.geometry.hidden, generator=generator).to(like)
-        before = ask_router(router, hidden_TH)
+        before = layer.ask(hidden_TH)
         _permute_layer(layer, order)
-        after = ask_router(router, hidden_TH)
-        if before is None or after is None or not _same_choice(before[2], after[2], order):
+        after = layer.ask(hidden_TH)
+        if not _same_choice(before[2], after[2], order):
             _permute_layer(layer, inverse(order))
             raise UnsupportedModel(
                 "reordering these experts would change which of them the router chooses",

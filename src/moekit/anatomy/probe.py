@@ -5,18 +5,24 @@ transformers v5 gives every MoE block the same narrow waist::
     router.forward(hidden [T, H])                               -> (logits [T, E], weights [T, K], indices [T, K])
     experts.forward(hidden [T, H], indices [T, K], weights [T, K]) -> output [T, H]
 
-*Experts* is a module that states `num_experts` and holds stacked weights with that leading dimension. Its *router* is
-the sibling that, called on a few random rows, answers with the triple above. What is left of the block and maps
-H -> H is the *shared* expert.
+*Experts* is a module that states `num_experts` and holds their weights in a way that `moekit.anatomy.storage` knows.
+Its *router* is the sibling that, called on a few random rows, answers with the triple above. What is left of the block
+and maps H -> H is the *shared* expert.
+
+A router may also be given tensors of its block, such as a selection bias (`MoELayer.passed`). Blocks that choose in
+another way have no `router`; where what their `chooser` answers tells who is chosen, they can be traced all the same
+(`moekit.anatomy.choices`). Experts can be dropped without a router, as long as the family's own code, given a config
+with fewer experts, holds nothing else than slices of its tensors.
 
 Shapes: T tokens, H hidden size, E routed experts, K choices a token, I expert width.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,82 +30,39 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moekit.anatomy.asking import PROBE_ROWS, ask_router, on_cpu, passed_names, probe_rows, raw_answer
+from moekit.anatomy.choices import Answered, Seam, read_answer
+from moekit.anatomy.moe_layer import Geometry, MoELayer
+from moekit.anatomy.storage import Storage
+from moekit.anatomy.stored import find_storage
 from moekit.checkpoint.decoder import besides_text
-from moekit.checkpoint.names import PARTS
-from moekit.errors import MoekitError, UnsupportedModel
+from moekit.checkpoint.names import PARTS, stated_experts
+from moekit.errors import UnsupportedModel
 
-_Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-# Rows of random hidden states that a router candidate is asked about.
-PROBE_ROWS = 3
+__all__ = ["PROBE_ROWS", "Geometry", "MoELayer", "ask_router", "find_moe_layers", "iterate_moe_layers"]
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes and layout of one MoE layer.
+@dataclass(frozen=True, eq=False)
+class _Router:
+    """What chooses among a block's experts.
 
     Attributes:
-        hidden: H, model width.
-        experts: E, routed experts.
-        top_k: K, choices a token (0 where no router follows the contract).
-        width: I, inner width of one routed expert.
-        shared_width: inner width of all shared experts together, 0 without.
-        has_gate: gated expert (gate and up projection) or up projection only.
-        has_bias: projections carry biases.
-        transposed: weights stored [E, in, out] instead of [E, out, in].
-        concatenated: gate rows first, then up rows; False when they alternate.
+        name: below the block.
+        module: None where there is none.
+        top_k: K, 0 where it is unknown.
+        contract: whether it follows the router contract.
+        passed: tensors of the block that it is given.
+        seam: where choices are read.
+        scored: what it scores: experts, and whatever else.
     """
 
-    hidden: int
-    experts: int
-    top_k: int
-    width: int
-    shared_width: int
-    has_gate: bool
-    has_bias: bool
-    transposed: bool
-    concatenated: bool
-
-
-@dataclass(eq=False)
-class MoELayer:
-    """One MoE block of a live model.
-
-    Attributes:
-        index: index of the decoder layer it belongs to.
-        name: module path of the block.
-        block: module that holds router, experts and shared experts.
-        router: follows the router contract; None where the family's router does not.
-        router_name: module path of the router, "" without.
-        experts: follows the experts contract.
-        experts_name: module path of the experts.
-        shared: shared experts of the block.
-        geometry: sizes and layout.
-    """
-
-    index: int
-    name: str
-    block: nn.Module
-    router: nn.Module | None
-    router_name: str
-    experts: nn.Module
-    experts_name: str
-    shared: tuple[nn.Module, ...]
-    geometry: Geometry
-
-    def require_router(self) -> nn.Module:
-        """The router, or an error that says why there is none.
-
-        Raises:
-            UnsupportedModel: the router does not follow the contract.
-        """
-        if self.router is None:
-            raise UnsupportedModel(
-                f"the router beside {self.experts_name!r} does not return (logits [T, E], weights [T, K], indices)",
-                layer=self.index,
-                hint="its routing can be traced (moekit profile), but not replaced",
-            )
-        return self.router
+    name: str = ""
+    module: nn.Module | None = None
+    top_k: int = 0
+    contract: bool = False
+    passed: tuple[str, ...] = ()
+    seam: Seam = "unknown"
+    scored: int = 0
 
 
 def flat_output(output: Any) -> torch.Tensor:
@@ -130,78 +93,56 @@ def is_experts(module: nn.Module) -> bool:
 def experts_in_layer(experts: nn.Module) -> int:
     """E of the whole layer, also where this module holds one rank's share of it."""
     count = getattr(experts, "experts_in_layer", None)
-    down = experts.down_proj
-    assert isinstance(down, torch.Tensor)
-    return count if isinstance(count, int) else down.shape[0]
+    return count if isinstance(count, int) else _experts_here(experts)
 
 
 def holds_all_experts(experts: nn.Module) -> bool:
     """Whether this module holds all experts of its layer, not one rank's share."""
-    down = experts.down_proj
-    assert isinstance(down, torch.Tensor)
-    return down.shape[0] == experts_in_layer(experts)
+    return _experts_here(experts) == experts_in_layer(experts)
 
 
-def ask_router(
-    router: nn.Module, hidden_TH: torch.Tensor, *, stock: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Call a router candidate without firing hooks or changing its mode; None unless it answers with the contract.
-
-    `router.forward` rather than `router()`: recorders that hook the router must not see the question.
-
-    Args:
-        router: the candidate.
-        hidden_TH: rows to ask about.
-        stock: ask the family's own router, whatever parts are attached. Where parts need a forward pass around them,
-            it is the family's own that answers in any case.
-    """
-    training = router.training
-    router.eval()
-    own = getattr(router, "stock_forward", router.forward)
-    try:
-        for forward in (own,) if stock or own == router.forward else (router.forward, own):
-            answer = _called(forward, hidden_TH)
-            if answer is not None:
-                return answer
-    finally:
-        router.train(training)
-    return None
+def _experts_here(experts: nn.Module) -> int:
+    down = getattr(experts, "down_proj", None)
+    if isinstance(down, torch.Tensor):
+        return down.shape[0]
+    storage = find_storage(experts)
+    return int(getattr(experts, "num_experts", 0)) if storage is None else storage.experts
 
 
-def _called(forward: Callable[[torch.Tensor], object], hidden_TH: torch.Tensor) -> _Answer | None:
-    try:
-        with torch.no_grad():
-            answer = forward(hidden_TH)
-    except (TypeError, RuntimeError, ValueError, AttributeError, IndexError, MoekitError):
-        return None
-    if not isinstance(answer, tuple) or len(answer) != 3 or not all(isinstance(a, torch.Tensor) for a in answer):
-        return None
-    logits_TE, weights_TK, indices_TK = answer
-    rows = hidden_TH.shape[0]
-    fits = (
-        logits_TE.dim() == weights_TK.dim() == indices_TK.dim() == 2
-        and logits_TE.shape[0] == weights_TK.shape[0] == indices_TK.shape[0] == rows
-        and weights_TK.shape == indices_TK.shape
-        and not indices_TK.is_floating_point()
-        and weights_TK.is_floating_point()
-    )
-    return (logits_TE, weights_TK, indices_TK) if fits else None
-
-
-def _find_router(block: nn.Module, experts: nn.Module, count: int, hidden: int) -> tuple[str, nn.Module, int] | None:
+def _find_router(block: nn.Module, experts: nn.Module, storage: Storage, count: int) -> _Router:
+    """The child of a block that chooses among its experts; without a module where none was found."""
+    inside = {name.partition(".")[0] for name in storage.names} if storage.kind == "paired" else set()
+    others = []
     for name, child in block.named_children():
-        tensors = [*child.parameters(), *child.buffers()]
-        if child is experts or name == PARTS or not any(count in t.shape for t in tensors):
+        sizes = {size for t in (*child.parameters(), *child.buffers()) for size in t.shape}
+        if child is experts or name == PARTS or name in inside or not sizes:
             continue
-        like = next((p for p in child.parameters() if p.dim() == 2), tensors[0])
-        # A generator of its own: looking at a model must not move the global random state.
-        generator = torch.Generator().manual_seed(0)
-        probe_TH = torch.randn(PROBE_ROWS, hidden, generator=generator).to(device=like.device, dtype=like.dtype)
-        answer = ask_router(child, probe_TH)
-        # Attached parts may route by more columns than there are experts.
-        if answer is not None and (answer[0].shape[1] == count or hasattr(child, "stock_forward")):
-            return name, child, answer[2].shape[1]
-    return None
+        passed = passed_names(child, block) if count in sizes else None
+        if passed is not None:
+            given = tuple(getattr(block, n) for n in passed)
+            answer = ask_router(child, probe_rows(child, storage.hidden), passed=given)
+            # Attached parts may route by more columns than there are experts.
+            if answer is not None and (answer[0].shape[1] == count or hasattr(child, "stock_forward")):
+                return _Router(name, child, answer[2].shape[1], True, passed, "experts", count)
+        others.append((name, child))
+    for name, child in others:
+        found = _asked_otherwise(child, storage.hidden, count)
+        if found is not None:
+            return _Router(name, child, found.top_k, False, (), found.seam, found.scored)
+    return _Router(top_k=next(filter(None, map(_stated_top_k, (block, *block.children()))), 0))
+
+
+def _stated_top_k(module: nn.Module) -> int:
+    known = getattr(module, "top_k", None)
+    return known if isinstance(known, int) else 0
+
+
+def _asked_otherwise(child: nn.Module, hidden: int, experts: int) -> Answered | None:
+    """How a module that is no router by the contract tells who is chosen."""
+    if _inner_width(child, hidden) or not any(p.dim() == 2 and p.shape[1] == hidden for p in child.parameters()):
+        return None
+    twin = on_cpu(child)  # sorting needs numbers
+    return read_answer(raw_answer(twin, twin.forward, probe_rows(twin, hidden)), PROBE_ROWS, experts)
 
 
 def _inner_width(module: nn.Module, hidden: int) -> int:
@@ -211,61 +152,73 @@ def _inner_width(module: nn.Module, hidden: int) -> int:
     return max(widths) if widths and into else 0
 
 
-def _find_shared(block: nn.Module, known: set[nn.Module], hidden: int) -> tuple[tuple[nn.Module, ...], int]:
+def _find_shared(block: nn.Module, known: set[nn.Module], storage: Storage) -> tuple[tuple[nn.Module, ...], int]:
     # Where experts hang directly below the decoder layer, attention and dense MLP are siblings too: go by name there.
     is_decoder_layer = any("attn" in name or "attention" in name for name, _ in block.named_children())
+    stacks = {name.partition(".")[0] for name in storage.names} if storage.kind == "paired" else set()
     found: list[nn.Module] = []
     width = 0
     for name, child in block.named_children():
-        if child in known or name == PARTS or (is_decoder_layer and "shared" not in name):
+        if child in known or name in {PARTS, *stacks} or (is_decoder_layer and "shared" not in name):
             continue
-        inner = _inner_width(child, hidden)
+        inner = _inner_width(child, storage.hidden)
         if inner:
             found.append(child)
             width += inner
     return tuple(found), width
 
 
-def _geometry(experts: nn.Module, top_k: int, shared_width: int) -> Geometry:
-    transposed = bool(getattr(experts, "is_transposed", False))
-    down = experts.down_proj
-    assert isinstance(down, torch.Tensor)
-    width, hidden = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
+def _geometry(storage: Storage, count: int, router: _Router, shared_width: int) -> Geometry:
     return Geometry(
-        hidden=hidden,
-        experts=experts_in_layer(experts),
-        top_k=top_k,
-        width=width,
+        hidden=storage.hidden,
+        experts=count,
+        top_k=router.top_k,
+        width=storage.width,
         shared_width=shared_width,
-        has_gate=bool(getattr(experts, "has_gate", hasattr(experts, "gate_up_proj"))),
-        has_bias=bool(getattr(experts, "has_bias", False)),
-        transposed=transposed,
-        concatenated=bool(getattr(experts, "is_concatenated", True)),
+        has_gate=storage.has_gate,
+        has_bias=storage.has_bias,
+        transposed=storage.transposed,
+        concatenated=storage.concatenated,
+        weighs_inputs=router.seam == "scores",
     )
+
+
+def called_with_choices(experts: nn.Module) -> bool:
+    """Whether experts are called with hidden states, indices and weights, as the contract says."""
+    stock = getattr(type(experts), "stock_class", type(experts))
+    return len(inspect.signature(stock.forward).parameters) > 3
 
 
 def iterate_moe_layers(model: nn.Module) -> Iterator[MoELayer]:
     """Yield the MoE blocks of any module tree, in module order; in a model of several parts, the language model's."""
     modules, aside = dict(model.named_modules()), besides_text(model)
     for experts_name, experts in modules.items():
-        if not is_experts(experts) or experts_name.startswith(aside):
+        storage = None if experts_name.startswith(aside) else find_storage(experts)
+        if storage is None:
             continue
-        block_name = experts_name.rpartition(".")[0]
+        # Two stacks that hang in a block itself are called by it: it is the experts, too.
+        block_name = experts_name if storage.kind == "paired" else experts_name.rpartition(".")[0]
         block = modules[block_name]
-        bare = _geometry(experts, 0, 0)
-        found = _find_router(block, experts, bare.experts, bare.hidden)
-        router_name, router, top_k = found if found else ("", None, 0)
-        shared, shared_width = _find_shared(block, {experts, router} if router else {experts}, bare.hidden)
+        count = experts_in_layer(experts)
+        router = _find_router(block, experts, storage, count)
+        called = block is not experts and called_with_choices(experts) and router.seam != "masks"
+        seam: Seam = "experts" if called else router.seam if not router.contract else "unknown"
+        shared, shared_width = _find_shared(block, {experts, *filter(None, [router.module])}, storage)
         yield MoELayer(
             index=decoder_index(block_name),
             name=block_name,
             block=block,
-            router=router,
-            router_name=f"{block_name}.{router_name}".lstrip(".") if router_name else "",
+            router=router.module if router.contract else None,
+            router_name=f"{block_name}.{router.name}".lstrip(".") if router.contract else "",
             experts=experts,
             experts_name=experts_name,
             shared=shared,
-            geometry=_geometry(experts, top_k, shared_width),
+            geometry=_geometry(storage, count, router, shared_width),
+            storage=storage,
+            passed=router.passed,
+            seam=seam,
+            chooser=router.module,
+            scored=router.scored,
         )
 
 
@@ -276,18 +229,15 @@ def find_moe_layers(model: PreTrainedModel | nn.Module) -> list[MoELayer]:
         model: any transformers v5 causal LM, on any device (the meta device too).
 
     Returns:
-        One `MoELayer` per MoE block; dense layers are left out.
+        One `MoELayer` per MoE block of the language model; dense layers are left out.
 
     Raises:
         UnsupportedModel: the model holds no experts by the contract, or two blocks of them in one layer.
     """
     layers = sorted(iterate_moe_layers(model), key=lambda layer: layer.index)
     if not layers:
-        raise UnsupportedModel(
-            f"{type(model).__name__} is not a Mixture of Experts: no module has `num_experts` and stacked weights "
-            "[E, ..] with a `down_proj`",
-            hint="`moekit convert` turns a dense Llama-type model into a MoE",
-        )
+        raise _no_layers(model)
+    layers = _of_language(model, layers)
     for first, second in itertools.pairwise(layers):
         if first.index == second.index:
             raise UnsupportedModel(
@@ -296,3 +246,33 @@ def find_moe_layers(model: PreTrainedModel | nn.Module) -> list[MoELayer]:
                 hint="moekit works on models with one MoE block a layer",
             )
     return layers
+
+
+def _of_language(model: nn.Module, layers: list[MoELayer]) -> list[MoELayer]:
+    """Those of the language model, where another stack (a vision tower) numbers MoE blocks of its own."""
+    numbers = [layer.index for layer in layers]
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    if len(set(numbers)) == len(numbers) or not isinstance(decoder, nn.Module):
+        return layers
+    inside = set(decoder.modules())
+    return [layer for layer in layers if layer.block in inside] or layers
+
+
+def _no_layers(model: nn.Module) -> UnsupportedModel:
+    """Why there are none: a dense model, or a Mixture of Experts of another kind."""
+    name = type(model).__name__
+    describe = getattr(getattr(model, "config", None), "to_dict", None)
+    count = stated_experts(describe()) if describe is not None else None
+    counting = next((n for n, m in model.named_modules() if isinstance(getattr(m, "num_experts", None), int)), None)
+    if counting is not None or (count or 0) > 1:
+        where = f"{counting!r} keeps them" if counting else "they lie"
+        return UnsupportedModel(
+            f"{name} is a Mixture of Experts, but {where} in a form that moekit does not know: not as weights of one "
+            "gated or plain network for each expert",
+            hint="moekit check, estimate, reshard, generate and undo work on it; what looks at single experts "
+            "(profile, prune, route, place, sparsify) does not",
+        )
+    return UnsupportedModel(
+        f"{name} is not a Mixture of Experts: no module has `num_experts` and weights of as many experts",
+        hint="`moekit convert` turns a dense Llama-type model into a MoE",
+    )

@@ -18,7 +18,7 @@ from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, resized_block, resized_config
 from moekit.compress.engine.weights import LayerWeights
-from moekit.trace.seam import read_arguments
+from moekit.trace.seam import see_choices
 
 Rewrite = Callable[[int, LayerWeights], LayerWeights]
 
@@ -75,9 +75,9 @@ class Seen:
         self.args, self.kwargs = args, kwargs
         self.output_TH = flat_output(output)
 
-    def on_experts(self, moe: MoELayer, args: Any, kwargs: dict[str, Any]) -> None:
+    def on_choices(self, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> None:
         """Keep which experts the tokens chose."""
-        _, self.index_TK, _ = read_arguments(moe, args, kwargs)
+        self.index_TK = index_TK
 
 
 @contextlib.contextmanager
@@ -87,12 +87,7 @@ def watched(moe: MoELayer | None, device: torch.device) -> Iterator[Seen]:
     if moe is None:
         yield seen
         return
-    handles = [
-        moe.block.register_forward_hook(seen.on_block, with_kwargs=True),
-        moe.experts.register_forward_pre_hook(
-            lambda _m, args, kwargs: seen.on_experts(moe, args, kwargs), with_kwargs=True
-        ),
-    ]
+    handles = [moe.block.register_forward_hook(seen.on_block, with_kwargs=True), see_choices(moe, seen.on_choices)]
     try:
         yield seen
     finally:

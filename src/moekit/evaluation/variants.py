@@ -116,7 +116,7 @@ class SideBySideWalk:
         moe = self.walk.moe(index)
         changed = [t for t in self.tracks if moe is not None and index in t.variant.outcomes]
         if moe is not None and changed:
-            weights = read_block(moe)
+            weights = read_block(moe, self.loader.model.config)
             for track_ in changed:
                 variant = as_written(track_.variant, self.loader.stored)
                 track_.layers[index] = changed_layer(variant, moe, weights, self.loader.model.config)

@@ -134,7 +134,7 @@ def _prepare(
                 layer=layer.index,
                 hint="the plan is damaged or belongs to another policy; plan the routing again",
             ) from error
-        gate = Gate(identify_gate(layer), modules[layer.index]) if part.slot == "router" else None
+        gate = Gate(identify_gate(layer), layer.gate_home) if part.slot == "router" else None
         prepared.append(Prepared(layer, on if device.type == "meta" else on.to(device), gate))
     if shared is not None and layers:
         shared.to(next(iter(modules[layers[0].index].parameters())).device)
@@ -238,7 +238,7 @@ def reattach(model: nn.Module, attachment: Attachment) -> None:
     for index, on in attachment.layers.items():
         gate = None
         if attachment.part.slot == "router":
-            gate = Gate(identify_gate(found[index]), found[index].require_router())
+            gate = Gate(identify_gate(found[index]), found[index].gate_home)
         hang(Prepared(found[index], on, gate), attachment.part, base.tracker)
     if attachment.shared is not None:
         base.get_submodule(attachment.part.slot).add_module(type(attachment.part).__name__, attachment.shared)

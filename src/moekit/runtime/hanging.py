@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moekit.anatomy.gate import Gate
@@ -20,6 +21,7 @@ from moekit.runtime.part import RuntimePart, Slot
 from moekit.runtime.router import RouterWithParts
 from moekit.runtime.slots import BaseParts, PartOnLayer, SlotParts, parts_on, slot_of, slots_in, subclass_with
 from moekit.runtime.tracker import PassTracker
+from moekit.runtime.watching import watch
 
 _MIXINS: dict[Slot, type[nn.Module]] = {"router": RouterWithParts, "experts": ExpertsWithParts, "block": BlockWithParts}
 
@@ -86,9 +88,12 @@ class Laid:
 
     experts: nn.Module
     part: TransientPart
+    handle: RemovableHandle | None = None
 
     def remove(self) -> None:
         """Take it off, whatever came after it; twice does nothing."""
+        if self.handle is not None:
+            self.handle.remove()
         slot = slot_of(self.experts)
         if slot is not None and self.part in slot.transient:
             slot.transient.remove(self.part)
@@ -101,6 +106,8 @@ def lay(layer: MoELayer, part: TransientPart) -> Laid:
     Raises:
         UnsupportedModel: the family's experts do not follow the contract.
     """
+    if layer.seam != "experts":
+        return Laid(layer.experts, part, watch(layer, part))
     _opened(layer, "experts").transient.append(part)
     return Laid(layer.experts, part)
 

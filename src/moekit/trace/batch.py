@@ -35,6 +35,7 @@ class TokenBatch:
         weights: gate weights as they multiply the outputs, [N, K].
         logits: router logits, [N, E].
         sigmoid: whether scores are sigmoids of the logits; else their softmax.
+        weighs_inputs: weights multiply what experts are given.
         hidden: what the experts saw, [N, H].
         inner: input of the down projection of each chosen expert, [N, K, I]; zero where the choice is none.
         outputs: output of each chosen expert before gating, [N, K, H]; zero where the choice is none.
@@ -63,6 +64,7 @@ class TokenBatch:
     weights: Tensor | None = None
     logits: Tensor | None = None
     sigmoid: bool = False
+    weighs_inputs: bool = False
     hidden: Tensor | None = None
     inner: Tensor | None = None
     outputs: Tensor | None = None
@@ -249,6 +251,11 @@ class TokenBatch:
     def chosen_NE(self) -> Tensor:
         """1 where the token chose the expert, else 0; fp32."""
         return self.spread(torch.ones_like(self.indices_NK, dtype=torch.float32))
+
+    @cached_property
+    def given_NE(self) -> Tensor:
+        """Factor on the hidden state that each expert was given: 1 where it was chosen, or the weight itself."""
+        return self.gates_NE.float() if self.weighs_inputs else self.chosen_NE
 
     @cached_property
     def gates_NE(self) -> Tensor:

@@ -8,6 +8,7 @@ Legend: N tokens, n tokens of one expert, K choices a token, P (token, choice) p
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekit.anatomy.probe import holds_all_experts
+from moekit.anatomy.probe import called_with_choices, holds_all_experts
+from moekit.anatomy.storage import Storage, activation_of, expert_of
+from moekit.anatomy.stored import find_storage
 from moekit.runtime.slots import parts_on
 from moekit.trace.batch import ExpertBatch
 
@@ -40,7 +43,9 @@ def plain_expert(module: Any, leaves: dict[str, Tensor] | None = None) -> OneExp
     weights = [getattr(module, name, None) for name in (up_name, "down_proj")]
     wide = all(isinstance(w, nn.Parameter) and w.dim() == 3 and w.dtype.itemsize > 1 for w in weights)
     whole = wide and holds_all_experts(module)
-    if not flags or not whole or implementation not in _STOCK or parts_on(module):
+    if not flags:
+        return None if leaves is not None else _by_storage(module)
+    if not whole or implementation not in _STOCK or parts_on(module):
         return None
 
     def leaf(name: str, expert: int) -> Tensor:
@@ -63,6 +68,39 @@ def plain_expert(module: Any, leaves: dict[str, Tensor] | None = None) -> OneExp
         return inner_nI, output_nH
 
     return run
+
+
+def _by_storage(module: nn.Module) -> OneExpert | None:
+    """The plain formula of experts that are kept otherwise than as stacks, or are called otherwise."""
+    storage = find_storage(module)
+    if storage is None or activation_of(module, storage) is None or parts_on(module):
+        return None
+    if called_with_choices(module) and not _follows_formula(module, storage):
+        return None
+    return lambda expert, hidden_nH: expert_of(module, storage, expert)(hidden_nH)
+
+
+@torch.no_grad()
+def _follows_formula(module: nn.Module, storage: Storage) -> bool:
+    """Whether experts that can be called give what the plain formula gives; asked once for each module."""
+    known = _asked.get(module)
+    if known is None:
+        like = next(module.parameters())
+        generator = torch.Generator().manual_seed(0)
+        given_TH = torch.randn(4, storage.hidden, generator=generator).to(like)
+        index_TK = torch.zeros(4, 2, dtype=torch.int64, device=like.device)
+        try:
+            stock = getattr(type(module), "stock_class", type(module))  # whatever parts hang on it
+            made = stock.forward(module, given_TH, index_TK, torch.tensor([[0.75, 0.25]] * 4).to(like))
+            expected = expert_of(module, storage, 0)(given_TH)[1]
+            known = torch.allclose(made.reshape(expected.shape).float(), expected.float(), rtol=2e-2, atol=1e-4)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            known = False
+        _asked[module] = known
+    return known
+
+
+_asked: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def delegated(experts: Callable[[Tensor, Tensor, Tensor], Tensor]) -> OneExpert:
@@ -100,11 +138,14 @@ def each_expert(
     look: Callable[[ExpertBatch], None] | None = None,
     peaks: bool = False,
     add_up: bool = False,
+    weighs_inputs: bool = False,
 ) -> Figures:
     """Run every token through the experts it chose.
 
     Args:
         one: runs one expert; None only looks at what each one sees.
+        weighs_inputs: weights multiply what experts are given. What an expert gives is then divided by them again, so
+            that weight times output is what it adds to a token here, too.
         hidden_NH: what the experts see.
         index_NK: chosen experts, int64; E means none.
         weights_NK: gate weights.
@@ -127,11 +168,15 @@ def each_expert(
             continue
         token_n = pair_n // top_k
         input_nH, weight_n = hidden_NH[token_n], weights_NK.flatten()[pair_n]
+        if weighs_inputs:
+            input_nH = input_nH * weight_n.to(input_nH.dtype)[:, None]
         if one is None:
             if look is not None:
                 look(ExpertBatch(expert, weight_n, input_nH))
             continue
         inner_nI, output_nH = one(expert, input_nH)
+        if weighs_inputs:
+            output_nH = torch.where(weight_n[:, None] != 0, output_nH / weight_n.to(output_nH.dtype)[:, None], 0)
         norm_P[pair_n] = torch.linalg.vector_norm(output_nH, dim=-1, dtype=wide)
         if peaks:
             value_n, channel_P[pair_n] = output_nH.abs().max(dim=-1)

@@ -14,10 +14,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekit.anatomy.probe import MoELayer
 from moekit.errors import UnsupportedModel
@@ -25,7 +24,7 @@ from moekit.streaming.states import MEMORY_BYTES, States
 from moekit.trace.batch import widest
 from moekit.trace.each_expert import plain_expert
 from moekit.trace.expert_batch import ExpertBatch
-from moekit.trace.seam import read_arguments
+from moekit.trace.seam import see_choices
 from moekit.trace.sources.base import ForwardPass
 
 
@@ -78,14 +77,13 @@ class ExpertInputs:
         """Keep what this layer's experts are given in the passes that run meanwhile, in order."""
         self._moe, self._number = moe, 0
 
-        def see(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            hidden_TH, index_TK, weights_TK = read_arguments(moe, args, kwargs)
+        def see(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> None:
             current = self._passes[self._number]
             self._states.put(self._number, hidden_TH.reshape(*current.shape, -1))
             self._choices[self._number] = (current.keep(index_TK).cpu(), current.keep(weights_TK).detach().cpu())
             self._number += 1
 
-        handle = moe.experts.register_forward_pre_hook(see, with_kwargs=True)
+        handle = see_choices(moe, see)
         try:
             yield
         finally:
@@ -113,6 +111,8 @@ class ExpertInputs:
                 continue
             hidden_NH = current.keep(self._states.get(number).flatten(0, 1))
             hidden_nH = hidden_NH[token_n].to(device)
+            if self._moe.geometry.weighs_inputs:
+                hidden_nH = hidden_nH * weights_NK[token_n, slot_n].to(hidden_nH)[:, None]
             with torch.no_grad():
                 inner_nI, output_nH = one(expert, hidden_nH)
             yield ExpertBatch(expert, weights_NK[token_n, slot_n].to(device), hidden_nH, inner_nI, output_nH)

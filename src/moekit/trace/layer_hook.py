@@ -25,6 +25,7 @@ from moekit.runtime.hanging import lay
 from moekit.trace.batch import ExpertBatch, TokenBatch
 from moekit.trace.each_expert import Figures, OneExpert, delegated, each_expert, plain_expert
 from moekit.trace.meta import index_dtype
+from moekit.trace.seam import routed_choices
 from moekit.trace.sources.all_experts import all_outputs
 from moekit.trace.sources.attention import AttentionProbe
 from moekit.trace.sources.base import ForwardPass, Place, Probe, Removable
@@ -141,6 +142,13 @@ class LayerHook(TransientPart):
                     layer=self.layer,
                     hint="record outputs of single experts in one process, or leave out statistics of them",
                 )
+            if self._by_all and self.geometry.weighs_inputs:
+                raise UnsupportedModel(
+                    "weights multiply what this family's experts are given: an expert that a token did not choose has "
+                    "no output for it",
+                    layer=self.layer,
+                    hint="leave out statistics of the outputs of all experts",
+                )
             yield lay(self.place.moe, self)
         if self._entries or self.place.moe is None:
             yield self.place.decoder.register_forward_hook(self._on_decoder)
@@ -173,7 +181,8 @@ class LayerHook(TransientPart):
             self.measure()
 
     def _see(self, inputs: ExpertsInputs) -> _Call | None:
-        hidden_TH, index_TK, weights_TK = inputs.hidden_TH.detach(), inputs.index_TK, inputs.weights_TK.detach()
+        hidden_TH, weights_TK = inputs.hidden_TH.detach(), inputs.weights_TK.detach()
+        index_TK = routed_choices(self.place.require_moe(), inputs.index_TK, weights_TK)
         assert self._pass is not None
         if self.buffer is not None or index_TK.shape[0] != self._pass.positions:
             what = "twice" if self.buffer is not None else f"on {index_TK.shape[0]} positions"
@@ -231,6 +240,7 @@ class LayerHook(TransientPart):
             look=look if self._by_expert else None,
             peaks="outputs" in self._sources and any(s.rule == "peak" for s in self._by_token),
             add_up=add_up,
+            weighs_inputs=geometry.weighs_inputs,
         )
         self.buffer.measured.append(dict(kept))
         return call.figures.output_NH
@@ -266,6 +276,7 @@ class LayerHook(TransientPart):
             domains=len(current.domains),
             domain=current.labels.domain_N,
             position=current.labels.position_N,
+            weighs_inputs=self.place.geometry.weighs_inputs,
             **parts,
         )
         buffer.measured.append(self._empty([], call.index_NK.device).measure(seen, self._by_token))

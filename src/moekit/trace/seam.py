@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from moekit.anatomy.probe import MoELayer, ask_router, find_moe_layers
+from moekit.anatomy.choices import only_routed
+from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.runtime.slots import parts_on
+from moekit.runtime.watching import Shown, watch_choices
 from moekit.trace.meta import STOCK_ROUTING
 
 # Median deviation of log ratios; bf16 weights round by up to 0.004.
@@ -38,7 +41,7 @@ def read_arguments(layer: MoELayer, args: Sequence[Any], kwargs: Mapping[str, An
         hidden_TH = hidden.reshape(-1, hidden.shape[-1])
         if hidden_TH.shape[0] == index_TK.shape[0] == weights.shape[0]:
             if weights.shape == index_TK.shape:
-                return hidden_TH, index_TK, weights
+                return hidden_TH, routed_choices(layer, index_TK, weights), weights
             if tuple(weights.shape[1:]) == (layer.geometry.experts,):
                 return hidden_TH, index_TK, weights.gather(1, index_TK.long())
     shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors)
@@ -47,6 +50,38 @@ def read_arguments(layer: MoELayer, args: Sequence[Any], kwargs: Mapping[str, An
         layer=layer.index,
         hint="this family's routing cannot be traced",
     )
+
+
+def routed_choices(layer: MoELayer, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Choices, with E for those of no routed expert, where a layer's router also scores such.
+
+    Raises:
+        UnsupportedModel: what is given as indices is a mask over the experts.
+    """
+    experts = layer.geometry.experts
+    if index_TK.shape[1] == experts > 2 and index_TK.numel() and int(index_TK.max()) <= 1:
+        raise UnsupportedModel(
+            f"{layer.experts_name!r} is given a mask of zeros and ones over its {experts} experts where indices are "
+            "due: the installed transformers runs experts 0 and 1 only, whatever the router chooses",
+            layer=layer.index,
+            hint="what its routers choose cannot be traced with this release of transformers",
+        )
+    return only_routed(index_TK, weights_TK, experts) if layer.scored > experts else index_TK
+
+
+def see_choices(layer: MoELayer, show: Shown) -> RemovableHandle:
+    """Show (hidden [T, H], indices [T, K], weights [T, K]) of every call of a layer's experts.
+
+    Raises:
+        UnsupportedModel: nothing tells them.
+    """
+    if layer.seam != "experts":
+        return watch_choices(layer, show)
+
+    def see(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        show(*read_arguments(layer, args, kwargs))
+
+    return layer.experts.register_forward_pre_hook(see, with_kwargs=True)
 
 
 def uses_sigmoid(layer: MoELayer) -> bool:
@@ -60,8 +95,7 @@ def uses_sigmoid(layer: MoELayer) -> bool:
     if like.is_meta:
         return False
     probe_TH = torch.randn(64, layer.geometry.hidden, generator=torch.Generator().manual_seed(0))
-    answer = ask_router(router, probe_TH.to(device=like.device, dtype=like.dtype))
-    assert answer is not None  # it is a router because it answers
+    answer = layer.ask(probe_TH.to(device=like.device, dtype=like.dtype))
     logits_TE, weights_TK, indices_TK = (a.detach().cpu() for a in answer)
     logits_TE, weights_TK = logits_TE.float(), weights_TK.float()
     indices_TK = indices_TK.long().clamp_max(layer.geometry.experts - 1)

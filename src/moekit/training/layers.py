@@ -145,6 +145,6 @@ def trained_layers(model: nn.Module) -> list[TrainedLayer]:
             pass
         else:
             scores = "sigmoid" if spec.scoring == "sigmoid" else "softmax"
-            bias = Gate(spec, layer.require_router()).bias()
+            bias = Gate(spec, layer.gate_home).bias()
         found.append(TrainedLayer(layer, scores, bias))
     return found

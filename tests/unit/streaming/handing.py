@@ -215,7 +215,7 @@ def batches(name: str, model: Any) -> list[Inputs]:
             more = {"decoder_input_ids": tokens(rows, 5, seed=9 + seed), "decoder_attention_mask": mask[:, :5]}
         if name == "qwen3_vl_moe" and seed == 2:
             more = _image(ids)
-        found.append(Inputs(ids, mask, more))
+        found.append(Inputs(ids, mask, more.copy))
     return found
 
 

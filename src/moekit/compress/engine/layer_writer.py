@@ -87,7 +87,7 @@ class Rewriter:
             layer = Walk(self._loader, []).moe(index)
             if layer is None:
                 raise UnsupportedModel("the layer holds no experts that follow the contract", layer=index)
-            new = self._rewrite(index, read_block(layer))
+            new = self._rewrite(index, read_block(layer, self._config))
             check_made(new, outcome, layer.geometry.width, index)
             # The new config says already how tokens choose: only the number of experts is the layer's own.
             config = resized_config(self._config, new.experts, groups="equal")
@@ -116,8 +116,8 @@ class Rewriter:
             return new
         old = self._reader.read(kept.source.name)
         if kept.cut is not None:
-            size = old.shape[kept.cut.axis] // kept.cut.experts
-            rows = torch.arange(old.shape[kept.cut.axis]).view(-1, size)[list(kept.cut.keep)].flatten()
+            pieces = kept.cut.pieces(old.shape[kept.cut.axis])
+            rows = torch.cat([torch.arange(first, last) for first, last in pieces])
             old = old.index_select(kept.cut.axis, rows)
         return old if torch.equal(old.to(new.dtype), new) else new.to(old.dtype)
 

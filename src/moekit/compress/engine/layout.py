@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.config_file import edited_config, without_mtp
 from moekit.checkpoint.experts import mtp_tensors, stacked_experts
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
@@ -23,10 +24,11 @@ from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.small_files import small_files
 from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.engine.config_file import renamed_experts
+from moekit.compress.engine.droppable import check_droppable
 from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k, common_width
 from moekit.compress.engine.mtp import Mtp, MtpKept, check_equal, check_kept, longer_config, mtp_blocks
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.resize import Groups, resized_config
+from moekit.compress.engine.resize import Groups, resized_config, stating_experts
 from moekit.compress.engine.shard_writer import Shard, lay_out
 from moekit.compress.engine.slicing import Axes, KeptTensor, expert_counts, kept_tensors
 from moekit.errors import BadConfig
@@ -115,7 +117,10 @@ def prepare(
     config_path = checkpoint.path / CONFIG_FILE
     _refuse_policies(checkpoint)
     check_layers(outcomes, counts, checkpoint.path)
-    check_top_k(outcomes, (config_top_k(checkpoint.config) or 1) if top_k is None else top_k, config_path)
+    before = model_config(checkpoint)
+    layers = find_moe_layers(empty_model(before))
+    chosen = config_top_k(checkpoint.config) or max(layer.geometry.top_k for layer in layers) or 1
+    check_top_k(outcomes, chosen if top_k is None else top_k, config_path)
     if stock_only:
         check_even(outcomes, checkpoint.path)
     if groups == "equal":
@@ -127,8 +132,9 @@ def prepare(
     if mtp == "keep":
         check_equal(checkpoint, outcomes)
     check_kept(blocks, kept_mtp, outcomes, checkpoint)
-    before = model_config(checkpoint)
-    dropped = any(outcomes[layer].experts != count for layer, count in counts.items())
+    cut = {layer for layer, count in counts.items() if outcomes[layer].experts != count}
+    dropped = bool(cut)
+    check_droppable(before, layers, cut, checkpoint.path)
     after = resized_config(before, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
     if len({len(outcome.keep) for outcome in outcomes.values()}) > 1:
         without_common_loss(after)
@@ -145,11 +151,13 @@ def prepare(
 def _axes(before: PreTrainedConfig, counts: Mapping[int, int]) -> Axes:
     """Compare the model's shapes with those of one with another number of experts."""
     other = copy.deepcopy(before)
-    inner = other.get_text_config()
-    for key in EXPERT_COUNT_KEYS:
-        if isinstance(value := getattr(inner, key, None), int) and not isinstance(value, bool):
-            setattr(inner, key, max(counts.values()) + 1)
-    return Axes(empty_model(before), empty_model(other))
+    inner = stating_experts(other)
+    values = {key: getattr(inner, key, None) for key in EXPERT_COUNT_KEYS}
+    stated = {key: n for key, n in values.items() if isinstance(n, int) and not isinstance(n, bool)}
+    most = max(*stated.values(), *counts.values())
+    for key in stated:
+        setattr(inner, key, most + 1)
+    return Axes(empty_model(before), empty_model(other), (next(iter(stated.values()), most), most + 1))
 
 
 def _resized(kept: list[KeptTensor], after: PreTrainedConfig) -> list[KeptTensor]:

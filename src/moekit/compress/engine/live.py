@@ -17,11 +17,12 @@ from moekit.checkpoint.architecture import class_name
 from moekit.checkpoint.names import config_top_k, stated_experts
 from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.engine.carrying import carried_out
+from moekit.compress.engine.droppable import check_droppable
 from moekit.compress.engine.layer_writer import Rewrite
 from moekit.compress.engine.limits import check_groups, check_layers, check_made, check_top_k, common_width
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, read_block, resized_block, resized_config
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, UnsupportedModel
 from moekit.runtime.slots import parts_on
 
 
@@ -54,14 +55,24 @@ def change_model(
             is attached. The model is as before.
         UnsupportedModel: a layer that cannot be resized. The model is as before.
     """
-    layers = {layer.index: layer for layer in find_moe_layers(model)}
+    found = find_moe_layers(model)
+    layers = {layer.index: layer for layer in found}
+    if len(layers) < len(found):
+        numbers = [layer.index for layer in found]
+        raise UnsupportedModel(
+            "two MoE blocks stand in one decoder layer, and an outcome says of one which experts stay",
+            layer=next(n for n in numbers if numbers.count(n) > 1),
+        )
     counts = {index: layer.geometry.experts for index, layer in layers.items()}
     _refuse_policy(layers)
     check_layers(outcomes, counts)
-    check_top_k(outcomes, (config_top_k(model.config.to_dict()) or 1) if top_k is None else top_k)
+    known = max(layer.geometry.top_k for layer in layers.values())
+    check_top_k(outcomes, (config_top_k(model.config.to_dict()) or known or 1) if top_k is None else top_k)
     if groups == "equal":
         check_groups(outcomes, counts, model.config.to_dict(), top_k)
-    dropped = any(outcomes[index].experts != count for index, count in counts.items())
+    cut = {index for index, count in counts.items() if outcomes[index].experts != count}
+    dropped = bool(cut)
+    check_droppable(model.config, list(layers.values()), cut)
     most = max(outcome.experts for outcome in outcomes.values())
     width = common_width(outcomes)
     config = resized_config(model.config, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
@@ -85,7 +96,7 @@ def _new_blocks(
 ) -> dict[int, nn.Module]:
     blocks: dict[int, nn.Module] = {}
     for index, layer in layers.items():
-        outcome, weights = outcomes[index], read_block(layer)
+        outcome, weights = outcomes[index], read_block(layer, config)
         made = carried_out(weights, outcome, index) if rewrite is None else rewrite(index, weights)
         check_made(made, outcome, weights.width, index)
         # The new config says already how tokens choose: only the number of experts is the layer's own.

@@ -14,6 +14,7 @@ from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.precision import stored_dtype
 from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.budget.sizes import ByteSizes
+from moekit.compress.engine.disk import expert_names
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.weights import LayerWeights
 from moekit.errors import NumericFault
@@ -39,10 +40,9 @@ def sizes_of(checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: 
     """What a budget is counted against; multi-token-prediction layers are left out, as they are when it is written."""
     left_out = mtp_tensors(checkpoint)
     bytes_of = dict.fromkeys(geometries, 0)
-    for name, info in checkpoint.tensors.items():
-        layer = checkpoint.where(name)[0]
-        if layer in bytes_of and name not in left_out and checkpoint.layout.is_expert(name):
-            bytes_of[layer] += info.nbytes
+    for layer, names in expert_names(checkpoint).items():
+        if layer in bytes_of:
+            bytes_of[layer] += sum(checkpoint.tensors[name].nbytes for name in names if name not in left_out)
     experts = {layer: geometry.experts for layer, geometry in geometries.items()}
     choices = top_k or config_top_k(checkpoint.config) or max(g.top_k for g in geometries.values())
     routed = sum(bytes_of.values())
@@ -87,6 +87,6 @@ def weights_reader(checkpoint: Checkpoint) -> Callable[[int], LayerWeights]:
 
     def read(layer: int) -> LayerWeights:
         with loader.loaded(layer):
-            return read_block(layer_of(loader, layer))
+            return read_block(layer_of(loader, layer), loader.model.config)
 
     return read

@@ -93,7 +93,7 @@ class _Search:
         return found
 
     def _layer(self, moe: MoELayer, plain: Passes, pruned: Passes | None) -> LayerRecord:
-        index, weights = moe.index, read_block(moe)
+        index, weights = moe.index, read_block(moe, self.streamed.loader.model.config)
         self._see(moe, plain, targets=True)
         if pruned is not None:
             self._see(moe, pruned, targets=False)

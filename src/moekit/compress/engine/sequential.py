@@ -68,7 +68,7 @@ class TextPass:
             def change(moe: MoELayer, statistics: LayerStatistics) -> nn.Module | None:
                 if outcomes is None or outcomes[moe.index].unchanged(moe.geometry.experts):
                     return None
-                weights = read_block(moe)
+                weights = read_block(moe, streamed.loader.model.config)
                 inputs = LayerInputs(moe.index, moe.geometry, statistics, lambda: weights, request.seed)
                 outcome = outcomes[moe.index]
                 made = request.method.transform(weights, outcome, inputs)

@@ -25,21 +25,43 @@ from moekit.checkpoint.experts import mtp_tensors
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.layout import renamer
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
+from moekit.compress.engine.counting import Counted, counted_axes
+from moekit.compress.engine.disk import renamed_experts
 from moekit.compress.engine.mtp import Mtp, MtpKept, mtp_blocks, refuse_gap
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import UnsupportedModel
 
 _SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
+# Types that a weight has as it was trained; anything else packs several numbers, or is scaled.
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What is left of an axis: `keep` of `experts` equal parts."""
+    """What is left of an axis: `keep` of `experts` equal parts, and a tail that belongs to none.
+
+    Attributes:
+        axis: which one.
+        experts: equal parts in the source.
+        keep: those that stay, in the order of the output.
+        tail: entries behind the parts, all of which stay.
+    """
 
     axis: int
     experts: int
     keep: tuple[int, ...]
+    tail: int = 0
+
+    def size(self, before: int) -> int:
+        """Entries of the axis in the output."""
+        return (before - self.tail) // self.experts * len(self.keep) + self.tail
+
+    def pieces(self, before: int) -> list[tuple[int, int]]:
+        """Ranges of entries in the source, in the order of the output."""
+        each = (before - self.tail) // self.experts
+        parts = [(expert * each, (expert + 1) * each) for expert in self.keep]
+        return [*parts, (before - self.tail, before)] if self.tail else parts
 
 
 @dataclass(frozen=True)
@@ -67,7 +89,7 @@ class KeptTensor:
             return self.resized
         if self.cut is None:
             return self.source.shape
-        size = self.source.shape[self.cut.axis] // self.cut.experts * len(self.cut.keep)
+        size = self.cut.size(self.source.shape[self.cut.axis])
         return (*self.source.shape[: self.cut.axis], size, *self.source.shape[self.cut.axis + 1 :])
 
     @property
@@ -85,15 +107,18 @@ class KeptTensor:
         start, end = self.source.offsets
         if self.cut is None:
             return [(start, end)]
-        size = (end - start) // self.cut.experts
-        return [(start + expert * size, start + (expert + 1) * size) for expert in self.cut.keep]
+        entries = self.source.shape[self.cut.axis]
+        size = (end - start) // entries
+        return [(start + first * size, start + last * size) for first, last in self.cut.pieces(entries)]
 
     def gather(self, checkpoint: Checkpoint) -> memoryview:
         """The bytes of a tensor whose experts do not lie together; the whole source tensor is read."""
         assert self.cut is not None
         data = read_range(checkpoint.path / self.source.shard, self.source.offsets)
-        parts = data.reshape(prod(self.source.shape[: self.cut.axis]), self.cut.experts, -1)
-        view: memoryview = np.ascontiguousarray(parts[:, list(self.cut.keep)]).reshape(-1).data
+        entries = self.source.shape[self.cut.axis]
+        rows = data.reshape(prod(self.source.shape[: self.cut.axis]), entries, -1)
+        parts = [rows[:, first:last] for first, last in self.cut.pieces(entries)]
+        view: memoryview = np.ascontiguousarray(np.concatenate(parts, axis=1)).reshape(-1).data
         return view
 
 
@@ -106,27 +131,37 @@ def expert_counts(checkpoint: Checkpoint) -> dict[int, int]:
     """
     beyond = mtp_tensors(checkpoint)
     split: dict[int, set[int]] = defaultdict(set)
+    down: dict[int, set[int]] = defaultdict(set)
     counts: dict[int, int] = {}
     for name, info in checkpoint.tensors.items():
         layer = checkpoint.where(name)[0]
         if name in beyond or layer is None or not checkpoint.layout.is_expert(name):
             continue
         if match := _split(name):
-            split[layer].add(int(match["expert"]))
+            expert = int(match["expert"])
+            split[layer].add(expert)
+            if (known := parse_expert_tensor(name)) is not None and known.part == "down":
+                down[layer].add(expert)
         elif len(info.shape) >= 3:
             counts[layer] = info.shape[0]
     for layer, experts in split.items():
         refuse_gap(experts, checkpoint, layer)
-        counts[layer] = len(experts)
+        # Only what has a way out is an expert: behind the others may lie numbers without (LongCat's zero experts).
+        whole = down[layer] if down[layer] and down[layer] == set(range(len(down[layer]))) else experts
+        counts[layer] = len(whole)
     if not counts:
-        raise UnsupportedModel(
-            "no tensor belongs to routed experts", file=checkpoint.path, hint="see `moekit estimate` for what it is"
-        )
+        counts = {layer: found.experts for layer, found in renamed_experts(checkpoint).items()}
     return dict(sorted(counts.items()))
 
 
 def _split(name: str) -> re.Match[str] | None:
     return None if ".shared" in name else _SPLIT.match(name)
+
+
+def _hint(info: TensorInfo) -> str:
+    if info.dtype in _PLAIN:
+        return "the config states another number of experts than the tensors hold: see `moekit check`"
+    return "the router or the stacked experts are packed across experts: give the unquantized checkpoint"
 
 
 class Axes:
@@ -135,18 +170,14 @@ class Axes:
     Args:
         before: the model, which may lie on the meta device.
         after: the same model with another number of experts.
+        experts: E of both.
     """
 
-    def __init__(self, before: PreTrainedModel, after: PreTrainedModel) -> None:
+    def __init__(self, before: PreTrainedModel, after: PreTrainedModel, experts: tuple[int, int]) -> None:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in before.state_dict().items()}
         others = {name: tuple(tensor.shape) for name, tensor in after.state_dict().items()}
         self._rename = renamer(before, self._shapes)
-        self._axes = {
-            name: axis
-            for name, shape in self._shapes.items()
-            for axis, (size, other) in enumerate(zip(shape, others.get(name, shape), strict=True))
-            if size != other
-        }
+        self._axes = counted_axes(self._shapes, others, experts)
         self._stems = {name.rpartition(".")[0] for name in self._axes}
 
     def _live(self, name: str) -> str | None:
@@ -156,8 +187,8 @@ class Axes:
         target, gathered = self._rename(name)
         return target if target in self._shapes and not gathered else None
 
-    def of(self, info: TensorInfo, experts: int) -> int | None:
-        """The axis of a tensor that counts experts; None if there is none.
+    def of(self, info: TensorInfo, experts: int) -> Counted | None:
+        """How a tensor counts experts; None if it does not.
 
         Args:
             info: of a tensor that holds more than one expert, or none.
@@ -167,19 +198,20 @@ class Axes:
             UnsupportedModel: it must count them, but its shape does not say how (packed routers).
         """
         live = self._live(info.name) or ""
-        axis = self._axes.get(live)
-        if axis is not None and self._fits(info, self._shapes[live], axis, experts):
-            return axis
+        how = self._axes.get(live)
+        if how is not None and self._fits(info, self._shapes[live], how, experts):
+            return how
         parsed = parse_expert_tensor(info.name)
-        counts = parsed is not None or axis is not None or self._belongs(info.name)
+        counts = parsed is not None or how is not None or self._belongs(info.name)
         if not counts or (parsed is not None and info.numel == 1):
             return None
-        if axis is None and info.shape[:1] == (experts,) and self._fits(info, info.shape, 0, experts):
-            return 0
+        first = Counted(0, 1, 0)
+        if how is None and info.shape[:1] == (experts,) and self._fits(info, info.shape, first, experts):
+            return first
         raise UnsupportedModel(
             f"{info.name} of shape {list(info.shape)} and dtype {info.dtype} has no axis of {experts} experts to cut",
             layer=decoder_index(info.name),
-            hint="the router or the stacked experts are packed across experts: give the unquantized checkpoint",
+            hint=_hint(info),
         )
 
     def _belongs(self, name: str) -> bool:
@@ -189,13 +221,14 @@ class Axes:
         return self._live(name) is None and bool(above & self._stems)
 
     @staticmethod
-    def _fits(info: TensorInfo, shape: tuple[int, ...], axis: int, experts: int) -> bool:
+    def _fits(info: TensorInfo, shape: tuple[int, ...], how: Counted, experts: int) -> bool:
         """Whether a tensor has the shape that is cut along an axis, and parts that begin at whole bytes."""
+        axis = how.axis
         same = len(info.shape) == len(shape) and all(
             n == axis or a == b for n, (a, b) in enumerate(zip(info.shape, shape, strict=True))
         )
         whole = prod(info.shape[axis + 1 :]) * DTYPE_BITS[info.dtype] % 8 == 0
-        return same and whole and info.shape[axis] % experts == 0
+        return same and whole and (info.shape[axis] - how.tail) % experts == 0
 
 
 def kept_tensors(
@@ -264,10 +297,15 @@ def _kept(
         return
     keep = outcomes[layer].keep
     if match:
-        for number, expert in enumerate(keep):
-            if expert == int(match["expert"]):
-                yield KeptTensor(f"{match['block']}.experts.{number}.{match['rest']}", info, layer)
+        expert = int(match["expert"])
+        numbers = [n for n, kept in enumerate(keep) if kept == expert]
+        if expert >= counts[layer]:  # no expert of its own: it stays behind the others
+            numbers = [expert - counts[layer] + len(keep)]
+        for number in numbers:
+            yield KeptTensor(f"{match['block']}.experts.{number}.{match['rest']}", info, layer)
         return
-    axis = axes.of(info, counts[layer])
-    cut = None if axis is None or outcomes[layer].keeps_all(counts[layer]) else Cut(axis, counts[layer], keep)
-    yield KeptTensor(info.name, info, None if axis is None else layer, cut)
+    how = axes.of(info, counts[layer])
+    cut = None
+    if how is not None and not outcomes[layer].keeps_all(counts[layer]):
+        cut = Cut(how.axis, counts[layer], keep, how.tail)
+    yield KeptTensor(info.name, info, None if how is None else layer, cut)

@@ -9,7 +9,7 @@ Legend: E experts, I expert width, H hidden, M experts kept, F = 3H (2H without 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
+from moekit.anatomy.storage import Part, Projection, Storage
 from moekit.errors import UnsupportedModel
 
 
@@ -31,7 +32,7 @@ class LayerWeights:
         up_bias_EI: biases of the up projections.
         gate_bias_EI: biases of the gate projections.
         down_bias_EH: biases of the down projections.
-        router: the router's tensors that count experts, by name within the router, expert axis first: the weight
+        router: the router's tensors that count experts, by name below the block, expert axis first: the weight
             [E, H], biases and selection biases [E].
         others: any further stacked tensors of the experts, [E, ...].
     """
@@ -136,30 +137,87 @@ def outputs(weights: LayerWeights, expert: int, inputs_NH: Tensor, activation: C
     return linear(inner_NI, weights.down_EHI[expert], of(weights.down_bias_EH))
 
 
-def from_live(experts: Mapping[str, Tensor], router: Mapping[str, Tensor], geometry: Geometry) -> LayerWeights:
+def from_storage(tensors: Mapping[str, Tensor], storage: Storage, router: Mapping[str, Tensor]) -> LayerWeights:
     """Bring a live layer's tensors into the common layout; views where that can be.
+
+    Args:
+        tensors: of the experts module, by name; those that are no projection but stacked by expert are taken along.
+        storage: which of them is what.
+        router: the router's tensors, expert axis first.
+    """
+    read = {(p.part, p.bias): p.read(tensors, storage.experts) for p in storage.projections}
+    for bias in (False, True):
+        both = read.pop(("gate_up", bias), None)
+        if both is not None:
+            read["gate", bias], read["up", bias] = _part(both, storage.concatenated)
+    known = set(storage.names)
+    others = {n: t for n, t in tensors.items() if n not in known and t.dim() and t.shape[0] == storage.experts}
+    return LayerWeights(
+        read["up", False],
+        read["down", False],
+        read.get(("gate", False)),
+        read.get(("up", True)),
+        read.get(("gate", True)),
+        read.get(("down", True)),
+        dict(router),
+        others,
+    )
+
+
+def to_storage(weights: LayerWeights, storage: Storage) -> dict[str, Tensor]:
+    """The experts module's tensors in the family's own layout, by name; inverse of `from_storage`.
+
+    Args:
+        weights: of the experts.
+        storage: of a module of so many experts.
+    """
+    values: dict[tuple[str, bool], Tensor | None] = {
+        ("gate", False): weights.gate_EIH,
+        ("up", False): weights.up_EIH,
+        ("down", False): weights.down_EHI,
+        ("gate", True): weights.gate_bias_EI,
+        ("up", True): weights.up_bias_EI,
+        ("down", True): weights.down_bias_EH,
+    }
+    live = dict(weights.others)
+    for projection in storage.projections:
+        bias = projection.bias
+        if projection.part == "gate_up":
+            gate, up = values["gate", bias], values["up", bias]
+            value = None if gate is None or up is None else _join(gate, up, storage.concatenated)
+        else:
+            value = values[projection.part, bias]
+        if value is not None:
+            live |= projection.write(value)
+    return live
+
+
+def from_live(experts: Mapping[str, Tensor], router: Mapping[str, Tensor], geometry: Geometry) -> LayerWeights:
+    """`from_storage` for tensors that are stacked by expert and named as transformers names them.
 
     Args:
         experts: own tensors of the experts module that are stacked by expert, by name.
         router: the router's tensors, expert axis first.
         geometry: of the layer.
     """
-    left = dict(experts)
-    flip = geometry.transposed
+    return from_storage(experts, stacked_storage(geometry, experts), router)
 
-    def matrix(name: str) -> Tensor:
-        tensor = left.pop(name)
-        return tensor.transpose(1, 2) if flip else tensor
 
-    down_EHI = matrix("down_proj")
-    down_bias_EH = left.pop("down_proj_bias", None)
-    if not geometry.has_gate:
-        up_EIH, up_bias_EI = matrix("up_proj"), left.pop("up_proj_bias", None)
-        return LayerWeights(up_EIH, down_EHI, None, up_bias_EI, None, down_bias_EH, dict(router), left)
-    both_EJH, both_bias_EJ = matrix("gate_up_proj"), left.pop("gate_up_proj_bias", None)
-    gate_EIH, up_EIH = _part(both_EJH, geometry.concatenated)
-    gate_b, up_b = (None, None) if both_bias_EJ is None else _part(both_bias_EJ, geometry.concatenated)
-    return LayerWeights(up_EIH, down_EHI, gate_EIH, up_b, gate_b, down_bias_EH, dict(router), left)
+def to_live(weights: LayerWeights, geometry: Geometry) -> dict[str, Tensor]:
+    """Inverse of `from_live`."""
+    name = "gate_up_proj" if geometry.has_gate else "up_proj"
+    biases = {f"{name}_bias": weights.up_bias_EI, "down_proj_bias": weights.down_bias_EH}
+    return to_storage(weights, stacked_storage(geometry, {n for n, t in biases.items() if t is not None}))
+
+
+def stacked_storage(geometry: Geometry, names: Collection[str]) -> Storage:
+    """How a module of this geometry holds experts as stacks; biases are those among `names`."""
+    parts: tuple[Part, ...] = ("gate_up" if geometry.has_gate else "up", "down")
+    matrices = [Projection(part, (f"{part}_proj",), transposed=geometry.transposed) for part in parts]
+    biases = [Projection(part, (f"{part}_proj_bias",), bias=True) for part in parts if f"{part}_proj_bias" in names]
+    return Storage(
+        "stacked", geometry.experts, geometry.hidden, geometry.width, (*matrices, *biases), geometry.concatenated
+    )
 
 
 def _part(both: Tensor, concatenated: bool) -> tuple[Tensor, Tensor]:
@@ -174,24 +232,3 @@ def _join(gate: Tensor, up: Tensor, concatenated: bool) -> Tensor:
     if concatenated:
         return torch.cat([gate, up], dim=1)
     return torch.stack([gate, up], dim=2).flatten(1, 2)
-
-
-def to_live(weights: LayerWeights, geometry: Geometry) -> dict[str, Tensor]:
-    """The experts module's tensors in the family's own layout, by name; inverse of `from_live`."""
-    live = dict(weights.others)
-
-    def matrix(tensor: Tensor) -> Tensor:
-        return (tensor.transpose(1, 2) if geometry.transposed else tensor).contiguous()
-
-    live["down_proj"] = matrix(weights.down_EHI)
-    if weights.down_bias_EH is not None:
-        live["down_proj_bias"] = weights.down_bias_EH.contiguous()
-    name, up, up_bias = "up_proj", weights.up_EIH, weights.up_bias_EI
-    if weights.gate_EIH is not None:
-        name, up = "gate_up_proj", _join(weights.gate_EIH, up, geometry.concatenated)
-        if weights.gate_bias_EI is not None and up_bias is not None:
-            up_bias = _join(weights.gate_bias_EI, up_bias, geometry.concatenated)
-    live[name] = matrix(up)
-    if up_bias is not None:
-        live[f"{name}_bias"] = up_bias.contiguous()
-    return live

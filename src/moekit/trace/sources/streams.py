@@ -53,6 +53,12 @@ class ResidualProbe(Probe):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         moe = place.require_moe()
+        if moe.seam != "experts":
+            raise UnsupportedModel(
+                "this family's block does not call its experts alone: what they add to the residual stream is unknown",
+                layer=place.index,
+                hint="leave out statistics of the group 'residual'",
+            )
         self._experts = moe.experts
         self._norm_modules = norms_before(place.model, moe)
         self._scale = residual_scale(place.model, moe)

@@ -19,19 +19,19 @@ from moekit.trace.vocabulary import expert_statistic, statistic
 @statistic(shape="EH", sources=("inputs",))
 def input_sum(seen: TokenBatch) -> Tensor:
     """Sum of the expert's inputs, by channel."""
-    return seen.chosen_NE.T.to(seen.hidden_NH.dtype) @ seen.hidden_NH
+    return seen.given_NE.T.to(seen.hidden_NH.dtype) @ seen.hidden_NH
 
 
 @statistic(shape="EH", sources=("inputs",))
 def input_square(seen: TokenBatch) -> Tensor:
     """Sum of the expert's squared inputs, by channel (Wanda's norms are its roots, arXiv:2306.11695)."""
-    return seen.chosen_NE.T.to(seen.hidden_NH.dtype) @ seen.hidden_NH.square()
+    return seen.given_NE.T.to(seen.hidden_NH.dtype).square() @ seen.hidden_NH.square()
 
 
 @statistic(shape="E", sources=("inputs",))
 def input_norm(seen: TokenBatch) -> Tensor:
     """Sum of the norms of the expert's inputs."""
-    return accumulate(seen.chosen_NE * torch.linalg.vector_norm(seen.hidden_NH, dim=-1, keepdim=True), 0)
+    return accumulate(seen.given_NE * torch.linalg.vector_norm(seen.hidden_NH, dim=-1, keepdim=True), 0)
 
 
 @statistic(shape="E", sources=("outputs",))

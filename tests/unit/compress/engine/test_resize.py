@@ -128,8 +128,9 @@ def test_a_config_without_experts() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_an_empty_block_is_the_familys_own(family: str) -> None:
     config = resized_config(FAMILIES[family](), 5)
-    name = first_layer(build(family)).name
-    block = empty_block(config, name)
+    layer = first_layer(build(family))
+    name = layer.name
+    block = empty_block(config, layer)
     expected = build(
         family, **{EXPERTS_KEY[family]: 5} | ({"n_group": 1, "topk_group": 1} if "n_group" in config else {})
     )
