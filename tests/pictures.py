@@ -15,7 +15,7 @@ from tests.families import EXPERTS, TOP_K, VOCAB, WIDTH, randomize
 
 # Photographs of the package: a temple and a flower.
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"
-PATCHES, TOKENS_A_PICTURE = 49, 4
+PATCHES, TOKENS_A_PICTURE = 49, 16
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
@@ -49,7 +49,7 @@ def processor() -> Any:
 
 
 def vision_model(seed: int = 0) -> Any:
-    """A tiny random Aria: a picture is seven by seven patches, and four tokens."""
+    """A tiny random Aria: a picture is seven by seven patches, and sixteen tokens."""
     config = transformers.AriaConfig(
         text_config={
             "vocab_size": VOCAB,
@@ -107,6 +107,6 @@ def write_conversations(file: Path, count: int = 6) -> Path:
             left = 40 * number
             photo.crop((left, 60, left + 160, 60 + 40 * (number % 3 + 1))).save(file.parent / f"{name}-{number}.png")
         answer = ("a temple by the water", "a dahlia in bloom")[number % 2]
-        lines.append(json.dumps(conversation(f"{name}-{number}.png", f"what is shown in picture {number}?", answer)))
+        lines.append(json.dumps(conversation(f"{name}-{number}.png", f"what is in picture {number}?", answer)))
     file.write_text("\n".join(lines) + "\n")
     return file

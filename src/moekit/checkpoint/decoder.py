@@ -1,4 +1,8 @@
-"""Find the language model's stack of decoder layers in a model, whatever else the model is made of."""
+"""Find the language model's stack of decoder layers in a model, whatever else the model is made of.
+
+The list of layers is called `layers` in nearly all families; elsewhere (DBRX: `blocks`) it is the one list of as many
+modules as the config states layers.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     found = _asked(model) or _with_text_config(model)
     if found is None:
         raise UnsupportedModel(
-            f"{type(model).__name__} keeps its decoder layers in no `layers` list",
+            f"{type(model).__name__} keeps its decoder layers in no list of their own",
             hint="run it whole: it cannot be streamed layer by layer",
         )
     return found
@@ -48,7 +52,29 @@ def stack_prefix(model: nn.Module) -> str:
     Raises:
         UnsupportedModel: the model has no such layers.
     """
-    return f"{decoder_path(model)}.layers.".lstrip(".")
+    return f"{decoder_path(model)}.{stack_name(decoder_of(model))}.".lstrip(".")
+
+
+def stack_name(decoder: nn.Module) -> str:
+    """What a decoder calls its list of layers.
+
+    Raises:
+        UnsupportedModel: it has none.
+    """
+    name = _stack_name(decoder)
+    if name is None:
+        raise UnsupportedModel(f"{type(decoder).__name__} has no list of layers")
+    return name
+
+
+def stack_of(decoder: nn.Module) -> nn.ModuleList:
+    """The list of layers of a decoder.
+
+    Raises:
+        UnsupportedModel: it has none.
+    """
+    found: nn.ModuleList = getattr(decoder, stack_name(decoder))
+    return found
 
 
 def besides_text(model: nn.Module) -> tuple[str, ...]:
@@ -112,6 +138,17 @@ def _with_text_config(model: Any) -> nn.Module | None:
 
 
 def _is_stack(module: Any) -> bool:
+    return _stack_name(module) is not None
+
+
+def _stack_name(module: Any) -> str | None:
     from torch import nn
 
-    return isinstance(getattr(module, "layers", None), nn.ModuleList)
+    if isinstance(getattr(module, "layers", None), nn.ModuleList):
+        return "layers"
+    count = getattr(getattr(module, "config", None), "num_hidden_layers", None)
+    if not isinstance(module, nn.Module) or not isinstance(count, int) or count < 1:
+        return None
+    lists = [name for name, child in module.named_children() if isinstance(child, nn.ModuleList)]
+    fitting = [name for name in lists if len(getattr(module, name)) == count]
+    return fitting[0] if len(fitting) == 1 and lists == fitting else None

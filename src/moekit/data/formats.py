@@ -26,6 +26,8 @@ from moekit.errors import BadData, printable, shortened
 PLAIN = (".txt", ".md", ".rst", ".text")
 RECORDS = (".jsonl", ".json")
 SUFFIXES = (*PLAIN, *RECORDS)
+# Files that conversations show; they are no text by themselves.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)

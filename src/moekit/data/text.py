@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moekit._progress import Progress
-from moekit.data.formats import SUFFIXES, Messages, Picture, read_records
+from moekit.data.formats import PICTURES, SUFFIXES, Messages, Picture, read_records
 from moekit.data.sources import all_sources, get_source, resolve_mix, text_mixes
 from moekit.data.split import Split, sample, split_texts
 from moekit.errors import BadConfig, BadData, printable
@@ -166,6 +166,8 @@ def _load_folder(folder: Path) -> Iterator[Document]:
         for path in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
             if path.is_dir() or path.name.startswith("."):
                 continue
+            if path.suffix.lower() in PICTURES:
+                continue  # conversations name them
             if path.suffix not in SUFFIXES or not path.is_file() or not path.stat().st_size:
                 passed.append(path)
                 continue

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moekit._device import resolve_device
-from moekit.checkpoint.decoder import besides_text, decoder_of
+from moekit.checkpoint.decoder import besides_text, decoder_of, stack_name, stack_of
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.layout import layout_of
 from moekit.checkpoint.model import quiet_transformers
@@ -74,15 +74,13 @@ class LayerLoader:
             else:
                 self._names.setdefault(self._layout.layer(name), []).append(name)
         for buffer_name, buffer in list(self.decoder.named_buffers()):
-            if not buffer.is_meta and not buffer_name.startswith("layers."):
+            if not buffer.is_meta and not buffer_name.startswith(f"{stack_name(self.decoder)}."):
                 _set(self.decoder, buffer_name, buffer.to(self.device))
 
     @property
     def stack(self) -> nn.ModuleList:
         """The list of decoder layers."""
-        layers = self.decoder.layers
-        assert isinstance(layers, nn.ModuleList)
-        return layers
+        return stack_of(self.decoder)
 
     def layer(self, index: int) -> nn.Module:
         """A decoder layer, with or without weights."""

@@ -103,8 +103,11 @@ class Passes:
         return after
 
     def begin_loaded(self, after: int = -1) -> int:
-        """Begin with embedding and all else that belongs to no layer loaded for as long as that takes."""
-        self._walk.loader.load_rest()
+        """Begin with embedding and all else that belongs to no layer loaded for as long as that takes.
+
+        Towers are loaded where a batch shows something beside text.
+        """
+        self._walk.loader.load_rest(towers=any(batch.more is not None for batch in self._walk.batches))
         try:
             return self.begin(after)
         finally:

@@ -230,7 +230,7 @@ def test_whole_numbers_that_the_class_declares_are_legal(tmp_path: Path) -> None
     with loader.loaded(0) as layer:
         assert torch.equal(layer.state_dict()["mlp.gate.tid2eid"], before[table])
     keep = dict.fromkeys(range(2), LayerOutcome(keep=(0, 2, 3, 5)))
-    with pytest.raises(UnsupportedModel, match="names experts by number"):
+    with pytest.raises(UnsupportedModel, match="names the experts of every token id by number"):
         apply(Checkpoint.open(source), keep, tmp_path / "small", record=Record(command="a test"))
 
 

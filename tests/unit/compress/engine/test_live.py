@@ -288,7 +288,7 @@ def test_too_few_experts_are_refused_with_the_layer_and_the_legal_values() -> No
         change_model(model, keeping(model, KEEP, (4,)))
     assert refused.value.layer == 1
     assert "at least 2" in (refused.value.hint or "")
-    assert "top_k=1" in (refused.value.hint or "")
+    assert "--top-k 1" in (refused.value.hint or "")
     with pytest.raises(BadConfig, match="choose"):
         change_model(model, keeping(model, KEEP), top_k=0)
     assert torch.equal(logits(model), stock), "refused before anything changed"

@@ -70,7 +70,7 @@ def test_fewer_experts_than_choices_are_refused_with_the_legal_values() -> None:
     with pytest.raises(BadConfig) as refused:
         resized_config(FAMILIES["mixtral"](), 1)
     assert "at least 2" in (refused.value.hint or "")
-    assert "top_k=1" in (refused.value.hint or "")
+    assert "--top-k 1" in (refused.value.hint or "")
     assert resized_config(FAMILIES["mixtral"](), 1, top_k=1).num_local_experts == 1
 
 
