@@ -20,8 +20,8 @@ import torch
 
 from moekit.anatomy.probe import Geometry
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.dern import DERN
+from moekit.compress.weights import LayerWeights
 from moekit.trace.statistics import LayerStatistics
 
 GIB = 2**30

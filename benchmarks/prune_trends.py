@@ -27,10 +27,10 @@ from moekit.compress.engine import live
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import read_block
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.premoe import PreMoe
 from moekit.compress.prune.stun import Stun
 from moekit.compress.sparsify.wanda import Wanda
+from moekit.compress.weights import LayerWeights
 from moekit.data import TokenBatches, TokenizedDocument
 from moekit.data.batches import arrange
 from moekit.evaluation import perplexity_of_documents

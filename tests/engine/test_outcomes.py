@@ -27,7 +27,7 @@ from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.live import change_model
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, UnsupportedModel
 from tests.checkpoints import plain
 from tests.contracts import cases

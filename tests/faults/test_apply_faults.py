@@ -19,7 +19,7 @@ from moekit.checkpoint.folder import SINGLE_FILE, Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadCheckpoint, BadConfig, OutOfBudget
 from tests.checkpoints import plain
 

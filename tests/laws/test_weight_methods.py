@@ -27,8 +27,8 @@ from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.engine.searching import plan_by_search
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.engine.zeroing import FIELDS, SparsifyMethod
+from moekit.compress.weights import LayerWeights
 from moekit.trace import Trace
 from moekit.trace.streamed import Streamed, record_streamed
 from tests.checkpoints import plain

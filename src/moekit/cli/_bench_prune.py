@@ -199,7 +199,7 @@ class _Run:
 def _print_estimate(
     terminal: Terminal, model: str, texts: tuple[str, str | None], out: Path, setting: PruneBenchSetting, run: _Run
 ) -> None:
-    from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
+    from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
     from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 
     sizes = ByteSizes()

@@ -114,7 +114,7 @@ def carry_out(
         BadConfig: an option is impossible, OUT exists, is read, or is being written by the same command.
     """
     from moekit.jobs.call import kept_or_not, options_from, perform, ready
-    from moekit.jobs.shared.estimates import ByteSizes
+    from moekit.jobs.estimates import ByteSizes
 
     given = options_from(options, values, hint=_HELP)
     with kept_or_not(given, out) as place:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moekit._progress import Progress
-    from moekit.jobs.shared.estimates import JobEstimate
+    from moekit.jobs.estimates import JobEstimate
 
 
 @dataclass

@@ -115,7 +115,7 @@ def _setting(
 
 
 def _print_estimate(terminal: Terminal, model: str | None, out: Path, setting: DispatchBenchSetting) -> None:
-    from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
+    from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
     from moekit.jobs.shared.inputs import model_item
 
     reads = () if model is None else (model_item(model, ByteSizes()),)

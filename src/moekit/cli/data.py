@@ -13,7 +13,7 @@ from moekit.cli._terminal import Terminal, size
 from moekit.jobs.table import jobs
 
 if TYPE_CHECKING:
-    from moekit.jobs.shared.estimates import JobEstimate
+    from moekit.jobs.estimates import JobEstimate
 
 
 def list_sources(terminal: Terminal) -> None:
@@ -63,14 +63,14 @@ def fetch(
 
 def _print_estimate(terminal: Terminal, names: Sequence[str]) -> None:
     """All of them together: one comes after the other, and all stay."""
-    from moekit.jobs.shared.estimates import merged
+    from moekit.jobs.estimates import merged
 
     terminal.estimate(merged({name: _estimate(name) for name in names}))
 
 
 def _estimate(name: str) -> JobEstimate:
     from moekit.data.sources import get_source, text_mixes
-    from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
+    from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
     from moekit.jobs.shared.inputs import text_item
 
     item = text_item(name, ByteSizes())

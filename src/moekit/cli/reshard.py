@@ -40,7 +40,7 @@ def reshard(
     finds its experts in one file, optimizer state included. --plain writes one Hugging Face folder, layer by layer:
     memory holds the heaviest layer about twice, never the model.
     """
-    from moekit.jobs.shared.estimates import Item, JobEstimate, disk_bytes
+    from moekit.jobs.estimates import Item, JobEstimate, disk_bytes
     from moekit.parallel.checkpoints import reshard as library
 
     if (ep is None) == (not plain):

@@ -89,7 +89,7 @@ class _Chosen:
 
 
 def _print_estimate(terminal: Terminal, recipe: Recipe, chosen: _Chosen) -> None:
-    from moekit.jobs.shared.estimates import merged
+    from moekit.jobs.estimates import merged
     from moekit.recipe.duration import in_words
     from moekit.recipe.forecast import durations, estimate, left
 

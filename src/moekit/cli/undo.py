@@ -22,7 +22,7 @@ def undo(
 
     The changed checkpoint is kept beside it.
     """
-    from moekit.jobs.shared.estimates import Item, JobEstimate
+    from moekit.jobs.estimates import Item, JobEstimate
     from moekit.jobs.undo import find_parent, undo as undo_change
 
     target = keep or folder.with_name(f"{folder.name}.undone")

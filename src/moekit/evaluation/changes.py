@@ -17,7 +17,7 @@ from moekit.anatomy.probe import MoELayer, flat_output
 from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, resized_block, resized_config
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.trace.seam import see_choices
 
 Rewrite = Callable[[int, LayerWeights], LayerWeights]

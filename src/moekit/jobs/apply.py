@@ -16,9 +16,9 @@ from moekit.data.encoding import Bos
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.call import TextLike, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.prune import PruneResult
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import lies_here, model_item, record_bytes, text_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.weights.mtp import check_mtp

@@ -10,8 +10,8 @@ from moekit._ranks import is_first_rank
 from moekit.checkpoint import atomic_folder
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, JobEstimate
 from moekit.jobs.options.check import CheckOptions
-from moekit.jobs.shared.estimates import ByteSizes, JobEstimate
 from moekit.jobs.shared.inputs import model_item
 from moekit.progress import ProgressLike
 

@@ -12,8 +12,8 @@ from moekit.anatomy import find_moe_layers
 from moekit.data.encoding import Bos
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.convert import ConvertOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, rows_of, save_changed, text_item
 from moekit.progress import ProgressLike
 

@@ -13,8 +13,8 @@ from moekit.data.text import Document
 from moekit.errors import BadData
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate, disk_bytes
 from moekit.jobs.options.data import DataOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate, disk_bytes
 from moekit.jobs.shared.inputs import is_model, model_item, model_location, read_text, text_item
 from moekit.jobs.undo import copy_folder
 from moekit.progress import ProgressLike

@@ -18,8 +18,8 @@ from moekit.evaluation import Evaluation, TaskResult, choices, compare, perplexi
 from moekit.evaluation.questions import check_choices
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.evaluate import EvaluateOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item, open_model, read_text, text_item
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.parallel.launch.start import StartedRanks

@@ -17,8 +17,8 @@ from moekit.data.encoding import Bos
 from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.expert_sets import ExpertSetsOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import lies_here, model_item, read_text, text_item
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.tasks.texts import Texts, account, log_warnings, tasks_of, texts_of_tasks

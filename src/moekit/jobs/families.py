@@ -13,8 +13,8 @@ from moekit.checkpoint import atomic_folder
 from moekit.family import Family, discover, family
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, JobEstimate
 from moekit.jobs.options.families import FamiliesOptions
-from moekit.jobs.shared.estimates import ByteSizes, JobEstimate
 from moekit.jobs.trials.cell import Cell
 from moekit.jobs.trials.trial import STEPS, try_family
 from moekit.progress import ProgressLike

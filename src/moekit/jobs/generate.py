@@ -19,8 +19,8 @@ from moekit.evaluation import agreement, complete, side_by_side
 from moekit.evaluation.generation import Completions
 from moekit.jobs.call import JobResult, ModelLike, call
 from moekit.jobs.context import JobContext, LiveModel
+from moekit.jobs.estimates import ByteSizes, JobEstimate, largest
 from moekit.jobs.options.generate import GenerateOptions
-from moekit.jobs.shared.estimates import ByteSizes, JobEstimate, largest
 from moekit.jobs.shared.inputs import lies_here, model_item, open_model
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.jobs.tasks.answering import TaskModels, check_tasks, summary

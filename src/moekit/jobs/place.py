@@ -13,8 +13,8 @@ from moekit.checkpoint import Checkpoint, atomic_folder
 from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.place import PlaceOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import changed_bytes, model_item, model_location
 from moekit.jobs.shared.trained import trained_alike
 from moekit.placement import Placement, constraint_gain, routing_groups

@@ -12,8 +12,8 @@ from moekit._validation import faults
 from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.pretrain_tiny import PretrainTinyOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import read_text, text_item
 from moekit.progress import ProgressLike
 from moekit.training import TinyConfig, train_tiny

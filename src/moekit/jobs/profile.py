@@ -12,8 +12,8 @@ from moekit.checkpoint.strictjson import read_json
 from moekit.data.encoding import Bos
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.profile import ProfileOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import (
     model_item,
     model_location,

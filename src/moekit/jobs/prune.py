@@ -12,8 +12,8 @@ from moekit.data.encoding import Bos
 from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.prune import PruneOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 from moekit.jobs.shared.opened import check_runnable
 from moekit.jobs.shared.outputs import model_or_plan

@@ -10,8 +10,8 @@ from moekit._files import read_bytes
 from moekit.checkpoint import atomic_write
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.report import NUMBERS, PAGE, ReportOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.progress import ProgressLike
 from moekit.report import build
 from moekit.report.gather import report_data

@@ -11,8 +11,8 @@ from moekit.anatomy import find_moe_layers
 from moekit.checkpoint import fingerprint_model
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.route import RouteOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import changed_bytes, model_item, open_model, save_changed
 from moekit.placement import Placement
 from moekit.progress import ProgressLike

@@ -13,8 +13,8 @@ from moekit.data.encoding import Bos
 from moekit.errors import BadConfig, MoekitError
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.sparsify import SparsifyOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.weights.plans import PLAN_BYTES, plan_beside, plan_path, save_plan

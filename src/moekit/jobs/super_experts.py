@@ -18,8 +18,8 @@ from moekit.evaluation.super_expert_study import STUDY_FILE, SuperExpertStudy
 from moekit.evaluation.super_experts import SuperExpertCheck, check_super_experts
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.super_experts import SuperExpertsOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.weights.plans import origin

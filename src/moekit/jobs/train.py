@@ -15,8 +15,8 @@ from moekit.data.text import Document
 from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate, total
 from moekit.jobs.options.train import TrainOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate, total
 from moekit.jobs.shared.inputs import changed_bytes, model_item, open_model, read_text, save_changed, text_item
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.parallel.checkpoints.gathering import gather_state

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit.checkpoint.estimate import READ_BYTES_PER_SECOND
-from moekit.jobs.shared.estimates import ByteSizes
+from moekit.jobs.estimates import ByteSizes
 
 if TYPE_CHECKING:
     import torch

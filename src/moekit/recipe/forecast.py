@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moekit.errors import MoekitError
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.recipe.runner import Marker, check, chosen, finished, named, read_marker, step_key, with_folders
 from moekit.recipe.schema import Recipe
 from moekit.recipe.steps import AnyStep

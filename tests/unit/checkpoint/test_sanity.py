@@ -11,7 +11,7 @@ from moekit.checkpoint.estimate import estimate
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.sanity import check_config
 from moekit.errors import BadCheckpoint
-from moekit.jobs.shared.estimates import ByteSizes
+from moekit.jobs.estimates import ByteSizes
 from moekit.jobs.shared.inputs import model_item
 from tests.checkpoints import edit_json, edit_shard, plain
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import perplexity_of_documents

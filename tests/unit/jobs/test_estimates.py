@@ -13,6 +13,7 @@ import moekit
 from moekit.errors import BadConfig
 from moekit.jobs import apply, expert_sets, prune, sparsify, super_experts
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes, JobEstimate
 from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.options.base import JobOptions
 from moekit.jobs.options.expert_sets import ExpertSetsOptions
@@ -20,7 +21,6 @@ from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.options.train import TrainOptions
-from moekit.jobs.shared.estimates import ByteSizes, JobEstimate
 from moekit.streaming.states import States
 from tests.families import build
 from tests.tiny import tokenizer, write_text

@@ -22,9 +22,9 @@ from moekit.data import tokenize
 from moekit.errors import BadConfig
 from moekit.evaluation import perplexity_of_documents
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes
 from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.options.prune import PruneOptions
-from moekit.jobs.shared.estimates import ByteSizes
 from moekit.jobs.shared.inputs import load_tokenizer, read_text, rows_of
 from moekit.jobs.weights.sizes import budget_of
 from moekit.recipe import runner

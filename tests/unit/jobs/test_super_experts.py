@@ -22,9 +22,9 @@ from moekit.evaluation import perplexity_of_documents
 from moekit.evaluation.super_expert_study import STUDY_FILE, SuperExpertStudy
 from moekit.jobs import super_experts as job
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.options.super_experts import SuperExpertsOptions
-from moekit.jobs.shared.estimates import ByteSizes
 from moekit.jobs.shared.inputs import load_tokenizer, read_text
 from moekit.jobs.shared.opened import open_source
 from moekit.jobs.weights.protection import parse_protected

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moekit.cli.main import main
-from moekit.jobs.shared.estimates import ByteSizes
+from moekit.jobs.estimates import ByteSizes
 from moekit.recipe.duration import STEP_SECONDS, MachineSpeed, durations, in_words, shape_of
 from moekit.recipe.steps import STEPS
 from tests.families import build

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 import moekit
 from moekit.anatomy import Gate, GateSpec, Geometry, MoELayer, find_moe_layers, identify_gate
-from moekit.compress.engine.weights import LayerWeights, from_live, to_live
 from moekit.compress.maths.neurons.align import align_experts
 from moekit.compress.maths.neurons.merging import merge_groups
+from moekit.compress.weights import LayerWeights, from_live, to_live
 from moekit.errors import BadConfig
 from moekit.routing import RoutingPlan
 from moekit.routing.methods.merge_redirect import MergeRedirect, add_up, share_rows

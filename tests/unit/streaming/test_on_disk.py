@@ -14,7 +14,7 @@ import torch
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.variants import compare_variants
 from moekit.trace import record

@@ -15,8 +15,8 @@ from moekit.anatomy import MoELayer, find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.jobs.context import JobContext
+from moekit.jobs.estimates import ByteSizes
 from moekit.jobs.options.profile import ProfileOptions
-from moekit.jobs.shared.estimates import ByteSizes
 from moekit.trace import Recorder, Trace, record, record_generation
 from moekit.trace.attention_batch import AttentionBatch
 from moekit.trace.batch import TokenBatch

@@ -27,7 +27,7 @@ from moekit.compress.engine.measuring import geometries_of, sizes_of, weights_re
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.searching import plan_by_search
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import MoekitError
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace

@@ -19,7 +19,7 @@ from moekit.bench.pruning.result import Skipped
 from moekit.bench.pruning.setting import PruneBenchSetting
 from moekit.checkpoint.atomic import atomic_write
 from moekit.compress.budget.sizes import ByteSizes
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.data.batches import TokenizedDocument
 from moekit.errors import MoekitError
 from moekit.evaluation.changes import Variant

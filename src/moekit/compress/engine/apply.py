@@ -30,7 +30,7 @@ from moekit.compress.engine.mtp import Mtp, MtpKept
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups
 from moekit.compress.engine.shard_writer import OutputShards
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import UnsupportedModel
 
 # Room for the card, which is written last.

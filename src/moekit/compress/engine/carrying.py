@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.neurons.merging import merge_groups
 from moekit.compress.maths.rounding import round_to_nearest
+from moekit.compress.weights import LayerWeights
 from moekit.errors import UnsupportedModel
 
 FIELDS = {"gate": "gate_EIH", "up": "up_EIH", "down": "down_EHI"}

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from moekit.anatomy.probe import Geometry
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.trace.statistics import LayerStatistics
 
 Protected = Mapping[int, Collection[int]]

@@ -16,7 +16,7 @@ from moekit.compress.engine.limits import check_made
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
 from moekit.compress.engine.slicing import KeptTensor
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.walk import Walk

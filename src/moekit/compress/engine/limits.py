@@ -11,7 +11,7 @@ from typing import Any
 
 from moekit.checkpoint.names import config_groups, config_top_k
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, UnsupportedModel
 
 _FREE = "route without groups (--groups free, in Python groups='free')"

@@ -16,7 +16,7 @@ from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.budget.sizes import ByteSizes
 from moekit.compress.engine.disk import expert_names
 from moekit.compress.engine.resize import read_block
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.walk import layer_of

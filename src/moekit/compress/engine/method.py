@@ -22,7 +22,7 @@ from moekit.anatomy.probe import Geometry
 from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 
 Passes = Literal["none", "once", "sequential", "search"]
 B = TypeVar("B")

@@ -17,7 +17,7 @@ from moekit.anatomy.probe import MoELayer, holds_all_experts, iterate_moe_layers
 from moekit.anatomy.stored import find_storage
 from moekit.compress.engine.counting import Counted, counted_axes
 from moekit.compress.engine.resized_config import Groups, resized_config, skeleton_of, stating_experts
-from moekit.compress.engine.weights import LayerWeights, from_storage, to_storage
+from moekit.compress.weights import LayerWeights, from_storage, to_storage
 from moekit.errors import UnsupportedModel
 
 __all__ = ["Groups", "empty_block", "empty_resized", "read_block", "resized_block", "resized_config", "stating_experts"]

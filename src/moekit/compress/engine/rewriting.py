@@ -21,7 +21,7 @@ from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.measuring import geometries_of
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import UnsupportedModel
 
 _FIELDS = ("up_EIH", "down_EHI", "gate_EIH", "up_bias_EI", "gate_bias_EI", "down_bias_EH")

@@ -28,7 +28,7 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import LayerRecord, WeightPlan
 from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.streaming.nested import mapped
 from moekit.streaming.passes import Passes

@@ -22,8 +22,8 @@ from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.outcome import LayerOutcome, Part
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.masks import groups_of
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, MoekitError, NumericFault
 
 FIELDS: dict[Part, str] = {"gate": "gate_EIH", "up": "up_EIH", "down": "down_EHI"}

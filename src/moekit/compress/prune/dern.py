@@ -18,7 +18,6 @@ from moekit.catalogue import register
 from moekit.compress.engine.dropping import PruneMethod, ratio
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.clustering.spherical_kmeans import spherical_kmeans
 from moekit.compress.maths.neurons.segments import (
     Compare,
@@ -31,6 +30,7 @@ from moekit.compress.maths.neurons.segments import (
     share_router_rows,
     write_segments,
 )
+from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault, UnsupportedModel
 
 # Finding the nearest segments is most of the work, and `transform` and `figures` both need it.

@@ -19,9 +19,9 @@ from moekit.catalogue import register
 from moekit.compress.engine.dropping import PruneMethod, ranking
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.clustering.complete_linkage import Dendrogram, complete_linkage
 from moekit.compress.maths.neurons.merging import merge_groups
+from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault
 
 

@@ -22,10 +22,10 @@ from moekit.catalogue import register
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.clustering.spectral import Array, Similarity, join_nearest, similarity, spectral_clusters
 from moekit.compress.maths.neurons.align import align_experts
 from moekit.compress.maths.neurons.merging import member_shares, merge_groups
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, NumericFault
 
 

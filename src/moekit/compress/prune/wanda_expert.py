@@ -13,7 +13,7 @@ from torch import Tensor
 from moekit.catalogue import register
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 
 
 def mean_importance(weights: LayerWeights, input_norm_EH: Tensor, inner_norm_EI: Tensor) -> Tensor:

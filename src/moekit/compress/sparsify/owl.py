@@ -17,9 +17,9 @@ from moekit.catalogue import register
 from moekit.compress.engine.input_norms import input_norms, smallest_products, statistics_of, unseen_experts
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import Part
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.engine.zeroing import FIELDS, SparsifyMethod, check_sparsity
 from moekit.compress.maths.masks import UNSTRUCTURED, smallest
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadData
 
 

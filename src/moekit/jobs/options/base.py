@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from moekit.errors import BadConfig
-from moekit.jobs.shared.estimates import ByteSizes, JobEstimate
+from moekit.jobs.estimates import ByteSizes, JobEstimate
 
 if TYPE_CHECKING:
     from moekit.catalogue import MethodRecord

@@ -28,8 +28,8 @@ from moekit.data.sources import all_sources, get_source, text_mixes
 from moekit.data.text import load_text
 from moekit.errors import BadCheckpoint, BadConfig, MoekitError
 from moekit.jobs.context import JobContext, LiveModel
+from moekit.jobs.estimates import ByteSizes, Item
 from moekit.jobs.shared.checked import DEAD, write_checked
-from moekit.jobs.shared.estimates import ByteSizes, Item
 from moekit.routing import RoutingPlan
 
 logger = logging.getLogger(__name__)

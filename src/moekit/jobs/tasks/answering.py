@@ -15,8 +15,8 @@ from moekit.data.encoding import encode
 from moekit.errors import BadConfig, BadData
 from moekit.evaluation import complete
 from moekit.evaluation.generation import Completion
+from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.tasks import TaskOptions
-from moekit.jobs.shared.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.shared.inputs import model_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.weights.protection import SUPER, parse_protected

@@ -12,7 +12,7 @@ from moekit.data.encoding import Bos
 from moekit.data.shares import take_shares
 from moekit.data.sources import text_mixes
 from moekit.errors import BadData
-from moekit.jobs.shared.estimates import ByteSizes
+from moekit.jobs.estimates import ByteSizes
 from moekit.jobs.shared.hashes import local_parts
 from moekit.serving.expert_sets.expert_set import GENERALIST, ExpertSet
 from moekit.trace.meta import DataEntry

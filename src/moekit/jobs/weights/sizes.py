@@ -27,7 +27,7 @@ from moekit.compress.engine.mtp import Mtp
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.request import PlanRequest
 from moekit.errors import BadConfig, OutOfBudget
-from moekit.jobs.shared.estimates import disk_bytes
+from moekit.jobs.estimates import disk_bytes
 from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.weights.mtp import some_kept
 

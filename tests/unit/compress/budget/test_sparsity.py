@@ -9,10 +9,10 @@ from hypothesis import given, settings, strategies as st
 from moekit.anatomy import Geometry
 from moekit.compress.budget.sparsity import Count, count_zeros, remaining_sparsity, total_sparsity
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.stun import Stun
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.wanda import Wanda
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.trace.statistics import LayerStatistics
 

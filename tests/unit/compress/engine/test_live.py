@@ -22,7 +22,7 @@ from moekit.checkpoint.fingerprint import fingerprint_model
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.live import change_model
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.routing.methods.c2r import C2R, partner_lists
 from moekit.runtime import attach

@@ -19,10 +19,10 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import LayerRecord, PlanFile, WeightPlan
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.dern import DERN
 from moekit.compress.prune.frequency import Frequency
 from moekit.compress.prune.naee import NAEE
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.trace.statistics import LayerStatistics
 from tests.checkpoints import plain

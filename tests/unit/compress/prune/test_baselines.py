@@ -12,7 +12,6 @@ from moekit import catalogue
 from moekit.anatomy import Geometry
 from moekit.compress.engine.dropping import PruneMethod
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.weights import LayerWeights, outputs
 from moekit.compress.prune.ean import EAN, MAN, MSAN, WeightedEAN
 from moekit.compress.prune.frequency import Frequency
 from moekit.compress.prune.gate_mass import GateMass
@@ -21,6 +20,7 @@ from moekit.compress.prune.random import Random
 from moekit.compress.prune.reap import REAP
 from moekit.compress.prune.soft_frequency import SoftFrequency
 from moekit.compress.prune.wanda_expert import WandaExpert
+from moekit.compress.weights import LayerWeights, outputs
 from moekit.errors import NumericFault
 from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics

@@ -14,9 +14,9 @@ from moekit import catalogue
 from moekit.anatomy import Geometry, find_moe_layers
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights, from_live, outputs, to_live
 from moekit.compress.maths.neurons.segments import Nearest, gather, nearest_targets, write_segments
 from moekit.compress.prune.dern import DERN
+from moekit.compress.weights import LayerWeights, from_live, outputs, to_live
 from moekit.errors import NumericFault, UnsupportedModel
 from moekit.trace import record
 from moekit.trace.batch import TokenBatch

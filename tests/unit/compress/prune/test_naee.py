@@ -12,8 +12,8 @@ from torch import Tensor
 from moekit import catalogue
 from moekit.anatomy import Geometry
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.prune.naee import NAEE, best_subset, greedy_subset, rises
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, NumericFault
 from moekit.trace.statistics import LayerStatistics
 

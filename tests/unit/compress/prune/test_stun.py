@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from moekit.anatomy import Geometry, find_moe_layers
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.weights import LayerWeights, from_live
 from moekit.compress.maths.clustering.complete_linkage import complete_linkage
 from moekit.compress.prune.stun import Stun, nearest_to_mean, normalised_coactivation, router_distances
+from moekit.compress.weights import LayerWeights, from_live
 from moekit.errors import NumericFault
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import resolve

@@ -11,8 +11,8 @@ from torch import Tensor
 from moekit.anatomy import Geometry, find_moe_layers
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.weights import LayerWeights, from_live, outputs, to_live
 from moekit.compress.prune.uncurl import UNCURL
+from moekit.compress.weights import LayerWeights, from_live, outputs, to_live
 from moekit.errors import BadConfig, NumericFault
 from moekit.trace import record
 from moekit.trace.statistics import LayerStatistics

@@ -10,11 +10,11 @@ from moekit import catalogue
 from moekit.anatomy import Geometry, find_moe_layers
 from moekit.compress.budget.sparsity import count_zeros
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.weights import LayerWeights, from_live
 from moekit.compress.engine.zeroing import SparsifyMethod
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.owl import OWL
 from moekit.compress.sparsify.wanda import Wanda
+from moekit.compress.weights import LayerWeights, from_live
 from moekit.errors import BadConfig, NumericFault
 from moekit.trace.statistics import LayerStatistics
 from tests.families import FAMILIES, build

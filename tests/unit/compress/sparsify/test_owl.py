@@ -10,10 +10,10 @@ from hypothesis import given, settings, strategies as st
 
 from moekit.anatomy import Geometry
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.owl import OWL, outlier_share, owl_sparsities
 from moekit.compress.sparsify.wanda import Wanda
+from moekit.compress.weights import LayerWeights
 from moekit.errors import BadData
 from moekit.trace.statistics import LayerStatistics
 

@@ -8,9 +8,9 @@ import torch
 from moekit.anatomy import Geometry
 from moekit.compress.engine.input_norms import input_norms
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.sparsify.magnitude import Magnitude
 from moekit.compress.sparsify.wanda import Wanda
+from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault
 from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics

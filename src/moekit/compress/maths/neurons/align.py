@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from moekit.compress.engine.weights import LayerWeights
+from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault, UnsupportedModel
 
 # Neurons at a time where costs are taken: keeps fp64 copies small.

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.neurons.align import permute_neurons, single
+from moekit.compress.weights import LayerWeights
 
 RouterRows = Literal["mean", "representative"]
 # (reference, member) -> order [I] in which the member's neurons lie beside the reference's.

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moekit.compress.engine.weights import LayerWeights
 from moekit.compress.maths.clustering.spherical_kmeans import unit
+from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault
 
 Compare = Literal["up_down", "all", "mean"]

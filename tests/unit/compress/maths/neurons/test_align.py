@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.compress.engine.weights import LayerWeights, outputs
 from moekit.compress.maths.neurons.align import align_experts, match_neurons, permute_neurons, single
+from moekit.compress.weights import LayerWeights, outputs
 from moekit.errors import NumericFault, UnsupportedModel
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.compress.engine.weights import LayerWeights, outputs
 from moekit.compress.maths.neurons.align import align_experts
 from moekit.compress.maths.neurons.merging import member_shares, merge_groups
+from moekit.compress.weights import LayerWeights, outputs
 
 
 def layer(experts: int, width: int = 32, hidden: int = 16, dtype: torch.dtype = torch.float32) -> LayerWeights:

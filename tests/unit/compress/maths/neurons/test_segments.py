@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moekit.compress.engine.weights import LayerWeights, outputs
 from moekit.compress.maths.neurons.segments import (
     Compare,
     balanced,
@@ -23,6 +22,7 @@ from moekit.compress.maths.neurons.segments import (
     share_router_rows,
     write_segments,
 )
+from moekit.compress.weights import LayerWeights, outputs
 from moekit.errors import NumericFault
 
 COMPARE: list[Compare] = ["up_down", "all", "mean"]
