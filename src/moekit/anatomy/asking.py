@@ -62,7 +62,12 @@ def ask_router(
 
 
 def raw_answer(
-    router: nn.Module, forward: Callable[..., object], hidden_TH: Tensor, passed: Sequence[Tensor] = ()
+    router: nn.Module,
+    forward: Callable[..., object],
+    hidden_TH: Tensor,
+    passed: Sequence[Tensor] = (),
+    *,
+    gradients: bool = False,
 ) -> object:
     """What a router answers to rows, or to a batch of one where it takes no rows; None where it fails."""
     training = router.training
@@ -70,7 +75,7 @@ def raw_answer(
     try:
         for given in (hidden_TH, hidden_TH.unsqueeze(0)):
             try:
-                with torch.no_grad():
+                with torch.set_grad_enabled(gradients):
                     return forward(given, *passed)
             except (TypeError, RuntimeError, ValueError, AttributeError, IndexError, MoekitError):
                 continue

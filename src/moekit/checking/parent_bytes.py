@@ -28,6 +28,8 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.names import where
 from moekit.checkpoint.record import TensorExpectation
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
+from moekit.compress.engine.slicing import expert_counts
+from moekit.errors import MoekitError
 
 # (expert, part) -> SHA-256
 Digests = dict[tuple[int, str], str]
@@ -147,10 +149,12 @@ class ParentBytes:
             other = self.parent.tensors.get(name)
             if other is None or units_of(info)[0].expert is not None or info.dtype != other.dtype:
                 continue
-            rows = kept.get(-1 if (key := layer_key(name)) is None else key)
+            rows = kept.get(self._layer(name))
             equal = info.shape == other.shape and self._scans[name].sha256 == self._digests[name].sha256
             if name in routers or (rows is not None and info.shape != other.shape):
-                if not (equal if rows is None else self._same_rows(info, other, rows)):
+                # Of the same size although experts went: it counts none of them.
+                counts = rows is not None and (info.shape != other.shape or len(rows) in info.shape)
+                if not (self._same_rows(info, other, rows or ()) if counts else equal):
                     moved.append(name)
             elif info.shape == other.shape:
                 compared.append(name)
@@ -158,18 +162,53 @@ class ParentBytes:
         return compared, changed, moved
 
     def _same_rows(self, info: TensorInfo, other: TensorInfo, rows: Sequence[int]) -> bool:
-        """Whether a tensor is made of these parts of the parent's, along the one axis that counts experts."""
+        """Whether a tensor is made of these parts of the parent's, along the one axis that counts experts.
+
+        An expert may have several neighbouring entries of the axis, and entries behind all experts stay.
+        """
         if len(info.shape) != len(other.shape) or DTYPE_BITS[info.dtype] % 8:
             return False
         differs = [n for n, (a, b) in enumerate(zip(info.shape, other.shape, strict=True)) if a != b]
-        axis = differs[0] if differs else next((n for n, size in enumerate(info.shape) if size == len(rows)), 0)
-        if len(differs) > 1 or info.shape[axis] != len(rows) or max(rows, default=0) >= other.shape[axis]:
+        axis = differs[0] if differs else next((n for n, size in enumerate(info.shape) if size == len(rows)), None)
+        if axis is None:  # it counts no experts, and is not the same
+            return False
+        entries = self._entries(info.shape[axis], other.shape[axis], rows, self._layer(info.name))
+        if len(differs) > 1 or entries is None:
             return False
         mine, theirs = (
             torch.from_numpy(read_range(side.path / one.shard, one.offsets)).view(*one.shape, -1)
             for side, one in ((self.child, info), (self.parent, other))
         )
-        return torch.equal(mine, theirs.index_select(axis, torch.tensor(list(rows))))
+        return torch.equal(mine, theirs.index_select(axis, torch.tensor(entries)))
+
+    def _entries(self, ours: int, theirs: int, rows: Sequence[int], layer: int) -> list[int] | None:
+        """Entries of the parent's axis that stay, in order; None where the sizes do not fit these experts."""
+        if ours == theirs:
+            return list(rows) if len(rows) == ours and sorted(rows) == list(range(ours)) else None
+        experts = self._counts.get(shown(layer), theirs)
+        gone = experts - len(rows)
+        if gone < 1 or (theirs - ours) % gone or max(rows, default=0) >= experts:
+            return None
+        each = (theirs - ours) // gone
+        tail = theirs - each * experts
+        if tail < 0:
+            return None
+        parts = [expert * each + n for expert in rows for n in range(each)]
+        return [*parts, *range(theirs - tail, theirs)]
+
+    def _layer(self, name: str) -> int:
+        """The layer of a tensor, as `samples.layer_key` counts them; -1 for tensors of none."""
+        key = layer_key(name)
+        key = self.child.where(name)[0] if key is None else key
+        return -1 if key is None else key
+
+    @cached_property
+    def _counts(self) -> dict[int, int]:
+        """Decoder layer -> E of the parent."""
+        try:
+            return expert_counts(self.parent)
+        except MoekitError:
+            return {}
 
 
 def _by_layer(checkpoint: Checkpoint) -> Mapping[int, Mapping[tuple[int, str], Unit]]:

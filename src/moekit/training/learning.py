@@ -13,8 +13,9 @@ import logging
 import torch
 from torch import nn
 
+from moekit.anatomy.asking import contract, raw_answer
 from moekit.anatomy.probe import MoELayer
-from moekit.errors import BadConfig, MoekitError
+from moekit.errors import BadConfig
 from moekit.training.config import TrainConfig
 from moekit.training.layers import moe_layers
 
@@ -37,16 +38,15 @@ def learns_from_weights(layer: MoELayer) -> bool:
         return True
     generator = torch.Generator().manual_seed(0)
     hidden_TH = torch.randn(PROBE_ROWS, layer.geometry.hidden, generator=generator).to(parameters[0])
-    training = router.training
-    router.eval()
-    try:
-        with torch.enable_grad():
-            logits, weights_TK, _ = router.forward(hidden_TH)
-        reached = [_reached(answer, parameters, generator) for answer in (weights_TK, logits)]
-    except (MoekitError, RuntimeError):
+    given = tuple(getattr(layer.block, name) for name in layer.passed)
+    answer = contract(raw_answer(router, router.forward, hidden_TH, given, gradients=True), PROBE_ROWS)
+    if answer is None:
         return True
-    finally:
-        router.train(training)
+    logits, weights_TK, _ = answer
+    try:
+        reached = [_reached(one, parameters, generator) for one in (weights_TK, logits)]
+    except RuntimeError:
+        return True
     return reached[0] > NOTHING * reached[1]
 
 
