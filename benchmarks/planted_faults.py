@@ -49,23 +49,23 @@ class Fault:
 FAULTS = (
     Fault(
         "gate and up projections swapped where they are stored one after the other",
-        "compress/engine/weights.py",
+        "compress/weights.py",
         "        gate, up = both.chunk(2, dim=1)\n",
         "        up, gate = both.chunk(2, dim=1)\n",
         ("tests/unit/compress/engine", "tests/engine"),
     ),
     Fault(
         "biases of the down projections lost when a layer is written back",
-        "compress/engine/weights.py",
-        '        live["down_proj_bias"] = weights.down_bias_EH.contiguous()\n',
-        '        live["down_proj_bias"] = torch.zeros_like(weights.down_bias_EH)\n',
+        "compress/weights.py",
+        '        ("down", True): weights.down_bias_EH,\n',
+        '        ("down", True): None if weights.down_bias_EH is None else torch.zeros_like(weights.down_bias_EH),\n',
         ("tests/unit/compress/engine", "tests/engine"),
     ),
     Fault(
         "the last expert that should stay replaced by its neighbour on disk",
         "compress/engine/slicing.py",
-        "(expert + 1) * size) for expert in self.cut.keep]",
-        "(expert + 1) * size) for expert in (*self.cut.keep[:-1], self.cut.keep[-1] - 1)]",
+        "(expert + 1) * each) for expert in self.keep]",
+        "(expert + 1) * each) for expert in (*self.keep[:-1], self.keep[-1] - 1)]",
         ("tests/engine", "tests/unit/compress/engine"),
     ),
     Fault(

@@ -127,7 +127,7 @@ def train(
 def check(options: TrainOptions) -> None:
     """Refuse impossible settings."""
     config_of(options, 0)
-    check_ranks(options)
+    check_ranks(options, divided=True)
     if options.teacher_top_k is not None and options.teacher is None:
         raise BadConfig("teacher_top_k is given, but no teacher", hint="say --teacher FOLDER")
     if MAIN in (options.texts or {}):
@@ -167,7 +167,7 @@ def estimate(options: TrainOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
 
 def run(options: TrainOptions, context: JobContext) -> dict[str, Any]:
     """Train and save."""
-    check_ranks(options)
+    check_ranks(options, divided=True)
     with ranks_of(options) as started:
         return _train(options, context, started)
 

@@ -20,8 +20,12 @@ from moekit.parallel.ranks import Ranks
 from moekit.placement import Placement
 
 
-def check_ranks(options: RankedOptions) -> None:
+def check_ranks(options: RankedOptions, *, divided: bool = False) -> None:
     """Refuse what cannot work before anything is loaded.
+
+    Args:
+        options: how ranks share the model.
+        divided: whether ranks that do not share it divide the work in another way, as training does the text.
 
     Raises:
         BadConfig: no such dispatcher; options without ranks; ranks that torchrun has not started.
@@ -34,7 +38,7 @@ def check_ranks(options: RankedOptions) -> None:
                 f"{', '.join(given)} given, which {'is' if len(given) == 1 else 'are'} about several ranks",
                 hint="give --ep, the number of ranks",
             )
-        if world > 1:
+        if world > 1 and not divided:
             raise BadConfig(
                 f"{world} ranks are started, and each would do all of the work",
                 hint=f"say --ep {world} to share the model, or start one process",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
@@ -17,8 +16,10 @@ from transformers import PreTrainedModel
 
 from moekit.api import load
 from moekit.checkpoint import Checkpoint
+from moekit.checkpoint.folder import CONFIG_FILE
 from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.names import config_groups
+from moekit.checkpoint.strictjson import read_json
 from moekit.errors import UnsupportedModel
 from moekit.family import Family, holds_experts, texts, write
 from moekit.jobs.check import check
@@ -175,8 +176,7 @@ def try_family(family: Family, seed: int = 0) -> dict[str, Cell]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return found
+    return read_json(folder / CONFIG_FILE)
 
 
 def _stock(folder: Path) -> PreTrainedModel:
