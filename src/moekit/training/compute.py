@@ -39,15 +39,17 @@ def compute_context(precision: Precision, device: torch.device) -> AbstractConte
 @contextmanager
 def attention_for(model: PreTrainedModel, seq_len: int) -> Iterator[None]:
     """Plain instead of fused attention for short rows on a CPU; the same function to rounding."""
-    stock = model.config._attn_implementation
+    # Of the language model alone: towers see no text, and some of them know one implementation only.
+    config = model.config.get_text_config()
+    stock = config._attn_implementation
     if model.device.type != "cpu" or seq_len > SHORT_ROW or stock != "sdpa":
         yield
         return
-    model.set_attn_implementation("eager")
+    config._attn_implementation = "eager"
     try:
         yield
     finally:
-        model.set_attn_implementation(stock)
+        config._attn_implementation = stock
 
 
 def _frozen(module: nn.Linear) -> bool:
