@@ -1,11 +1,11 @@
 # Needs Python 3.11 or newer and make; everything else goes into .venv, once.
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 3
+WORKERS ?= 4
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-# One thread a worker; one worker more than cores, as tests of ranks and kills wait much of their time.
+# One thread a worker; two workers more than cores, as tests of ranks and kills wait much of their time.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 # Benchmarks of what another run leaves, one of 50 GB, and a part of another one.
@@ -43,7 +43,7 @@ format: $(VENV)/.dev ## let ruff fix and format
 	$(BIN)/ruff format .
 
 test: $(VENV)/.dev ## all tests but the slow ones
-	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not full"
+	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not full"
 
 test-all: $(VENV)/.dev ## all tests, the slow ones too
 	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS)
