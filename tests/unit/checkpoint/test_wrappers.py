@@ -91,7 +91,14 @@ def sliced(family: str) -> PreTrainedModel:
     return small
 
 
-@pytest.mark.parametrize("family", sorted(WRAPPERS))
+# One of each kind of tower and experts; the others are tried by `make test-all`.
+QUICK = ("aria", "llama4", "qwen3_vl_moe")
+TRIED = [
+    pytest.param(name, marks=() if name in QUICK else (pytest.mark.full, pytest.mark.slow)) for name in sorted(WRAPPERS)
+]
+
+
+@pytest.mark.parametrize("family", TRIED)
 class TestWrapper:
     def test_it_is_opened_as_what_it_is(self, family: str, folders: dict[str, Path]) -> None:
         checkpoint = Checkpoint.open(folders[family])
