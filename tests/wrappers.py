@@ -246,8 +246,6 @@ WRAPPERS: dict[str, tuple[str, Callable[[], Any]]] = {
 TOWERS = frozenset(WRAPPERS) - {"mistral4"}
 # Those whose first decoder layer is dense.
 DENSE_FIRST = frozenset({"mistral4", "mistral3", "kimi_k25", "step3p7", "minimax_m3_vl"})
-# Those whose router answers in another form than (logits, weights, indices).
-EXPERTS_NOT_CALLED_BY_ROWS = frozenset({"llama4"})
 
 
 def build_wrapper(family: str, *, seed: int = 0) -> PreTrainedModel:
