@@ -89,4 +89,7 @@ def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     config.dtype = torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model, seed)
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):  # the experts of every token id
+            table.copy_(torch.rand(len(table), EXPERTS, generator=torch.Generator().manual_seed(seed)).topk(TOP_K)[1])
     return model.eval()

@@ -34,7 +34,7 @@ from moekit.trace.streamed import Streamed, record_streamed
 from tests.checkpoints import plain
 from tests.families import build, tokens
 
-KINDS = ("prune", "sparsify")
+KINDS = ("prune", "merge", "sparsify")
 FAMILY = "qwen3_moe"
 TEXT: list[Any] = [tokens(4, 24, seed=21), tokens(2, 9, seed=22)]
 KEEP = 5

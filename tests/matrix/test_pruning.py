@@ -1,4 +1,4 @@
-"""Every pruning method on every family: in memory, and from disk to disk, split and fused.
+"""Every method that leaves fewer experts, pruning or merging, on every family: in memory, and from disk to disk, split and fused.
 
 A method of another package joins by being registered: its `examples` are tried here without a line of test code.
 """
@@ -23,7 +23,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.dropping import FewerMethod
 from moekit.compress.engine.live import change_model
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
@@ -38,13 +38,14 @@ from tests.checkpoints import plain, reopen
 from tests.contracts import cases
 from tests.families import EXPERTS, FAMILIES, TOP_K, build, logits, tokens
 
-METHODS = [record.name for record in catalogue.methods("prune")]
+RECORDS = {record.name: record for kind in ("prune", "merge") for record in catalogue.methods(kind)}
+METHODS = list(RECORDS)
 TEXT: list[Any] = [tokens(4, 24, seed=21), tokens(2, 9, seed=22)]
 
 
-def examples(name: str, model: PreTrainedModel) -> list[PruneMethod]:
+def examples(name: str, model: PreTrainedModel) -> list[FewerMethod]:
     geometry = find_moe_layers(model)[0].geometry
-    cls: type[PruneMethod] = catalogue.get("prune", name).cls
+    cls: type[FewerMethod] = RECORDS[name].cls
     return list(cls.examples(geometry))
 
 
@@ -75,7 +76,7 @@ def record(family: str, folder: Path, names: Sequence[str], *, fused: bool = Fal
     return Recorded(checkpoint, record_streamed(checkpoint, TEXT, statistics=("load", *sorted(needs))))
 
 
-def plan_of(recorded: Recorded, method: PruneMethod, budget: Budget) -> WeightPlan:
+def plan_of(recorded: Recorded, method: FewerMethod, budget: Budget) -> WeightPlan:
     request = PlanRequest(method, budget, seed=3)
     if not method.searches:
         return plan_weights(recorded.checkpoint, recorded.trace, request)
@@ -110,7 +111,7 @@ def test_a_pruned_folder_is_the_pruned_model(
         rewrite=rewriter(plan, checkpoint),
         record=Record(command="a test"),
     )
-    opened = reopen(tmp_path / "out", catalogue.get("prune", name))
+    opened = reopen(tmp_path / "out", RECORDS[name])
     torch.testing.assert_close(logits(opened), logits(changed), rtol=1e-4, atol=1e-5)
     for layer in find_moe_layers(opened):
         assert layer.geometry.experts == 5
@@ -180,6 +181,10 @@ def _sparsemixer(logits_TE: Tensor, allowed_TE: Tensor, spec: Any) -> tuple[Tens
         index.append(chosen_T1)
         left_TE = left_TE.scatter(1, chosen_T1, float("-inf"))
     return logits_TE, torch.cat(weights, 1).to(logits_TE.dtype), torch.cat(index, 1)
+
+
+def test_no_two_methods_share_a_name() -> None:
+    assert len(RECORDS) == sum(len(list(catalogue.methods(kind))) for kind in ("prune", "merge"))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

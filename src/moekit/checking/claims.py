@@ -51,7 +51,7 @@ def rewrites(record: Record) -> bool:
     if not isinstance(name, str) or "kept" not in record.scores:
         return False
     try:
-        return bool(getattr(catalogue.get("prune", name).cls, "rewrites", False))
+        return bool(getattr(catalogue.get(str(record.config.get("kind", "")), name).cls, "rewrites", False))
     except MoekitError:
         return True  # a method of another kind, or of another package
 

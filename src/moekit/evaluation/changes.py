@@ -128,7 +128,7 @@ def changed_layer(variant: Variant, moe: MoELayer, weights: LayerWeights, config
     keep = torch.zeros(moe.geometry.experts + 1, dtype=torch.bool)
     keep[list(outcome.keep)] = True
     keep[-1] = True  # no expert, no loss
-    return ChangedLayer(resized_block(moe, resized, made), keep)
+    return ChangedLayer(resized_block(moe, resized, made, outcome), keep)
 
 
 def compare_layer(layer: ChangedLayer, seen: Seen, output_TH: Tensor, index_TK: Tensor, mask_T: Tensor) -> None:

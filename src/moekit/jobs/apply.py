@@ -23,7 +23,7 @@ from moekit.jobs.shared.inputs import lies_here, model_item, record_bytes, text_
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.weights.mtp import check_mtp
 from moekit.jobs.weights.plans import plan_path
-from moekit.jobs.weights.prune_finish import Decided, finish, in_groups, log_warnings
+from moekit.jobs.weights.fewer_finish import Decided, finish, in_groups, log_warnings
 from moekit.jobs.weights.sizes import (
     budget_of,
     bytes_between,
@@ -170,7 +170,7 @@ def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
 
 
 def _load(options: ApplyOptions) -> WeightPlan:
-    return WeightPlan.load(plan_path(options.plan), kind="prune")
+    return WeightPlan.load(plan_path(options.plan), "prune", "merge")
 
 
 def _fitting(options: ApplyOptions, plan: WeightPlan, source: OpenedModel) -> WeightPlan:

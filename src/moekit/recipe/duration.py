@@ -247,6 +247,7 @@ _OPERATIONS: dict[str, Callable[[Any, Shape, ByteSizes], float]] = {
     "convert": _convert,
     "evaluate": _evaluate,
     "profile": _profile,
+    "merge": _compress,
     "prune": _compress,
     "sparsify": _compress,
     "super-experts": _compress,

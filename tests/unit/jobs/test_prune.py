@@ -244,7 +244,7 @@ def test_the_plan_is_that_of_the_library(made: Path, tmp_path: Path) -> None:
 
 def test_what_is_done_is_not_done_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import moekit.jobs.weights.proof as proof
-    import moekit.jobs.weights.prune_finish as engine
+    import moekit.jobs.weights.fewer_finish as engine
     from moekit.compress.prune.dern import DERN
 
     real = engine.apply

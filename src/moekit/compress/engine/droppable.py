@@ -13,13 +13,19 @@ from transformers import PreTrainedConfig
 from moekit.anatomy.probe import MoELayer, iterate_moe_layers
 from moekit.compress.engine.counting import counted_axes
 from moekit.compress.engine.resize import empty_resized
+from moekit.compress.engine.token_table import token_tables
 from moekit.errors import UnsupportedModel
 
 _WORKS = "profile, place, check, reshard and estimate work on this model; dropping or merging experts does not"
 
 
 def check_droppable(
-    config: PreTrainedConfig, layers: Sequence[MoELayer], changed: Collection[int], file: Path | None = None
+    config: PreTrainedConfig,
+    layers: Sequence[MoELayer],
+    changed: Collection[int],
+    file: Path | None = None,
+    *,
+    top_k: int | None = None,
 ) -> None:
     """Refuse to drop experts where something else goes by their number.
 
@@ -28,16 +34,17 @@ def check_droppable(
         layers: all of its MoE layers, with or without weights.
         changed: decoder layers that lose experts.
         file: for the message.
+        top_k: K from now on; None as before.
 
     Raises:
-        UnsupportedModel: a table in a router names experts by number, or tensors outside of the MoE blocks count
-            experts, too.
+        UnsupportedModel: tensors outside of the MoE blocks count experts, too, or a table in a router names another
+            number of experts for every token.
     """
+    if top_k is not None:
+        for layer in layers:
+            _refuse_other_choices(layer, top_k, file)
     if not changed:
         return
-    for layer in layers:
-        if layer.index in changed:
-            _refuse_table(layer, file)
     numbers = tuple(max(layer.geometry.experts for layer in layers) + more for more in (1, 2))
     models = [empty_resized(config, n) for n in numbers]
     shapes = [{name: tuple(t.shape) for name, t in model.state_dict().items()} for model in models]
@@ -52,19 +59,12 @@ def check_droppable(
             )
 
 
-def _refuse_table(layer: MoELayer, file: Path | None) -> None:
-    held = {*(module for module in layer.experts.modules()), *(m for s in layer.shared for m in s.modules())}
-    for path, module in layer.block.named_modules():
-        if module in held and module is not layer.block:
-            continue
-        for name, buffer in module._buffers.items():
-            saved = name not in module._non_persistent_buffers_set
-            # [tokens, K]; a vector would count something of every expert, and is cut by its shape.
-            if buffer is not None and saved and buffer.dim() == 2 and not buffer.dtype.is_floating_point:
-                raise UnsupportedModel(
-                    f"{path}.{name} of shape {list(buffer.shape)} names the experts of every token id by number: "
-                    "tokens whose experts go would be left without",
-                    file=file,
-                    layer=layer.index,
-                    hint=_WORKS,
-                )
+def _refuse_other_choices(layer: MoELayer, top_k: int, file: Path | None) -> None:
+    for name, table in token_tables(layer):
+        if table.shape[1] != top_k:
+            raise UnsupportedModel(
+                f"{name} names {table.shape[1]} experts of every token id, and {top_k} are to be chosen",
+                file=file,
+                layer=layer.index,
+                hint=f"leave the number of choices at {table.shape[1]}",
+            )

@@ -1,4 +1,4 @@
-"""What a pruning method is, and how scores of experts are ranked.
+"""What a method is that leaves each layer fewer experts, and how scores of experts are ranked.
 
 `score` turns a layer's statistics into one number an expert, `decide` turns scores into what is kept, and, for methods
 that change what stays, `transform` makes the new weights. See `WeightMethod` for what all kinds share.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,25 +25,20 @@ from moekit.compress.budget.sizes import (
     uniform_count,
 )
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.method import Reconstruction, WeightMethod
+from moekit.compress.engine.method import Baseline, Reconstruction, WeightMethod
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import NumericFault
 
-__all__ = ["PruneMethod", "Reconstruction", "keep_highest", "ranking", "ratio", "share_by_score"]
+__all__ = ["FewerMethod", "PruneMethod", "Reconstruction", "keep_highest", "ranking", "ratio", "share_by_score"]
 
 
-class PruneMethod(WeightMethod[Budget, int]):
-    """Base of all pruning methods; fields are the method's knobs."""
+class FewerMethod(WeightMethod[Budget, int]):
+    """Base of the kinds that leave each layer a number of experts; fields are the method's knobs."""
 
     @classmethod
     def implied_traits(cls) -> frozenset[Trait]:
         """Narrows, and what all weight methods imply."""
         return super().implied_traits() | {"narrows"}
-
-    @property
-    def baselines(self) -> tuple[tuple[str, dict[str, Any]], ...]:
-        """Frequency and random choice."""
-        return (("frequency", {}), ("random", {}))
 
     def unseen(self, experts: Sequence[int], outcome: LayerOutcome) -> str:
         """How many of them stay."""
@@ -57,10 +51,6 @@ class PruneMethod(WeightMethod[Budget, int]):
     def worth(self, inputs: LayerInputs) -> Tensor:
         """The scores."""
         return self.score(inputs)
-
-    def decide(self, inputs: LayerInputs, scores_E: Tensor, share: int) -> LayerOutcome:
-        """Which experts stay: by default those with the largest scores."""
-        return LayerOutcome(keep=keep_highest(scores_E, share, inputs))
 
     def allocate(
         self, inputs: Mapping[int, LayerInputs], scores: Mapping[int, Tensor], budget: Budget, sizes: ByteSizes
@@ -95,6 +85,19 @@ class PruneMethod(WeightMethod[Budget, int]):
             most: most a layer keeps (and never more than it has).
         """
         return share_by_score({layer: ranking(s, inputs[layer]) for layer, s in scores.items()}, total, least, most)
+
+
+class PruneMethod(FewerMethod):
+    """Base of all pruning methods; fields are the method's knobs."""
+
+    @property
+    def baselines(self) -> tuple[Baseline, ...]:
+        """Frequency and random choice."""
+        return (Baseline("frequency"), Baseline("random"))
+
+    def decide(self, inputs: LayerInputs, scores_E: Tensor, share: int) -> LayerOutcome:
+        """Which experts stay: by default those with the largest scores."""
+        return LayerOutcome(keep=keep_highest(scores_E, share, inputs))
 
 
 def ratio(sum_E: Tensor, count_E: Tensor) -> Tensor:

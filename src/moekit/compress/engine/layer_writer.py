@@ -15,7 +15,7 @@ from moekit.checkpoint.reading import TensorReader
 from moekit.compress.engine.limits import check_made
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
-from moekit.compress.engine.slicing import KeptTensor
+from moekit.compress.engine.kept import KeptTensor
 from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault, UnsupportedModel
 from moekit.streaming.loader import LayerLoader
@@ -91,7 +91,7 @@ class Rewriter:
             check_made(new, outcome, layer.geometry.width, index)
             # The new config says already how tokens choose: only the number of experts is the layer's own.
             config = resized_config(self._config, new.experts, groups="equal")
-            block = resized_block(layer, config, new)
+            block = resized_block(layer, config, new, outcome)
             return {f"{layer.name}.{name}": tensor for name, tensor in block.state_dict().items()}
 
     def _on_disk(self, state: dict[str, Tensor], kept: Sequence[KeptTensor], index: int) -> dict[str, Tensor]:

@@ -30,7 +30,8 @@ from moekit.compress.engine.mtp import Mtp, MtpKept, check_equal, check_kept, lo
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, resized_config, stating_experts
 from moekit.compress.engine.shard_writer import Shard, lay_out
-from moekit.compress.engine.slicing import Axes, KeptTensor, expert_counts, kept_tensors
+from moekit.compress.engine.kept import KeptTensor
+from moekit.compress.engine.slicing import Axes, expert_counts, kept_tensors
 from moekit.errors import BadConfig
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def prepare(
     check_kept(blocks, kept_mtp, outcomes, checkpoint)
     cut = {layer for layer, count in counts.items() if outcomes[layer].experts != count}
     dropped = bool(cut)
-    check_droppable(before, layers, cut, checkpoint.path)
+    check_droppable(before, layers, cut, checkpoint.path, top_k=top_k)
     after = resized_config(before, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
     if len({len(outcome.keep) for outcome in outcomes.values()}) > 1:
         without_common_loss(after)

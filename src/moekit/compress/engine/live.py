@@ -72,7 +72,7 @@ def change_model(
         check_groups(outcomes, counts, model.config.to_dict(), top_k)
     cut = {index for index, count in counts.items() if outcomes[index].experts != count}
     dropped = bool(cut)
-    check_droppable(model.config, list(layers.values()), cut)
+    check_droppable(model.config, list(layers.values()), cut, top_k=top_k)
     most = max(outcome.experts for outcome in outcomes.values())
     width = common_width(outcomes)
     config = resized_config(model.config, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
@@ -101,7 +101,7 @@ def _new_blocks(
         check_made(made, outcome, weights.width, index)
         # The new config says already how tokens choose: only the number of experts is the layer's own.
         own = resized_config(config, made.experts, groups="equal")
-        blocks[index] = resized_block(layer, own, made)
+        blocks[index] = resized_block(layer, own, made, outcome)
     return blocks
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -34,6 +35,20 @@ class Reconstruction(Protocol):
 
     def loss(self, kept: Sequence[int]) -> float:
         """Distance of the block's output from the full one: sum over batches of the Frobenius norm, in float64."""
+
+
+class Baseline(NamedTuple):
+    """What a proof compares a method with, at the same budget.
+
+    Attributes:
+        name: of a method.
+        settings: its knobs.
+        kind: of the method; "" for the kind of the one that is proved.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = MappingProxyType({})
+    kind: str = ""
 
 
 class WeightMethod(BaseModel, ABC, Generic[B, S]):
@@ -83,8 +98,8 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
         return [cls()]
 
     @property
-    def baselines(self) -> tuple[tuple[str, dict[str, Any]], ...]:
-        """Names and knobs of methods of this kind that a proof compares with at the same budget."""
+    def baselines(self) -> tuple[Baseline, ...]:
+        """What a proof compares with at the same budget."""
         return ()
 
     @property

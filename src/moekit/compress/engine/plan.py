@@ -153,23 +153,23 @@ class WeightPlan:
         plan_files.write_plan(Path(path), self.file, self.statistics)
 
     @classmethod
-    def load(cls, path: str | Path, *, kind: str | None = None) -> WeightPlan:
+    def load(cls, path: str | Path, *kinds: str) -> WeightPlan:
         """Read a plan.
 
         Args:
             path: of the JSON file.
-            kind: of the method that it must be of; None for any.
+            kinds: of the method, one of which it must be of; none for any.
 
         Raises:
             BadData: not a plan, damaged, or of another kind.
             UnsafeInput: a header that lies.
         """
         path = Path(path)
-        file = plan_files.read_plan(PlanFile, path, command=f"moekit {kind or 'prune'}")
-        if kind is not None and file.kind != kind:
-            way = {"prune": "apply PLAN", "sparsify": "sparsify --from PLAN"}.get(file.kind, file.kind)
+        file = plan_files.read_plan(PlanFile, path, command=f"moekit {kinds[0] if kinds else 'prune'}")
+        if kinds and file.kind not in kinds:
+            way = {"sparsify": "sparsify --from PLAN"}.get(file.kind, "apply PLAN")
             raise BadData(
-                f"this is a plan of `moekit {file.kind}`, not of `moekit {kind}`",
+                f"this is a plan of `moekit {file.kind}`, not of `moekit {'` or `moekit '.join(kinds)}`",
                 file=path,
                 hint=f"`moekit {way}` carries it out",
             )

@@ -16,7 +16,9 @@ from moekit.anatomy.permute import expert_axis
 from moekit.anatomy.probe import MoELayer, holds_all_experts, iterate_moe_layers
 from moekit.anatomy.stored import find_storage
 from moekit.compress.engine.counting import Counted, counted_axes
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resized_config import Groups, resized_config, skeleton_of, stating_experts
+from moekit.compress.engine.token_table import preferences, renumbered, rows_beside, token_tables
 from moekit.compress.weights import LayerWeights, from_storage, to_storage
 from moekit.errors import UnsupportedModel
 
@@ -119,13 +121,16 @@ def read_block(layer: MoELayer, config: PreTrainedConfig | None = None) -> Layer
 
 
 @torch.no_grad()
-def resized_block(layer: MoELayer, config: PreTrainedConfig, weights: LayerWeights) -> nn.Module:
+def resized_block(
+    layer: MoELayer, config: PreTrainedConfig, weights: LayerWeights, outcome: LayerOutcome
+) -> nn.Module:
     """A new block of as many experts as there are weights; all else is shared with the old block, not copied.
 
     Args:
         layer: the old block.
         config: of a model whose layers hold so many experts; see `resized_config`.
         weights: of its experts and router.
+        outcome: which of the old experts these are, for tables that name them.
 
     Raises:
         UnsupportedModel: the family's block of this size has other tensors than the old one.
@@ -133,7 +138,7 @@ def resized_block(layer: MoELayer, config: PreTrainedConfig, weights: LayerWeigh
     made = empty_block(config, layer)
     below = _below(layer, layer.experts_name)
     old = dict(_tensors(layer.block))
-    new = _new_tensors(layer, made, config, weights, old)
+    new = _new_tensors(layer, made, config, weights, old) | _new_tables(layer, outcome)
     for name, empty in list(_tensors(made)):
         value = new.get(name, old.get(name))
         if value is None or tuple(value.shape) != tuple(empty.shape):
@@ -173,6 +178,15 @@ def _new_tensors(
             tensor = torch.cat([tensor, behind.to(tensor)])
         new[name] = tensor.movedim(0, how.axis).contiguous()
     return new
+
+
+def _new_tables(layer: MoELayer, outcome: LayerOutcome) -> dict[str, Tensor]:
+    """The tables of a new block that name the experts of every token id, by name below it."""
+    made, experts = {}, layer.geometry.experts
+    for name, table_VK in token_tables(layer):
+        rows_EH = rows_beside(layer.block.get_submodule(name.rpartition(".")[0]), experts)
+        made[name] = renumbered(table_VK, preferences(outcome, experts, rows_EH), outcome)
+    return made
 
 
 def _put(root: nn.Module, name: str, value: Tensor, trained: bool = False) -> None:

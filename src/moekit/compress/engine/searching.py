@@ -216,7 +216,8 @@ class _Block:
         return self._with(outcome.keep)
 
     def _with(self, kept: Sequence[int]) -> nn.Module:
-        return resized_block(self._moe, self._config(len(kept)), self._weights.select(kept))
+        outcome = LayerOutcome(keep=tuple(kept))
+        return resized_block(self._moe, self._config(len(kept)), self._weights.select(kept), outcome)
 
     def loss(self, kept: Sequence[int]) -> float:
         """Sum over batches of ||Z - Z'||_F over tokens that are no padding, in fp64."""

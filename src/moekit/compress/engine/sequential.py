@@ -73,7 +73,7 @@ class TextPass:
                 outcome = outcomes[moe.index]
                 made = request.method.transform(weights, outcome, inputs)
                 config = resized_config(streamed.loader.model.config, made.experts, width=outcome.width)
-                return resized_block(moe, config, made)
+                return resized_block(moe, config, made, outcome)
 
             streamed.run(self._progress, refuse_damaged if outcomes is None else change)
             meta = streamed.trace(tokenizer=text.tokenizer, source=text.source, seed=request.seed).meta

@@ -12,114 +12,26 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from moekit.anatomy.layout import parse_expert_tensor
 from moekit.anatomy.probe import decoder_index
-from moekit.checkpoint.digest import read_range
 from moekit.checkpoint.experts import mtp_tensors
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.layout import renamer
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
 from moekit.compress.engine.counting import Counted, counted_axes
 from moekit.compress.engine.disk import renamed_experts
+from moekit.compress.engine.kept import Cut, KeptTensor, TokenTable
 from moekit.compress.engine.mtp import Mtp, MtpKept, mtp_blocks, refuse_gap
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import UnsupportedModel
 
 _SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
 # Types that a weight has as it was trained; anything else packs several numbers, or is scaled.
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What is left of an axis: `keep` of `experts` equal parts, and a tail that belongs to none.
-
-    Attributes:
-        axis: which one.
-        experts: equal parts in the source.
-        keep: those that stay, in the order of the output.
-        tail: entries behind the parts, all of which stay.
-    """
-
-    axis: int
-    experts: int
-    keep: tuple[int, ...]
-    tail: int = 0
-
-    def size(self, before: int) -> int:
-        """Entries of the axis in the output."""
-        return (before - self.tail) // self.experts * len(self.keep) + self.tail
-
-    def pieces(self, before: int) -> list[tuple[int, int]]:
-        """Ranges of entries in the source, in the order of the output."""
-        each = (before - self.tail) // self.experts
-        parts = [(expert * each, (expert + 1) * each) for expert in self.keep]
-        return [*parts, (before - self.tail, before)] if self.tail else parts
-
-
-@dataclass(frozen=True)
-class KeptTensor:
-    """A tensor of the output and where its bytes lie in the source.
-
-    Attributes:
-        name: in the output.
-        source: the tensor it comes from.
-        layer: decoder layer, of tensors that belong to routed experts or count them; else None.
-        cut: what is left of it; None for all.
-        resized: sizes in the output where experts change their width; None where the cut says all.
-    """
-
-    name: str
-    source: TensorInfo
-    layer: int | None = None
-    cut: Cut | None = None
-    resized: tuple[int, ...] | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes in the output."""
-        if self.resized is not None:
-            return self.resized
-        if self.cut is None:
-            return self.source.shape
-        size = self.cut.size(self.source.shape[self.cut.axis])
-        return (*self.source.shape[: self.cut.axis], size, *self.source.shape[self.cut.axis + 1 :])
-
-    @property
-    def spec(self) -> Spec:
-        """What the output's header says of it."""
-        return Spec(self.name, self.source.dtype, self.shape)
-
-    @property
-    def scattered(self) -> bool:
-        """Whether an expert's bytes lie in many small pieces; then `gather` it."""
-        return self.cut is not None and prod(self.source.shape[: self.cut.axis]) != 1
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """Byte ranges in the source's shard, in the order of the output."""
-        start, end = self.source.offsets
-        if self.cut is None:
-            return [(start, end)]
-        entries = self.source.shape[self.cut.axis]
-        size = (end - start) // entries
-        return [(start + first * size, start + last * size) for first, last in self.cut.pieces(entries)]
-
-    def gather(self, checkpoint: Checkpoint) -> memoryview:
-        """The bytes of a tensor whose experts do not lie together; the whole source tensor is read."""
-        assert self.cut is not None
-        data = read_range(checkpoint.path / self.source.shard, self.source.offsets)
-        entries = self.source.shape[self.cut.axis]
-        rows = data.reshape(prod(self.source.shape[: self.cut.axis]), entries, -1)
-        parts = [rows[:, first:last] for first, last in self.cut.pieces(entries)]
-        view: memoryview = np.ascontiguousarray(np.concatenate(parts, axis=1)).reshape(-1).data
-        return view
 
 
 def expert_counts(checkpoint: Checkpoint) -> dict[int, int]:
@@ -258,8 +170,12 @@ def kept_tensors(
     for name, info in checkpoint.tensors.items():
         block = next((block for block in blocks if name.startswith(block.prefix)), None)
         if name not in beyond:
-            _refuse_table(checkpoint, info, outcomes, counts)
-            found += _kept(info, checkpoint.where(name)[0], outcomes, counts, axes)
+            layer = checkpoint.where(name)[0]
+            table = None
+            if layer is not None and layer in outcomes:
+                table = _table(checkpoint, info, outcomes[layer], counts[layer])
+            kept = _kept(info, layer, outcomes, counts, axes)
+            found += kept if table is None else [KeptTensor(name, info, layer, table=table)]
         elif block is not None:
             made = _kept(block.as_decoder(info), block.layer, cut, before, axes)
             # They belong to no decoder layer: nothing rewrites them.
@@ -272,19 +188,20 @@ def kept_tensors(
     return found
 
 
-def _refuse_table(
-    checkpoint: Checkpoint, info: TensorInfo, outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int]
-) -> None:
-    """Refuse to drop experts that a table of the layer names by number, such as one of each token's experts."""
-    layer, layout = checkpoint.where(info.name)[0], checkpoint.layout
-    named = layer in outcomes and layout.live_name(info.name) in layout.counters and info.numel > 1
-    if named and layer is not None and list(outcomes[layer].keep) != list(range(counts[layer])):
-        raise UnsupportedModel(
-            f"{info.name} ({info.dtype}) names experts by number: without some of them it would name others",
-            file=checkpoint.path,
-            layer=layer,
-            hint="keep all experts of this layer",
-        )
+def _table(checkpoint: Checkpoint, info: TensorInfo, outcome: LayerOutcome, experts: int) -> TokenTable | None:
+    """How a tensor's numbers change that names experts of every token id; None for any other tensor."""
+    layout, live = checkpoint.layout, checkpoint.layout.live_name(info.name)
+    if live not in layout.counters or len(info.shape) != 2 or outcome.keeps_all(experts):
+        return None
+    beside = [
+        other
+        for other in checkpoint.tensors.values()
+        if layout.live_name(other.name).rpartition(".")[0] == live.rpartition(".")[0]
+        and len(other.shape) == 2
+        and other.shape[0] == experts
+        and other.dtype in _PLAIN
+    ]
+    return TokenTable(outcome, experts, beside[0].name if len(beside) == 1 else None)
 
 
 def _kept(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.method import WeightMethod
+from moekit.compress.engine.method import Baseline, WeightMethod
 from moekit.compress.engine.outcome import LayerOutcome, Part
 from moekit.compress.maths.masks import groups_of
 from moekit.compress.weights import LayerWeights
@@ -55,10 +55,10 @@ class SparsifyMethod(WeightMethod[SparsityBudget, float]):
         return ": nothing says which of their weights matter"
 
     @property
-    def baselines(self) -> tuple[tuple[str, dict[str, Any]], ...]:
+    def baselines(self) -> tuple[Baseline, ...]:
         """Magnitudes at the same sparsity, in the same pattern."""
         pattern = None if self.fixed_sparsity is None else getattr(self, "pattern", None)
-        return ((BASELINE, {} if pattern is None else {"pattern": pattern}),)
+        return (Baseline(BASELINE, {} if pattern is None else {"pattern": pattern}),)
 
     @abstractmethod
     def zeroed(self, matrix_RC: Tensor, part: Part, expert: int, inputs: LayerInputs, sparsity: float) -> Tensor:

@@ -64,7 +64,7 @@ def stored_plan(options: SparsifyOptions) -> WeightPlan | None:
     Raises:
         BadData: it is not there, or damaged.
     """
-    return None if options.from_plan is None else WeightPlan.load(plan_path(options.from_plan), kind="sparsify")
+    return None if options.from_plan is None else WeightPlan.load(plan_path(options.from_plan), "sparsify")
 
 
 def ask(options: SparsifyOptions, seed: int, progress: Progress | None = None) -> Asked:

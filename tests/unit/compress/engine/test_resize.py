@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moekit.anatomy import find_moe_layers
 from moekit.anatomy.probe import MoELayer
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import empty_block, read_block, resized_block, resized_config
 from moekit.errors import BadConfig, UnsupportedModel
 from tests.families import EXPERTS, FAMILIES, HIDDEN, WIDTH, build
@@ -21,6 +22,8 @@ EXPERTS_KEY |= {"olmoe": "num_experts", "deepseek_v2": "n_routed_experts", "deep
 EXPERTS_KEY |= {"glm4_moe": "n_routed_experts", "gpt_oss": "num_local_experts", "phimoe": "num_local_experts"}
 EXPERTS_KEY |= {"granitemoe": "num_local_experts", "ernie4_5_moe": "moe_num_experts"}
 TOP_K_KEY = {"ernie4_5_moe": "moe_k"}
+
+FIRST = LayerOutcome(keep=(0, 1, 2, 3))
 
 
 def first_layer(model: PreTrainedModel) -> MoELayer:
@@ -144,7 +147,7 @@ def test_an_empty_block_is_the_familys_own(family: str) -> None:
 def test_all_weights_through_a_block_of_the_same_size(family: str) -> None:
     model = build(family)
     layer = first_layer(model)
-    made = resized_block(layer, model.config, read_block(layer))
+    made = resized_block(layer, model.config, read_block(layer), LayerOutcome(keep=tuple(range(EXPERTS))))
     old = layer.block.state_dict()
     assert list(made.state_dict()) == list(old)
     assert all(torch.equal(tensor, old[name]) for name, tensor in made.state_dict().items())
@@ -156,7 +159,7 @@ def test_as_many_experts_as_something_is_wide(family: str, experts: int) -> None
     model = build(family, **{EXPERTS_KEY[family]: experts})
     layer = first_layer(model)
     keep = [0, 3, 7, 8, 21]
-    made = resized_block(layer, resized_config(model.config, len(keep)), read_block(layer).select(keep))
+    made = resized_block(layer, resized_config(model.config, len(keep)), read_block(layer).select(keep), LayerOutcome(keep=tuple(keep)))
     router = layer.router_name.removeprefix(f"{layer.name}.")
     down = layer.experts_name.removeprefix(f"{layer.name}.") + ".down_proj"
     old, new = layer.block.state_dict(), made.state_dict()
@@ -170,7 +173,7 @@ def test_as_many_experts_as_something_is_wide(family: str, experts: int) -> None
 def test_what_counts_no_experts_is_shared(family: str) -> None:
     model = build(family)
     layer = first_layer(model)
-    made = resized_block(layer, resized_config(model.config, 4), read_block(layer).select([0, 1, 2, 3]))
+    made = resized_block(layer, resized_config(model.config, 4), read_block(layer).select([0, 1, 2, 3]), FIRST)
     old, new = dict(layer.block.named_parameters()), dict(made.named_parameters())
     shared = [name for name in new if "shared" in name]
     assert shared
@@ -181,7 +184,7 @@ def test_what_counts_no_experts_is_shared(family: str) -> None:
 def test_mode_dtype_and_gradients_follow_the_old_block(trains: bool) -> None:
     model = build("deepseek_v3").to(torch.bfloat16).requires_grad_(trains).train(trains)
     layer = first_layer(model)
-    made = resized_block(layer, resized_config(model.config, 4), read_block(layer).select([0, 1, 2, 3]))
+    made = resized_block(layer, resized_config(model.config, 4), read_block(layer).select([0, 1, 2, 3]), FIRST)
     old = layer.block.state_dict(keep_vars=True)
     for name, tensor in made.state_dict(keep_vars=True).items():
         assert (tensor.dtype, tensor.requires_grad) == (old[name].dtype, old[name].requires_grad), name

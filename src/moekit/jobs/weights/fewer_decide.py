@@ -17,15 +17,15 @@ from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.searching import plan_by_search
 from moekit.data import Document, TokenBatches
 from moekit.errors import MoekitError
-from moekit.jobs.options.prune import PruneOptions
+from moekit.jobs.options.fewer import FewerOptions
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows
 from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.weights.mtp import cuts_mtp
 from moekit.jobs.weights.plans import PLAN_FILE, known_plan, origin
 from moekit.jobs.weights.protection import SUPER, protection_needs, super_experts
-from moekit.jobs.weights.prune_finish import Decided, in_groups
-from moekit.jobs.weights.prune_request import Asked
+from moekit.jobs.weights.fewer_finish import Decided, baseline_needs, in_groups
+from moekit.jobs.weights.fewer_request import Asked
 from moekit.jobs.weights.self_calibration import answered_rows, load_for_answers
 from moekit.jobs.weights.texts import kept_apart
 from moekit.streaming.passes import Passes
@@ -34,7 +34,7 @@ from moekit.trace.streamed import Streamed
 
 
 def decide(
-    options: PruneOptions, asked: Asked, documents: list[Document], scratch: Path, progress: Progress | None
+    options: FewerOptions, asked: Asked, documents: list[Document], scratch: Path, progress: Progress | None
 ) -> Decided:
     """Run the text through the model layer by layer, or read the trace, and let the method decide.
 
@@ -59,7 +59,7 @@ def decide(
 
 
 def _rows(
-    options: PruneOptions, asked: Asked, documents: list[Document], scratch: Path, progress: Progress | None
+    options: FewerOptions, asked: Asked, documents: list[Document], scratch: Path, progress: Progress | None
 ) -> TokenBatches:
     source = asked.source
     if options.self_generated is None:
@@ -85,7 +85,7 @@ def _rows(
 
 
 def _from_text(
-    options: PruneOptions, asked: Asked, rows: TokenBatches, scratch: Path, progress: Progress | None
+    options: FewerOptions, asked: Asked, rows: TokenBatches, scratch: Path, progress: Progress | None
 ) -> Decided:
     source, method, mtp = asked.source, asked.request.method, dict[str, tuple[float, ...]]()
     needed = protection_needs(source) if options.protect == SUPER else ()
@@ -98,7 +98,7 @@ def _from_text(
         source.checkpoint,
         rows.batches(options.batch_size),
         # What the method, the protection and the baselines look at.
-        statistics=tuple(dict.fromkeys((*method.required, *needed, "load"))),
+        statistics=tuple(dict.fromkeys((*method.required, *needed, *baseline_needs(method, options.kind), "load"))),
         folder=scratch / "calibration",
         dtype=named_dtype(options.dtype),
         device=options.device,
@@ -119,7 +119,7 @@ def _from_text(
     return _complete(options, source, request, plan, trace, mtp)
 
 
-def _protecting(options: PruneOptions, asked: Asked, trace: Trace | None) -> PlanRequest:
+def _protecting(options: FewerOptions, asked: Asked, trace: Trace | None) -> PlanRequest:
     """The request, with the super experts that the text shows where they are to stay."""
     if options.protect != SUPER or trace is None:
         return asked.request
@@ -127,7 +127,7 @@ def _protecting(options: PruneOptions, asked: Asked, trace: Trace | None) -> Pla
 
 
 def _complete(
-    options: PruneOptions,
+    options: FewerOptions,
     source: OpenedModel,
     request: PlanRequest,
     plan: WeightPlan,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moekit import catalogue
 from moekit._progress import Progress
 from moekit.compress.engine.request import PlanRequest
-from moekit.jobs.options.prune import PruneOptions
+from moekit.jobs.options.fewer import FewerOptions
 from moekit.jobs.shared.inputs import record_bytes
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.weights.mtp import check_mtp
@@ -39,12 +39,12 @@ class Asked:
         return self.size.nbytes + record_bytes(self.source.checkpoint.tensors.values())
 
 
-def proves(options: PruneOptions) -> bool:
+def proves(options: FewerOptions) -> bool:
     """Whether held-out text is measured."""
     return options.proof and options.write == "model"
 
 
-def ask(options: PruneOptions, seed: int, progress: Progress | None = None) -> Asked:
+def ask(options: FewerOptions, seed: int, progress: Progress | None = None) -> Asked:
     """Open the model, and refuse what it cannot fulfil; no weight is read.
 
     Raises:
@@ -53,7 +53,7 @@ def ask(options: PruneOptions, seed: int, progress: Progress | None = None) -> A
         UnsupportedModel: no Mixture of Experts, or experts that cannot be told apart on disk.
     """
     source = open_source(options.model, progress)
-    method = catalogue.make("prune", options.method, options.settings)
+    method = catalogue.make(options.kind, options.method, options.settings)
     budget = budget_of(options.keep, options.scope, options.least, options.most)
     listed = options.protect is not None and options.protect != SUPER
     protected = parse_protected(str(options.protect), source) if listed else None
@@ -63,7 +63,7 @@ def ask(options: PruneOptions, seed: int, progress: Progress | None = None) -> A
     return Asked(source, request, size, _between(options, source, size, request), memory_of(source, options))
 
 
-def _between(options: PruneOptions, source: OpenedModel, size: ResultSize, request: PlanRequest) -> int:
+def _between(options: FewerOptions, source: OpenedModel, size: ResultSize, request: PlanRequest) -> int:
     tokens = 0 if options.data is None else options.max_tokens or (1 << 20)
     tokens *= 2 if request.method.searches else 1
     proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0

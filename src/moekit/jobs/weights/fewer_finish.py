@@ -1,4 +1,4 @@
-"""What the steps that drop experts do once it is decided: baselines, proof, writing, telling.
+"""What the jobs that leave fewer experts do once it is decided: baselines, proof, writing, telling.
 
 Legend: E experts.
 """
@@ -17,6 +17,7 @@ from moekit.checkpoint import Checkpoint, Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.grouped import by_group, routing_groups
 from moekit.compress.engine.inputs import InputsByLayer
+from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.plan import LayerRecord, WeightPlan, make_method
 from moekit.compress.engine.planning import decide
 from moekit.compress.engine.request import PlanRequest
@@ -46,8 +47,7 @@ def in_groups(source: OpenedModel, plan: WeightPlan) -> dict[int, LayerRecord]:
 
 
 def baseline(
-    name: str,
-    settings: Mapping[str, Any],
+    method: WeightMethod[Any, Any],
     source: OpenedModel,
     request: PlanRequest,
     statistics: Mapping[int, LayerStatistics],
@@ -56,14 +56,12 @@ def baseline(
     """What a baseline decides on the same budget.
 
     Args:
-        name: of a pruning method.
-        settings: its knobs.
+        method: the baseline.
         source: the model.
         request: whose budget, groups and protected experts hold.
         statistics: with what it needs.
         seed: of random choices.
     """
-    method = make_method("prune", name, settings)
     own = dataclasses.replace(request, method=method, seed=seed)
     narrow = {
         layer: LayerStatistics(
@@ -118,20 +116,34 @@ class Decided:
 
 
 def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, WeightPlan]]:
-    """Frequency and random pruning of the same budget, as far as they can be made and are not the method itself."""
-    request, known = decided.request, decided.statistics
+    """The method's baselines on the same budget, as far as they can be made and are not the method itself."""
+    request, known, own = decided.request, decided.statistics, decided.plan.file
     found: list[tuple[str, WeightPlan]] = []
-    for name, settings in decided.plan.method.baselines:
-        method = make_method("prune", name, settings)
+    for name, settings, kind in decided.plan.method.baselines:
+        method = make_method(kind or own.kind, name, settings)
         measured = all(need in known[layer] for need in method.required for layer in known)
-        if name == decided.plan.file.method or (method.required and not (known and measured)):
+        if name == own.method or (method.required and not (known and measured)):
             continue
-        seeds = random_seeds if name == "random" else 1
+        seeds = random_seeds if name.startswith("random") else 1
         for number in range(seeds):
             label = name if seeds == 1 else f"{name} {number}"
-            made = baseline(name, settings, decided.source, request, known, request.seed + number)
-            found.append((label, made))
+            found.append((label, baseline(method, decided.source, request, known, request.seed + number)))
     return found
+
+
+def baseline_needs(method: WeightMethod[Any, Any], kind: str) -> tuple[str, ...]:
+    """Statistics that a method's baselines decide from.
+
+    Args:
+        method: whose baselines.
+        kind: of the method.
+    """
+    made = [make_method(b.kind or kind, b.name, b.settings) for b in method.baselines]
+    return tuple(dict.fromkeys(need for baseline in made for need in baseline.required))
+
+
+def _variant(name: str, plan: WeightPlan, source: OpenedModel) -> Variant:
+    return Variant(name, plan.outcomes, rewriter(plan, source.checkpoint), plan.file.top_k, plan.file.groups)
 
 
 def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, context: JobContext) -> Proof:
@@ -142,7 +154,7 @@ def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, cont
         decided.source.checkpoint,
         heldout,
         Variant(file.method, decided.plan.outcomes, decided.rewrite, file.top_k, file.groups),
-        [Variant(name, plan.outcomes, None, file.top_k, file.groups) for name, plan in others],
+        [_variant(name, plan, decided.source) for name, plan in others],
         key=hash_of([decided.plan.hash, *([name, plan.hash] for name, plan in others), options.dtype]),
         folder=context.scratch / "proof",
         seed=context.seed,
@@ -162,7 +174,7 @@ def write_pruned(
         OutOfBudget: not enough disk.
     """
     file = decided.plan.file
-    told = file.model_dump(mode="json", include={"method", "settings", "budget", "top_k", "groups", "data", "tokens"})
+    told = file.model_dump(mode="json", include={"kind", "method", "settings", "budget", "top_k", "groups", "data", "tokens"})
     before = Record(
         command=context.command,
         parent=decided.source.parent,

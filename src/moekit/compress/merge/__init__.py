@@ -1,0 +1,1 @@
+"""Which experts become one, and how: one file a method (`moekit methods merge`)."""
