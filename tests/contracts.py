@@ -33,6 +33,23 @@ def _drawn(name: str, families: Sequence[str]) -> str:
     return families[number % len(families)]
 
 
+# Tests that only `make test-all` runs: long ones whose law a quick one holds, too.
+FULL = (pytest.mark.full, pytest.mark.slow)
+
+
+def families(test: str, known: Iterable[str] = FAMILIES) -> list[Any]:
+    """Parameters of a test of the engine: all families; those beyond the contract and one that is drawn are marked.
+
+    Args:
+        test: its name, by which one more family is drawn.
+        known: the families.
+    """
+    names = sorted(known)
+    beyond = [name for name in names if name not in CONTRACT]
+    quick = {*CONTRACT, _drawn(test, beyond)} if beyond else set(names)
+    return [pytest.param(name, marks=() if name in quick else FULL, id=name) for name in names]
+
+
 def cases(names: Sequence[str], *further: Sequence[Any]) -> list[Any]:
     """Parameters (name, family, ...) of all methods on all families; those beyond the contract are marked.
 
@@ -47,7 +64,7 @@ def cases(names: Sequence[str], *further: Sequence[Any]) -> list[Any]:
             first = all(value == options[0] for value, options in zip(values, further, strict=True))
             everything = family == _drawn(name, sorted(CONTRACT))
             contract = everything or (first and (family in CONTRACT or family == drawn(name)))
-            marks = () if contract else (pytest.mark.full, pytest.mark.slow)
+            marks = () if contract else FULL
             label = "-".join(map(str, (name, family, *values)))
             made.append(pytest.param(name, family, *values, marks=marks, id=label))
     return made

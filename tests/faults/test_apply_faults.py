@@ -22,6 +22,7 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadCheckpoint, BadConfig, OutOfBudget
 from tests.checkpoints import plain
+from tests.contracts import FULL
 
 KEEP = (1, 2, 5, 6)
 DECISIONS = {layer: LayerOutcome(keep=KEEP) for layer in range(2)}
@@ -78,7 +79,7 @@ class Killer:
         pass
 
 
-@pytest.mark.parametrize("rewrite", [None, halve], ids=["copy", "rewrite"])
+@pytest.mark.parametrize("rewrite", [None, pytest.param(halve, marks=FULL)], ids=["copy", "rewrite"])
 def test_kill_at_ten_random_moments(rewrite: object, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", "qwen2_moe")
     start = time.monotonic()

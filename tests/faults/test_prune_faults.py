@@ -133,6 +133,8 @@ def test_a_killed_rewriting_run_goes_on_layer_by_layer(made: Path, tmp_path: Pat
     survives(command, tmp_path, [0.6, 0.9])
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_search_that_is_killed(made: Path, tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
         told = ["prune", made / "moe", "--method", "naee", "--keep", 6, "--data", made / "text", "-o", out]

@@ -1,4 +1,4 @@
-"""Every method that leaves fewer experts, pruning or merging, on every family: in memory, and from disk to disk, split and fused.
+"""Every method that prunes or merges, on every family: in memory, and from disk to disk, split and fused.
 
 A method of another package joins by being registered: its `examples` are tried here without a line of test code.
 """

@@ -53,6 +53,8 @@ def nothing_left() -> Iterator[None]:
         assert f"{network.PREFIX}-{os.getpid()}-" not in listed
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_all_that_can_take_part_are_exact(result: BenchResult) -> None:
     taking = [entry for entry in result.entries if not entry.skipped]
     assert len(taking) >= 10
@@ -67,11 +69,15 @@ def test_all_that_can_take_part_are_exact(result: BenchResult) -> None:
             assert entry.exactness.worst_gradient < 1e-5, entry.name
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_only_what_is_not_installed_is_skipped(result: BenchResult) -> None:
     for entry in result.entries:
         assert not entry.skipped or entry.skipped.startswith("not installed"), entry.name
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_rows_are_those_of_the_replay(result: BenchResult) -> None:
     checked = [entry for entry in result.entries if entry.rows is not None]
     assert {entry.entry.variant for entry in checked} >= {"once-per-expert", "once-per-rank", "hierarchical"}
@@ -82,6 +88,8 @@ def test_rows_are_those_of_the_replay(result: BenchResult) -> None:
         assert entry.rows.counted == entry.rows.replayed
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_own_counters_say_what_the_collectives_were_given(result: BenchResult) -> None:
     for entry in result.entries:
         # What a gather or a reduction sends is up to the back-end; an exchange says it row by row.
@@ -146,6 +154,8 @@ def _lose_a_rank() -> None:
         bench.team.ask("time", seconds=30, turns=[[0, 1]], seed=0)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_where_time_goes_is_told_and_a_dead_rank_ends_the_bench() -> None:
     with pytest.raises(PeerLost, match="rank 1 of the bench was ended by signal 9"):
         _lose_a_rank()

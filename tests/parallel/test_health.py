@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.contracts import FULL
 from tests.parallel.launching import Job, alive, by_hand, torchrun
 
 GONE, BAD_INPUT, INTERRUPTED = 5, 2, 130
@@ -36,7 +37,7 @@ def test_when_rank_0_is_killed_its_store_goes_with_it_and_both_are_named(tmp_pat
         _check_survivors(job, 0, 3, "the store on 127.0.0.1:", "is gone", "died")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=FULL)])
 def test_a_stopped_rank_is_named_although_no_connection_closes(tmp_path: Path, victim: int) -> None:
     with by_hand(tmp_path, "stop", victim, "before") as job:
         job.until_printed("dispatching", 3)
@@ -69,6 +70,8 @@ def test_a_rank_that_ends_early_is_named_when_the_others_wait_for_it(tmp_path: P
         _check_survivors(job, 1, 3, "had ended before")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_rank_told_to_stop_on_its_own_is_named_as_that(tmp_path: Path) -> None:
     with by_hand(tmp_path, "term", 1, "before") as job:
         assert job.wait() == [GONE, INTERRUPTED, GONE]
@@ -89,6 +92,8 @@ def test_under_torchrun_a_killed_rank_is_named_by_the_others_and_the_launcher_fa
         assert not any(map(alive, job.pids().values()))
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_script_that_handles_nothing_names_the_rank_too(tmp_path: Path) -> None:
     with torchrun(tmp_path, script="plain.py") as job:
         assert job.wait() == [1]
@@ -98,6 +103,8 @@ def test_a_script_that_handles_nothing_names_the_rank_too(tmp_path: Path) -> Non
             assert "failed first: ValueError: a fault of the user's" in job.last_words(rank)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_sigterm_to_torchrun_stops_all_ranks_and_blames_none(tmp_path: Path) -> None:
     with torchrun(tmp_path, "calm", 0, "") as job:
         job.until_printed("dispatching", 3)
@@ -108,6 +115,8 @@ def test_sigterm_to_torchrun_stops_all_ranks_and_blames_none(tmp_path: Path) -> 
             assert "interrupted" in job.last_words(rank) or "stopped by SIGTERM" in job.last_words(rank)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_when_torchrun_is_killed_no_rank_stays(tmp_path: Path) -> None:
     with torchrun(tmp_path, "calm", 0, "") as job:
         job.until_printed("dispatching", 3)

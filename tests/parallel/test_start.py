@@ -95,6 +95,8 @@ def test_another_world_size_is_named(tmp_path: Path, odd: int) -> None:
         assert all(f"WORLD_SIZE: rank {odd} has 4" in job.last_words(rank) for rank in range(3)), job.words()
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_two_processes_with_one_number_are_told_apart(tmp_path: Path) -> None:
     with by_hand(tmp_path, "none", 0, "", each={2: {"RANK": "1"}}, MOEKIT_RANK_TIMEOUT="5") as job:
         codes = job.wait()
@@ -104,6 +106,8 @@ def test_two_processes_with_one_number_are_told_apart(tmp_path: Path) -> None:
         assert any("two processes were started as rank 1" in job.last_words(rank) for rank in (1, 2))
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_rank_that_never_starts_is_named(tmp_path: Path) -> None:
     with by_hand(tmp_path, "never", 2, "", MOEKIT_RANK_TIMEOUT="5") as job:
         assert job.wait() == [5, 5, 7]

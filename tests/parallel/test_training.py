@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.contracts import FULL
 from tests.processes import ranks
 
 SCRIPT = Path(__file__).parent / "train_script.py"
@@ -38,7 +39,9 @@ def check(found: dict[str, Any], alone: dict[str, Any]) -> None:
         assert (found["weights"][name] - weight).norm() <= 1e-3 * weight.norm(), name
 
 
-@pytest.mark.parametrize("ways", [{"data_parallel": "ddp"}, {"data_parallel": "fsdp"}], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "ways", [pytest.param({"data_parallel": "ddp"}, marks=FULL), {"data_parallel": "fsdp"}], ids=["ddp", "fsdp"]
+)
 def test_ten_steps_are_those_of_one_process(tmp_path: Path, alone: dict[str, Any], ways: dict[str, Any]) -> None:
     check(run(tmp_path, 4, STEPS | ways), alone)
 

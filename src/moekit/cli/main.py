@@ -36,7 +36,19 @@ HAND_MADE: dict[str, str] = {
 
 # In the order in which they are used; jobs that are not named here come before "train".
 _ORDER = (
-    *("data", "estimate", "convert", "profile", "super-experts", "prune", "merge", "apply", "sparsify", "expert-sets", "route"),
+    *(
+        "data",
+        "estimate",
+        "convert",
+        "profile",
+        "super-experts",
+        "prune",
+        "merge",
+        "apply",
+        "sparsify",
+        "expert-sets",
+        "route",
+    ),
     *("place", "train", "evaluate", "generate", "bench", "check", "undo", "reshard", "report", "run", "families"),
     "methods",
 )

@@ -21,9 +21,9 @@ from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.prune import PruneResult
 from moekit.jobs.shared.inputs import lies_here, model_item, record_bytes, text_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
+from moekit.jobs.weights.fewer_finish import Decided, finish, in_groups, log_warnings
 from moekit.jobs.weights.mtp import check_mtp
 from moekit.jobs.weights.plans import plan_path
-from moekit.jobs.weights.fewer_finish import Decided, finish, in_groups, log_warnings
 from moekit.jobs.weights.sizes import (
     budget_of,
     bytes_between,

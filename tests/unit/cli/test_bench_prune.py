@@ -11,6 +11,7 @@ import pytest
 
 from moekit.bench.pruning import PruneBenchResult
 from tests.commands import Moekit
+from tests.contracts import FULL
 from tests.processes import python
 from tests.tiny import write_model, write_text
 
@@ -115,6 +116,8 @@ def listed(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_only_what_a_bench_wrote_is_forgotten(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine"
     (out / "work" / "trace-of-thought").mkdir(parents=True)
@@ -265,7 +268,7 @@ def test_one_long_text_is_told_on_the_terminal(moekit: Moekit, made: Path, tmp_p
     assert done.says(r"sums: \d+ passages of 1 document: intervals are too narrow")
 
 
-@pytest.mark.parametrize("methods", ["latest,reap", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("methods", [pytest.param("latest,reap", marks=FULL), pytest.param("all", marks=FULL)])
 def test_a_method_of_another_package_in_one_file_takes_part(methods: str, made: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     info = site / "latest_experts-1.0.dist-info"

@@ -150,6 +150,8 @@ def test_ways_to_retrieve(moekit: Moekit, made: Path, options: tuple[Any, ...]) 
     assert done.says(r"prose: 3 of 8 experts a layer, [\d.]+ KiB of [\d.]+ KiB")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_named_task_is_not_retrieved(moekit: Moekit, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerLoader, "load", lambda *_: pytest.fail("layers were read"))
     done = moekit(*asked(made, "--keep", 0.5, "--task", "sums", "--json"))

@@ -192,6 +192,8 @@ def test_closed_streams_are_no_crash(tmp_path: Path, closed: tuple[int, ...]) ->
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_every_written_file_follows_the_umask(moekit: Moekit, evil: Path, tmp_path: Path) -> None:
     before = os.umask(0o027)
     text = evil / "text"

@@ -18,6 +18,7 @@ from moekit.streaming.loader import LayerLoader
 from moekit.trace import Trace
 from tests.checkpoints import edit_json, edit_shard
 from tests.commands import Moekit
+from tests.contracts import FULL
 from tests.families import tokens
 from tests.quantizing import (
     MXFP4_SETTINGS,
@@ -80,7 +81,7 @@ def test_scores_are_those_of_the_model_in_floats(kind: str, moekit: Moekit, made
         assert len(set(mine[layer])) > 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in ("fp8", "mxfp4") else FULL) for k in KINDS])
 def test_it_is_proven_and_cut_in_its_own_bytes(kind: str, moekit: Moekit, made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = moekit(*prune(made, kind, "--plan", tmp_path / "p.json", "-o", out, "--json"))
@@ -133,7 +134,7 @@ def logits_by_layers(folder: Path) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("kind", ["fp8", pytest.param("mxfp4", marks=FULL)])
 def test_stock_transformers_loads_what_was_cut(kind: str, moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit(*prune(made, kind, "-o", tmp_path / "out", "--no-proof"))
     assert done.code == 0, done.err
@@ -152,6 +153,8 @@ def test_stock_transformers_loads_what_was_cut(kind: str, moekit: Moekit, made: 
     torch.testing.assert_close(mine, found, rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_profile_streams(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     for name in ("ragged", "ragged-as-floats"):
         done = moekit("profile", made / name, "--data", made / "my-domain", "-o", tmp_path / name)
@@ -164,6 +167,8 @@ def test_a_profile_streams(moekit: Moekit, made: Path, tmp_path: Path) -> None:
                   "--no-proof", "-o", tmp_path / "out").code == 0  # fmt: skip
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_super_experts_and_expert_sets(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit("super-experts", made / "ragged", "--data", made / "my-domain", "-o", tmp_path / "super")
     assert done.code == 0, done.err
@@ -181,6 +186,8 @@ def test_methods_that_change_weights_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_multi_token_prediction_layers_are_cut_by_their_own_routers(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(made / "ragged-as-floats", tmp_path / "source")
 

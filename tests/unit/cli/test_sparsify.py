@@ -17,6 +17,7 @@ from moekit.recipe.schema import load_recipe
 from moekit.recipe.variables import parse_overrides
 from moekit.trace.streamed import Streamed
 from tests.commands import Moekit
+from tests.contracts import FULL
 from tests.families import EXPERTS, HIDDEN, WIDTH
 from tests.quantizing import fp8_packer, fp8_settings, requantized
 from tests.tiny import write_model, write_text
@@ -90,10 +91,10 @@ def test_it_writes_a_sparse_model_and_says_what_it_costs(moekit: Moekit, made: P
     ("method", "model", "total"),
     [
         ("wanda", "pruned", 0.4),
-        ("wanda", "uneven", 0.65),
-        ("owl", "pruned", 0.65),
-        ("owl", "uneven", 0.4),
-        ("magnitude", "pruned", 0.4),
+        pytest.param("wanda", "uneven", 0.65, marks=FULL),
+        pytest.param("owl", "pruned", 0.65, marks=FULL),
+        pytest.param("owl", "uneven", 0.4, marks=FULL),
+        pytest.param("magnitude", "pruned", 0.4, marks=FULL),
         ("magnitude", "uneven", 0.65),
     ],
 )
@@ -226,6 +227,8 @@ def test_a_plan_of_another_model(moekit: Moekit, made: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_the_recipe_takes_both_stages(made: Path, tmp_path: Path) -> None:
     pairs = [f"model={made / 'moe'}", f"data={made / 'text'}", "keep=0.75", "total=0.5"]
     recipe = load_recipe(RECIPES / "stun.yaml", parse_overrides(pairs), out=str(tmp_path / "run"))

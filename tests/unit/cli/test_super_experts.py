@@ -51,6 +51,8 @@ def test_it_says_what_it_found_and_whether_the_model_breaks(moekit: Moekit, made
     assert protected == {1: [7], 2: [40]}
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_none_found_is_no_error(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit(*call(made, tmp_path / "out", model="none"))
     assert done.code == 0
@@ -60,6 +62,8 @@ def test_none_found_is_no_error(moekit: Moekit, made: Path, tmp_path: Path) -> N
     assert json.loads((tmp_path / "out" / "super-experts.json").read_text())["protect"] == {}
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_json_holds_the_whole_answer(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     told = moekit(*call(made, tmp_path / "out", "--no-proof", "--json")).json
     assert told["protect"] == {"1": [7], "2": [40]}

@@ -48,6 +48,8 @@ from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain
 from tests.families import tokens
 
+pytestmark = [pytest.mark.full, pytest.mark.slow]
+
 
 def documents(count: int, length: int, seed: int) -> list[TokenizedDocument]:
     """Two domains whose tokens lie in different halves of the vocabulary."""

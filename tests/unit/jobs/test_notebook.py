@@ -24,6 +24,8 @@ print(json.dumps(pruned.to_dict(), default=str))
 """
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_cell_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path / "moe", "qwen3_moe", num_hidden_layers=2)
     write_text(tmp_path / "text", documents=20)

@@ -48,6 +48,8 @@ def by_hand(model: Path, chat: Path) -> dict[int, torch.Tensor]:
     return counts
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_profile_sees_what_the_model_sees_of_pictures(made: Path, tmp_path: Path) -> None:
     chat = made / "chat" / "chat.jsonl"
     moekit.profile(made / "aria", data=str(chat), max_tokens=None, seq_len=128, out=tmp_path / "trace")
@@ -91,6 +93,8 @@ def _one(folder: Path, made: Path) -> Path:
     return file
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_streamed_calibration_counts_what_the_whole_model_counts(made: Path, tmp_path: Path) -> None:
     chat = made / "chat" / "chat.jsonl"
     result = moekit.prune(

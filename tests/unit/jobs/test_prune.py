@@ -243,8 +243,8 @@ def test_the_plan_is_that_of_the_library(made: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import moekit.jobs.weights.proof as proof
     import moekit.jobs.weights.fewer_finish as engine
+    import moekit.jobs.weights.proof as proof
     from moekit.compress.prune.dern import DERN
 
     real = engine.apply
@@ -330,6 +330,8 @@ def test_a_recipe_plans_once_and_applies_several_budgets(made: Path, tmp_path: P
     assert not list((tmp_path / "run" / ".scratch").iterdir())
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_the_ready_recipe_runs_to_its_page(made: Path, tmp_path: Path) -> None:
     text = write_text(tmp_path / "text", documents=24, repeats=12)
     pairs = [f"model={made / 'moe'}", f"data={text}", "keep=[0.5, 6]", "random_seeds=2"]

@@ -149,6 +149,8 @@ def test_a_file_of_another_model_or_a_damaged_one_is_refused(
         parse_protected(str(tmp_path), source)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_none_found_is_a_full_answer(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = step(made, model=made / "none").run(place(tmp_path))
     assert told["verdict"] == "no super expert: no layer forms a massive activation"
@@ -162,6 +164,8 @@ def test_none_found_is_a_full_answer(made: Path, tmp_path: Path, caplog: pytest.
     assert "protects no routed expert; no super expert" in caplog.text
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_without_a_proof_all_of_the_text_is_looked_at(made: Path, tmp_path: Path) -> None:
     apart = step(made, model=made / "none").run(place(tmp_path, "a"))
     all_of_it = step(made, model=made / "none", proof=False).run(place(tmp_path, "b"))
@@ -183,6 +187,8 @@ def test_the_rule_is_that_of_the_options(made: Path, tmp_path: Path) -> None:
     assert told["forms"] == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_work_that_was_interrupted_goes_on(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import moekit.evaluation.super_experts as module
 
@@ -268,6 +274,8 @@ def test_dense_layers_and_shared_experts_take_part(made: Path, tmp_path: Path) -
     assert all(math.isfinite(v) for v in told["check"]["largest"]["without super experts"].values())
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_recipes_report_shows_it(made: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(
         f"""

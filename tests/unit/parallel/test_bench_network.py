@@ -11,6 +11,7 @@ import pytest
 
 from moekit.bench.dispatch import network
 from moekit.errors import BadConfig
+from tests.contracts import FULL
 
 REASON = network.why_not()
 needs_namespaces = pytest.mark.skipif(REASON is not None, reason=f"no network namespaces here: {REASON}")
@@ -165,7 +166,9 @@ def hold() -> subprocess.Popen[str]:
 
 
 @needs_namespaces
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=FULL) for n in (signal.SIGINT, signal.SIGHUP))]
+)
 def test_signals_leave_nothing_behind(number: signal.Signals) -> None:
     process = hold()
     assert len(of(process.pid)) == 2
@@ -186,6 +189,8 @@ def test_what_a_killed_run_left_is_removed_by_the_next_one() -> None:
         assert len(of(mine)) == 2
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @needs_namespaces
 def test_two_runs_do_not_disturb_each_other() -> None:
     process = hold()

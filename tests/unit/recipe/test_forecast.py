@@ -13,6 +13,7 @@ from moekit.errors import BadConfig
 from moekit.recipe import runner
 from moekit.recipe.forecast import durations, estimate, left
 from moekit.recipe.schema import Recipe, load_recipe
+from tests.contracts import FULL
 from tests.tiny import write_model, write_text
 
 
@@ -57,7 +58,11 @@ def test_expert_sets_that_an_earlier_step_writes_are_unknown_beforehand(made: Pa
     assert estimate(asked)["generate"].memory
 
 
-@pytest.mark.parametrize("steps", [TASKS, PRUNED, SPARSE], ids=["expert sets", "apply", "sparsify"])
+@pytest.mark.parametrize(
+    "steps",
+    [pytest.param(TASKS, marks=FULL), PRUNED, pytest.param(SPARSE, marks=FULL)],
+    ids=["expert sets", "apply", "sparsify"],
+)
 def test_what_another_model_left_in_the_run_folder_is_no_obstacle(
     made: Path, tmp_path: Path, steps: list[dict[str, Any]]
 ) -> None:

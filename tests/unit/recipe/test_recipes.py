@@ -97,6 +97,8 @@ def test_the_demo_runs_from_a_dense_model_to_the_page(tmp_path: Path) -> None:
     assert runner.run(recipe).ran == []
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_any_moe_runs_through_c2r_and_a_kill_changes_nothing(tmp_path: Path) -> None:
     pairs = overrides(tmp_path, write_model(tmp_path / "moe", "qwen3_moe"))
     pairs[-1] = "tune={steps: 24, seq_len: 32, batch: 2, lr: 1.0e-3, save_every: 2}"

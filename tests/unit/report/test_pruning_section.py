@@ -224,6 +224,8 @@ def test_the_page_needs_nothing_else_and_says_how_it_was_made(result: PruneBench
     assert built.name == "report.html"
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_hostile_names_are_shown_as_they_are() -> None:
     names = {method: f"{HOSTILE[i % len(HOSTILE)]} {i}" for i, method in enumerate(COSTS)}
     page = Page(to_html(report(made(names=names))))

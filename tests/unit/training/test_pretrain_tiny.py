@@ -94,6 +94,8 @@ def test_it_opens_in_stock_transformers_and_checks(tiny: moekit.training.TinyRes
     assert moekit.checkpoint.Record.read(Path(tiny.folder)).scores["domain_nmi"] == tiny.figures()["domain_nmi"]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_it_repeats_bit_for_bit(tiny: moekit.training.TinyResult, tmp_path: Path) -> None:
     again = train_tiny(small(), documents(), tmp_path / "model")
     assert again.training.losses == tiny.training.losses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -75,6 +76,8 @@ def test_two_ranks_equal_one_process_that_accumulates(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in biases)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_ranks_train_with_a_break(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(TRAIN)

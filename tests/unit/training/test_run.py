@@ -77,6 +77,8 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
     assert other.losses != ends[0][0]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_the_order_depends_on_the_seed_alone() -> None:
     order = row_order(7, 20, seed=3)
     assert sorted(order[:7]) == sorted(order[7:14]) == list(range(7))
@@ -202,6 +204,8 @@ def test_a_failure_takes_adapters_off_again() -> None:
     assert set(state(model)) == names
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_bf16_keeps_fp32_weights_and_comes_near() -> None:
     plain, mixed = build("qwen2_moe"), build("qwen2_moe")
     one = train(plain, None, text(), settings(parts=("router", "experts")))

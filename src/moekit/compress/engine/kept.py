@@ -107,7 +107,7 @@ class KeptTensor:
     @property
     def scattered(self) -> bool:
         """Whether its bytes are no few ranges of the source's; then `gather` them."""
-        return self.table is not None or self.cut is not None and prod(self.source.shape[: self.cut.axis]) != 1
+        return self.table is not None or (self.cut is not None and prod(self.source.shape[: self.cut.axis]) != 1)
 
     def ranges(self) -> list[tuple[int, int]]:
         """Byte ranges in the source's shard, in the order of the output."""

@@ -12,10 +12,10 @@ from moekit._memory import return_freed_memory
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.reading import TensorReader
+from moekit.compress.engine.kept import KeptTensor
 from moekit.compress.engine.limits import check_made
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
-from moekit.compress.engine.kept import KeptTensor
 from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault, UnsupportedModel
 from moekit.streaming.loader import LayerLoader

@@ -25,12 +25,12 @@ from moekit.checkpoint.small_files import small_files
 from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.engine.config_file import renamed_experts
 from moekit.compress.engine.droppable import check_droppable
+from moekit.compress.engine.kept import KeptTensor
 from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k, common_width
 from moekit.compress.engine.mtp import Mtp, MtpKept, check_equal, check_kept, longer_config, mtp_blocks
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, resized_config, stating_experts
 from moekit.compress.engine.shard_writer import Shard, lay_out
-from moekit.compress.engine.kept import KeptTensor
 from moekit.compress.engine.slicing import Axes, expert_counts, kept_tensors
 from moekit.errors import BadConfig
 

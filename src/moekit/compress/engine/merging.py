@@ -92,8 +92,12 @@ class MergeMethod(FewerMethod):
                 layer=inputs.layer,
                 hint=f"keep at least {len(protected)}, or protect fewer",
             )
-        made: Groups = () if not count else [[e] for e in free] if count >= len(free) else self.groups(
-            inputs, scores_E, count, free
+        made: Groups = (
+            ()
+            if not count
+            else [[e] for e in free]
+            if count >= len(free)
+            else self.groups(inputs, scores_E, count, free)
         )
         named = sorted((max(group, key=lambda e: (ranked[e], -e)), tuple(sorted(group))) for group in made)
         named = sorted([*named, *((e, (e,)) for e in protected)])

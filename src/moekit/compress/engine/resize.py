@@ -121,9 +121,7 @@ def read_block(layer: MoELayer, config: PreTrainedConfig | None = None) -> Layer
 
 
 @torch.no_grad()
-def resized_block(
-    layer: MoELayer, config: PreTrainedConfig, weights: LayerWeights, outcome: LayerOutcome
-) -> nn.Module:
+def resized_block(layer: MoELayer, config: PreTrainedConfig, weights: LayerWeights, outcome: LayerOutcome) -> nn.Module:
     """A new block of as many experts as there are weights; all else is shared with the old block, not copied.
 
     Args:

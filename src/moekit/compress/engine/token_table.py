@@ -74,7 +74,7 @@ def renumbered(table_VK: Tensor, order_EM: Tensor, outcome: LayerOutcome) -> Ten
     """
     stays_E = torch.zeros(len(order_EM), dtype=torch.bool)
     stays_E[list(outcome.keep)] = True
-    parts = [_renumbered(part, order_EM, stays_E) for part in table_VK.cpu().long().split(_ROWS)]
+    parts = [_renumbered(part, order_EM, stays_E) for part in torch.split(table_VK.cpu().long(), _ROWS)]
     return torch.cat(parts).to(table_VK)
 
 

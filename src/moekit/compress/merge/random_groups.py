@@ -40,6 +40,8 @@ class RandomGroups(MergeMethod):
         draw = inputs.generator("random-groups")
         order = [experts[i] for i in torch.randperm(len(experts), generator=draw).tolist()]
         made = [[expert] for expert in order[:count]]
-        for expert, group in zip(order[count:], torch.randint(count, (len(order) - count,), generator=draw), strict=True):
+        for expert, group in zip(
+            order[count:], torch.randint(count, (len(order) - count,), generator=draw), strict=True
+        ):
             made[int(group)].append(expert)
         return made

@@ -99,8 +99,8 @@ class NAEE(PruneMethod):
 
     @classmethod
     def examples(cls, geometry: Geometry) -> Sequence[PruneMethod]:
-        """Both modes."""
-        return [cls(), cls(mode="progressive")]
+        """Both modes and both ways to search."""
+        return [cls(strategy="greedy"), cls(mode="progressive", strategy="greedy"), cls()]
 
     @property
     def sequential(self) -> bool:

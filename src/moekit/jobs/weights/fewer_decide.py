@@ -21,11 +21,11 @@ from moekit.jobs.options.fewer import FewerOptions
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows
 from moekit.jobs.shared.opened import OpenedModel
+from moekit.jobs.weights.fewer_finish import Decided, baseline_needs, in_groups
+from moekit.jobs.weights.fewer_request import Asked
 from moekit.jobs.weights.mtp import cuts_mtp
 from moekit.jobs.weights.plans import PLAN_FILE, known_plan, origin
 from moekit.jobs.weights.protection import SUPER, protection_needs, super_experts
-from moekit.jobs.weights.fewer_finish import Decided, baseline_needs, in_groups
-from moekit.jobs.weights.fewer_request import Asked
 from moekit.jobs.weights.self_calibration import answered_rows, load_for_answers
 from moekit.jobs.weights.texts import kept_apart
 from moekit.streaming.passes import Passes

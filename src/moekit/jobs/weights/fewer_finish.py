@@ -174,7 +174,9 @@ def write_pruned(
         OutOfBudget: not enough disk.
     """
     file = decided.plan.file
-    told = file.model_dump(mode="json", include={"kind", "method", "settings", "budget", "top_k", "groups", "data", "tokens"})
+    told = file.model_dump(
+        mode="json", include={"kind", "method", "settings", "budget", "top_k", "groups", "data", "tokens"}
+    )
     before = Record(
         command=context.command,
         parent=decided.source.parent,

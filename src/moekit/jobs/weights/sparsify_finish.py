@@ -85,7 +85,9 @@ def _variant(plan: WeightPlan, source: OpenedModel) -> Variant:
 def _baselines(plan: WeightPlan, source: OpenedModel) -> list[WeightPlan]:
     """What the method's baselines decide at the same sparsity; none where that is the method itself."""
     return [
-        plan_weights(source.checkpoint, None, PlanRequest(make_method("sparsify", b.name, b.settings), plan.file.budget))
+        plan_weights(
+            source.checkpoint, None, PlanRequest(make_method("sparsify", b.name, b.settings), plan.file.budget)
+        )
         for b in plan.method.baselines
         if b.name != plan.file.method
     ]

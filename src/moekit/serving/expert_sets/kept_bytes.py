@@ -12,8 +12,8 @@ import torch
 
 from moekit._progress import Progress
 from moekit.checkpoint.fingerprint import TORCH_NAMES
-from moekit.compress.engine.layout import OutputLayout
 from moekit.compress.engine.kept import KeptTensor
+from moekit.compress.engine.layout import OutputLayout
 from moekit.errors import BadCheckpoint
 
 _DTYPES = {short: getattr(torch, name.removeprefix("torch.")) for name, short in TORCH_NAMES.items()}

@@ -28,7 +28,8 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadCheckpoint, BadConfig, NumericFault, OutOfBudget, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain
-from tests.families import EXPERTS, FAMILIES, HIDDEN, TOP_K, WIDTH, build, logits
+from tests.contracts import families
+from tests.families import EXPERTS, HIDDEN, TOP_K, WIDTH, build, logits
 from tests.processes import python
 
 # Tensors on disk that count experts, and the axis that does; written down by hand, from the families' model cards.
@@ -93,7 +94,7 @@ def run(source: Path, target: Path, outcomes: Mapping[int, LayerOutcome], **opti
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", families("test_every_byte_is_the_sources"))
 def test_every_byte_is_the_sources(family: str, fused: bool, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", family, fused=fused)
     outcomes = keeping(source, (1, 2, 4, 7), (0, 3, 4, 5))
@@ -127,7 +128,7 @@ def test_a_source_of_many_shards(fused: bool, tmp_path: Path) -> None:
     assert_equal(read_all(tmp_path / "out"), sliced(read_all(tmp_path / "s"), as_tuples(outcomes)))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", families("test_keeping_all_changes_nothing"))
 def test_keeping_all_changes_nothing(family: str, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", family)
     run(source, tmp_path / "out", keeping(source, tuple(range(EXPERTS))))
@@ -350,7 +351,7 @@ def scaled_by_hand(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", families("test_rewritten_layers_lie_as_the_sources"))
 def test_rewritten_layers_lie_as_the_sources(family: str, fused: bool, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", family, fused=fused)
     outcomes = keeping(source, (1, 2, 4, 7), (0, 3, 4, 5))
@@ -420,7 +421,9 @@ def test_quantized_weights_are_not_rewritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "ernie4_5_moe"])
+@pytest.mark.parametrize(
+    "family", families("test_uneven_layers", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "ernie4_5_moe"])
+)
 def test_uneven_layers(family: str, fused: bool, tmp_path: Path) -> None:
     source = plain(tmp_path / "source", family, fused=fused)
     outcomes = keeping(source, (1, 2, 4, 7), (0, 3, 5))
@@ -559,6 +562,8 @@ print((kilobytes("VmHWM") - before) * 1024)
 LARGE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24}
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("how", "bound"), [("copy", 48 << 20), ("rewrite", 112 << 20)])
 def test_memory_does_not_grow_with_the_model(how: str, bound: int, tmp_path: Path) -> None:

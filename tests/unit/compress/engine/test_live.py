@@ -26,6 +26,7 @@ from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.routing.methods.c2r import C2R, partner_lists
 from moekit.runtime import attach
+from tests.contracts import families
 from tests.families import EXPERTS, FAMILIES, build, logits, tokens
 
 KEEP = (0, 1, 3, 5, 6)
@@ -66,7 +67,7 @@ def masked(model: PreTrainedModel, kept: Mapping[int, LayerOutcome], top_k: int 
     return logits(model)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", families("test_keeping_all_changes_no_bit_and_no_setting"))
 def test_keeping_all_changes_no_bit_and_no_setting(family: str) -> None:
     model = build(family)
     stock, config = logits(model), model.config.to_dict()
@@ -76,7 +77,7 @@ def test_keeping_all_changes_no_bit_and_no_setting(family: str) -> None:
     assert changed.config.to_dict() == config
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", families("test_slicing_equals_masking"))
 def test_slicing_equals_masking(family: str) -> None:
     model = build(family)
     for gone in range(EXPERTS):
@@ -86,7 +87,7 @@ def test_slicing_equals_masking(family: str) -> None:
         torch.testing.assert_close(sliced, masked(model, outcomes), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", families("test_slicing_equals_masking_down_to_as_many_as_are_chosen"))
 def test_slicing_equals_masking_down_to_as_many_as_are_chosen(family: str) -> None:
     model = build(family)
     outcomes = keeping(model, (4, 7), (1, 5))
@@ -94,7 +95,7 @@ def test_slicing_equals_masking_down_to_as_many_as_are_chosen(family: str) -> No
     torch.testing.assert_close(sliced, masked(model, outcomes), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"phimoe"}))
+@pytest.mark.parametrize("family", families("test_fewer_choices", set(FAMILIES) - {"phimoe"}))
 def test_fewer_choices(family: str) -> None:
     model = build(family)
     outcomes = keeping(model, (2, 5, 7))
@@ -135,7 +136,7 @@ def test_torn_groups_are_refused_with_the_layer() -> None:
     assert refused.value.layer == 1
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", families("test_weights_router_rows_and_biases_follow"))
 def test_weights_router_rows_and_biases_follow(family: str) -> None:
     model = build(family)
     old = {name: t.clone() for name, t in model.state_dict().items()}
@@ -148,7 +149,7 @@ def test_weights_router_rows_and_biases_follow(family: str) -> None:
     assert bool(followed) == (family in {"deepseek_v3", "glm4_moe", "ernie4_5_moe", "gpt_oss"})
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", families("test_every_count_in_the_model_is_the_new_one"))
 def test_every_count_in_the_model_is_the_new_one(family: str) -> None:
     model = build(family)
     changed = change_model(model, keeping(model, KEEP))
@@ -186,7 +187,7 @@ def test_the_balance_loss_counts_what_is_left(family: str, top_k: int | None) ->
     assert torch.isfinite(answer.loss)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", families("test_what_is_left_trains"))
 def test_what_is_left_trains(family: str) -> None:
     model = build(family)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -199,7 +200,7 @@ def test_what_is_left_trains(family: str) -> None:
         assert bool(gradient.any())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", families("test_saved_it_is_a_stock_model"))
 def test_saved_it_is_a_stock_model(family: str, tmp_path: Path) -> None:
     model = build(family)
     changed = change_model(model, keeping(model, KEEP))
@@ -250,7 +251,7 @@ def test_a_rewriting_of_another_number_is_refused() -> None:
 
 
 @pytest.mark.parametrize("most", [KEEP, tuple(range(EXPERTS))], ids=["both", "one"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", families("test_layers_of_different_sizes"))
 def test_layers_of_different_sizes(family: str, most: tuple[int, ...]) -> None:
     """One layer loses experts, or both do: groups are given up in both, as the config knows one setting."""
     model = build(family)

@@ -159,7 +159,9 @@ def test_as_many_experts_as_something_is_wide(family: str, experts: int) -> None
     model = build(family, **{EXPERTS_KEY[family]: experts})
     layer = first_layer(model)
     keep = [0, 3, 7, 8, 21]
-    made = resized_block(layer, resized_config(model.config, len(keep)), read_block(layer).select(keep), LayerOutcome(keep=tuple(keep)))
+    made = resized_block(
+        layer, resized_config(model.config, len(keep)), read_block(layer).select(keep), LayerOutcome(keep=tuple(keep))
+    )
     router = layer.router_name.removeprefix(f"{layer.name}.")
     down = layer.experts_name.removeprefix(f"{layer.name}.") + ".down_proj"
     old, new = layer.block.state_dict(), made.state_dict()
