@@ -102,8 +102,28 @@ def sliced(source: Path, pruned: Path, kept: Mapping[int, list[int]]) -> PreTrai
         name: tensor if tensor.shape == shapes[name] else indexed(tensor, shapes[name], kept[layer_of(name)])
         for name, tensor in whole.state_dict().items()
     }
+    for name, table in state.items():
+        if table.dim() == 2 and not table.is_floating_point():  # the experts of every token id
+            router = whole.get_parameter(f"{name.rpartition('.')[0]}.weight")
+            state[name] = renumbered(table, router, kept[layer_of(name)])
     small.load_state_dict(state, strict=True)
     return small.eval()
+
+
+def renumbered(table: Tensor, router: Tensor, keep: list[int]) -> Tensor:
+    """Row by row: who is gone is followed by the kept one whose row of the router is most like it and not there yet."""
+    like = torch.nn.functional.cosine_similarity(router[:, None].double(), router[None].double(), dim=2).tolist()
+    made = []
+    for row in table.tolist():
+        there = [expert for expert in row if expert in keep]
+        new = []
+        for expert in row:
+            if expert not in keep:
+                expert = max((e for e in keep if e not in there), key=lambda e: like[expert][e])
+                there.append(expert)
+            new.append(keep.index(expert))
+        made.append(new)
+    return torch.tensor(made)
 
 
 def layer_of(name: str) -> int:

@@ -199,7 +199,8 @@ def _put(root: nn.Module, name: str, value: Tensor, trained: bool = False) -> No
 
 def _share_rest(made: nn.Module, old: nn.Module) -> None:
     """Buffers that are computed, not saved, lie where the old ones lie."""
-    known: Mapping[str, Tensor] = dict(old.named_buffers())
+    saved = set(made.state_dict())
+    known: Mapping[str, Tensor] = {name: buffer for name, buffer in old.named_buffers() if name not in saved}
     for name, buffer in list(made.named_buffers()):
         if name in known and buffer.shape == known[name].shape:
             _put(made, name, known[name])

@@ -197,7 +197,9 @@ def test_new_weights_are_no_views_of_the_old() -> None:
     model = build("mixtral")
     layer = first_layer(model)
     before = copy.deepcopy(layer.block.state_dict())
-    made = resized_block(layer, model.config, read_block(layer).select(range(EXPERTS)))
+    made = resized_block(
+        layer, model.config, read_block(layer).select(range(EXPERTS)), LayerOutcome(keep=tuple(range(EXPERTS)))
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.zero_()
@@ -210,5 +212,5 @@ def test_a_wrong_number_of_weights_is_refused() -> None:
     layer = first_layer(model)
     config: PreTrainedConfig = resized_config(model.config, 4)
     with pytest.raises(UnsupportedModel) as refused:
-        resized_block(layer, config, read_block(layer).select([0, 1, 2]))
+        resized_block(layer, config, read_block(layer).select([0, 1, 2]), LayerOutcome(keep=(0, 1, 2)))
     assert refused.value.layer == layer.index
