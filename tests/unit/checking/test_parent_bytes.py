@@ -55,7 +55,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A parent and its pruned child, split and stacked; and a child split where its parent is stacked."""
     folder = tmp_path_factory.mktemp("family")
     outcomes = {layer: LayerOutcome(keep=kept) for layer, kept in KEEP.items()}
-    record = Record(command="prune", config={"method": "reap"})
+    record = Record(command="prune", config={"kind": "prune", "method": "reap"})
     made = {"split": plain(folder / "split"), "stacked": plain(folder / "stacked", fused=True)}
     for name, parent in list(made.items()):
         apply(Checkpoint.open(parent), outcomes, folder / f"{name}-child", record=record)
@@ -64,7 +64,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         command="prune",
         parent=str(made["stacked"]),
         parent_fingerprint=Checkpoint.open(made["stacked"]).fingerprint,
-        config={"method": "reap"},
+        config={"kind": "prune", "method": "reap"},
         scores={"kept": {str(layer): list(kept) for layer, kept in KEEP.items()}},
     )
     moekit.save(moekit.load(made["split-child"], device="cpu"), folder / "mixed-child", record=told)
@@ -172,7 +172,13 @@ def test_a_lost_tensor_of_a_layer_that_looks_ahead(cut: bool, tmp_path: Path) ->
     keep = (0, 2, 5) if cut else tuple(range(8))
     outcomes = {layer: LayerOutcome(keep=keep) for layer in geometries_of(checkpoint)}
     how: dict[str, Any] = {"mtp": "prune", "mtp_kept": {"model.layers.2.": (1, 4, 6)}} if cut else {"mtp": "keep"}
-    apply(checkpoint, outcomes, tmp_path / "m", record=Record(command="prune", config={"method": "reap"}), **how)
+    apply(
+        checkpoint,
+        outcomes,
+        tmp_path / "m",
+        record=Record(command="prune", config={"kind": "prune", "method": "reap"}),
+        **how,
+    )
     assert check(tmp_path / "m", parent=source).findings == []
     for number, lost in enumerate(("enorm.weight", "mlp.experts.2.up_proj.weight")):
         child = damaged(tmp_path / "m", tmp_path / str(number), partial(lose, name=f"model.layers.2.{lost}"))
