@@ -279,8 +279,8 @@ def find_moe_layers(model: PreTrainedModel | nn.Module) -> list[MoELayer]:
                 f"one decoder layer holds two MoE blocks, {first.name} and {second.name}, and a text does not run "
                 "through one of them alone",
                 layer=first.index,
-                hint="moekit check, estimate, reshard and undo work on it; what looks at single experts works on models "
-                "whose text runs through one MoE block a layer",
+                hint="moekit check, estimate, reshard and undo work on it; what looks at single experts needs one block a "
+                "layer that all of a text runs through",
             )
     return layers
 

@@ -1,4 +1,4 @@
-"""Why the MoE layers of a model cannot be given: it follows no text token by token, or holds no experts that are known."""
+"""Why a model's MoE layers cannot be given: it does not follow a text, or holds no experts that are known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moekit.errors import UnsupportedModel
 
 
 def refuse_second_text(model: nn.Module) -> None:
-    """Refuse what reads a text and fills another one at once, by diffusion: experts and logits are not of the text alone.
+    """Refuse what reads a text and fills another one at once: experts and logits are not of the first alone.
 
     Raises:
         UnsupportedModel: the model is given a second text, and is no encoder with a decoder.

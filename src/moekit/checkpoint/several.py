@@ -54,11 +54,10 @@ def run_as_part(model: PreTrainedModel) -> PreTrainedModel:
     key = None if has_own_forward(type(model)) else writing_part(model.config)
     if key is None:
         return model
-    kind = type(getattr(model.config, key))
+    kind, whole = type(getattr(model.config, key)), cast("Any", type(model))
     for name, child in model.named_children():
         if type(getattr(child, "config", None)) is kind:
-            # Laying over a class that has no slots of its own: the instance stays as it is.
-            model.__class__ = _laid_over(type(model), type(child), name)
+            model.__class__ = _laid_over(whole, cast("Any", type(child)), name)
             break
     return model
 
@@ -70,7 +69,7 @@ def writer_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @functools.lru_cache(maxsize=16)
-def _laid_over(whole: type[PreTrainedModel], part: type[Any], name: str) -> type[PreTrainedModel]:
+def _laid_over(whole: Any, part: Any, name: str) -> type[PreTrainedModel]:
     own: dict[str, Any] = {method: _asking(part, name, method) for method in _ANSWERED_BY_PART}
 
     # The signature is the part's: what a model can be given is read from it.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_only_the_thinker_is_pruned(whole: Path, tmp_path: Path) -> None:
 
 
 def test_streamed_and_live_traces_agree(whole: Path) -> None:
-    streamed = record_streamed(Checkpoint.open(whole), [IDS], device="cpu")
+    streamed = record_streamed(Checkpoint.open(whole), [IDS], keep_choices=True, device="cpu")
     live = record(moekit.load(whole, device="cpu"), [IDS])
     assert all(torch.equal(streamed.indices(layer), live.indices(layer)) for layer in live.meta.layers)
 
@@ -131,7 +132,7 @@ class OneConfig(transformers.PreTrainedConfig):
 
 class TwoConfig(transformers.PreTrainedConfig):
     model_type = "two_of_a_test"
-    sub_configs = {"first_config": OneConfig, "second_config": OneConfig}
+    sub_configs: ClassVar = {"first_config": OneConfig, "second_config": OneConfig}
 
 
 class Two(transformers.PreTrainedModel):
@@ -173,7 +174,7 @@ def test_models_that_run_are_left_alone() -> None:
 
 def test_several_models_of_which_none_is_told_to_write_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Two, "can_generate", classmethod(lambda kind: True))
-    monkeypatch.setattr(transformers, "Two", Two, raising=False)
+    monkeypatch.setattr(sys.modules["transformers"], "Two", Two, raising=False)
     config = two(None)
     config.architectures = ["Two"]
     with pytest.raises(UnsupportedModel, match=r"Two is several models \(first, second\).* which of them writes text"):
