@@ -23,7 +23,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -221,7 +221,9 @@ def _reached(model: nn.Module, blocks: list[MoELayer]) -> list[MoELayer]:
     below = {name.removeprefix(f"{holder}."): width for name, width in hidden.items()}
     called = reached_by_text(model.get_submodule(holder), below)
     found = [block for block in blocks if block.experts_name.removeprefix(f"{holder}.") in (called or ())]
-    return found if len(found) == 1 else blocks
+    if len(found) != 1:
+        return blocks
+    return [replace(found[0], siblings=tuple(block.name for block in blocks if block is not found[0]))]
 
 
 def _every_moe_layer(model: nn.Module) -> Iterator[MoELayer]:
@@ -279,8 +281,8 @@ def find_moe_layers(model: PreTrainedModel | nn.Module) -> list[MoELayer]:
                 f"one decoder layer holds two MoE blocks, {first.name} and {second.name}, and a text does not run "
                 "through one of them alone",
                 layer=first.index,
-                hint="moekit check, estimate, reshard and undo work on it; what looks at single experts needs one block a "
-                "layer that all of a text runs through",
+                hint="moekit check, estimate, reshard and undo work on it; what looks at single experts needs one "
+                "block a layer that all of a text runs through",
             )
     return layers
 

@@ -120,9 +120,7 @@ def test_it_is_still_found_once_parts_hang_on_it(ernie: Any) -> None:
 
 def test_dropping_is_refused_for_what_counts_the_same_experts(ernie: Any) -> None:
     layers = find_moe_layers(ernie)
-    with pytest.raises(
-        UnsupportedModel, match=r"vision_moe.* counts experts, too, by the number"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"vision_moe.* counts experts, too, by the number"):
         check_droppable(ernie.config, layers, {1, 2, 3})
 
 
