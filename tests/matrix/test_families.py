@@ -104,7 +104,7 @@ def sliced(source: Path, pruned: Path, kept: Mapping[int, list[int]]) -> PreTrai
 
 
 def layer_of(name: str) -> int:
-    found = re.search(r"\.layers\.(\d+)\.", name)
+    found = re.search(r"\.(?:layers|blocks)\.(\d+)\.", name)
     assert found is not None, name
     return int(found[1])
 
