@@ -64,6 +64,7 @@ class MoELayer:
         seam: where choices can be read: at the "experts" (the contract), or in what the chooser answers.
         chooser: what answers them there, router or not; None where nothing was found.
         scored: what it scores: E, and more where it also scores what is no routed expert (a skip, say).
+        siblings: module paths of MoE blocks of the same decoder layer that text does not run through: for images.
     """
 
     index: int
@@ -80,6 +81,7 @@ class MoELayer:
     seam: Seam = "experts"
     chooser: nn.Module | None = field(default=None, repr=False)
     scored: int = 0
+    siblings: tuple[str, ...] = ()
 
     @property
     def gate_home(self) -> nn.Module:

@@ -23,7 +23,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,10 +33,12 @@ from transformers import PreTrainedModel
 from moekit.anatomy.asking import PROBE_ROWS, ask_router, on_cpu, passed_names, probe_rows, raw_answer
 from moekit.anatomy.choices import Answered, Seam, read_answer
 from moekit.anatomy.moe_layer import Geometry, MoELayer
+from moekit.anatomy.reached import holder_of, reached_by_text
+from moekit.anatomy.refusing import no_experts, refuse_second_text
 from moekit.anatomy.storage import Storage
 from moekit.anatomy.stored import find_storage
 from moekit.checkpoint.decoder import besides_text
-from moekit.checkpoint.names import PARTS, stated_experts
+from moekit.checkpoint.names import PARTS
 from moekit.errors import UnsupportedModel
 
 __all__ = ["PROBE_ROWS", "Geometry", "MoELayer", "ask_router", "find_moe_layers", "iterate_moe_layers"]
@@ -65,10 +67,15 @@ class _Router:
     scored: int = 0
 
 
-def flat_output(output: Any) -> torch.Tensor:
-    """What a block or a decoder layer gave, as rows [T, H]; the first of a tuple, which some families answer with."""
+def flat_output(output: Any, hidden: int | None = None) -> torch.Tensor:
+    """What a block or a decoder layer gave, as rows [T, H]; the first of a tuple, which some families answer with.
+
+    Args:
+        output: of the module.
+        hidden: H, where the module may answer with all rows in one (ERNIE 4.5 VL).
+    """
     made = output[0] if isinstance(output, tuple) else output
-    flat_TH: torch.Tensor = made.reshape(-1, made.shape[-1])
+    flat_TH: torch.Tensor = made.reshape(-1, hidden if made.dim() == 1 and hidden else made.shape[-1])
     return flat_TH
 
 
@@ -190,7 +197,36 @@ def called_with_choices(experts: nn.Module) -> bool:
 
 
 def iterate_moe_layers(model: nn.Module) -> Iterator[MoELayer]:
-    """Yield the MoE blocks of any module tree, in module order; in a model of several parts, the language model's."""
+    """Yield the MoE blocks of any module tree, in module order; in a model of several parts, the language model's.
+
+    Of several blocks in one decoder layer, the one that a text runs through, where that is told by asking.
+    """
+    for _, group in itertools.groupby(_every_moe_layer(model), key=lambda layer: layer.index):
+        blocks = list(group)
+        yield from blocks if len(blocks) == 1 else _reached(model, blocks)
+
+
+def experts_beside(model: nn.Module) -> list[str]:
+    """Paths of stacks of routed experts that stand beside the language model, such as a second decoder's."""
+    aside = besides_text(model)
+    return [name for name, module in model.named_modules() if name.startswith(aside) and find_storage(module)]
+
+
+def _reached(model: nn.Module, blocks: list[MoELayer]) -> list[MoELayer]:
+    """Of several blocks in one decoder layer, the one that text alone runs through; all where nothing tells it."""
+    holder = holder_of([block.name for block in blocks])
+    hidden = {block.experts_name: block.geometry.hidden for block in blocks}
+    if holder is None or len(set(hidden.values())) > 1:
+        return blocks
+    below = {name.removeprefix(f"{holder}."): width for name, width in hidden.items()}
+    called = reached_by_text(model.get_submodule(holder), below)
+    found = [block for block in blocks if block.experts_name.removeprefix(f"{holder}.") in (called or ())]
+    if len(found) != 1:
+        return blocks
+    return [replace(found[0], siblings=tuple(block.name for block in blocks if block is not found[0]))]
+
+
+def _every_moe_layer(model: nn.Module) -> Iterator[MoELayer]:
     modules, aside = dict(model.named_modules()), besides_text(model)
     for experts_name, experts in modules.items():
         storage = None if experts_name.startswith(aside) else find_storage(experts)
@@ -234,16 +270,19 @@ def find_moe_layers(model: PreTrainedModel | nn.Module) -> list[MoELayer]:
     Raises:
         UnsupportedModel: the model holds no experts by the contract, or two blocks of them in one layer.
     """
+    refuse_second_text(model)
     layers = sorted(iterate_moe_layers(model), key=lambda layer: layer.index)
     if not layers:
-        raise _no_layers(model)
+        raise no_experts(model)
     layers = _of_language(model, layers)
     for first, second in itertools.pairwise(layers):
         if first.index == second.index:
             raise UnsupportedModel(
-                f"one decoder layer holds two MoE blocks, {first.name} and {second.name}",
+                f"one decoder layer holds two MoE blocks, {first.name} and {second.name}, and a text does not run "
+                "through one of them alone",
                 layer=first.index,
-                hint="moekit works on models with one MoE block a layer",
+                hint="moekit check, estimate, reshard and undo work on it; what looks at single experts needs one "
+                "block a layer that all of a text runs through",
             )
     return layers
 
@@ -256,23 +295,3 @@ def _of_language(model: nn.Module, layers: list[MoELayer]) -> list[MoELayer]:
         return layers
     inside = set(decoder.modules())
     return [layer for layer in layers if layer.block in inside] or layers
-
-
-def _no_layers(model: nn.Module) -> UnsupportedModel:
-    """Why there are none: a dense model, or a Mixture of Experts of another kind."""
-    name = type(model).__name__
-    describe = getattr(getattr(model, "config", None), "to_dict", None)
-    count = stated_experts(describe()) if describe is not None else None
-    counting = next((n for n, m in model.named_modules() if isinstance(getattr(m, "num_experts", None), int)), None)
-    if counting is not None or (count or 0) > 1:
-        where = f"{counting!r} keeps them" if counting else "they lie"
-        return UnsupportedModel(
-            f"{name} is a Mixture of Experts, but {where} in a form that moekit does not know: not as weights of one "
-            "gated or plain network for each expert",
-            hint="moekit check, estimate, reshard, generate and undo work on it; what looks at single experts "
-            "(profile, prune, route, place, sparsify) does not",
-        )
-    return UnsupportedModel(
-        f"{name} is not a Mixture of Experts: no module has `num_experts` and weights of as many experts",
-        hint="`moekit convert` turns a dense Llama-type model into a MoE",
-    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from moekit.checkpoint.several import has_own_forward, run_as_part, writing_part
 from moekit.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Architecture:
             made: PreTrainedModel = self.auto.from_config(config, trust_remote_code=self.kind is None, **given)
         else:
             made = maker._from_config(config, **given)
-        return made
+        return run_as_part(made)
 
     def load(self, folder: Path, **options: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
         """Load a folder's weights; what transformers says of it stands beside the model."""
@@ -54,7 +55,7 @@ class Architecture:
         model, told = loader.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **remote, **options
         )
-        return model, told
+        return run_as_part(model), told
 
 
 def architecture_of(config: PreTrainedConfig, *, remote: bool = False, file: str | Path | None = None) -> Architecture:
@@ -94,14 +95,13 @@ def architecture_of(config: PreTrainedConfig, *, remote: bool = False, file: str
 
 
 def _whole(found: Architecture, config: PreTrainedConfig, file: str | Path | None) -> Architecture:
-    """Refuse a class that only holds models that are run one after the other (Qwen3-Omni: thinker and talker)."""
-    from torch import nn
-
-    if found.kind is None or found.kind.forward is not nn.Module.forward:
+    """Refuse a class that only holds models, unless it is told which of them writes text."""
+    if found.kind is None or has_own_forward(found.kind) or writing_part(config) is not None:
         return found
     parts = [key.removesuffix("_config") for key in config.sub_configs]
     raise UnsupportedModel(
-        f"{found.kind.__name__} is several models ({', '.join(parts)}) and has no forward pass of its own",
+        f"{found.kind.__name__} is several models ({', '.join(parts)}), has no forward pass of its own, and its config "
+        "does not say which of them writes text",
         file=file,
         hint="load the part that writes text with its own class, save_pretrained it, and give that folder",
     )

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from moekit._progress import Progress, track
+from moekit.checkpoint.several import writer_of
 from moekit.data import vocabulary
 from moekit.data.encoding import encode
 from moekit.errors import BadConfig, BadData
@@ -136,7 +137,7 @@ def complete(
     done: dict[int, Completion] = {}
     with evaluating(model):
         for some in track(_equal_lengths(encoded, batch_size), "generating", progress):
-            out_BS = model.generate(
+            out_BS = writer_of(model).generate(
                 input_ids=torch.tensor([encoded[i] for i in some], device=device),
                 attention_mask=torch.ones(len(some), len(encoded[some[0]]), dtype=torch.int64, device=device),
                 max_new_tokens=max_new_tokens,

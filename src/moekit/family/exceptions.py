@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from moekit.family.rules import VOCABULARY
+
 _INDEXER = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
@@ -42,6 +44,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "longcat_flash": {"head_dim": 8},
     "talker_config": {"spatial_merge_size": 2},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": VOCABULARY - 1},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 20},
     "qwen4_exp_text": _INDEXER,
     "step3p5": {"sliding_window": 16},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from moekit._device import DtypeName, named_dtype
 from moekit.checkpoint.names import text_config
+from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.strictjson import read_json
 from moekit.data.encoding import Bos
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
@@ -18,12 +21,12 @@ from moekit.jobs.shared.inputs import (
     model_item,
     model_location,
     open_model,
-    picture_reader,
     read_text,
     rows_of,
     text_item,
 )
 from moekit.jobs.shared.layerwise import layerwise_source
+from moekit.jobs.shared.pictures import picture_reader
 from moekit.progress import ProgressLike
 from moekit.trace import Trace, check_summary, record, single_figures, summarise
 from moekit.trace.cost import cost_of, notes_on, sizes_of
@@ -156,17 +159,24 @@ def run(options: ProfileOptions, context: JobContext) -> dict[str, Any]:
     return {**told, "summary": summary, "figures": {str(layer): named for layer, named in figures.items()}}
 
 
-def _rows(options: ProfileOptions, tokenizer: Any, context: JobContext, config: Mapping[str, Any] | None) -> Any:
+def _rows(
+    options: ProfileOptions,
+    tokenizer: Any,
+    context: JobContext,
+    config: Mapping[str, Any] | None,
+    model: Callable[[], nn.Module],
+) -> Any:
     """The text in batches; with its pictures, where the model's config is given."""
     documents = read_text(options.data, split=options.split, seed=context.seed, progress=context.progress)
     location = model_location(options.model)
+    pictures = None if config is None else picture_reader(documents, location, config, model)
     rows = rows_of(
         documents,
         tokenizer,
         seq_len=options.seq_len,
         max_tokens=options.max_tokens,
         bos=options.bos,
-        pictures=None if config is None else picture_reader(documents, location, config),
+        pictures=pictures,
     )
     return rows.batches(options.batch_size)
 
@@ -181,7 +191,7 @@ def _layer_by_layer(options: ProfileOptions, recording: Recording, context: JobC
     tokenizer = source.tokenizer()
     return record_streamed(
         source.checkpoint,
-        _rows(options, tokenizer, context, source.checkpoint.config),
+        _rows(options, tokenizer, context, source.checkpoint.config, lambda: empty_model(source.checkpoint)),
         statistics=options.statistics,
         keep_choices=options.choices,
         weights=options.weights,
@@ -206,7 +216,7 @@ def _whole(options: ProfileOptions, recording: Recording, context: JobContext) -
     )
     return record(
         model,
-        _rows(options, tokenizer, context, None if context.live else model.config.to_dict()),
+        _rows(options, tokenizer, context, None if context.live else model.config.to_dict(), lambda: model),
         recording.model_copy(update={"tokenizer": tokenizer, "source": options.data, "seed": context.seed}),
         progress=context.progress,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moekit._progress import Progress, track
+from moekit.checkpoint.several import writer_of
 from moekit.data.encoding import encode
 from moekit.errors import BadConfig, BadData
 from moekit.trace.live import Recorder
@@ -127,7 +128,7 @@ def _write(
     prompts = Labels(mask_BP, None, domain_B1.expand_as(ids_BP), names)
     recorder.label_by(_Writing(recorder.counter, prompts, ends))
     try:
-        written_BS = model.generate(
+        written_BS = writer_of(model).generate(
             ids_BP.to(model.device),
             attention_mask=mask_BP.to(device=model.device, dtype=torch.int64),
             # Hooks do not run in the graphs that generate compiles for static caches.

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from moekit.anatomy.probe import holds_all_experts
 from moekit.checkpoint.fingerprint import fingerprint_model, provenance_of
 from moekit.checkpoint.record import ancestors
+from moekit.checkpoint.several import writer_of
 from moekit.errors import BadConfig, BadData, MoekitError, UnsupportedModel
 from moekit.trace.accumulator import LabelAccumulator, LayerAccumulator
 from moekit.trace.assembly import assemble
@@ -123,8 +124,10 @@ class Recorder:
         self._remove()
 
     def _install(self) -> None:
-        self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._handles.append(self.model.register_forward_hook(self._end))
+        # `generate` calls a whole's part that writes; so does the whole.
+        runs = writer_of(self.model) if isinstance(self.model, PreTrainedModel) else self.model
+        self._handles.append(runs.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(runs.register_forward_hook(self._end))
         for hook in self._hooks:
             self._handles.extend(hook.hooks())
         if self._gradients:

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 import moekit
-from moekit.anatomy import find_moe_layers
 from moekit.checking import check
 from moekit.checkpoint.architecture import architecture_of, class_name
 from moekit.checkpoint.expected import verify
@@ -66,12 +65,6 @@ def test_else_the_model_of_images_and_text(tmp_path: Path) -> None:
 def test_an_encoder_with_a_decoder_is_refused() -> None:
     config = transformers.SwitchTransformersConfig(architectures=["SwitchTransformersForConditionalGeneration"])
     with pytest.raises(UnsupportedModel, match="'switch_transformers' is an encoder with a decoder"):
-        architecture_of(config)
-
-
-def test_several_models_in_one_are_refused_by_name() -> None:
-    config = transformers.Qwen3OmniMoeConfig(architectures=["Qwen3OmniMoeForConditionalGeneration"])
-    with pytest.raises(UnsupportedModel, match=r"several models \(thinker, talker, code2wav\)"):
         architecture_of(config)
 
 
@@ -263,18 +256,6 @@ def test_a_walk_under_another_config_does_not_go_on_where_this_one_stopped(tmp_p
 
 def architecture_config(checkpoint: Checkpoint) -> Any:
     return transformers.AutoConfig.from_pretrained(checkpoint.path)
-
-
-def test_two_moe_blocks_in_a_layer_are_refused_by_name() -> None:
-    text = {
-        **_common(), "intermediate_size": 40, "moe_intermediate_size": [WIDTH, 12], "moe_num_experts": EXPERTS,
-        "moe_k": TOP_K, "moe_num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-    }  # fmt: skip
-    tower = {"depth": 2, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "patch_size": 4}
-    config = transformers.Ernie4_5_VLMoeConfig(text_config=text, vision_config=tower)
-    with pytest.raises(UnsupportedModel, match=r"layer 1: .*two MoE blocks, .*text_moe and .*vision_moe"):
-        find_moe_layers(empty_model(config))
 
 
 def test_a_tower_is_not_trained_on_text(tmp_path: Path) -> None:

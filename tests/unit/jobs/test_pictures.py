@@ -13,7 +13,9 @@ import moekit
 from moekit.data import load_text
 from moekit.data.batches import pack
 from moekit.data.pictures import PictureReader
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, BadData
+from moekit.family import family, write
+from moekit.jobs.trials.cell import attempt
 from moekit.trace import Trace
 from tests.pictures import conversation, processor, write_conversations, write_vision_model
 from tests.tiny import write_model, write_text
@@ -138,3 +140,15 @@ def test_a_model_that_takes_no_pictures_reads_the_words(
     write_model(tmp_path / "moe", "olmoe")
     moekit.profile(tmp_path / "moe", data=str(made / "chat"), out=tmp_path / "trace")
     assert "their words alone are read" in caplog.text
+
+
+def test_pictures_that_have_experts_of_their_own_are_refused_before_any_work(made: Path, tmp_path: Path) -> None:
+    folder = write(family("ernie4_5_vl_moe"), tmp_path / "ernie")
+    processor().save_pretrained(folder)
+
+    def run() -> None:
+        with pytest.raises(BadData, match=r"experts of their own \(.*vision_moe\)") as caught:
+            moekit.profile(folder, data=str(made / "chat"), max_tokens=None, seq_len=128, out=tmp_path / "trace")
+        raise caught.value
+
+    assert attempt(run)[0].when == "before work"

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from moekit import catalogue
+from moekit.anatomy.probe import experts_beside
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.budget.parents import expert_weights
 from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.inputs import LayerInputs
@@ -79,6 +81,13 @@ def warnings_of(
     if sum(entry.documents for entry in data) == 1:
         found.append("the calibration text is a single document: what it says of experts may hold for it alone")
     return tuple(found)
+
+
+def beside_warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What a reader must know of experts beside the language model's: a talker has its own."""
+    beside = experts_beside(empty_model(checkpoint))
+    told = f"{len(beside)} MoE blocks beside the language model stay as they are, such as {beside[0]}" if beside else ""
+    return (told,) if told else ()
 
 
 def mtp_warnings(prefixes: Iterable[str]) -> tuple[str, ...]:

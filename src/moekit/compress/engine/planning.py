@@ -15,7 +15,7 @@ from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.sizes import Budget
-from moekit.compress.engine.describing import layer_record, mtp_warnings, plan_file, warnings_of
+from moekit.compress.engine.describing import beside_warnings, layer_record, mtp_warnings, plan_file, warnings_of
 from moekit.compress.engine.inputs import InputsByLayer
 from moekit.compress.engine.measuring import empty_statistics, geometries_of, refuse_damaged, sizes_of, weights_reader
 from moekit.compress.engine.method import WeightMethod
@@ -232,5 +232,6 @@ def redecide(plan: WeightPlan, checkpoint: Checkpoint, budget: Budget) -> Weight
     scores = {layer: torch.tensor(told.scores, dtype=torch.float64) for layer, told in file.layers.items()}
     made = decide(checkpoint, inputs, request, plan.statistics, None, scores)
     kept: dict[str, object] = {"trace": file.trace, "data": file.data, "tokens": file.tokens, "domains": file.domains}
-    kept |= {"mtp": file.mtp, "warnings": (*warnings_of(method, made.file.layers, file.data), *mtp_warnings(file.mtp))}
+    told = (*warnings_of(method, made.file.layers, file.data), *mtp_warnings(file.mtp), *beside_warnings(checkpoint))
+    kept |= {"mtp": file.mtp, "warnings": told}
     return WeightPlan(made.file.model_copy(update=kept), plan.statistics)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 import moekit
 from moekit._device import DtypeName
@@ -17,7 +17,6 @@ from moekit._ranks import is_first_rank
 from moekit.checkpoint import Checkpoint, Record, fingerprint_model
 from moekit.checkpoint.estimate import estimate
 from moekit.checkpoint.folder import CONFIG_FILE, read_tensors
-from moekit.checkpoint.names import text_config
 from moekit.checkpoint.safety import TensorInfo
 from moekit.data import Document, TokenBatches, fetch, pack, vocabulary
 from moekit.data.batches import arrange
@@ -165,48 +164,6 @@ def load_tokenizer(location: str) -> Any:
             file=location,
             hint="copy tokenizer.json of the base model into it",
         ) from error
-
-
-def picture_reader(documents: Sequence[Document], location: str, config: Mapping[str, Any]) -> PictureReader | None:
-    """What reads the pictures of a text by the model's own processor; None where there are none.
-
-    Args:
-        documents: the text.
-        location: of the model.
-        config: its parsed config.json.
-
-    Raises:
-        BadConfig: the model takes pictures, and its processor is not there, or needs a library that is not.
-    """
-    shown = [document for document in documents if document.pictures]
-    if not shown:
-        return None
-    if text_config(config) is config:
-        logger.warning(
-            "%d conversations show pictures, which this model does not take: their words alone are read", len(shown)
-        )
-        return None
-    try:
-        processor = AutoProcessor.from_pretrained(location, trust_remote_code=False)
-    except ImportError as error:
-        raise BadConfig(
-            f"the model's processor needs a library that is not installed: {str(error).strip().splitlines()[0]}",
-            file=location,
-            hint="install it beside torch, or give text without pictures",
-        ) from error
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise BadConfig(
-            f"{len(shown)} conversations show pictures, and the model's processor cannot be loaded: {error}",
-            file=location,
-            hint="put the original's preprocessor_config.json beside its tokenizer, or give text without pictures",
-        ) from error
-    if getattr(processor, "image_processor", None) is None:
-        raise BadConfig(
-            f"{len(shown)} conversations show pictures, and the folder has no image processor",
-            file=location,
-            hint="put the original's preprocessor_config.json beside its tokenizer, or give text without pictures",
-        )
-    return PictureReader(processor, location)
 
 
 def read_text(

@@ -12,11 +12,13 @@ from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.names import text_config
 from moekit.checkpoint.quantized.weights import quantized_weights
+from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.engine.measuring import geometries_of
 from moekit.data import Document, vocabulary
 from moekit.data.pictures import PictureReader
 from moekit.errors import UnsupportedModel
-from moekit.jobs.shared.inputs import load_tokenizer, model_location, picture_reader
+from moekit.jobs.shared.inputs import load_tokenizer, model_location
+from moekit.jobs.shared.pictures import picture_reader
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class OpenedModel:
 
     def pictures(self, documents: Sequence[Document]) -> PictureReader | None:
         """What reads the pictures of a text; see `picture_reader`."""
-        return picture_reader(documents, self.location, self.checkpoint.config)
+        return picture_reader(documents, self.location, self.checkpoint.config, lambda: empty_model(self.checkpoint))
 
     @property
     def longest(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moekit.api import load
@@ -19,8 +19,8 @@ from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.folder import CONFIG_FILE
 from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.names import config_groups
+from moekit.checkpoint.several import run_as_part
 from moekit.checkpoint.strictjson import read_json
-from moekit.errors import UnsupportedModel
 from moekit.family import Family, holds_experts, texts, write
 from moekit.jobs.check import check
 from moekit.jobs.profile import profile
@@ -196,16 +196,11 @@ def _stock(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, *, finite: bool = True) -> Tensor:
-    if type(model).forward is nn.Module.forward:
-        raise UnsupportedModel(
-            f"{type(model).__name__} has no forward pass of its own: it holds several models, and only generates",
-            hint="take the model of language that it holds, as a folder of its own",
-        )
     ids = torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(0))
     further = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     # Some models draw noise.
     torch.manual_seed(0)
-    found: Tensor = model(input_ids=ids, use_cache=False, **further).logits.float()
+    found: Tensor = run_as_part(model)(input_ids=ids, use_cache=False, **further).logits.float()
     if finite and not bool(found.isfinite().all()):
         raise WrongResult("logits are not finite")
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moekit._device import named_dtype
 from moekit._progress import Progress
-from moekit.compress.engine.describing import mtp_warnings, warnings_of
+from moekit.compress.engine.describing import beside_warnings, mtp_warnings, warnings_of
 from moekit.compress.engine.measuring import refuse_damaged
 from moekit.compress.engine.mtp_routing import mtp_scores
 from moekit.compress.engine.plan import WeightPlan
@@ -136,7 +136,8 @@ def _complete(
 ) -> Decided:
     """The plan in its final form, with what baselines decide from."""
     layers = in_groups(source, plan)
-    warnings = (*warnings_of(request.method, layers, plan.file.data), *mtp_warnings(mtp))
+    beside = beside_warnings(source.checkpoint)
+    warnings = (*warnings_of(request.method, layers, plan.file.data), *mtp_warnings(mtp), *beside)
     changed = {"layers": layers, "warnings": warnings, "mtp": dict(mtp)}
     changed |= {"text_sha256": text_hash(options.data), "kept_apart": kept_apart(plan.file.data)}
     plan = WeightPlan(plan.file.model_copy(update=changed), plan.statistics)

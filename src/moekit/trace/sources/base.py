@@ -171,7 +171,8 @@ class Watch:
         Raises:
             UnsupportedModel: it did not run once on all positions of the pass.
         """
-        output = None if self.output is None else flat_output(self.output).detach()
+        width = None if self._input is None else self._input.shape[-1]
+        output = None if self.output is None else flat_output(self.output, width).detach()
         whole = self._input is not None and output is not None and len(self._input) == len(output) == current.positions
         if self._calls != 1 or not whole:
             raise UnsupportedModel(
