@@ -35,7 +35,7 @@ def prune(
         str | None,
         typer.Option(help="text to measure on; by default a tenth of the data, kept apart", show_default=False),
     ] = None,
-    methods: Annotated[str, typer.Option(help="comma-separated, or all that are registered")] = "all",
+    methods: Annotated[str, typer.Option(help="comma-separated, of merging too; or all that prune")] = "all",
     keep: Annotated[
         str, typer.Option(help="budgets, comma-separated: fractions of the experts, counts, or bytes such as 12GiB")
     ] = "0.75,0.5",

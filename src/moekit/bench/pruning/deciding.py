@@ -21,7 +21,7 @@ from moekit.bench.pruning.result import Skipped
 from moekit.bench.pruning.setting import Entry, Keep, PruneBenchSetting
 from moekit.checkpoint.atomic import atomic_write
 from moekit.compress.budget.sizes import Budget, ByteSizes, uniform_count
-from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.dropping import FewerMethod
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.measuring import geometries_of, sizes_of, weights_reader
 from moekit.compress.engine.outcome import LayerOutcome
@@ -54,7 +54,7 @@ class Candidate:
     """
 
     entry: Entry
-    method: PruneMethod
+    method: FewerMethod
     keep: Keep
     seed: int
     calibration: str
@@ -117,7 +117,7 @@ class _Job:
     """One method and one text."""
 
     entry: Entry
-    method: PruneMethod
+    method: FewerMethod
     calibration: str
     trace: Trace
     digest: str

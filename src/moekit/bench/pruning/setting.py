@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from moekit import catalogue
 from moekit.anatomy.probe import Geometry
+from moekit.catalogue import MethodRecord
 from moekit.compress.budget.sizes import Budget
-from moekit.compress.engine.dropping import PruneMethod
+from moekit.compress.engine.dropping import FewerMethod
 from moekit.errors import BadConfig
 
 Keep = int | float | str
@@ -47,21 +48,21 @@ class Entry(BaseModel):
         knobs = ", ".join(f"{key}={value}" for key, value in self.settings.items())
         return self.label or (f"{self.method} ({knobs})" if knobs else self.method)
 
-    def make(self, geometry: Geometry) -> PruneMethod:
+    def make(self, geometry: Geometry) -> FewerMethod:
         """The method; one whose knobs have no defaults is made as in its own examples.
 
         Raises:
             BadConfig: unknown name, or knobs it refuses.
         """
-        cls = catalogue.get("prune", self.method).cls
-        if not self.settings and issubclass(cls, PruneMethod):
+        record = record_of(self.method)
+        if not self.settings and issubclass(record.cls, FewerMethod):
             try:
-                plain: PruneMethod = cls()
+                plain: FewerMethod = record.cls()
                 return plain
             except ValidationError:
-                example: PruneMethod = cls.examples(geometry)[0]
+                example: FewerMethod = record.cls.examples(geometry)[0]
                 return example
-        made: PruneMethod = catalogue.make("prune", self.method, self.settings)
+        made: FewerMethod = catalogue.make(record.kind, self.method, self.settings)
         return made
 
 
@@ -113,13 +114,23 @@ class PruneBenchSetting(BaseModel):
         return value
 
 
+def record_of(name: str) -> MethodRecord:
+    """The record of a method that leaves fewer experts: one that prunes, or one that merges.
+
+    Raises:
+        BadConfig: no such method.
+    """
+    merging = {record.name: record for record in catalogue.methods("merge")}
+    return merging[name] if name in merging else catalogue.get("prune", name)
+
+
 def default_entries(
     methods: Sequence[str] | None = None, settings: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[Entry, ...]:
     """An entry for each method, random and frequency among them.
 
     Args:
-        methods: names; None takes all that are registered, those of other packages too.
+        methods: names, of merging methods too; None takes all that prune, those of other packages too.
         settings: knobs by method.
 
     Raises:
@@ -131,5 +142,5 @@ def default_entries(
     if unused:
         raise BadConfig(f"knobs for {', '.join(sorted(unused))}, which takes no part", hint="name it among the methods")
     for name in names:
-        catalogue.get("prune", name)
+        record_of(name)
     return tuple(Entry(method=name, settings=dict((settings or {}).get(name, {})), label=name) for name in names)
