@@ -30,18 +30,28 @@ def refuse_second_text(model: nn.Module) -> None:
 def no_experts(model: nn.Module) -> UnsupportedModel:
     """Why there are none: a dense model, or a Mixture of Experts of another kind."""
     name = type(model).__name__
+    if is_dense(model):
+        return UnsupportedModel(
+            f"{name} is not a Mixture of Experts: no module has `num_experts` and weights of as many experts",
+            hint="`moekit convert` turns a dense Llama-type model into a MoE",
+        )
+    counting = _counting(model)
+    where = f"{counting!r} keeps them" if counting is not None else "they lie"
+    return UnsupportedModel(
+        f"{name} is a Mixture of Experts, but {where} in a form that moekit does not know: not as weights of one "
+        "gated or plain network for each expert",
+        hint="moekit check, estimate, reshard, train, generate and undo work on it; what looks at single experts "
+        "(profile, prune, route, place, sparsify) does not",
+    )
+
+
+def is_dense(model: nn.Module) -> bool:
+    """Whether neither a module nor the config counts experts; `find_moe_layers` may know no form of those counted."""
     describe = getattr(getattr(model, "config", None), "to_dict", None)
     count = stated_experts(describe()) if describe is not None else None
-    counting = next((n for n, m in model.named_modules() if isinstance(getattr(m, "num_experts", None), int)), None)
-    if counting is not None or (count or 0) > 1:
-        where = f"{counting!r} keeps them" if counting else "they lie"
-        return UnsupportedModel(
-            f"{name} is a Mixture of Experts, but {where} in a form that moekit does not know: not as weights of one "
-            "gated or plain network for each expert",
-            hint="moekit check, estimate, reshard, generate and undo work on it; what looks at single experts "
-            "(profile, prune, route, place, sparsify) does not",
-        )
-    return UnsupportedModel(
-        f"{name} is not a Mixture of Experts: no module has `num_experts` and weights of as many experts",
-        hint="`moekit convert` turns a dense Llama-type model into a MoE",
-    )
+    return _counting(model) is None and (count or 0) <= 1
+
+
+def _counting(model: nn.Module) -> str | None:
+    """A module that states how many experts there are."""
+    return next((n for n, m in model.named_modules() if isinstance(getattr(m, "num_experts", None), int)), None)

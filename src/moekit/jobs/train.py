@@ -46,6 +46,7 @@ class TrainResult(JobResult):
         trained: part -> parameters that trained.
         parameters: of the model.
         resumed_from: step that this process continued from.
+        notes: what a reader of the figures must know, such as layers whose routing is not told.
         tokens_per_second: over the run.
         final_loss: of the last step.
     """
@@ -60,6 +61,7 @@ class TrainResult(JobResult):
     trained: dict[str, int]
     parameters: int
     resumed_from: int | None
+    notes: list[str]
     tokens_per_second: float
     final_loss: float
 
@@ -120,6 +122,7 @@ def train(
         BadConfig: an impossible option, or `out` exists.
         BadData: a text or an artefact is missing or damaged.
         BadCheckpoint: a model is damaged.
+        UnsupportedModel: no Mixture of Experts, or something asked for needs router logits that it does not give.
     """
     return call(TrainOptions, TrainResult, dict(locals()))
 

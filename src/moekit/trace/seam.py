@@ -8,7 +8,7 @@ Legend: T positions of a forward pass, K choices a token, E experts, H hidden.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,8 +69,15 @@ def routed_choices(layer: MoELayer, index_TK: Tensor, weights_TK: Tensor) -> Ten
     return only_routed(index_TK, weights_TK, experts) if layer.scored > experts else index_TK
 
 
-def see_choices(layer: MoELayer, show: Shown) -> RemovableHandle:
+def see_choices(
+    layer: MoELayer, show: Shown, *, otherwise: Callable[[UnsupportedModel], None] | None = None
+) -> RemovableHandle:
     """Show (hidden [T, H], indices [T, K], weights [T, K]) of every call of a layer's experts.
+
+    Args:
+        layer: whose.
+        show: is shown them.
+        otherwise: is told of a call that does not show them; without it, that call fails.
 
     Raises:
         UnsupportedModel: nothing tells them.
@@ -79,7 +86,14 @@ def see_choices(layer: MoELayer, show: Shown) -> RemovableHandle:
         return watch_choices(layer, show)
 
     def see(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        show(*read_arguments(layer, args, kwargs))
+        try:
+            seen = read_arguments(layer, args, kwargs)
+        except UnsupportedModel as error:
+            if otherwise is None:
+                raise
+            otherwise(error)
+        else:
+            show(*seen)
 
     return layer.experts.register_forward_pre_hook(see, with_kwargs=True)
 

@@ -32,14 +32,16 @@ from moekit.runtime.tracker import set_step
 from moekit.training.balancers.base import Balancer, read_balancer
 from moekit.training.balancing import SelectionBiases
 from moekit.training.batch import MicroBatch
-from moekit.training.collector import Routed, RouterCollector
+from moekit.training.collector import Routed
 from moekit.training.figures import RoutingFigures, RoutingMeter, world_size
-from moekit.training.layers import TrainedLayer, remembered_layers, trained_layers
+from moekit.training.layers import remembered_layers, trained_layers
 from moekit.training.losses import expert_load
 from moekit.training.objectives.balance import Balance
 from moekit.training.objectives.base import Objective, RouterObjective, read_objectives
 from moekit.training.objectives.z import RouterZ
+from moekit.training.observed import answers_all, needs_logits, refuse_without_logits
 from moekit.training.terms import Terms, weighted_sum
+from moekit.training.watching import RoutingWatch
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         biases: the selection biases, while a run with a balancer is on.
         remembered: what the balancer of a run that is continued remembered; put back when it begins.
         figures: the latest routing figures logged, None before.
+        notes: what a reader of the figures must know, once a run has ended: layers whose figures are not whole.
 
     Raises:
         BadConfig: an objective on outputs: those need `moekit.training.train`.
@@ -95,9 +98,8 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         self.biases: SelectionBiases | None = None
         self.remembered: dict[str, Tensor] = {}
         self.figures: RoutingFigures | None = None
-        self._collector: RouterCollector | None = None
-        self._meter: RoutingMeter | None = None
-        self._layers: list[TrainedLayer] = []
+        self.notes: list[str] = []
+        self._watch: RoutingWatch | None = None
         self._run: tuple[Any, TrainerState] | None = None
         self._memory = ExitStack()
         self._now = MicroBatch()
@@ -109,6 +111,7 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
 
         Raises:
             BadConfig: transformers' own balance loss is on as well, or the precision is fp16.
+            UnsupportedModel: objectives on routers, or a balancer, where routers give no logits.
         """
         self._check(trainer.args, trainer.model)
         trainer.callback_handler.callbacks.insert(0, self)
@@ -116,20 +119,30 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
 
     def detach(self) -> None:
         """Remove all hooks from the model."""
-        if self._collector is not None:
-            self._collector.close()
-        self._collector = self._meter = self.biases = self._run = None
+        if self._watch is not None:
+            self.notes = self._watch.notes
+            self._watch.close()
+        self._watch = self.biases = self._run = None
         self._memory.close()
         _observing.discard(self)
 
+    @property
+    def _meter(self) -> RoutingMeter | None:
+        return None if self._watch is None else self._watch.meter
+
+    def _asked(self) -> list[str]:
+        return needs_logits(self.terms, self.balancer is not None)
+
     def _check(self, args: TrainingArguments, model: Any) -> None:
+        refuse_without_logits(model, self._asked())
         config = model.config.get_text_config()
         if getattr(config, "output_router_logits", False):
             message = "transformers' own balance loss is on (output_router_logits): it pools all layers"
             hint = "set model.config.output_router_logits = False; with trl, SFTConfig(router_aux_loss_coef=0.0)"
             if self.terms.on_routers():
                 raise BadConfig(f"{message}, and its term would be added to ours", hint=hint)
-            logger.warning("%s; %s", message, hint)
+            if answers_all(model):  # elsewhere there is none of ours that could take its place
+                logger.warning("%s; %s", message, hint)
         if args.fp16 and self.terms.on_routers():
             raise BadConfig("fp16 scales the loss, but not what routers add", hint="use bf16 or fp32")
 
@@ -144,14 +157,13 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         self._follow(model, state)
         # Not earlier: what wraps the model for ranks may put other tensors in the place of its buffers.
         self._memory.enter_context(remembered_layers(model))
-        self._layers = layers = trained_layers(model)
+        layers = trained_layers(model)
         self.terms.check(layers)
         self.biases = None if self.balancer is None else SelectionBiases(layers, self.balancer)
         if self.biases is not None:
             self.biases.restore(self.remembered)
-        device = next(layers[0].router.parameters()).device
-        self._meter = RoutingMeter({layer.index: layer.experts for layer in layers}, device)
-        self._collector = RouterCollector(model, self._consume, layers, self._batch)
+        # Figures may be left out where routers do not show what is asked; objectives may not.
+        self._watch = RoutingWatch(model, layers, self._consume, self._batch, strict=bool(self._asked()))
 
     def _follow(self, model: Any, state: TrainerState) -> None:
         """Take this run's place on the model: what an earlier one that failed left there would add its losses, too."""
@@ -189,17 +201,18 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Add the routing figures to the log line and to the history."""
-        if self._meter is None or not logs or "loss" not in logs or state.global_step % self.every:
+        if self._run is None or not logs or "loss" not in logs or state.global_step % self.every:
             return
-        figures = self._meter.read()
+        figures = None if self._meter is None else self._meter.read()
         given = {
             f"objective/{name}": value for name, value in self.terms.take(state.global_step - self._read_at).items()
         }
         self._read_at = state.global_step
         if figures is not None:
             self.figures = figures
-            logs.update(figures.scalars(), **given)
-            state.log_history[-1].update(figures.scalars(), **given)
+            given = {**figures.scalars(), **given}
+        logs.update(given)
+        state.log_history[-1].update(given)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -247,13 +260,14 @@ class MoECallback(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def _count(self, routed: Routed, terms: Mapping[str, RouterObjective], values: Mapping[str, Tensor]) -> None:
-        layer = routed.layer
-        if self._meter is not None:
-            load_E = expert_load(routed.indices_TK, layer.experts, routed.mask_T)
-            figures = [self._figure(plain, routed, terms, values) for plain in (Balance(), RouterZ())]
-            self._meter.add(layer.index, load_E, *figures)
+        watch, layer = self._watch, routed.layer
+        if watch is None or watch.meter is None:  # hooks of a watch that is closed
+            return
+        load_E = expert_load(routed.indices_TK, layer.experts, routed.mask_T)
+        losses = [self._figure(plain, routed, terms, values) for plain in (Balance(), RouterZ())]
+        watch.meter.add(layer.index, load_E, (losses[0], losses[1]))
         for name, value in values.items():
-            self.terms.note(name, value * (self._share / (len(self._layers) * world_size())))
+            self.terms.note(name, value * (self._share / (len(watch.routed) * world_size())))
         if self.biases is not None:
             self.biases.add(routed)
 

@@ -1,16 +1,14 @@
 """What each router answered during a training forward, with the graph that leads to it.
 
-Routers are observed by forward hooks, so families, routing policies and peft wrappers need no care. A *window* opens
-and closes with the forward of the whole model; what routers answer outside of it is a repetition by activation
-checkpointing, which must build the same graph again but counts nowhere. Evaluation and forwards without gradients are
-ignored.
+Routers are observed by forward hooks, so families, routing policies and peft wrappers need no care; which calls count,
+`moekit.training.window` says.
 
 Legend: B rows, S positions, T tokens of the micro-batch (B times S), E experts, K choices a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moekit.errors import BadData, UnsupportedModel
-from moekit.training.batch import MakeBatch, MicroBatch
+from moekit.training.batch import MicroBatch
 from moekit.training.layers import TrainedLayer, trained_layers
 from moekit.training.losses import probabilities, token_count
+from moekit.training.window import Window
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +78,8 @@ class Routed:
 
 # Receives each answer; may return weights [T, K] to be used in place of the router's.
 Consumer = Callable[[Routed], Tensor | None]
+# Told of a layer whose answer fits no token of the micro-batch.
+Misfit = Callable[[int, BadData], None]
 
 
 class RouterCollector:
@@ -89,8 +90,12 @@ class RouterCollector:
     Args:
         model: the model whose forward is called with the batch (peft-wrapped or not; not its DDP wrapper).
         consumer: called once per layer and forward, and once more per repetition.
-        layers: its layers, if already known.
-        make_batch: says more of a micro-batch than its ids and its mask.
+        layers: its layers, if already known; all must have a router that follows the contract.
+        window: the model's forwards, if already followed; whoever gives it closes it.
+        misfit: told of answers that are not about the positions of the micro-batch; without it they are an error.
+
+    Raises:
+        UnsupportedModel: a router does not follow the contract.
     """
 
     def __init__(
@@ -98,18 +103,18 @@ class RouterCollector:
         model: nn.Module,
         consumer: Consumer,
         layers: list[TrainedLayer] | None = None,
-        make_batch: MakeBatch = MicroBatch,
+        window: Window | None = None,
+        misfit: Misfit | None = None,
     ) -> None:
         self.layers = trained_layers(model) if layers is None else layers
+        routers = [layer.router for layer in self.layers]
         self._consumer = consumer
-        self._make_batch = make_batch
-        self._inside = False
-        self._armed = False
-        self._batch = MicroBatch()
+        self._misfit = misfit
+        self._window = Window(model) if window is None else window
+        self._owns_window = window is None
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._open, with_kwargs=True),
-            model.register_forward_hook(self._close, always_call=True),
-            *(layer.router.register_forward_hook(partial(self._answered, layer)) for layer in self.layers),
+            router.register_forward_hook(partial(self._answered, layer))
+            for layer, router in zip(self.layers, routers, strict=True)
         ]
 
     def close(self) -> None:
@@ -117,35 +122,23 @@ class RouterCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._batch = MicroBatch()
-
-    def _open(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._inside = True
-        # A forward for evaluation or of a reference must not disturb the repetitions that are still to come.
-        self._armed = model.training and torch.is_grad_enabled()
-        if self._armed:
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-            usable = isinstance(mask, Tensor) and mask.dim() == 2
-            self._batch = self._make_batch(ids, mask if usable else None)
-
-    def _close(self, *_: object) -> None:
-        self._inside = False
+        if self._owns_window:
+            self._window.close()
 
     def _answered(self, layer: TrainedLayer, router: nn.Module, _: object, answer: Any) -> Any:
-        if not router.training or (self._inside and not self._armed):
+        window = self._window
+        if not window.trains(router):
             return None
         logits_TE, weights_TK, indices_TK = answer
-        mask_T = None if self._batch.mask_BS is None else self._batch.mask_BS.reshape(-1).bool()
-        if mask_T is not None and mask_T.numel() != logits_TE.shape[0]:
-            raise BadData(
-                f"the attention mask covers {mask_T.numel()} positions, but the router saw {logits_TE.shape[0]} tokens",
-                layer=layer.index,
-                hint="train without virtual tokens or context parallelism, and run one backward per forward",
-            )
+        try:
+            mask_T = window.mask(logits_TE.shape[0], layer.index)
+        except BadData as error:
+            if self._misfit is None:
+                raise
+            return self._misfit(layer.index, error)
         if mask_T is not None:
             mask_T = mask_T.to(logits_TE.device)
-        routed = Routed(layer, logits_TE, weights_TK, indices_TK, mask_T, not self._inside, self._batch)
+        routed = Routed(layer, logits_TE, weights_TK, indices_TK, mask_T, not window.inside, window.batch)
         replaced = self._consumer(routed)
         return None if replaced is None else (logits_TE, replaced, indices_TK)
 

@@ -162,6 +162,7 @@ class TrainResult(BaseModel):
         trained: part -> parameters that trained.
         parameters: parameters of the model.
         resumed_from: step this process continued from, None if it began.
+        notes: what a reader of the figures must know.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -177,6 +178,7 @@ class TrainResult(BaseModel):
     trained: dict[str, int]
     parameters: int
     resumed_from: int | None
+    notes: list[str] = []
 
     @property
     def tokens_per_second(self) -> float:

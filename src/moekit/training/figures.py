@@ -23,8 +23,8 @@ class LayerFigures(BaseModel):
         load_cv: standard deviation over mean of the load; 0 is balanced, sqrt(E - 1) is all on one expert.
         max_over_mean: load of the busiest expert over the mean; 1 is balanced, E the worst.
         never_routed: experts without a single choice.
-        balance_loss: mean over micro-batches, 1.0 when uniform.
-        z_loss: mean over micro-batches.
+        balance_loss: mean over micro-batches, 1.0 when uniform; None where routers give no logits.
+        z_loss: mean over micro-batches; None where routers give no logits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,8 +33,8 @@ class LayerFigures(BaseModel):
     load_cv: float
     max_over_mean: float
     never_routed: int
-    balance_loss: float
-    z_loss: float
+    balance_loss: float | None
+    z_loss: float | None
 
 
 class RoutingFigures(BaseModel):
@@ -48,23 +48,24 @@ class RoutingFigures(BaseModel):
 
     layers: dict[int, LayerFigures]
 
-    def _mean(self, name: str) -> float:
-        values = [float(getattr(layer, name)) for layer in self.layers.values()]
-        return sum(values) / max(len(values), 1)
+    def _mean(self, name: str) -> float | None:
+        """Mean over the layers that have this figure; None where none has."""
+        values = [float(value) for layer in self.layers.values() if (value := getattr(layer, name)) is not None]
+        return sum(values) / len(values) if values else None
 
     @property
     def load_cv(self) -> float:
         """Mean over layers."""
-        return self._mean("load_cv")
+        return self._mean("load_cv") or 0.0
 
     @property
     def max_over_mean(self) -> float:
         """Mean over layers."""
-        return self._mean("max_over_mean")
+        return self._mean("max_over_mean") or 0.0
 
     @property
-    def balance_loss(self) -> float:
-        """Mean over layers; 1.0 when uniform."""
+    def balance_loss(self) -> float | None:
+        """Mean over the layers whose routers give logits, 1.0 when uniform; None without any."""
         return self._mean("balance_loss")
 
     @property
@@ -74,9 +75,9 @@ class RoutingFigures(BaseModel):
 
     def scalars(self) -> dict[str, float]:
         """What is logged: means over layers, the worst layer, and each layer that has experts without a choice."""
+        losses = {"moe/balance_loss": self.balance_loss, "moe/z_loss": self._mean("z_loss")}
         logs = {
-            "moe/balance_loss": self.balance_loss,
-            "moe/z_loss": self._mean("z_loss"),
+            **{name: value for name, value in losses.items() if value is not None},
             "moe/load_cv": self.load_cv,
             "moe/load_cv_worst": max((layer.load_cv for layer in self.layers.values()), default=0.0),
             "moe/load_max_over_mean": self.max_over_mean,
@@ -98,26 +99,37 @@ class RoutingMeter:
 
     def __init__(self, experts: dict[int, int], device: torch.device) -> None:
         self._load = {i: torch.zeros(count, dtype=torch.int64, device=device) for i, count in experts.items()}
-        self._losses = {i: torch.zeros(3, dtype=torch.float64, device=device) for i in experts}
+        # Sums of balance and z loss; micro-batches for which they were given; all micro-batches.
+        self._sums = {i: torch.zeros(4, dtype=torch.float64, device=device) for i in experts}
 
-    def add(self, layer: int, load_E: Tensor, balance: Tensor, z: Tensor) -> None:
-        """Count one layer's answer for one micro-batch."""
+    def add(self, layer: int, load_E: Tensor, losses: tuple[Tensor, Tensor] | None = None) -> None:
+        """Count one layer's answer for one micro-batch.
+
+        Args:
+            layer: decoder layer index.
+            load_E: choices of each expert.
+            losses: balance and z loss; None where the router gives no logits.
+        """
         self._load[layer] += load_E.to(self._load[layer].device)
-        sums = self._losses[layer]
-        sums += torch.stack([balance.detach(), z.detach(), torch.ones_like(z)]).to(sums)
+        sums = self._sums[layer]
+        if losses is None:
+            sums[3] += 1
+            return
+        balance, z = (loss.detach() for loss in losses)
+        sums += torch.stack([balance, z, torch.ones_like(z), torch.ones_like(z)]).to(sums)
 
     def broken(self) -> int | None:
         """A layer whose logits have not been finite since the last reading; None if all were."""
         # One transfer for all layers: on a GPU each would wait for it.
-        finite = torch.stack([sums.isfinite().all() for sums in self._losses.values()]).tolist()
-        return next((layer for layer, fine in zip(self._losses, finite, strict=True) if not fine), None)
+        finite = torch.stack([sums.isfinite().all() for sums in self._sums.values()]).tolist()
+        return next((layer for layer, fine in zip(self._sums, finite, strict=True) if not fine), None)
 
     def read(self) -> RoutingFigures | None:
         """Figures since the last reading, over all ranks, and start afresh; None if nothing was counted."""
         # Every rank reads at the same logging step, so the reductions meet.
-        sum_over_ranks([*self._load.values(), *self._losses.values()])
-        figures = {i: _figures(load_E, self._losses[i]) for i, load_E in self._load.items() if self._losses[i][2] > 0}
-        for tensor in (*self._load.values(), *self._losses.values()):
+        sum_over_ranks([*self._load.values(), *self._sums.values()])
+        figures = {i: _figures(load_E, self._sums[i]) for i, load_E in self._load.items() if self._sums[i][3] > 0}
+        for tensor in (*self._load.values(), *self._sums.values()):
             tensor.zero_()
         return RoutingFigures(layers=figures) if figures else None
 
@@ -134,14 +146,14 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
-def _figures(load_E: Tensor, losses: Tensor) -> LayerFigures:
-    balance, z, count = losses.tolist()
+def _figures(load_E: Tensor, sums: Tensor) -> LayerFigures:
+    balance, z, count, _ = sums.tolist()
     mean = load_E.double().mean().clamp(min=1e-12)
     return LayerFigures(
         load=load_E.tolist(),
         load_cv=float(cv_squared(load_E).sqrt()),
         max_over_mean=float(load_E.max() / mean),
         never_routed=int((load_E == 0).sum()),
-        balance_loss=balance / count,
-        z_loss=z / count,
+        balance_loss=balance / count if count else None,
+        z_loss=z / count if count else None,
     )

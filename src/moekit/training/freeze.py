@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -21,88 +20,55 @@ from torch import Tensor, nn
 from moekit.anatomy.probe import MoELayer, decoder_index
 from moekit.checkpoint.decoder import besides_text
 from moekit.checkpoint.names import PARTS as PARTS_NAME
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, UnsupportedModel
+from moekit.training.chooser import find_chooser, require_chooser
 from moekit.training.layers import moe_layers, trained_layers
+from moekit.training.part_specs import PartSpec, chosen_rows
 
-PARTS = ("router", "experts", "shared", "attention", "norms", "embeddings", "other", "adapters")
-_SPEC = re.compile(
-    r"^(?P<minus>-?)(?P<part>[a-z]+)(?::(?P<first>\d+)(?:-(?P<last>\d+))?)?"
-    r"(?:\[(?P<low>\d+)(?:-(?P<high>\d+))?\])?$"
-)
+# Parts that can be told apart only where the experts are known.
+_OF_BLOCKS = ("router", "experts", "shared", "other")
 _WRAPPER = re.compile(r"\.base_layer(?=\.|$)")
 
 
-@dataclass(frozen=True)
-class PartSpec:
-    """A part, perhaps of some layers only.
-
-    Attributes:
-        part: one of `PARTS`, or "all".
-        first: first decoder layer, None for all.
-        last: last decoder layer, inclusive.
-        without: whether it is taken out of what the other parts name.
-        low: first expert, None for all.
-        high: last expert, inclusive.
-    """
-
-    part: str
-    first: int | None = None
-    last: int | None = None
-    without: bool = False
-    low: int | None = None
-    high: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> PartSpec:
-        """Read "part", "part:layer" or "part:first-last", with a minus before it or experts in brackets behind it.
-
-        Raises:
-            BadConfig: no such part, a range that runs backwards, or single rows of what is no stack of experts.
-        """
-        match = _SPEC.match(text)
-        if match is None or (match["part"] not in PARTS and match["part"] != "all"):
-            raise BadConfig(
-                f"{text!r} names no part of a model", hint=f"there are: all, {', '.join(PARTS)}; experts:4-7"
-            )
-        first = None if match["first"] is None else int(match["first"])
-        last = first if match["last"] is None else int(match["last"])
-        low = None if match["low"] is None else int(match["low"])
-        high = low if match["high"] is None else int(match["high"])
-        for begin, end in ((first, last), (low, high)):
-            if begin is not None and end is not None and end < begin:
-                raise BadConfig(f"{text!r} ends before it begins", hint="write experts:FIRST-LAST")
-        if low is not None and (match["part"] != "experts" or match["minus"]):
-            raise BadConfig(
-                f"{text!r}: only experts can be named one by one", hint="write experts:4[5] or experts:4[0-3]"
-            )
-        return cls(match["part"], first, last, bool(match["minus"]), low, high)
-
-    def holds(self, part: str, layer: int | None) -> bool:
-        """Whether a parameter of this part and layer is meant."""
-        if self.part not in ("all", part):
-            return False
-        return self.first is None or (layer is not None and self.last is not None and self.first <= layer <= self.last)
-
-
-def chosen_rows(specs: Sequence[PartSpec], part: str, layer: int | None, shape: Sequence[int]) -> Tensor | bool:
-    """What trains of a parameter: all, nothing, or some experts of a stack [E] (bool).
+def refuse_untold(model: nn.Module, specs: Sequence[PartSpec]) -> None:
+    """Refuse parts that this model does not tell apart, before anything is frozen.
 
     Raises:
-        BadConfig: an expert beyond the stack.
+        UnsupportedModel: the router of a layer is named and nothing tells which module it is; single experts, where
+            they do not lie in a stack; or any part of a MoE block, where experts lie in a form that moekit does not
+            know.
     """
-    holding = [spec for spec in specs if spec.holds(part, layer)]
-    if not holding or any(spec.without for spec in holding):
-        return False
-    if any(spec.low is None for spec in holding):
-        return True
-    rows_E = torch.zeros(shape[0], dtype=torch.bool)
-    for spec in holding:
-        assert spec.low is not None
-        assert spec.high is not None
-        if spec.high >= shape[0]:
-            raise BadConfig(f"there is no expert {spec.high}", layer=layer, hint=f"the last one is {shape[0] - 1}")
-        rows_E[spec.low : spec.high + 1] = True
-    return True if bool(rows_E.all()) else rows_E
+    blocks = moe_layers(model)
+    named = next((spec for spec in specs if spec.part in _OF_BLOCKS), None)
+    if not blocks and named is not None:
+        raise UnsupportedModel(
+            f"{named.part!r} cannot be told from other weights: the experts of this model lie in a form that moekit does "
+            "not know",
+            hint="train all, or parts of attention, norms and embeddings",
+        )
+    for layer in blocks:
+        for spec in specs:
+            if spec.holds("router", layer.index) and spec.part == "router":
+                require_chooser(layer)
+            if spec.low is not None and spec.holds("experts", layer.index) and not _stacks(layer):
+                raise UnsupportedModel(
+                    f"experts of {layer.experts_name!r} cannot train one by one: they do not lie in stacks [E, ...]",
+                    layer=layer.index,
+                    hint=f"train all of the layer: experts:{layer.index}",
+                )
+
+
+def _stacks(layer: MoELayer) -> dict[str, int]:
+    """Parameters of a layer that are stacks of all its experts -> E."""
+    if layer.storage.kind not in ("stacked", "paired"):
+        return {}
+    count, beyond = layer.storage.experts, layer.storage.beyond  # of this rank, where ranks share them
+    own = layer.experts.named_parameters() if layer.experts is not layer.block else _named(layer)
+    return {f"{layer.experts_name}.{n}": count for n, p in own if p.dim() > 0 and p.shape[0] in (count, count + beyond)}
+
+
+def _named(layer: MoELayer) -> list[tuple[str, nn.Parameter]]:
+    return [(name, layer.experts.get_parameter(name)) for name in layer.storage.names]
 
 
 class FreezeReport(BaseModel):
@@ -166,29 +132,39 @@ def _slot_of_shared(name: str) -> str:
     return name.partition(f"{PARTS_NAME}.")[2].partition(".")[0]
 
 
-def _block_part(name: str, layer: MoELayer) -> str | None:
+def _block_part(name: str, layer: MoELayer, router: str | None) -> str | None:
     """The part of a parameter below a MoE block, by its path."""
-    if name.startswith(f"{layer.router_name}."):
+    own = name.removeprefix(f"{layer.name}.")
+    if router is not None and own.startswith(f"{router}."):
         return "router"
+    if layer.experts is layer.block:  # two stacks that hang in the block itself
+        return "experts" if own in layer.storage.names else "shared" if "shared" in own else None
     if name.startswith(f"{layer.experts_name}."):
         return "experts"
-    return "shared" if "shared" in name.removeprefix(f"{layer.name}.") else None
+    return "shared" if "shared" in own else None
 
 
 def parts_of(model: nn.Module) -> dict[str, str]:
     """The part that each parameter belongs to: name -> part.
 
+    Where experts lie in a form that moekit does not know, they and their router are "other".
+
     Raises:
-        UnsupportedModel: no MoE model.
+        UnsupportedModel: no MoE model, or a part of it cannot be told from others.
     """
     blocks = {f"{layer.name}.": layer for layer in moe_layers(model)}
+    choosers = {prefix: found[0] for prefix, layer in blocks.items() if (found := find_chooser(layer)) is not None}
     shared = {id(p) for layer in blocks.values() for module in layer.shared for p in module.parameters()}
     norms, embeddings = _norm_names(model), _embedding_ids(model)
     parts: dict[str, str] = {}
     for full, parameter in model.named_parameters():
         name = _WRAPPER.sub("", full)
-        block = next((layer for prefix, layer in blocks.items() if name.startswith(prefix)), None)
-        inside = _block_part(name, block) if block is not None else _SHARED_PARTS.get(_slot_of_shared(name))
+        prefix, block = next(((p, layer) for p, layer in blocks.items() if name.startswith(p)), ("", None))
+        inside = (
+            _SHARED_PARTS.get(_slot_of_shared(name))
+            if block is None
+            else _block_part(name, block, choosers.get(prefix))
+        )
         if "lora_" in name:
             part = "adapters"
         elif id(parameter) in embeddings:
@@ -222,10 +198,12 @@ def train_only(model: nn.Module, parts: Sequence[str]) -> FreezeReport:
 
     Raises:
         BadConfig: an unknown part, or nothing is left to train.
-        UnsupportedModel: no MoE model.
+        UnsupportedModel: no MoE model, or a part of it cannot be told from others.
     """
     wanted = [PartSpec.parse(text) for text in parts]
+    refuse_untold(model, wanted)
     named = parts_of(model)
+    stacks = {name: count for layer in moe_layers(model) for name, count in _stacks(layer).items()}
     biases = {layer.bias.data_ptr() for layer in trained_layers(model) if layer.bias is not None}
     trained: dict[str, int] = {}
     frozen: dict[str, int] = {}
@@ -237,7 +215,7 @@ def train_only(model: nn.Module, parts: Sequence[str]) -> FreezeReport:
         chosen = (
             not name.startswith(aside)
             and parameter.data_ptr() not in biases
-            and chosen_rows(wanted, part, layer, parameter.shape)
+            and chosen_rows(wanted, part, layer, stacks.get(name))
         )
         some = isinstance(chosen, Tensor)
         parameter.requires_grad_(some or bool(chosen))

@@ -46,7 +46,8 @@ class Knobs:
             for setting in _numbers(callback.balancer.model_dump()):
                 self._setters[f"balancer.{setting}"] = self._of_balancer(setting)
         stock = not attached(model)  # parts have settings of their own
-        if stock and all(isinstance(getattr(layer.router, "top_k", None), int) for layer in self._layers):
+        routers = [layer.layer.router for layer in self._layers]
+        if stock and routers and all(isinstance(getattr(router, "top_k", None), int) for router in routers):
             self._setters["routing.top_k"] = self._set_top_k
 
     def check(self, schedules: Mapping[str, Schedule], steps: int) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from moekit.anatomy.gate import Gate
 from moekit.anatomy.identify import identify_gate
-from moekit.anatomy.probe import MoELayer, find_moe_layers
+from moekit.anatomy.probe import MoELayer, find_moe_layers, iterate_moe_layers
+from moekit.anatomy.refusing import is_dense
 from moekit.errors import UnsupportedModel
 from moekit.training.losses import Scores
 
@@ -21,7 +22,7 @@ class TrainedLayer:
     """One MoE layer as training sees it.
 
     Attributes:
-        layer: the block; its router follows the contract.
+        layer: the block; its router may not follow the contract.
         scores: how its logits become gate probabilities.
         bias: its selection bias (a live tensor of E elements), None without.
     """
@@ -111,27 +112,33 @@ def without_wrappers(model: nn.Module) -> Iterator[None]:
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """`find_moe_layers`, also for a model that peft has wrapped.
+    """The MoE blocks of a model, also of one that peft has wrapped, whatever their routers answer.
+
+    Unlike `find_moe_layers` it takes models with several blocks in one decoder layer, and gives none for a Mixture of
+    Experts whose experts lie in a form that moekit does not know: their weights train like all others.
 
     Raises:
-        UnsupportedModel: no MoE layer, or a router that does not follow the contract.
+        UnsupportedModel: a dense model.
     """
     if (known := _remembered(model)) is not None:
         return [layer.layer for layer in known]
     with without_wrappers(model):
-        layers = find_moe_layers(model)
-    for layer in layers:
-        layer.require_router()
-    return layers
+        try:
+            return find_moe_layers(model)
+        except UnsupportedModel:
+            if is_dense(model):
+                raise
+            return sorted(iterate_moe_layers(model), key=lambda layer: layer.index)
 
 
 def trained_layers(model: nn.Module) -> list[TrainedLayer]:
-    """All MoE layers of a model with their scoring and selection bias, found by asking the routers.
+    """All MoE blocks of a model with their scoring and selection bias, found by asking the routers.
 
-    A gate that is none of the known ones counts as a softmax without a bias.
+    A gate that is none of the known ones counts as a softmax without a bias, and so does a block without a router that
+    follows the contract.
 
     Raises:
-        UnsupportedModel: no MoE layer, or a router that does not follow the contract.
+        UnsupportedModel: a dense model.
     """
     if (known := _remembered(model)) is not None:
         return known

@@ -71,7 +71,7 @@ def check_routers_learn(model: nn.Module, config: TrainConfig) -> None:
     """
     if config.terms().on_routers():
         return
-    stuck = [layer for layer in moe_layers(model) if not learns_from_weights(layer)]
+    stuck = [layer for layer in moe_layers(model) if layer.router is not None and not learns_from_weights(layer)]
     if not stuck:
         return
     numbers = [layer.index for layer in stuck]

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moekit.errors import BadConfig
-from moekit.training.freeze import PartSpec, chosen_rows, parts_of
+from moekit.training.freeze import parts_of, refuse_untold
+from moekit.training.part_specs import PartSpec, chosen_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -74,7 +75,7 @@ def _targets(model: nn.Module, specs: Sequence[PartSpec]) -> tuple[list[str], li
     parameters: list[str] = []
     for name, part in parts_of(model).items():
         owner, _, leaf = name.rpartition(".")
-        if chosen_rows(specs, part, _layer_of(name), ()) is False:
+        if chosen_rows(specs, part, _layer_of(name), None) is False:
             continue
         # A router may be a linear module that returns three tensors: peft must adapt its weight, not its output.
         if type(model.get_submodule(owner)).forward is nn.Linear.forward:
@@ -97,7 +98,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 
     Raises:
         BadConfig: peft is missing, or the parts have nothing that can be adapted.
-        UnsupportedModel: no MoE model.
+        UnsupportedModel: no MoE model, or a part of it cannot be told from others.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -111,6 +112,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
             raise BadConfig(
                 f"LoRA does not adapt {spec.part}", hint="adapt experts, router, attention, shared or other"
             )
+    refuse_untold(model, specs)
     modules, parameters = _targets(model, specs)
     if not modules and not parameters:
         raise BadConfig(

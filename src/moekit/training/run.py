@@ -23,6 +23,7 @@ from moekit.training.distribution import Distribution
 from moekit.training.identity import prepare_folder, run_identity
 from moekit.training.layers import remembered_layers
 from moekit.training.memory import check_memory
+from moekit.training.observed import answers_all, needs_logits, refuse_without_logits
 from moekit.training.session import Session
 from moekit.training.teacher import Teacher
 from moekit.training.texts import MAIN, Text, Texts, read_rows
@@ -70,6 +71,7 @@ def train(
 
     Raises:
         BadConfig: the model or the tokenizer does not fit, or `output` holds another run.
+        UnsupportedModel: a dense model, or something asked for needs router logits that it does not give.
         BadData: the text is empty.
         NumericFault: the loss, a router's logits or the weights became NaN or infinite.
         OutOfBudget: memory cannot suffice, or did not.
@@ -102,10 +104,12 @@ def _train(
     teacher: Teacher | None,
 ) -> TrainResult:
     """`train`, its arguments in one form."""
+    terms = config.terms()
+    with remembered_layers(model, None if distribution is None else distribution.layers):
+        refuse_without_logits(model, needs_logits(terms, config.balancer is not None, config.schedules))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows = {name: read_rows(model, tokenizer, text, config, progress) for name, text in documents.items()}
     held = None if heldout is None else read_rows(model, tokenizer, heldout, config, progress)
-    terms = config.terms()
     texts = Texts(rows, terms.texts, config, world)
     check_memory(model, config, texts.steps, world)
     terms.check_teacher(None if teacher is None else teacher.complete)
@@ -143,8 +147,9 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
     config = model.config.get_text_config()
     mode, flags = model.training, [(p, p.requires_grad) for p in model.parameters()]
     own_loss = getattr(config, "output_router_logits", None)
-    if own_loss:
-        # transformers' balance loss pools layers and re-derives the choice; ours replaces it.
+    replaced = bool(own_loss) and answers_all(model)
+    if replaced:
+        # transformers' balance loss pools layers and re-derives the choice; ours replaces it where it can be had.
         config.output_router_logits = False
     try:
         yield
@@ -153,5 +158,5 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
-        if own_loss:
+        if replaced:
             config.output_router_logits = own_loss

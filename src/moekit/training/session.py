@@ -19,6 +19,7 @@ from moekit.checkpoint.atomic import atomic_write
 from moekit.data.batches import TokenBatches
 from moekit.errors import BadConfig
 from moekit.training.callback import MoECallback
+from moekit.training.chooser import check_routers_told
 from moekit.training.compute import (
     attention_for,
     checkpointed_activations,
@@ -55,6 +56,10 @@ if TYPE_CHECKING:
 
 # By so many figures of its routing a run is divided.
 WINDOWS = 20
+_OWN_LOSS = (
+    "config.json asks for router logits (output_router_logits), and not every router shows them here: the family's own "
+    "auxiliary loss, if it has one, is part of the cross-entropy"
+)
 
 
 def _check_types(model: nn.Module) -> None:
@@ -91,6 +96,8 @@ class Session:
         self.base, self.config, self.terms, self.texts, self.steps = model, config, terms, texts, texts.steps
         self.distribution, self.teacher = distribution, teacher
         self.rows_kept: ExpertRows | None = None
+        # Off by now, unless only the family can compute it (`moekit.training.run`).
+        self._own_loss = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
         self.precision = resolve_precision(config.precision, model.device)
         self.model: PreTrainedModel | PeftModel = model
         self.report = FreezeReport(trained={}, frozen={})
@@ -98,6 +105,7 @@ class Session:
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Freeze, or put adapters on; at the end they are merged, after a failure taken off."""
+        check_routers_told(self.base, self.config.router_lr)
         set_seed(self.config.seed)  # before adapters are drawn
         if self.config.lora is None:
             self.report = train_only(self.model, self.config.parts)
@@ -174,7 +182,8 @@ class Session:
         knobs.check(schedules, self.steps)
         with ExitStack() as stack:
             stack.enter_context(attention_for(self.base, config.seq_len))
-            head = readable_head(self.base)  # asked before weights are held in bf16
+            # Asked before weights are held in bf16; a loss of the family's own has more terms than are read there.
+            head = None if self._own_loss else readable_head(self.base)
             stack.enter_context(frozen_weights_in(self.model, self.precision))
             stack.enter_context(experts_for(self.base, self.precision))
             stack.enter_context(checkpointed_activations(self.base, config.activation_checkpointing))
@@ -238,6 +247,7 @@ class Session:
             trained=self.report.trained,
             parameters=self.report.parameters,
             resumed_from=done or None,
+            notes=[*callback.notes, *([_OWN_LOSS] if self._own_loss else [])],
         )
 
     def _keep(self, output: Path, result: TrainResult) -> None:

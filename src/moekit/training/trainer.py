@@ -29,13 +29,14 @@ from moekit.data.batches import IGNORED_LABEL
 from moekit.errors import NumericFault
 from moekit.training.batch import MicroBatch
 from moekit.training.callback import MoECallback
+from moekit.training.chooser import require_chooser
 from moekit.training.compute import Precision, compute_context
 from moekit.training.config import TrainConfig
 from moekit.training.distribution import Distribution
 from moekit.training.figures import sum_over_ranks
 from moekit.training.head import OutputInputs, OutputTap
 from moekit.training.knobs import LR
-from moekit.training.layers import trained_layers
+from moekit.training.layers import moe_layers
 from moekit.training.order import TEXT, collate
 from moekit.training.resume import ExactResume
 from moekit.training.rows import ExpertRows
@@ -277,7 +278,8 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
         rate = self.config.router_lr
         if rate is None or rate == self.config.lr:
             return optimizer
-        routers = {id(p) for layer in trained_layers(self.model) for p in layer.router.parameters()}
+        choosers = [require_chooser(layer)[1] for layer in moe_layers(self.model)]
+        routers = {id(p) for chooser in choosers for p in chooser.parameters()}
         for group in list(optimizer.param_groups):
             mine = [p for p in group["params"] if id(p) in routers]
             if mine:

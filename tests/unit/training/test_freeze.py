@@ -9,7 +9,8 @@ import torch
 
 from moekit.anatomy import find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
-from moekit.training.freeze import PARTS, parts_of, train_only
+from moekit.training.freeze import parts_of, train_only
+from moekit.training.part_specs import PARTS
 from tests.families import DENSE, EXPERTS, FAMILIES, HIDDEN, SHARED, VOCAB, WIDTH, build
 from tests.unit.training.helpers import Rows, trainer
 

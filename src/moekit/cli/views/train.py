@@ -20,3 +20,5 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
         terminal.say(f"held-out loss {results['heldout_losses'][last]:.4f} after step {last}")
     if results["resumed_from"] is not None:
         terminal.say(f"continued from step {results['resumed_from']}")
+    for note in results["notes"]:
+        terminal.say(note)
