@@ -23,8 +23,8 @@ import torch
 from moekit.data import TokenBatches, load_text
 from moekit.training import TinyConfig, TrainConfig, build_tiny_model, train, train_tiny
 from moekit.training.compute import attention_for, compute_context, resolve_precision
-from moekit.training.head import sliced_cross_entropy
 from moekit.training.order import OrderedRows, collate, row_order
+from moekit.training.own_loss import sliced_cross_entropy
 
 
 def random_rows(config: TinyConfig, rows: int) -> TokenBatches:

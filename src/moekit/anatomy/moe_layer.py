@@ -111,7 +111,7 @@ class MoELayer:
                 f"no router beside {self.experts_name!r} answers hidden states alone with just (logits [T, E], weights "
                 "[T, K], indices [T, K])",
                 layer=self.index,
-                hint="moekit profile, prune, place and train work on such a model; what replaces routers or reads their "
-                "logits does not",
+                hint="moekit profile, prune, place and train work on such a model; what replaces routers or reads "
+                "their logits does not",
             )
         return self.router

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moekit.checkpoint.decoder import decoder_of, has_stack
+from moekit.checkpoint.decoder import decoder_of, has_stack, stack_of
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, stated_experts, text_config
 from moekit.checkpoint.record import RECORD_FILE
 from moekit.errors import BadCheckpoint, UnsupportedModel
@@ -110,13 +110,11 @@ def _exchange(model: PreTrainedModel, other: PreTrainedModel, layer: int) -> Non
 
 def _stack(model: Any) -> nn.ModuleList:
     try:
-        layers: Any = decoder_of(model).layers
+        return stack_of(decoder_of(model))
     except UnsupportedModel as error:
         raise BadCheckpoint(
             f"{error.message}, so they cannot differ", hint="the record belongs to another model"
         ) from error
-    assert isinstance(layers, nn.ModuleList)
-    return layers
 
 
 def fill(

@@ -42,8 +42,8 @@ def refuse_untold(model: nn.Module, specs: Sequence[PartSpec]) -> None:
     named = next((spec for spec in specs if spec.part in _OF_BLOCKS), None)
     if not blocks and named is not None:
         raise UnsupportedModel(
-            f"{named.part!r} cannot be told from other weights: the experts of this model lie in a form that moekit does "
-            "not know",
+            f"{named.part!r} cannot be told from other weights: the experts of this model lie in a form that moekit "
+            "does not know",
             hint="train all, or parts of attention, norms and embeddings",
         )
     for layer in blocks:

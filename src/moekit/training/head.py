@@ -17,15 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from moekit.data.batches import IGNORED_LABEL
 from moekit.training.batch import MicroBatch
 
 SLICE_BYTES = 48 << 20
-PROBE_TOKENS = 8
-# How far two ways to the same loss may differ by rounding, relative.
-TOLERANCE = 1e-4
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -251,69 +247,3 @@ class OutputTap:
         count = (labels_N != IGNORED_LABEL).sum() if self._count is None else self._count
         output["loss"] = self._compute(OutputInputs(self._batch, labels_N, count, **own))
         return output
-
-
-@torch.no_grad()
-def readable_head(model: PreTrainedModel) -> nn.Linear | None:
-    """The output layer, if the model's own loss can be computed from what it reads.
-
-    Whether it can is found by asking, on a few random words; families that scale or cap their logits fail.
-    """
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if type(head) is not nn.Linear:
-        return None
-    training = model.training
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, head.out_features, (1, PROBE_TOKENS), generator=generator).to(model.device)
-    tap = OutputTap(model, head, OutputInputs.cross_entropy)
-    try:
-        stock = model(input_ids=ids, labels=ids, use_cache=False).loss
-        with tap.reading(MicroBatch(ids)):
-            ours = model(input_ids=ids, labels=ids, use_cache=False).loss
-        return head if bool(torch.isclose(ours.float(), stock.float(), rtol=TOLERANCE, atol=0.0)) else None
-    except (TypeError, RuntimeError, ValueError, AttributeError, KeyError):
-        return None
-    finally:
-        tap.close()
-        model.train(training)
-
-
-class SlicedLoss:
-    """A model's language-modelling loss in slices of tokens; the model itself is left as it is.
-
-    Args:
-        model: a causal LM with a linear output layer; any other computes its own loss.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._tap = OutputTap(model, readable_head(model), OutputInputs.cross_entropy)
-
-    def __bool__(self) -> bool:
-        """Whether slices give the model's own loss."""
-        return self._tap.head is not None
-
-    def __call__(self, **batch: Any) -> Tensor:
-        """The loss of a batch: the arguments of the model's forward, `labels` among them."""
-        with self._tap.reading(MicroBatch(batch.get("input_ids"), batch.get("attention_mask"))):
-            loss: Tensor = self._model(**batch).loss
-        return loss
-
-    def close(self) -> None:
-        """Remove all hooks."""
-        self._tap.close()
-
-
-@contextmanager
-def sliced_cross_entropy(model: PreTrainedModel) -> Iterator[SlicedLoss]:
-    """`loss(**batch)` computes a model's loss in slices of tokens.
-
-    >>> with sliced_cross_entropy(model) as loss:
-    ...     loss(input_ids=ids, labels=ids).backward()
-    """
-    loss = SlicedLoss(model)
-    try:
-        yield loss
-    finally:
-        loss.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from moekit._progress import Progress
 from moekit.checkpoint.atomic import lock
 from moekit.checkpoint.stored import mark_stored
 from moekit.data import vocabulary
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, UnsupportedModel
 from moekit.runtime.slots import learns
 from moekit.training.config import TrainConfig, TrainResult
 from moekit.training.distribution import Distribution
@@ -104,6 +105,7 @@ def _train(
     teacher: Teacher | None,
 ) -> TrainResult:
     """`train`, its arguments in one form."""
+    _check_loss(model)
     terms = config.terms()
     with remembered_layers(model, None if distribution is None else distribution.layers):
         refuse_without_logits(model, needs_logits(terms, config.balancer is not None, config.schedules))
@@ -141,14 +143,23 @@ def _train(
         return run.finished(output) or run.execute(output, held, keep=True, progress=progress)
 
 
+def _check_loss(model: PreTrainedModel) -> None:
+    """Refuse a model that cannot say what it loses on a text."""
+    if "labels" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModel(
+            f"{type(model).__name__} computes no loss of a text: its forward takes no labels",
+            hint="it is made to be trained otherwise than by the next token; its weights can be changed all the same "
+            "(moekit prune)",
+        )
+
+
 @contextmanager
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Give back mode, `requires_grad` and config when a run is over."""
     config = model.config.get_text_config()
     mode, flags = model.training, [(p, p.requires_grad) for p in model.parameters()]
     own_loss = getattr(config, "output_router_logits", None)
-    replaced = bool(own_loss) and answers_all(model)
-    if replaced:
+    if own_loss and answers_all(model):
         # transformers' balance loss pools layers and re-derives the choice; ours replaces it where it can be had.
         config.output_router_logits = False
     try:
@@ -158,5 +169,5 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
-        if replaced:
+        if own_loss:
             config.output_router_logits = own_loss

@@ -30,12 +30,12 @@ from moekit.training.compute import (
 from moekit.training.config import TrainConfig, TrainResult
 from moekit.training.distribution import Distribution
 from moekit.training.freeze import FreezeReport, train_only
-from moekit.training.head import readable_head
 from moekit.training.identity import RESULT_FILE
 from moekit.training.knobs import Knobs, ScheduleCallback
 from moekit.training.learning import check_routers_learn
 from moekit.training.lora import add_lora, merge_lora
 from moekit.training.order import OrderedRows
+from moekit.training.own_loss import computes_loss, readable_head
 from moekit.training.resume import (
     RANKS,
     STATE_FILE,
@@ -56,10 +56,8 @@ if TYPE_CHECKING:
 
 # By so many figures of its routing a run is divided.
 WINDOWS = 20
-_OWN_LOSS = (
-    "config.json asks for router logits (output_router_logits), and not every router shows them here: the family's own "
-    "auxiliary loss, if it has one, is part of the cross-entropy"
-)
+_OWN_LOSS = "config.json wants router logits (output_router_logits): the family's own auxiliary loss, if there is one, "
+_KEPT, _LEFT_OUT = "is part of the cross-entropy", "is left out, as the installed transformers cannot compute it here"
 
 
 def _check_types(model: nn.Module) -> None:
@@ -98,6 +96,7 @@ class Session:
         self.rows_kept: ExpertRows | None = None
         # Off by now, unless only the family can compute it (`moekit.training.run`).
         self._own_loss = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+        self._notes: list[str] = []
         self.precision = resolve_precision(config.precision, model.device)
         self.model: PreTrainedModel | PeftModel = model
         self.report = FreezeReport(trained={}, frozen={})
@@ -182,6 +181,7 @@ class Session:
         knobs.check(schedules, self.steps)
         with ExitStack() as stack:
             stack.enter_context(attention_for(self.base, config.seq_len))
+            self._check_own_loss()
             # Asked before weights are held in bf16; a loss of the family's own has more terms than are read there.
             head = None if self._own_loss else readable_head(self.base)
             stack.enter_context(frozen_weights_in(self.model, self.precision))
@@ -217,6 +217,14 @@ class Session:
             self._keep(folder, result)
         return result
 
+    def _check_own_loss(self) -> None:
+        """Leave the family's own auxiliary loss out where the family itself fails to compute it."""
+        if not self._own_loss:
+            return
+        if not computes_loss(self.base):
+            self._own_loss = self.base.config.get_text_config().output_router_logits = False
+        self._notes = [_OWN_LOSS + (_KEPT if self._own_loss else _LEFT_OUT)]
+
     def _loop(self, trainer: RunTrainer, start: Path | None, held: bool, progress: Progress | None) -> int:
         """Run the trainer; returns the step it continued from."""
         done = 0 if start is None else int(start.name.rpartition("-")[2])
@@ -247,7 +255,7 @@ class Session:
             trained=self.report.trained,
             parameters=self.report.parameters,
             resumed_from=done or None,
-            notes=[*callback.notes, *([_OWN_LOSS] if self._own_loss else [])],
+            notes=[*callback.notes, *self._notes],
         )
 
     def _keep(self, output: Path, result: TrainResult) -> None:

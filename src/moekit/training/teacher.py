@@ -17,7 +17,8 @@ from moekit.data.batches import TokenBatches
 from moekit.data.vocabulary import output_size
 from moekit.errors import BadConfig
 from moekit.training.batch import MicroBatch, TeacherOutput
-from moekit.training.head import OutputInputs, OutputTap, readable_head
+from moekit.training.head import OutputInputs, OutputTap
+from moekit.training.own_loss import readable_head
 
 
 class Teacher(Protocol):

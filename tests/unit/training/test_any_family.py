@@ -194,6 +194,28 @@ def test_the_familys_own_auxiliary_loss_is_kept_where_its_config_asks_for_it(fam
     assert model.config.output_router_logits is True
 
 
+def test_an_auxiliary_loss_that_the_family_cannot_compute_is_left_out() -> None:
+    # All layers of it choose by a table, and transformers records logits of learnt routers alone.
+    model, config = build("deepseek_v4"), settings()
+    plain = stock_loss(model, config)
+    model.config.output_router_logits = True
+    with pytest.raises(IndexError):
+        stock_loss(model, config)
+    result = train(model, None, text(), config)
+    assert result.losses == pytest.approx([plain], rel=1e-5)
+    assert "left out" in result.notes[-1]
+    assert model.config.output_router_logits is True
+
+
+def test_a_model_without_a_loss_is_refused_before_any_work() -> None:
+    class Blocks(torch.nn.Module):
+        def forward(self, input_ids: Tensor) -> None:
+            raise AssertionError
+
+    with pytest.raises(UnsupportedModel, match="Blocks computes no loss of a text"):
+        train(Blocks(), None, text(), settings())
+
+
 @pytest.mark.parametrize("family", KNOWN)
 def test_a_router_is_trained_alone_by_its_name(family: str) -> None:
     model = build(family)

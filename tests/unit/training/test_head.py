@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moekit.training import head
-from moekit.training.head import linear_cross_entropy, sliced_cross_entropy
+from moekit.training.head import linear_cross_entropy
+from moekit.training.own_loss import sliced_cross_entropy
 from tests.families import FAMILIES, build, logits, tokens
 
 
