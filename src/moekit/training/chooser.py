@@ -27,13 +27,12 @@ def find_chooser(layer: MoELayer) -> tuple[str, nn.Module] | None:
             return next((found for found in layer.block.named_modules() if found[1] is known), None)
         stacks = {name.partition(".")[0] for name in layer.storage.names} if layer.experts is layer.block else set()
         aside = {id(layer.experts), *map(id, layer.shared)}
-        shape = (layer.geometry.experts, layer.geometry.hidden)
         scoring = [
             (name, child)
             for name, child in layer.block.named_children()
             if id(child) not in aside
             and name not in {PARTS, *stacks}
-            and any(parameter.shape == shape for parameter in child.parameters())
+            and any(p.dim() == 2 and p.shape[0] == layer.geometry.experts for p in child.parameters())
         ]
     return scoring[0] if len(scoring) == 1 else None
 

@@ -143,7 +143,8 @@ class TrainConfig(BaseModel):
 
     def warmup_steps(self, steps: int) -> int:
         """Steps until the peak, for a run of so many."""
-        return math.ceil(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+        # A share is never the whole run, however short: its first step has a rate of 0.
+        return min(math.ceil(self.warmup * steps), steps - 1) if self.warmup < 1 else int(self.warmup)
 
 
 class TrainResult(BaseModel):

@@ -30,20 +30,22 @@ class Observed:
         routed: their routers answer with logits, weights and indices.
         chosen: what tokens choose is told, without logits.
         unseen: nothing is.
+        crowded: several stand in one decoder layer, and figures go by layer.
     """
 
     routed: list[TrainedLayer]
     chosen: list[TrainedLayer]
     unseen: list[TrainedLayer]
+    crowded: list[TrainedLayer]
 
     @classmethod
     def of(cls, layers: Sequence[TrainedLayer]) -> Observed:
-        """Sort a model's blocks; of several in one decoder layer nothing is told, as figures go by layer."""
+        """Sort a model's blocks."""
         times = Counter(layer.index for layer in layers)
-        found = cls([], [], [])
+        found = cls([], [], [], [])
         for layer in layers:
             if times[layer.index] > 1:
-                found.unseen.append(layer)
+                found.crowded.append(layer)
             elif layer.layer.router is not None:
                 found.routed.append(layer)
             elif _tells_choices(layer.layer):
@@ -62,7 +64,9 @@ class Observed:
             )
         if self.unseen:
             told.append(f"{_layers(self.unseen)}: nothing tells what tokens choose; left out of the routing figures")
-        if not (self.routed or self.chosen or self.unseen):
+        if self.crowded:
+            told.append(f"{_layers(self.crowded)}: hold several MoE blocks each; left out of the routing figures")
+        if not (self.routed or self.chosen or self.unseen or self.crowded):
             told.append("the experts lie in a form that moekit does not know: there are no routing figures")
         return told
 

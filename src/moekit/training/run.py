@@ -144,7 +144,16 @@ def _train(
 
 
 def _check_loss(model: PreTrainedModel) -> None:
-    """Refuse a model that cannot say what it loses on a text."""
+    """Refuse a model that cannot say what it loses on a text.
+
+    Raises:
+        UnsupportedModel: it computes no loss, or that of a second text.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{type(model).__name__} reads one text and writes another: training knows texts, not pairs of them",
+            hint="train it with transformers' Seq2SeqTrainer, and give moekit the folder",
+        )
     if "labels" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(
             f"{type(model).__name__} computes no loss of a text: its forward takes no labels",

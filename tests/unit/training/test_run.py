@@ -319,6 +319,7 @@ def test_impossible_settings_are_refused(changes: dict[str, object]) -> None:
 def test_warmup_as_share_or_steps() -> None:
     assert TrainConfig(warmup=0.1).warmup_steps(50) == 5
     assert TrainConfig(warmup=3).warmup_steps(50) == 3
+    assert TrainConfig(warmup=0.03).warmup_steps(1) == 0
 
 
 def test_precision_is_decided_by_the_device_and_written_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from moekit.api import load
 from moekit.checkpoint import Checkpoint
+from moekit.checkpoint.digest import tensor_digests
 from moekit.checkpoint.folder import CONFIG_FILE
 from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.names import config_groups
@@ -145,7 +146,7 @@ class Trial:
         told = train(
             self._source,
             data=self.folder / "text",
-            settings={"steps": 1, "seq_len": 16, "batch": 1, "precision": "fp32"},
+            settings={"steps": 1, "seq_len": 16, "batch": 1, "lr": 1e-3, "precision": "fp32"},
             device="cpu",
             out=self.folder / "trained",
             seed=self.seed,
@@ -153,9 +154,16 @@ class Trial:
         )
         if not math.isfinite(told.final_loss):
             raise WrongResult(f"the loss is {told.final_loss}")
-        before, after = (set(Checkpoint.open(self.folder / name).tensors) for name in ("model", "trained"))
-        if lost := sorted(before - after):
-            raise WrongResult(f"training lost {len(lost)} of {len(before)} tensors, such as {lost[0]}")
+        before, after = (Checkpoint.open(self.folder / name) for name in ("model", "trained"))
+        if lost := sorted(before.tensors.keys() - after.tensors.keys()):
+            raise WrongResult(f"training lost {len(lost)} of {len(before.tensors)} tensors, such as {lost[0]}")
+        for name, info in before.tensors.items():
+            kept = after.tensors[name]
+            if (kept.dtype, kept.shape) != (info.dtype, info.shape):
+                raise WrongResult(f"training made {kept.dtype} {kept.shape} of {name}, {info.dtype} {info.shape}")
+        stored, trained = (tensor_digests(c.path, c.tensors.values()) for c in (before, after))
+        if all(trained[name] == digest for name, digest in stored.items()):
+            raise WrongResult("training changed no weight")
 
 
 def try_family(family: Family, seed: int = 0) -> dict[str, Cell]:
