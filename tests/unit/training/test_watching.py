@@ -1,4 +1,4 @@
-"""Routing is looked at as each layer tells it; what does not fit is left out of figures, or refused where it is needed."""
+"""Routing is looked at as each layer tells it; what does not fit falls out of figures, or is refused where needed."""
 
 from __future__ import annotations
 
