@@ -157,8 +157,7 @@ def _check_loss(model: PreTrainedModel) -> None:
     if "labels" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(
             f"{type(model).__name__} computes no loss of a text: its forward takes no labels",
-            hint="it is made to be trained otherwise than by the next token; its weights can be changed all the same "
-            "(moekit prune)",
+            hint="it is trained otherwise than by the next token; moekit check, estimate and reshard work on it",
         )
 
 
