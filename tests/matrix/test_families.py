@@ -20,6 +20,7 @@ from moekit.family import discover
 from moekit.family.registry import family
 from moekit.family.rules import EXPERTS
 from moekit.jobs.trials.cell import Cell, attempt
+from moekit.jobs.trials.pair import Pair
 from moekit.jobs.trials.trial import STEPS, Trial
 
 # One of each kind of layout that the matrix of methods does not have; the others are tried by `make test-all`.
@@ -48,11 +49,17 @@ def _known(request: pytest.FixtureRequest, name: str) -> None:
         request.node.add_marker(pytest.mark.xfail(strict=True, reason=NOT_YET[name]))
 
 
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    with Pair() as ranks:
+        yield ranks
+
+
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=_marks(name), id=name) for name in NAMES])
-def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
+def trial(request: pytest.FixtureRequest, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
     """A family that was tried, with its folders; read-only."""
     folder = tmp_path_factory.mktemp(request.param)
-    made = Trial(family(request.param), folder)
+    made = Trial(family(request.param), folder, pair=pair)
     made.run(QUICK_STEPS if request.param in QUICK else STEPS)
     yield made
     shutil.rmtree(folder)

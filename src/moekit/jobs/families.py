@@ -16,6 +16,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, JobEstimate
 from moekit.jobs.options.families import FamiliesOptions
 from moekit.jobs.trials.cell import Cell
+from moekit.jobs.trials.pair import Pair
 from moekit.jobs.trials.trial import STEPS, try_family
 from moekit.progress import ProgressLike
 
@@ -86,10 +87,11 @@ def run(options: FamiliesOptions, context: JobContext) -> dict[str, Any]:
     if context.progress is not None:
         context.progress.start("families", len(chosen))
     told = []
-    for entry in chosen:
-        told.append(_row(entry, context.seed))
-        if context.progress is not None:
-            context.progress.advance(1, note=entry.name)
+    with Pair() as pair:
+        for entry in chosen:
+            told.append(_row(entry, pair, context.seed))
+            if context.progress is not None:
+                context.progress.advance(1, note=entry.name)
     if context.progress is not None:
         context.progress.finish()
     rows = [row for row in told if options.only is None or verdict(row["cells"]) == options.only]
@@ -100,9 +102,9 @@ def run(options: FamiliesOptions, context: JobContext) -> dict[str, Any]:
     return found
 
 
-def _row(entry: Family, seed: int) -> dict[str, Any]:
+def _row(entry: Family, pair: Pair, seed: int) -> dict[str, Any]:
     start = time.monotonic()
-    cells = {name: cell.model_dump(mode="json") for name, cell in try_family(entry, seed).items()}
+    cells = {name: cell.model_dump(mode="json") for name, cell in try_family(entry, pair, seed).items()}
     return {
         "name": entry.name,
         "class": entry.architecture,

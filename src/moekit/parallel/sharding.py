@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import catalogue
 from moekit.anatomy import Geometry, MoELayer, find_moe_layers
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, UnsupportedModel
 from moekit.parallel.dispatcher import Dispatcher, DispatchOptions
 from moekit.parallel.empty_batch import EmptyBatch
 from moekit.parallel.layout import ExpertLayout
@@ -145,6 +145,7 @@ def expert_parallel(
     planned = []
     for layer in layers:
         refuse_other_calls(layer.experts, layer.index)
+        _refuse_other_storage(layer)
         for part in parts_on(layer.experts):
             if ranks.size > 1 and isinstance(part, ExpertsPart):
                 part.check_dealt_out(layer.index)
@@ -153,6 +154,15 @@ def expert_parallel(
     empty = EmptyBatch()
     empty.install(model)
     return [_shard(layer, layout, ranks, dispatcher, empty, overlap) for layer, layout, dispatcher in planned]
+
+
+def _refuse_other_storage(layer: MoELayer) -> None:
+    if layer.storage.kind != "stacked":
+        raise UnsupportedModel(
+            f"{type(layer.experts).__name__} holds its experts otherwise than as stacks of one tensor each",
+            layer=layer.index,
+            hint="experts of this family cannot be dealt out; FSDP deals out any parameters",
+        )
 
 
 def _layout(layer: MoELayer, ranks: Ranks, placement: Placement | None) -> ExpertLayout:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from moekit.api import load
@@ -20,7 +19,6 @@ from moekit.checkpoint.digest import tensor_digests
 from moekit.checkpoint.folder import CONFIG_FILE
 from moekit.checkpoint.model import quiet_transformers
 from moekit.checkpoint.names import config_groups
-from moekit.checkpoint.several import run_as_part
 from moekit.checkpoint.strictjson import read_json
 from moekit.family import Family, holds_experts, texts, write
 from moekit.jobs.check import check
@@ -29,13 +27,13 @@ from moekit.jobs.prune import PruneResult, prune
 from moekit.jobs.route import route
 from moekit.jobs.train import train
 from moekit.jobs.trials.cell import UNTRIED, Cell, WrongResult, attempt
+from moekit.jobs.trials.logits import ATOL, RTOL, logits_of, same
 from moekit.jobs.trials.masking import without
+from moekit.jobs.trials.pair import Pair
 
 # In the order in which they are tried; `build` and `load` are what all others need.
-STEPS = ("build", "load", "profile", "prune", "stock", "check", "route", "train")
+STEPS = ("build", "load", "profile", "prune", "stock", "check", "route", "train", "ranks")
 _KEEP = 0.5
-# Logits of order one, in fp32.
-_RTOL, _ATOL = 1e-4, 1e-4
 
 
 @dataclass
@@ -46,6 +44,7 @@ class Trial:
         family: which.
         folder: where everything is written; gone afterwards.
         seed: of weights and of everything random.
+        pair: ranks to deal the experts out to; None leaves that step out.
         cells: step -> what became of it.
         pruned: what pruning told, where it came to its end.
     """
@@ -53,6 +52,7 @@ class Trial:
     family: Family
     folder: Path
     seed: int = 0
+    pair: Pair | None = None
     cells: dict[str, Cell] = field(default_factory=dict)
     pruned: PruneResult | None = None
 
@@ -68,11 +68,16 @@ class Trial:
             "route": (self._route, ("profile",)),
             "train": (self._train, ("build",)),
         }
-        for name in wanted:
+        for name in (step for step in wanted if step in steps):
             function, needs = steps[name]
-            ready = all(need in self.cells and self.cells[need].state == "yes" for need in needs)
-            self.cells[name] = attempt(function, unseen=str(self.folder))[0] if ready else UNTRIED
+            self.cells[name] = attempt(function, unseen=str(self.folder))[0] if self._works(*needs) else UNTRIED
+        if "ranks" in wanted:
+            ranks = self.pair if self._works("load") else None
+            self.cells["ranks"] = UNTRIED if ranks is None else ranks.share(self._source)
         return self.cells
+
+    def _works(self, *steps: str) -> bool:
+        return all(step in self.cells and self.cells[step].state == "yes" for step in steps)
 
     @property
     def _source(self) -> Path:
@@ -88,7 +93,7 @@ class Trial:
                 (self.folder / "text" / domain / f"{number}.txt").write_text(document, encoding="utf-8")
 
     def _load(self) -> None:
-        _same(load(self._source, device="cpu"), _stock(self._source), "loaded", "stock")
+        same(logits_of(load(self._source, device="cpu")), logits_of(_stock(self._source)), "loaded", "stock")
 
     def _profile(self) -> None:
         told = profile(
@@ -112,15 +117,15 @@ class Trial:
     def _stock(self) -> None:
         folder = self.folder / "pruned"
         found = _stock(folder)
-        _same(load(folder, device="cpu"), found, "pruned", "stock")
+        same(logits_of(load(folder, device="cpu")), logits_of(found), "pruned", "stock")
         assert self.pruned is not None
         # Pruning may lift a limit to groups, which masking would leave.
         if self.pruned.groups == "free" and config_groups(_config(self._source)) != config_groups(_config(folder)):
             return
         source = _stock(self._source)
         with without(source, {row["layer"]: row["kept"] for row in self.pruned.layers}) as told:
-            masked = _logits(source, finite=False)
-        if not told and not torch.allclose(masked, _logits(found), rtol=_RTOL, atol=_ATOL):
+            masked = logits_of(source, finite=False)
+        if not told and not torch.allclose(masked, logits_of(found), rtol=RTOL, atol=ATOL):
             raise WrongResult("the pruned model is not the source with the dropped experts masked: logits differ")
 
     def _check(self) -> None:
@@ -140,7 +145,7 @@ class Trial:
             seed=self.seed,
             progress=False,
         )
-        _logits(load(self.folder / "routed", device="cpu"))
+        logits_of(load(self.folder / "routed", device="cpu"))
 
     def _train(self) -> None:
         told = train(
@@ -166,11 +171,12 @@ class Trial:
             raise WrongResult("training changed no weight")
 
 
-def try_family(family: Family, seed: int = 0) -> dict[str, Cell]:
+def try_family(family: Family, pair: Pair, seed: int = 0) -> dict[str, Cell]:
     """Try every step on a family, in a temporary folder.
 
     Args:
         family: which.
+        pair: ranks to deal its experts out to.
         seed: of weights and of everything random.
 
     Returns:
@@ -178,7 +184,7 @@ def try_family(family: Family, seed: int = 0) -> dict[str, Cell]:
     """
     folder = Path(tempfile.mkdtemp(prefix="moekit-family-"))
     try:
-        return Trial(family, folder, seed).run()
+        return Trial(family, folder, seed, pair).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -200,22 +206,3 @@ def _stock(folder: Path) -> PreTrainedModel:
         raise WrongResult(f"{name} does not load the folder as it is: {len(wrong)} tensors, such as {wrong[0]}")
     found: PreTrainedModel = model.eval()
     return found
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel, *, finite: bool = True) -> Tensor:
-    ids = torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(0))
-    further = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    # Some models draw noise.
-    torch.manual_seed(0)
-    found: Tensor = run_as_part(model)(input_ids=ids, use_cache=False, **further).logits.float()
-    if finite and not bool(found.isfinite().all()):
-        raise WrongResult("logits are not finite")
-    return found
-
-
-def _same(ours: PreTrainedModel, theirs: PreTrainedModel, name: str, other: str) -> None:
-    a, b = _logits(ours), _logits(theirs)
-    if a.shape != b.shape or not torch.allclose(a, b, rtol=_RTOL, atol=_ATOL):
-        apart = "shapes differ" if a.shape != b.shape else f"{(a - b).abs().max():.3g} apart"
-        raise WrongResult(f"logits of the {name} and the {other} model differ: {apart}")
