@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from moekit.anatomy.probe import decoder_index
 from moekit.errors import BadCheckpoint
 
-_SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
+_SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?:expert_)?(?P<expert>\d+)\.(?P<rest>.+)$")
 _FUSED = re.compile(r"^(?P<block>.+?)\.experts\.(?P<rest>(?:gate_up_proj|gate_proj|up_proj|down_proj)\S*)$")
 # Granite keeps its stacked experts directly in the block.
 _FUSED_BARE = re.compile(r"^(?P<block>.+?)\.(?P<rest>(?:input_linear|output_linear)\.weight)$")
@@ -30,6 +30,10 @@ _PARTS = {
     "gate_up_proj": "gate_up",
     "input_linear": "gate_up",
     "output_linear": "down",
+    "wi": "up",
+    "wo": "down",
+    "fc1": "up",
+    "fc2": "down",
 }
 
 

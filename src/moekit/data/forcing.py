@@ -1,0 +1,65 @@
+"""What a text is to a model that reads before it writes: an encoder's input, and, teacher-forced, its decoder's.
+
+Both are given the same row. A decoder begins with a token of its own, which takes the place of the row's first: so each
+position predicts the token that follows it in the row, as in a model that only writes, and position and padding of a
+token are the same on both sides. This is teacher forcing (Williams and Zipser, 1989) on the row without its first
+token. The encoder sees the whole row, so likelihoods tell how well a model gives back what it reads; they compare
+versions of one model, not models.
+
+Legend: B rows, S positions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moekit.errors import BadConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Tokens that a decoder may begin with, by the keys of a config; transformers generates by the first two, and T5's kind
+# begins with padding.
+START_KEYS = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+
+
+def start_token(config: Any) -> int:
+    """The token that a decoder begins with.
+
+    Args:
+        config: transformers config of an encoder with a decoder.
+
+    Raises:
+        BadConfig: it states none.
+    """
+    found = next((value for key in START_KEYS if isinstance(value := getattr(config, key, None), int)), None)
+    if found is None:
+        raise BadConfig(
+            f"the config of this encoder with a decoder does not say which token its decoder begins with "
+            f"({', '.join(START_KEYS)})",
+            hint="add decoder_start_token_id to config.json",
+        )
+    return found
+
+
+def decoder_inputs(config: Any, ids_BS: Tensor, mask_BS: Tensor) -> dict[str, Tensor]:
+    """What a model's forward is given beside token ids and their mask, so that its decoder reads the text, too.
+
+    Args:
+        config: of the model; None where it has none.
+        ids_BS: token ids [B, S].
+        mask_BS: 1 where a token is, 0 at padding on either side [B, S].
+
+    Returns:
+        `decoder_input_ids` and `decoder_attention_mask` [B, S]; nothing for a model without an encoder.
+
+    Raises:
+        BadConfig: the config does not say which token a decoder begins with.
+    """
+    if not getattr(config, "is_encoder_decoder", False):
+        return {}
+    first_BS = (mask_BS != 0) & (mask_BS.cumsum(1) == 1)
+    return {
+        "decoder_input_ids": ids_BS.masked_fill(first_BS, start_token(config)),
+        "decoder_attention_mask": mask_BS,
+    }
