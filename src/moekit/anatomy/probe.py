@@ -35,6 +35,7 @@ from moekit.anatomy.choices import Answered, Seam, read_answer
 from moekit.anatomy.moe_layer import Geometry, MoELayer
 from moekit.anatomy.reached import holder_of, reached_by_text
 from moekit.anatomy.refusing import no_experts, refuse_second_text
+from moekit.anatomy.running import runs_what_is_chosen
 from moekit.anatomy.storage import Storage
 from moekit.anatomy.stored import find_storage
 from moekit.checkpoint.decoder import Stack, besides_text, has_stack, layer_number, stacks_of
@@ -244,8 +245,10 @@ def _every_moe_layer(model: nn.Module) -> Iterator[MoELayer]:
         block = modules[block_name]
         count = experts_in_layer(experts)
         router = _find_router(block, experts, storage, count)
-        called = block is not experts and called_with_choices(experts) and router.seam != "masks"
+        called = block is not experts and called_with_choices(experts) and router.seam not in ("masks", "gates")
         seam: Seam = "experts" if called else router.seam if not router.contract else "unknown"
+        if seam == "gates" and router.module is not None and not runs_what_is_chosen(router.module, experts, storage):
+            seam = "misread"
         shared, shared_width = _find_shared(block, {experts, *filter(None, [router.module])}, storage)
         yield MoELayer(
             index=_number(stacks, block_name),

@@ -42,11 +42,11 @@ def start_token(config: Any) -> int:
     return found
 
 
-def decoder_inputs(config: Any, ids_BS: Tensor, mask_BS: Tensor) -> dict[str, Tensor]:
+def decoder_inputs(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> dict[str, Tensor]:
     """What a model's forward is given beside token ids and their mask, so that its decoder reads the text, too.
 
     Args:
-        config: of the model; None where it has none.
+        model: with its config, or wrapped by what has the model as `module`; without a config it only writes.
         ids_BS: token ids [B, S].
         mask_BS: 1 where a token is, 0 at padding on either side [B, S].
 
@@ -56,6 +56,9 @@ def decoder_inputs(config: Any, ids_BS: Tensor, mask_BS: Tensor) -> dict[str, Te
     Raises:
         BadConfig: the config does not say which token a decoder begins with.
     """
+    while not hasattr(model, "config") and hasattr(model, "module"):
+        model = model.module
+    config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
         return {}
     first_BS = (mask_BS != 0) & (mask_BS.cumsum(1) == 1)

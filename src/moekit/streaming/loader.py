@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moekit._device import resolve_device
-from moekit.checkpoint.decoder import besides_text, decoder_of, layers_of, stacks_of
+from moekit.checkpoint.decoder import besides_text, decoder_of, stack_of, stacks_of
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.layout import layout_of
 from moekit.checkpoint.model import quiet_transformers
@@ -61,10 +61,9 @@ class LayerLoader:
         self.model = empty_model(checkpoint, wanted, config=config)
         self.dtype: torch.dtype = wanted or self.model.config.dtype or torch.float32
         self.decoder = decoder_of(self.model)
-        self._modules = layers_of(self.model)
-        self.layers = len(self._modules)
-        stacks = stacks_of(self.model)
-        self.begins = tuple(stack.first for stack in stacks)
+        self._stacks = stacks_of(self.model)
+        self.layers = sum(stack.layers for stack in self._stacks)
+        self.begins = tuple(stack.first for stack in self._stacks)
         self._with_rest: set[int] = set()
         self._reader = WeightReader(checkpoint, self.dtype)
         self._layout = layout_of(self.model)
@@ -78,8 +77,8 @@ class LayerLoader:
                 self._towers.append(name)
             else:
                 self._names.setdefault(self._layout.layer(name), []).append(name)
-        within = {id(module) for layer in self._modules for module in layer.modules()}
-        for owner in (stack.owner for stack in stacks):
+        within = {id(module) for index in range(self.layers) for module in self.layer(index).modules()}
+        for owner in (stack.owner for stack in self._stacks):
             for module in (m for m in owner.modules() if id(m) not in within):
                 for name, buffer in list(module.named_buffers(recurse=False)):
                     if not buffer.is_meta:
@@ -87,7 +86,8 @@ class LayerLoader:
 
     def layer(self, index: int) -> nn.Module:
         """A decoder layer, with or without weights."""
-        return self._modules[index]
+        stack = next(stack for stack in reversed(self._stacks) if stack.first <= index)
+        return stack_of(stack.owner)[index - stack.first]
 
     def _is_aside(self, name: str) -> bool:
         """Whether a live tensor belongs to what stands beside the language model."""

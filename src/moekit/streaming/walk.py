@@ -95,7 +95,7 @@ class Walk:
         more = {} if batch.more is None else batch.more()
         # Copies: a pass may lay down what it holds.
         given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        given |= {**decoder_inputs(self.loader.model.config, batch.input_ids, batch.attention_mask), **more}
+        given |= {**decoder_inputs(self.loader.model, batch.input_ids, batch.attention_mask), **more}
         given = mapped(given, lambda tensor: tensor.to(self.loader.device, copy=True))
         return {**given, "use_cache": False}
 
