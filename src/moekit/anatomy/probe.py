@@ -45,6 +45,10 @@ from moekit.errors import UnsupportedModel
 __all__ = ["PROBE_ROWS", "Geometry", "MoELayer", "ask_router", "find_moe_layers", "iterate_moe_layers"]
 
 
+# Where experts are given weights of all of them: whether they run what is chosen -> the way.
+_HONEST: dict[bool | None, Seam] = {True: "gates", False: "misread", None: "unknown"}
+
+
 @dataclass(frozen=True, eq=False)
 class _Router:
     """What chooses among a block's experts.
@@ -247,8 +251,8 @@ def _every_moe_layer(model: nn.Module) -> Iterator[MoELayer]:
         router = _find_router(block, experts, storage, count)
         called = block is not experts and called_with_choices(experts) and router.seam not in ("masks", "gates")
         seam: Seam = "experts" if called else router.seam if not router.contract else "unknown"
-        if seam == "gates" and router.module is not None and not runs_what_is_chosen(router.module, experts, storage):
-            seam = "misread"
+        if seam == "gates" and router.module is not None:
+            seam = _HONEST[runs_what_is_chosen(router.module, experts, storage)]
         shared, shared_width = _find_shared(block, {experts, *filter(None, [router.module])}, storage)
         yield MoELayer(
             index=_number(stacks, block_name),
