@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
 
-from moekit import check, evaluate, generate, load, profile, prune, super_experts
+from moekit import check, evaluate, generate, load, place, profile, prune, super_experts
 from moekit.checkpoint import Checkpoint
 from moekit.errors import MoekitError, UnsupportedModel
 from moekit.family import texts, write
@@ -108,11 +108,24 @@ def test_what_is_recorded_is_what_stock_routers_choose_on_both_sides(made: Path)
             torch.testing.assert_close(told["gated_output_norm"].float(), reap_E, rtol=1e-4, atol=1e-5)
 
 
-def test_a_profile_names_layers_by_their_numbers(made: Path, tmp_path: Path) -> None:
+def test_a_profile_and_what_is_placed_by_it_name_layers_by_their_numbers(made: Path, tmp_path: Path) -> None:
     told = profile(made / "switch", data=made / "text", out=tmp_path / "trace", device="cpu", progress=False)
     assert told.summary is not None
     assert Trace.load(tmp_path / "trace").meta.layers == [1, 5]
     assert any("each row of the text is what the encoder reads" in line for line in told.warnings)
+    place(tmp_path / "trace", devices=(2,), model=made / "switch", out=tmp_path / "placed", progress=False)
+    orders = json.loads((tmp_path / "placed" / "model-2" / "moekit.json").read_text())["config"]["orders"]
+    assert {int(layer) for layer in orders} == {1, 5}
+    assert orders["1"] != orders["5"]
+    source, moved = stock(made / "switch"), stock(tmp_path / "placed" / "model-2")
+    for layer, name in MOE_LAYERS.items():
+        for new, old in enumerate(orders[str(layer)]):
+            ours = moved.get_submodule(f"{name}.experts")[f"expert_{new}"].wo.weight
+            assert torch.equal(ours, source.get_submodule(f"{name}.experts")[f"expert_{old}"].wo.weight)
+    ids, mask = batch()
+    with torch.no_grad():
+        before, after = (m(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits for m in (source, moved))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_pruned_is_the_source_without_those_experts(made: Path, pruned: Any) -> None:
@@ -277,6 +290,7 @@ def test_nllb_as_transformers_runs_it_is_pruned_without_being_run(made: Path, tm
                 )
         router = f"{name}.router.classifier.weight"
         assert torch.equal(found[router], source[router][row["kept"]])
+    assert check(tmp_path / "pruned", parent=made / "nllb", progress=False).ok
 
 
 def test_weights_that_are_not_finite_are_named(made: Path, tmp_path: Path) -> None:
