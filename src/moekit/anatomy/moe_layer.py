@@ -108,7 +108,9 @@ class MoELayer:
         """
         if self.router is None:
             seen = self.seam not in ("unknown", "misread")
-            works = "moekit profile, prune, place and train work on such a model; " if seen else ""
+            works = (
+                "moekit profile, prune and place work on such a model, and train where it only writes; " if seen else ""
+            )
             raise UnsupportedModel(
                 f"no router beside {self.experts_name!r} answers hidden states alone with just (logits [T, E], weights "
                 "[T, K], indices [T, K])",
