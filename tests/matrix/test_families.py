@@ -24,7 +24,7 @@ from moekit.jobs.trials.pair import Pair
 from moekit.jobs.trials.trial import STEPS, Trial
 
 # One of each kind of layout that the matrix of methods does not have; the others are tried by `make test-all`.
-QUICK = ("nemotron_h", "qwen3_next")
+QUICK = ("nemotron_h", "qwen3_next", "switch_transformers")
 QUICK_STEPS = ("build", "load", "prune", "stock", "check", "train")
 NAMES = [entry.name for entry in discover()]
 # What no message may say of a folder that is as its family writes it.
@@ -129,10 +129,13 @@ def sliced(source: Path, pruned: Path, kept: Mapping[int, list[int]]) -> PreTrai
     config = type(whole.config).from_pretrained(pruned)
     small: PreTrainedModel = type(whole)._from_config(config, dtype=torch.float32)
     shapes = {name: tensor.shape for name, tensor in small.state_dict().items()}
-    state = {
-        name: tensor if tensor.shape == shapes[name] else indexed(tensor, shapes[name], kept[layer_of(name)])
-        for name, tensor in whole.state_dict().items()
-    }
+    read_first = whole.config.num_hidden_layers if getattr(whole.config, "is_encoder_decoder", False) else 0
+    state = {}
+    for name, tensor in whole.state_dict().items():
+        named = renamed(name, kept, read_first)
+        if named is not None:
+            same = tensor.shape == shapes[named]
+            state[named] = tensor if same else indexed(tensor, shapes[named], kept[layer_of(name, read_first)])
     for name, table in state.items():
         if table.dim() == 2 and not table.is_floating_point():  # the experts of every token id
             router = whole.get_parameter(f"{name.rpartition('.')[0]}.weight")
@@ -157,10 +160,22 @@ def renumbered(table: Tensor, router: Tensor, keep: list[int]) -> Tensor:
     return torch.tensor(made)
 
 
-def layer_of(name: str) -> int:
-    found = re.search(r"\.(?:layers|blocks)\.(\d+)\.", name)
+def layer_of(name: str, read_first: int = 0) -> int:
+    """Number of a tensor's layer; a decoder's follow those of its encoder, `read_first` of them."""
+    found = re.search(r"(?:(encoder|decoder)\.)?(?:layers|blocks?)\.(\d+)\.", name)
     assert found is not None, name
-    return int(found[1])
+    return int(found[2]) + (read_first if found[1] == "decoder" else 0)
+
+
+def renamed(name: str, kept: Mapping[int, list[int]], read_first: int = 0) -> str | None:
+    """What a tensor is called where only some experts are left, each a module of its own; None where it is gone."""
+    found = re.search(r"\.experts\.expert_(\d+)\.", name)
+    if found is None:
+        return name
+    keep = kept[layer_of(name, read_first)]
+    if int(found[1]) not in keep:
+        return None
+    return name.replace(found[0], f".experts.expert_{keep.index(int(found[1]))}.")
 
 
 def indexed(tensor: Tensor, shape: torch.Size, keep: list[int]) -> Tensor:
@@ -183,7 +198,8 @@ def logits(model: PreTrainedModel) -> Tensor:
     torch.manual_seed(0)
     # What only holds other models has no forward pass of its own; text goes through the one that writes it.
     runs = getattr(model, "thinker", model)
-    found: Tensor = runs(input_ids=ids, use_cache=False).logits
+    further = {"decoder_input_ids": ids.flip(1)} if getattr(model.config, "is_encoder_decoder", False) else {}
+    found: Tensor = runs(input_ids=ids, use_cache=False, **further).logits
     assert bool(found.isfinite().all())
     return found
 
@@ -196,6 +212,22 @@ def test_indexing_takes_rows_of_experts_wherever_they_stand() -> None:
     assert indexed(behind, torch.Size((3,)), [1, 4]).tolist() == [1, 4, EXPERTS]
     several = torch.arange(EXPERTS * 3)
     assert indexed(several, torch.Size((6,)), [1, 4]).tolist() == [3, 4, 5, 12, 13, 14]
+
+
+def test_layers_of_a_decoder_follow_its_encoders() -> None:
+    assert layer_of("model.layers.3.mlp.gate.weight") == 3
+    assert layer_of("encoder.block.1.layer.1.mlp.router.classifier.weight", 4) == 1
+    assert layer_of("decoder.block.1.layer.2.mlp.router.classifier.weight", 4) == 5
+
+
+def test_experts_that_are_modules_are_called_by_their_new_number() -> None:
+    kept = {1: [0, 3], 5: [2, 3]}
+    inside = "layer.1.mlp.experts.expert_3.wi.weight"
+    assert renamed(f"encoder.block.1.{inside}", kept, 4) == f"encoder.block.1.{inside.replace('_3', '_1')}"
+    assert renamed(f"decoder.block.1.{inside.replace('_3', '_0')}", kept, 4) is None
+    assert renamed("encoder.block.1.layer.0.SelfAttention.q.weight", kept, 4) == (
+        "encoder.block.1.layer.0.SelfAttention.q.weight"
+    )
 
 
 def test_what_is_known_not_to_work_is_a_family() -> None:

@@ -1,12 +1,15 @@
 """Read what tokens chose where a block does not hand it to its experts.
 
-Most blocks call their experts with hidden states, indices and weights: this is the seam. Three other ways are known,
+Most blocks call their experts with hidden states, indices and weights: this is the seam. Four other ways are known,
 told by what the router answers:
 
 - *scores*: the router gives a matrix [T, E] that is zero but for the K chosen; experts are given every token times each
   of its scores, [E * T, H] (Llama 4). A weight multiplies what an expert is given, not what it gives.
 - *masks*: the router gives a matrix [T, E] that is one for the expert chosen, zero throughout where its capacity is
   used up, and the weight of each token [T, 1] (Switch Transformers).
+- *gates*: the router gives a matrix [T, E] that is one for the first choice, and the weights of all experts [T, E],
+  zero but for the K chosen, and throughout for what has no place (NLLB). Where experts are given both and run others
+  than these, the way is *misread*: nothing that is said of such choices would hold.
 - *sorted*: the router gives the tokens sorted by expert, with how many each expert gets (JetMoe).
 
 Legend: T tokens, E experts, K choices a token, H hidden, P = T * K (token, choice) pairs.
@@ -23,7 +26,7 @@ from torch import Tensor
 from moekit.anatomy.asking import contract
 
 # "experts": the contract. "unknown": called in another way. The others: see above.
-Seam = Literal["experts", "scores", "masks", "sorted", "unknown"]
+Seam = Literal["experts", "scores", "masks", "gates", "misread", "sorted", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ def read_answer(answer: Any, rows: int, experts: int) -> Answered | None:
         return Answered("masks", 1, experts)
     if len(answer) >= 3 and (triple := contract(answer[:3], rows)) is not None:
         return Answered("experts", triple[2].shape[1], triple[0].shape[1]) if triple[0].shape[1] >= experts else None
+    if (gates_TE := gates_in(answer, experts)) is not None:
+        return Answered("gates", int((gates_TE != 0).sum(1).max()), experts)
     found = _sorted_parts(answer, experts)
     return None if found is None or len(found[0]) % rows else Answered("sorted", len(found[0]) // rows, experts)
 
@@ -76,6 +81,18 @@ def _masks(answer: tuple[Any, ...], experts: int) -> tuple[Tensor, Tensor] | Non
         return None
     fits = bool(((masks[0] == 0) | (masks[0] == 1)).all()) and bool((masks[0].sum(1) <= 1).all())
     return (masks[0], weights[0]) if fits else None
+
+
+def gates_in(answer: tuple[Any, ...], experts: int) -> Tensor | None:
+    """Weights of all experts [T, E] among what a router gave, beside a mask of the first choice; None without."""
+    rows = [a.reshape(-1, experts) for a in answer if isinstance(a, Tensor) and a.dim() > 1 and a.shape[-1] == experts]
+    masks = [t for t in rows if not t.is_floating_point()]
+    gates = [t for t in rows if t.is_floating_point() and bool(((t == 0).sum(1) > 0).all()) and bool((t >= 0).all())]
+    if len(masks) != 1 or len(gates) != 1 or masks[0].shape != gates[0].shape:
+        return None
+    mask_TE, gates_TE = masks[0], gates[0]
+    fits = bool((mask_TE.sum(1) <= 1).all()) and bool((gates_TE[mask_TE == 1] > 0).all()) and bool(mask_TE.any())
+    return gates_TE if fits else None
 
 
 def _sorted_parts(answer: tuple[Any, ...], experts: int) -> tuple[Tensor, Tensor, Tensor, list[int]] | None:
@@ -102,6 +119,11 @@ def read_choices(seam: Seam, answer: Any, rows: int, experts: int, top_k: int) -
         mask_TE, weight_T1 = masks
         index_T1 = mask_TE.argmax(1, keepdim=True)
         return index_T1.masked_fill(mask_TE.sum(1, keepdim=True) == 0, experts), weight_T1
+    if seam == "gates":
+        gates_TE = gates_in(answer, experts)
+        assert gates_TE is not None  # the seam was told by such an answer
+        weights_TK, index_TK = gates_TE.topk(top_k, dim=1)
+        return index_TK.masked_fill(weights_TK == 0, experts), weights_TK
     found = _sorted_parts(answer, experts)
     assert found is not None  # the seam was told by such an answer
     order_P, _, weights_P, sizes = found

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 from moekit.anatomy.probe import decoder_index
 from moekit.errors import BadCheckpoint
 
-_SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
+_SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?:expert_)?(?P<expert>\d+)\.(?P<rest>.+)$")
 _FUSED = re.compile(r"^(?P<block>.+?)\.experts\.(?P<rest>(?:gate_up_proj|gate_proj|up_proj|down_proj)\S*)$")
 # Granite keeps its stacked experts directly in the block.
 _FUSED_BARE = re.compile(r"^(?P<block>.+?)\.(?P<rest>(?:input_linear|output_linear)\.weight)$")
@@ -30,6 +30,10 @@ _PARTS = {
     "gate_up_proj": "gate_up",
     "input_linear": "gate_up",
     "output_linear": "down",
+    "wi": "up",
+    "wo": "down",
+    "fc1": "up",
+    "fc2": "down",
 }
 
 
@@ -104,11 +108,13 @@ def parse_expert_tensor(name: str) -> ExpertTensor | None:
     )
 
 
-def find_expert_tensors(names: Iterable[str]) -> DiskLayout:
+def find_expert_tensors(names: Iterable[str], number: Callable[[str], int | None] | None = None) -> DiskLayout:
     """Sort the tensor names of a checkpoint by MoE block.
 
     Args:
         names: all keys of the checkpoint.
+        number: of the layer that a tensor belongs to, as its model numbers layers; where it is None, and without, as
+            the name says it.
 
     Returns:
         The layout; empty if there is no MoE block.
@@ -121,6 +127,8 @@ def find_expert_tensors(names: Iterable[str]) -> DiskLayout:
     for name in names:
         tensor = parse_expert_tensor(name)
         if tensor is not None:
+            known = None if number is None else number(name)
+            tensor = tensor if known is None else replace(tensor, layer=known)
             experts[tensor.block].append(tensor)
     for block, tensors in experts.items():
         if len({t.expert is None for t in tensors}) > 1:

@@ -107,11 +107,14 @@ class MoELayer:
             UnsupportedModel: the router does not follow the contract.
         """
         if self.router is None:
+            seen = self.seam not in ("unknown", "misread")
+            works = (
+                "moekit profile, prune and place work on such a model, and train where it only writes; " if seen else ""
+            )
             raise UnsupportedModel(
                 f"no router beside {self.experts_name!r} answers hidden states alone with just (logits [T, E], weights "
                 "[T, K], indices [T, K])",
                 layer=self.index,
-                hint="moekit profile, prune, place and train work on such a model; what replaces routers or reads "
-                "their logits does not",
+                hint=f"{works}what replaces routers or reads their logits does not" + ("" if seen else " work on it"),
             )
         return self.router

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from moekit.anatomy.layout import DiskLayout, find_expert_tensors
+from moekit.anatomy.layout import DiskLayout
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.checkpoint.names import is_part_tensor
 from moekit.errors import BadConfig, UnsupportedModel
@@ -156,16 +156,15 @@ def permute_checkpoint(
             yield name, tensor
         elif expert is not None and expert.expert is not None:
             new = inverse(orders[owner])[expert.expert]
-            head, tail = f"{expert.block}.experts.", name[len(f"{expert.block}.experts.{expert.expert}") :]
-            yield f"{head}{new}{tail}", tensor
+            head, _, rest = name[len(expert.block) :].partition(str(expert.expert))
+            yield f"{expert.block}{head}{new}{rest}", tensor
         else:
             axis = expert_axis(name, tensor.shape, counts[owner]) if expert is None else 0
             yield name, tensor if axis is None else tensor.index_select(axis, torch.tensor(orders[owner]))
 
 
-def expert_counts(shapes: Mapping[str, Sequence[int]]) -> dict[int, int]:
-    """Decoder layer -> E, from the names and shapes of a checkpoint's tensors."""
-    layout = find_expert_tensors(shapes)
+def expert_counts(shapes: Mapping[str, Sequence[int]], layout: DiskLayout) -> dict[int, int]:
+    """Decoder layer -> E, from the names and shapes of a checkpoint's tensors, and `find_expert_tensors` of them."""
     counts: dict[int, int] = {}
     for block, group in layout.experts.items():
         split = layout.count(block)

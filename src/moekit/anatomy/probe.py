@@ -22,7 +22,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,13 +35,18 @@ from moekit.anatomy.choices import Answered, Seam, read_answer
 from moekit.anatomy.moe_layer import Geometry, MoELayer
 from moekit.anatomy.reached import holder_of, reached_by_text
 from moekit.anatomy.refusing import no_experts, refuse_second_text
+from moekit.anatomy.running import runs_what_is_chosen
 from moekit.anatomy.storage import Storage
 from moekit.anatomy.stored import find_storage
-from moekit.checkpoint.decoder import besides_text
+from moekit.checkpoint.decoder import Stack, besides_text, has_stack, layer_number, stacks_of
 from moekit.checkpoint.names import PARTS
 from moekit.errors import UnsupportedModel
 
 __all__ = ["PROBE_ROWS", "Geometry", "MoELayer", "ask_router", "find_moe_layers", "iterate_moe_layers"]
+
+
+# Where experts are given weights of all of them: whether they run what is chosen -> the way.
+_HONEST: dict[bool | None, Seam] = {True: "gates", False: "misread", None: "unknown"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +91,12 @@ def decoder_index(name: str) -> int:
     """
     match = re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", name) or re.search(r"\.(\d+)(?:\.|$)", name)
     return int(match.group(1)) if match else 0
+
+
+def _number(stacks: Sequence[Stack], name: str) -> int:
+    """Number of the layer that a block belongs to, as its model numbers them; by its name alone outside of all."""
+    number = layer_number(stacks, f"{name}.")
+    return decoder_index(name) if number is None else number
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -228,6 +239,7 @@ def _reached(model: nn.Module, blocks: list[MoELayer]) -> list[MoELayer]:
 
 def _every_moe_layer(model: nn.Module) -> Iterator[MoELayer]:
     modules, aside = dict(model.named_modules()), besides_text(model)
+    stacks = stacks_of(model) if has_stack(model) else ()
     for experts_name, experts in modules.items():
         storage = None if experts_name.startswith(aside) else find_storage(experts)
         if storage is None:
@@ -237,11 +249,13 @@ def _every_moe_layer(model: nn.Module) -> Iterator[MoELayer]:
         block = modules[block_name]
         count = experts_in_layer(experts)
         router = _find_router(block, experts, storage, count)
-        called = block is not experts and called_with_choices(experts) and router.seam != "masks"
+        called = block is not experts and called_with_choices(experts) and router.seam not in ("masks", "gates")
         seam: Seam = "experts" if called else router.seam if not router.contract else "unknown"
+        if seam == "gates" and router.module is not None:
+            seam = _HONEST[runs_what_is_chosen(router.module, experts, storage)]
         shared, shared_width = _find_shared(block, {experts, *filter(None, [router.module])}, storage)
         yield MoELayer(
-            index=decoder_index(block_name),
+            index=_number(stacks, block_name),
             name=block_name,
             block=block,
             router=router.module if router.contract else None,

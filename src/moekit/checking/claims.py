@@ -35,7 +35,7 @@ def claims_of(child: Checkpoint, parent: Checkpoint) -> Claims:
     if record is None or record.parent_fingerprint != parent.fingerprint:
         return Claims()
     if "kept" in record.scores:
-        return Claims(rest=True, experts=not rewrites(record), kept=_kept(record))
+        return Claims(rest=True, experts=not rewrites(record), kept=_kept(child, record))
     if isinstance(orders := record.config.get("orders"), Mapping):
         return Claims(rest=True, experts=True, kept=_numbered(orders))
     if record.parts and record.plan_hash is not None and not record.scores:
@@ -64,12 +64,12 @@ def _known(kind: str, name: str) -> bool:
     return True
 
 
-def _kept(record: Record) -> dict[int, Sequence[int]]:
+def _kept(child: Checkpoint, record: Record) -> dict[int, Sequence[int]]:
     kept = record.scores["kept"]
     found = _numbered(kept) if isinstance(kept, Mapping) else {}
     beyond = record.scores.get("kept_mtp")
     for prefix, experts in beyond.items() if isinstance(beyond, Mapping) else ():
-        if (key := layer_key(prefix)) is not None:
+        if (key := layer_key(child, prefix)) is not None:
             found[key] = experts
     return found
 

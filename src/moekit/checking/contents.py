@@ -10,7 +10,7 @@ from moekit.checkpoint.expected import stated_differences, unknown_tensors
 from moekit.checkpoint.experts import counts_of, mtp_tensors
 from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint, listed
 from moekit.checkpoint.layout import Layout
-from moekit.checkpoint.names import in_tower, text_config, where
+from moekit.checkpoint.names import expert_in, in_tower, stated_depth, text_config
 
 _SOME = "while others of them are"
 
@@ -74,7 +74,7 @@ def check_lost(
 
 def _still(name: str, child: Checkpoint, mtp: set[str]) -> str | None:
     """What a tensor of the parent is called in the child; None for an expert that was cut from its layer on purpose."""
-    expert = where(name)[1]
+    expert = expert_in(name)
     kept = {} if child.record is None else child.record.scores.get("kept_mtp") or {}
     prefix = next((prefix for prefix in kept if name.startswith(prefix)), None)
     if expert is None or name not in mtp or prefix is None:
@@ -104,6 +104,6 @@ def _lost(child: Checkpoint, names: Iterable[str], severity: str, what: str, bro
 
 def expert_layers(checkpoint: Checkpoint) -> dict[int, int]:
     """Decoder layer -> routed experts, multi-token-prediction layers left out."""
-    layers = text_config(checkpoint.config).get("num_hidden_layers")
+    layers = stated_depth(checkpoint.config)
     counts = counts_of(checkpoint)
-    return {layer: count for layer, count in counts.items() if not isinstance(layers, int) or layer < layers}
+    return {layer: count for layer, count in counts.items() if layers is None or layer < layers}

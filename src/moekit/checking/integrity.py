@@ -15,9 +15,8 @@ import torch
 from moekit.anatomy.probe import Geometry
 from moekit.checking.report import Finding
 from moekit.checking.scan import TensorScan
-from moekit.checking.units import Unit, read_unit, swap_halves, unit_digests, units_of
+from moekit.checking.units import Unit, place_of, read_unit, swap_halves, unit_digests, units_of
 from moekit.checkpoint.folder import Checkpoint
-from moekit.checkpoint.names import where
 from moekit.checkpoint.record import RECORD_FILE, TensorExpectation
 from moekit.checkpoint.safety import TensorInfo
 
@@ -80,11 +79,11 @@ class Integrity:
 
     def _presence(self) -> Iterator[Finding]:
         for name in sorted(set(self.expected) - set(self.scans)):
-            layer, expert = where(name)
+            layer, expert = self.checkpoint.where(name)
             message = f"the record has {name}, the folder has not"
             yield self._find("error", "missing-tensor", message, None, layer=layer, expert=expert)
         for name in sorted(set(self.scans) - set(self.expected)):
-            layer, expert = where(name)
+            layer, expert = self.checkpoint.where(name)
             message = f"{name} is not in the record"
             yield self._find(
                 "error", "surplus-tensor", message, self.scans[name].info.shard, layer=layer, expert=expert
@@ -122,7 +121,8 @@ class Integrity:
             if other is None or unit.expert is None:
                 yield self._explain_one(unit)
             else:
-                moves[unit.block, unit.layer][unit.expert].setdefault(other, []).append(unit.part)
+                layer = place_of(self.checkpoint, unit)[0]
+                moves[unit.block, layer][unit.expert].setdefault(other, []).append(unit.part)
         for (_, layer), experts in moves.items():
             yield from self._explain_moves(layer, experts)
 
@@ -149,7 +149,7 @@ class Integrity:
                 yield self._find("error", code, message, None, layer=layer, expert=expert)
 
     def _explain_one(self, unit: Unit) -> Finding:
-        layer, expert = (unit.layer, unit.expert) if unit.block else where(unit.name)
+        layer, expert = place_of(self.checkpoint, unit)
         code, message = self._cause(unit)
         shard = self.checkpoint.tensors[unit.name].shard
         return self._find("error", code, message, shard, layer=layer, expert=expert)
@@ -170,7 +170,8 @@ class Integrity:
         if matrix is not None and matrix.dim() == 2 and _sha256(matrix.T) == wanted:
             return "transposed", f"{unit.name} is the transposed of what was recorded"
         if matrix is not None and unit.part.startswith("gate_up"):
-            swapped = swap_halves(matrix, self.geometries.get(unit.layer if unit.layer is not None else -1))
+            layer = place_of(self.checkpoint, unit)[0]
+            swapped = swap_halves(matrix, self.geometries.get(-1 if layer is None else layer))
             if swapped is not None and _sha256(swapped) == wanted:
                 return "gate-up-swapped", f"gate and up halves of {unit.name} are swapped"
         if list(info.shape) != expectation.shape:

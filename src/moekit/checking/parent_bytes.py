@@ -25,7 +25,6 @@ from moekit.checking.scan import TensorScan
 from moekit.checking.units import Unit, read_unit, unit_digests, units_of
 from moekit.checkpoint.digest import read_range, tensor_digests
 from moekit.checkpoint.folder import Checkpoint
-from moekit.checkpoint.names import where
 from moekit.checkpoint.record import TensorExpectation
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
 from moekit.compress.engine.slicing import expert_counts
@@ -198,8 +197,7 @@ class ParentBytes:
 
     def _layer(self, name: str) -> int:
         """The layer of a tensor, as `samples.layer_key` counts them; -1 for tensors of none."""
-        key = layer_key(name)
-        key = self.child.where(name)[0] if key is None else key
+        key = layer_key(self.child, name)
         return -1 if key is None else key
 
     @cached_property
@@ -216,7 +214,7 @@ def _by_layer(checkpoint: Checkpoint) -> Mapping[int, Mapping[tuple[int, str], U
     found: dict[int, dict[tuple[int, str], Unit]] = defaultdict(dict)
     for info in checkpoint.tensors.values():
         for unit in units_of(info):
-            key = layer_key(unit.name)
+            key = layer_key(checkpoint, unit.name)
             if unit.expert is not None and key is not None:
                 found[key][unit.expert, unit.part] = unit
     return found
@@ -297,6 +295,6 @@ def changed_rest(child: Checkpoint, changed: Sequence[str], *, claimed: bool, wh
         message=f"{changed[0]} is not the parent's, byte for byte{more}"
         + (", though the record says that it stayed as it was" if claimed else ""),
         file=str(child.path / child.tensors[changed[0]].shard),
-        layer=where(changed[0])[0],
+        layer=child.where(changed[0])[0],
         hint=_HINT if claimed else None,
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moekit.checking.report import Finding
 from moekit.checking.scan import TensorScan
-from moekit.checking.units import unit_matrices
+from moekit.checking.units import place_of, unit_matrices
 from moekit.checkpoint.folder import Checkpoint
 
 # Peers must agree this well (median correlation) before one that does not is suspected.
@@ -41,14 +41,15 @@ class _Layer:
     sizes: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
 
 
-def _collect(scans: Mapping[str, TensorScan], gate_first: bool) -> dict[int, _Layer]:
+def _collect(checkpoint: Checkpoint, scans: Mapping[str, TensorScan], gate_first: bool) -> dict[int, _Layer]:
     """Profiles and sizes of all expert matrices; fused ones by their halves where gate comes first."""
     layers: dict[int, _Layer] = defaultdict(_Layer)
     for scan in scans.values():
         for unit, matrix in unit_matrices(scan).items():
-            if unit.layer is None or unit.expert is None or not matrix.finite or matrix.zero:
+            number = place_of(checkpoint, unit)[0]
+            if number is None or unit.expert is None or not matrix.finite or matrix.zero:
                 continue
-            layer = layers[unit.layer]
+            layer = layers[number]
             if unit.part != "gate_up":
                 layer.sizes[unit.part][unit.expert] = matrix.rms
                 if matrix.profile_H is not None:
@@ -69,7 +70,7 @@ def check_peers(checkpoint: Checkpoint, scans: Mapping[str, TensorScan], gate_fi
         scans: of all tensors.
         gate_first: whether fused matrices hold all gate rows before all up rows.
     """
-    layers = _collect(scans, gate_first)
+    layers = _collect(checkpoint, scans, gate_first)
     swapped = {*_swapped_by_size(layers), *_swapped_by_profile(layers)}
     whole = {layer for layer, expert in swapped if expert is None}
     for layer, expert in sorted(swapped, key=lambda place: (place[0], -1 if place[1] is None else place[1])):

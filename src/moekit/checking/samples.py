@@ -18,7 +18,7 @@ from moekit.checking.units import Unit, read_unit, units_of
 from moekit.checkpoint.expected import disk_names
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.layout import Layout
-from moekit.checkpoint.names import in_mtp_stack, where
+from moekit.checkpoint.names import in_mtp_stack
 
 _SAMPLES = 4096
 # Cosines below this are unrelated; a better match elsewhere must win by the margin.
@@ -54,7 +54,7 @@ def side_of(checkpoint: Checkpoint) -> Side:
     units: dict[tuple[int, str], dict[int, Unit]] = defaultdict(dict)
     for info in checkpoint.tensors.values():
         for unit in units_of(info):
-            layer = layer_key(unit.name)
+            layer = layer_key(checkpoint, unit.name)
             if layer is not None and unit.expert is not None and "." not in unit.part:
                 units[layer, unit.part][unit.expert] = unit
     return Side(checkpoint, units)
@@ -79,14 +79,15 @@ def samples(side: Side, key: tuple[int, str]) -> Tensor | None:
     return torch.stack(rows) if rows else None
 
 
-def layer_key(name: str) -> int | None:
+def layer_key(checkpoint: Checkpoint, name: str) -> int | None:
     """The layer that a tensor belongs to; those of a multi-token-prediction stack lie behind all others.
 
     Args:
+        checkpoint: that numbers its layers.
         name: of a tensor, or the beginning of one.
     """
     if not in_mtp_stack(name):
-        return where(name)[0]
+        return checkpoint.where(name)[0]
     number = re.search(r"\.layers\.(\d+)\.|^layers\.(\d+)\.", name)
     return None if number is None else _STACKED_MTP + int(number.group(1) or number.group(2))
 

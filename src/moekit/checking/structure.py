@@ -14,7 +14,7 @@ from moekit.checkpoint.expected import Differences, compare, count_hint
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_weight_map
 from moekit.checkpoint.layout import Layout, layout_of
 from moekit.checkpoint.meta import meta_model
-from moekit.checkpoint.names import text_config, where
+from moekit.checkpoint.names import text_config
 from moekit.checkpoint.record import TENSORS_FILE
 from moekit.checkpoint.safety import check_name, read_json
 from moekit.errors import MoekitError, UnsafeInput, UnsupportedModel
@@ -114,17 +114,17 @@ def check_layout(checkpoint: Checkpoint, layout: Layout) -> Iterator[Finding]:
     yield from _shapes_and_dtypes(checkpoint, differences)
 
 
-def _by_expert(names: list[str]) -> Iterator[tuple[int | None, int | None, list[str]]]:
+def _by_expert(checkpoint: Checkpoint, names: list[str]) -> Iterator[tuple[int | None, int | None, list[str]]]:
     groups: dict[tuple[int | None, int | None, str], list[str]] = defaultdict(list)
     for name in names:
-        layer, expert = where(name)
+        layer, expert = checkpoint.where(name)
         groups[layer, expert, "" if expert is not None else name].append(name)
     for (layer, expert, _), members in groups.items():
         yield layer, expert, members
 
 
 def _missing_and_surplus(checkpoint: Checkpoint, differences: Differences) -> Iterator[Finding]:
-    for layer, expert, names in _by_expert(differences.missing):
+    for layer, expert, names in _by_expert(checkpoint, differences.missing):
         whole = expert is not None and not _has_expert(checkpoint, layer, expert)
         yield Finding(
             severity="error",
@@ -135,7 +135,7 @@ def _missing_and_surplus(checkpoint: Checkpoint, differences: Differences) -> It
             expert=expert,
             hint="fetch the shards again, or make the checkpoint again from its parent",
         )
-    for layer, expert, names in _by_expert(differences.surplus):
+    for layer, expert, names in _by_expert(checkpoint, differences.surplus):
         yield Finding(
             severity="error",
             code="surplus-expert" if expert is not None else "surplus-tensor",
@@ -148,13 +148,13 @@ def _missing_and_surplus(checkpoint: Checkpoint, differences: Differences) -> It
 
 
 def _has_expert(checkpoint: Checkpoint, layer: int | None, expert: int) -> bool:
-    return any(where(name) == (layer, expert) for name in checkpoint.tensors)
+    return any(checkpoint.where(name) == (layer, expert) for name in checkpoint.tensors)
 
 
 def _shapes_and_dtypes(checkpoint: Checkpoint, differences: Differences) -> Iterator[Finding]:
     for name, expected in differences.shapes.items():
         info = checkpoint.tensors[name]
-        layer, expert = where(name)
+        layer, expert = checkpoint.where(name)
         transposed = len(expected) >= 2 and info.shape == (*expected[:-2], expected[-1], expected[-2])
         yield Finding(
             severity="error",
@@ -167,7 +167,7 @@ def _shapes_and_dtypes(checkpoint: Checkpoint, differences: Differences) -> Iter
             hint="convert the checkpoint again with the right orientation" if transposed else None,
         )
     for name, why in differences.dtypes.items():
-        layer, expert = where(name)
+        layer, expert = checkpoint.where(name)
         yield _dtype(checkpoint, name, f"{name} is {why}", layer, expert)
 
 
@@ -194,7 +194,7 @@ def check_dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:
         common = max(by_dtype, key=lambda dtype: len(by_dtype[dtype]))
         for dtype, names in by_dtype.items():
             for name in names if dtype != common else ():
-                layer, expert = where(name)
+                layer, expert = checkpoint.where(name)
                 yield _dtype(checkpoint, name, f"{name} is {dtype}, all its peers are {common}", layer, expert)
 
 

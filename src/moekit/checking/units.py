@@ -28,7 +28,7 @@ class Unit:
     Attributes:
         name: tensor name on disk.
         block: path of the MoE block, "" for other tensors.
-        layer: decoder layer, None if there is none.
+        layer: decoder layer by the name alone, None if there is none; see `place_of`.
         expert: expert index, None for other tensors.
         part: "gate", "up", "gate_up", "down", with the suffix where it is no plain weight; the name for other tensors.
         slice: index within a stacked tensor, None for a tensor of its own.
@@ -53,6 +53,12 @@ def units_of(info: TensorInfo) -> tuple[Unit, ...]:
         return (Unit(info.name, found.block, found.layer, found.expert, part),)
     count = len(slice_offsets(info))
     return tuple(Unit(info.name, found.block, found.layer, e, part, e) for e in range(count))
+
+
+def place_of(checkpoint: Checkpoint, unit: Unit) -> tuple[int | None, int | None]:
+    """Decoder layer and expert of a unit: as the model numbers its layers, and by the name where it has no number."""
+    layer, expert = checkpoint.where(unit.name)
+    return (unit.layer if layer is None else layer, unit.expert) if unit.block else (layer, expert)
 
 
 def unit_digests(scan: TensorScan) -> dict[Unit, str]:

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 
 from moekit.checking.report import Finding
 from moekit.checking.scan import MatrixScan, TensorScan
-from moekit.checking.units import Unit, unit_digests, unit_matrices
+from moekit.checking.units import Unit, place_of, unit_digests, unit_matrices
 from moekit.checkpoint.experts import counts_of
 from moekit.checkpoint.folder import Checkpoint
-from moekit.checkpoint.names import where
 from moekit.checkpoint.safety import TensorInfo
 
 
@@ -25,7 +24,7 @@ def check_finite(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Ite
         for unit, matrix in unit_matrices(scan).items():
             if matrix.finite and not _packed_scale_is_nan(scan, matrix):
                 continue
-            layer, expert = (unit.layer, unit.expert) if unit.block else where(unit.name)
+            layer, expert = place_of(checkpoint, unit)
             what = "the scale" if "scale" in unit.name else "the tensor"
             nan = math.isnan(matrix.low) or math.isnan(matrix.high) or matrix.finite
             yield Finding(
@@ -54,7 +53,7 @@ def check_scales(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Ite
             continue
         for unit, matrix in unit_matrices(scan).items():
             if matrix.finite and matrix.low <= 0:
-                layer, expert = (unit.layer, unit.expert) if unit.block else where(unit.name)
+                layer, expert = place_of(checkpoint, unit)
                 yield Finding(
                     severity="error",
                     code="bad-scale",
@@ -69,13 +68,20 @@ def check_scales(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Ite
 def check_dead(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Iterator[Finding]:
     """Experts that can only answer zero, and other matrices that are all zero."""
     counts = counts_of(checkpoint)
+
+    def routes(info: TensorInfo) -> bool:
+        """Whether a tensor looks like a router, which is looked at elsewhere."""
+        layer, _ = checkpoint.where(info.name)
+        return layer is not None and info.shape[0] == counts.get(layer)
+
     experts: dict[tuple[str, int], dict[int, list[Unit]]] = defaultdict(lambda: defaultdict(list))
     for scan in scans.values():
         for unit, matrix in unit_matrices(scan).items():
-            if unit.block and unit.layer is not None and unit.expert is not None:
+            layer = place_of(checkpoint, unit)[0]
+            if unit.block and layer is not None and unit.expert is not None:
                 silent = matrix.zero and unit.part in {"gate", "up", "gate_up", "down"}
-                experts[unit.block, unit.layer][unit.expert] += [unit] if silent else []
-            elif matrix.zero and len(scan.info.shape) == 2 and min(scan.info.shape) > 1 and not _routes(scan, counts):
+                experts[unit.block, layer][unit.expert] += [unit] if silent else []
+            elif matrix.zero and len(scan.info.shape) == 2 and min(scan.info.shape) > 1 and not routes(scan.info):
                 yield _all_zero(checkpoint, scan.info)
     for (block, layer), found in experts.items():
         dead = sorted(expert for expert, silent in found.items() if silent)
@@ -102,14 +108,8 @@ def check_dead(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Itera
             )
 
 
-def _routes(scan: TensorScan, counts: Mapping[int, int]) -> bool:
-    """Whether a tensor looks like a router, which is looked at elsewhere."""
-    layer, _ = where(scan.info.name)
-    return layer is not None and scan.info.shape[0] == counts.get(layer)
-
-
 def _all_zero(checkpoint: Checkpoint, info: TensorInfo) -> Finding:
-    layer, expert = where(info.name)
+    layer, expert = checkpoint.where(info.name)
     return Finding(
         severity="warning",
         code="all-zero",
@@ -125,8 +125,9 @@ def check_copies(checkpoint: Checkpoint, scans: Mapping[str, TensorScan]) -> Ite
     layers: dict[tuple[str, int], dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for scan in scans.values():
         for unit, digest in unit_digests(scan).items():
-            if unit.layer is not None and unit.expert is not None:
-                layers[unit.block, unit.layer][unit.expert][unit.part] = digest
+            layer, expert = place_of(checkpoint, unit)
+            if layer is not None and expert is not None:
+                layers[unit.block, layer][expert][unit.part] = digest
     for (_, layer), experts in layers.items():
         same: dict[tuple[tuple[str, str], ...], list[int]] = defaultdict(list)
         for expert, parts in experts.items():

@@ -23,6 +23,7 @@ _TABLES = (
     ("MODEL_FOR_CAUSAL_LM_MAPPING", "AutoModelForCausalLM"),
     ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "AutoModelForImageTextToText"),
     ("MODEL_FOR_MULTIMODAL_LM_MAPPING", "AutoModelForMultimodalLM"),
+    ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "AutoModelForSeq2SeqLM"),
 )
 
 
@@ -136,7 +137,7 @@ def _remote_auto(config: PreTrainedConfig) -> str | None:
 
 
 def _check_language(config: PreTrainedConfig, file: str | Path | None) -> None:
-    """Refuse what has several language models, or one that reads a text before it writes."""
+    """Refuse what has several language models, or one that reads something else than the text it writes on from."""
     try:
         text = config.get_text_config()
     except ValueError as error:
@@ -145,9 +146,11 @@ def _check_language(config: PreTrainedConfig, file: str | Path | None) -> None:
             file=file,
             hint="save the part that writes text as a folder of its own, with its own config",
         ) from error
-    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+    parts = config is not text and (config.is_encoder_decoder or text.is_encoder_decoder)
+    if parts:
         raise UnsupportedModel(
-            f"{config.model_type!r} is an encoder with a decoder, not a language model that writes token after token",
+            f"{config.model_type!r} is an encoder with a decoder, each with a config of its own, or one beside towers",
             file=file,
-            hint="moekit works on decoder-only language models, alone or beside towers",
+            hint="moekit works on decoder-only language models, alone or beside towers, and on encoders with a decoder "
+            "that both read text by one config (Switch Transformers, NLLB-MoE)",
         )

@@ -1,17 +1,83 @@
 """Find the language model's stack of decoder layers in a model, whatever else the model is made of.
 
 The list of layers is called `layers` in nearly all families; elsewhere (DBRX: `blocks`) it is the one list of as many
-modules as the config states layers.
+modules as the config states layers. A model that reads a text before it writes one has two stacks, an encoder's and a
+decoder's: their layers are numbered through, the encoder's first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moekit.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of layers of the language model.
+
+    Attributes:
+        prefix: with what the names of its layers begin, up to their number in the list: "encoder.block.".
+        first: number of its first layer among those of the whole model.
+        layers: how many it has.
+        owner: the module that has the list.
+    """
+
+    prefix: str
+    first: int
+    layers: int
+    owner: nn.Module = field(repr=False, compare=False)
+
+
+def stacks_of(model: nn.Module) -> tuple[Stack, ...]:
+    """The stacks of layers of a language model, in the order of their numbers; one, or an encoder's and a decoder's.
+
+    Raises:
+        UnsupportedModel: the model keeps its layers in no lists of their own.
+    """
+    paths = {id(module): str(name) for name, module in reversed(list(model.named_modules()))}
+    found: list[Stack] = []
+    for owner in (*filter(None, [_encoder(model)]), decoder_of(model)):
+        prefix = f"{paths[id(owner)]}.{stack_name(owner)}.".lstrip(".")
+        first = found[-1].first + found[-1].layers if found else 0
+        found.append(Stack(prefix, first, len(stack_of(owner)), owner))
+    return tuple(found)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """All layers of a language model, by number.
+
+    Raises:
+        UnsupportedModel: see `stacks_of`.
+    """
+    return [layer for stack in stacks_of(model) for layer in stack_of(stack.owner)]
+
+
+def layer_number(stacks: Iterable[Stack], name: str) -> int | None:
+    """Number of the layer that a module or tensor of a live model belongs to; None for all others.
+
+    What stands behind the last layer of the last stack has the numbers that follow.
+    """
+    for stack in stacks:
+        number = name[len(stack.prefix) :].partition(".")[0] if name.startswith(stack.prefix) else ""
+        if number.isdecimal():
+            return stack.first + int(number)
+    return None
+
+
+def _encoder(model: Any) -> nn.Module | None:
+    """The stack that reads a text before the decoder writes; None in a model that only writes."""
+    while not hasattr(model, "config") and hasattr(model, "module"):
+        model = model.module
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder: nn.Module = model.get_encoder()
+    return encoder
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -44,15 +110,6 @@ def decoder_path(model: nn.Module) -> str:
     """
     decoder = decoder_of(model)
     return next(str(name) for name, module in model.named_modules() if module is decoder)
-
-
-def stack_prefix(model: nn.Module) -> str:
-    """With what the names of decoder layers begin, up to the layer's number: "model.language_model.layers.".
-
-    Raises:
-        UnsupportedModel: the model has no such layers.
-    """
-    return f"{decoder_path(model)}.{stack_name(decoder_of(model))}.".lstrip(".")
 
 
 def stack_name(decoder: nn.Module) -> str:

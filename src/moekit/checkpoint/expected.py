@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moekit.checkpoint.config_file import announced_mtp
 from moekit.checkpoint.layout import HARMLESS, Layout, layout_of
 from moekit.checkpoint.meta import stated_model
-from moekit.checkpoint.names import EXPERT_COUNT_KEYS, text_config
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, expert_in, stated_depth, text_config
 from moekit.checkpoint.safety import FLOAT_DTYPES, TensorInfo
 from moekit.errors import BadCheckpoint
 
@@ -45,9 +45,9 @@ class Differences:
 
 def _is_extra_layer(name: str, layout: Layout, config: Mapping[str, Any]) -> bool:
     """Whether a tensor belongs to a multi-token-prediction layer, which follows the decoder layers on disk."""
-    layers, layer = text_config(config).get("num_hidden_layers"), layout.layer(name)
+    layers, layer = stated_depth(config), layout.layer(name)
     extra = announced_mtp(config)
-    return isinstance(layers, int) and layer is not None and layers <= layer < layers + extra
+    return layers is not None and layer is not None and layers <= layer < layers + extra
 
 
 def _check_dtype(info: TensorInfo, target: str, layout: Layout, differences: Differences) -> None:
@@ -156,7 +156,7 @@ def _check_uniform(
 def count_hint(differences: Differences, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
     """Say so if everything fits but the config's number of experts."""
     key = next((k for k in EXPERT_COUNT_KEYS if isinstance(text_config(config).get(k), int)), None)
-    found = {int(m.group(1)) for n in tensors if (m := re.search(r"\.experts\.(\d+)\.", n))}
+    found = {number for name in tensors if (number := expert_in(name)) is not None}
     stacked = {i.shape[0] for n, i in tensors.items() if len(i.shape) == 3 and ("experts" in n or "_linear" in n)}
     counts = {max(found) + 1} if found else stacked
     stated = text_config(config).get(key) if key else None

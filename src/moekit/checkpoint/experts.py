@@ -7,13 +7,15 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from moekit.checkpoint.names import in_mtp_stack, in_tower, text_config, where
+from moekit.checkpoint.names import in_mtp_stack, in_tower, stated_depth, where
 from moekit.checkpoint.safety import TensorInfo
 
 if TYPE_CHECKING:
     from moekit.checkpoint.folder import Checkpoint
 
-_SPLIT = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.(?:.*\.)?experts\.(\d+)\.")
+_SPLIT = re.compile(r"(?:^|\.)(?:layers|blocks?)\.(\d+)\.(?:.*\.)?experts\.(?:expert_)?(\d+)\.")
+_ENCODER = re.compile(r"(?:^|\.)encoder\.(?:layers|blocks?)\.(\d+)\.")
+_DECODER = re.compile(r"(?:^|\.)decoder\.(?:layers|blocks?)\.\d+\.")
 # Stacked experts: [E, ..] tensors of at least three axes, named so by transformers, by Granite and by Step.
 _STACKED = re.compile(
     r"(?:^|\.)(?:layers|blocks)\.(\d+)\.(?:.*\.)?"
@@ -30,13 +32,16 @@ def expert_counts(tensors: Mapping[str, TensorInfo], *, stacks: bool = False) ->
     """
     split: dict[int, set[int]] = defaultdict(set)
     stacked: dict[int, int] = {}
+    # An encoder's layers are numbered before the decoder's.
+    before = max((int(match[1]) + 1 for name in tensors if (match := _ENCODER.search(name))), default=0)
     for name, info in tensors.items():
         if (in_mtp_stack(name) and not stacks) or in_tower(name):
             continue
+        first = before if _DECODER.search(name) else 0
         if match := _SPLIT.search(name):
-            split[int(match.group(1))].add(int(match.group(2)))
+            split[first + int(match.group(1))].add(int(match.group(2)))
         elif (match := _STACKED.search(name)) and len(info.shape) >= 3:
-            stacked[int(match.group(1))] = info.shape[0]
+            stacked[first + int(match.group(1))] = info.shape[0]
     return dict(sorted((stacked | {layer: len(experts) for layer, experts in split.items()}).items()))
 
 
@@ -74,9 +79,9 @@ def counts_of(checkpoint: Checkpoint) -> dict[int, int]:
 
 def mtp_tensors(checkpoint: Checkpoint) -> set[str]:
     """Names that belong to multi-token-prediction layers: after the decoder's last one, or in a stack of their own."""
-    layers = text_config(checkpoint.config).get("num_hidden_layers")
+    layers = stated_depth(checkpoint.config)
     found = {name for name in checkpoint.tensors if in_mtp_stack(name)}
-    if not isinstance(layers, int):
+    if layers is None:
         return found
     numbers = ((name, checkpoint.where(name)[0]) for name in checkpoint.tensors)
     return found | {name for name, layer in numbers if layer is not None and layer >= layers}

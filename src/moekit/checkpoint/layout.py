@@ -8,13 +8,13 @@ layers too, and families write the same decoder under different names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moekit.checkpoint.decoder import stack_prefix
+from moekit.checkpoint.decoder import Stack, layer_number, stacks_of
 from moekit.checkpoint.fingerprint import TORCH_NAMES, disk_state_dict
-from moekit.checkpoint.names import in_mtp_stack
+from moekit.checkpoint.names import expert_in, in_mtp_stack
 from moekit.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Layout:
         rename: any name on disk -> (live name, whether a converter gathers it).
         optional: patterns of names that transformers ignores.
         counters: live name -> dtype, as safetensors calls it, of tensors that hold no floats.
-        stack: with what live names of decoder layers begin, up to the layer's number; None without such layers.
+        stacks: of layers, by which live names say their numbers; empty without such layers.
         experts: how live names of routed experts' weights go on behind a layer's number: "mlp.experts.".
     """
 
@@ -46,7 +46,7 @@ class Layout:
     rename: Callable[[str], tuple[str, bool]]
     optional: tuple[re.Pattern[str], ...]
     counters: dict[str, str] = field(default_factory=dict)
-    stack: str | None = None
+    stacks: tuple[Stack, ...] = ()
     experts: tuple[str, ...] = ()
 
     def ignored(self, name: str) -> bool:
@@ -64,23 +64,17 @@ class Layout:
 
         Layers of multi-token prediction that follow the decoder's last one have the numbers that follow.
         """
-        if self.stack is None or in_mtp_stack(name):
-            return None
-        live = self.live_name(name)
-        number = live[len(self.stack) :].partition(".")[0] if live.startswith(self.stack) else ""
-        return int(number) if number.isdecimal() else None
+        return None if in_mtp_stack(name) else layer_number(self.stacks, self.live_name(name))
 
     def where(self, name: str) -> tuple[int | None, int | None]:
         """Decoder layer and expert that a tensor on disk belongs to."""
-        expert = re.search(r"\.experts\.(\d+)\.", name)
-        return self.layer(name), int(expert.group(1)) if expert else None
+        return self.layer(name), expert_in(name)
 
     def is_expert(self, name: str) -> bool:
         """Whether a tensor on disk belongs to routed experts, of a decoder layer or of one that follows the last."""
-        if self.layer(name) is None or self.stack is None:
+        if self.layer(name) is None:
             return False
-        inside = self.live_name(name)[len(self.stack) :].partition(".")[2]
-        return inside.startswith(self.experts)
+        return _inside(self.stacks, self.live_name(name)).startswith(self.experts)
 
 
 def renamer(model: PreTrainedModel, live: Mapping[str, Any]) -> Callable[[str], tuple[str, bool]]:
@@ -106,7 +100,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     stock = {name: tuple(tensor.shape) for name, tensor in disk_state_dict(model).items()}
     rename = renamer(model, live)
     patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
-    stack = _stack(model)
+    stacks = _stacks(model)
     return Layout(
         stock=stock,
         live=live,
@@ -114,29 +108,34 @@ def layout_of(model: PreTrainedModel) -> Layout:
         rename=rename,
         optional=(*patterns, HARMLESS),
         counters={n: TORCH_NAMES[str(t.dtype)] for n, t in state.items() if not t.is_floating_point()},
-        stack=stack,
-        experts=() if stack is None else _expert_parts(model, stack),
+        stacks=stacks,
+        experts=_expert_parts(model, stacks),
     )
 
 
-def _stack(model: nn.Module) -> str | None:
+def _stacks(model: nn.Module) -> tuple[Stack, ...]:
     try:
-        return stack_prefix(model)
+        return stacks_of(model)
     except UnsupportedModel:
-        return None
+        return ()
 
 
-def _expert_parts(model: nn.Module, stack: str) -> tuple[str, ...]:
-    found = (
-        name[len(stack) :].partition(".")[2]
-        for name, module in model.named_modules()
-        if name.startswith(stack) and _holds_experts(module)
-    )
+def _inside(stacks: Iterable[Stack], name: str) -> str:
+    """What a live name says behind the number of its layer; "" where it names none."""
+    prefix = next((stack.prefix for stack in stacks if name.startswith(stack.prefix)), None)
+    return "" if prefix is None else name[len(prefix) :].partition(".")[2]
+
+
+def _expert_parts(model: nn.Module, stacks: tuple[Stack, ...]) -> tuple[str, ...]:
+    found = (_inside(stacks, name) for name, module in model.named_modules() if _holds_experts(module))
     return tuple(sorted({f"{part}." for part in found if part}))
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    """Whether a module states a number of experts and stacks so many weights."""
+    """Whether a module states a number of experts, and stacks so many weights or names so many children by number."""
     count = getattr(module, "num_experts", None)
     own = [p for p in module._parameters.values() if p is not None]
-    return isinstance(count, int) and any(p.dim() == 3 and p.shape[0] == count for p in own)
+    if not isinstance(count, int):
+        return False
+    listed = {expert_in(f".experts.{name}.") for name, _ in module.named_children()} - {None}
+    return any(p.dim() == 3 and p.shape[0] == count for p in own) or listed == set(range(count)) != set()

@@ -21,6 +21,13 @@ PARTS = "moekit_parts"
 # Stacks of multi-token prediction beside the decoder's, numbered from 0 again.
 _MTP = re.compile(r"(?:^|\.)mtp(?:[._]|$)")
 
+# An expert's number among the experts of a block: "experts.3.", and "experts.expert_3." of a dictionary of modules.
+EXPERT_NUMBER = r"\.experts\.(?:expert_)?(\d+)\."
+_EXPERT = re.compile(EXPERT_NUMBER)
+
+# Of two stacks that both number their layers, a name alone does not say which number is meant.
+_TWO_STACKS = re.compile(r"(?:^|\.)(?:encoder|decoder)\.(?:layers|blocks?)\.")
+
 # What modules that are no decoder of text are called, by those who have them beside one.
 _TOWER = re.compile(r"vision|visual|vit\b|image|audio|speech|tower|talker|code2wav|projector|resampler")
 
@@ -45,10 +52,15 @@ def where(name: str) -> tuple[int | None, int | None]:
 
     By the name alone, where no model can be asked: see `Checkpoint.where`.
     """
-    aside = in_mtp_stack(name) or in_tower(name)
+    aside = in_mtp_stack(name) or in_tower(name) or _TWO_STACKS.search(name)
     layer = None if aside else re.search(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.", name)
-    expert = re.search(r"\.experts\.(\d+)\.", name)
-    return int(layer.group(1)) if layer else None, int(expert.group(1)) if expert else None
+    return int(layer.group(1)) if layer else None, expert_in(name)
+
+
+def expert_in(name: str) -> int | None:
+    """Number of the expert that a tensor name belongs to; None for tensors of all experts, or of none."""
+    found = _EXPERT.search(name)
+    return int(found.group(1)) if found else None
 
 
 def text_path(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -115,6 +127,16 @@ def stated_experts(config: Mapping[str, Any]) -> int | None:
     """E as a parsed config says it, by whichever name the family gives it."""
     values = text_config(config)
     return next((values[key] for key in EXPERT_COUNT_KEYS if isinstance(values.get(key), int)), None)
+
+
+def stated_depth(config: Mapping[str, Any]) -> int | None:
+    """Decoder layers as a parsed config says it, behind which those of multi-token prediction follow.
+
+    None where it does not, or where an encoder's are numbered before them: nothing follows these.
+    """
+    values = text_config(config)
+    layers = values.get("num_hidden_layers")
+    return layers if isinstance(layers, int) and not values.get("is_encoder_decoder") else None
 
 
 def config_top_k(config: Mapping[str, Any]) -> int | None:

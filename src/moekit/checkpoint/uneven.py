@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moekit.checkpoint.decoder import decoder_of, has_stack, stack_of
-from moekit.checkpoint.names import EXPERT_COUNT_KEYS, stated_experts, text_config
+from moekit.checkpoint.decoder import has_stack, layers_of, stack_of, stacks_of
+from moekit.checkpoint.names import EXPERT_COUNT_KEYS, stated_depth, stated_experts
 from moekit.checkpoint.record import RECORD_FILE
 from moekit.errors import BadCheckpoint, UnsupportedModel
 
@@ -30,10 +30,9 @@ def uneven_counts(checkpoint: Checkpoint) -> dict[int, int]:
         BadCheckpoint: a number that the config, which names the largest, does not allow.
     """
     recorded = {} if checkpoint.record is None else checkpoint.record.expectations.experts
-    config = text_config(checkpoint.config)
-    layers, most = config.get("num_hidden_layers"), stated_experts(checkpoint.config)
+    layers, most = stated_depth(checkpoint.config), stated_experts(checkpoint.config)
     # Multi-token-prediction layers follow the decoder layers on disk.
-    counts = {layer: n for layer, n in recorded.items() if not isinstance(layers, int) or layer < layers}
+    counts = {layer: n for layer, n in recorded.items() if layers is None or layer < layers}
     if len(set(counts.values())) <= 1:
         return {}
     for layer, count in counts.items():
@@ -50,7 +49,7 @@ def uneven_counts(checkpoint: Checkpoint) -> dict[int, int]:
 def live_counts(model: nn.Module) -> dict[int, int]:
     """Decoder layer -> E of a live model, where layers differ; empty otherwise."""
     counts: dict[int, int] = {}
-    for index, layer in enumerate(_stack(model) if has_stack(model) else ()):
+    for index, layer in enumerate(layers_of(model) if has_stack(model) else ()):
         for module in layer.modules():
             down = module._parameters.get("down_proj")
             if isinstance(getattr(module, "num_experts", None), int) and down is not None:
@@ -98,23 +97,26 @@ def without_common_loss(config: PreTrainedConfig) -> None:
 
 
 def _exchange(model: PreTrainedModel, other: PreTrainedModel, layer: int) -> None:
-    ours, theirs = (_stack(m) for m in (model, other))
-    if not 0 <= layer < len(ours):
-        raise BadCheckpoint("the record names a decoder layer that the config does not have", layer=layer)
-    ours[layer] = theirs[layer]
-    for module in ours[layer].modules():
+    (ours, number), (theirs, _) = (_place(m, layer) for m in (model, other))
+    ours[number] = theirs[number]
+    for module in ours[number].modules():
         if hasattr(module, "config"):
             # One object for the whole model: which experts implementation runs is chosen there.
             module.config = model.config.get_text_config()
 
 
-def _stack(model: Any) -> nn.ModuleList:
+def _place(model: nn.Module, layer: int) -> tuple[nn.ModuleList, int]:
+    """The list that holds a layer, and where in it."""
     try:
-        return stack_of(decoder_of(model))
+        stacks = stacks_of(model)
     except UnsupportedModel as error:
         raise BadCheckpoint(
             f"{error.message}, so they cannot differ", hint="the record belongs to another model"
         ) from error
+    for stack in stacks:
+        if stack.first <= layer < stack.first + stack.layers:
+            return stack_of(stack.owner), layer - stack.first
+    raise BadCheckpoint("the record names a decoder layer that the config does not have", layer=layer)
 
 
 def fill(

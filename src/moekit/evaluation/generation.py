@@ -17,6 +17,7 @@ from moekit._progress import Progress, track
 from moekit.checkpoint.several import writer_of
 from moekit.data import vocabulary
 from moekit.data.encoding import encode
+from moekit.data.forcing import refuse_reader
 from moekit.errors import BadConfig, BadData
 from moekit.evaluation.likelihood import Scorer, evaluating
 from moekit.evaluation.windows import Window, by_length
@@ -125,7 +126,9 @@ def complete(
     Raises:
         BadData: no prompts, or an empty one.
         BadConfig: `max_new_tokens` below 1, or a tokenizer of another model.
+        UnsupportedModel: an encoder with a decoder, which continues nothing.
     """
+    refuse_reader(getattr(model, "config", None), "prompts cannot be continued")
     if max_new_tokens < 1:
         raise BadConfig(f"max_new_tokens is {max_new_tokens}", hint="choose at least 1")
     encoded = [tuple(encode(prompt, tokenizer)) for prompt in prompts]

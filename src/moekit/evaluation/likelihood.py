@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit._memory import is_out_of_memory
+from moekit.data.forcing import decoder_inputs
 from moekit.errors import NumericFault, OutOfBudget
 from moekit.evaluation.windows import Window
 
@@ -114,6 +115,7 @@ class Scorer:
     def _score(self, windows: Sequence[Window]) -> list[Scores]:
         ids_BS, mask_BS = pad(windows, self.device)
         inputs = {"input_ids": ids_BS, "attention_mask": mask_BS, "use_cache": False}
+        inputs |= decoder_inputs(self.model, ids_BS, mask_BS)
         sizes = [len(w.targets) for w in windows]
         row_M = torch.repeat_interleave(torch.tensor(sizes))
         column_M = torch.tensor([p for w in windows for p in w.positions])

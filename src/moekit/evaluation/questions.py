@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from moekit._names import hint_for
 from moekit._progress import Progress
+from moekit.data.forcing import refuse_reader
 from moekit.errors import BadConfig, BadData, UnsafeInput
 from moekit.evaluation.likelihood import evaluating
 
@@ -110,7 +111,9 @@ def choices(
         BadData: no questions, or damaged ones.
         UnsafeInput: a task that runs generated code.
         NumericFault: NaN likelihoods.
+        UnsupportedModel: an encoder with a decoder, which would read the answer before it writes it.
     """
+    refuse_reader(getattr(model, "config", None), "questions cannot be asked")
     _require()
     from moekit.evaluation import _lm_eval
 

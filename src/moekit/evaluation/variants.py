@@ -156,8 +156,10 @@ class SideBySideWalk:
             index: the layer before which all passes stand.
             also: also those that do not change this one: it hands on what no later pass could be given.
         """
+        # Where a decoder begins, it has yet to be given what the encoder made of the text: no later pass could be.
+        parting = self.loader.begins[1:]
         for number, track_ in enumerate(self.tracks):
-            if track_.passes is None and (also or index in track_.variant.outcomes):
+            if track_.passes is None and (also or index in parting or index in track_.variant.outcomes):
                 track_.passes = self.plain.parted(f"variant-{number}")
 
     def results(self) -> tuple[PerplexityResult, list[VariantResult]]:

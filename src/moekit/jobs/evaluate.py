@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from moekit._device import DtypeName
 from moekit._ranks import is_first_rank
 from moekit.checkpoint import atomic_folder
 from moekit.data import Document, Question, load_questions, tokenize
 from moekit.data.encoding import Bos
+from moekit.data.forcing import reading_notes, refuse_reader
 from moekit.data.passages import units
 from moekit.errors import BadConfig
 from moekit.evaluation import Evaluation, TaskResult, choices, compare, perplexity_of_documents
@@ -35,12 +38,14 @@ class EvaluateResult(JobResult):
         domains: all text, then each domain: perplexity with its interval.
         tasks: multiple choice: each metric with its standard error.
         comparison: paired with the baseline; None without.
+        warnings: what a reader must know of how the text was read.
     """
 
     name: str
     domains: list[dict[str, Any]]
     tasks: list[dict[str, Any]]
     comparison: dict[str, Any] | None = None
+    warnings: list[str] = Field(default_factory=list)
 
 
 def evaluate(
@@ -170,6 +175,8 @@ def _measure(
         # All ranks measure the same and deal the tokens of each batch out between them; the first one writes.
         asked = options.model_dump(mode="json", exclude={"placement", "device"})
         deal_out(model, options, started, shared_batch=True, facts={**asked, "seed": context.seed})
+    if options.questions or options.tasks:
+        refuse_reader(model.config, "questions cannot be asked")
     perplexity = _perplexity(options, given.documents, model, tokenizer, name, context) if given.documents else None
     tasks: tuple[TaskResult, ...] = ()
     if options.questions or options.tasks:
@@ -182,15 +189,16 @@ def _measure(
             name=name,
             progress=context.progress,
         )
+    notes = reading_notes(model.config) if given.documents else ()
     evaluation = Evaluation(name=name, perplexity=perplexity, tasks=tasks)
     comparison = None if given.baseline is None else compare(given.baseline, evaluation, seed=context.seed)
     if not is_first_rank():
-        return _figures(evaluation, comparison)
+        return _figures(evaluation, comparison, notes)
     with atomic_folder(context.out, overwrite=context.overwrite) as folder:
         (folder / EVALUATION).write_text(evaluation.model_dump_json(indent=1) + "\n")
         if comparison is not None:
             (folder / COMPARISON).write_text(comparison.model_dump_json(indent=1) + "\n")
-    return _figures(evaluation, comparison)
+    return _figures(evaluation, comparison, notes)
 
 
 def _perplexity(
@@ -201,8 +209,8 @@ def _perplexity(
     return perplexity_of_documents(model, tokenized, window=options.window, name=name, progress=context.progress)
 
 
-def _figures(evaluation: Any, comparison: Any) -> dict[str, Any]:
-    figures: dict[str, Any] = {"name": evaluation.name, "domains": [], "tasks": []}
+def _figures(evaluation: Any, comparison: Any, notes: Sequence[str]) -> dict[str, Any]:
+    figures: dict[str, Any] = {"name": evaluation.name, "domains": [], "tasks": [], "warnings": list(notes)}
     if evaluation.perplexity is not None:
         whole = (evaluation.perplexity.overall, *evaluation.perplexity.per_domain())
         figures["domains"] = [domain.model_dump() for domain in whole]

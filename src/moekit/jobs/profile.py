@@ -13,6 +13,7 @@ from moekit.checkpoint.names import text_config
 from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.strictjson import read_json
 from moekit.data.encoding import Bos
+from moekit.data.forcing import reading_notes
 from moekit.jobs.call import JobResult, ModelLike, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
@@ -148,11 +149,10 @@ def _cost(options: ProfileOptions) -> tuple[int, tuple[str, ...]]:
 def run(options: ProfileOptions, context: JobContext) -> dict[str, Any]:
     """Record and save."""
     recording = _recording(options)
-    trace = _layer_by_layer(options, recording, context)
-    if trace is None:
-        trace = _whole(options, recording, context)
+    trace, notes = _layer_by_layer(options, recording, context) or _whole(options, recording, context)
     trace.save(context.out, overwrite=context.overwrite)
-    told = {"tokens": trace.meta.tokens, "domains": list(trace.meta.domains), "warnings": trace.warnings}
+    told = {"tokens": trace.meta.tokens, "domains": list(trace.meta.domains)}
+    told["warnings"] = [*trace.warnings, *notes]
     figures = {} if trace.statistics is None else single_figures(trace.statistics)
     # A dense model routes nothing that could be summarised.
     summary = summarise(trace).model_dump(mode="json") if recording.routed else None
@@ -181,7 +181,11 @@ def _rows(
     return rows.batches(options.batch_size)
 
 
-def _layer_by_layer(options: ProfileOptions, recording: Recording, context: JobContext) -> Trace | None:
+# What was recorded, and what a reader must know of how the text was read.
+_Recorded = tuple[Trace, tuple[str, ...]]
+
+
+def _layer_by_layer(options: ProfileOptions, recording: Recording, context: JobContext) -> _Recorded | None:
     """Record a quantized model whose weights have to be read as floats here; None for all others."""
     if context.live is not None or options.plan is not None or recording.whole_model:
         return None
@@ -189,7 +193,7 @@ def _layer_by_layer(options: ProfileOptions, recording: Recording, context: JobC
     if source is None:
         return None
     tokenizer = source.tokenizer()
-    return record_streamed(
+    trace = record_streamed(
         source.checkpoint,
         _rows(options, tokenizer, context, source.checkpoint.config, lambda: empty_model(source.checkpoint)),
         statistics=options.statistics,
@@ -202,9 +206,10 @@ def _layer_by_layer(options: ProfileOptions, recording: Recording, context: JobC
         seed=context.seed,
         progress=context.progress,
     )
+    return trace, reading_notes(source.checkpoint.config)
 
 
-def _whole(options: ProfileOptions, recording: Recording, context: JobContext) -> Trace:
+def _whole(options: ProfileOptions, recording: Recording, context: JobContext) -> _Recorded:
     """Record the whole model, as transformers loads it."""
     model, tokenizer = open_model(
         options.model,
@@ -214,12 +219,13 @@ def _whole(options: ProfileOptions, recording: Recording, context: JobContext) -
         progress=context.progress,
         live=context.live,
     )
-    return record(
+    trace = record(
         model,
         _rows(options, tokenizer, context, None if context.live else model.config.to_dict(), lambda: model),
         recording.model_copy(update={"tokenizer": tokenizer, "source": options.data, "seed": context.seed}),
         progress=context.progress,
     )
+    return trace, reading_notes(model.config)
 
 
 def _bytes_per_token(model: str, weights: bool) -> int | None:

@@ -10,6 +10,7 @@ from moekit.checkpoint import atomic_folder
 from moekit.data import TokenBatches
 from moekit.data.batches import arrange, pad_id_of
 from moekit.data.encoding import Bos
+from moekit.data.forcing import refuse_reader
 from moekit.data.shares import take_shares
 from moekit.diagnose.super_experts.massive_activations import LayerStream, StreamedProfile, layer_streams
 from moekit.diagnose.super_experts.report import SuperExpertReport
@@ -152,6 +153,7 @@ def run(options: SuperExpertsOptions, context: JobContext) -> dict[str, Any]:
     """Refuse what is impossible, walk the text, judge, check, write."""
     check(options)
     source = open_source(options.model, context.progress)
+    refuse_reader(source.checkpoint.config, "super experts cannot be found")
     check_runnable(source)
     check_disk(context.out, context.scratch, _FILE_BYTES, _between(options, source))
     rows, heldout = _texts(options, source, context)

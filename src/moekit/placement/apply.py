@@ -178,7 +178,8 @@ def place_checkpoint(
     verify(checkpoint)
     placement.check_model(checkpoint.fingerprint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    counts = expert_counts(shapes)
+    layout = find_expert_tensors(shapes, lambda name: checkpoint.where(name)[0])
+    counts = expert_counts(shapes, layout)
     _check(placement, counts, routing_groups(checkpoint.config), equal)
     orders = placement.orders()
     parts = checkpoint.record.parts if checkpoint.record is not None else []
@@ -196,7 +197,7 @@ def place_checkpoint(
     )
     with atomic_folder(target, overwrite=overwrite, need_bytes=checkpoint.nbytes) as temporary:
         copy_small_files(checkpoint.path, temporary)
-        stream = permute_checkpoint(checkpoint.stream(), find_expert_tensors(shapes), counts, orders)
+        stream = permute_checkpoint(checkpoint.stream(), layout, counts, orders)
         with ShardWriter(temporary) as writer:
             for name, tensor in track(stream, "reordering experts", progress, len(shapes)):
                 writer.add(name, tensor)

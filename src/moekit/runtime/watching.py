@@ -9,9 +9,11 @@ Legend: T tokens, K choices a token, E experts, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -25,6 +27,34 @@ from moekit.runtime.experts import ExpertsInputs, TransientPart
 Shown = Callable[[Tensor, Tensor, Tensor], None]
 
 
+def refuse_unseen(layer: MoELayer, file: Path | None = None) -> None:
+    """Refuse a layer of which nothing tells what tokens choose, or whose experts do not run what is chosen.
+
+    Args:
+        layer: with or without weights.
+        file: for the message.
+
+    Raises:
+        UnsupportedModel: why it cannot be traced.
+    """
+    if layer.seam == "misread":
+        raise UnsupportedModel(
+            f"transformers {transformers.__version__} does not run the experts that their router chooses: asked about "
+            f"random rows, {layer.experts_name!r} does not give the sum of what the chosen ones give",
+            file=file,
+            layer=layer.index,
+            hint="what is traced or measured would not hold of the model as it was trained: take a release that runs "
+            "the chosen experts, or prune by a method that looks at no text (--method random --no-proof)",
+        )
+    if layer.seam == "unknown" or (layer.seam != "experts" and layer.chooser is None):
+        raise UnsupportedModel(
+            f"the block {layer.name!r} neither hands its choices to its experts nor has a router that tells them",
+            file=file,
+            layer=layer.index,
+            hint="its routing cannot be traced; moekit check, estimate and reshard work on this model",
+        )
+
+
 def watch_choices(layer: MoELayer, show: Shown) -> RemovableHandle:
     """Show what tokens choose in every pass, where the chooser's answer tells it.
 
@@ -36,12 +66,9 @@ def watch_choices(layer: MoELayer, show: Shown) -> RemovableHandle:
         UnsupportedModel: nothing tells it.
     """
     chooser = layer.chooser
-    if layer.seam in ("experts", "unknown") or chooser is None:
-        raise UnsupportedModel(
-            f"the block {layer.name!r} neither hands its choices to its experts nor has a router that tells them",
-            layer=layer.index,
-            hint="its routing cannot be traced; moekit check, estimate and reshard work on this model",
-        )
+    refuse_unseen(layer)
+    if layer.seam == "experts" or chooser is None:
+        raise UnsupportedModel(f"the block {layer.name!r} hands its choices to its experts", layer=layer.index)
     experts, top_k = layer.geometry.experts, layer.geometry.top_k
 
     def see(module: nn.Module, args: Any, kwargs: dict[str, Any], answer: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moekit._device import resolve_device
-from moekit.checkpoint.decoder import besides_text, decoder_of, stack_name, stack_of
+from moekit.checkpoint.decoder import besides_text, decoder_of, stack_of, stacks_of
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.layout import layout_of
 from moekit.checkpoint.model import quiet_transformers
@@ -42,7 +42,8 @@ class LayerLoader:
         dtype: type in which they are in memory.
         device: where layers go.
         model: the model; parameters that are not loaded lie on the meta device.
-        layers: number of decoder layers.
+        layers: number of decoder layers; an encoder's are numbered before them.
+        begins: numbers of the layers that stacks begin with.
     """
 
     def __init__(
@@ -60,7 +61,10 @@ class LayerLoader:
         self.model = empty_model(checkpoint, wanted, config=config)
         self.dtype: torch.dtype = wanted or self.model.config.dtype or torch.float32
         self.decoder = decoder_of(self.model)
-        self.layers = len(self.stack)
+        self._stacks = stacks_of(self.model)
+        self.layers = sum(stack.layers for stack in self._stacks)
+        self.begins = tuple(stack.first for stack in self._stacks)
+        self._with_rest: set[int] = set()
         self._reader = WeightReader(checkpoint, self.dtype)
         self._layout = layout_of(self.model)
         self._aside = besides_text(self.model)
@@ -73,18 +77,17 @@ class LayerLoader:
                 self._towers.append(name)
             else:
                 self._names.setdefault(self._layout.layer(name), []).append(name)
-        for buffer_name, buffer in list(self.decoder.named_buffers()):
-            if not buffer.is_meta and not buffer_name.startswith(f"{stack_name(self.decoder)}."):
-                _set(self.decoder, buffer_name, buffer.to(self.device))
-
-    @property
-    def stack(self) -> nn.ModuleList:
-        """The list of decoder layers."""
-        return stack_of(self.decoder)
+        within = {id(module) for index in range(self.layers) for module in self.layer(index).modules()}
+        for owner in (stack.owner for stack in self._stacks):
+            for module in (m for m in owner.modules() if id(m) not in within):
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    if not buffer.is_meta:
+                        _set(module, name, buffer.to(self.device))
 
     def layer(self, index: int) -> nn.Module:
         """A decoder layer, with or without weights."""
-        return self.stack[index]
+        stack = next(stack for stack in reversed(self._stacks) if stack.first <= index)
+        return stack_of(stack.owner)[index - stack.first]
 
     def _is_aside(self, name: str) -> bool:
         """Whether a live tensor belongs to what stands beside the language model."""
@@ -101,10 +104,15 @@ class LayerLoader:
     def load(self, index: int) -> nn.Module:
         """Load a decoder layer; it stays until it is released.
 
+        With an encoder's last layer comes what stands between it and the decoder's first: its norm, the embedding.
+
         Raises:
             BadCheckpoint: tensors are missing or of a wrong shape.
         """
         layer = self.layer(index)
+        if index + 1 in self.begins and not self._holds_rest():
+            self.load_rest()
+            self._with_rest.add(index)
         self._fill(self.names(index))
         for name, buffer in list(layer.named_buffers()):
             _set(layer, name, buffer.to(self.device))
@@ -119,8 +127,11 @@ class LayerLoader:
         return layer
 
     def release(self, index: int) -> None:
-        """Forget a decoder layer's weights."""
+        """Forget a decoder layer's weights, and what came with them."""
         layer = self.layer(index)
+        if index in self._with_rest:
+            self._with_rest.remove(index)
+            self.release_rest()
         for name, parameter in list(layer.named_parameters()):
             empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
             _set(layer, name, empty)
@@ -148,6 +159,10 @@ class LayerLoader:
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if self._layout.layer(name) is None and not parameter.is_meta:
                 _set(self.model, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+
+    def _holds_rest(self) -> bool:
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return not any(parameter.is_meta for parameter in embedding.parameters())
 
     def _fill(self, names: Iterable[str]) -> None:
         tensors = {name: self._reader.weight(name) for name in self._reader.plain_names(names)}

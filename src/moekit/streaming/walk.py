@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import MoELayer, iterate_moe_layers
+from moekit.data.forcing import decoder_inputs
 from moekit.errors import UnsupportedModel
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.nested import mapped, with_hidden
@@ -93,7 +94,8 @@ class Walk:
         batch = self.batches[number]
         more = {} if batch.more is None else batch.more()
         # Copies: a pass may lay down what it holds.
-        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **more}
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        given |= {**decoder_inputs(self.loader.model, batch.input_ids, batch.attention_mask), **more}
         given = mapped(given, lambda tensor: tensor.to(self.loader.device, copy=True))
         return {**given, "use_cache": False}
 

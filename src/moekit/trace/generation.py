@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moekit._progress import Progress, track
 from moekit.checkpoint.several import writer_of
 from moekit.data.encoding import encode
+from moekit.data.forcing import refuse_reader
 from moekit.errors import BadConfig, BadData
 from moekit.trace.live import Recorder
 from moekit.trace.recorder import evaluating
@@ -188,6 +189,7 @@ def record_generation(
         NumericFault: NaN or infinity in a router, with its layer.
         UnsupportedModel: no MoE, or a compiled one.
     """
+    refuse_reader(getattr(model, "config", None), "answers cannot be recorded as they are written")
     ids, domains = _to_ids(prompts, tokenizer)
     if not ids:
         raise BadData("there are no prompts", hint="give at least one")

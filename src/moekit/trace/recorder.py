@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moekit._progress import Progress, track
+from moekit.data.forcing import decoder_inputs
 from moekit.errors import BadConfig, BadData
 from moekit.trace.live import Recorder
 from moekit.trace.recording import Recording, RecordingOptions
@@ -62,6 +63,7 @@ def run_batch(recorder: Recorder, batch: Any) -> int:
     inputs: dict[str, Any] = {"input_ids": ids_BS.to(device), "use_cache": False}
     inputs |= features_of(batch, device)
     inputs["attention_mask"] = labels.mask_BS.to(device=device, dtype=torch.int64)
+    inputs |= decoder_inputs(model, inputs["input_ids"], inputs["attention_mask"])
     if recorder.needs_loss:
         with torch.enable_grad():
             logits_BSV = model(**inputs).logits

@@ -53,19 +53,8 @@ def read_arguments(layer: MoELayer, args: Sequence[Any], kwargs: Mapping[str, An
 
 
 def routed_choices(layer: MoELayer, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Choices, with E for those of no routed expert, where a layer's router also scores such.
-
-    Raises:
-        UnsupportedModel: what is given as indices is a mask over the experts.
-    """
+    """Choices, with E for those of no routed expert, where a layer's router also scores such."""
     experts = layer.geometry.experts
-    if index_TK.shape[1] == experts > 2 and index_TK.numel() and int(index_TK.max()) <= 1:
-        raise UnsupportedModel(
-            f"{layer.experts_name!r} is given a mask of zeros and ones over its {experts} experts where indices are "
-            "due: the installed transformers runs experts 0 and 1 only, whatever the router chooses",
-            layer=layer.index,
-            hint="what its routers choose cannot be traced with this release of transformers",
-        )
     return only_routed(index_TK, weights_TK, experts) if layer.scored > experts else index_TK
 
 

@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from moekit._progress import Progress, track
-from moekit.anatomy.probe import MoELayer
+from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import ancestors
 from moekit.data import vocabulary
 from moekit.errors import BadData, UnsupportedModel
+from moekit.runtime.watching import refuse_unseen
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.passes import Passes
 from moekit.streaming.states import MEMORY_BYTES
@@ -119,6 +120,9 @@ class Streamed:
             self.labels.add(current.labels)
         self.labels.flush()
         self.loader = LayerLoader(checkpoint, dtype=dtype, device=device, config=config)
+        if recording.routed:
+            for layer in find_moe_layers(self.loader.model):
+                refuse_unseen(layer, checkpoint.path)
         for batch in inputs:
             vocabulary.check(batch.input_ids, vocabulary.embedding_rows(self.loader.model))
         self.walk = Walk(self.loader, inputs, folder=self.folder, limit=limit)

@@ -17,6 +17,7 @@ from moekit._progress import Progress
 from moekit.checkpoint.atomic import lock
 from moekit.checkpoint.stored import mark_stored
 from moekit.data import vocabulary
+from moekit.data.forcing import refuse_reader
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.runtime.slots import learns
 from moekit.training.config import TrainConfig, TrainResult
@@ -109,6 +110,7 @@ def _train(
     terms = config.terms()
     with remembered_layers(model, None if distribution is None else distribution.layers):
         refuse_without_logits(model, needs_logits(terms, config.balancer is not None, config.schedules))
+    refuse_reader(model.config, "it is not trained by the next token of a text")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows = {name: read_rows(model, tokenizer, text, config, progress) for name, text in documents.items()}
     held = None if heldout is None else read_rows(model, tokenizer, heldout, config, progress)

@@ -50,7 +50,7 @@ def test_streamed_checkpoint_loads_in_stock_transformers(family: str, tmp_path) 
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    counts = expert_counts(shapes)
+    counts = expert_counts(shapes, find_expert_tensors(shapes))
     assert set(counts.values()) == {8}
     orders = {layer: an_order(family, seed=layer) for layer in counts}
     moved = dict(permute_checkpoint(tensors.items(), find_expert_tensors(shapes), counts, orders))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moekit.anatomy.probe import find_moe_layers
+from moekit.checkpoint.decoder import layers_of
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.weights import LayerWeights
@@ -48,7 +49,7 @@ def same(first: Any, second: Any) -> None:
         torch.testing.assert_close(left[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", ["deepseek_v4", "glm_moe_dsa", "hy_v4", "qwen4_exp"])
+@pytest.mark.parametrize("name", ["deepseek_v4", "glm_moe_dsa", "hy_v4", "qwen4_exp", "switch_transformers"])
 def test_streamed_is_recorded_whole(name: str, tmp_path: Path) -> None:
     model, checkpoint, text = saved(name, tmp_path / "m")
     streamed = record_streamed(checkpoint, text, statistics=GROUPS, keep_choices=True)
@@ -60,12 +61,12 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["glm_moe_dsa", "gemma4"])
+@pytest.mark.parametrize("name", ["glm_moe_dsa", "gemma4", "switch_transformers"])
 @pytest.mark.parametrize("layer", [0, 2, 3])
 def test_an_interrupted_run_goes_on_where_it_was_or_begins_anew(
     name: str, layer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, checkpoint, text = saved(name, tmp_path / "m")
+    model, checkpoint, text = saved(name, tmp_path / "m")
     expected = record_streamed(checkpoint, text, statistics=GROUPS)
     own, ran = Streamed._layer, []
 
@@ -84,7 +85,8 @@ def test_an_interrupted_run_goes_on_where_it_was_or_begins_anew(
 
     monkeypatch.setattr(Streamed, "_layer", counts)
     same(record_streamed(checkpoint, text, statistics=GROUPS, folder=tmp_path / "scratch"), expected)
-    assert ran == list(range(layer if name == "glm_moe_dsa" else 0, 4))
+    # An encoder's last answer is all that its decoder needs; within the decoder it is not.
+    assert ran == list(range(0 if name == "gemma4" else layer, len(layers_of(model))))
 
 
 def doubled(layers: Sequence[int]) -> Variant:
@@ -95,18 +97,24 @@ def doubled(layers: Sequence[int]) -> Variant:
     return Variant(f"doubled from {layers[0]}", dict.fromkeys(layers, outcome), rewrite)
 
 
+def reads(model: Any) -> bool:
+    """Whether a model reads before it writes; its decoder begins with padding (0)."""
+    return bool(model.config.is_encoder_decoder)
+
+
 def likelihoods(model: Any) -> list[float]:
     found = []
     for document in DOCUMENTS:
         ids = torch.tensor([document.ids])
         with torch.no_grad():
-            logits = model(input_ids=ids[:, :-1]).logits[0].double()
+            forced = {"decoder_input_ids": torch.tensor([[0, *document.ids[1:-1]]])} if reads(model) else {}
+            logits = model(input_ids=ids[:, :-1], **forced).logits[0].double()
         found.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")))
     return found
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
-@pytest.mark.parametrize("name", ["gemma4", "glm_moe_dsa", "hy_v4", "qwen4_exp"])
+@pytest.mark.parametrize("name", ["gemma4", "glm_moe_dsa", "hy_v4", "qwen4_exp", "switch_transformers"])
 def test_each_variant_goes_on_with_what_its_own_layers_hand_on(name: str, limit: int, tmp_path: Path) -> None:
     model, checkpoint, _ = saved(name, tmp_path / "m")
     places = [moe.index for moe in find_moe_layers(model)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import NllbMoeConfig, SwitchTransformersConfig
-from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts, NllbMoeSparseMLP
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
 from moekit.anatomy import find_moe_layers
@@ -151,14 +151,50 @@ def test_a_mask_over_the_experts_and_a_capacity() -> None:
         torch.testing.assert_close(output_TH[token], weight_T1[token] * made_H, rtol=1e-4, atol=1e-5)
 
 
-def test_a_mask_where_indices_are_due_is_refused() -> None:
+def nllb(dropout: float = 0.0) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
-    config = NllbMoeConfig(d_model=HIDDEN, num_experts=4, moe_token_dropout=0.0)
-    _, layer = one_block(NllbMoeSparseMLP(config, 24).eval())
-    assert layer.storage.kind == "listed"
-    see_choices(layer, lambda *told: None)
-    with pytest.raises(UnsupportedModel, match="experts 0 and 1 only"), torch.no_grad():
-        layer.block(torch.randn(1, 9, HIDDEN))
+    config = NllbMoeConfig(d_model=HIDDEN, num_experts=4, moe_token_dropout=dropout)
+    return one_block(NllbMoeSparseMLP(config, 24).eval())
+
+
+def test_experts_that_do_not_run_what_is_chosen_are_refused_before_they_run() -> None:
+    _, layer = nllb()
+    assert (layer.seam, layer.storage.kind) == ("misread", "listed")
+    # The installed release takes the mask of the first choice for numbers of experts, and runs experts 0 and 1 only.
+    hidden = torch.randn(1, 9, HIDDEN)
+    with torch.no_grad():
+        before = layer.block(hidden)
+        for expert in ("expert_2", "expert_3"):
+            for parameter in layer.experts[expert].parameters():
+                parameter.zero_()
+        assert torch.equal(layer.block(hidden), before)
+    with pytest.raises(UnsupportedModel, match="does not run the experts that their router chooses"):
+        see_choices(layer, lambda *told: None)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_weights_of_all_experts_beside_a_mask_of_the_first(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    """As NLLB was trained: a token's output is the sum of both chosen experts' by their weights."""
+    monkeypatch.setattr(NllbMoeExperts, "forward", as_trained)
+    _, layer = nllb(dropout)
+    assert (layer.seam, layer.geometry.top_k) == ("gates", 2)
+    hidden = torch.randn(2, 9, HIDDEN)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad():
+        see_choices(layer, lambda *told: found.append(told))
+        layer.block(hidden)
+    [(rows_TH, index_TK, weights_TK)] = found
+    scores_TE = layer.block.router.classifier(hidden.reshape(-1, HIDDEN)).softmax(-1)
+    best_TK, expected_TK = scores_TE.topk(2)
+    assert torch.equal(rows_TH, hidden.reshape(-1, HIDDEN))
+    assert index_TK.tolist() == expected_TK.tolist()
+    torch.testing.assert_close(weights_TK, best_TK / best_TK.sum(1, keepdim=True))
+
+
+def as_trained(self: Any, hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor) -> Tensor:
+    given = [router_probs[:, [e]] * self[f"expert_{e}"](hidden_states) for e in range(self.num_experts)]
+    total: Tensor = torch.stack(given).sum(0) * (1 - self.moe_token_dropout)
+    return total
 
 
 @pytest.mark.parametrize(("family", "statistic"), [("llama4_text", "residual"), ("jetmoe", "residual")])

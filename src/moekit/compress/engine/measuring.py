@@ -67,10 +67,10 @@ def refuse_damaged(moe: MoELayer, statistics: LayerStatistics) -> None:
     Raises:
         NumericFault: names layer and expert.
     """
-    for tensor in moe.experts.parameters(recurse=False):
-        if tensor.shape[:1] != (moe.geometry.experts,) or not tensor.is_floating_point():
-            continue
-        damaged = next((e for e, own in enumerate(tensor) if not bool(own.isfinite().all())), None)
+    experts, tensors = moe.geometry.experts, dict(moe.experts.named_parameters())
+    for projection in moe.storage.projections:
+        one = (projection.one(tensors, expert, experts) for expert in range(experts))
+        damaged = next((e for e, own in enumerate(one) if not bool(own.isfinite().all())), None)
         if damaged is not None:
             raise NumericFault(
                 "the expert's weights are not finite",

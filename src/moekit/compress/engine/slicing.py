@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from moekit.anatomy.layout import parse_expert_tensor
 from moekit.anatomy.probe import decoder_index
+from moekit.checkpoint.decoder import has_stack, layer_number, stacks_of
 from moekit.checkpoint.experts import mtp_tensors
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.layout import renamer
@@ -29,7 +30,7 @@ from moekit.compress.engine.mtp import Mtp, MtpKept, mtp_blocks, refuse_gap
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import UnsupportedModel
 
-_SPLIT = re.compile(r"^(?P<block>.+?)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
+_SPLIT = re.compile(r"^(?P<block>.+?\.experts\.(?:expert_)?)(?P<expert>\d+)\.(?P<rest>.+)$")
 # Types that a weight has as it was trained; anything else packs several numbers, or is scaled.
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -91,6 +92,7 @@ class Axes:
         self._rename = renamer(before, self._shapes)
         self._axes = counted_axes(self._shapes, others, experts)
         self._stems = {name.rpartition(".")[0] for name in self._axes}
+        self._stacks = stacks_of(before) if has_stack(before) else ()
 
     def _live(self, name: str) -> str | None:
         """The live tensor that one on disk becomes; None if it is unknown, or only a part of one."""
@@ -122,9 +124,13 @@ class Axes:
             return first
         raise UnsupportedModel(
             f"{info.name} of shape {list(info.shape)} and dtype {info.dtype} has no axis of {experts} experts to cut",
-            layer=decoder_index(info.name),
+            layer=self._layer(info.name),
             hint=_hint(info),
         )
+
+    def _layer(self, name: str) -> int:
+        number = layer_number(self._stacks, self._rename(name)[0])
+        return decoder_index(name) if number is None else number
 
     def _belongs(self, name: str) -> bool:
         """Whether an unknown tensor (a scale, packed numbers) is part of a tensor that counts experts."""
@@ -219,7 +225,7 @@ def _kept(
         if expert >= counts[layer]:  # no expert of its own: it stays behind the others
             numbers = [expert - counts[layer] + len(keep)]
         for number in numbers:
-            yield KeptTensor(f"{match['block']}.experts.{number}.{match['rest']}", info, layer)
+            yield KeptTensor(f"{match['block']}{number}.{match['rest']}", info, layer)
         return
     how = axes.of(info, counts[layer])
     cut = None

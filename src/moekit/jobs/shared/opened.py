@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moekit.anatomy.probe import Geometry
+from moekit.anatomy.probe import Geometry, find_moe_layers
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.names import text_config
@@ -19,6 +19,7 @@ from moekit.data.pictures import PictureReader
 from moekit.errors import UnsupportedModel
 from moekit.jobs.shared.inputs import load_tokenizer, model_location
 from moekit.jobs.shared.pictures import picture_reader
+from moekit.runtime.watching import refuse_unseen
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,11 @@ def check_runnable(
         hint: the way out.
 
     Raises:
-        UnsupportedModel: the weights are quantized in a way that is not read as floats here.
+        UnsupportedModel: the weights are quantized in a way that is not read as floats here; or nothing tells what
+            tokens choose, or the installed transformers runs other experts than these.
     """
+    for layer in find_moe_layers(empty_model(source.checkpoint)):
+        refuse_unseen(layer, source.checkpoint.path)
     try:
         quantized_weights(source.checkpoint)
     except UnsupportedModel as error:

@@ -16,6 +16,7 @@ from moekit.compress.engine.planning import plan_weights
 from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.searching import plan_by_search
 from moekit.data import Document, TokenBatches
+from moekit.data.forcing import reading_notes
 from moekit.errors import MoekitError
 from moekit.jobs.options.fewer import FewerOptions
 from moekit.jobs.shared.hashes import text_hash
@@ -136,7 +137,8 @@ def _complete(
 ) -> Decided:
     """The plan in its final form, with what baselines decide from."""
     layers = in_groups(source, plan)
-    beside = beside_warnings(source.checkpoint)
+    notes = reading_notes(source.checkpoint.config) if plan.file.data else ()
+    beside = (*beside_warnings(source.checkpoint), *notes)
     warnings = (*warnings_of(request.method, layers, plan.file.data), *mtp_warnings(mtp), *beside)
     changed = {"layers": layers, "warnings": warnings, "mtp": dict(mtp)}
     changed |= {"text_sha256": text_hash(options.data), "kept_apart": kept_apart(plan.file.data)}

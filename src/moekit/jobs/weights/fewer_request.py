@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moekit import catalogue
 from moekit._progress import Progress
 from moekit.compress.engine.request import PlanRequest
+from moekit.data.forcing import refuse_reader
 from moekit.jobs.options.fewer import FewerOptions
 from moekit.jobs.shared.inputs import record_bytes
 from moekit.jobs.shared.opened import OpenedModel, open_source
@@ -53,6 +54,10 @@ def ask(options: FewerOptions, seed: int, progress: Progress | None = None) -> A
         UnsupportedModel: no Mixture of Experts, or experts that cannot be told apart on disk.
     """
     source = open_source(options.model, progress)
+    if options.self_generated is not None:
+        refuse_reader(source.checkpoint.config, "prompts cannot be answered (--self-generated)")
+    if options.protect == SUPER:
+        refuse_reader(source.checkpoint.config, "super experts cannot be found (--protect super)")
     method = catalogue.make(options.kind, options.method, options.settings)
     budget = budget_of(options.keep, options.scope, options.least, options.most)
     listed = options.protect is not None and options.protect != SUPER

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moekit.checkpoint.names import text_config
+from moekit.checkpoint.names import stated_depth
 from moekit.checkpoint.strictjson import read_json
 from moekit.diagnose.super_experts.finding import NEEDS, find_super_experts
 from moekit.diagnose.super_experts.report import SuperExpertReport
@@ -106,10 +106,9 @@ def find_in_trace(source: OpenedModel, trace: Trace, **rule: Any) -> SuperExpert
         BadData: the trace does not hold what tells them.
         NumericFault: an output is infinite.
     """
-    layers = text_config(source.checkpoint.config).get("num_hidden_layers")
     return find_super_experts(
         trace.require(protection_needs(source)),
-        decoder_layers=layers if isinstance(layers, int) else None,
+        decoder_layers=stated_depth(source.checkpoint.config),
         model=source.location,
         fingerprint=source.checkpoint.fingerprint,
         **rule,

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 
 from moekit._device import DtypeName, named_dtype
 from moekit._validation import faults
-from moekit.checkpoint.names import where
 from moekit.checkpoint.precision import reading_dtype, stored_dtype
 from moekit.compress.budget.sizes import Budget, bounds, check_total, total_count, uniform_count
 from moekit.compress.engine.apply import refuse_rewriting
@@ -250,7 +249,7 @@ def memory_of(source: OpenedModel, running: Running) -> int:
     """Bytes of memory where layers run one at a time: two of the largest, experts and all, and what they work on."""
     layers: dict[int, int] = {}
     for name, info in source.checkpoint.tensors.items():
-        layer, _ = where(name)
+        layer, _ = source.checkpoint.where(name)
         if layer is not None:
             layers[layer] = layers.get(layer, 0) + info.nbytes
     wide = precision_of(source, running)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from moekit.anatomy.probe import Geometry, MoELayer, iterate_moe_layers
-from moekit.checkpoint.decoder import decoder_of, stack_of
+from moekit.checkpoint.decoder import layers_of
 from moekit.errors import BadConfig
 from moekit.trace.seam import decoder_layer, recorded_layers
 from moekit.trace.sources.base import Place
@@ -42,7 +42,7 @@ def recorded_places(model: nn.Module, wanted: Sequence[int] | None, *, routed: b
     if routed:
         return [moe_place(model, layer) for layer in recorded_layers(model, wanted)]
     moe = {layer.index: layer for layer in iterate_moe_layers(model)}
-    decoders = stack_of(decoder_of(model))
+    decoders = layers_of(model)
     if strange := sorted(set(wanted or ()) - set(range(len(decoders)))):
         raise BadConfig("there is no such decoder layer", layer=strange[0], hint=f"there are {len(decoders)}, from 0")
     return [
