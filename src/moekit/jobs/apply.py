@@ -18,10 +18,10 @@ from moekit.jobs.call import TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
 from moekit.jobs.options.apply import ApplyOptions
-from moekit.jobs.prune import PruneResult
 from moekit.jobs.shared.inputs import lies_here, model_item, record_bytes, text_item
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
 from moekit.jobs.weights.fewer_finish import Decided, finish, in_groups, log_warnings
+from moekit.jobs.weights.fewer_job import FewerResult
 from moekit.jobs.weights.mtp import check_mtp
 from moekit.jobs.weights.plans import plan_path
 from moekit.jobs.weights.sizes import (
@@ -62,7 +62,7 @@ def apply(
     overwrite: bool = False,
     seed: int = 0,
     progress: ProgressLike = None,
-) -> PruneResult:
+) -> FewerResult:
     """Write the model that a pruning plan describes, or decide anew from the plan's scores with another budget.
 
     Args:
@@ -99,7 +99,7 @@ def apply(
         BadCheckpoint: the model is damaged, or what was written is not what it must be; then nothing is left.
         OutOfBudget: the disk is too small.
     """
-    return call(ApplyOptions, PruneResult, dict(locals()))
+    return call(ApplyOptions, FewerResult, dict(locals()))
 
 
 def further_inputs(options: ApplyOptions) -> list[tuple[str, str]]:

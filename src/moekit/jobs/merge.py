@@ -13,11 +13,7 @@ from moekit.jobs.options.merge import MergeOptions
 from moekit.jobs.weights.fewer_job import FewerResult, check, estimate, run, settle
 from moekit.progress import ProgressLike
 
-__all__ = ["MergeResult", "check", "estimate", "merge", "run", "settle"]
-
-
-class MergeResult(FewerResult):
-    """What merging decided, and what that costs."""
+__all__ = ["FewerResult", "check", "estimate", "merge", "run", "settle"]
 
 
 def merge(
@@ -55,7 +51,7 @@ def merge(
     overwrite: bool = False,
     seed: int = 0,
     progress: ProgressLike = None,
-) -> MergeResult:
+) -> FewerResult:
     """Let a merging method (`moekit methods merge`) fold experts into fewer, and prove what that costs.
 
     Args:
@@ -105,4 +101,4 @@ def merge(
         BadCheckpoint: the model is damaged, or what was written is not what it must be; then nothing is left.
         OutOfBudget: the disk is too small.
     """
-    return call(MergeOptions, MergeResult, dict(locals()))
+    return call(MergeOptions, FewerResult, dict(locals()))

@@ -13,11 +13,7 @@ from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.weights.fewer_job import FewerResult, check, estimate, run, settle
 from moekit.progress import ProgressLike
 
-__all__ = ["PruneResult", "check", "estimate", "prune", "run", "settle"]
-
-
-class PruneResult(FewerResult):
-    """What pruning decided, and what that costs."""
+__all__ = ["FewerResult", "check", "estimate", "prune", "run", "settle"]
 
 
 def prune(
@@ -55,7 +51,7 @@ def prune(
     overwrite: bool = False,
     seed: int = 0,
     progress: ProgressLike = None,
-) -> PruneResult:
+) -> FewerResult:
     """Let a pruning method (`moekit methods prune`) decide, prove what that costs, and write the smaller model.
 
     Args:
@@ -105,4 +101,4 @@ def prune(
         BadCheckpoint: the model is damaged, or what was written is not what it must be; then nothing is left.
         OutOfBudget: the disk is too small.
     """
-    return call(PruneOptions, PruneResult, dict(locals()))
+    return call(PruneOptions, FewerResult, dict(locals()))

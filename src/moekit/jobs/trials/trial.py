@@ -23,13 +23,14 @@ from moekit.checkpoint.strictjson import read_json
 from moekit.family import Family, holds_experts, texts, write
 from moekit.jobs.check import check
 from moekit.jobs.profile import profile
-from moekit.jobs.prune import PruneResult, prune
+from moekit.jobs.prune import prune
 from moekit.jobs.route import route
 from moekit.jobs.train import train
 from moekit.jobs.trials.cell import UNTRIED, Cell, WrongResult, attempt
 from moekit.jobs.trials.logits import ATOL, RTOL, logits_of, same
 from moekit.jobs.trials.masking import without
 from moekit.jobs.trials.pair import Pair
+from moekit.jobs.weights.fewer_job import FewerResult
 
 # In the order in which they are tried; `build` and `load` are what all others need.
 STEPS = ("build", "load", "profile", "prune", "stock", "check", "route", "train", "ranks")
@@ -54,7 +55,7 @@ class Trial:
     seed: int = 0
     pair: Pair | None = None
     cells: dict[str, Cell] = field(default_factory=dict)
-    pruned: PruneResult | None = None
+    pruned: FewerResult | None = None
 
     def run(self, wanted: Sequence[str] = STEPS) -> dict[str, Cell]:
         """Try these steps, each if what it needs has worked."""
