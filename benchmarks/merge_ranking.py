@@ -2,10 +2,10 @@
 
     python benchmarks/merge_ranking.py [--data six-domains] [--model FOLDER] [--out runs/merge-ranking]
 
-Without --model a MoE of 4 layers with 16 experts, top-4, is trained first on --data (some ten minutes on two cores), and
-kept in --out. Then every merging method, with its main settings, and the strongest of the pruning ones keep 75 % and 50 %
-of the experts, decided on the same text, measured on unseen text; random choices with --seeds seeds. Prints both
-rankings, and for each paper's claim whether it holds here, with the difference and its interval.
+Without --model a MoE of 4 layers with 16 experts, top-4, is trained first on --data (some ten minutes on two cores),
+and kept in --out. Then every merging method, with its main settings, and the strongest of the pruning ones keep 75 %
+and 50 % of the experts, decided on the same text, measured on unseen text; random choices with --seeds seeds. Prints
+both rankings, and for each paper's claim whether it holds here, with the difference.
 
 Papers: M-SMoE arXiv:2310.01334, HC-SMoE 2410.08589, Sub-MoE 2506.23266, REAM 2604.04356, REAP 2510.13999.
 """
