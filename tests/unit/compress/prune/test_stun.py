@@ -186,7 +186,9 @@ def test_one_threshold_for_all_layers() -> None:
     method = NEAREST
     seen = {number: inputs(layer(r), number) for number, r in rows.items()}
     scores = {number: method.score(s) for number, s in seen.items()}
-    trees = {n: agglomerate((torch.tensor(r)[:, None] - torch.tensor(r)[None]).abs(), "complete") for n, r in rows.items()}
+    trees = {
+        n: agglomerate((torch.tensor(r)[:, None] - torch.tensor(r)[None]).abs(), "complete") for n, r in rows.items()
+    }
     for total in range(3, 16):
         low, high = 0.0, 1000.0
         for _ in range(100):

@@ -1,9 +1,9 @@
 """Agglomerative clustering: the closest two clusters are joined, again and again; the same on every machine.
 
 How far apart two clusters are is the linkage: their farthest members ("complete"), their nearest ("single"), the mean
-over all pairs of members ("average"), or the growth of the squared distances to the cluster's mean ("ward"). Clusters of
-fewer joins are parts of those of more. Under complete linkage every pair inside a cluster is closer than the threshold
-that the tree is cut at.
+over all pairs of members ("average"), or by how much the members' squared distances to their mean grow ("ward").
+Clusters of fewer joins are parts of those of more. Under complete linkage every pair inside a cluster is closer than
+the threshold that the tree is cut at.
 
 Legend: N items.
 """
@@ -60,8 +60,8 @@ class Dendrogram:
 def agglomerate(distance_NN: Tensor, linkage: Linkage) -> Dendrogram:
     """Cluster items by their pairwise distances.
 
-    Of equally close pairs the one of the lower items is joined first under complete and single linkage; under the others,
-    where heights are sums that round, scipy's order holds.
+    Of equally close pairs the one of the lower items is joined first under complete and single linkage; under the
+    others, whose heights are sums that round, scipy's order holds.
 
     Args:
         distance_NN: symmetric; the diagonal is ignored. Any real numbers under complete and single linkage, where items

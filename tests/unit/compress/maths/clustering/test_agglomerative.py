@@ -153,7 +153,7 @@ def between(linkage: Linkage, points: torch.Tensor, one: list[int], other: list[
             for sign, group in ((1, both), (-1, points[one]), (-1, points[other]))
         )
         return float((2 * growth) ** 0.5)
-    return float({"average": pairs.mean, "single": pairs.min, "complete": pairs.max}[linkage]())
+    return float({"average": pairs.mean(), "single": pairs.min(), "complete": pairs.max()}[linkage])
 
 
 @settings(max_examples=25, deadline=None)

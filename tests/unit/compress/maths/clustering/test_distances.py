@@ -37,4 +37,7 @@ def test_the_root_mean_square_is_that_of_each_token() -> None:
 
 def test_no_tokens_and_rounding_give_no_nan() -> None:
     assert root_mean_square(torch.zeros(2, 2), 0).tolist() == [[0.0, 0.0], [0.0, 0.0]]
-    assert root_mean_square(torch.tensor([[1.0, 1.0 + 1e-7], [1.0 + 1e-7, 1.0]]), 1).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert root_mean_square(torch.tensor([[1.0, 1.0 + 1e-7], [1.0 + 1e-7, 1.0]]), 1).tolist() == [
+        [0.0, 0.0],
+        [0.0, 0.0],
+    ]
