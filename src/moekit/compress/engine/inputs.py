@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.compress.weights import LayerWeights
+from moekit.errors import NumericFault
 from moekit.trace.statistics import LayerStatistics
 
 Protected = Mapping[int, Collection[int]]
@@ -50,6 +52,23 @@ class LayerInputs:
         if self.read_weights is None:
             raise LookupError("the method reads weights: declare `reads_weights = True`")
         return self.read_weights()
+
+    def finite(self, name: str) -> Tensor:
+        """A statistic whose first axis counts experts.
+
+        Raises:
+            NumericFault: it holds NaN or infinity; names the layer and the expert of which most do.
+        """
+        value = self.statistics[name]
+        bad_E = (~value.isfinite()).flatten(1).sum(1) if value.dim() > 1 else (~value.isfinite()).long()
+        if bool(bad_E.any()):
+            raise NumericFault(
+                f"what was measured on the text ({name}) is NaN or infinite",
+                layer=self.layer,
+                expert=int(bad_E.argmax()),
+                hint="look at the weights: `moekit check`",
+            )
+        return value
 
     def generator(self, purpose: str = "") -> torch.Generator:
         """A random generator of this layer, seed and purpose: the same whatever ran before."""

@@ -19,17 +19,11 @@ from moekit.catalogue import register
 from moekit.compress.engine.dropping import PruneMethod, ranking
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.maths.clustering.complete_linkage import Dendrogram, complete_linkage
+from moekit.compress.maths.clustering.agglomerative import Dendrogram, agglomerate
+from moekit.compress.maths.clustering.distances import euclidean
 from moekit.compress.maths.neurons.merging import merge_groups
 from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault
-
-
-def router_distances(router_EH: Tensor) -> Tensor:
-    """Euclidean distances between router rows, [E, E] fp64; exactly 0 between equal rows."""
-    # The product form of the distance is faster, but gives equal rows a distance of rounding size.
-    rows_EH = router_EH.double()
-    return torch.cdist(rows_EH, rows_EH, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def normalised_coactivation(counts_EE: Tensor) -> Tensor:
@@ -117,7 +111,7 @@ class Stun(PruneMethod):
             if bool((bad_E := ~rows_EH.isfinite().all(-1)).any()):
                 bad, hint = int(bad_E.nonzero()[0]), "run moekit check on the model"
                 raise NumericFault("the router's row is not finite", layer=inputs.layer, expert=bad, hint=hint)
-            total_EE += self.router_distance * router_distances(rows_EH)
+            total_EE += self.router_distance * euclidean(rows_EH)
         if self.coactivation:
             total_EE -= self.coactivation * normalised_coactivation(inputs.statistics["coactivation"].cpu())
         return total_EE.fill_diagonal_(0.0)
@@ -132,7 +126,7 @@ class Stun(PruneMethod):
         if inputs.protected:
             index = sorted(inputs.protected)
             gap_EE[index] = gap_EE[:, index] = float("inf")
-        return complete_linkage(gap_EE)
+        return agglomerate(gap_EE, "complete")
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """Sum of gated output norms ("saliency"), or the distance to the closest other expert ("nearest")."""

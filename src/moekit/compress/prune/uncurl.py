@@ -26,7 +26,7 @@ from moekit.compress.maths.clustering.spectral import Array, Similarity, join_ne
 from moekit.compress.maths.neurons.align import align_experts
 from moekit.compress.maths.neurons.merging import member_shares, merge_groups
 from moekit.compress.weights import LayerWeights
-from moekit.errors import BadConfig, NumericFault
+from moekit.errors import BadConfig
 
 
 @register(
@@ -83,11 +83,7 @@ class UNCURL(PruneMethod):
             NumericFault: the statistics hold NaN or infinity.
         """
         statistics = inputs.statistics
-        gram_EE = statistics["logit_gram"]
-        if not bool(gram_EE.isfinite().all()):
-            expert = int((~gram_EE.isfinite()).sum(1).argmax())
-            raise NumericFault("router logits were NaN or infinite", layer=inputs.layer, expert=expert)
-        alike_EE = similarity(gram_EE, statistics["logit_sum"], statistics.tokens, self.affinity)
+        alike_EE = similarity(inputs.finite("logit_gram"), statistics["logit_sum"], statistics.tokens, self.affinity)
         load_E = statistics.load_E
         groups = self._groups(alike_EE, load_E, share, inputs)
         # A stable maximum: of equally used members the lowest.

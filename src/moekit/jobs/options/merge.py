@@ -24,9 +24,9 @@ class MergeOptions(FewerOptions):
         instead="--plan",
         hidden=("write",),
         examples=(
-            "moekit merge ./moe --method random-groups --keep 0.5 --data my-domain/ -o ./half",
-            "moekit merge ./moe --method random-groups --keep 12GiB --data demo --protect super -o ./small",
-            "moekit merge ./moe --method random-groups --keep 0.75 --data demo --plan ./p.json",
+            "moekit merge ./moe --method hc-smoe --keep 0.75 --data my-domain/ -o ./fewer",
+            "moekit merge ./moe --method m-smoe --keep 12GiB --data demo --protect super -o ./small",
+            "moekit merge ./moe --method hc-smoe --set align=weights --keep 0.5 --data demo --plan ./p.json",
         ),
     )
 

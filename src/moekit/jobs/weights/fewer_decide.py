@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moekit._device import named_dtype
@@ -31,6 +31,7 @@ from moekit.jobs.weights.self_calibration import answered_rows, load_for_answers
 from moekit.jobs.weights.texts import kept_apart
 from moekit.streaming.passes import Passes
 from moekit.trace import Trace
+from moekit.trace.statistics import LayerStatistics
 from moekit.trace.streamed import Streamed
 
 
@@ -143,8 +144,17 @@ def _complete(
     changed = {"layers": layers, "warnings": warnings, "mtp": dict(mtp)}
     changed |= {"text_sha256": text_hash(options.data), "kept_apart": kept_apart(plan.file.data)}
     plan = WeightPlan(plan.file.model_copy(update=changed), plan.statistics)
-    try:
-        counted = {} if trace is None else dict(trace.require(("load",)))
-    except MoekitError:
-        counted = {}  # a trace of something else: frequency cannot be compared with
-    return Decided(source, request, plan, counted)
+    needs = ("load", *baseline_needs(request.method, options.kind))
+    return Decided(source, request, plan, {} if trace is None else _what_it_has(trace, needs))
+
+
+def _what_it_has(trace: Trace, names: Iterable[str]) -> dict[int, LayerStatistics]:
+    """Those of some statistics that a trace carries or can compute: of other traces it is not known what they hold."""
+    had = []
+    for name in dict.fromkeys(names):
+        try:
+            trace.require((name,))
+        except MoekitError:
+            continue
+        had.append(name)
+    return dict(trace.require(had)) if had else {}

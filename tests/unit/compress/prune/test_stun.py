@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from moekit.anatomy import Geometry, find_moe_layers
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.maths.clustering.complete_linkage import complete_linkage
-from moekit.compress.prune.stun import Stun, nearest_to_mean, normalised_coactivation, router_distances
+from moekit.compress.maths.clustering.agglomerative import agglomerate
+from moekit.compress.prune.stun import Stun, nearest_to_mean, normalised_coactivation
 from moekit.compress.weights import LayerWeights, from_live
 from moekit.errors import NumericFault
 from moekit.trace.statistics import LayerStatistics
@@ -140,15 +140,6 @@ def test_means_only_where_the_layer_has_fewer_than_kappa_clusters() -> None:
     )
 
 
-def test_equal_rows_are_at_distance_zero_whatever_the_size() -> None:
-    rows = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * 100
-    rows[31] = rows[7]
-    distance = router_distances(rows)
-    assert float(distance[7, 31]) == 0.0
-    assert torch.equal(distance, distance.T)
-    torch.testing.assert_close(distance[3, 5], (rows[3].double() - rows[5].double()).norm())
-
-
 @pytest.mark.parametrize(
     "method",
     [Stun(), NEAREST, Stun(coactivation=1.0), Stun(router_distance=0, coactivation=1, representative="nearest")],
@@ -195,7 +186,9 @@ def test_one_threshold_for_all_layers() -> None:
     method = NEAREST
     seen = {number: inputs(layer(r), number) for number, r in rows.items()}
     scores = {number: method.score(s) for number, s in seen.items()}
-    trees = {n: complete_linkage((torch.tensor(r)[:, None] - torch.tensor(r)[None]).abs()) for n, r in rows.items()}
+    trees = {
+        n: agglomerate((torch.tensor(r)[:, None] - torch.tensor(r)[None]).abs(), "complete") for n, r in rows.items()
+    }
     for total in range(3, 16):
         low, high = 0.0, 1000.0
         for _ in range(100):

@@ -32,8 +32,7 @@ def similarity(gram_EE: Tensor, sum_E: Tensor, tokens: int, kind: Similarity) ->
         tokens: N.
         kind: which.
     """
-    gram = np.asarray(gram_EE.detach().double().cpu().numpy())
-    gram = (gram + gram.T) / 2
+    gram = _symmetric(gram_EE)
     if kind == "rbf":
         return _rbf(gram)
     square = gram.diagonal().copy()
@@ -42,6 +41,25 @@ def similarity(gram_EE: Tensor, sum_E: Tensor, tokens: int, kind: Similarity) ->
         gram = gram - np.outer(sums, sums) / max(tokens, 1)
         # What cancellation leaves of a constant column is rounding, not variance.
         square = np.where(gram.diagonal() > 1e-12 * square, gram.diagonal(), 0.0)
+    return _scaled(gram, square)
+
+
+def cosines(gram_EE: Tensor) -> Array:
+    """Cosines of vectors by their inner products, [E, E] in [-1, 1], symmetric; 0 where a vector is zero.
+
+    Args:
+        gram_EE: inner products of all pairs.
+    """
+    gram = _symmetric(gram_EE)
+    return _scaled(gram, gram.diagonal())
+
+
+def _symmetric(gram_EE: Tensor) -> Array:
+    gram: Array = gram_EE.detach().double().cpu().numpy()
+    return (gram + gram.T) / 2
+
+
+def _scaled(gram: Array, square: Array) -> Array:
     norms = np.sqrt(np.outer(square, square))
     cosine: Array = np.divide(gram, norms, out=np.zeros_like(gram), where=norms > 0)
     bounded: Array = cosine.clip(-1.0, 1.0)

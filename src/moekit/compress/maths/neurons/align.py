@@ -120,7 +120,7 @@ def permute_neurons(weights: LayerWeights, expert: int, order_I: Tensor) -> Laye
         raise UnsupportedModel(
             f"neurons cannot be reordered: it is not known where they lie in {', '.join(sorted(weights.others))}",
             expert=expert,
-            hint="merge without alignment (--set align=false)",
+            hint="merge without alignment (--set align=none, or --set align=false of a pruning method)",
         )
     one = single(weights, expert)
 

@@ -1,4 +1,4 @@
-"""Complete linkage against clusters worked by hand, its own definition, and scipy."""
+"""Linkages against clusters worked by hand, their own definitions, and scipy."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from hypothesis import given, settings, strategies as st
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from moekit.compress.maths.clustering.complete_linkage import complete_linkage
+from moekit.compress.maths.clustering.agglomerative import Dendrogram, Linkage, agglomerate
 from moekit.errors import NumericFault
 
 LINE = torch.tensor([0.0, 1.0, 2.2, 10.0, 10.5], dtype=torch.float64)
 LINE_DISTANCES = (LINE[:, None] - LINE[None]).abs()
+
+
+def complete_linkage(distance_NN: torch.Tensor) -> Dendrogram:
+    return agglomerate(distance_NN, "complete")
 
 
 @pytest.mark.parametrize(
@@ -106,3 +110,65 @@ def test_pairs_within_a_cluster_are_below_the_threshold_and_counts_fall(case: tu
         assert len(clusters) <= previous
         previous = len(clusters)
     assert previous == 1
+
+
+# Six points in the plane; joins at 1.0 {0,1}, (1.562050 + 1.2) / 2 {0,1,2}, 1.5 {3,4}, then 6.910708 {0..4}, 7.824958.
+POINTS = torch.tensor([[0, 0], [1, 0], [1, 1.2], [5, 5], [5, 6.5], [9, 0]], dtype=torch.float64)
+POINT_DISTANCES = torch.cdist(POINTS, POINTS)
+BY_HAND = {
+    4: ((0, 1, 2), (3,), (4,), (5,)),
+    3: ((0, 1, 2), (3, 4), (5,)),
+    2: ((0, 1, 2, 3, 4), (5,)),
+}
+
+
+def test_average_linkage_by_hand() -> None:
+    tree = agglomerate(POINT_DISTANCES, "average")
+    assert tree.heights == pytest.approx((1.0, 1.381025, 1.5, 6.910708, 7.824958), abs=1e-6)
+    assert {count: tree.leaving(count) for count in BY_HAND} == BY_HAND
+
+
+@pytest.mark.parametrize(
+    ("linkage", "two"),
+    [
+        ("single", ((0, 1, 2, 3, 4), (5,))),
+        ("complete", ((0, 1, 2), (3, 4, 5))),
+        ("ward", ((0, 1, 2), (3, 4, 5))),
+    ],
+)
+def test_the_other_linkages_by_hand(linkage: Linkage, two: tuple[tuple[int, ...], ...]) -> None:
+    tree = agglomerate(POINT_DISTANCES, linkage)
+    assert tree.joins[0] == (0, 1), "the closest pair, not the farthest"
+    assert tree.leaving(3) == BY_HAND[3]
+    assert tree.leaving(2) == two
+
+
+def between(linkage: Linkage, points: torch.Tensor, one: list[int], other: list[int]) -> float:
+    """How far apart two clusters are, by definition."""
+    pairs = torch.cdist(points[one], points[other])
+    if linkage == "ward":
+        both = points[[*one, *other]]
+        growth = sum(
+            sign * float((group - group.mean(0)).square().sum())
+            for sign, group in ((1, both), (-1, points[one]), (-1, points[other]))
+        )
+        return float((2 * growth) ** 0.5)
+    return float({"average": pairs.mean(), "single": pairs.min(), "complete": pairs.max()}[linkage])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), linkage=st.sampled_from(["average", "single", "complete", "ward"]))
+def test_each_join_is_that_of_the_closest_clusters(seed: int, linkage: Linkage) -> None:
+    points = torch.randn(9, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    tree = agglomerate(torch.cdist(points, points), linkage)
+    for count, (joined, height) in enumerate(zip(tree.joins, tree.heights, strict=True)):
+        clusters = [list(c) for c in tree.after(count)]
+        gaps = {(a[0], b[0]): between(linkage, points, a, b) for a, b in itertools.combinations(clusters, 2)}
+        assert height == pytest.approx(min(gaps.values()))
+        assert gaps[joined] == pytest.approx(height)
+
+
+@pytest.mark.parametrize("linkage", ["average", "ward"])
+def test_means_of_infinite_distances_are_refused(linkage: Linkage) -> None:
+    with pytest.raises(NumericFault):
+        agglomerate(torch.tensor([[0.0, float("inf")], [float("inf"), 0.0]]), linkage)
