@@ -25,6 +25,7 @@ from moekit.compress.maths.neurons.merging import Match, RouterRows, member_shar
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 
+Align = Literal["none", "weights"]
 Groups = Sequence[Sequence[int]]
 
 
@@ -37,7 +38,7 @@ class MergeMethod(FewerMethod):
 
     rewrites: ClassVar[bool] = True
 
-    align: Literal["none", "weights"] = Field(
+    align: Align = Field(
         default="weights", description="put each member's neurons in the order nearest to those of the expert it joins"
     )
     router: RouterRows = Field(
@@ -102,14 +103,17 @@ class MergeMethod(FewerMethod):
         named = sorted((max(group, key=lambda e: (ranked[e], -e)), tuple(sorted(group))) for group in made)
         named = sorted([*named, *((e, (e,)) for e in protected)])
         sources = [group for _, group in named]
-        worth_E = scores_E.clamp_min(0) if self.weigh == "score" else scores_E.new_ones(len(scores_E))
-        shares = member_shares(worth_E, sources)
+        shares = member_shares(self.weights_of(scores_E), sources)
         return LayerOutcome(
             keep=tuple(kept for kept, _ in named),
             sources=tuple(sources),
             shares=shares,
             figures=_figures(named, shares) | self.figures(inputs, sources),
         )
+
+    def weights_of(self, scores_E: Tensor) -> Tensor:
+        """How much each expert counts beside the other members of its group, [E], not negative."""
+        return scores_E.clamp_min(0) if self.weigh == "score" else scores_E.new_ones(len(scores_E))
 
     def figures(self, inputs: LayerInputs, groups: Groups) -> dict[str, float | list[float]]:
         """What else is worth telling of a layer's groups, by name."""

@@ -79,6 +79,11 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
         return False
 
     @property
+    def decides_behind(self) -> bool:
+        """Whether a sequential method decides on what it measures there; else the outcomes are known beforehand."""
+        return False
+
+    @property
     def passes(self) -> Passes:
         """How the text goes through the model: not at all, once, layer after changed layer, or for a search."""
         if self.searches:

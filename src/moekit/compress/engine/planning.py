@@ -6,6 +6,7 @@ Legend: E experts, K choices a token.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.plan import LayerRecord, WeightPlan
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.searching import plan_by_search
-from moekit.compress.engine.sequential import TextPass, pass_name
+from moekit.compress.engine.sequential import Decide, TextPass, pass_name
 from moekit.errors import BadConfig, BadData
 from moekit.trace.meta import TraceMeta
 from moekit.trace.statistics import LayerStatistics
@@ -84,18 +85,30 @@ def _plan_on_text(
     progress: Progress | None,
 ) -> WeightPlan:
     """Measure the model as it is; for sequential methods then again, behind the layers as they become."""
-    method = request.method
-    found, meta = empty_statistics(geometries), None
-    measured_first = not method.sequential or method.shares_by_measure
-    if measured_first:
-        found, meta = TextPass(checkpoint, text, request, progress).run("plain", None)
+    method, behind = request.method, request.method.sequential and request.method.decides_behind
+    found, meta, run = empty_statistics(geometries), None, TextPass(checkpoint, text, request, progress).run
+    by_scores = isinstance(request.budget, Budget) and request.budget.scope == "global"
+    if not method.sequential or method.shares_by_measure or (behind and by_scores):
+        found, meta = run("plain", None)
     inputs = inputs_of(checkpoint, request, geometries, found)
-    scores, shares = _shares(checkpoint, inputs, request)
+    # An equal share for each layer asks for no scores, which are taken where the layer is decided.
+    scores, shares = _shares(checkpoint, inputs, request, {} if behind and not by_scores else None)
     if method.sequential:
-        outcomes = {layer: method.decide(inputs[layer], scores[layer], shares[layer]) for layer in inputs}
-        found, meta = TextPass(checkpoint, text, request, progress).run(pass_name(request, outcomes), outcomes)
+        if behind:
+            name, decide = pass_name(request, shares), _decider(method, shares)
+        else:
+            outcomes = {layer: method.decide(inputs[layer], scores[layer], shares[layer]) for layer in inputs}
+            name, decide = pass_name(request, outcomes), lambda seen: outcomes[seen.layer]
+        found, meta = run(name, decide)
         inputs = inputs_of(checkpoint, request, geometries, found)
+    if behind:
+        scores = {layer: method.worth(inputs[layer]) for layer in inputs}
     return _decided(checkpoint, inputs, request, found, scores, shares, meta)
+
+
+def _decider(method: WeightMethod[Any, Any], shares: Mapping[int, Any]) -> Decide:
+    """Scores and decides a layer by what it shows: the same as `_decided` makes of the same statistics afterwards."""
+    return lambda seen: method.decide(seen, method.worth(seen), shares[seen.layer])
 
 
 def inputs_of(

@@ -2,7 +2,7 @@
 
 All of the text passes through a layer, its statistics are taken, the layer is changed, and the text passes through the
 changed layer on to the next: so each layer is judged by what the changed layers before it give. What each layer gets of
-the budget is decided beforehand.
+the budget is decided beforehand; what becomes of it, too, or there, from the statistics just taken.
 
 Legend: E experts.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -26,6 +26,9 @@ from moekit.compress.engine.resize import read_block, resized_block, resized_con
 from moekit.trace.meta import TraceMeta
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.streamed import Streamed
+
+# What becomes of a layer, from what it shows where it stands.
+Decide = Callable[[LayerInputs], LayerOutcome]
 
 
 class TextPass:
@@ -46,14 +49,12 @@ class TextPass:
         self._request = request
         self._progress = progress
 
-    def run(
-        self, name: str, outcomes: Mapping[int, LayerOutcome] | None
-    ) -> tuple[dict[int, LayerStatistics], TraceMeta]:
+    def run(self, name: str, decide: Decide | None) -> tuple[dict[int, LayerStatistics], TraceMeta]:
         """Statistics of every layer, behind layers as they are, or behind layers changed by these outcomes.
 
         Args:
             name: of the folder: what an interrupted pass left belongs to this model, text and name.
-            outcomes: of each layer; None leaves all layers as they are.
+            decide: says what becomes of each layer, and the same when it is asked again; None leaves all as they are.
         """
         text, request = self._text, self._request
         with Streamed(
@@ -66,21 +67,34 @@ class TextPass:
         ) as streamed:
 
             def change(moe: MoELayer, statistics: LayerStatistics) -> nn.Module | None:
-                if outcomes is None or outcomes[moe.index].unchanged(moe.geometry.experts):
+                refuse_damaged(moe, statistics)
+                assert decide is not None
+                config = streamed.loader.model.config
+                weights = read_block(moe, config)
+                protected = frozenset((request.protected or {}).get(moe.index, ()))
+                inputs = LayerInputs(moe.index, moe.geometry, statistics, lambda: weights, request.seed, protected)
+                outcome = decide(inputs)
+                if outcome.unchanged(moe.geometry.experts) and request.top_k is None:
                     return None
-                weights = read_block(moe, streamed.loader.model.config)
-                inputs = LayerInputs(moe.index, moe.geometry, statistics, lambda: weights, request.seed)
-                outcome = outcomes[moe.index]
                 made = request.method.transform(weights, outcome, inputs)
-                config = resized_config(streamed.loader.model.config, made.experts, width=outcome.width)
-                return resized_block(moe, config, made, outcome)
+                sized = resized_config(
+                    config, made.experts, top_k=request.top_k, groups=request.groups, width=outcome.width
+                )
+                return resized_block(moe, sized, made, outcome)
 
-            streamed.run(self._progress, refuse_damaged if outcomes is None else change)
+            streamed.run(self._progress, refuse_damaged if decide is None else change)
             meta = streamed.trace(tokenizer=text.tokenizer, source=text.source, seed=request.seed).meta
             return {layer: record.statistics for layer, record in streamed.records.items()}, meta
 
 
-def pass_name(request: PlanRequest, outcomes: Mapping[int, LayerOutcome]) -> str:
-    """What tells a pass behind changed layers from others of the same model and text."""
-    told = [repr(request.method), request.seed, sorted((n, o.model_dump_json()) for n, o in outcomes.items())]
+def pass_name(request: PlanRequest, decided: Mapping[int, LayerOutcome] | Mapping[int, float]) -> str:
+    """What tells a pass behind changed layers from others of the same model and text.
+
+    Args:
+        request: method, seed and the rest.
+        decided: outcomes of all layers; or what each layer gets of the budget, where they are decided on the way.
+    """
+    told = [repr(request.method), request.seed, request.top_k, request.groups]
+    told += [sorted((n, sorted(experts)) for n, experts in (request.protected or {}).items())]
+    told += [sorted((n, o.model_dump_json() if isinstance(o, LayerOutcome) else o) for n, o in decided.items())]
     return f"changed-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"

@@ -13,7 +13,7 @@ from moekit.compress.engine.measuring import refuse_damaged
 from moekit.compress.engine.mtp_routing import mtp_scores
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
-from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.searching import plan_by_search
 from moekit.data import Document, TokenBatches
 from moekit.data.forcing import reading_notes
@@ -91,6 +91,7 @@ def _from_text(
 ) -> Decided:
     source, method, mtp = asked.source, asked.request.method, dict[str, tuple[float, ...]]()
     needed = protection_needs(source) if options.protect == SUPER else ()
+    batches, follows = list(rows.batches(options.batch_size)), method.passes == "sequential"
 
     def look_ahead(last: Passes) -> None:
         if cuts_mtp(source.checkpoint, options.mtp):
@@ -98,9 +99,13 @@ def _from_text(
 
     with Streamed(
         source.checkpoint,
-        rows.batches(options.batch_size),
-        # What the method, the protection and the baselines look at.
-        statistics=tuple(dict.fromkeys((*method.required, *needed, *baseline_needs(method, options.kind), "load"))),
+        batches,
+        # What the method, the protection and the baselines look at; a method that follows its changes measures there.
+        statistics=tuple(
+            dict.fromkeys(
+                (*(() if follows else method.required), *needed, *baseline_needs(method, options.kind), "load")
+            )
+        ),
         folder=scratch / "calibration",
         dtype=named_dtype(options.dtype),
         device=options.device,
@@ -111,12 +116,15 @@ def _from_text(
         request = _protecting(options, asked, trace)
         plan = known_plan(scratch / PLAN_FILE, trace.digest, request.protected or {})
         if plan is None:
-            searching = request.method.searches
-            plan = (
-                plan_by_search(source.checkpoint, trace, streamed, request, progress)
-                if searching
-                else plan_weights(source.checkpoint, trace, request, progress)
-            )
+            if method.searches:
+                plan = plan_by_search(source.checkpoint, trace, streamed, request, progress)
+            elif follows:
+                folder, dtype = scratch / "behind", named_dtype(options.dtype)
+                again = CalibrationText(batches, folder, dtype, options.device, source.tokenizer(), text)
+                plan = plan_weights(source.checkpoint, again, request, progress)
+                plan = WeightPlan(plan.file.model_copy(update={"trace": trace.digest}), plan.statistics)
+            else:
+                plan = plan_weights(source.checkpoint, trace, request, progress)
             plan.save(scratch / PLAN_FILE)
     return _complete(options, source, request, plan, trace, mtp)
 

@@ -79,11 +79,13 @@ def check(options: FewerOptions) -> None:
         raise BadConfig(f"{options.method} needs to know how many experts each layer keeps", hint="--scope uniform")
     if options.data is not None and options.trace is not None:
         raise BadConfig("data and trace are both given", hint="decide on one of them; --heldout is for the proof")
-    if options.trace is not None and method.searches:
+    on_text = method.passes in ("search", "sequential")
+    if options.trace is not None and on_text:
         raise BadConfig(f"{options.method} runs layers on text, which a trace does not hold", hint="give --data")
-    if options.data is None and options.trace is None and (method.searches or method.required):
-        what = "runs layers on text" if method.searches else f"decides from {', '.join(method.required)}"
-        raise BadConfig(f"{options.method} {what}", hint="give text (--data) or a trace (--trace) of this model")
+    if options.data is None and options.trace is None and (on_text or method.required):
+        what = "runs layers on text" if on_text else f"decides from {', '.join(method.required)}"
+        way = "give text (--data)" if on_text else "give text (--data) or a trace (--trace) of this model"
+        raise BadConfig(f"{options.method} {what}", hint=way)
     refuse_unread(options)
     if options.self_generated is None and options.given("demonstrations"):
         raise BadConfig("demonstrations is given, but no prompts are answered", hint="say --self-generated TOKENS, too")

@@ -70,7 +70,7 @@ def ask(options: FewerOptions, seed: int, progress: Progress | None = None) -> A
 
 def _between(options: FewerOptions, source: OpenedModel, size: ResultSize, request: PlanRequest) -> int:
     tokens = 0 if options.data is None else options.max_tokens or (1 << 20)
-    tokens *= 2 if request.method.searches else 1
+    tokens *= 2 if request.method.passes in ("search", "sequential") else 1
     proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0
     rewritten = 0
     if request.method.rewrites:

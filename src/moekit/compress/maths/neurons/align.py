@@ -8,14 +8,20 @@ Legend: E experts, I expert width, H hidden, F numbers that make up a neuron (3H
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from moekit.compress.maths.clustering.spherical_kmeans import unit
 from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault, UnsupportedModel
+
+# What two neurons' distance is: of the vectors themselves, squared, or of their directions, not squared.
+Distance = Literal["squared", "directions"]
 
 # Neurons at a time where costs are taken: keeps fp64 copies small.
 _ROWS = 1024
@@ -27,7 +33,7 @@ class Alignment:
 
     Attributes:
         order_I: position j takes neuron order_I[j], int64.
-        cost: sum over neurons of the squared distance to their partners.
+        cost: sum over neurons of the distance to their partners.
         before: the same sum with neurons where they were; never below `cost`.
     """
 
@@ -53,11 +59,7 @@ def match_neurons(reference_IF: Tensor, member_IF: Tensor) -> Alignment:
     Raises:
         NumericFault: a neuron holds NaN or infinity.
     """
-    product_II = reference_IF.float() @ member_IF.float().T
-    if not bool(product_II.isfinite().all()):
-        raise NumericFault(
-            "neurons hold NaN or infinity, or their products overflow", hint="look at the weights: `moekit check`"
-        )
+    product_II = _finite(reference_IF.float() @ member_IF.float().T)
     # Rows come back ascending, so the columns are the order itself and not its inverse.
     _, columns = linear_sum_assignment(product_II.cpu().numpy(), maximize=True)
     order_I = torch.from_numpy(columns).to(torch.int64)
@@ -65,6 +67,51 @@ def match_neurons(reference_IF: Tensor, member_IF: Tensor) -> Alignment:
     if cost >= before:
         return Alignment(torch.arange(len(order_I)), before, before)
     return Alignment(order_I, cost, before)
+
+
+def direction_distances(reference_IF: Tensor, member_IF: Tensor) -> Tensor:
+    """Euclidean distances of all pairs of neurons, each scaled to norm 1 (a neuron of zeros stays zero).
+
+    Args:
+        reference_IF: neurons as vectors.
+        member_IF: neurons that may go beside them.
+
+    Returns:
+        [I, I] in fp32, or fp64 where neurons are; in [0, 2].
+    """
+    wide = torch.promote_types(torch.promote_types(reference_IF.dtype, member_IF.dtype), torch.float32)
+    first_IF, second_IF = unit(reference_IF.to(wide)), unit(member_IF.to(wide))
+    square_II = first_IF.square().sum(1)[:, None] + second_IF.square().sum(1) - 2 * first_IF @ second_IF.T
+    return square_II.clamp_min(0).sqrt()
+
+
+def match_directions(reference_IF: Tensor, member_IF: Tensor) -> Alignment:
+    """Find the order of the member's neurons whose directions are nearest to the reference's (REAM, arXiv:2604.04356).
+
+    Minimises sum_j || reference_j / ||reference_j|| - member_order(j) / ||member_order(j)|| ||: unlike in
+    `match_neurons` large neurons count no more than small ones, nor far pairs more than near ones.
+
+    Args:
+        reference_IF: neurons as vectors.
+        member_IF: neurons to be reordered.
+
+    Raises:
+        NumericFault: a neuron holds NaN or infinity.
+    """
+    distance_II = _finite(direction_distances(reference_IF, member_IF)).double()
+    _, columns = linear_sum_assignment(distance_II.cpu().numpy())
+    order_I = torch.from_numpy(columns).to(torch.int64)
+    own_I = torch.arange(len(order_I))
+    cost, before = (float(distance_II[own_I, order].sum()) for order in (order_I, own_I))
+    return Alignment(order_I, cost, before) if cost < before else Alignment(own_I, before, before)
+
+
+def _finite(pairs_II: Tensor) -> Tensor:
+    if not bool(pairs_II.isfinite().all()):
+        raise NumericFault(
+            "neurons hold NaN or infinity, or their products overflow", hint="look at the weights: `moekit check`"
+        )
+    return pairs_II
 
 
 def _cost(reference_IF: Tensor, member_IF: Tensor, order_I: Tensor | None) -> float:
@@ -81,22 +128,29 @@ def single(weights: LayerWeights, expert: int) -> LayerWeights:
     return weights.map(lambda t: t[expert : expert + 1])
 
 
-def align_experts(weights: LayerWeights, reference: int, member: int) -> Alignment:
+_MATCHES: dict[Distance, Callable[[Tensor, Tensor], Alignment]] = {
+    "squared": match_neurons,
+    "directions": match_directions,
+}
+
+
+def align_experts(weights: LayerWeights, reference: int, member: int, *, distance: Distance = "squared") -> Alignment:
     """Find the order in which a member's neurons lie beside those of a reference expert of the same layer.
 
-    The cost of two neurons is the sum of the squared distances of their gate rows, up rows and down columns.
+    A neuron is its gate row, up row and down column joined; see `match_neurons` and `match_directions`.
 
     Args:
         weights: of the layer.
         reference: expert that stays as it is.
         member: expert whose neurons are to be reordered.
+        distance: "squared" of neurons, or of their "directions".
 
     Raises:
         NumericFault: weights hold NaN or infinity; names the expert.
     """
     first_IF, second_IF = (single(weights, e).neurons_EIF()[0] for e in (reference, member))
     try:
-        return match_neurons(first_IF, second_IF)
+        return _MATCHES[distance](first_IF, second_IF)
     except NumericFault as fault:
         broken = reference if not bool(first_IF.isfinite().all()) else member
         raise NumericFault(fault.message, expert=broken, hint=fault.hint) from fault

@@ -1,0 +1,196 @@
+"""REAM: a few of the most valuable experts take in those that pruning would drop (arXiv:2604.04356).
+
+Legend: N tokens, K choices a token, E experts, H hidden, I expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from moekit.anatomy.probe import Geometry
+from moekit.catalogue import register
+from moekit.compress.engine.dropping import ranking, ratio
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.merging import Groups, MergeMethod
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.maths.clustering.pseudo_pruning import pseudo_pruning
+from moekit.compress.maths.clustering.spherical_kmeans import unit
+from moekit.compress.maths.neurons.align import align_experts
+from moekit.compress.maths.neurons.merging import Match
+from moekit.compress.weights import LayerWeights
+from moekit.trace.batch import TokenBatch, widest
+from moekit.trace.vocabulary import statistic
+
+# What stands in for a saliency of 0 where members are weighed, unless some positive one is smaller.
+_LEAST = 0.5
+
+
+@statistic(shape="E", sources=("weights", "outputs"))
+def gate_square_output_norm(seen: TokenBatch) -> Tensor:
+    """Sum of g^2 n over the expert's tokens (REAM's saliency as its code takes it, arXiv:2604.04356)."""
+    return seen.per_expert(seen.weights_NK.square() * seen.output_norm_NK)
+
+
+@statistic(shape="EH", sources=("logits", "all_outputs"))
+def scored_output_sum(seen: TokenBatch) -> Tensor:
+    """Sum of p f(x) over all tokens, chosen or not, by channel; p is the router's score before top-k."""
+    wide = widest(seen.indices_NK.device)
+    return torch.einsum("ne,neh->eh", seen.scores_NE.to(wide), seen.all_outputs_NEH.to(wide))
+
+
+def gate_similarity(gram_EE: Tensor) -> Tensor:
+    """1 - D / max D, D the distances of the experts' logits over all tokens, each scaled to norm 1 (eq. 5), [E, E].
+
+    Args:
+        gram_EE: Gram matrix of the logits Z, Z^T Z; symmetric.
+    """
+    gram_EE = gram_EE.double()
+    norm_E = gram_EE.diagonal().clamp_min(0).sqrt()
+    scale_E = torch.where(norm_E > 0, 1 / norm_E.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    cosine_EE = gram_EE * scale_E[:, None] * scale_E
+    square_E = cosine_EE.diagonal()
+    distance_EE = (square_E[:, None] + square_E - 2 * cosine_EE).clamp_min(0).sqrt().fill_diagonal_(0)
+    farthest = float(distance_EE.max())
+    return 1 - distance_EE / farthest if farthest > 0 else torch.ones_like(distance_EE)
+
+
+def token_similarity(cosine_EE: Tensor, tokens: int) -> Tensor:
+    """Mean over tokens of (cos + 1) / 2 of two experts' outputs (eq. 8), [E, E]; gates, being positive, cancel.
+
+    Args:
+        cosine_EE: sums of the cosines over all tokens.
+        tokens: N.
+    """
+    return (cosine_EE.double() / max(tokens, 1) + 1) / 2
+
+
+def mean_similarity(sum_EH: Tensor) -> Tensor:
+    """(cos + 1) / 2 of two experts' mean outputs, [E, E]; the authors' code, in which the gates count.
+
+    Args:
+        sum_EH: sums of outputs, each times its gate, over all tokens.
+    """
+    mean_EH = unit(sum_EH.double())
+    return (mean_EH @ mean_EH.T + 1) / 2
+
+
+@register(
+    name="ream",
+    kind="merge",
+    paper="arXiv:2604.04356",
+    needs=("load", "gated_output_norm", "logit_gram", "all_output_cosine"),
+    changes="weights",
+    limits=(
+        "Neurons are aligned by their weights alone: the paper adds the distance of their activations, not built here.",
+        "Runs all experts on all tokens; progressive, every layer runs once more behind the merged ones.",
+        "Gains over pruning by REAP are small and not certain: the proof shows both at the same size.",
+        "Tokens of a merged expert go where the router's remaining rows send them, not to the expert that took it in.",
+    ),
+)
+class REAM(MergeMethod):
+    """Fold the experts that pruning would drop into a few of the most valuable ones; nearly all others stay as is.
+
+    S_j = mean over X_j, the tokens routed to j, of g_j^p ||f_j(x)||, with the gate weight g as it multiplies outputs.
+    The M most salient experts are centroids. Experts are alike by s = s_gate + s_out: s_gate = 1 - D / max D, D the
+    distances of their router logits over all tokens, scaled to norm 1; s_out the mean over all tokens, chosen or not,
+    of (cos(f_i(x), f_j(x)) + 1) / 2. From the most salient centroid down, each takes its C - 1 nearest experts that are
+    free, until none is (pseudo-pruning). Their neurons are put in the order in which the sum of distances of
+    unit-norm neurons [gate | up | down] is least, and W = sum_j S_j W_j / sum_j S_j. The centroids' router rows stay.
+    Layers are decided one after the other, each on what the merged ones before it give. Choose it to drop a quarter of
+    the experts, at most half, where pruning alone forgets; read the proof against `reap`.
+    """
+
+    gate_power: Literal[1, 2] = Field(
+        default=1, description="p of the saliency: 1 as in the paper, 2 as in the authors' code"
+    )
+    similarity: Literal["token", "mean"] = Field(
+        default="token",
+        description="of outputs: mean of the tokens' cosines (paper), or cosine of the means of gate times output, "
+        "with the router's scores of all experts as gates (code)",
+    )
+    group_size: int = Field(
+        default=16, ge=0, description="experts of a group at most; 0: each goes to its nearest centroid, as in MC-SMoE"
+    )
+    merge: bool = Field(
+        default=True, description="fold the others into the centroids; off drops them: pruning by the same saliency"
+    )
+    mode: Literal["progressive", "layerwise"] = Field(
+        default="progressive", description="decide each layer behind the merged layers before it, or on the model as is"
+    )
+
+    @classmethod
+    def examples(cls, geometry: Geometry) -> Sequence[MergeMethod]:
+        """Both modes, both similarities and saliencies, limited groups or not, and pruning alone."""
+        return [
+            cls(),
+            cls(mode="layerwise"),
+            cls(mode="layerwise", gate_power=2, similarity="mean", group_size=0),
+            cls(mode="layerwise", merge=False),
+        ]
+
+    @property
+    def sequential(self) -> bool:
+        """Progressive mode goes layer after layer."""
+        return self.mode == "progressive"
+
+    @property
+    def decides_behind(self) -> bool:
+        """Progressive mode decides there, too."""
+        return self.sequential
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Load, gated norms and, to group, logits and outputs of all experts."""
+        norm = "gated_output_norm" if self.gate_power == 1 else "gate_square_output_norm"
+        alike = "all_output_cosine" if self.similarity == "token" else "scored_output_sum"
+        return ("load", norm, *(("logit_gram", alike) if self.merge else ()))
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """Saliency of each expert, [E]; 0 where no token chose it."""
+        return ratio(inputs.statistics[self.required[1]], inputs.statistics.load_E)
+
+    def distances(self, inputs: LayerInputs) -> Tensor:
+        """1 - (s_gate + s_out) / 2 of all experts, [E, E]."""
+        seen = inputs.statistics
+        if self.similarity == "token":
+            made_EE = token_similarity(seen["all_output_cosine"], seen.tokens)
+        else:
+            made_EE = mean_similarity(seen["scored_output_sum"])
+        return 1 - (gate_similarity(seen["logit_gram"]) + made_EE) / 2
+
+    def groups(self, inputs: LayerInputs, scores_E: Tensor, count: int, experts: Sequence[int]) -> Groups:
+        """Pseudo-pruning groups, or the most salient experts alone.
+
+        Raises:
+            BadConfig: groups of this size do not hold all experts.
+        """
+        index, ranked_E = torch.tensor(experts), ranking(scores_E, inputs)
+        if not self.merge:
+            order = ranked_E[index].sort(descending=True, stable=True).indices
+            return [[experts[i]] for i in order[:count].tolist()]
+        distance_EE = self.distances(inputs).cpu()[index][:, index]
+        made = pseudo_pruning(ranked_E[index], distance_EE, count, self.group_size)
+        return [[experts[i] for i in group] for group in made]
+
+    def weights_of(self, scores_E: Tensor) -> Tensor:
+        """The saliency; one of 0 counts as the smallest above it, at most one half."""
+        worth_E = super().weights_of(scores_E)
+        positive = worth_E[worth_E > 0]
+        least = min(_LEAST, float(positive.min())) if len(positive) else _LEAST
+        return worth_E.masked_fill(worth_E <= 0, least)
+
+    def unseen(self, experts: Sequence[int], outcome: LayerOutcome) -> str:
+        """What becomes of them."""
+        alone = len(set(experts) & set(outcome.keep))
+        return f"; they count as little as the least of those that were chosen, and {alone} of them stand for a group"
+
+    def match(self, weights: LayerWeights, inputs: LayerInputs) -> Match | None:
+        """The order in which neurons' directions are nearest."""
+        if self.align == "none":
+            return None
+        return lambda reference, member: align_experts(weights, reference, member, distance="directions").order_I
