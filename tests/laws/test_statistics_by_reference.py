@@ -36,6 +36,7 @@ def own_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_outputs(family: str) -> None:
     for index, shown in reference(family).items():
         sum_EH, gram_EE = torch.zeros(8, 32).double(), torch.zeros(8, 8).double()
+        cosine_EE = torch.zeros(8, 8).double()
         with torch.no_grad():
             for x_H in shown.hidden_NH:
                 made = [output_of(family, shown.layer, e, inner_of(family, shown.layer, e, x_H)) for e in range(8)]
@@ -43,8 +44,10 @@ def test_all_outputs(family: str) -> None:
                     sum_EH[e] += made[e]
                     for f in range(8):
                         gram_EE[e, f] += made[e] @ made[f]
+                        cosine_EE[e, f] += made[e] @ made[f] / (made[e].norm() * made[f].norm())
         torch.testing.assert_close(whole(family)[index]["all_output_sum"], sum_EH, **CLOSE)
         torch.testing.assert_close(whole(family)[index]["all_output_gram"], gram_EE, **CLOSE)
+        torch.testing.assert_close(whole(family)[index]["all_output_cosine"], cosine_EE, **CLOSE)
 
 
 def test_all_outputs_come_in_chunks_of_a_limited_size() -> None:

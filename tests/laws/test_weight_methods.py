@@ -79,7 +79,8 @@ def changed(record: MethodRecord, seed: int = 0, number: int = 0) -> tuple[Weigh
             plan = plan_by_search(checkpoint(), trace(method.required), streamed, request)
     else:
         request = PlanRequest(method, Budget(keep=KEEP), seed=seed)
-        plan = plan_weights(checkpoint(), trace(method.required), request)
+        source = CalibrationText(TEXT) if method.sequential else trace(method.required)
+        plan = plan_weights(checkpoint(), source, request)
     model = change_model(copy.deepcopy(build(FAMILY)), plan.outcomes, rewriter(plan, checkpoint()))
     return plan, {layer.index: read_block(layer) for layer in find_moe_layers(model)}
 

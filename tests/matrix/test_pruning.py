@@ -28,7 +28,7 @@ from moekit.compress.engine.live import change_model
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights, redecide
-from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.engine.searching import plan_by_search
 from moekit.errors import BadConfig
@@ -79,7 +79,8 @@ def record(family: str, folder: Path, names: Sequence[str], *, fused: bool = Fal
 def plan_of(recorded: Recorded, method: FewerMethod, budget: Budget) -> WeightPlan:
     request = PlanRequest(method, budget, seed=3)
     if not method.searches:
-        return plan_weights(recorded.checkpoint, recorded.trace, request)
+        source = CalibrationText(TEXT) if method.sequential else recorded.trace
+        return plan_weights(recorded.checkpoint, source, request)
     with Streamed(recorded.checkpoint, TEXT, statistics=("load",)) as streamed:
         return plan_by_search(recorded.checkpoint, recorded.trace, streamed, request)
 
@@ -125,7 +126,7 @@ def test_a_saved_plan_decides_again_as_it_would_have_decided(
     name: str, family: str, recorded: Recorded, tmp_path: Path
 ) -> None:
     method = examples(name, build(family))[0]
-    if method.searches:
+    if method.searches or method.sequential:
         with pytest.raises(BadConfig, match="search"):
             redecide(plan_of(recorded, method, Budget(keep=6)), recorded.checkpoint, Budget(keep=4))
         return

@@ -54,16 +54,16 @@ class SubMoE(MergeMethod):
     several) on outputs scaled to norm 1 token by token, for which ||a - b||^2 = 2 (1 - Sim) on the mean. Each cluster
     becomes W = sum_i f_i W_i / sum_i f_i, f the load; that is what the paper's union decomposition [W_1 ... W_n] = U S
     [V_1^T ... V_n^T] with averaged V gives as long as nothing is cut off. With `rank` R it is U_R U_R^T W, U_R the
-    first eigenvectors of sum_i W_i C_i W_i^T (C_i = 1, or with `whiten` the second moment of what reaches W_i). The row of
-    the cluster's most used expert stays in the router. With the scope "global" layers that stand together share their
-    budget: merges are spent, one by one, where the cost of k-means rises least. Choose it where experts do alike things
-    under alike names; read the proof against pruning.
+    first eigenvectors of sum_i W_i C_i W_i^T (C_i = 1, or with `whiten` the second moment of what reaches W_i). The row
+    of the cluster's most used expert stays in the router. With the scope "global" layers that stand together share
+    their budget: merges are spent, one by one, where the cost of k-means rises least. Choose it where experts do alike
+    things under alike names; read the proof against pruning.
     """
 
     align: Align = Field(
         default="none",
-        description="weights: put each member's neurons in the order nearest to those of the expert it joins; none: merge "
-        "them as they lie, as in the paper",
+        description="weights: put each member's neurons in the order nearest to those of the expert it joins; none: "
+        "merge them as they lie, as in the paper",
     )
     rank: int | None = Field(
         default=None, ge=1, description="project merged matrices on so many shared directions; none leaves the mean"

@@ -1,0 +1,333 @@
+"""REAM: worked examples, what must not change, and layer after layer against a loop over the whole model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, silu
+from transformers import PreTrainedModel
+
+from moekit.anatomy import find_moe_layers
+from moekit.anatomy.probe import Geometry
+from moekit.checkpoint.folder import Checkpoint
+from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.live import change_model
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.request import CalibrationText, PlanRequest
+from moekit.compress.engine.rewriting import rewriter
+from moekit.compress.maths.neurons.align import direction_distances, match_directions
+from moekit.compress.merge.ream import REAM, gate_similarity, mean_similarity, token_similarity
+from moekit.compress.weights import LayerWeights, outputs
+from moekit.errors import BadConfig
+from moekit.trace.batch import TokenBatch
+from moekit.trace.statistics import LayerStatistics
+from moekit.trace.vocabulary import get
+from tests.checkpoints import plain
+from tests.families import EXPERTS, HIDDEN, WIDTH, build, tokens
+
+BATCHES: list[Any] = [tokens(3, 20, seed=5), tokens(2, 9, seed=6)]
+
+
+def taken(seen: TokenBatch, *names: str) -> LayerStatistics:
+    """Statistics of some tokens."""
+    statistics = LayerStatistics.empty([get(name) for name in names], seen.experts, 2)
+    statistics.update(seen)
+    return statistics
+
+
+def measured(seen: TokenBatch, method: REAM) -> LayerInputs:
+    """A layer whose statistics are those of some tokens."""
+    statistics = taken(seen, *method.required)
+    return LayerInputs(4, Geometry(2, seen.experts, 1, 2, 0, True, False, False, True), statistics)
+
+
+@pytest.mark.parametrize(("power", "scores"), [(1, (1.6, 1.5)), (2, (0.32, 0.75))])
+def test_the_saliency_of_the_worked_example(power: int, scores: tuple[float, float]) -> None:
+    norms = torch.tensor([[8.0, 3.0], [8.0, 3.0]])
+    index, weights = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0.2, 0.5], [0.2, 0.5]])
+    seen = TokenBatch(2, index, weights=weights, norms=norms)
+    method = REAM(gate_power=cast(Any, power), merge=False)
+    assert method.score(measured(seen, method)).tolist() == pytest.approx(list(scores))
+
+
+def test_the_gate_similarity_of_the_worked_example() -> None:
+    logits_EN = torch.tensor([[2.0, 1, 0], [0, 3, 4], [2, 2, 1]])
+    found = gate_similarity(logits_EN @ logits_EN.T)
+    expected = torch.tensor([[1, 0, 0.620145], [0, 1, 0.325035], [0.620145, 0.325035, 1]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert gate_similarity(torch.ones(3, 3)).tolist() == [[1.0] * 3] * 3
+    nowhere = gate_similarity(torch.diag(torch.tensor([0.0, 0.0, 4.0])))
+    assert (float(nowhere[0, 1]), float(nowhere[0, 2])) == (1.0, 0.0)
+
+
+def test_the_output_similarities_of_the_worked_example() -> None:
+    made_NEH = torch.tensor([[[1.0, 0], [1, 1]], [[0, 2], [0, -1]]])
+    gates_NE = torch.tensor([[0.8, 0.1], [0.1, 0.7]])
+    for factor_NE in (torch.ones(2, 2), gates_NE):
+        seen = TokenBatch(2, torch.zeros(2, 1, dtype=torch.int64), all_outputs=made_NEH * factor_NE[..., None])
+        cosine_EE = taken(seen, "all_output_cosine")["all_output_cosine"]
+        assert float(token_similarity(cosine_EE, 2)[0, 1]) == pytest.approx(0.426777, abs=1e-6)
+    ungated, gated = made_NEH.sum(0), (gates_NE[..., None] * made_NEH).sum(0)
+    assert float(mean_similarity(ungated)[0, 1]) == pytest.approx(0.723607, abs=1e-6)
+    assert float(mean_similarity(gated)[0, 1]) == pytest.approx(0.460127, abs=1e-6)
+
+
+def test_mean_outputs_are_weighed_by_the_scores_of_all_experts() -> None:
+    made_NEH = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0))
+    logits_NE = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    for sigmoid, p_NE in ((False, logits_NE.softmax(-1)), (True, logits_NE.sigmoid())):
+        index = torch.zeros(5, 1, dtype=torch.int64)
+        seen = TokenBatch(3, index, logits=logits_NE, sigmoid=sigmoid, all_outputs=made_NEH)
+        found = taken(seen, "scored_output_sum")["scored_output_sum"]
+        expected = sum(p_NE[n, :, None] * made_NEH[n] for n in range(5))
+        torch.testing.assert_close(found.float(), cast(Tensor, expected))
+
+
+def stacked(*matrices: list[list[float]]) -> Tensor:
+    return torch.tensor(matrices)
+
+
+def worked() -> LayerWeights:
+    return LayerWeights(
+        gate_EIH=stacked([[1, 0], [0, 1]], [[0, 1.2], [1, 0.2]]),
+        up_EIH=stacked([[1, 1], [1, -1]], [[1, -1], [1.2, 1]]),
+        down_EHI=stacked([[1, 2], [0, 1]], [[2, 1], [1, 0.2]]),
+        router={"gate.weight": stacked([1, 2], [3, 4])},  # type: ignore[arg-type]
+    )
+
+
+def of_two(align: str) -> LayerWeights:
+    outcome = LayerOutcome(keep=(0,), sources=((0, 1),), shares=((0.75, 0.25),))
+    inputs = LayerInputs(0, Geometry(2, 2, 1, 2, 0, True, False, False, True), LayerStatistics(2, 2))
+    return REAM(align=cast(Any, align)).transform(worked(), outcome, inputs)
+
+
+def test_the_merge_of_the_worked_example() -> None:
+    neurons_EIF = worked().neurons_EIF()
+    expected = torch.tensor([[1.145239, 0.156481], [0.064430, 1.065482]])
+    torch.testing.assert_close(direction_distances(neurons_EIF[0], neurons_EIF[1]), expected, rtol=0, atol=1e-6)
+    found = match_directions(neurons_EIF[0], neurons_EIF[1])
+    assert found.order_I.tolist() == [1, 0]
+    assert (found.cost, found.before) == (pytest.approx(0.220911, abs=2e-6), pytest.approx(2.210721, abs=2e-6))
+    made = of_two("weights")
+    assert made.gate_EIH is not None
+    torch.testing.assert_close(made.gate_EIH[0], torch.tensor([[1, 0.05], [0, 1.05]]))
+    torch.testing.assert_close(made.up_EIH[0], torch.tensor([[1.05, 1], [1, -1]]))
+    torch.testing.assert_close(made.down_EHI[0], torch.tensor([[1, 2], [0.05, 1]]))
+    assert made.router["gate.weight"].tolist() == [[1, 2]]
+    x = torch.tensor([[1.0, 0.5]])
+    given = [outputs(worked(), e, x, silu)[0] for e in (0, 1)]
+    assert given[0].tolist() == pytest.approx([1.407818, 0.155615], abs=1e-6)
+    assert given[1].tolist() == pytest.approx([1.790380, 0.474294], abs=1e-6)
+    assert outputs(made, 0, x, silu)[0].tolist() == pytest.approx([1.499099, 0.223395], abs=1e-6)
+    assert outputs(of_two("none"), 0, x, silu)[0].tolist() == pytest.approx([1.597652, 0.473271], abs=1e-6)
+
+
+def test_large_neurons_count_no_more_than_small_ones() -> None:
+    reference = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    loud = reference[order] * torch.tensor([0.01, 5, 1, 30, 0.2, 2])[:, None]
+    assert torch.equal(match_directions(reference, loud).order_I, order.argsort())
+
+
+def layer(load: tuple[int, ...], norms: tuple[float, ...], protected: tuple[int, ...] = ()) -> LayerInputs:
+    experts = len(load)
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(40, experts, 3, generator=generator, dtype=torch.float64)
+    unit = draw / draw.norm(dim=-1, keepdim=True)
+    values = {
+        "load": torch.tensor(load),
+        "gated_output_norm": torch.tensor(norms, dtype=torch.float64),
+        "logit_gram": draw[:, :, 0].T @ draw[:, :, 0],
+        "all_output_cosine": torch.einsum("neh,nfh->ef", unit, unit),
+    }
+    statistics = LayerStatistics(experts, 3, (), 40, values)
+    geometry = Geometry(3, experts, 1, 2, 0, True, False, False, True)
+    return LayerInputs(5, geometry, statistics, protected=frozenset(protected))
+
+
+def decided(method: REAM, inputs: LayerInputs, keep: int) -> LayerOutcome:
+    return method.decide(inputs, method.score(inputs), keep)
+
+
+LOAD, NORMS = (4, 10, 0, 3, 5, 2, 1, 8), (8.0, 5.0, 0.0, 9.0, 1.0, 3.0, 0.0, 7.0)
+
+
+def test_groups_stand_on_the_most_salient_and_members_count_by_their_saliency() -> None:
+    # Saliency 2, .5, -, 3, .2, 1.5, 0, .875.
+    made = decided(REAM(group_size=4), layer(LOAD, NORMS), 4)
+    assert made.keep == (0, 3, 5, 7)
+    assert made.sources is not None
+    assert made.shares is not None
+    assert sorted(e for group in made.sources for e in group) == list(range(8))
+    sizes = dict(zip(made.keep, map(len, made.sources), strict=True))
+    assert sizes == {3: 4, 0: 2, 5: 1, 7: 1}
+    worth = (2, 0.5, 0.2, 3, 0.2, 1.5, 0.2, 0.875)
+    for group, share in zip(made.sources, made.shares, strict=True):
+        total = sum(worth[e] for e in group)
+        assert share == pytest.approx([worth[e] / total for e in group])
+    with pytest.raises(BadConfig, match="4 groups of at most 1 experts"):
+        decided(REAM(group_size=1), layer(LOAD, NORMS), 4)
+    assert decided(REAM(group_size=1), layer(LOAD, NORMS), 8).unchanged(8)
+
+
+def test_without_merging_it_is_pruning_by_the_same_saliency() -> None:
+    for method in (REAM(), REAM(merge=False)):
+        assert decided(method, layer(LOAD, NORMS), 4).keep == (0, 3, 5, 7)
+    made = decided(REAM(merge=False), layer(LOAD, NORMS), 4)
+    assert made.sources == ((0,), (3,), (5,), (7,))
+
+
+def test_protected_experts_take_no_one_in() -> None:
+    made = decided(REAM(), layer(LOAD, NORMS, protected=(4, 6)), 4)
+    assert made.keep == (0, 3, 4, 6)
+    assert made.sources is not None
+    assert (4,) in made.sources
+    assert (6,) in made.sources
+
+
+def test_who_is_alone_is_bit_identical() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = LayerWeights(
+        *(torch.randn(8, *s, generator=generator).bfloat16() for s in ((2, 3), (3, 2), (2, 3))),
+        router={"gate.weight": torch.randn(8, 3, generator=generator)},
+    )
+    inputs = layer(LOAD, NORMS)
+    made = decided(REAM(), inputs, 4)
+    result = REAM().transform(weights, made, inputs)
+    assert made.sources is not None
+    for position, group in enumerate(made.sources):
+        same = all(torch.equal(a, b) for a, b in zip(result.expert(position), weights.expert(group[0]), strict=True))
+        assert same == (len(group) == 1)
+    assert torch.equal(result.router["gate.weight"], weights.router["gate.weight"][[0, 3, 5, 7]])
+
+
+@pytest.mark.parametrize("align", ["none", "weights"])
+def test_copies_merge_into_themselves_and_the_order_of_neurons_changes_nothing(align: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = [torch.randn(1, *s, generator=generator) for s in ((4, 3), (3, 4), (4, 3))]
+    weights = LayerWeights(*(t.repeat(8, 1, 1) for t in one), router={"gate.weight": torch.randn(8, 3)})
+    inputs = layer(LOAD, NORMS)
+    method = REAM(align=cast(Any, align))
+    made = decided(method, inputs, 4)
+    result = method.transform(weights, made, inputs)
+    torch.testing.assert_close(result.up_EIH, weights.up_EIH[:4])
+    if align == "weights":
+        order = torch.tensor([2, 0, 3, 1])
+        for stack in (weights.up_EIH, weights.gate_EIH):
+            assert stack is not None
+            stack[6] = stack[6][order]
+        weights.down_EHI[6] = weights.down_EHI[6][:, order]
+        torch.testing.assert_close(method.transform(weights, made, inputs).up_EIH, result.up_EIH)
+
+
+# The loop over layers: the whole model runs again for each.
+
+
+@torch.no_grad()
+def merged_by_hand(model: PreTrainedModel, keep: int) -> tuple[PreTrainedModel, dict[int, LayerOutcome]]:
+    found: dict[int, LayerOutcome] = {}
+    for number in range(model.config.num_hidden_layers):
+        block = cast(Any, model).model.layers[number].mlp
+        seen: list[Any] = []
+        hook = block.experts.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args))
+        for batch in BATCHES:
+            model(input_ids=batch, use_cache=False)
+        hook.remove()
+        x_NH, index_NK, gate_NK = (torch.cat([args[n].flatten(0, -2) for args in seen]) for n in range(3))
+        gate_up, down = block.experts.gate_up_proj, block.experts.down_proj
+        made = []
+        for e in range(EXPERTS):
+            gate, up = gate_up[e][:WIDTH], gate_up[e][WIDTH:]
+            made.append((silu(x_NH @ gate.T) * (x_NH @ up.T)) @ down[e].T)
+        saliency = []
+        for e in range(EXPERTS):
+            mine = [(gate_NK[n, k] * made[e][n].norm()).item() for n, k in (index_NK == e).nonzero().tolist()]
+            saliency.append(sum(mine) / len(mine) if mine else 0.0)
+        z_NE = (x_NH @ block.gate.weight.T).double()
+        z_NE = z_NE / z_NE.norm(dim=0)
+        apart = [[float((z_NE[:, e] - z_NE[:, f]).norm()) for f in range(EXPERTS)] for e in range(EXPERTS)]
+        farthest = max(map(max, apart))
+        distance = [
+            [
+                1 - (1 - apart[e][f] / farthest + float((cosine_similarity(made[e], made[f]).mean() + 1) / 2)) / 2
+                for f in range(EXPERTS)
+            ]
+            for e in range(EXPERTS)
+        ]
+        assert all(s > 0 for s in saliency), "every expert is chosen here"
+        order = sorted(range(EXPERTS), key=lambda e: -saliency[e])
+        free, groups = set(order[keep:]), {}
+        for c in order[:keep]:
+            near = sorted(free, key=lambda e: distance[c][e])[:2]
+            free -= set(near)
+            groups[c] = sorted([c, *near])
+        keeps = tuple(sorted(groups))
+        worth = [[saliency[e] for e in groups[c]] for c in keeps]
+        shares = tuple(tuple(w / sum(own) for w in own) for own in worth)
+        found[number] = LayerOutcome(keep=keeps, sources=tuple(tuple(groups[c]) for c in keeps), shares=shares)
+        whole = {
+            layer.index: LayerOutcome(keep=tuple(range(layer.geometry.experts))) for layer in find_moe_layers(model)
+        }
+        change_model(
+            model,
+            whole | {number: found[number]},
+            lambda at, weights, number=number: averaged(weights, found[number]) if at == number else weights,
+        )
+    return model, found
+
+
+def averaged(weights: LayerWeights, outcome: LayerOutcome) -> LayerWeights:
+    result = weights.select(outcome.keep)
+    gates, ups, downs = weights.gate_EIH, weights.up_EIH, weights.down_EHI
+    assert gates is not None
+    assert outcome.sources is not None
+    assert outcome.shares is not None
+    for position, (c, group, share) in enumerate(zip(outcome.keep, outcome.sources, outcome.shares, strict=True)):
+        sums = [torch.zeros(WIDTH, HIDDEN), torch.zeros(WIDTH, HIDDEN), torch.zeros(HIDDEN, WIDTH)]
+        for e, s in zip(group, share, strict=True):
+            rows_c, rows_e = (torch.cat([gates[n], ups[n], downs[n].T], dim=1) for n in (c, e))
+            rows_c, rows_e = rows_c / rows_c.norm(dim=1, keepdim=True), rows_e / rows_e.norm(dim=1, keepdim=True)
+            apart = (rows_c[:, None] - rows_e).norm(dim=-1)
+            columns = linear_sum_assignment(apart.numpy())[1]
+            for total, value in zip(sums, (gates[e][columns], ups[e][columns], downs[e][:, columns]), strict=True):
+                total += s * value
+        for stack, total in zip((result.gate_EIH, result.up_EIH, result.down_EHI), sums, strict=True):
+            assert stack is not None
+            stack[position] = total
+    return result
+
+
+def made_of(plan: WeightPlan, checkpoint: Checkpoint, model: PreTrainedModel) -> PreTrainedModel:
+    return change_model(model, plan.outcomes, rewriter(plan, checkpoint))
+
+
+def test_each_layer_is_decided_behind_the_merged_layers_before_it(tmp_path: Path) -> None:
+    model = build("qwen3_moe", num_hidden_layers=3)
+    checkpoint = Checkpoint.open(plain(tmp_path / "m", "qwen3_moe", num_hidden_layers=3))
+    request = PlanRequest(REAM(group_size=3), Budget(keep=4))
+    plan = plan_weights(checkpoint, CalibrationText(BATCHES), request)
+    expected, outcomes = merged_by_hand(copy.deepcopy(model), 4)
+    for number, outcome in outcomes.items():
+        found = plan.outcomes[number]
+        assert (found.keep, found.sources) == (outcome.keep, outcome.sources), number
+        for share, wanted in zip(found.shares or (), outcome.shares or (), strict=True):
+            assert share == pytest.approx(wanted, rel=1e-3)
+    made = made_of(plan, checkpoint, copy.deepcopy(model))
+    for ours, theirs in zip(find_moe_layers(made), find_moe_layers(expected), strict=True):
+        torch.testing.assert_close(ours.experts.gate_up_proj, theirs.experts.gate_up_proj, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(ours.experts.down_proj, theirs.experts.down_proj, rtol=1e-3, atol=1e-5)
+    at_once = plan_weights(
+        checkpoint, CalibrationText(BATCHES), PlanRequest(REAM(group_size=3, mode="layerwise"), Budget(keep=4))
+    )
+    assert at_once.outcomes[0] == plan.outcomes[0]
+    assert at_once.outcomes[2] != plan.outcomes[2], "the merged layers before must matter here"
