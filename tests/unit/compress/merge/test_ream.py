@@ -19,6 +19,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.live import change_model
+from moekit.compress.engine.measuring import refuse_damaged
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
@@ -30,6 +31,7 @@ from moekit.compress.weights import LayerWeights, outputs
 from moekit.errors import BadConfig
 from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
+from moekit.trace.streamed import Streamed
 from moekit.trace.vocabulary import get
 from tests.checkpoints import plain
 from tests.families import EXPERTS, HIDDEN, WIDTH, build, tokens
@@ -331,3 +333,29 @@ def test_each_layer_is_decided_behind_the_merged_layers_before_it(tmp_path: Path
     )
     assert at_once.outcomes[0] == plan.outcomes[0]
     assert at_once.outcomes[2] != plan.outcomes[2], "the merged layers before must matter here"
+
+
+def test_the_text_passes_as_seldom_as_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, ran = Checkpoint.open(plain(tmp_path / "m", "qwen3_moe")), list[bool]()
+    own = Streamed.run
+    monkeypatch.setattr(Streamed, "run", lambda self, *a: (ran.append(a[1] is not refuse_damaged), own(self, *a))[1])
+    uniform, shared = Budget(keep=4), Budget(keep=4, scope="global")
+    for method, budget, passes in (
+        (REAM(), uniform, [True]),
+        (REAM(), shared, [False, True]),
+        (REAM(mode="layerwise"), shared, [False]),
+    ):
+        ran.clear()
+        plan = plan_weights(checkpoint, CalibrationText(BATCHES), PlanRequest(method, budget))
+        assert ran == passes
+        assert sum(outcome.experts for outcome in plan.outcomes.values()) == 8
+
+
+def test_fewer_choices_reach_the_layers_behind(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(plain(tmp_path / "m", "qwen3_moe"))
+    one, two = (
+        plan_weights(checkpoint, CalibrationText(BATCHES), PlanRequest(REAM(), Budget(keep=4), top_k=k))
+        for k in (1, None)
+    )
+    assert one.outcomes[0] == two.outcomes[0]
+    assert one.statistics[1]["logit_gram"].tolist() != two.statistics[1]["logit_gram"].tolist()

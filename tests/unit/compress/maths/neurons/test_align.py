@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.compress.maths.neurons.align import align_experts, match_neurons, permute_neurons, single
+from moekit.compress.maths.neurons.align import align_experts, match_directions, match_neurons, permute_neurons, single
 from moekit.compress.weights import LayerWeights, outputs
 from moekit.errors import NumericFault, UnsupportedModel
 
@@ -136,3 +136,28 @@ def test_tensors_of_unknown_layout_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="scale") as caught:
         permute_neurons(strange, 0, torch.arange(6))
     assert "--set align=false" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_directions_lie_nearest_of_all_orders(seed: int) -> None:
+    weights = layer(2, 5, 4, seed=seed)
+    first, second = (single(weights, e).neurons_EIF()[0].double() for e in (0, 1))
+    first, second = (t / t.norm(dim=1, keepdim=True) for t in (first, second))
+
+    def cost(order: tuple[int, ...]) -> float:
+        return sum(float((first[j] - second[i]).norm()) for j, i in enumerate(order))
+
+    found = align_experts(weights, 0, 1, distance="directions")
+    assert found.cost == pytest.approx(min(map(cost, itertools.permutations(range(5)))), rel=1e-5)
+    assert found.cost == pytest.approx(cost(tuple(found.order_I.tolist())), rel=1e-5)
+    assert found.before == pytest.approx(cost(tuple(range(5))), rel=1e-5)
+
+
+def test_directions_of_damaged_and_of_silent_neurons() -> None:
+    weights = layer(2)
+    weights.up_EIH[1, 2, 0] = float("nan")
+    with pytest.raises(NumericFault) as fault:
+        align_experts(weights, 0, 1, distance="directions")
+    assert fault.value.expert == 1
+    silent = torch.zeros(4, 3)
+    assert match_directions(torch.eye(4, 3), silent).order_I.tolist() == [0, 1, 2, 3]
