@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekit.trace.batch import TokenBatch, accumulate
+from moekit.trace.batch import TokenBatch, accumulate, widest
 from moekit.trace.vocabulary import statistic
 
 
@@ -38,7 +38,8 @@ def logit_square(seen: TokenBatch) -> Tensor:
 @statistic(shape="EE", sources=("logits",))
 def logit_gram(seen: TokenBatch) -> Tensor:
     """Gram matrix of the experts' logits over all tokens; cosines follow (M-SMoE, arXiv:2310.01334)."""
-    logits_NE = _finite(seen.logits_NE)
+    # Wide before they are multiplied: columns that nearly agree differ by what fp32 products would round away.
+    logits_NE = _finite(seen.logits_NE).to(widest(seen.logits_NE.device))
     return logits_NE.T @ logits_NE
 
 

@@ -277,12 +277,12 @@ def test_damaged_plans(tmp_path: Path) -> None:
     plan = plan_weights(checkpoint, TEXT, PlanRequest(Wanda(), SparsityBudget(sparsity=0.5)))
     plan.save(tmp_path / "p.json")
     with pytest.raises(BadData, match="no plan of `moekit sparsify` here"):
-        WeightPlan.load(tmp_path / "q.json", kind="sparsify")
+        WeightPlan.load(tmp_path / "q.json", "sparsify")
     (tmp_path / "q.json").write_text('{"format": 1, "method": "reap"}')
     with pytest.raises(BadData, match="plan of `moekit sparsify`: kind: Field required"):
-        WeightPlan.load(tmp_path / "q.json", kind="sparsify")
+        WeightPlan.load(tmp_path / "q.json", "sparsify")
     with pytest.raises(BadData, match="plan of `moekit sparsify`, not of `moekit prune`") as other:
-        WeightPlan.load(tmp_path / "p.json", kind="prune")
+        WeightPlan.load(tmp_path / "p.json", "prune")
     assert "sparsify --from" in str(other.value.hint)
     plan_weights(
         checkpoint, CalibrationText([tokens(2, 20, seed=9)]), PlanRequest(Wanda(), SparsityBudget(sparsity=0.5))

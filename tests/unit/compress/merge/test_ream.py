@@ -359,3 +359,15 @@ def test_fewer_choices_reach_the_layers_behind(tmp_path: Path) -> None:
     )
     assert one.outcomes[0] == two.outcomes[0]
     assert one.statistics[1]["logit_gram"].tolist() != two.statistics[1]["logit_gram"].tolist()
+
+
+def test_logits_that_nearly_agree_are_told_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    common_N1 = 8 + torch.randn(500, 1, generator=generator)
+    logits_NE = common_N1 + torch.tensor([0.0, 1e-3, 0.1]) * torch.randn(500, 3, generator=generator)
+    found = gate_similarity(
+        taken(TokenBatch(3, torch.zeros(500, 1).long(), logits=logits_NE), "logit_gram")["logit_gram"]
+    )
+    unit_NE = logits_NE.double() / logits_NE.double().norm(dim=0)
+    apart_EE = torch.stack([(unit_NE - unit_NE[:, [e]]).norm(dim=0) for e in range(3)])
+    torch.testing.assert_close(found, 1 - apart_EE / apart_EE.max(), rtol=0, atol=1e-6)
