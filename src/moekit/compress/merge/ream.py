@@ -155,13 +155,16 @@ class REAM(MergeMethod):
         return ratio(inputs.statistics[self.required[1]], inputs.statistics.load_E)
 
     def distances(self, inputs: LayerInputs) -> Tensor:
-        """1 - (s_gate + s_out) / 2 of all experts, [E, E]."""
-        seen = inputs.statistics
+        """1 - (s_gate + s_out) / 2 of all experts, [E, E].
+
+        Raises:
+            NumericFault: logits or outputs are not finite; names layer and expert.
+        """
         if self.similarity == "token":
-            made_EE = token_similarity(seen["all_output_cosine"], seen.tokens)
+            made_EE = token_similarity(inputs.finite("all_output_cosine"), inputs.statistics.tokens)
         else:
-            made_EE = mean_similarity(seen["scored_output_sum"])
-        return 1 - (gate_similarity(seen["logit_gram"]) + made_EE) / 2
+            made_EE = mean_similarity(inputs.finite("scored_output_sum"))
+        return 1 - (gate_similarity(inputs.finite("logit_gram")) + made_EE) / 2
 
     def groups(self, inputs: LayerInputs, scores_E: Tensor, count: int, experts: Sequence[int]) -> Groups:
         """Pseudo-pruning groups, or the most salient experts alone.

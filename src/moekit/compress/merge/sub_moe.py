@@ -28,8 +28,12 @@ _MATRICES = (("gate_EIH", "input_moment"), ("up_EIH", "input_moment"), ("down_EH
 
 
 def output_similarity(inputs: LayerInputs) -> Tensor:
-    """Mean over all tokens, chosen or not, of the cosine of two experts' outputs, [E, E]."""
-    return inputs.statistics["all_output_cosine"].double().cpu() / max(inputs.statistics.tokens, 1)
+    """Mean over all tokens, chosen or not, of the cosine of two experts' outputs, [E, E].
+
+    Raises:
+        NumericFault: outputs are not finite; names layer and expert.
+    """
+    return inputs.finite("all_output_cosine").double().cpu() / max(inputs.statistics.tokens, 1)
 
 
 @register(

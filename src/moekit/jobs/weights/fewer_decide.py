@@ -90,8 +90,9 @@ def _from_text(
     options: FewerOptions, asked: Asked, rows: TokenBatches, scratch: Path, progress: Progress | None
 ) -> Decided:
     source, method, mtp = asked.source, asked.request.method, dict[str, tuple[float, ...]]()
-    needed = protection_needs(source) if options.protect == SUPER else ()
     batches, follows = list(rows.batches(options.batch_size)), method.passes == "sequential"
+    # What method, protection and baselines look at; a method that follows its changes measures behind them.
+    needed = (*(() if follows else method.required), *(protection_needs(source) if options.protect == SUPER else ()))
 
     def look_ahead(last: Passes) -> None:
         if cuts_mtp(source.checkpoint, options.mtp):
@@ -100,12 +101,7 @@ def _from_text(
     with Streamed(
         source.checkpoint,
         batches,
-        # What the method, the protection and the baselines look at; a method that follows its changes measures there.
-        statistics=tuple(
-            dict.fromkeys(
-                (*(() if follows else method.required), *needed, *baseline_needs(method, options.kind), "load")
-            )
-        ),
+        statistics=tuple(dict.fromkeys((*needed, *baseline_needs(method, options.kind), "load"))),
         folder=scratch / "calibration",
         dtype=named_dtype(options.dtype),
         device=options.device,
@@ -119,8 +115,8 @@ def _from_text(
             if method.searches:
                 plan = plan_by_search(source.checkpoint, trace, streamed, request, progress)
             elif follows:
-                folder, dtype = scratch / "behind", named_dtype(options.dtype)
-                again = CalibrationText(batches, folder, dtype, options.device, source.tokenizer(), text)
+                dtype = named_dtype(options.dtype)
+                again = CalibrationText(batches, scratch / "behind", dtype, options.device, source.tokenizer(), text)
                 plan = plan_weights(source.checkpoint, again, request, progress)
                 plan = WeightPlan(plan.file.model_copy(update={"trace": trace.digest}), plan.statistics)
             else:

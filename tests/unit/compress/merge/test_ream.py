@@ -15,7 +15,7 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.maths.neurons.align import direction_distances, match_directions
 from moekit.compress.merge.ream import REAM, gate_similarity, mean_similarity, token_similarity
 from moekit.compress.weights import LayerWeights, outputs
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, NumericFault
 from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import get
@@ -177,6 +177,15 @@ def test_protected_experts_take_no_one_in() -> None:
     assert made.sources is not None
     assert (4,) in made.sources
     assert (6,) in made.sources
+
+
+@pytest.mark.parametrize("name", ["logit_gram", "all_output_cosine"])
+def test_what_is_no_number_is_named(name: str) -> None:
+    inputs = layer(LOAD, NORMS)
+    inputs.statistics[name][3] = inputs.statistics[name][:, 3] = float("nan")
+    with pytest.raises(NumericFault) as fault:
+        decided(REAM(), inputs, 4)
+    assert (fault.value.layer, fault.value.expert) == (5, 3)
 
 
 def test_who_is_alone_is_bit_identical() -> None:
