@@ -43,7 +43,7 @@ LAB: dict[str, Any] = {
     "top_k": 4,
     "width": 48,
     "training": {
-        **{"tokens": 3_000_000, "lr": 3e-3, "warmup": 0.02, "weight_decay": 0.1, "beta2": 0.98, "seq_len": 256},
+        **{"tokens": 1_500_000, "lr": 3e-3, "warmup": 0.02, "weight_decay": 0.1, "beta2": 0.98, "seq_len": 256},
         **{"batch": 16, "objectives": {"balance": 0.01, "z": 0.001}, "save_every": 100},
     },
 }
@@ -57,8 +57,8 @@ MERGE: Mapping[str, tuple[str, dict[str, Any]]] = {
     "hc-smoe": ("hc-smoe", {}),
     "hc-smoe, rms": ("hc-smoe", {"feature": "rms"}),
     "sub-moe": ("sub-moe", {}),
-    "ream": ("ream", {"sequential": False}),
-    "ream, not aligned": ("ream", {"sequential": False, "align": "none"}),
+    "ream": ("ream", {"mode": "layerwise"}),
+    "ream, not aligned": ("ream", {"mode": "layerwise", "align": "none"}),
 }
 # What a paper, or its card, says is lower: (name, than, budgets at which it is said).
 CLAIMS = (
