@@ -12,6 +12,7 @@ from .jobs.place import place as place
 from .jobs.pretrain_tiny import pretrain_tiny as pretrain_tiny
 from .jobs.profile import profile as profile
 from .jobs.prune import prune as prune
+from .jobs.quantize import quantize as quantize
 from .jobs.report import write_report as write_report
 from .jobs.route import route as route
 from .jobs.sparsify import sparsify as sparsify

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -135,8 +136,11 @@ def _zeroed(layer: int, w: LayerWeights) -> LayerWeights:
 def _rounded(matrix: Tensor, bits: int) -> Tensor:
     rows = []
     for row in matrix.double():
-        step = (row.max() - row.min()) / (2**bits - 1)
-        rows.append(torch.tensor([float(row.min() + step * round(float((v - row.min()) / step))) for v in row]))
+        low, high = min(float(row.min()), 0.0), max(float(row.max()), 0.0)
+        step = float(np.float16((high - low) / (2**bits - 1)))
+        zero = round(-low / step)
+        points = [min(max(round(float(v) / step) + zero, 0), 2**bits - 1) for v in row]
+        rows.append(torch.tensor([step * (point - zero) for point in points]))
     return torch.stack(rows).to(matrix.dtype)
 
 

@@ -16,13 +16,16 @@ from moekit import catalogue
 from moekit.anatomy import find_moe_layers
 from moekit.catalogue import MethodRecord, Trait
 from moekit.checkpoint.folder import Checkpoint
+from moekit.compress.budget.bits import BitBudget
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.live import change_model
 from moekit.compress.engine.method import WeightMethod
+from moekit.compress.engine.outcome import PARTS
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.quantizing import QuantizeMethod
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.rewriting import rewriter
@@ -34,7 +37,7 @@ from moekit.trace.streamed import Streamed, record_streamed
 from tests.checkpoints import plain
 from tests.families import build, tokens
 
-KINDS = ("prune", "merge", "sparsify")
+KINDS = ("prune", "merge", "sparsify", "quantize")
 FAMILY = "qwen3_moe"
 TEXT: list[Any] = [tokens(4, 24, seed=21), tokens(2, 9, seed=22)]
 KEEP = 5
@@ -73,6 +76,10 @@ def changed(record: MethodRecord, seed: int = 0, number: int = 0) -> tuple[Weigh
         share = 0.5 if method.fixed_sparsity is None else method.fixed_sparsity
         text = CalibrationText(TEXT) if method.required else None
         plan = plan_weights(checkpoint(), text, PlanRequest(method, SparsityBudget(sparsity=share), seed=seed))
+    elif isinstance(method, QuantizeMethod):
+        text = CalibrationText(TEXT) if method.required else None
+        budget = BitBudget(bits=dict.fromkeys(PARTS, 3))
+        plan = plan_weights(checkpoint(), text, PlanRequest(method, budget, seed=seed))
     elif method.searches:
         request = PlanRequest(method, Budget(keep=KEEP), seed=seed)
         with Streamed(checkpoint(), TEXT, statistics=("load",)) as streamed:

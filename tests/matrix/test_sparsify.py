@@ -20,7 +20,7 @@ from moekit.checkpoint.record import Record
 from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.live import change_model
-from moekit.compress.engine.plan import WeightPlan, zero_budget
+from moekit.compress.engine.plan import WeightPlan, budget_as
 from moekit.compress.engine.planning import plan_weights
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block
@@ -121,7 +121,7 @@ def _check_zeros(
         assert experts == EXPERTS
     total = sum(found.numel() for found in after.values())
     assert counted == told
-    assert counted / total == pytest.approx(zero_budget(plan.file.budget).sparsity, abs=1 / FEWEST)
+    assert counted / total == pytest.approx(budget_as(SparsityBudget, plan.file.budget).sparsity, abs=1 / FEWEST)
 
 
 @pytest.mark.parametrize(("name", "family"), cases(METHODS))

@@ -92,6 +92,17 @@ OWN = (
         laws=("tests/laws/test_weight_methods.py", "tests/matrix/test_sparsify.py"),
     ),
     Kind(
+        name="quantize",
+        package="moekit.compress.quantize",
+        base="moekit.compress.engine.quantizing:QuantizeMethod",
+        title="Rounding to few bits",
+        axis="compression",
+        line="Round the weights of experts to few bits, with the proof of what that costs.",
+        job="quantize",
+        options="moekit.jobs.options.quantize:QuantizeOptions",
+        laws=("tests/laws/test_weight_methods.py", "tests/matrix/test_quantize.py"),
+    ),
+    Kind(
         name="routing",
         package="moekit.routing.methods",
         base="moekit.routing.policy:RoutingPolicy",

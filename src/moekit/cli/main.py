@@ -46,6 +46,7 @@ _ORDER = (
         "merge",
         "apply",
         "sparsify",
+        "quantize",
         "expert-sets",
         "route",
     ),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from moekit._device import DtypeName, resolve_device
 from moekit.compress.budget.sizes import Budget
-from moekit.compress.engine.plan import WeightPlan, keep_budget
+from moekit.compress.engine.plan import WeightPlan, budget_as
 from moekit.compress.engine.planning import redecide
 from moekit.compress.engine.request import PlanRequest
 from moekit.data.encoding import Bos
@@ -196,8 +196,8 @@ def _fitting(options: ApplyOptions, plan: WeightPlan, source: OpenedModel) -> We
 
 def _budget(options: ApplyOptions, plan: WeightPlan) -> Budget:
     if options.keep is None:
-        return keep_budget(plan.file.budget)
-    before = keep_budget(plan.file.budget)
+        return budget_as(Budget, plan.file.budget)
+    before = budget_as(Budget, plan.file.budget)
     scope = options.scope or before.scope
     if scope == "uniform":
         return budget_of(options.keep, scope, options.least, options.most)

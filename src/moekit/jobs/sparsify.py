@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,23 +9,21 @@ from typing import Any, Literal
 from moekit._device import DtypeName, named_dtype, resolve_device
 from moekit.compress.engine.zeroing import check_sparsity
 from moekit.data.encoding import Bos
-from moekit.errors import BadConfig, MoekitError
+from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
-from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
+from moekit.jobs.estimates import ByteSizes, JobEstimate
 from moekit.jobs.options.sparsify import SparsifyOptions
-from moekit.jobs.shared.inputs import lies_here, model_item, text_item
 from moekit.jobs.shared.outputs import model_or_plan
-from moekit.jobs.weights.plans import PLAN_BYTES, plan_beside, plan_path, save_plan
+from moekit.jobs.weights.inplace_decide import decide
+from moekit.jobs.weights.inplace_finish import Placed, finish, log_warnings
+from moekit.jobs.weights.inplace_job import estimate_of
+from moekit.jobs.weights.inplace_request import ask, check_decided, check_texts, models_of_plan
+from moekit.jobs.weights.plans import plan_beside, save_plan
 from moekit.jobs.weights.sizes import check_disk
-from moekit.jobs.weights.sparsify_decide import decide
-from moekit.jobs.weights.sparsify_finish import Placed, finish, log_warnings, summary_of
-from moekit.jobs.weights.sparsify_request import ask, method_of, proves, stored_plan
-from moekit.jobs.weights.texts import TEXT_FIELDS, refuse_unread
+from moekit.jobs.weights.sparsify_request import method_of, request_of
+from moekit.jobs.weights.sparsify_summary import summary_of
 from moekit.progress import ProgressLike
-
-# What a stored plan has decided already.
-_DECIDED = ("model", "method", "settings", "sparsity", "total", "original", "data", "plan", *TEXT_FIELDS)
 
 
 class SparsifyResult(JobResult):
@@ -131,11 +128,7 @@ def sparsify(
 
 def further_inputs(options: SparsifyOptions) -> list[tuple[str, str]]:
     """The model that a stored plan names."""
-    if options.from_plan is not None and plan_path(options.from_plan).is_file():
-        with contextlib.suppress(MoekitError):  # told where the plan is read
-            plan = stored_plan(options)
-            return [] if plan is None else [("model", plan.file.model)]
-    return []
+    return models_of_plan(options)
 
 
 def settle(options: SparsifyOptions, out: Path | None, overwrite: bool) -> tuple[SparsifyOptions, Path, bool]:
@@ -146,14 +139,8 @@ def settle(options: SparsifyOptions, out: Path | None, overwrite: bool) -> tuple
 def check(options: SparsifyOptions) -> None:
     """Refuse an unknown method, impossible knobs and shares, and a run without what it needs."""
     resolve_device(options.device)
-    if options.from_plan is not None:
-        given = options.given(*_DECIDED)
-        if given or options.write == "plan":
-            what = f"{', '.join(given)} given as well" if given else "only a plan is to be written"
-            raise BadConfig(f"a stored plan is to be carried out, but {what}", hint="leave that out")
+    if check_decided(options):
         return
-    if options.model is None or options.method is None:
-        raise BadConfig("model and method are missing", hint="moekit sparsify MODEL --method METHOD, or --from PLAN")
     method = method_of(options)
     if options.sparsity is not None and options.total is not None:
         raise BadConfig("sparsity and total are both given", hint="one follows from the other: leave one out")
@@ -161,55 +148,26 @@ def check(options: SparsifyOptions) -> None:
         raise BadConfig("nothing says how many weights go", hint="--sparsity 0.5, or --total 0.65")
     if options.sparsity is not None:
         check_sparsity(options.sparsity, method.fixed_sparsity)
-    if options.data is None and (method.required or method.sequential):
-        needs = ", ".join(method.required) or "activations"
-        raise BadConfig(f"{options.method} decides from {needs}", hint="give text (--data)")
-    refuse_unread(options)
-    if proves(options) and options.data is None and options.heldout is None:
-        raise BadConfig(
-            "there is no text to prove the result on", hint="give --heldout TEXT, or say --no-proof to go without"
-        )
+    check_texts(options)
 
 
 def estimate(options: SparsifyOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """As large as the model: zeros are stored."""
-    reference = options.model
-    reads = [text_item(text, sizes) for text in (options.data, options.heldout) if text]
-    if options.from_plan is not None:
-        reads.append(sizes.item(options.from_plan))
-        plan = stored_plan(options) if plan_path(options.from_plan).is_file() else None
-        reference = None if plan is None else plan.file.model
-    if reference is None:
-        return JobEstimate(tuple(reads), (Item(str(out), None),))
-    model = model_item(reference, sizes)
-    notes = ("layers are read from disk one at a time: memory does not grow with their number",)
-    plan_only = options.write == "plan"
-    if model.nbytes is None or not lies_here(reference):
-        nbytes = PLAN_BYTES if plan_only else model.nbytes
-        return JobEstimate((model, *reads), (Item(str(out), nbytes),), disk=nbytes, notes=notes)
-    asked = ask(options, 0)
-    written = PLAN_BYTES if plan_only else asked.written
-    return JobEstimate(
-        (model, *reads),
-        (Item(str(out), written),),
-        disk=written + asked.between,
-        memory=asked.memory,
-        notes=notes,
-    )
+    return estimate_of(options, out, sizes, lambda: ask(options, request_of, 0))
 
 
 def run(options: SparsifyOptions, context: JobContext) -> dict[str, Any]:
     """Refuse what is impossible, calibrate, decide, prove, write, check."""
     check(options)
     progress, scratch, out = context.progress, context.scratch, context.out
-    asked = ask(options, context.seed, progress)
+    asked = ask(options, request_of, context.seed, progress)
     writes_plan = options.write == "plan"
-    check_disk(out, scratch, PLAN_BYTES if writes_plan else asked.written, asked.between)
+    check_disk(out, scratch, asked.plan_bytes if writes_plan else asked.written, asked.between)
     plan, heldout = decide(options, asked, scratch, progress)
     log_warnings(plan.file.warnings)
     if not writes_plan:
         machine = Placed(options.device, named_dtype(options.dtype))
         with plan_beside(plan, options.plan, overwrite=context.overwrite):
-            return finish(plan, asked.source, heldout, machine, context)
+            return finish(plan, asked.source, heldout, machine, context, summary_of)
     save_plan(plan, out, overwrite=context.overwrite)
     return summary_of(plan, None)

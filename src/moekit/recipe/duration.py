@@ -249,6 +249,7 @@ _OPERATIONS: dict[str, Callable[[Any, Shape, ByteSizes], float]] = {
     "profile": _profile,
     "merge": _compress,
     "prune": _compress,
+    "quantize": _compress,
     "sparsify": _compress,
     "super-experts": _compress,
     "train": _train,

@@ -32,6 +32,23 @@ def show_perplexity(terminal: Terminal, proof: Mapping[str, Any]) -> None:
     terminal.table(title, ("on", "model", "perplexity", "x unchanged", "low", "high"), rows)
 
 
+def show_against(terminal: Terminal, proof: Mapping[str, Any], alike: str) -> None:
+    """The method's perplexity against that of each baseline.
+
+    Args:
+        terminal: where to.
+        proof: of the job.
+        alike: what they have in common, such as "at the same sparsity".
+    """
+    for text in proof["against"]:
+        against = [
+            (part["domain"], *ratio_of(part["difference"]), (part["difference"] or {}).get("p_value"))
+            for part in parts_of(text)
+        ]
+        title = f"{proof['method']['name']} against {text['a']} {alike}"
+        terminal.table(title, ("on", "x its perplexity", "low", "high", "p"), against)
+
+
 def parts_of(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """All text, then each domain where there are several."""
     domains = text["domains"] if len(text["domains"]) > 1 else ()

@@ -6,14 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moekit.cli._terminal import Terminal
-from moekit.cli.views._costs import (
-    at_layer,
-    parts_of,
-    print_method,
-    print_proof,
-    ratio_of,
-    show_perplexity,
-)
+from moekit.cli.views._costs import at_layer, print_method, print_proof, show_against, show_perplexity
 
 
 def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
@@ -22,7 +15,8 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
     _show_weights(terminal, results)
     proof = results.get("proof")
     if proof is not None:
-        _show_text(terminal, proof)
+        show_perplexity(terminal, proof)
+        show_against(terminal, proof, "at the same sparsity")
     _show_layers(terminal, results, proof)
     print_proof(terminal, results)
 
@@ -40,17 +34,6 @@ def _show_weights(terminal: Terminal, results: Mapping[str, Any]) -> None:
             f"gone in all: {original - present:,} with their experts + {zeros:,} zeros = {gone:,} of {original:,} "
             f"({told['total']:.4%})"
         )
-
-
-def _show_text(terminal: Terminal, proof: Mapping[str, Any]) -> None:
-    show_perplexity(terminal, proof)
-    for text in proof["against"]:
-        against = [
-            (part["domain"], *ratio_of(part["difference"]), (part["difference"] or {}).get("p_value"))
-            for part in parts_of(text)
-        ]
-        title = f"{proof['method']['name']} against {text['a']} at the same sparsity"
-        terminal.table(title, ("on", "x its perplexity", "low", "high", "p"), against)
 
 
 def _show_layers(terminal: Terminal, results: Mapping[str, Any], proof: Mapping[str, Any] | None) -> None:

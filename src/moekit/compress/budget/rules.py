@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from moekit.anatomy.layout import parse_expert_tensor
 from moekit.checkpoint.safety import DTYPE_BITS, TensorInfo
+from moekit.compress.budget.bits import packed_bytes
 from moekit.errors import BadConfig
 
 
@@ -23,7 +24,7 @@ class TensorRule(BaseModel):
     Attributes:
         pattern: regular expression, found anywhere in a tensor's name (`self_attn\.[qk]_proj`).
         bits: bits a weight from now on; None as before.
-        group: weights that share a scale and a zero of 16 bits each, where `bits` is given.
+        group: weights that share a scale and a zero point, where `bits` is given.
         rows: rows (outputs) from now on; None as before.
     """
 
@@ -59,17 +60,6 @@ class TensorRule(BaseModel):
         if self.bits is None:
             return prod(shape) * DTYPE_BITS[info.dtype] // 8
         return packed_bytes(prod(shape), self.bits, self.group)
-
-
-def packed_bytes(weights: int, bits: int, group: int) -> int:
-    """Bytes of weights of so many bits, and of the scales and zeros of their groups, 16 bits each.
-
-    Args:
-        weights: how many.
-        bits: of each.
-        group: weights that share a scale and a zero.
-    """
-    return -(-weights * bits // 8) + 4 * -(-weights // group)
 
 
 def matched(rules: Sequence[TensorRule], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorRule]:

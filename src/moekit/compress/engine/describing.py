@@ -13,6 +13,7 @@ from moekit import catalogue
 from moekit.anatomy.probe import experts_beside
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.skeleton import empty_model
+from moekit.compress.budget.bits import BitBudget
 from moekit.compress.budget.parents import expert_weights
 from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.inputs import LayerInputs
@@ -45,7 +46,7 @@ def plan_file(
 ) -> PlanFile:
     """The readable part of a plan, with what a reader must know."""
     record, budget = catalogue.of(type(request.method)), request.budget
-    if isinstance(budget, SparsityBudget):
+    if isinstance(budget, SparsityBudget | BitBudget):
         budget = budget.model_copy(update={"weights": expert_weights(geometries_of(checkpoint))})
     data = () if meta is None else tuple(meta.data)
     return PlanFile(

@@ -3,7 +3,8 @@
 A method is a frozen pydantic config with pure functions. The engine calls them in this order: `worth` says what each
 expert is worth, `allocate` shares the budget among the layers, `decide` says what becomes of a layer, and `transform`
 makes its new weights. It is registered with `@register(kind=..., needs=...)`; reading, streaming, writing and proving
-are not its business. Kinds fill in what their methods have in common: `PruneMethod`, `SparsifyMethod`.
+are not its business. Kinds fill in what their methods have in common: `PruneMethod`, `MergeMethod`,
+`SparsifyMethod`, `QuantizeMethod`.
 
 Legend: E experts.
 """
@@ -22,12 +23,12 @@ from moekit import catalogue
 from moekit.anatomy.probe import Geometry
 from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.outcome import LayerOutcome, Widths
 from moekit.compress.weights import LayerWeights
 
 Passes = Literal["none", "once", "sequential", "search"]
 B = TypeVar("B")
-S = TypeVar("S", int, float)
+S = TypeVar("S", int, float, Widths)
 
 
 class Reconstruction(Protocol):
@@ -54,11 +55,12 @@ class Baseline(NamedTuple):
 class WeightMethod(BaseModel, ABC, Generic[B, S]):
     """Base of all methods that change weights; fields are the method's knobs.
 
-    B is the kind's budget, S what a layer gets of it: experts that stay, or a share of zeros.
+    B is the kind's budget, S what a layer gets of it: experts that stay, a share of zeros, or bits.
 
     Attributes:
         reads_weights: `worth`, `allocate` or `decide` look at `inputs.weights`.
         rewrites: `transform` changes weights; otherwise experts stay or go as they are.
+        keeps_rewritten: `transform` takes longer than to read what it made: proof and writing share it on disk.
         searches: `search` is asked instead of `worth` and `decide`; it needs the model, not only statistics.
     """
 
@@ -66,6 +68,7 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
 
     reads_weights: ClassVar[bool] = False
     rewrites: ClassVar[bool] = False
+    keeps_rewritten: ClassVar[bool] = False
     searches: ClassVar[bool] = False
 
     @classmethod

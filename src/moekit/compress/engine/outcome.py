@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Part = Literal["gate", "up", "down"]
 PARTS: tuple[Part, ...] = ("gate", "up", "down")
+# Part of an expert -> bits a weight of each expert.
+Widths = dict[Part, tuple[int, ...]]
 
 
 class LayerOutcome(BaseModel):
@@ -41,7 +43,7 @@ class LayerOutcome(BaseModel):
     redirect: tuple[int | None, ...] | None = None
     width: int | None = Field(default=None, ge=1)
     shared_width: int | None = Field(default=None, ge=1)
-    bits: dict[Part, tuple[int, ...]] = {}
+    bits: Widths = {}
     rank: dict[Part, tuple[int, ...]] = {}
     sparsity: float | None = Field(default=None, ge=0, lt=1)
     figures: dict[str, float | list[float]] = {}

@@ -12,12 +12,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from moekit import catalogue
+from moekit.compress.budget.bits import BitBudget
 from moekit.compress.budget.rules import TensorRule
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.budget.sparsity import SparsityBudget
@@ -84,7 +85,7 @@ class PlanFile(plan_files.ReadablePart):
     kind: str
     method: str
     settings: dict[str, Any] = Field(default_factory=dict)
-    budget: Budget | SparsityBudget
+    budget: Budget | SparsityBudget | BitBudget
     top_k: int | None = None
     groups: Groups = "free"
     seed: int = 0
@@ -167,7 +168,7 @@ class WeightPlan:
         path = Path(path)
         file = plan_files.read_plan(PlanFile, path, command=f"moekit {kinds[0] if kinds else 'prune'}")
         if kinds and file.kind not in kinds:
-            way = {"sparsify": "sparsify --from PLAN"}.get(file.kind, "apply PLAN")
+            way = f"{file.kind} --from PLAN" if file.kind in ("quantize", "sparsify") else "apply PLAN"
             raise BadData(
                 f"this is a plan of `moekit {file.kind}`, not of `moekit {'` or `moekit '.join(kinds)}`",
                 file=path,
@@ -181,26 +182,24 @@ class WeightPlan:
         return cls(file, statistics)
 
 
-def keep_budget(budget: Budget | SparsityBudget) -> Budget:
-    """The budget of what drops experts.
+AnyBudget = Budget | SparsityBudget | BitBudget
+_SAYS: dict[type[AnyBudget], str] = {
+    Budget: "how many experts stay",
+    SparsityBudget: "how many weights become zero",
+    BitBudget: "how many bits a weight gets",
+}
+K = TypeVar("K", Budget, SparsityBudget, BitBudget)
+
+
+def budget_as(kind: type[K], budget: AnyBudget) -> K:
+    """The budget, where it is of the kind that a job needs.
 
     Raises:
         BadConfig: it is a budget of another kind.
     """
-    if isinstance(budget, Budget):
+    if isinstance(budget, kind):
         return budget
-    raise BadConfig("this says how many weights become zero, not how many experts stay", hint="give keep=...")
-
-
-def zero_budget(budget: Budget | SparsityBudget) -> SparsityBudget:
-    """The budget of what zeroes weights.
-
-    Raises:
-        BadConfig: it is a budget of another kind.
-    """
-    if isinstance(budget, SparsityBudget):
-        return budget
-    raise BadConfig("this says how many experts stay, not how many weights become zero", hint="give sparsity=...")
+    raise BadConfig(f"this says {_SAYS[type(budget)]}, not {_SAYS[kind]}", hint="make it with the method's own command")
 
 
 def make_method(kind: str, name: str, settings: Mapping[str, Any]) -> WeightMethod[Any, Any]:

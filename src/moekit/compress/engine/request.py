@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moekit.compress.budget.bits import BitBudget
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine.inputs import Protected
 from moekit.compress.engine.method import WeightMethod
-from moekit.compress.engine.plan import keep_budget
+from moekit.compress.engine.plan import budget_as
 from moekit.compress.engine.resize import Groups
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class PlanRequest:
     """
 
     method: WeightMethod[Any, Any]
-    budget: Budget | SparsityBudget
+    budget: Budget | SparsityBudget | BitBudget
     top_k: int | None = None
     groups: Groups = "free"
     seed: int = 0
@@ -47,7 +48,7 @@ class PlanRequest:
         Raises:
             BadConfig: it is a budget of another kind.
         """
-        return keep_budget(self.budget)
+        return budget_as(Budget, self.budget)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From text to a plan of zeros."""
+"""From text to a plan that leaves every expert and changes its weights."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.data import Document
-from moekit.jobs.options.sparsify import SparsifyOptions
+from moekit.jobs.options.inplace import InPlaceOptions
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows
 from moekit.jobs.shared.opened import OpenedModel
+from moekit.jobs.weights.inplace_request import Asked, proves
 from moekit.jobs.weights.plans import named, origin
 from moekit.jobs.weights.proof import HeldOut
-from moekit.jobs.weights.sparsify_request import Asked, proves
 from moekit.jobs.weights.texts import heldout_of_plan, read_texts
 
 
 def decide(
-    options: SparsifyOptions, asked: Asked, scratch: Path, progress: Progress | None
+    options: InPlaceOptions, asked: Asked, scratch: Path, progress: Progress | None
 ) -> tuple[WeightPlan, HeldOut | None]:
     """Run the text through the model layer by layer and let the method decide, or take the stored plan.
 
@@ -48,7 +48,7 @@ def decide(
 
 
 def _plan(
-    options: SparsifyOptions,
+    options: InPlaceOptions,
     documents: list[Document],
     source: OpenedModel,
     request: PlanRequest,

@@ -1,10 +1,11 @@
-"""What the sparsify step does once a plan is made: baseline, proof, writing, telling."""
+"""What a job does that leaves every expert, once a plan is made: baseline, proof, writing, checking."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from moekit.checking import CheckReport
 from moekit.checkpoint import Record
 from moekit.compress.engine.apply import apply
-from moekit.compress.engine.plan import WeightPlan, make_method, zero_budget
+from moekit.compress.engine.plan import WeightPlan, make_method
 from moekit.compress.engine.planning import plan_weights
 from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
@@ -37,21 +38,38 @@ class Placed:
     dtype: torch.dtype | None
 
 
+Summary = Callable[[WeightPlan, PlannedRewrite | None], dict[str, Any]]
+
+
 def finish(
-    plan: WeightPlan, source: OpenedModel, heldout: HeldOut | None, machine: Placed, context: JobContext
+    plan: WeightPlan,
+    source: OpenedModel,
+    heldout: HeldOut | None,
+    machine: Placed,
+    context: JobContext,
+    summary: Summary,
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it.
+
+    Args:
+        plan: what was decided.
+        source: the model.
+        heldout: text to prove on; None for no proof.
+        machine: where layers run.
+        context: where to write.
+        summary: (plan, what carried it out) -> what the kind tells of them.
 
     Raises:
         BadCheckpoint: what was written is not what it must be; nothing is left.
         OutOfBudget: not enough disk.
     """
-    proof = None if heldout is None else _prove(plan, source, heldout, machine, context)
-    zeros = rewriter(plan, source.checkpoint)
-    assert zeros is not None
-    record, report = _write(plan, source, zeros, proof, context)
+    layers = context.scratch / "layers" if plan.method.keeps_rewritten else None
+    proof = None if heldout is None else _prove(plan, source, heldout, machine, context, layers)
+    made = rewriter(plan, source.checkpoint, folder=layers)
+    assert made is not None
+    record, report = _write(plan, source, made, proof, context)
     return {
-        **summary_of(plan, zeros),
+        **summary(plan, made),
         "proof": None if proof is None else proof.model_dump(mode="json"),
         "check": {
             "ok": report.ok,
@@ -62,14 +80,21 @@ def finish(
     }
 
 
-def _prove(plan: WeightPlan, source: OpenedModel, heldout: HeldOut, machine: Placed, context: JobContext) -> Proof:
+def _prove(
+    plan: WeightPlan,
+    source: OpenedModel,
+    heldout: HeldOut,
+    machine: Placed,
+    context: JobContext,
+    layers: Path | None,
+) -> Proof:
     others = _baselines(plan, source)
     return prove(
         source.checkpoint,
         heldout,
-        _variant(plan, source),
+        _variant(plan, source, layers),
         [_variant(other, source) for other in others],
-        key=hash_of(["sparsify", plan.hash, *(other.hash for other in others), str(machine.dtype)]),
+        key=hash_of([plan.file.kind, plan.hash, *(other.hash for other in others), str(machine.dtype)]),
         folder=context.scratch / "proof",
         seed=context.seed,
         dtype=machine.dtype,
@@ -78,15 +103,15 @@ def _prove(plan: WeightPlan, source: OpenedModel, heldout: HeldOut, machine: Pla
     )
 
 
-def _variant(plan: WeightPlan, source: OpenedModel) -> Variant:
-    return Variant(plan.file.method, plan.outcomes, rewriter(plan, source.checkpoint))
+def _variant(plan: WeightPlan, source: OpenedModel, layers: Path | None = None) -> Variant:
+    return Variant(plan.file.method, plan.outcomes, rewriter(plan, source.checkpoint, folder=layers))
 
 
 def _baselines(plan: WeightPlan, source: OpenedModel) -> list[WeightPlan]:
-    """What the method's baselines decide at the same sparsity; none where that is the method itself."""
+    """What the method's baselines decide on the same budget; none where that is the method itself."""
     return [
         plan_weights(
-            source.checkpoint, None, PlanRequest(make_method("sparsify", b.name, b.settings), plan.file.budget)
+            source.checkpoint, None, PlanRequest(make_method(plan.file.kind, b.name, b.settings), plan.file.budget)
         )
         for b in plan.method.baselines
         if b.name != plan.file.method
@@ -94,9 +119,9 @@ def _baselines(plan: WeightPlan, source: OpenedModel) -> list[WeightPlan]:
 
 
 def _write(
-    plan: WeightPlan, source: OpenedModel, zeros: PlannedRewrite, proof: Proof | None, context: JobContext
+    plan: WeightPlan, source: OpenedModel, made: PlannedRewrite, proof: Proof | None, context: JobContext
 ) -> tuple[Record, CheckReport]:
-    """Write the sparse model; it takes its name once it has been checked."""
+    """Write the changed model; it takes its name once it has been checked."""
     told = {"method", "settings", "data", "tokens"}
     record = Record(
         command=context.command,
@@ -114,54 +139,13 @@ def _write(
             source.checkpoint,
             plan.outcomes,
             folder,
-            rewrite=zeros,
+            rewrite=made,
             record=record,
             mtp="keep",
             progress=context.progress,
         ),
         most=_FEW,
     )
-
-
-def summary_of(plan: WeightPlan, zeros: PlannedRewrite | None) -> dict[str, Any]:
-    """What a plan says and, once it was carried out, the zeros counted, as plain values.
-
-    Args:
-        plan: the plan.
-        zeros: what carried it out; None where nothing did.
-    """
-    file = plan.file
-    budget = zero_budget(file.budget)
-    count = None if zeros is None else zeros.count
-    gone = None if count is None or budget.original is None else count.gone_of(budget.original)
-    return {
-        "method": file.method,
-        "settings": file.settings,
-        "sparsity": budget.sparsity,
-        "total": budget.total,
-        "model": file.model,
-        "plan": plan.hash,
-        "tokens": file.tokens,
-        "weights": {
-            "original": budget.original,
-            "present": budget.weights,
-            "zeros": None if count is None else count.zeros,
-            "sparsity": None if count is None else count.sparsity,
-            "total": gone,
-        },
-        "layers": [
-            {
-                "layer": layer,
-                "experts": told.experts,
-                "sparsity": told.outcome.sparsity,
-                "zeros": None if zeros is None else zeros.counts[layer].sparsity,
-                "never_routed": list(told.never_routed),
-                "figures": dict(told.outcome.figures),
-            }
-            for layer, told in file.layers.items()
-        ],
-        "warnings": list(file.warnings),
-    }
 
 
 def log_warnings(lines: Sequence[str]) -> None:

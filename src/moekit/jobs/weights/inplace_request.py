@@ -1,0 +1,192 @@
+"""What a job asks that leaves every expert and changes its weights: of which model, and what is known before any work.
+
+Legend: E experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from moekit import catalogue
+from moekit._progress import Progress
+from moekit.checkpoint.quantized.registry import kind, quantization
+from moekit.compress.engine.layout import prepare
+from moekit.compress.engine.method import WeightMethod
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.request import PlanRequest
+from moekit.errors import BadConfig, MoekitError, UnsupportedModel
+from moekit.jobs.options.inplace import InPlaceOptions
+from moekit.jobs.shared.inputs import record_bytes
+from moekit.jobs.shared.opened import OpenedModel, open_source
+from moekit.jobs.weights.plans import PLAN_BYTES, plan_path
+from moekit.jobs.weights.sizes import bytes_between, layer_bytes, memory_of
+from moekit.jobs.weights.texts import TEXT_FIELDS, refuse_unread
+
+O = TypeVar("O", bound=InPlaceOptions)  # noqa: E741
+# Of a statistic's number; and copies of all statistics while a plan is hashed and written.
+_NUMBER, _COPIES = 8, 3
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that this model can fulfil, or a stored plan of it.
+
+    Attributes:
+        source: the model.
+        request: method and budget; None where a stored plan has decided.
+        plan: that plan; None where it is still to be decided.
+        nbytes: of the result's files.
+        between: bytes on disk while the work runs.
+        memory: bytes of memory while layers run.
+        plan_bytes: of the plan's two files, at most.
+    """
+
+    source: OpenedModel
+    request: PlanRequest | None
+    plan: WeightPlan | None
+    nbytes: int
+    between: int
+    memory: int
+    plan_bytes: int
+
+    @property
+    def written(self) -> int:
+        """Bytes of the folder, with its records."""
+        return self.nbytes + record_bytes(self.source.checkpoint.tensors.values())
+
+
+def proves(options: InPlaceOptions) -> bool:
+    """Whether held-out text is measured."""
+    return options.proof and options.write == "model"
+
+
+def method_of(options: InPlaceOptions) -> WeightMethod[Any, Any]:
+    """The method that was asked for, with its settings."""
+    method: WeightMethod[Any, Any] = catalogue.make(options.kind, str(options.method), options.settings)
+    return method
+
+
+def stored_plan(options: InPlaceOptions) -> WeightPlan | None:
+    """The plan that is to be carried out; None where none is named.
+
+    Raises:
+        BadData: it is not there, or damaged.
+    """
+    return None if options.from_plan is None else WeightPlan.load(plan_path(options.from_plan), options.kind)
+
+
+def models_of_plan(options: InPlaceOptions) -> list[tuple[str, str]]:
+    """The model that a stored plan names, as an input of the job."""
+    if options.from_plan is not None and plan_path(options.from_plan).is_file():
+        with contextlib.suppress(MoekitError):  # told where the plan is read
+            plan = stored_plan(options)
+            return [] if plan is None else [("model", plan.file.model)]
+    return []
+
+
+def check_decided(options: InPlaceOptions) -> bool:
+    """Whether a stored plan has decided everything.
+
+    Raises:
+        BadConfig: something that it has decided is given as well, or nothing but a plan would be written; or, without a
+            plan, model or method are missing.
+    """
+    if options.from_plan is not None:
+        given = options.given("model", "method", "settings", *options.budget, "data", "plan", *TEXT_FIELDS)
+        if given or options.write == "plan":
+            what = f"{', '.join(given)} given as well" if given else "only a plan is to be written"
+            raise BadConfig(f"a stored plan is to be carried out, but {what}", hint="leave that out")
+        return True
+    if options.model is None or options.method is None:
+        hint = f"moekit {options.kind} MODEL --method METHOD, or --from PLAN"
+        raise BadConfig("model and method are missing", hint=hint)
+    return False
+
+
+def check_texts(options: InPlaceOptions) -> None:
+    """Refuse a run without the text that it needs, and a text's layout without the text.
+
+    Raises:
+        BadConfig: naming what is missing.
+    """
+    method = method_of(options)
+    if options.data is None and (method.required or method.sequential):
+        needs = ", ".join(method.required) or "activations"
+        raise BadConfig(f"{options.method} decides from {needs}", hint="give text (--data)")
+    refuse_unread(options)
+    if proves(options) and options.data is None and options.heldout is None:
+        raise BadConfig(
+            "there is no text to prove the result on", hint="give --heldout TEXT, or say --no-proof to go without"
+        )
+
+
+def ask(
+    options: O,
+    request_of: Callable[[O, OpenedModel, int], PlanRequest],
+    seed: int,
+    progress: Progress | None = None,
+) -> Asked:
+    """Open the model, and refuse what it cannot fulfil; no weight is read.
+
+    Args:
+        options: of the job.
+        request_of: (options, model, seed) -> what the kind asks for.
+        seed: of everything random.
+        progress: told of downloads.
+
+    Raises:
+        BadCheckpoint: damaged, or not what its config says.
+        BadConfig: a budget that cannot be met, or a plan of another model.
+        UnsupportedModel: the weights are quantized, or experts cannot be told apart on disk.
+    """
+    plan = stored_plan(options)
+    source = open_source(str(options.model) if plan is None else plan.file.model, progress)
+    _refuse_quantized(source)
+    if plan is not None:
+        plan.check_model(source.checkpoint.fingerprint, source.checkpoint.path)
+    request = request_of(options, source, seed) if plan is None else None
+    outcomes = {layer: LayerOutcome(keep=tuple(range(g.experts))) for layer, g in source.geometries.items()}
+    nbytes = prepare(source.checkpoint, outcomes, mtp="keep").nbytes
+    measured = _measured_bytes(method_of(options) if plan is None else plan.method, source)
+    return Asked(
+        source,
+        request,
+        plan,
+        nbytes,
+        _between(options, source, plan) + (0 if plan is not None else measured),
+        memory_of(source, options) + _COPIES * measured,
+        PLAN_BYTES + measured,
+    )
+
+
+def _refuse_quantized(source: OpenedModel) -> None:
+    settings = quantization(source.checkpoint.config)
+    if settings is not None:
+        raise UnsupportedModel(
+            f"the weights are quantized ({kind(settings)}): they cannot be changed and quantized again",
+            file=source.checkpoint.path,
+            hint="give the unquantized checkpoint",
+        )
+
+
+def _measured_bytes(method: WeightMethod[Any, Any], source: OpenedModel) -> int:
+    """Bytes of the statistics that grow with squares of sizes; all others are small."""
+    total = 0
+    for geometry in source.geometries.values():
+        sizes = {"input_moment": geometry.hidden, "inner_moment": geometry.width}
+        total += geometry.experts * sum(size**2 for name, size in sizes.items() if name in method.required)
+    return _NUMBER * total
+
+
+def _between(options: InPlaceOptions, source: OpenedModel, plan: WeightPlan | None) -> int:
+    method, passes = method_of(options) if plan is None else plan.method, 0
+    if options.from_plan is None and options.data is not None:
+        passes = 2 if method.reads_weights else 1
+    tokens = passes * (options.max_tokens or (1 << 20))
+    proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0
+    rewritten = sum(layer_bytes(source).values()) if method.keeps_rewritten and options.write == "model" else 0
+    return bytes_between(source, options, tokens=tokens, proof_tokens=proof, variants=2, rewritten=rewritten)
