@@ -11,13 +11,14 @@ import torch
 
 import moekit
 from moekit.errors import BadConfig
-from moekit.jobs import apply, expert_sets, prune, sparsify, super_experts
+from moekit.jobs import apply, expert_sets, prune, quantize, sparsify, super_experts
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, JobEstimate
 from moekit.jobs.options.apply import ApplyOptions
 from moekit.jobs.options.base import JobOptions
 from moekit.jobs.options.expert_sets import ExpertSetsOptions
 from moekit.jobs.options.prune import PruneOptions
+from moekit.jobs.options.quantize import QuantizeOptions
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.options.train import TrainOptions
@@ -54,6 +55,11 @@ def zeroing(made: Path, **more: Any) -> SparsifyOptions:
     return SparsifyOptions(**{**asked, **more})
 
 
+def rounding(made: Path, **more: Any) -> QuantizeOptions:
+    asked = {"model": made / "moe", "method": "gptq", "bits": 3, "settings": {"group": 8}, "data": made / "text", **FEW}
+    return QuantizeOptions(**{**asked, **more})
+
+
 def looking(made: Path, **more: Any) -> SuperExpertsOptions:
     return SuperExpertsOptions(**{"model": made / "moe", "data": made / "text", **FEW, **more})
 
@@ -79,6 +85,8 @@ class Stopped(Exception):
         (prune, lambda made, **more: pruning(made, method="dern", **more)),
         (sparsify, zeroing),
         (sparsify, lambda made, **more: zeroing(made, write="plan", **more)),
+        (quantize, rounding),
+        (quantize, lambda made, **more: rounding(made, write="plan", **more)),
         (apply, applying),
         (super_experts, looking),
         (expert_sets, tasks),

@@ -14,6 +14,7 @@ from moekit.jobs.options.base import JobOptions
 from moekit.jobs.options.evaluate import EvaluateOptions
 from moekit.jobs.options.generate import GenerateOptions
 from moekit.jobs.options.prune import PruneOptions
+from moekit.jobs.options.quantize import QuantizeOptions
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.options.train import TrainOptions
 from moekit.placement import comparison, simulation
@@ -43,6 +44,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (SparsifyOptions(from_plan="p.json", seq_len=5), "seq_len"),
         (SparsifyOptions(from_plan="p.json", batch_size=5), "batch_size"),
         (SparsifyOptions(**ZERO, seq_len=5), "seq_len"),
+        (QuantizeOptions(from_plan="p.json", bits=3), "bits"),
+        (QuantizeOptions(model="moe", method="rtn", bits=3, proof=False, batch_size=5), "batch_size"),
         (PruneOptions(**PRUNE, max_tokens=5), "max_tokens"),
         (PruneOptions(**PRUNE, trace="trace", batch_size=5), "batch_size"),
         (PruneOptions(**PRUNE, data="text", demonstrations=5), "demonstrations"),

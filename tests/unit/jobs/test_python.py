@@ -259,11 +259,15 @@ def test_what_is_not_kept_costs_no_hashes(made: Path, tmp_path: Path, monkeypatc
         moekit.generate(made / "moe", prompt="a", max_new_tokens=1, out=tmp_path / "kept")
 
 
-@pytest.mark.parametrize("job", ["prune", "sparsify"])
+@pytest.mark.parametrize("job", ["prune", "sparsify", "quantize"])
 def test_a_run_that_failed_can_be_called_again(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
 ) -> None:
-    share = {"prune": {"method": "frequency", "keep": 0.5}, "sparsify": {"method": "wanda", "sparsity": 0.5}}[job]
+    share = {
+        "prune": {"method": "frequency", "keep": 0.5},
+        "sparsify": {"method": "wanda", "sparsity": 0.5},
+        "quantize": {"method": "gptq", "bits": 3, "settings": {"group": 8}},
+    }[job]
     how: dict[str, Any] = {"data": made / "text", "max_tokens": 200, "proof": False, **share}
 
     def again() -> Any:
