@@ -19,8 +19,8 @@ class QuantizeOptions(InPlaceOptions):
     command: ClassVar[CommandLine] = CommandLine(
         help="Round the weights of the routed experts to few bits: decide on text, prove what it costs on held-out "
         "text, against plain rounding to the same bits, write, and check what was written. Weights stay in the "
-        "source's dtype: the folder loads anywhere and is as large as before; the bytes of a packed form are told. Methods: "
-        "moekit methods quantize.",
+        "source's dtype: the folder loads anywhere and is as large as before; the bytes of a packed form are told. "
+        "Methods: moekit methods quantize.",
         writes="folder of the rounded model",
         arguments=("model",),
         instead="--plan",
