@@ -41,11 +41,11 @@ def inverse_factor(moment_CC: Tensor, damp: float) -> Tensor | None:
     damped_CC.diagonal().add_(torch.where(diagonal_C == 0, mean, 0.0))
     for _ in range(_TRIES):
         damped_CC.diagonal().add_(damp * mean)
-        lower_CC, failed = torch.linalg.cholesky_ex(damped_CC)
+        lower_CC, failed = torch.linalg.cholesky_ex(damped_CC.flip(0, 1))
         if not int(failed):
-            upper_CC, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_CC), upper=True)
-            if not int(failed):
-                return upper_CC
+            # With both axes turned round, H = R R^T of an upper R, so that H^-1 = R^-T R^-1: U is the inverse of R.
+            unit_CC = torch.eye(len(lower_CC), dtype=lower_CC.dtype, device=lower_CC.device)
+            return torch.linalg.solve_triangular(lower_CC.flip(0, 1), unit_CC, upper=True)
         damp = 10 * max(damp, 1e-4)
     return None
 
@@ -65,20 +65,19 @@ def round_with_feedback(matrix_RC: Tensor, upper_CC: Tensor, bits: int, group: i
     Raises:
         NumericFault: see `grid_of`.
     """
-    left_RC, made_RC = matrix_RC.float().clone(), torch.empty_like(matrix_RC)
-    upper_CC = upper_CC.float()
-    columns = matrix_RC.shape[1]
-    for first, last in groups_of_columns(columns, group):
-        grid = grid_of(left_RC[:, first:last], bits)
+    # Columns of the matrix lie one after the other here, each in one piece of memory.
+    left_CR = matrix_RC.float().T.contiguous().clone()
+    made_CR, upper_CC = torch.empty_like(left_CR), upper_CC.float()
+    for first, last in groups_of_columns(len(left_CR), group):
+        grid = grid_of(left_CR[first:last].T, bits).across
         for start in range(first, last, _BLOCK):
             end = min(start + _BLOCK, last)
-            block_Rb, upper_bb = left_RC[:, start:end], upper_CC[start:end, start:end]
-            error_Rb = torch.empty_like(block_Rb)
-            for c in range(end - start):
-                column_R1 = block_Rb[:, c : c + 1]
-                rounded_R1 = grid.nearest(column_R1)
-                error_Rb[:, c : c + 1] = (column_R1 - rounded_R1) / upper_bb[c, c]
-                made_RC[:, start + c] = rounded_R1[:, 0].to(made_RC.dtype)
-                block_Rb[:, c + 1 :] -= error_Rb[:, c : c + 1] * upper_bb[c, c + 1 :]
-            left_RC[:, end:] -= error_Rb @ upper_CC[start:end, end:]
-    return made_RC
+            upper_bb, error_bR = upper_CC[start:end, start:end], torch.empty_like(left_CR[start:end])
+            for c, step in enumerate(upper_bb.diagonal().tolist()):
+                column_1R = left_CR[start + c : start + c + 1]
+                rounded_1R = grid.nearest(column_1R)
+                made_CR[start + c] = rounded_1R[0]
+                error_bR[c] = (column_1R - rounded_1R)[0] / step
+                left_CR[start + c + 1 : end].addr_(upper_bb[c, c + 1 :], error_bR[c], alpha=-1)
+            left_CR[end:] -= upper_CC[start:end, end:].T @ error_bR
+    return made_CR.T.to(matrix_RC.dtype).contiguous()

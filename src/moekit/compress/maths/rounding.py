@@ -32,6 +32,11 @@ class Grid(NamedTuple):
     zero_R1: Tensor
     bits: int
 
+    @property
+    def across(self) -> Grid:
+        """The same for values that lie the other way round, [g, R]."""
+        return Grid(self.scale_R1.T, self.zero_R1.T, self.bits)
+
     def nearest(self, values_Rg: Tensor) -> Tensor:
         """The nearest value of the grid to each value, in fp32; at 1 bit zero counts as positive."""
         if self.bits == 1:

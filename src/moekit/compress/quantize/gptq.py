@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from moekit.compress.maths.feedback import inverse_factor, round_with_feedback
 from moekit.compress.maths.rounding import round_to_nearest
 from moekit.errors import NumericFault
 from moekit.trace.batch import widest
+
+# Second moment -> the matrices whose inputs it is of.
+_READ_BY: dict[str, tuple[Part, ...]] = {"input_moment": ("gate", "up"), "inner_moment": ("down",)}
 
 
 @register(
@@ -49,16 +53,20 @@ class Gptq(QuantizeMethod):
         self, matrices: Mapping[Part, Tensor], bits: Mapping[Part, int], expert: int, inputs: LayerInputs
     ) -> Matrices:
         """Each matrix by the second moment of its inputs; to nearest where no token chose the expert."""
-        outer = self._factor(inputs, "input_moment", expert, matrices) if matrices.keys() & {"gate", "up"} else None
-        inner = self._factor(inputs, "inner_moment", expert, matrices) if "down" in matrices else None
         made: Matrices = {}
-        for part, matrix_RC in matrices.items():
-            upper_CC = inner if part == "down" else outer
-            made[part] = (
-                round_to_nearest(matrix_RC, bits[part], self.group)
-                if upper_CC is None
-                else round_with_feedback(matrix_RC, upper_CC, bits[part], self.group)
-            )
+        for name, among in _READ_BY.items():
+            parts = [part for part in among if part in matrices]
+            upper_CC = self._factor(inputs, name, expert, matrices) if parts else None
+            for n in sorted({bits[part] for part in parts}):
+                alike = [part for part in parts if bits[part] == n]
+                # Rows do not know of each other: matrices of the same inputs are rounded as one.
+                rows_RC = torch.cat([matrices[part] for part in alike])
+                rounded_RC = (
+                    round_to_nearest(rows_RC, n, self.group)
+                    if upper_CC is None
+                    else round_with_feedback(rows_RC, upper_CC, n, self.group)
+                )
+                made |= zip(alike, rounded_RC.split([len(matrices[part]) for part in alike]), strict=True)
         return made
 
     def _factor(self, inputs: LayerInputs, name: str, expert: int, matrices: Mapping[Part, Tensor]) -> Tensor | None:
