@@ -55,7 +55,7 @@ def plan_of(source: Checkpoint, method: QuantizeMethod, bits: int) -> WeightPlan
 
 def matrices(model: PreTrainedModel) -> dict[tuple[int, str], torch.Tensor]:
     """(layer, part) -> weights [E, R, C] of the experts."""
-    found = {}
+    found: dict[tuple[int, str], torch.Tensor] = {}
     for layer in find_moe_layers(model):
         weights = read_block(layer)
         parts = {"gate": weights.gate_EIH, "up": weights.up_EIH, "down": weights.down_EHI}

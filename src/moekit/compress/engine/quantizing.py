@@ -126,7 +126,8 @@ class QuantizeMethod(WeightMethod[BitBudget, Widths]):
                 raise
             for part, matrix_RC in rounded.items():
                 made[part][expert] = matrix_RC
-        return dataclasses.replace(weights, **{FIELDS[part]: stack for part, stack in made.items()})
+        changed: dict[str, Any] = {FIELDS[part]: stack for part, stack in made.items()}
+        return dataclasses.replace(weights, **changed)
 
 
 def parts_of(geometry: Geometry, budget: BitBudget, layer: int | None = None) -> dict[Part, int]:

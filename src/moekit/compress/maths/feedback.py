@@ -45,7 +45,8 @@ def inverse_factor(moment_CC: Tensor, damp: float) -> Tensor | None:
         if not int(failed):
             # With both axes turned round, H = R R^T of an upper R, so that H^-1 = R^-T R^-1: U is the inverse of R.
             unit_CC = torch.eye(len(lower_CC), dtype=lower_CC.dtype, device=lower_CC.device)
-            return torch.linalg.solve_triangular(lower_CC.flip(0, 1), unit_CC, upper=True)
+            upper_CC: Tensor = torch.linalg.solve_triangular(lower_CC.flip(0, 1), unit_CC, upper=True)
+            return upper_CC
         damp = 10 * max(damp, 1e-4)
     return None
 

@@ -66,7 +66,7 @@ class Gptq(QuantizeMethod):
                     if upper_CC is None
                     else round_with_feedback(rows_RC, upper_CC, n, self.group)
                 )
-                made |= zip(alike, rounded_RC.split([len(matrices[part]) for part in alike]), strict=True)
+                made |= zip(alike, torch.split(rounded_RC, [len(matrices[part]) for part in alike]), strict=True)
         return made
 
     def _factor(self, inputs: LayerInputs, name: str, expert: int, matrices: Mapping[Part, Tensor]) -> Tensor | None:

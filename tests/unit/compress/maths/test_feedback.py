@@ -69,7 +69,8 @@ def test_textbook(bits: int, columns: int, group: int, block: int, monkeypatch: 
 @pytest.mark.parametrize("group", [0, 16])
 def test_its_outputs_are_nearer_than_rounding_to_nearest(bits: int, group: int) -> None:
     matrix = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    seen, unseen = correlated(64, 600).split([400, 200])
+    inputs = correlated(64, 600)
+    seen, unseen = inputs[:400], inputs[400:]
     upper = inverse_factor((seen.T @ seen).double(), DAMP)
     assert upper is not None
     errors = [

@@ -25,8 +25,11 @@ OUTCOME = LayerOutcome(keep=(0, 1, 2), bits=BITS)
 
 def layer() -> LayerWeights:
     g = torch.Generator().manual_seed(0)
-    sizes = {"up_EIH": (WIDTH, HIDDEN), "gate_EIH": (WIDTH, HIDDEN), "down_EHI": (HIDDEN, WIDTH)}
-    return LayerWeights(**{name: torch.randn(EXPERTS, *size, generator=g) * 0.3 for name, size in sizes.items()})
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(EXPERTS, *size, generator=g) * 0.3
+
+    return LayerWeights(up_EIH=draw(WIDTH, HIDDEN), gate_EIH=draw(WIDTH, HIDDEN), down_EHI=draw(HIDDEN, WIDTH))
 
 
 def tokens(seed: int) -> Tensor:
