@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import moekit as api
 from moekit.cli.main import main
 from moekit.compress.maths.rounding import round_to_nearest
+from moekit.compress.quantize.gptq import Gptq
 from moekit.trace.streamed import Streamed
 from tests.commands import Moekit
 from tests.families import EXPERTS, HIDDEN, WIDTH
@@ -92,9 +93,9 @@ def test_a_stored_plan_rounds_alike_without_a_text(
     bits = ("--bits", "gate=2,up=2,down=4")
     done = moekit(*quantize(made, *bits, "--plan", tmp_path / "p.json", "-o", tmp_path / "out", "--json"))
     assert done.code == 0, done.err
-    errors = [done.json["proof"][who]["reconstruction"] for who in ("method",)]
+    own = done.json["proof"]["method"]["reconstruction"]
     plain = done.json["proof"]["baselines"][0]["reconstruction"]
-    assert all(errors[0][layer] < plain[layer] for layer in plain), "nearer than plain rounding in every layer"
+    assert all(own[layer] < plain[layer] for layer in plain), "nearer than plain rounding in every layer"
 
     def never(*_: object) -> None:
         raise AssertionError("the text was walked again")
@@ -104,6 +105,29 @@ def test_a_stored_plan_rounds_alike_without_a_text(
     assert done.code == 0, done.err
     assert done.json["layers"][0]["bits"] == {"gate": 2, "up": 2, "down": 4}
     one, two = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_a_run_that_was_killed_rounds_no_layer_twice(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"method": "gptq", "bits": 3, "settings": {"group": 8}, "data": made / "text"}
+    api.quantize(made / "moe", **how, out=tmp_path / "whole")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def never(*_: object) -> None:
+        raise AssertionError("a layer was rounded again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moekit.jobs.weights.inplace_finish.apply", killed)
+        with pytest.raises(KeyboardInterrupt):
+            api.quantize(made / "moe", **how, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Gptq, "transform", never)
+    api.quantize(made / "moe", **how, out=tmp_path / "out")
+    one, two = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 

@@ -46,6 +46,10 @@ SPARSE = [
     {"use": "sparsify", "id": "plan", "method": "wanda", "sparsity": 0.5, **PLAN},
     {"use": "sparsify", "id": "again", "from_plan": "${steps.plan}", "proof": False},
 ]
+ROUNDED = [
+    {"use": "quantize", "id": "plan", "method": "gptq", "bits": 3, "settings": {"group": 8}, **PLAN},
+    {"use": "quantize", "id": "again", "from_plan": "${steps.plan}", "proof": False},
+]
 
 
 def test_expert_sets_that_an_earlier_step_writes_are_unknown_beforehand(made: Path, tmp_path: Path) -> None:
@@ -60,8 +64,8 @@ def test_expert_sets_that_an_earlier_step_writes_are_unknown_beforehand(made: Pa
 
 @pytest.mark.parametrize(
     "steps",
-    [pytest.param(TASKS, marks=FULL), PRUNED, pytest.param(SPARSE, marks=FULL)],
-    ids=["expert sets", "apply", "sparsify"],
+    [pytest.param(TASKS, marks=FULL), PRUNED, pytest.param(SPARSE, marks=FULL), pytest.param(ROUNDED, marks=FULL)],
+    ids=["expert sets", "apply", "sparsify", "quantize"],
 )
 def test_what_another_model_left_in_the_run_folder_is_no_obstacle(
     made: Path, tmp_path: Path, steps: list[dict[str, Any]]
