@@ -157,7 +157,8 @@ def run(options: QuantizeOptions, context: JobContext) -> dict[str, Any]:
     asked = ask(options, request_of, context.seed, progress)
     writes_plan = options.write == "plan"
     check_disk(out, scratch, asked.plan_bytes if writes_plan else asked.written, asked.between)
-    require_memory(asked.memory, "rounding with the second moments of all layers", "use --method rtn")
+    if asked.request is not None and asked.request.method.required:
+        require_memory(asked.memory, "rounding with the second moments of all layers", "use --method rtn")
     plan, heldout = decide(options, asked, scratch, progress)
     log_warnings(plan.file.warnings)
     summary = summarizer(asked.source)

@@ -185,3 +185,16 @@ def test_quantized_weights_are_refused_before_any_work(moekit: Moekit, made: Pat
     done = moekit(*command, "-o", tmp_path / "out")
     assert (done.code, "quantized (fp8): they cannot be changed" in done.err) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["quantized"]
+
+
+def test_moments_that_the_machine_cannot_hold_are_refused_before_any_work(
+    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("layers were run")
+
+    monkeypatch.setattr(Streamed, "run", never)
+    monkeypatch.setattr("moekit._memory.machine_bytes", lambda: 1 << 20)
+    done = moekit(*quantize(made, "--bits", 3, "-o", tmp_path / "out"))
+    assert (done.code, "second moments" in done.err, "--method rtn" in done.err) == (4, True, True)
+    assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ from moekit.compress.maths.rounding import round_to_nearest
     kind="quantize",
     changes="weights",
     limits=(
-        "Blind to activations: at 3 bits and below it loses far more than GPTQ.",
+        "Blind to activations: what an error does to the output is not looked at, which costs most at few bits.",
         "Rounded weights stay in the source's dtype: the folder is as large as before.",
     ),
 )
