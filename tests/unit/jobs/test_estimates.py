@@ -11,7 +11,7 @@ import torch
 
 import moekit
 from moekit.errors import BadConfig
-from moekit.jobs import apply, expert_sets, prune, quantize, sparsify, super_experts
+from moekit.jobs import apply, expert_sets, quantize, sparsify, super_experts
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, JobEstimate
 from moekit.jobs.options.apply import ApplyOptions
@@ -22,6 +22,7 @@ from moekit.jobs.options.quantize import QuantizeOptions
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.options.train import TrainOptions
+from moekit.jobs.weights import fewer_job
 from moekit.streaming.states import States
 from tests.families import build
 from tests.tiny import tokenizer, write_text
@@ -80,9 +81,9 @@ class Stopped(Exception):
 @pytest.mark.parametrize(
     ("module", "options"),
     [
-        (prune, pruning),
-        (prune, lambda made, **more: pruning(made, write="plan", **more)),
-        (prune, lambda made, **more: pruning(made, method="dern", **more)),
+        (fewer_job, pruning),
+        (fewer_job, lambda made, **more: pruning(made, write="plan", **more)),
+        (fewer_job, lambda made, **more: pruning(made, method="dern", **more)),
         (sparsify, zeroing),
         (sparsify, lambda made, **more: zeroing(made, write="plan", **more)),
         (quantize, rounding),
@@ -135,8 +136,8 @@ def test_states_and_rewritten_layers_fit_into_what_is_foreseen(
         rewritten.append(sum(file.stat().st_size for file in files))
         return found
 
-    stock_finish = prune.finish
-    monkeypatch.setattr(prune, "finish", finish)
+    stock_finish = fewer_job.finish
+    monkeypatch.setattr(fewer_job, "finish", finish)
     asked.run(JobContext(out=tmp_path / "out", scratch=tmp_path / "scratch"))
     known = told(asked)
     assert known.disk is not None
