@@ -125,6 +125,8 @@ def test_a_run_that_is_killed_again_and_again(kills: int, made: Path, tmp_path: 
     assert any("scratch" in name for name in left), "no kill hit the work: the test shows nothing"
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_killed_rewriting_run_goes_on_layer_by_layer(made: Path, tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
         told = ["prune", made / "moe", "--method", "dern", "--keep", 0.5, "--data", made / "text", "-o", out]

@@ -84,6 +84,8 @@ def test_there_are_as_many_weights(record: MethodRecord) -> None:
     assert networks(converted(record)) == networks(dense())
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("record", of())
 def test_the_seed_matters_where_it_is_said_to(record: MethodRecord) -> None:
     assert alike(converted.__wrapped__(record), converted(record))

@@ -120,6 +120,8 @@ def test_a_pruned_folder_is_the_pruned_model(
     assert generated.shape[1] > tokens(1).shape[1]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_saved_plan_decides_again_as_it_would_have_decided(

@@ -124,6 +124,8 @@ def _check_zeros(
     assert counted / total == pytest.approx(budget_as(SparsityBudget, plan.file.budget).sparsity, abs=1 / FEWEST)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), cases(METHODS))
 def test_every_setting_gives_its_zeros_and_a_stored_plan_the_same(
     name: str, family: str, checkpoint: Checkpoint, tmp_path: Path

@@ -37,6 +37,8 @@ def test_when_rank_0_is_killed_its_store_goes_with_it_and_both_are_named(tmp_pat
         _check_survivors(job, 0, 3, "the store on 127.0.0.1:", "is gone", "died")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=FULL)])
 def test_a_stopped_rank_is_named_although_no_connection_closes(tmp_path: Path, victim: int) -> None:
     with by_hand(tmp_path, "stop", victim, "before") as job:
@@ -48,6 +50,8 @@ def test_a_stopped_rank_is_named_although_no_connection_closes(tmp_path: Path, v
         _check_survivors(job, victim, 3, "4" if victim else "does not answer for 4 s")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_raises_tells_the_others_why(tmp_path: Path, victim: int) -> None:
     with by_hand(tmp_path, "raise", victim, "middle") as job:
@@ -57,6 +61,8 @@ def test_a_rank_that_raises_tells_the_others_why(tmp_path: Path, victim: int) ->
         assert "the text of this rank is empty" in job.last_words(victim)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_rank_stuck_in_user_code_is_named_by_the_exchanges_it_did_not_enter(tmp_path: Path) -> None:
     with by_hand(tmp_path, "spin", 1, "before", MOEKIT_RANK_TIMEOUT="6") as job:
         assert job.wait() == [GONE, GONE, GONE]
@@ -64,6 +70,8 @@ def test_a_rank_stuck_in_user_code_is_named_by_the_exchanges_it_did_not_enter(tm
         assert "(this one) was evicted" in job.last_words(1) or "the store" in job.last_words(1)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_rank_that_ends_early_is_named_when_the_others_wait_for_it(tmp_path: Path) -> None:
     with by_hand(tmp_path, "exit", 1, "middle", MOEKIT_RANK_TIMEOUT="6") as job:
         assert job.wait() == [GONE, 0, GONE]

@@ -82,12 +82,16 @@ def test_a_run_goes_from_four_ranks_to_two_to_one_as_if_unbroken(pool: Pool, tmp
     assert any(key.startswith("optimizer/exp_avg_sq/") and ".experts.7." in key for key in after)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_the_same_ranks_go_on_bit_for_bit(pool: Pool, tmp_path: Path, saved: tuple[Path, dict[str, Tensor]]) -> None:
     unbroken = joined(pool.run(4, f"{JOBS}.train_and_save", tmp_path / "two-steps", "qwen2_moe", placed(4, 1), 2))
     answers = pool.run(4, f"{JOBS}.resume", saved[0], "qwen2_moe", placed(4, 1))
     close(joined([after for _, after in answers]), unbroken, 0)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_fewer_experts_than_fill_all_ranks_and_scalars_of_whole_models(pool: Pool, tmp_path: Path) -> None:
     lonely = Placement(devices=4, experts=EXPERTS, layers={0: [3] * 8, 1: [0] * 7 + [2]}, solver="random")
     first = joined(pool.run(4, f"{JOBS}.train_and_save", tmp_path / "a", "qwen2_moe", lonely))
@@ -100,6 +104,8 @@ def test_fewer_experts_than_fill_all_ranks_and_scalars_of_whole_models(pool: Poo
     assert run.optimizer.param_groups[1]["weight_decay"] == 0
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_dense_parameters_dealt_out_by_fsdp_are_written_in_parts(
     pool: Pool, tmp_path: Path, saved: tuple[Path, dict[str, Tensor]]
 ) -> None:
@@ -185,6 +191,8 @@ def test_the_routing_policy_comes_along(pool: Pool, tmp_path: Path) -> None:
     assert not torch.equal(logits(stock), logits(run.model))
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("with_placement", [False, True])
 def test_resharded_files_hold_the_experts_of_their_rank(
     pool: Pool, tmp_path: Path, saved: tuple[Path, dict[str, Tensor]], with_placement: bool

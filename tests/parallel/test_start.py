@@ -88,6 +88,8 @@ def test_under_torchrun_ranks_that_disagree_end_as_they_say(tmp_path: Path) -> N
         assert all("ranks disagree about plan: rank 2 has ab12" in job.last_words(rank) for rank in range(3))
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", [0, 2])
 def test_another_world_size_is_named(tmp_path: Path, odd: int) -> None:
     with by_hand(tmp_path, "none", 0, "", each={odd: {"WORLD_SIZE": "4"}}) as job:
@@ -114,6 +116,8 @@ def test_a_rank_that_never_starts_is_named(tmp_path: Path) -> None:
         assert all("rank 2 did not start within 5 s" in job.last_words(rank) for rank in (0, 1))
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_rank_that_says_nothing_is_named(tmp_path: Path) -> None:
     with by_hand(tmp_path, "mute", 1, "") as job:
         assert job.wait() == [5, 5, 5]

@@ -82,6 +82,8 @@ def test_replay_equals_a_loop(case: tuple[list[list[int]], list[int], int, int, 
     assert without.rows_once_per_device == per_device
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(traces(), st.randoms(use_true_random=False))
 def test_renaming_experts_or_devices_changes_nothing(case, random) -> None:
@@ -100,6 +102,8 @@ def test_renaming_experts_or_devices_changes_nothing(case, random) -> None:
     assert sorted(renamed.load_D.tolist()) == sorted(first.load_D.tolist())
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(traces(), st.data())
 def test_rows_of_documents_add_up(case, data) -> None:
@@ -112,6 +116,8 @@ def test_rows_of_documents_add_up(case, data) -> None:
         assert int(rows[document]) == sum(len({placed[e] for e in t if e < len(placed)}) for t in own)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(traces(), st.data())
 def test_copies_are_used_by_the_stated_rule(case, data) -> None:
@@ -142,6 +148,8 @@ def test_copies_are_used_by_the_stated_rule(case, data) -> None:
     assert int(by_document.sum()) == rows
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(traces())
 def test_many_devices_are_counted_like_few(case) -> None:

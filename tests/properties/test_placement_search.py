@@ -105,6 +105,8 @@ def test_bounds_are_above_the_optimum_and_search_below(
     assert upper_bound(problem, steps=0) >= best - 1e-9
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, SIZES)
 def test_no_balance_is_better_than_its_bound_and_search_is_worth_the_balanced_blocks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
@@ -199,6 +200,8 @@ def test_merging_traces_is_associative(parts: list[tuple[int, list[int], tuple[s
     assert left.meta.tokens == sum(sum(n) for _, n, _ in parts)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @quick
 @given(seed=seeds, n=lengths, d=names, weights=st.booleans(), experts=st.sampled_from([5, 255, 256]))
 def test_a_trace_survives_the_disk(seed: int, n: list[int], d: tuple[str, ...], weights: bool, experts: int) -> None:

@@ -263,6 +263,8 @@ def test_a_class_that_vllm_has_not_is_said(tmp_path):
     assert "PhimoeForCausalLM" in messages(report, "unknown-to-vllm")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_trained_child_of_a_pruned_parent(pruned, tmp_path):
     _, parent = pruned
     model = moekit.load(parent, device="cpu")

@@ -531,6 +531,8 @@ def test_partner_lists_of_two_layers_swapped(routed):
     assert {f.layer for f in only(check(routed), "policy-of-another-layer")} == {0, 1}
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_other_damage_to_the_policy(routed, tmp_path):
     changes = {
         "policy-tensor-changed": lambda t: t["constants.0.1.partners"][0, 0].add_(1),

@@ -214,6 +214,8 @@ def test_a_placed_child_is_the_parents_in_another_order(family: dict[str, Path],
     assert (found.code, found.layer, found.expert) == ("expert-changed", 0, 5)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_converted_child_has_the_dense_models_attention(tmp_path: Path) -> None:
     dense = dense_model("llama", num_hidden_layers=2)
     dense.save_pretrained(tmp_path / "dense")
@@ -231,6 +233,8 @@ def test_a_converted_child_has_the_dense_models_attention(tmp_path: Path) -> Non
     assert name in found.message
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_converted_and_a_trained_child_pass(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text", documents=4)
     dense_model("llama", num_hidden_layers=1, vocab_size=128).save_pretrained(tmp_path / "dense")
@@ -247,6 +251,8 @@ def test_a_converted_and_a_trained_child_pass(tmp_path: Path) -> None:
     assert any(finding.code == "zeros-say-nothing" for finding in report.findings)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_routed_child_is_the_parent(tmp_path: Path) -> None:
     write_model(tmp_path / "plain", "qwen3_moe")
     moekit.route(tmp_path / "plain", method="topk", settings={"top_k": 1}, write="model", out=tmp_path / "routed")

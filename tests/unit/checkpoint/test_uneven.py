@@ -48,6 +48,8 @@ def test_what_the_disk_engine_writes_unevenly_moekit_loads(family: str, fused: b
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_live_uneven_model_is_saved_and_loaded(family: str, tmp_path: Path) -> None:
     changed = change_model(build(family), outcomes(family))

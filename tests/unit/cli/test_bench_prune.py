@@ -202,6 +202,8 @@ def test_another_method_or_size_joins_what_is_there(moekit: Moekit, made: Path, 
     assert "reap" in (out / "report.html").read_text()
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_another_text_model_or_window_does_not_join(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     out = tmp_path / "b"
     assert moekit(*small(made, out, "--methods", "reap")).code == 0
@@ -247,6 +249,8 @@ def test_a_dry_run_counts_the_states_that_lie_on_the_disk(moekit: Moekit, made: 
     assert disk(2000, "bfloat16") - disk(1000, "bfloat16") == 2 * 1000 * hidden * 2
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_one_text_is_parted_in_two(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     write_text(tmp_path / "text", documents=20)
     data = ("--data", tmp_path / "text", "--out", tmp_path / "b")

@@ -139,6 +139,8 @@ def test_prompts_find_their_task_and_are_answered_by_its_experts(
         assert mine == [completion.text for completion in expected.completions]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--metric", "cosine"), ("--retrieval-layers", 2), ("--retrieval-layers", 3)])
 def test_ways_to_retrieve(moekit: Moekit, made: Path, options: tuple[Any, ...]) -> None:
     done = moekit(*asked(made, "--keep", 3, *options))
@@ -162,6 +164,8 @@ def test_a_named_task_is_not_retrieved(moekit: Moekit, made: Path, monkeypatch: 
     assert protected.json["loaded"]["sums"]["experts"]["1"] == [0, 7]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_far_prompts_get_the_generalist(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit(*asked(made, "--keep", 0.5, "--max-distance", 0.0, "--json"))
     assert done.code == 0, done.err
@@ -177,6 +181,8 @@ def test_far_prompts_get_the_generalist(moekit: Moekit, made: Path, tmp_path: Pa
     assert lost.says("is of no task.*--generalist")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_dry_run_knows_the_bytes(moekit: Moekit, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = moekit(*asked(made, "--keep", 4, "--json")).json
     monkeypatch.setattr(LayerLoader, "load", lambda *_: pytest.fail("layers were read"))

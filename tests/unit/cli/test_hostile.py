@@ -231,6 +231,8 @@ def test_a_report_that_cannot_be_made_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_dry_runs_name_no_less_than_is_written(moekit: Moekit, evil: Path, tmp_path: Path) -> None:
     moe, text, trace = evil / "moe", evil / "text", tmp_path / "trace"
     # What a command says beforehand may be so much more than it writes.

@@ -67,12 +67,16 @@ def test_json_holds_the_error_too() -> None:
     assert "routing" in error["hint"]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_debug_shows_the_traceback() -> None:
     done = moekit("methods", "nonsense", "--debug")
     assert "Traceback" in done.stderr
     assert done.returncode == 2
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_methods_lists_statistics_and_what_they_look_at() -> None:
     done = json.loads(moekit("methods", "statistics", "--json").stdout)
     found = {entry["name"]: entry for entry in done["statistics"]}
@@ -84,6 +88,8 @@ def test_methods_lists_statistics_and_what_they_look_at() -> None:
     assert "gate_ratio" in moekit("methods", "statistics").stdout
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_methods_lists_c2r() -> None:
     done = moekit("methods", "--json")
     records = {(r["kind"], r["name"]): r for r in json.loads(done.stdout)["methods"]}

@@ -58,6 +58,8 @@ def test_it_writes_a_model_and_says_what_it_costs(moekit: Moekit, made: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_plan_is_applied_again_without_a_pass_over_the_text(
     moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +79,8 @@ def test_a_plan_is_applied_again_without_a_pass_over_the_text(
     assert_same_weights(tmp_path / "same", made / "half")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_plan_alone_writes_no_model(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit(*prune(made, "--plan", tmp_path / "p.json"))
     assert done.code == 0, done.err
@@ -89,6 +93,8 @@ def test_a_plan_alone_writes_no_model(moekit: Moekit, made: Path, tmp_path: Path
     assert "a plan is a .json file" in moekit(*prune(made, "--plan", tmp_path / "plan")).err
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_json_holds_all_of_it(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit(*prune(made, "-o", tmp_path / "out", "--random-seeds", 3, "--json"))
     told = done.json
@@ -104,6 +110,8 @@ def test_json_holds_all_of_it(moekit: Moekit, made: Path, tmp_path: Path) -> Non
     assert told["check"]["ok"] is True
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_knobs_are_set_and_the_methods_own_figures_are_told(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     options = ("--set", "alpha=0.0", "--set", "router=mean", "--no-proof", "-o", tmp_path / "out", "--json")
     told = moekit(*prune(made, *options, method="dern")).json
@@ -121,6 +129,8 @@ def test_a_dry_run_writes_nothing_and_knows_the_bytes(moekit: Moekit, made: Path
     assert sum(written.values()) <= done.json["writes"][0]["bytes"] <= 1.25 * sum(written.values())
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_uneven_layers_are_announced_and_load_in_moekit(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     import moekit as library
     from tests.families import logits
@@ -176,6 +186,8 @@ def assert_told(text: str, words: str) -> None:
     assert re.search(words, " ".join(text.split())), text
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_routing_groups_stay_equal_or_are_refused(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     options = ("--method", "reap", "--data", made / "my-domain", "--groups", "equal", "-o", tmp_path / "out")
     uneven = moekit("prune", made / "grouped", "--keep", 6, *options)
@@ -261,6 +273,8 @@ def test_an_interrupted_run_that_wrote_its_plan_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p.json", "p.safetensors"]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_an_interrupted_run_does_not_go_on_with_other_inputs(
     moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +365,8 @@ def test_a_plan_of_another_model(moekit: Moekit, made: Path, tmp_path: Path) -> 
     assert "give --keep as well" in moekit("apply", made / "p.json", "--scope", "global", "-o", tmp_path / "x").err
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_text_that_changed_since_the_plan_proves_nothing(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "my-domain", tmp_path / "text")
     command = ["prune", made / "moe", "--method", "reap", "--keep", 4, "--data", tmp_path / "text"]

@@ -134,6 +134,8 @@ def logits_by_layers(folder: Path) -> torch.Tensor:
     return found
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp8", pytest.param("mxfp4", marks=FULL)])
 def test_stock_transformers_loads_what_was_cut(kind: str, moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit(*prune(made, kind, "-o", tmp_path / "out", "--no-proof"))

@@ -87,6 +87,8 @@ def test_it_writes_a_sparse_model_and_says_what_it_costs(moekit: Moekit, made: P
     assert set(record["scores"]["proof"]["perplexity"]) == {"wanda", "magnitude"}
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "model", "total"),
     [
@@ -113,6 +115,8 @@ def test_a_total_counts_what_went_with_the_experts(
     assert (len(shares) > 1) == (method == "owl")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_total_is_printed_with_its_parts(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit(*sparsify(made, "--total", 0.5, "-o", tmp_path / "out", "--no-proof", model="pruned"))
     assert done.code == 0, done.err
@@ -120,6 +124,8 @@ def test_a_total_is_printed_with_its_parts(moekit: Moekit, made: Path, tmp_path:
     assert f"of {ALL:,} (" in done.out
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_stored_plan_gives_the_same_zeros_without_a_text(
     moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +145,8 @@ def test_a_stored_plan_gives_the_same_zeros_without_a_text(
     assert_same(tmp_path / "out", tmp_path / "third")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_plan_alone_writes_no_model(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit(*sparsify(made, "--set", "pattern=2:4", "--plan", tmp_path / "p.json"))
     assert done.code == 0, done.err
@@ -214,6 +222,8 @@ def test_quantized_weights_are_refused_before_any_work(moekit: Moekit, made: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["quantized"]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_plan_of_another_model(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     assert moekit(*sparsify(made, "--sparsity", 0.5, "--plan", tmp_path / "p.json")).code == 0
     told = json.loads((tmp_path / "p.json").read_text())

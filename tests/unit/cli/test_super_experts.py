@@ -79,6 +79,8 @@ def test_a_dry_run_does_nothing(moekit: Moekit, made: Path, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_bad_input_is_one_message(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("x")

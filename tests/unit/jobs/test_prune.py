@@ -152,6 +152,8 @@ def test_the_record_tells_how_it_was_made(made: Path, pruned: tuple[Path, dict[s
     assert results["bytes"]["after"] == Checkpoint.open(out).nbytes
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_keeping_everything_changes_no_bit(made: Path, tmp_path: Path) -> None:
     results = step(made, keep=1.0).run(place(tmp_path))
     before, after = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (made / "moe", tmp_path / "out"))
@@ -159,6 +161,8 @@ def test_keeping_everything_changes_no_bit(made: Path, tmp_path: Path) -> None:
     assert results["proof"]["method"]["text"]["overall"]["difference"]["mean"] == 0
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dern", "uncurl", "stun"])
 def test_methods_that_rewrite_are_proved_on_what_is_written(made: Path, tmp_path: Path, method: str) -> None:
     settings = {"dern": {"alpha": 0.0}, "uncurl": {}, "stun": {}}[method]
@@ -173,6 +177,8 @@ def test_methods_that_rewrite_are_proved_on_what_is_written(made: Path, tmp_path
     assert spread["deviation"] == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_search_is_carried_out(made: Path, tmp_path: Path) -> None:
     results = step(made, method="naee", keep=6, settings={"strategy": "greedy"}, max_tokens=400).run(place(tmp_path))
     assert all(len(experts) == 6 for experts in kept(results).values())
@@ -185,6 +191,8 @@ def test_a_search_is_carried_out(made: Path, tmp_path: Path) -> None:
         ApplyOptions(plan=tmp_path / "plan.json", keep=4, proof=False).run(place(tmp_path, "again"))
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_trace_gives_what_its_text_gives(made: Path, tmp_path: Path) -> None:
     text = str(made / "text")
     tokenizer = load_tokenizer(str(made / "moe"))
@@ -242,6 +250,8 @@ def test_the_plan_is_that_of_the_library(made: Path, tmp_path: Path) -> None:
     assert plan.hash == slow.hash
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import moekit.jobs.weights.fewer_finish as engine
     import moekit.jobs.weights.proof as proof
@@ -273,6 +283,8 @@ def test_what_is_done_is_not_done_again(made: Path, tmp_path: Path, monkeypatch:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_plan_whose_text_is_gone_is_applied_without_proof(
     made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -317,6 +329,8 @@ steps:
 """
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_recipe_plans_once_and_applies_several_budgets(made: Path, tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(RECIPE.format(out=tmp_path / "run", model=made / "moe", text=made / "text"))
@@ -382,6 +396,8 @@ def test_without_prompts_nothing_can_be_answered(made: Path, tmp_path: Path) -> 
         step(made, self_generated=128, write="plan", proof=False).run(place(tmp_path))
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_head_that_looks_ahead_follows_the_decoder(tmp_path: Path) -> None:
     source, _ = with_mtp(tmp_path / "moe")
     tensors = weights(source)

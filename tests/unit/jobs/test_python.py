@@ -124,6 +124,8 @@ def test_generate_answers_as_the_command_does(made: Path, tmp_path: Path, comman
     assert live.completions == of_folder.completions
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_generate_by_task_answers_as_the_command_does(made: Path, tmp_path: Path, command: Any) -> None:
     sets = tmp_path / "sets"
     moekit.expert_sets(made / "moe", data=made / "text", max_tokens=500, out=sets)

@@ -79,6 +79,8 @@ def test_planted_experts_are_found_with_what_they_make(found: tuple[Path, dict[s
     assert told["source"].endswith("text[train]")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_the_model_breaks_by_what_a_stock_model_with_zeroed_experts_gives(
     made: Path, found: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -108,6 +110,8 @@ def test_the_model_breaks_by_what_a_stock_model_with_zeroed_experts_gives(
     assert largest["without others"]["7"] == pytest.approx(largest["unchanged"]["7"], rel=1e-3)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_prune_protects_what_the_file_says(
     made: Path, found: tuple[Path, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -177,6 +181,8 @@ def test_without_a_proof_all_of_the_text_is_looked_at(made: Path, tmp_path: Path
     assert list(told["protect"]) == ["1", "2"]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_the_rule_is_that_of_the_options(made: Path, tmp_path: Path) -> None:
     told = step(made, percentile=99.9, ratio=0.9, scope="model", forming="first-75", proof=False).run(place(tmp_path))
     report = SuperExpertStudy.load(tmp_path / "out").report

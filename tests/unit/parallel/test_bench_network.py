@@ -177,6 +177,8 @@ def test_signals_leave_nothing_behind(number: signal.Signals) -> None:
     assert of(process.pid) == []
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @needs_namespaces
 def test_what_a_killed_run_left_is_removed_by_the_next_one() -> None:
     process = hold()

@@ -125,6 +125,8 @@ def test_any_moe_runs_through_c2r_and_a_kill_changes_nothing(tmp_path: Path) -> 
     assert [file.read_bytes() for file in shards[0]] == [file.read_bytes() for file in shards[1]]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_lab_model_is_trained_and_shown(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text", documents=24, repeats=40)
     pairs = [f"data={text}", "tokens=4096", "devices=[2]"]

@@ -106,6 +106,8 @@ def test_charts_can_be_read_without_seeing_them(page):
         assert attributes["scope"] in ("row", "col")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_hostile_names_stay_text(page):
     clean = page
     report = example(layers=2, experts=8, documents=3, domains=HOSTILE, title=HOSTILE[0])

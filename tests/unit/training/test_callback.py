@@ -183,6 +183,8 @@ def test_loss_free_balancing_balances(tmp_path: Path) -> None:
     assert figures[-1] < 0.6 * figures[0]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_balancer_needs_a_bias_and_a_type_that_can_hold_it(tmp_path: Path) -> None:
     run = trainer(build("qwen2_moe"), Rows(2), tmp_path)
     run.add_callback(MoECallback(balancer={"use": "sign", "rate": 0.1}))
@@ -269,6 +271,8 @@ def sft(words: PreTrainedTokenizerFast, folder: Path, **kwargs: Any) -> SFTTrain
     )
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trl_sft_trainer_takes_the_same_callback(
     words: PreTrainedTokenizerFast, checkpointing: bool, tmp_path: Path
@@ -297,6 +301,8 @@ def test_trl_with_its_own_balance_loss_left_on_is_refused(words: PreTrainedToken
         MoECallback({"balance": 1.0}).install(sft(words, tmp_path, router_aux_loss_coef=0.001))
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_run_that_failed_adds_nothing_to_the_next(tmp_path: Path) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("no such luck")
@@ -319,6 +325,8 @@ def test_a_run_that_failed_adds_nothing_to_the_next(tmp_path: Path) -> None:
         torch.testing.assert_close(before[name] - model.get_parameter(name).detach(), grad, atol=2e-6, rtol=1e-4)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_keep_the_model_alive(tmp_path: Path) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("no such luck")

@@ -134,6 +134,8 @@ train_tiny(small(), documents(), Path(sys.argv[1]), Bar())
 """
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_killed_run_continues(tiny: moekit.training.TinyResult, tmp_path: Path) -> None:
     killed = python(["-c", KILL, tmp_path / "model"])
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]

@@ -129,6 +129,8 @@ def test_a_killed_run_continues_bit_for_bit(
     assert any(name.endswith("e_score_correction_bias") for name in state)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(
     unbroken: tuple[list[float], State], tmp_path: Path
 ) -> None:
@@ -160,6 +162,8 @@ def test_marks_list_every_file(tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_run_that_starts_over_unmarks_what_it_will_overwrite(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     for _ in range(2):
@@ -177,6 +181,8 @@ class Exact(ExactResume, Trainer):
     """Any Trainer with the mixin."""
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_mixin_restores_stacked_experts_in_any_trainer(family: str, tmp_path: Path) -> None:
     def once(folder: Path, resume: Path | None) -> tuple[list[float], torch.nn.Module]:
@@ -193,6 +199,8 @@ def test_the_mixin_restores_stacked_experts_in_any_trainer(family: str, tmp_path
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_no_checkpoint_holds_nan(tmp_path: Path) -> None:
     model = build("olmoe")
     # The loss stays finite, its gradient does not.

@@ -122,6 +122,8 @@ def test_the_losses_are_those_of_a_loop_written_out() -> None:
     assert result.tokens == sum(int((rows.document_RS[i] >= 0).sum()) for i in order)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_finished_run_is_read_not_repeated(tmp_path: Path) -> None:
     model = build("deepseek_v3")
     result = train(model, None, text(), settings(balancer=SIGN), output=tmp_path, heldout=text(4, seed=1))
@@ -132,6 +134,8 @@ def test_a_finished_run_is_read_not_repeated(tmp_path: Path) -> None:
     assert result.heldout_losses.keys() == {5}
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_run_never_continues_another(tmp_path: Path) -> None:
     train(build("olmoe"), None, text(), settings(), output=tmp_path)
     before = (tmp_path / "train.json").read_bytes()
@@ -179,6 +183,8 @@ def test_routers_have_their_own_rate() -> None:
     assert change["model.layers.0.mlp.experts.down_proj"] == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_adapters_train_and_are_merged(tmp_path: Path) -> None:
     config = settings(lora=LoraSettings(rank=2, parts=("experts", "router")), lr=0.1)
     model = build("mixtral")
@@ -194,6 +200,8 @@ def test_adapters_train_and_are_merged(tmp_path: Path) -> None:
     assert same(state(again), after)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_failure_takes_adapters_off_again() -> None:
     model = build("mixtral")
     with torch.no_grad():
@@ -218,6 +226,8 @@ def test_bf16_keeps_fp32_weights_and_comes_near() -> None:
     assert all(torch.equal(stock[name], mixed.state_dict()[name]) for name in frozen)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_transformers_own_balance_loss_is_off_meanwhile() -> None:
     model, other = build("olmoe"), build("olmoe")
     model.config.output_router_logits = True
@@ -234,6 +244,8 @@ def test_activation_checkpointing_changes_no_loss() -> None:
     assert saving.routing == plain.routing or saving.routing.layers.keys() == plain.routing.layers.keys()
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_text_is_tokenized_and_documents_end() -> None:
     tokenizer = word_tokenizer()
     docs = [Document(" ".join(f"w{3 + (i * j) % 120}" for j in range(40)), "a", str(i)) for i in range(1, 6)]
@@ -322,6 +334,8 @@ def test_warmup_as_share_or_steps() -> None:
     assert TrainConfig(warmup=0.03).warmup_steps(1) == 0
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_precision_is_decided_by_the_device_and_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(_device, "cpu_features", lambda: frozenset({"avx2"}))
@@ -337,6 +351,8 @@ def test_precision_is_decided_by_the_device_and_written_down(monkeypatch: pytest
     assert same[0] == same[1] != same[2]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_attention_comes_back() -> None:
     model = build("qwen2_moe")
     seen = []

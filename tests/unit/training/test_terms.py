@@ -71,6 +71,8 @@ def test_a_part_is_taken_out_again() -> None:
             train_only(build("qwen2_moe"), parts)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_two_texts_count_as_their_weighted_sum() -> None:
     """The first step's gradient of plain SGD would be that of both losses; here: the losses themselves."""
     one, two = text(rows=4, padded=True), text(rows=4, seed=3)
@@ -111,6 +113,8 @@ class Stop:
             raise KeyboardInterrupt
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_schedules_move_and_a_resumed_run_sees_the_same(tmp_path: Path) -> None:
     settings = config(steps=6, save_every=2, objectives={"balance": 0.0}, balancer={"use": "pi"}, schedules=MOVING)
     straight = build("deepseek_v3")

@@ -95,6 +95,8 @@ def test_slicing_equals_masking_down_to_as_many_as_are_chosen(family: str) -> No
     torch.testing.assert_close(sliced, masked(model, outcomes), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("family", families("test_fewer_choices", set(FAMILIES) - {"phimoe"}))
 def test_fewer_choices(family: str) -> None:
     model = build(family)
@@ -149,6 +151,8 @@ def test_weights_router_rows_and_biases_follow(family: str) -> None:
     assert bool(followed) == (family in {"deepseek_v3", "glm4_moe", "ernie4_5_moe", "gpt_oss"})
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("family", families("test_every_count_in_the_model_is_the_new_one"))
 def test_every_count_in_the_model_is_the_new_one(family: str) -> None:
     model = build(family)

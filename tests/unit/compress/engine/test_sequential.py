@@ -167,6 +167,8 @@ class _Killed(Exception):
     pass
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
 def test_an_interrupted_pass_goes_on_and_ends_the_same(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
