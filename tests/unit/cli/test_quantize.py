@@ -76,6 +76,8 @@ def test_it_writes_a_rounded_model_and_says_what_it_costs(moekit: Moekit, made: 
     assert set(record["scores"]["proof"]["perplexity"]) == {"gptq", "rtn"}
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_bytes_are_told_honestly(made: Path) -> None:
     result = api.quantize(made / "moe", method="rtn", bits=3, settings={"group": 8}, proof=False, plan=made / "p.json")
     stored = sum(t.numel() * t.element_size() for t in tensors_of(made / "moe").values())
@@ -87,6 +89,8 @@ def test_bytes_are_told_honestly(made: Path) -> None:
     assert rounded == stored
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_stored_plan_rounds_alike_without_a_text(
     moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +112,8 @@ def test_a_stored_plan_rounds_alike_without_a_text(
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_run_that_was_killed_rounds_no_layer_twice(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +137,8 @@ def test_a_run_that_was_killed_rounds_no_layer_twice(
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_plan_alone_and_a_dry_run_write_no_model(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     done = moekit(*quantize(made, "--bits", 2, "--plan", tmp_path / "p.json"))
     assert done.code == 0, done.err

@@ -218,6 +218,8 @@ def test_one_expert_that_is_not_the_parents_is_named_with_its_layers_number(made
     assert {(f.layer, f.expert) for f in report.findings if f.severity == "error"} == {(5, 2)}
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_layers_that_keep_different_numbers_load_through_moekit(made: Path, tmp_path: Path) -> None:
     told = prune(
         made / "switch",
@@ -274,6 +276,8 @@ def test_nllb_of_a_release_that_runs_what_is_chosen(made: Path, tmp_path: Path) 
     assert check(tmp_path / "pruned", parent=made / "nllb", progress=False).ok
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_nllb_as_transformers_runs_it_is_pruned_without_being_run(made: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"keep": 4, "device": "cpu", "progress": False}
     with pytest.raises(UnsupportedModel, match="does not run the experts that their router chooses"):

@@ -27,6 +27,8 @@ def test_the_proof_compares_with_pruning_by_reap_and_by_use_and_with_random_grou
     assert result.check["ok"]
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_trace_gives_the_baselines_that_it_can(made: Path, tmp_path: Path) -> None:
     profile(made / "moe", data=made / "text", statistics=("load", "logit_gram"), out=tmp_path / "trace")
     result = merge(

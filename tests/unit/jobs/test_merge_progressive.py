@@ -64,6 +64,8 @@ class _Killed(Exception):
     pass
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_an_interrupted_run_goes_on_and_ends_the_same(
     at: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,6 +92,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_layers_may_share_the_budget(made: Path, tmp_path: Path) -> None:
     results = step(made, scope="global", keep=5, proof=False, write="plan").run(place(tmp_path, "plan.json"))
     assert sum(len(layer["kept"]) for layer in results["layers"]) == 10

@@ -147,6 +147,8 @@ def test_the_text_passes_as_seldom_as_can_be(tmp_path: Path, monkeypatch: pytest
         assert sum(outcome.experts for outcome in plan.outcomes.values()) == 8
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_fewer_choices_reach_the_layers_behind(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(plain(tmp_path / "m", "qwen3_moe"))
     one, two = (
