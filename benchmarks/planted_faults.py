@@ -63,7 +63,7 @@ FAULTS = (
     ),
     Fault(
         "the last expert that should stay replaced by its neighbour on disk",
-        "compress/engine/slicing.py",
+        "compress/engine/kept.py",
         "(expert + 1) * each) for expert in self.keep]",
         "(expert + 1) * each) for expert in (*self.keep[:-1], self.keep[-1] - 1)]",
         ("tests/engine", "tests/unit/compress/engine"),

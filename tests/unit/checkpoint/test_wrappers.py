@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import moekit
 from moekit.anatomy import find_moe_layers
 from moekit.checking import check
-from moekit.checkpoint.decoder import decoder_of
+from moekit.checkpoint.decoder import decoder_of, stack_of
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import counts_of
 from moekit.checkpoint.folder import Checkpoint
@@ -135,7 +135,7 @@ class TestWrapper:
         loader.load_rest(towers=True)
         assert not any(parameter.is_meta for parameter in loader.model.parameters())
         loader.release_rest()
-        inside = {id(parameter) for parameter in loader.stack.parameters()}
+        inside = {id(parameter) for parameter in stack_of(decoder_of(loader.model)).parameters()}
         assert {id(p) for p in loader.model.parameters() if not p.is_meta} == inside
         loader.close()
 

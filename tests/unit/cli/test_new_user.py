@@ -180,7 +180,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_job_that_fails_leaves_nothing_and_names_no_hidden_folder(
     moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from moekit.jobs import prune
+    from moekit.jobs.weights import fewer_job
 
     def fail(options: Any, asked: Any, documents: Any, scratch: Path, progress: Any) -> None:
         scratch.mkdir(parents=True)
@@ -191,7 +191,7 @@ def test_a_job_that_fails_leaves_nothing_and_names_no_hidden_folder(
             error.file = str(scratch / "half")  # type: ignore[attr-defined]
         raise error
 
-    monkeypatch.setattr(prune, "decide", fail)
+    monkeypatch.setattr(fewer_job, "decide", fail)
     done = moekit(
         *("prune", made / "moe", "--method", "reap", "--keep", "0.5"),
         *("--data", made / "text", "--plan", tmp_path / "p.json", "--max-tokens", 200),

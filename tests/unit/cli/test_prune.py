@@ -262,7 +262,7 @@ def test_an_interrupted_run_that_wrote_its_plan_goes_on(
 
     command = prune(made, "-o", tmp_path / "out", "--plan", tmp_path / "p.json")
     with monkeypatch.context() as patched:
-        patched.setattr("moekit.jobs.prune.finish", interrupted)
+        patched.setattr("moekit.jobs.weights.fewer_job.finish", interrupted)
         assert moekit(*command).code == 130
     assert (tmp_path / "p.json").exists()
     assert not (tmp_path / "out").exists()
@@ -286,7 +286,7 @@ def test_an_interrupted_run_does_not_go_on_with_other_inputs(
     free = moekit(*prune(made, "-o", tmp_path / "free", "--json")).json["layers"][0]["kept"]
     protect.write_text(json.dumps({"0": free[:1]}))
     with monkeypatch.context() as patched:
-        patched.setattr("moekit.jobs.prune.finish", interrupted)
+        patched.setattr("moekit.jobs.weights.fewer_job.finish", interrupted)
         assert moekit(*command).code == 130
     lost = [expert for expert in range(8) if expert not in free]
     protect.write_text(json.dumps({"0": lost}))
