@@ -40,7 +40,7 @@ NOT_YET: dict[str, str] = {}
 UNTRAINED = ("diffusion_gemma", "nllb-moe", "switch_transformers")
 
 # Families whose experts, dealt out to ranks, break off while they run; they are to be mended, or refused before.
-NOT_ON_RANKS = ("afmoe", "longcat_flash")
+NOT_ON_RANKS = ("longcat_flash",)
 
 
 def _marks(name: str) -> tuple[pytest.MarkDecorator, ...]:

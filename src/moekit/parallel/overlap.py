@@ -167,8 +167,8 @@ class SharedOverlap:
 
 
 def overlap_shared(layer: MoELayer, dispatcher: Dispatcher, empty: EmptyBatch) -> SharedOverlap | None:
-    """Install the overlap on a layer with shared experts; None where its router does not follow the contract."""
-    if layer.router is None:
+    """Install the overlap on a layer with shared experts; None where its router does not answer hidden states alone."""
+    if layer.router is None or layer.passed:
         return None
     overlap = SharedOverlap(layer, dispatcher, empty)
     overlap.install()

@@ -1,4 +1,4 @@
-"""Models whose experts cannot be dealt out are refused with the reason, before anything is cut."""
+"""Odd models are dealt out, or refused with the reason before anything is cut."""
 
 from __future__ import annotations
 
@@ -32,3 +32,11 @@ def test_experts_of_another_form_are_refused(alone: None, family: str, says: str
         expert_parallel(model, expert_mesh(1))
     assert says in str(told.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_router_that_is_given_more_than_hidden_states_is_called_by_its_block(alone: None) -> None:
+    model, ids = build("afmoe"), torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        expert_parallel(model, expert_mesh(1))
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-6)
