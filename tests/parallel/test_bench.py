@@ -39,6 +39,13 @@ def result(work: Workload) -> BenchResult:
     return run_bench(work, entries=entries, layouts={"placed": PLACED}, rates=rates, rounds=2)
 
 
+@pytest.fixture(scope="module")
+def short(work: Workload) -> BenchResult:
+    """The four ways that the quick tests compare."""
+    ours = [Entry(peer="ours", variant=v) for v in ("hierarchical", "once-per-rank", "once-per-rank int8")]
+    return run_bench(work, entries=[BASELINE, *ours], rates=(1e8, None), rounds=2)
+
+
 def processes() -> list[str]:
     listed = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
     return [line for line in listed.splitlines() if "bench.workers" in line and line.split()[0] == str(os.getpid())]
@@ -99,10 +106,10 @@ def test_own_counters_say_what_the_collectives_were_given(result: BenchResult) -
                 assert part.own == part.counted, entry.name
 
 
-def test_bytes_of_transformers_are_rows_and_counts(result: BenchResult, work: Workload) -> None:
+def test_bytes_of_transformers_are_rows_and_counts(short: BenchResult, work: Workload) -> None:
     (replayed,) = replays(work, Job(setting=SMALL, layers=(0,), entries=(BASELINE,)), BASELINE)
     assert replayed.across_per_expert is not None
-    base = result.baseline
+    base = short.baseline
     assert base is not None
     assert base.forward is not None
     assert base.forward.counted is not None
@@ -110,9 +117,9 @@ def test_bytes_of_transformers_are_rows_and_counts(result: BenchResult, work: Wo
     assert sum(base.forward.counted) == 2 * replayed.across_per_expert * 32 * 4 + 4 * 2 * 2 * 8
 
 
-def test_fewer_bytes_leave_the_nodes_where_a_token_travels_once(result: BenchResult) -> None:
+def test_fewer_bytes_leave_the_nodes_where_a_token_travels_once(short: BenchResult) -> None:
     def sent(name: str) -> int:
-        total = result.find(name).total
+        total = short.find(name).total
         assert total is not None
         assert total.counted is not None
         return sum(total.counted)
@@ -122,10 +129,10 @@ def test_fewer_bytes_leave_the_nodes_where_a_token_travels_once(result: BenchRes
 
 
 @pytest.mark.skipif(REASON is not None, reason=f"no network namespaces here: {REASON}")
-def test_devices_count_what_the_collectives_were_given_and_headers(result: BenchResult) -> None:
-    assert result.shaped
+def test_devices_count_what_the_collectives_were_given_and_headers(short: BenchResult) -> None:
+    assert short.shaped
     for name in ("transformers all_to_all", "moekit once-per-rank", "moekit hierarchical"):
-        total = result.find(name).total
+        total = short.find(name).total
         assert total is not None
         assert total.sent is not None
         assert total.counted is not None
@@ -134,9 +141,9 @@ def test_devices_count_what_the_collectives_were_given_and_headers(result: Bench
             assert counted < sent < 1.3 * counted + 6000, name
 
 
-def test_every_round_is_there(result: BenchResult) -> None:
-    for entry in result.entries:
-        for rate in () if entry.skipped else result.rates:
+def test_every_round_is_there(short: BenchResult) -> None:
+    for entry in short.entries:
+        for rate in () if entry.skipped else short.rates:
             timing = entry.at(rate)
             assert timing is not None
             assert len(timing.total) == 2
@@ -161,6 +168,8 @@ def test_where_time_goes_is_told_and_a_dead_rank_ends_the_bench() -> None:
         _lose_a_rank()
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_the_command_writes_a_page_over_a_modelled_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = [
         "--tokens",
