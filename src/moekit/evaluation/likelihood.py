@@ -22,6 +22,7 @@ from moekit._memory import is_out_of_memory
 from moekit.data.forcing import decoder_inputs
 from moekit.errors import NumericFault, OutOfBudget
 from moekit.evaluation.windows import Window
+from moekit.runtime.answering import telling_its_own_faults
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,8 @@ class Scorer:
             hidden_MH = hidden_BSH[row_M, column_M]
             parts = [score_logits(self.head(hidden_MH[chunk]), target_M[chunk]) for chunk in chunks]
         else:
-            logits_BSV = self._whole(inputs) if self.apart is None else self.model(**inputs).logits
+            with telling_its_own_faults(self.model):
+                logits_BSV = self._whole(inputs) if self.apart is None else self.model(**inputs).logits
             row_M, column_M, target_M = (t.to(logits_BSV.device) for t in (row_M, column_M, target_M))
             parts = [score_logits(logits_BSV[row_M[chunk], column_M[chunk]], target_M[chunk]) for chunk in chunks]
         nll_M = torch.cat([nll for nll, _ in parts]).double().cpu()

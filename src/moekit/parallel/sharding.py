@@ -163,6 +163,12 @@ def _refuse_other_storage(layer: MoELayer) -> None:
             layer=layer.index,
             hint="experts of this family cannot be dealt out; FSDP deals out any parameters",
         )
+    if layer.storage.beyond:
+        raise UnsupportedModel(
+            f"tokens may choose {layer.storage.beyond} experts that hold no weights: they belong to no rank",
+            layer=layer.index,
+            hint="experts of this family cannot be dealt out; FSDP deals out any parameters",
+        )
 
 
 def _layout(layer: MoELayer, ranks: Ranks, placement: Placement | None) -> ExpertLayout:

@@ -27,6 +27,7 @@ from transformers import (
 from moekit._progress import Progress
 from moekit.data.batches import IGNORED_LABEL
 from moekit.errors import NumericFault
+from moekit.runtime.answering import telling_its_own_faults
 from moekit.training.batch import MicroBatch
 from moekit.training.callback import MoECallback
 from moekit.training.chooser import require_chooser
@@ -221,7 +222,8 @@ class RunTrainer(ExactResume, Trainer):  # type: ignore[misc]
                 num_items_in_batch = self._counts.get(text, num_items_in_batch)
         self.callback.meet(batch)
         given = {**inputs, "use_cache": False}
-        with compute_context(self.precision, device), self._tap.reading(batch):
+        running = telling_its_own_faults(self.model)
+        with compute_context(self.precision, device), self._tap.reading(batch), running:
             return super().compute_loss(model, given, return_outputs, num_items_in_batch)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:

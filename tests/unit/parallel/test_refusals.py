@@ -23,7 +23,11 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("family", "says"),
-    [("dbrx", "layer 0: DbrxExperts holds its experts otherwise than as stacks"), ("llama4_text", "is called with")],
+    [
+        ("dbrx", "layer 0: DbrxExperts holds its experts otherwise than as stacks"),
+        ("llama4_text", "is called with"),
+        ("longcat_flash", "3 experts that hold no weights"),
+    ],
 )
 def test_experts_of_another_form_are_refused(alone: None, family: str, says: str) -> None:
     model = build(family)

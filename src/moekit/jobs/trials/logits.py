@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from moekit.checkpoint.several import run_as_part
 from moekit.jobs.trials.cell import WrongResult
+from moekit.runtime.answering import telling_its_own_faults
 
 # Logits of order one, in fp32.
 RTOL, ATOL = 1e-4, 1e-4
@@ -28,7 +29,7 @@ def logits_of(model: PreTrainedModel, *, finite: bool = True, learning: bool = F
     further = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     # Some models draw noise.
     torch.manual_seed(0)
-    with torch.set_grad_enabled(learning):
+    with torch.set_grad_enabled(learning), telling_its_own_faults(model):
         found: Tensor = run_as_part(model)(input_ids=ids, use_cache=False, **further).logits.float()
     if finite and not bool(found.isfinite().all()):
         raise WrongResult("logits are not finite")
