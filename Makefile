@@ -51,9 +51,17 @@ test-all: $(VENV)/.dev ## all tests, the slow ones too
 demo: $(VENV)/.run ## the whole way on a real model: runs/demo/report.html
 	$(BIN)/moekit run recipes/c2r-demo.yaml
 
-test-engines: $(VENV)/.dev ## pruned models in llama.cpp, which is compiled first
+# vLLM pins another transformers: it gets an environment of its own, some 2 GB.
+.venv-vllm/.run: tests/engines/vllm.txt tests/engines/vllm-needs.txt
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0
+	@.venv-vllm/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r tests/engines/vllm.txt
+	@.venv-vllm/bin/python -m pip install -qq --disable-pip-version-check -r tests/engines/vllm-needs.txt
+	@touch $@
+
+test-engines: $(VENV)/.dev .venv-vllm/.run ## what moekit writes, in vLLM and in llama.cpp, which is compiled first
 	$(PIP) -e '.[engines]'
-	$(THREADS) $(BIN)/python -m pytest tests/matrix/test_llama_cpp.py
+	$(THREADS) $(BIN)/python -m pytest tests/engines
 
 bench: $(VENV)/.dev ## every benchmark that needs no run before it and no 50 GB of disk
 	@for file in $(filter-out $(APART:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
@@ -66,4 +74,4 @@ serve-docs: $(VENV)/.dev ## the documentation at a local address
 	$(BIN)/mkdocs serve
 
 clean: ## remove what make made (the download cache and runs/ stay)
-	rm -rf $(VENV) site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-vllm site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""What moekit writes, opened by other engines."""
