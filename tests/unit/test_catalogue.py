@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
@@ -39,6 +40,13 @@ def test_a_record_says_what_a_user_must_know(record: catalogue.MethodRecord) -> 
         assert record.cls.model_config.get("extra") == "forbid"
     for name, field in fields_of(record.cls).items():
         assert describe(field), f"the option {name} needs a description"
+
+
+@pytest.mark.parametrize("kind", catalogue.kinds(), ids=lambda kind: kind.name)
+def test_methods_are_what_their_kind_says(kind: catalogue.Kind) -> None:
+    module, _, name = kind.base.partition(":")
+    base = getattr(importlib.import_module(module), name)
+    assert all(issubclass(record.cls, base) for record in catalogue.methods(kind.name))
 
 
 def test_methods_are_sorted_and_filtered_by_kind() -> None:

@@ -105,7 +105,7 @@ OWN = (
     Kind(
         name="routing",
         package="moekit.routing.methods",
-        base="moekit.routing.policy:RoutingPolicy",
+        base="moekit.runtime.router:RouterPart",
         title="Routing policies",
         axis="gating",
         line="Plan a routing policy from a trace and write the constrained model.",
