@@ -171,7 +171,15 @@ def healed(out: Path, source: Path, options: argparse.Namespace, label: str) -> 
         return None
     folder = options.out / "healed" / label
     if not folder.exists():
-        moekit.heal(out, teacher=source, data=options.data, steps=options.heal_steps, out=folder, progress=False)
+        moekit.heal(
+            out,
+            teacher=source,
+            data=options.data,
+            settings={"steps": options.heal_steps},
+            proof=False,
+            out=folder,
+            progress=False,
+        )
     return loss_of(measured(folder, options, f"{label}-healed"))
 
 
