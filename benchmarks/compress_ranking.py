@@ -3,11 +3,11 @@
     python benchmarks/compress_ranking.py [--model FOLDER] [--data six-domains] [--shares 0.75,0.5,0.35,0.25]
                                           [--heal-steps 0] [--out runs/compress-ranking]
 
-Without --model the MoE of benchmarks/merge_ranking.py is trained first (some ten minutes on two cores). Every way is run
-as a user runs it, decides on the same text, and is measured on the same unseen text beside the model as it was. Bytes
-are those of the routed experts, a share of what they are in 16 bits: dropping, merging and narrowing leave that share of
-their weights; rounding takes the most bits that fit, scales counted. --heal-steps also distils each result from the
-model as it was, and measures it again. Prints each share's ranking, and which published order holds here.
+Without --model the MoE of benchmarks/merge_ranking.py is trained first (some ten minutes on two cores). Every way is
+run as a user runs it, decides on the same text, and is measured on the same unseen text beside the model as it was.
+Bytes are those of the routed experts, a share of what they are in 16 bits: dropping, merging and narrowing leave that
+share of their weights; rounding takes the most bits that fit, scales counted. --heal-steps also distils each result
+from the model as it was, and measures it again. Prints each share's ranking, and which published order holds here.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from merge_ranking import lab
 import moekit
 from moekit.checkpoint import Checkpoint
 from moekit.compress.budget.bits import packed_bits
-from moekit.data import load_text
-from moekit.jobs.shared.inputs import load_tokenizer
 from moekit.report.results import load_evaluation
 
 GROUP = 16
