@@ -30,7 +30,11 @@ ENVIRONMENT = {
 }
 NEW, LENGTH = 12, 24
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON.exists(), reason=f"no vLLM: {PYTHON} is not there")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not PYTHON.exists(), reason=f"no vLLM: {PYTHON} is not there"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ def asked(folder: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=900,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     told: list[dict[str, Any]] = json.loads(run.stdout.strip().splitlines()[-1])
