@@ -7,6 +7,7 @@ from .jobs.evaluate import evaluate as evaluate
 from .jobs.expert_sets import expert_sets as expert_sets
 from .jobs.families import families as families
 from .jobs.generate import generate as generate
+from .jobs.heal import heal as heal
 from .jobs.merge import merge as merge
 from .jobs.place import place as place
 from .jobs.pretrain_tiny import pretrain_tiny as pretrain_tiny

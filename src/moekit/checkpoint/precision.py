@@ -53,9 +53,15 @@ def loading_dtype(
     wanted = reading_dtype(checkpoint, asked, device)
     if asked is not None or stored is None or wanted == stored:
         return asked or "auto", None
-    return wanted or "auto", Stored(
-        stored, frozenset(n for n, info in checkpoint.tensors.items() if info.dtype == "F32")
-    )
+    return wanted or "auto", stored_form(checkpoint)
+
+
+def stored_form(checkpoint: Checkpoint) -> Stored | None:
+    """How the weights of a checkpoint lie on disk; None where it is quantized, or nothing tells."""
+    stored = stored_dtype(checkpoint.config, checkpoint.tensors)
+    if stored is None:
+        return None
+    return Stored(stored, frozenset(name for name, info in checkpoint.tensors.items() if info.dtype == "F32"))
 
 
 def reading_dtype(

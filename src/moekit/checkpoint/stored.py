@@ -73,6 +73,14 @@ def as_stored(model: nn.Module) -> Iterator[None]:
             config.dtype = named  # saving names the type it writes there
 
 
+def round_as_stored(model: nn.Module) -> None:
+    """Give a model's weights, wide as they stay, the values that they would be read with once they are written."""
+    stored = marked_stored(model)
+    for tensor in _widened(model):
+        assert stored is not None
+        tensor.data = tensor.data.to(stored.dtype).to(tensor.dtype)
+
+
 def _widened(model: nn.Module) -> list[torch.Tensor]:
     """Weights that were stored narrower, tied ones once; none of a model that has since been given another type."""
     stored = marked_stored(model)

@@ -50,7 +50,20 @@ _ORDER = (
         "expert-sets",
         "route",
     ),
-    *("place", "train", "evaluate", "generate", "bench", "check", "undo", "reshard", "report", "run", "families"),
+    *(
+        "place",
+        "train",
+        "heal",
+        "evaluate",
+        "generate",
+        "bench",
+        "check",
+        "undo",
+        "reshard",
+        "report",
+        "run",
+        "families",
+    ),
     "methods",
 )
 

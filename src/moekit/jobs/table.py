@@ -45,6 +45,7 @@ _BEFORE = (
     _row("data", "DataOptions"),
     _row("pretrain-tiny", "PretrainTinyOptions"),
     _row("train", "TrainOptions", "Train or fine-tune, with balance losses from the real selection and exact resume."),
+    _row("heal", "HealOptions", "Train a compressed model to answer as the one it was made from, with the proof."),
     _row("profile", "ProfileOptions", "Record what the routers choose on a text: a trace and its statistics."),
     _row(
         "super-experts",

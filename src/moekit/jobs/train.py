@@ -19,6 +19,7 @@ from moekit.jobs.estimates import ByteSizes, Item, JobEstimate, total
 from moekit.jobs.options.train import TrainOptions
 from moekit.jobs.shared.inputs import changed_bytes, model_item, open_model, read_text, save_changed, text_item
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
+from moekit.jobs.shared.teachers import refuse_other_tokenizer
 from moekit.parallel.checkpoints.gathering import gather_state
 from moekit.parallel.data_parallel import RankedTraining
 from moekit.parallel.launch.start import StartedRanks
@@ -227,12 +228,7 @@ def _teacher(
     if options.teacher is None:
         return None
     model, own = open_model(options.teacher, plan=None, device=options.device, dtype="auto", progress=context.progress)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise BadConfig(
-            "the teacher's tokenizer has other tokens than the student's",
-            file=options.teacher,
-            hint="teacher and student must know the same token ids",
-        )
+    refuse_other_tokenizer(tokenizer, own, options.teacher)
     if options.teacher_top_k is None:
         return LiveTeacher(model)
     texts = config.terms().taught_texts

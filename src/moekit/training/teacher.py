@@ -79,13 +79,14 @@ class LiveTeacher:
     """A frozen model that is asked for each micro-batch.
 
     Args:
-        model: any causal LM with the student's token ids, in any type; it is put into evaluation mode.
+        model: any causal LM with the student's token ids, in any type.
+        freeze: put it into evaluation mode, with no weight of it asking for gradients; False asks it as it is.
     """
 
     complete = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: PreTrainedModel, *, freeze: bool = True) -> None:
+        self.model = model.eval().requires_grad_(False) if freeze else model
         self._head = readable_head(model)
         self._identity: str | None = None
 

@@ -5,6 +5,8 @@ Legend: n tokens of a slice, V vocabulary, K entries kept of the teacher's distr
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -29,8 +31,14 @@ def full_divergence(student_nV: Tensor, teacher_nV: Tensor, temperature: float =
     return temperature**2 * (wanted_nV.exp() * (wanted_nV - got_nV)).sum()
 
 
-def bucket_divergence(student_nV: Tensor, teacher: TopLogProbs) -> Tensor:
-    """Sum over tokens of the KL divergence in which all tokens that the teacher does not list are one: scalar fp32.
+def likeliest(logits_nV: Tensor, top_k: int) -> TopLogProbs:
+    """The `top_k` likeliest tokens of a distribution, with log-probabilities over the whole vocabulary."""
+    top = logits_nV.float().log_softmax(dim=-1).topk(top_k, dim=-1)
+    return TopLogProbs(top.indices, top.values)
+
+
+def bucket_divergences(student_nV: Tensor, teacher: TopLogProbs) -> Tensor:
+    """KL divergence of each token in which all tokens that the teacher does not list are one: [n] fp32.
 
     sum_K p ln(p / q) + p_rest ln(p_rest / q_rest), q over the whole vocabulary. It is 0 with a gradient of 0 where the
     student equals the teacher, and never exceeds the full divergence; dropping the rest has neither property.
@@ -38,13 +46,29 @@ def bucket_divergence(student_nV: Tensor, teacher: TopLogProbs) -> Tensor:
     listed_nK = teacher.values_NK.exp()
     every_n1 = student_nV.logsumexp(dim=-1, keepdim=True)
     got_nK = student_nV.gather(1, teacher.ids_NK) - every_n1
-    total = (listed_nK * (teacher.values_NK - got_nK)).sum()
+    each_n = (listed_nK * (teacher.values_NK - got_nK)).sum(dim=-1)
     if teacher.ids_NK.shape[1] == student_nV.shape[1]:
-        return total
+        return each_n
     rest_n = 1 - listed_nK.sum(dim=-1)
     left_n = student_nV.scatter(1, teacher.ids_NK, float("-inf")).logsumexp(dim=-1) - every_n1.squeeze(1)
     floored_n = rest_n.clamp(min=SMALLEST_REST)
-    return total + torch.where(rest_n > SMALLEST_REST, floored_n * (floored_n.log() - left_n), 0.0).sum()
+    return each_n + torch.where(rest_n > SMALLEST_REST, floored_n * (floored_n.log() - left_n), 0.0)
+
+
+def bucket_divergence(student_nV: Tensor, teacher: TopLogProbs) -> Tensor:
+    """Sum over tokens of `bucket_divergences`: scalar fp32."""
+    return bucket_divergences(student_nV, teacher).sum()
+
+
+def listed_divergence(student_nV: Tensor, teacher: TopLogProbs) -> Tensor:
+    """Sum over tokens of the KL divergence between both distributions renormalised over the listed tokens: scalar fp32.
+
+    It is 0 with a gradient of 0 where the student equals the teacher, too, but says nothing of how much either leaves
+    to all other tokens.
+    """
+    wanted_nK = teacher.values_NK.log_softmax(dim=-1)
+    got_nK = student_nV.gather(1, teacher.ids_NK).log_softmax(dim=-1)
+    return (wanted_nK.exp() * (wanted_nK - got_nK)).sum()
 
 
 @register(
@@ -61,19 +85,25 @@ class Distillation(OutputObjective):
     """Forward KL divergence from a teacher's next-token distribution, scaled by the squared temperature.
 
     Per token T^2 KL(softmax(z_teacher / T) || softmax(z_student / T)), in fp32, over the positions whose next token
-    counts; divided by as many tokens as the cross-entropy. From a teacher's stored top-k logits the tokens that were
-    not kept count as one.
+    counts; divided by as many tokens as the cross-entropy. Of a teacher's likeliest tokens alone (`top_k`, or what a
+    store has kept) the others count as one, or not at all.
     """
 
     temperature: float = Field(default=1.0, gt=0, description="softens both distributions; no unit")
+    top_k: int | None = Field(
+        default=None, ge=1, description="likeliest tokens of the teacher that are told apart; by default all it gives"
+    )
+    rest: Literal["bucket", "ignored"] = Field(
+        default="bucket", description="all other tokens count as one, or both distributions leave them out"
+    )
 
     needs_teacher = True
 
     def check_partial(self, name: str) -> None:
-        """Refuse any temperature but 1: the mass of what was not kept is unknown there."""
-        if self.temperature != 1:
+        """Refuse a bucket at any temperature but 1: the mass of what was not kept is unknown there."""
+        if self.temperature != 1 and self.rest == "bucket":
             raise BadConfig(
-                f"{name}: temperature {self.temperature} needs the teacher's whole distribution",
+                f"{name}: temperature {self.temperature:g} needs the teacher's whole distribution",
                 hint="set temperature: 1, or let the teacher itself be asked",
             )
 
@@ -86,12 +116,24 @@ class Distillation(OutputObjective):
         def term(student_nV: Tensor, positions_n: Tensor) -> Tensor:
             said = teacher.at(positions_n)
             if isinstance(said, TopLogProbs):
-                return bucket_divergence(student_nV, said)
+                return self._partial(student_nV, said)
             if said.shape[-1] != student_nV.shape[-1]:
                 raise BadConfig(
                     f"the teacher has {said.shape[-1]} tokens, the student {student_nV.shape[-1]}",
                     hint="both must know the same token ids",
                 )
-            return full_divergence(student_nV, said, self.temperature)
+            if self.top_k is None or self.top_k >= said.shape[-1]:
+                return full_divergence(student_nV, said, self.temperature)
+            return self._of_listed(student_nV, likeliest(said / self.temperature, self.top_k))
 
         return inputs.sum_over_tokens(term) / inputs.count
+
+    def _partial(self, student_nV: Tensor, stored: TopLogProbs) -> Tensor:
+        """Against what a store has kept: log-probabilities at temperature 1, likeliest first."""
+        kept = TopLogProbs(stored.ids_NK[:, : self.top_k], stored.values_NK[:, : self.top_k] / self.temperature)
+        return self._of_listed(student_nV, kept)
+
+    def _of_listed(self, student_nV: Tensor, teacher: TopLogProbs) -> Tensor:
+        """T^2 times the divergence from tokens listed at this temperature."""
+        divergence = bucket_divergence if self.rest == "bucket" else listed_divergence
+        return self.temperature**2 * divergence(student_nV / self.temperature, teacher)

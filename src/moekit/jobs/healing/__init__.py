@@ -1,0 +1,1 @@
+"""Parts of the job that heals: models that belong together, texts, what the teacher says, the proof."""
