@@ -178,7 +178,9 @@ def _figures(ids_BS: Tensor, own: TeacherOutput, parent: TeacherOutput, part_n: 
     target_n = ids_BS.reshape(-1)[part_n + 1].to(logits_nV.device)
     nll_n, _ = score_logits(logits_nV, target_n)
     divergence_n = bucket_divergences(logits_nV, told)
-    agreed_n = (logits_nV.argmax(-1) == told.ids_NK[:, 0]).to(nll_n.dtype)
+    # Likeliest tokens may be several: 16 bits do not tell all of them apart.
+    likeliest_nK = told.values_NK == told.values_NK[:, :1]
+    agreed_n = ((told.ids_NK == logits_nV.argmax(-1, keepdim=True)) & likeliest_nK).any(-1).to(nll_n.dtype)
     return torch.stack([nll_n, divergence_n, agreed_n]).double().cpu()
 
 

@@ -43,12 +43,12 @@ def bucket_divergences(student_nV: Tensor, teacher: TopLogProbs) -> Tensor:
     sum_K p ln(p / q) + p_rest ln(p_rest / q_rest), q over the whole vocabulary. It is 0 with a gradient of 0 where the
     student equals the teacher, and never exceeds the full divergence; dropping the rest has neither property.
     """
+    if teacher.ids_NK.shape[1] == student_nV.shape[1]:
+        return listed_divergences(student_nV, teacher)  # what was rounded in a store adds up to one again
     listed_nK = teacher.values_NK.exp()
     every_n1 = student_nV.logsumexp(dim=-1, keepdim=True)
     got_nK = student_nV.gather(1, teacher.ids_NK) - every_n1
     each_n = (listed_nK * (teacher.values_NK - got_nK)).sum(dim=-1)
-    if teacher.ids_NK.shape[1] == student_nV.shape[1]:
-        return each_n
     rest_n = 1 - listed_nK.sum(dim=-1)
     left_n = student_nV.scatter(1, teacher.ids_NK, float("-inf")).logsumexp(dim=-1) - every_n1.squeeze(1)
     floored_n = rest_n.clamp(min=SMALLEST_REST)
@@ -60,15 +60,20 @@ def bucket_divergence(student_nV: Tensor, teacher: TopLogProbs) -> Tensor:
     return bucket_divergences(student_nV, teacher).sum()
 
 
-def listed_divergence(student_nV: Tensor, teacher: TopLogProbs) -> Tensor:
-    """Sum over tokens of the KL divergence between both distributions renormalised over the listed tokens: scalar fp32.
+def listed_divergences(student_nV: Tensor, teacher: TopLogProbs) -> Tensor:
+    """KL divergence of each token between both distributions renormalised over the listed tokens: [n] fp32.
 
     It is 0 with a gradient of 0 where the student equals the teacher, too, but says nothing of how much either leaves
     to all other tokens.
     """
     wanted_nK = teacher.values_NK.log_softmax(dim=-1)
     got_nK = student_nV.gather(1, teacher.ids_NK).log_softmax(dim=-1)
-    return (wanted_nK.exp() * (wanted_nK - got_nK)).sum()
+    return (wanted_nK.exp() * (wanted_nK - got_nK)).sum(dim=-1)
+
+
+def listed_divergence(student_nV: Tensor, teacher: TopLogProbs) -> Tensor:
+    """Sum over tokens of `listed_divergences`: scalar fp32."""
+    return listed_divergences(student_nV, teacher).sum()
 
 
 @register(
