@@ -225,6 +225,18 @@ def _train(step: Any, shape: Shape, sizes: ByteSizes) -> float:
     return float(tokens) * (shape.forward + shape.backward(("all",) if config.lora is not None else config.parts))
 
 
+def _heal(step: Any, shape: Shape, sizes: ByteSizes) -> float:
+    from moekit.training.healing import HealConfig
+
+    settings = HealConfig(**step.settings)
+    rows = max(round(_tokens(step.data, None, sizes) / settings.seq_len), 1)
+    config = settings.train_config(step.what, seed=0, rows=rows)
+    tokens = config.planned_steps(rows) * config.batch * config.accumulation * config.seq_len
+    # The teacher is counted as a second model of the student's shape, though it is larger.
+    learnt = float(tokens) * (2 * shape.forward + shape.backward(("all",) if config.lora is not None else config.parts))
+    return learnt + (shape.forward * 4 * (step.proof_tokens or 0) if step.proof else 0.0)
+
+
 def _evaluate(step: Any, shape: Shape, sizes: ByteSizes) -> float:
     text = 0.0 if step.data is None else _tokens(step.data, step.max_tokens, sizes)
     asked = len((*step.questions, *step.tasks)) * (step.limit or _QUESTIONS) * _CHOICES * _CHOICE_TOKENS
@@ -246,6 +258,7 @@ _OPERATIONS: dict[str, Callable[[Any, Shape, ByteSizes], float]] = {
     "apply": _compress,
     "convert": _convert,
     "evaluate": _evaluate,
+    "heal": _heal,
     "profile": _profile,
     "merge": _compress,
     "prune": _compress,

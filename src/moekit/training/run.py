@@ -167,6 +167,7 @@ def _check_loss(model: PreTrainedModel) -> None:
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Give back mode, `requires_grad` and config when a run is over."""
     config = model.config.get_text_config()
+    cached = getattr(model.config, "use_cache", None)  # transformers' Trainer switches it off for good
     mode, flags = model.training, [(p, p.requires_grad) for p in model.parameters()]
     own_loss = getattr(config, "output_router_logits", None)
     if own_loss and answers_all(model):
@@ -181,3 +182,5 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
             parameter.grad = None
         if own_loss:
             config.output_router_logits = own_loss
+        if cached is not None:
+            model.config.use_cache = cached

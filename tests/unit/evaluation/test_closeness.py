@@ -46,9 +46,7 @@ def test_figures_are_the_sums_written_out(store: StoredTeacher) -> None:
             sums[3] += float((p.argmax(-1) == q.argmax(-1)).sum())
         if sums[0]:
             expected.append((document.domain, *sums))
-    told = zip(
-        found.text.domains, found.text.tokens, found.text.nll, found.divergence, found.agreed, strict=True
-    )
+    told = zip(found.text.domains, found.text.tokens, found.text.nll, found.divergence, found.agreed, strict=True)
     for got, wanted in zip(told, expected, strict=True):
         assert got[0] == wanted[0]
         assert got[1:] == pytest.approx(wanted[1:], rel=2e-3, abs=1e-4)

@@ -1,4 +1,4 @@
-"""The loss by which a compressed model heals, by hand; what learns how fast; a teacher is itself on its student's path."""
+"""The loss by which a model heals, by hand; what learns how fast; a teacher on its student's path is itself."""
 
 from __future__ import annotations
 
