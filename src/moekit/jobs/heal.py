@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,9 @@ from moekit.progress import ProgressLike
 from moekit.training import TrainResult
 from moekit.training.healing import HealConfig
 
+logger = logging.getLogger(__name__)
+
+_STAY = "--what router or norms leaves experts as they are"
 # Bytes in memory for a byte on disk, which may be half of what a number takes: weights alone, or Adam's moments too.
 _FEW_TRAIN, _MANY_TRAIN = 3, 8
 
@@ -186,6 +190,7 @@ def run(options: HealOptions, context: JobContext) -> dict[str, Any]:
     check(options)
     settings = config_of(options)
     sources = open_sources(options.model, options.teacher, context.progress)
+    _warn_of_grid(options, sources)
     lesson = read_lesson(options, settings, sources, context)
     if options.what == "router" and _may_be_stuck(sources.student):
         check_routers(sources, options.device, context.progress)
@@ -201,6 +206,16 @@ def run(options: HealOptions, context: JobContext) -> dict[str, Any]:
     kept = {name: value for name, value in told.items() if name not in ("losses", "proof")}
     work.write(model, {**kept, "losses": [result.losses[0], result.losses[-1]]})
     return {**told, "changed": changed_tensors(sources.student, Checkpoint.open(context.out))}
+
+
+def _warn_of_grid(options: HealOptions, sources: Sources) -> None:
+    """Say that weights which were rounded or zeroed do not stay so where they learn."""
+    record = sources.student.record
+    if record is None or options.what in ("router", "norms"):
+        return
+    for key, kind in (("bits", "rounded to few bits"), ("sparsity", "zeroed in part")):
+        if record.config.get(key):
+            logger.warning("%s: its experts were %s, and what learns does not stay so: %s", options.model, kind, _STAY)
 
 
 def _may_be_stuck(student: Checkpoint) -> bool:

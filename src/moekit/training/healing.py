@@ -81,7 +81,7 @@ class HealConfig(BaseModel):
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for none")
     lora: LoraSettings | None = Field(default=None, description="the adapters, where these train")
 
-    seq_len: int = Field(default=512, ge=2, description="tokens of a row")
+    seq_len: int = Field(default=512, ge=2, description="tokens of a row; the model's limit if that is less")
     batch: int = Field(default=4, ge=1, description="rows of a micro-batch")
     accumulation: int = Field(default=1, ge=1, description="micro-batches of an optimizer step")
     pad: bool = Field(default=False, description="start each document in a row of its own")

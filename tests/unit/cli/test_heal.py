@@ -1,4 +1,4 @@
-"""`moekit heal` as a user calls it: what changes, what stays, what it proves, what it refuses, and what a kill costs."""
+"""`moekit heal` as a user calls it: what changes and what stays, what it proves and refuses, what a kill costs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +24,8 @@ from moekit.anatomy import find_moe_layers
 from moekit.checkpoint import Checkpoint, Record
 from moekit.errors import BadCheckpoint, BadConfig, NumericFault, UnsupportedModel
 from moekit.jobs.healing.sources import find_teacher, open_sources
+from moekit.recipe import runner
+from moekit.recipe.schema import load_recipe
 from moekit.routing import TopK, plan_routing
 from moekit.training.objectives.kd import Distillation
 from tests.checkpoints import edit_json
@@ -103,7 +106,7 @@ def test_the_figures_are_those_of_the_folders(made: Path, tmp_path: Path) -> Non
         reads = tokenizer()
         for file in sorted((made / "text").rglob("*.txt")):
             ids = torch.tensor(reads(file.read_text(), add_special_tokens=False)["input_ids"])
-            for piece in torch.split(torch.cat([torch.tensor([1]), ids]), 48):
+            for piece in torch.split(ids, 48):
                 with torch.no_grad():
                     found = stock(input_ids=piece[None]).logits[0, :-1].log_softmax(-1)
                 loss -= float(found.gather(1, piece[1:, None]).sum())
@@ -250,7 +253,9 @@ def test_routers_whose_weight_is_always_one_are_refused(made: Path, tmp_path: Pa
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_the_teacher_is_the_nearest_larger_ancestor(made: Path, tmp_path: Path) -> None:
+def test_the_teacher_is_the_nearest_larger_ancestor(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     heal(made, tmp_path / "healed")
     assert find_teacher(Checkpoint.open(tmp_path / "healed")) == str(made / "moe")
     api.quantize(tmp_path / "healed", method="rtn", bits=4, settings={"group": 8}, proof=False, out=tmp_path / "low")
@@ -259,6 +264,9 @@ def test_the_teacher_is_the_nearest_larger_ancestor(made: Path, tmp_path: Path) 
     api.quantize(made / "moe", method="rtn", bits=2, settings={"group": 8}, proof=False, out=tmp_path / "two")
     assert find_teacher(Checkpoint.open(tmp_path / "two")) == str(made / "moe")
     heal(made, tmp_path / "better", model=tmp_path / "two")
+    assert not caplog.text
+    heal(made, tmp_path / "free", model=tmp_path / "two", what="experts")
+    assert "were rounded to few bits, and what learns does not stay so" in caplog.text
     assert find_teacher(Checkpoint.open(tmp_path / "better")) == str(made / "moe")
 
 
@@ -303,3 +311,22 @@ def test_a_killed_process_goes_on(made: Path, tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     heal(made, tmp_path / "whole", settings={"save_every": 1, "lr": 1e-2})
     assert changed(tmp_path / "whole", tmp_path / "out") == set()
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_command_call_and_recipe_do_the_same(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    how = ("--steps", 4, "--seq-len", 32, "--batch", 2, "--warmup", 0, "--precision", "fp32", "--what", "norms")
+    asked = moekit("heal", made / "half", "--data", made / "text", *how, "-o", tmp_path / "a", "--json").json
+    called = heal(made, tmp_path / "b", proof=True, what="norms")
+    told = json.loads(json.dumps(called.to_dict()))
+    moved = ("seconds", "out")
+    assert {k: v for k, v in told.items() if k not in moved} == {k: v for k, v in asked.items() if k not in moved}
+    file = tmp_path / "recipe.yaml"
+    step = {"use": "heal", "model": str(made / "half"), "data": str(made / "text"), "what": "norms", "settings": SHORT}
+    file.write_text(yaml.safe_dump({"name": "short", "out": str(tmp_path / "run"), "steps": [step]}))
+    done = runner.run(load_recipe(file)).done["heal"]
+    assert done.results["proof"] == asked["proof"]
+    assert changed(tmp_path / "a", tmp_path / "b") == changed(tmp_path / "a", tmp_path / "run" / "heal") == set()
+    dry = moekit("heal", made / "half", "--data", made / "text", "-o", tmp_path / "c", "--dry-run", "--json")
+    assert [read["what"] for read in dry.json["reads"]][1] == str(made / "moe")

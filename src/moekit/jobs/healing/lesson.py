@@ -61,6 +61,8 @@ def read_lesson(options: HealOptions, settings: HealConfig, sources: Sources, co
         BadData: a text is not there, empty, or too short.
     """
     documents, apart, source = _read(options, context)
+    longest = min(sources.longest(checkpoint) for checkpoint in (sources.student, sources.teacher))
+    settings = settings.model_copy(update={"seq_len": min(settings.seq_len, longest)})
     tokenizer = sources.tokenizer([*documents, *apart], options.bos)
     config = settings.train_config(options.what, seed=context.seed, bos=options.bos)
     rows = pack(
@@ -73,7 +75,8 @@ def read_lesson(options: HealOptions, settings: HealConfig, sources: Sources, co
         progress=context.progress,
     )
     config = settings.train_config(options.what, seed=context.seed, bos=options.bos, rows=len(rows))
-    heldout = _heldout(options, apart, source, sources, tokenizer) if options.proof else None
+    window = options.window or min(_WINDOW, longest)
+    heldout = _heldout(options, apart, source, window, tokenizer) if options.proof else None
     return Lesson(rows, config, heldout, tokenizer)
 
 
@@ -87,9 +90,7 @@ def _read(options: HealOptions, context: JobContext) -> tuple[list[Document], li
     return learnt, load_text(options.heldout, progress=context.progress), options.heldout
 
 
-def _heldout(options: HealOptions, documents: list[Document], source: str, sources: Sources, tokenizer: Any) -> HeldOut:
-    known = [sources.longest(checkpoint) for checkpoint in (sources.student, sources.teacher)]
-    window = options.window or min(_WINDOW, *known)
+def _heldout(options: HealOptions, documents: list[Document], source: str, window: int, tokenizer: Any) -> HeldOut:
     try:
         taken = take_shares(units(documents), tokenizer, options.proof_tokens, bos=options.bos)
     except BadData:  # fewer than two tokens in all
