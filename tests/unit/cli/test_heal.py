@@ -242,6 +242,8 @@ def test_models_that_do_not_belong_together_are_refused(made: Path, tmp_path: Pa
         heal(made, tmp_path / "out", model=packed, teacher=made / "moe")
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_routers_whose_weight_is_always_one_are_refused(made: Path, tmp_path: Path) -> None:
     big = write_bf16(tmp_path / "big", num_experts_per_tok=1)
     api.prune(big, method="random", keep=0.5, proof=False, out=tmp_path / "small")
