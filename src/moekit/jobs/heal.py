@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from moekit._validation import faults
 from moekit.checkpoint import Checkpoint
-from moekit.checkpoint.names import config_top_k
 from moekit.data.encoding import Bos
 from moekit.errors import BadConfig
 from moekit.evaluation.closeness import Closeness, closeness
@@ -24,7 +23,7 @@ from moekit.jobs.healing.lesson import Lesson, read_lesson
 from moekit.jobs.healing.proof import HEALED, STUDENT, HealingProof, prove
 from moekit.jobs.healing.sources import FINGERPRINT, TEACHER, Sources, local, open_sources
 from moekit.jobs.healing.teaching import Taught, ask_teacher, check_cache
-from moekit.jobs.healing.training import Healing, as_stored, check_routers, learn, open_student, train_control
+from moekit.jobs.healing.training import Healing, as_stored, check_parts, learn, open_student, train_control
 from moekit.jobs.options.heal import HealOptions
 from moekit.jobs.shared.inputs import changed_bytes, lies_here, model_item, open_model, text_item
 from moekit.progress import ProgressLike
@@ -179,7 +178,8 @@ def estimate(options: HealOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     reads = [model, *(model_item(item, sizes) for item in (options.teacher,) if item)]
     texts = [text_item(item, sizes) for item in (options.data, options.heldout) if item]
     factor = _MANY_TRAIN if options.what in ("experts", "all") else _FEW_TRAIN
-    needed = None if model.nbytes is None else factor * model.nbytes + (total(i.nbytes for i in reads[1:]) or 0)
+    teachers = total(item.nbytes for item in reads[1:]) or 0
+    needed = None if model.nbytes is None else factor * (model.nbytes + teachers * options.control) + teachers
     written = changed_bytes(options.model, model)
     kept = None if written is None or model.nbytes is None else written + (factor - 2) * model.nbytes
     return JobEstimate((*reads, *texts), (Item(str(out), written),), disk=kept, memory=needed)
@@ -192,8 +192,7 @@ def run(options: HealOptions, context: JobContext) -> dict[str, Any]:
     sources = open_sources(options.model, options.teacher, context.progress)
     _warn_of_grid(options, sources)
     lesson = read_lesson(options, settings, sources, context)
-    if options.what == "router" and _may_be_stuck(sources.student):
-        check_routers(sources, options.device, context.progress)
+    check_parts(sources, options.what, options.device, context.progress)
     taught = ask_teacher(_teachers_model(sources, options, context), lesson, settings, context, _cache(options))
     model = open_student(sources.student, options.device, context.progress)
     before = _measure(model, lesson, taught, STUDENT, context)
@@ -216,12 +215,6 @@ def _warn_of_grid(options: HealOptions, sources: Sources) -> None:
     for key, kind in (("bits", "rounded to few bits"), ("sparsity", "zeroed in part")):
         if record.config.get(key):
             logger.warning("%s: its experts were %s, and what learns does not stay so: %s", options.model, kind, _STAY)
-
-
-def _may_be_stuck(student: Checkpoint) -> bool:
-    """Whether tokens take one expert, or a policy decides, so that the routers themselves have to be asked."""
-    routed = student.record is not None and bool(student.record.parts)
-    return routed or config_top_k(student.config) in (None, 1)
 
 
 def _cache(options: HealOptions) -> Path | None:

@@ -77,7 +77,7 @@ def open_sources(student: str, teacher: str | None, progress: Any = None) -> Sou
         UnsupportedModel: the student's weights are packed.
     """
     own = Checkpoint.open(model_location(student, progress))
-    _refuse_packed(own)
+    _refuse_untrainable(own)
     reference = find_teacher(own) if teacher is None else teacher
     other = Checkpoint.open(model_location(reference, progress))
     _refuse_pair(own, other, reference)
@@ -139,7 +139,13 @@ def parameters(checkpoint: Checkpoint) -> int | None:
     return sum(math.prod(info.shape) for info in checkpoint.tensors.values())
 
 
-def _refuse_packed(student: Checkpoint) -> None:
+def _refuse_untrainable(student: Checkpoint) -> None:
+    if student.config.get("is_encoder_decoder"):
+        raise UnsupportedModel(
+            "it reads one text and writes another: a text alone does not heal it",
+            file=student.path,
+            hint="train it with transformers' Seq2SeqTrainer, and give moekit the folder",
+        )
     packed = student.config.get("quantization_config")
     if packed is not None:
         method = packed.get("quant_method", "?") if isinstance(packed, dict) else "?"

@@ -20,6 +20,7 @@ from moekit.training.healing import HealConfig
 from moekit.training.objectives.kd import Distillation
 from moekit.training.same_path import check_same_path
 from moekit.training.teacher import Teacher
+from moekit.training.teacher_store import text_hash
 
 # Folders of the stores below that of a cache, by what they are of.
 LEARNT, HELD_OUT = "train", "heldout"
@@ -87,7 +88,9 @@ def _objective(settings: HealConfig) -> Distillation:
 def _measure(
     model: PreTrainedModel, heldout: HeldOut, batch: int, context: JobContext, cache: Path | None
 ) -> tuple[StoredTeacher, Closeness]:
-    said = _store(model, heldout.rows, (cache or context.scratch) / HELD_OUT, _PROOF_TOP, batch, context)
+    # A cache may serve runs that are proved on different texts.
+    folder = (cache or context.scratch) / f"{HELD_OUT}-{text_hash(heldout.rows)[:12]}"
+    said = _store(model, heldout.rows, folder, _PROOF_TOP, batch, context)
     return said, closeness(model, heldout.rows, said, batch=batch, name=PARENT, progress=context.progress)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from moekit._progress import Progress
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.precision import stored_form
+from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.stored import mark_stored, round_as_stored
 from moekit.errors import BadConfig, NumericFault
 from moekit.jobs.context import JobContext
@@ -21,9 +22,11 @@ from moekit.jobs.healing.sources import Sources
 from moekit.jobs.options.heal import HealOptions
 from moekit.jobs.shared.inputs import open_model, save_changed
 from moekit.training import TrainResult, last_complete_checkpoint, train
-from moekit.training.healing import load_unfinished, without_noise
+from moekit.training.freeze import refuse_untold
+from moekit.training.healing import What, load_unfinished, without_noise
 from moekit.training.layers import moe_layers
 from moekit.training.learning import learns_from_weights
+from moekit.training.part_specs import PartSpec
 from moekit.training.resume import checkpoints
 from moekit.training.teacher import Teacher
 
@@ -34,12 +37,26 @@ def open_student(checkpoint: Checkpoint, device: str, progress: Progress | None)
     return model
 
 
-def check_routers(sources: Sources, device: str, progress: Progress | None) -> None:
-    """Refuse to heal routers that no gradient of an output reaches, before the teacher is asked.
+def check_parts(sources: Sources, what: What, device: str, progress: Progress | None) -> None:
+    """Refuse what could not learn, before the teacher is asked.
 
     Raises:
-        BadConfig: naming the first of them.
+        UnsupportedModel: there are no routers or experts, or nothing tells which weights they are.
+        BadConfig: no gradient of an output reaches the routers: names the first of them.
     """
+    if what not in ("router", "experts"):
+        return
+    skeleton = empty_model(sources.student)
+    refuse_untold(skeleton, [PartSpec(what)])
+    if what == "experts":
+        return
+    # Where a token takes one expert, or a policy decides, the routers themselves have to be asked.
+    record = sources.student.record
+    if (record is not None and record.parts) or any(layer.geometry.top_k == 1 for layer in moe_layers(skeleton)):
+        _check_routers(sources, device, progress)
+
+
+def _check_routers(sources: Sources, device: str, progress: Progress | None) -> None:
     layers = moe_layers(open_student(sources.student, device, progress))
     routed = [layer for layer in layers if layer.router is not None]
     stuck = [layer.index for layer in routed if not learns_from_weights(layer)]
