@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moekit._validation import faults
 from moekit.checkpoint import Checkpoint
+from moekit.checkpoint.atomic import check_apart
 from moekit.data.encoding import Bos
 from moekit.errors import BadConfig
 from moekit.evaluation.closeness import Closeness, closeness
@@ -25,6 +26,7 @@ from moekit.jobs.healing.sources import FINGERPRINT, TEACHER, Sources, local, op
 from moekit.jobs.healing.teaching import Taught, ask_teacher, check_cache
 from moekit.jobs.healing.training import Healing, as_stored, check_parts, learn, open_student, train_control
 from moekit.jobs.options.heal import HealOptions
+from moekit.jobs.shared.hashes import local_parts
 from moekit.jobs.shared.inputs import changed_bytes, lies_here, model_item, open_model, text_item
 from moekit.progress import ProgressLike
 from moekit.training import TrainResult
@@ -169,6 +171,11 @@ def settle(options: HealOptions, out: Path | None, overwrite: bool) -> tuple[Hea
         raise BadConfig("nothing says where to write", hint="-o OUT, in Python out=")
     if options.teacher is None and lies_here(options.model):
         options = options.model_copy(update={"teacher": open_sources(options.model, None).reference})
+    if (cache := _cache(options)) is not None:
+        check_apart(out, cache)
+        for _, reference in options.inputs():
+            for source in local_parts(reference):
+                check_apart(cache, source)
     return options, out, overwrite
 
 

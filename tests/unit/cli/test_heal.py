@@ -213,6 +213,7 @@ def test_a_cache_is_kept_and_teaches_as_the_teacher_does(made: Path, tmp_path: P
         ({"settings": {"stepps": 1}}, "stepps"),
         ({"heldout": "TEXT"}, "no proof is wanted"),
         ({"teacher": "HALF"}, "the student itself"),
+        ({"teacher_cache": "HALF"}, "would replace|lies in"),
         ({"model": "MOE"}, "no teacher is given"),
         ({"model": "MOE", "teacher": "HALF"}, "fewer than the student's"),
     ],
