@@ -140,7 +140,7 @@ def loss_of(evaluation: Path) -> float:
 def rise_of(evaluation: Path) -> tuple[float, float]:
     """Interval of the rise above the model as it was."""
     told = json.loads((evaluation / "comparison.json").read_text(encoding="utf-8"))
-    difference = next(domain["difference"] for domain in told["domains"] if domain["domain"] == "all")
+    difference = told["overall"]["difference"]
     return difference["low"], difference["high"]
 
 
