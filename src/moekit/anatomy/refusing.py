@@ -23,7 +23,7 @@ def refuse_second_text(model: nn.Module) -> None:
         f"{type(model).__name__} does not continue a text token by token: it fills a second one at once "
         "(decoder_input_ids) with the experts that read the first, and its logits are of the second",
         hint="moekit check, estimate, reshard and undo work on it; what follows a text through its experts (profile, "
-        "prune, route, place, sparsify, train) does not",
+        "prune, merge, route, place, sparsify, quantize, train) does not",
     )
 
 
@@ -41,7 +41,7 @@ def no_experts(model: nn.Module) -> UnsupportedModel:
         f"{name} is a Mixture of Experts, but {where} in a form that moekit does not know: not as weights of one "
         "gated or plain network for each expert",
         hint="moekit check, estimate, reshard, train, generate and undo work on it; what looks at single experts "
-        "(profile, prune, route, place, sparsify) does not",
+        "(profile, prune, merge, route, place, sparsify, quantize) does not",
     )
 
 

@@ -1,6 +1,6 @@
 """How a module stores its routed experts: which tensors, which projection each holds, which way round it lies.
 
-Three ways are known, told by shapes and by asking, never by the name of a class:
+Four ways are known, told by shapes and by asking, never by the name of a class:
 
 - *stacked*: own tensors [E, ...], a `down_proj` and `gate_up_proj` or `up_proj` (what transformers v5 prefers);
 - *joined*: a child whose function is given each expert's matrices, cut out of tensors [E * I, H] (DBRX);

@@ -76,7 +76,7 @@ def merge(
         batch_size: rows a pass.
         plan: also write scores and outcome to this file.
         write: write the smaller model, or the plan alone.
-        proof: measure what it costs, against frequency and random pruning.
+        proof: measure what it costs, against pruning by REAP and frequency, and random groups.
         proof_tokens: held-out tokens, at most, an equal share of each domain.
         window: longest context of the proof in tokens (default: the model's, ≤ 1024)
         random_seeds: random choices that the proof compares with.

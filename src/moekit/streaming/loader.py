@@ -77,12 +77,12 @@ class LayerLoader:
                 self._towers.append(name)
             else:
                 self._names.setdefault(self._layout.layer(name), []).append(name)
+        # Of towers, too: what is computed and in no checkpoint would stay where it was made when their weights come.
         within = {id(module) for index in range(self.layers) for module in self.layer(index).modules()}
-        for owner in (stack.owner for stack in self._stacks):
-            for module in (m for m in owner.modules() if id(m) not in within):
-                for name, buffer in list(module.named_buffers(recurse=False)):
-                    if not buffer.is_meta:
-                        _set(module, name, buffer.to(self.device))
+        for module in (m for m in self.model.modules() if id(m) not in within):
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if not buffer.is_meta:
+                    _set(module, name, buffer.to(self.device))
 
     def layer(self, index: int) -> nn.Module:
         """A decoder layer, with or without weights."""

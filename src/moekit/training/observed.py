@@ -63,7 +63,7 @@ class Observed:
                 "choices alone, without balance_loss and z_loss"
             )
         if self.unseen:
-            told.append(f"{_layers(self.unseen)}: nothing tells what tokens choose; left out of the routing figures")
+            told.append(f"{_layers(self.unseen)}: nothing tells which experts run; left out of the routing figures")
         if self.crowded:
             told.append(f"{_layers(self.crowded)}: hold several MoE blocks each; left out of the routing figures")
         if not (self.routed or self.chosen or self.unseen or self.crowded):
@@ -72,7 +72,7 @@ class Observed:
 
 
 def _tells_choices(layer: MoELayer) -> bool:
-    return layer.seam == "experts" or (layer.seam != "unknown" and layer.chooser is not None)
+    return layer.seam == "experts" or (layer.seam not in ("unknown", "misread") and layer.chooser is not None)
 
 
 def _layers(layers: Sequence[TrainedLayer]) -> str:

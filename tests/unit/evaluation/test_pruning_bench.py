@@ -223,6 +223,17 @@ def test_a_method_that_refuses_the_model_is_told_of_and_the_others_go_on(
     assert {run.name for run in result.runs} == {"random", "frequency"}
 
 
+def test_a_method_that_follows_its_own_changes_is_left_out_and_says_how_it_takes_part(
+    subject: Subject, tmp_path: Path
+) -> None:
+    """All decide on one pass over the model as it is: under its name would stand what it does not do."""
+    result = bench(subject, setting("ream", keep=(0.5,), seeds=1), tmp_path)
+    [skipped] = result.skipped
+    assert skipped.name == "ream"
+    assert "--set ream.mode=layerwise" in skipped.reason
+    assert {run.name for run in result.runs} == {"random", "frequency"}
+
+
 @pytest.fixture
 def unmade() -> Iterator[str]:
     @catalogue.register(name="unmade", kind="prune", changes="weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from moekit.jobs.options.quantize import QuantizeOptions
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.options.train import TrainOptions
+from moekit.jobs.shared.opened import open_source
 from moekit.jobs.weights import fewer_job
+from moekit.jobs.weights.sizes import memory_of
 from moekit.streaming.states import States
 from tests.families import build
+from tests.quantizing import fp8_packer, fp8_settings, requantized
 from tests.tiny import tokenizer, write_text
 
 FEW = {"max_tokens": 300, "proof_tokens": 100}
@@ -162,6 +166,16 @@ def test_all_that_run_layers_need_the_same_memory(made: Path) -> None:
         assert memory is not None
         assert memory > 1 << 30
     assert told(pruning(made, dtype="float32")).memory > told(pruning(made, dtype="bfloat16")).memory  # type: ignore[operator]
+
+
+def test_layers_of_quantized_weights_need_the_memory_of_floats(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "moe", tmp_path / "fp8")
+    floats = requantized(tmp_path / "fp8", fp8_settings((16, 16)), fp8_packer((16, 16)))
+    needs = [
+        memory_of(open_source(str(folder)), PruneOptions(model=str(folder), method="random", keep=2, dtype="float32"))
+        for folder in (tmp_path / "fp8", floats)
+    ]
+    assert needs[0] == needs[1]
 
 
 def test_a_teacher_takes_memory_and_is_read(made: Path) -> None:

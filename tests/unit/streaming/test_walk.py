@@ -16,6 +16,7 @@ from moekit.streaming import LayerLoader, States, Walk
 from moekit.streaming.walk import Inputs
 from tests.checkpoints import edit_shard, plain
 from tests.families import FAMILIES, HIDDEN, build, tokens
+from tests.wrappers import save_wrapper
 
 IDS = tokens(3, 12, seed=8)
 MASK = torch.ones_like(IDS)
@@ -127,3 +128,14 @@ def test_states_in_a_folder_outlive_the_object(tmp_path: Path) -> None:
     assert torch.equal(half.get(1), values[1].bfloat16())
     with pytest.raises(EOFError):
         States(shapes, HIDDEN, torch.float32, limit=0).get(0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "llama4"])
+def test_what_towers_compute_for_themselves_lies_where_their_weights_go(family: str, tmp_path: Path) -> None:
+    """Rotary frequencies of a tower are in no checkpoint: nothing else would bring them to the device."""
+    loader = LayerLoader(Checkpoint.open(save_wrapper(tmp_path / "m", family)), device="meta")
+    within = {id(module) for index in range(loader.layers) for module in loader.layer(index).modules()}
+    beside = [module for module in loader.model.modules() if id(module) not in within]
+    buffers = [buffer for module in beside for buffer in module.buffers(recurse=False)]
+    assert len(buffers) > 1
+    assert all(buffer.is_meta for buffer in buffers)

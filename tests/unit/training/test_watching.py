@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moekit.errors import BadData, UnsupportedModel
 from moekit.trace.seam import see_choices
 from moekit.training.batch import MicroBatch
-from moekit.training.layers import trained_layers
+from moekit.training.layers import TrainedLayer, trained_layers
 from moekit.training.watching import RoutingWatch
 from tests import families, odd_families
 from tests.families import HIDDEN, tokens
+from tests.unit.trace.test_odd_choices import nllb
 
 
 def of_other_positions(ids: Tensor | None, mask: Tensor | None) -> MicroBatch:
@@ -40,6 +41,14 @@ def test_a_layer_that_does_not_see_the_positions_of_the_text_falls_out_of_the_fi
     assert not seen
     watch.close()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_experts_that_do_not_run_what_is_chosen_are_left_out_of_the_figures() -> None:
+    """Refused where something is decided on choices, they train like all others."""
+    watch = RoutingWatch(nn.Linear(2, 2), [TrainedLayer(nllb()[1], "softmax", None)], print, MicroBatch, strict=False)
+    assert watch.meter is None
+    assert watch.notes == ["layer 0: nothing tells which experts run; left out of the routing figures"]
+    watch.close()
 
 
 def test_objectives_must_not_be_left_out() -> None:

@@ -28,7 +28,7 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.searching import plan_by_search
 from moekit.compress.weights import LayerWeights
-from moekit.errors import MoekitError
+from moekit.errors import BadConfig, MoekitError
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.store import Trace
 from moekit.trace.streamed import Streamed
@@ -128,6 +128,15 @@ class _Job:
     outcomes: dict[tuple[int, str], Decisions] = field(default_factory=dict)
 
 
+def _behind_itself(method: str) -> BadConfig:
+    """Why a method is left out that decides each layer on what the changed ones before it give."""
+    return BadConfig(
+        f"{method} decides each layer behind the layers that it has changed, and here all decide on one pass over the "
+        "model as it is",
+        hint=f"let it decide on that pass, too, if it can (--set {method}.mode=layerwise), or see its own proof",
+    )
+
+
 class Decider:
     """Lets all methods decide.
 
@@ -166,6 +175,9 @@ class Decider:
             for entry, method in self.methods:
                 seeds = tuple(range(self.setting.seed, self.setting.seed + (entry.seeds or self.setting.seeds)))
                 jobs.append(_Job(entry, method, name, trace, digest, trace.require(method.required), seeds))
+        for job in [job for job in jobs if job.method.passes == "sequential"]:
+            self._skip(job, _behind_itself(job.entry.method))
+            jobs.remove(job)
         found = self._score([job for job in jobs if not job.method.searches], progress)
         for job in jobs:
             if job.method.searches:

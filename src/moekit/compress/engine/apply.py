@@ -21,6 +21,7 @@ from moekit.checkpoint.folder import CONFIG_FILE, Checkpoint
 from moekit.checkpoint.model import seal
 from moekit.checkpoint.quantized.registry import kind, quantization
 from moekit.checkpoint.record import Expectations, Record, TensorExpectation
+from moekit.checkpoint.safety import FLOAT_DTYPES
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.small_files import copy_small_files
 from moekit.compress.engine.carrying import carried_out
@@ -136,7 +137,9 @@ def refuse_rewriting(checkpoint: Checkpoint) -> None:
 
 def _rewriter(work: OutputLayout, rewrite: Rewrite) -> Rewriter:
     refuse_rewriting(work.checkpoint)
-    short = next(tensor.source.dtype for tensor in work.kept if tensor.layer is not None)
+    # That of the experts: beside them may lie counters, and biases in a wider type.
+    floats = [t.source for t in work.kept if t.layer is not None and t.source.dtype in FLOAT_DTYPES]
+    short = max(floats, key=lambda info: info.numel).dtype
     name = next(name for name, known in TORCH_NAMES.items() if known == short)
     return Rewriter(work.checkpoint, work.config, rewrite, getattr(torch, name.removeprefix("torch.")))
 

@@ -34,9 +34,13 @@ class MergeMethod(FewerMethod):
 
     `score` says how much an expert counts in its group: members are weighted by it, and the group stands on its most
     valuable member, whose router row it keeps unless rows are merged, too.
+
+    Attributes:
+        unseen_counts: how much experts that no token chose count where members are weighted by their scores, in words.
     """
 
     rewrites: ClassVar[bool] = True
+    unseen_counts: ClassVar[str] = "they count for nothing beside members that were chosen"
 
     align: Align = Field(
         default="weights", description="put each member's neurons in the order nearest to those of the expert it joins"
@@ -55,9 +59,10 @@ class MergeMethod(FewerMethod):
         return (Baseline("reap", kind="prune"), Baseline("frequency", kind="prune"), Baseline("random-groups"))
 
     def unseen(self, experts: Sequence[int], outcome: LayerOutcome) -> str:
-        """How many of them stand for a group."""
+        """How much they count in their groups, and how many of them stand for one."""
         alone = len(set(experts) & set(outcome.keep))
-        return f"; they count for nothing beside members that were chosen, and {alone} of them stand for a group"
+        counts = self.unseen_counts if self.weigh == "score" else "they count like the other members of their groups"
+        return f"; {counts}, and {alone} of them stand for a group"
 
     @abstractmethod
     def groups(self, inputs: LayerInputs, scores_E: Tensor, count: int, experts: Sequence[int]) -> Groups:

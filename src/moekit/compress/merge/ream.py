@@ -6,7 +6,7 @@ Legend: N tokens, K choices a token, E experts, H hidden, I expert width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -105,6 +105,8 @@ class REAM(MergeMethod):
     the experts, at most half, where pruning alone forgets; read the proof against `reap`.
     """
 
+    unseen_counts: ClassVar[str] = "they count as little as the least of those that were chosen"
+
     gate_power: Literal[1, 2] = Field(
         default=1, description="p of the saliency: 1 as in the paper, 2 as in the authors' code"
     )
@@ -189,8 +191,9 @@ class REAM(MergeMethod):
 
     def unseen(self, experts: Sequence[int], outcome: LayerOutcome) -> str:
         """What becomes of them."""
-        alone = len(set(experts) & set(outcome.keep))
-        return f"; they count as little as the least of those that were chosen, and {alone} of them stand for a group"
+        if self.merge:
+            return super().unseen(experts, outcome)
+        return f"; they rank below all others, and {len(set(experts) & set(outcome.keep))} of them stay"
 
     def match(self, weights: LayerWeights, inputs: LayerInputs) -> Match | None:
         """The order in which neurons' directions are nearest."""

@@ -58,10 +58,10 @@ class SubMoE(MergeMethod):
     several) on outputs scaled to norm 1 token by token, for which ||a - b||^2 = 2 (1 - Sim) on the mean. Each cluster
     becomes W = sum_i f_i W_i / sum_i f_i, f the load; that is what the paper's union decomposition [W_1 ... W_n] = U S
     [V_1^T ... V_n^T] with averaged V gives as long as nothing is cut off. With `rank` R it is U_R U_R^T W, U_R the
-    first eigenvectors of sum_i W_i C_i W_i^T (C_i = 1, or with `whiten` the second moment of what reaches W_i). The row
-    of the cluster's most used expert stays in the router. With the scope "global" layers that stand together share
-    their budget: merges are spent, one by one, where the cost of k-means rises least. Choose it where experts do alike
-    things under alike names; read the proof against pruning.
+    first eigenvectors of sum_i W_i C_i W_i^T (C_i = 1, or with `whiten` the second moment of what reaches W_i, where
+    any token does). The row of the cluster's most used expert stays in the router. With the scope "global" layers that
+    stand together share their budget: merges are spent, one by one, where the cost of k-means rises least. Choose it
+    where experts do alike things under alike names; read the proof against pruning.
     """
 
     align: Align = Field(
@@ -167,7 +167,10 @@ class SubMoE(MergeMethod):
                 # In the order of the member's own neurons, in which its inputs were counted.
                 matrix: Tensor = getattr(member, name)[0]
                 pairs.append((matrix, inputs.statistics[moment][expert] if self.whiten else None))
-            target[position] = project(target[position], union_gram(pairs).to(target.device), self.rank)
+            gram_OO = union_gram(pairs)
+            if not bool(gram_OO.any()):  # no token reached any of them: nothing says which inputs matter
+                gram_OO = union_gram((matrix, None) for matrix, _ in pairs)
+            target[position] = project(target[position], gram_OO.to(target.device), self.rank)
 
 
 def _aligned(weights: LayerWeights, reference: int, group: Sequence[int], match: Match | None) -> list[LayerWeights]:

@@ -31,3 +31,6 @@ class MergeOptions(FewerOptions):
     )
 
     method: str = Field(description="which experts go together, and how; see moekit methods merge")
+    proof: bool = Field(
+        default=True, description="measure what it costs, against pruning by REAP and frequency, and random groups"
+    )

@@ -84,11 +84,11 @@ def log_warnings(plan: WeightPlan) -> list[str]:
     unseen = {layer: told for layer, told in plan.file.layers.items() if told.never_routed}
     if unseen:
         logger.warning(
-            "%d experts in %d of %d layers were never routed in the calibration text; they rank below all others, and "
-            "%d of them stay",
+            "%d experts in %d of %d layers were never routed in the calibration text; %s%d of them stay",
             sum(len(told.never_routed) for told in unseen.values()),
             len(unseen),
             len(plan.file.layers),
+            "they rank below all others, and " if plan.file.kind == "prune" else "",
             sum(len(set(told.never_routed) & set(told.outcome.keep)) for told in unseen.values()),
         )
     for line in plan.file.warnings[len(unseen) :]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,10 @@ from pydantic import ValidationError
 
 from moekit._device import DtypeName, named_dtype
 from moekit._validation import faults
+from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.precision import reading_dtype, stored_dtype
+from moekit.checkpoint.quantized.weights import quantized_weights
+from moekit.checkpoint.safety import TensorInfo
 from moekit.compress.budget.sizes import Budget, bounds, check_total, total_count, uniform_count
 from moekit.compress.engine.apply import refuse_rewriting
 from moekit.compress.engine.grouped import check_grouping, routing_groups
@@ -25,7 +29,7 @@ from moekit.compress.engine.measuring import sizes_of
 from moekit.compress.engine.mtp import Mtp
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.request import PlanRequest
-from moekit.errors import BadConfig, OutOfBudget
+from moekit.errors import BadConfig, OutOfBudget, UnsupportedModel
 from moekit.jobs.estimates import disk_bytes
 from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.weights.mtp import some_kept
@@ -247,10 +251,18 @@ def layer_bytes(source: OpenedModel) -> dict[int, int]:
 
 def memory_of(source: OpenedModel, running: Running) -> int:
     """Bytes of memory where layers run one at a time: two of the largest, experts and all, and what they work on."""
-    layers: dict[int, int] = {}
-    for name, info in source.checkpoint.tensors.items():
+    wide, layers = precision_of(source, running), dict[int, int]()
+    for name, info in _unpacked(source.checkpoint).items():
         layer, _ = source.checkpoint.where(name)
         if layer is not None:
-            layers[layer] = layers.get(layer, 0) + info.nbytes
-    wide = precision_of(source, running)
-    return 2 * max(layers.values()) * wide.running // wide.stored + (1 << 30)
+            layers[layer] = layers.get(layer, 0) + info.numel * wide.running
+    return 2 * max(layers.values()) + (1 << 30)
+
+
+def _unpacked(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+    """Tensors as they are in memory, where quantized weights are floats."""
+    try:
+        packed = quantized_weights(checkpoint)
+    except UnsupportedModel:  # nothing runs its layers
+        packed = None
+    return checkpoint.tensors if packed is None else packed.tensors

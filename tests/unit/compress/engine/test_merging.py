@@ -109,3 +109,17 @@ def test_random_groups_are_a_partition_that_the_seed_decides() -> None:
         assert sorted(e for group in outcome.sources for e in group) == list(range(32))
         assert all(kept == max(group) for kept, group in zip(outcome.keep, outcome.sources, strict=True))
     assert made[0] == made[1] != made[2]
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (Pairs(), "count for nothing beside members that were chosen, and 0 of them stand for a group"),
+        (Pairs(weigh="equal"), "count like the other members of their groups, and 0 of them stand for a group"),
+        (make("merge", "ream", {}), "count as little as the least of those that were chosen, and 0 of them stand"),
+        (make("merge", "ream", {"weigh": "equal"}), "count like the other members of their groups"),
+        (make("merge", "ream", {"merge": False}), "rank below all others, and 0 of them stay"),
+    ],
+)
+def test_what_is_said_of_experts_that_no_token_chose_is_what_becomes_of_them(method: MergeMethod, told: str) -> None:
+    assert told in method.unseen((1,), decided(Pairs(), layer(), 3))

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.record import Record
+from moekit.compress.engine.apply import apply
 from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.live import change_model
 from moekit.compress.engine.outcome import LayerOutcome
@@ -61,3 +63,22 @@ def test_another_number_of_choices_is_refused_before_any_work(tmp_path: Path) ->
         prepare(Checkpoint.open(tmp_path / "m"), keep, top_k=1)
     with pytest.raises(UnsupportedModel, match=says):
         change_model(model, keep, top_k=1)
+
+
+def test_experts_beside_a_table_are_rewritten_in_their_own_type(tmp_path: Path) -> None:
+    """In a shard the table's whole numbers come first."""
+    build("deepseek_v4").to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    source = Checkpoint.open(tmp_path / "m")
+    outcomes = dict.fromkeys(range(2), LayerOutcome(keep=tuple(range(1, EXPERTS))))
+    keep = outcomes[0].keep
+    apply(source, outcomes, tmp_path / "cut", record=Record(command="test"))
+    apply(
+        source,
+        outcomes,
+        tmp_path / "made",
+        rewrite=lambda layer, weights: weights.select(keep),
+        record=Record(command="test"),
+    )
+    cut, made = (Checkpoint.open(tmp_path / name) for name in ("cut", "made"))
+    assert all(info.dtype == source.tensors[name].dtype for name, info in made.tensors.items())
+    assert all(torch.equal(made.read(name), cut.read(name)) for name in cut.tensors)

@@ -118,6 +118,16 @@ def test_with_rank_the_mean_is_projected_on_what_members_share(whiten: bool) -> 
     torch.testing.assert_close(full.down_EHI, mean.down_EHI)
 
 
+def test_whitened_experts_that_no_token_chose_are_projected_on_what_their_weights_share() -> None:
+    """Nothing is known of their inputs: all count alike, as without whitening."""
+    moments = {"input_moment": torch.zeros(6, 3, 3), "inner_moment": torch.zeros(6, 2, 2)}
+    inputs, before = layer(cosines((0, 1, 0, 2, 1, 0)), **moments), weights()
+    outcome = decided(SubMoE(rank=1, whiten=True), inputs, 3)
+    made, plain_ = (SubMoE(rank=1, whiten=w).transform(before, outcome, inputs) for w in (True, False))
+    torch.testing.assert_close(made.up_EIH, plain_.up_EIH)
+    torch.testing.assert_close(made.down_EHI, plain_.down_EHI)
+
+
 def test_aligned_members_share_a_subspace_whatever_the_order_of_their_neurons() -> None:
     inner = torch.randn(6, 9, 2, generator=seeded(2), dtype=torch.float64)
     moment = inner.transpose(1, 2) @ inner
