@@ -59,6 +59,8 @@ class Answers:
         """Say that the answers of a layer are whole; False if they are not."""
         if self._index != index or len(self._told) != batches:
             return False
+        if self._file is not None:
+            os.fsync(self._file)  # what says that they are whole must not reach the disk before them
         atomic_write(self._meta(index), json.dumps({"index": index, "answers": self._told}))
         return True
 

@@ -28,10 +28,6 @@ class Counted:
     each: int
     tail: int
 
-    def fits(self, size: int, experts: int) -> bool:
-        """Whether an axis of this size counts so many experts."""
-        return size == experts * self.each + self.tail
-
 
 def counted_axes(fewer: Shapes, more: Shapes, experts: tuple[int, int]) -> dict[str, Counted]:
     """The tensors that count experts, and how.
