@@ -28,6 +28,8 @@ from moekit.compress.engine.quantizing import QuantizeMethod
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.rewriting import rewriter
+from moekit.compress.weights import LayerWeights
+from moekit.errors import BadConfig
 from tests.checkpoints import plain, reopen
 from tests.contracts import cases
 from tests.families import build, logits, tokens
@@ -111,6 +113,11 @@ def test_more_bits_are_nearer_for_every_expert_and_a_stored_plan_makes_the_same(
     plan.save(tmp_path / "p.json")
     stored = WeightPlan.load(tmp_path / "p.json", "quantize")
     assert (stored.method, stored.hash) == (first, plan.hash)
+    if first.reads_moments:
+        with pytest.raises(BadConfig, match="made as the text passes by"):
+            rewriter(stored, source)(min(before)[0], LayerWeights(torch.zeros(1), torch.zeros(1)))  # type: ignore[misc]
+        stored = plan_of(source, stored.method, 5)
+        assert stored.hash == plan.hash
     again = change_model(copy.deepcopy(model), stored.outcomes, rewriter(stored, source))
     assert all(torch.equal(t, again.state_dict()[key]) for key, t in changed.state_dict().items())
 

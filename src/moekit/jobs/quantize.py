@@ -17,7 +17,7 @@ from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.weights.inplace_decide import decide
 from moekit.jobs.weights.inplace_finish import Placed, finish, log_warnings
 from moekit.jobs.weights.inplace_job import estimate_of
-from moekit.jobs.weights.inplace_request import ask, check_decided, check_texts, models_of_plan
+from moekit.jobs.weights.inplace_request import ask, check_decided, check_texts, inputs_of_plan
 from moekit.jobs.weights.plans import plan_beside, save_plan
 from moekit.jobs.weights.quantize_request import budget_of, method_of, request_of, summarizer
 from moekit.jobs.weights.sizes import check_disk
@@ -125,8 +125,8 @@ def quantize(
 
 
 def further_inputs(options: QuantizeOptions) -> list[tuple[str, str]]:
-    """The model that a stored plan names."""
-    return models_of_plan(options)
+    """The model that a stored plan names, and its text where that must be gone through again."""
+    return inputs_of_plan(options)
 
 
 def settle(options: QuantizeOptions, out: Path | None, overwrite: bool) -> tuple[QuantizeOptions, Path, bool]:
@@ -158,14 +158,15 @@ def run(options: QuantizeOptions, context: JobContext) -> dict[str, Any]:
     writes_plan = options.write == "plan"
     check_disk(out, scratch, asked.plan_bytes if writes_plan else asked.written, asked.between)
     if asked.request is not None and asked.request.method.required:
-        require_memory(asked.memory, "rounding with the second moments of all layers", "use --method rtn")
-    plan, heldout = decide(options, asked, scratch, progress)
+        require_memory(asked.memory, "rounding with second moments", "use --method rtn")
+    decided = decide(options, asked, scratch, progress)
+    plan = decided.plan
     log_warnings(plan.file.warnings)
     summary = summarizer(asked.source)
     if not writes_plan:
         machine = Placed(options.device, named_dtype(options.dtype))
         with plan_beside(plan, options.plan, overwrite=context.overwrite):
-            return finish(plan, asked.source, heldout, machine, context, summary)
+            return finish(decided, asked.source, machine, context, summary)
     save_plan(plan, out, overwrite=context.overwrite)
     result: dict[str, Any] = summary(plan, None)
     return result

@@ -18,7 +18,7 @@ from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.weights.inplace_decide import decide
 from moekit.jobs.weights.inplace_finish import Placed, finish, log_warnings
 from moekit.jobs.weights.inplace_job import estimate_of
-from moekit.jobs.weights.inplace_request import ask, check_decided, check_texts, models_of_plan
+from moekit.jobs.weights.inplace_request import ask, check_decided, check_texts, inputs_of_plan
 from moekit.jobs.weights.plans import plan_beside, save_plan
 from moekit.jobs.weights.sizes import check_disk
 from moekit.jobs.weights.sparsify_request import method_of, request_of
@@ -128,7 +128,7 @@ def sparsify(
 
 def further_inputs(options: SparsifyOptions) -> list[tuple[str, str]]:
     """The model that a stored plan names."""
-    return models_of_plan(options)
+    return inputs_of_plan(options)
 
 
 def settle(options: SparsifyOptions, out: Path | None, overwrite: bool) -> tuple[SparsifyOptions, Path, bool]:
@@ -163,11 +163,12 @@ def run(options: SparsifyOptions, context: JobContext) -> dict[str, Any]:
     asked = ask(options, request_of, context.seed, progress)
     writes_plan = options.write == "plan"
     check_disk(out, scratch, asked.plan_bytes if writes_plan else asked.written, asked.between)
-    plan, heldout = decide(options, asked, scratch, progress)
+    decided = decide(options, asked, scratch, progress)
+    plan = decided.plan
     log_warnings(plan.file.warnings)
     if not writes_plan:
         machine = Placed(options.device, named_dtype(options.dtype))
         with plan_beside(plan, options.plan, overwrite=context.overwrite):
-            return finish(plan, asked.source, heldout, machine, context, summary_of)
+            return finish(decided, asked.source, machine, context, summary_of)
     save_plan(plan, out, overwrite=context.overwrite)
     return summary_of(plan, None)

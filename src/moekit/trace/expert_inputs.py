@@ -95,6 +95,10 @@ class ExpertInputs:
         Raises:
             UnsupportedModel: this family's experts do not follow the plain formula.
         """
+        return (batch for _, _, batch in self.placed(expert))
+
+    def placed(self, expert: int) -> Iterator[tuple[int, Tensor, ExpertBatch]]:
+        """The same with the number of the pass, and which of its tokens, padding left out, these are."""
         assert self._moe is not None  # watched before
         one = plain_expert(self._moe.experts)
         if one is None:
@@ -115,23 +119,28 @@ class ExpertInputs:
                 hidden_nH = hidden_nH * weights_NK[token_n, slot_n].to(hidden_nH)[:, None]
             with torch.no_grad():
                 inner_nI, output_nH = one(expert, hidden_nH)
-            yield ExpertBatch(expert, weights_NK[token_n, slot_n].to(device), hidden_nH, inner_nI, output_nH)
+            weight_n = weights_NK[token_n, slot_n].to(device)
+            yield number, token_n, ExpertBatch(expert, weight_n, hidden_nH, inner_nI, output_nH)
 
     def second_moments(self) -> Iterator[Moments]:
         """Each expert's second moments, one expert in memory at a time; zeros where no token chose it."""
         assert self._moe is not None
+        yield from map(self.moments, range(self._moe.geometry.experts))
+
+    def moments(self, expert: int) -> Moments:
+        """One expert's second moments; the layer must still be loaded."""
+        assert self._moe is not None
         geometry = self._moe.geometry
         device = next(self._moe.experts.parameters()).device
         dtype = widest(device)
-        for expert in range(geometry.experts):
-            inputs_HH = torch.zeros(geometry.hidden, geometry.hidden, dtype=dtype, device=device)
-            inner_II = torch.zeros(geometry.width, geometry.width, dtype=dtype, device=device)
-            tokens = 0
-            for batch in self.of(expert):
-                inputs_HH += batch.hidden_nH.T @ batch.hidden_nH
-                inner_II += batch.inner_nI.T @ batch.inner_nI
-                tokens += len(batch.hidden_nH)
-            yield Moments(expert, tokens, inputs_HH, inner_II)
+        inputs_HH = torch.zeros(geometry.hidden, geometry.hidden, dtype=dtype, device=device)
+        inner_II = torch.zeros(geometry.width, geometry.width, dtype=dtype, device=device)
+        tokens = 0
+        for batch in self.of(expert):
+            inputs_HH += batch.hidden_nH.T @ batch.hidden_nH
+            inner_II += batch.inner_nI.T @ batch.inner_nI
+            tokens += len(batch.hidden_nH)
+        return Moments(expert, tokens, inputs_HH, inner_II)
 
     def close(self) -> None:
         """Forget the inputs."""

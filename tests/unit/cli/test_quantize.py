@@ -91,24 +91,44 @@ def test_bytes_are_told_honestly(made: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_a_stored_plan_rounds_alike_without_a_text(
-    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stored_plan_rounds_alike_on_the_text_that_it_names(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     bits = ("--bits", "gate=2,up=2,down=4")
-    done = moekit(*quantize(made, *bits, "--plan", tmp_path / "p.json", "-o", tmp_path / "out", "--json"))
+    shutil.copytree(made / "text", tmp_path / "text")
+    options = ("--data", tmp_path / "text", "--max-tokens", 300, "--seq-len", 24)
+    done = moekit(*quantize(made, *bits, *options, "--plan", tmp_path / "p.json", "-o", tmp_path / "out", "--json"))
     assert done.code == 0, done.err
     own = done.json["proof"]["method"]["reconstruction"]
     plain = done.json["proof"]["baselines"][0]["reconstruction"]
     assert all(own[layer] < plain[layer] for layer in plain), "nearer than plain rounding in every layer"
+    again = ("quantize", "--from", tmp_path / "p.json", "--no-proof")
+    done = moekit(*again, "-o", tmp_path / "again", "--json")
+    assert done.code == 0, done.err
+    assert "not those that the plan was stored with" not in done.err
+    assert done.json["layers"][0]["bits"] == {"gate": 2, "up": 2, "down": 4}
+    one, two = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    stored = sum(file.stat().st_size for file in tmp_path.glob("p.*"))
+    assert stored < 8 * EXPERTS * HIDDEN**2, "less than the moments of one layer"
+    next((tmp_path / "text").rglob("*.txt")).write_text("something else")
+    done = moekit(*again, "-o", tmp_path / "third")
+    assert (done.code, "has changed since" in done.err) == (2, True)
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_a_plan_without_a_text_rounds_alike(
+    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("quantize", made / "moe", "--method", "rtn", "--bits", 3, *GROUP, "--plan", tmp_path / "p.json")
+    assert moekit(*command).code == 0
 
     def never(*_: object) -> None:
-        raise AssertionError("the text was walked again")
+        raise AssertionError("a text was walked")
 
     monkeypatch.setattr(Streamed, "run", never)
     done = moekit("quantize", "--from", tmp_path / "p.json", "-o", tmp_path / "again", "--no-proof", "--json")
     assert done.code == 0, done.err
-    assert done.json["layers"][0]["bits"] == {"gate": 2, "up": 2, "down": 4}
-    one, two = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")
+    one, two = tensors_of(made / "rtn"), tensors_of(tmp_path / "again")
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 

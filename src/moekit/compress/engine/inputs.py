@@ -16,6 +16,7 @@ from torch import Tensor
 from moekit.anatomy.probe import Geometry
 from moekit.compress.weights import LayerWeights
 from moekit.errors import NumericFault
+from moekit.trace.expert_inputs import Moments
 from moekit.trace.statistics import LayerStatistics
 
 Protected = Mapping[int, Collection[int]]
@@ -32,6 +33,8 @@ class LayerInputs:
         read_weights: reads the layer's weights from the checkpoint; called at most once.
         seed: of everything random.
         protected: experts that must stay as they are, whatever their score.
+        read_moments: second moments of one expert's inputs, made when they are asked for; only where the layer stands
+            in a pass of the text, for methods that declare `reads_moments`.
     """
 
     layer: int
@@ -40,6 +43,7 @@ class LayerInputs:
     read_weights: Callable[[], LayerWeights] | None = None
     seed: int = 0
     protected: frozenset[int] = field(default_factory=frozenset)
+    read_moments: Callable[[int], Moments] | None = None
 
     @property
     def experts(self) -> int:
@@ -52,6 +56,12 @@ class LayerInputs:
         if self.read_weights is None:
             raise LookupError("the method reads weights: declare `reads_weights = True`")
         return self.read_weights()
+
+    def moments(self, expert: int) -> Moments:
+        """Second moments of one expert's inputs; only for methods that declare `reads_moments`."""
+        if self.read_moments is None:
+            raise LookupError("second moments are there only while the text stands at the layer")
+        return self.read_moments(expert)
 
     def finite(self, name: str) -> Tensor:
         """A statistic whose first axis counts experts.

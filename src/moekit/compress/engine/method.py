@@ -60,7 +60,8 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
     Attributes:
         reads_weights: `worth`, `allocate` or `decide` look at `inputs.weights`.
         rewrites: `transform` changes weights; otherwise experts stay or go as they are.
-        keeps_rewritten: `transform` takes longer than to read what it made: proof and writing share it on disk.
+        reads_moments: `transform` looks at second moments of each expert's inputs. They are made one expert at a time as
+            the text stands at the layer, and kept nowhere: what is kept is the layer that was made of them.
         searches: `search` is asked instead of `worth` and `decide`; it needs the model, not only statistics.
     """
 
@@ -68,7 +69,7 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
 
     reads_weights: ClassVar[bool] = False
     rewrites: ClassVar[bool] = False
-    keeps_rewritten: ClassVar[bool] = False
+    reads_moments: ClassVar[bool] = False
     searches: ClassVar[bool] = False
 
     @classmethod

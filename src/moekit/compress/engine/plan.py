@@ -23,6 +23,7 @@ from moekit.compress.budget.rules import TensorRule
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.engine import plan_files
+from moekit.compress.engine.made_layers import MadeLayers
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups
@@ -73,11 +74,14 @@ class PlanFile(plan_files.ReadablePart):
         tokens: of that text.
         domains: of that text.
         kept_apart: text whose held-out part was kept out of it, for a proof; "" where none was.
+        calibrated: how that text was laid out (name, tokens, rows), so that it can be gone through again; {} without.
         protected: decoder layer -> experts that stay whatever their score.
         rules: what becomes of tensors that belong to no routed expert.
         layers: decoder layer -> what was decided.
         mtp: beginning of a multi-token-prediction layer's names -> how much each of its experts is used; empty where
             such layers are not cut.
+        made: decoder layer -> sha256 of its new weights, where they were made as the text stood at it and cannot be
+            made from this plan alone; empty otherwise.
         warnings: what a reader must know.
     """
 
@@ -96,10 +100,12 @@ class PlanFile(plan_files.ReadablePart):
     tokens: int = 0
     domains: tuple[str, ...] = ()
     kept_apart: str = ""
+    calibrated: dict[str, Any] = Field(default_factory=dict)
     protected: dict[int, tuple[int, ...]] = Field(default_factory=dict)
     rules: tuple[TensorRule, ...] = ()
     layers: dict[int, LayerRecord]
     mtp: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    made: dict[int, str] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -113,11 +119,32 @@ class WeightPlan:
         file: the readable part.
         statistics: decoder layer -> what the method needs, measured where the layer stands: of sequential methods
             behind the changed layers before it.
+        made: the new layers, where they were made as the text stood at them.
     """
 
-    def __init__(self, file: PlanFile, statistics: Mapping[int, LayerStatistics]) -> None:
+    def __init__(
+        self, file: PlanFile, statistics: Mapping[int, LayerStatistics], made: MadeLayers | None = None
+    ) -> None:
         self.file = file
         self.statistics = dict(statistics)
+        self.made = made
+
+    def with_file(self, **changed: Any) -> WeightPlan:
+        """The same decision with other fields of the readable part."""
+        return WeightPlan(self.file.model_copy(update=changed), self.statistics, self.made)
+
+    def made_layers(self) -> MadeLayers:
+        """The new layers, where they were made as the text stood at them.
+
+        Raises:
+            BadConfig: the plan was read from a file, which tells what was decided and holds no weights.
+        """
+        if self.made is None:
+            raise BadConfig(
+                f"the plan says what {self.file.method} decided, and its weights are made as the text passes by",
+                hint=f"`moekit {self.file.kind} --from PLAN` goes through the same text again",
+            )
+        return self.made
 
     @property
     def method(self) -> WeightMethod[Any, Any]:
@@ -133,9 +160,12 @@ class WeightPlan:
     def hash(self) -> str:
         """sha256 over what decides: plans with equal hashes change a model alike.
 
-        That is model, method, knobs, protection and outcomes, and the statistics where weights are made from them.
+        That is model, method, knobs, protection and outcomes, and the statistics where weights are made from them, or
+        digests of the weights where they were made already.
         """
-        told = self.file.model_dump(mode="json", include=_DECIDING | ({"mtp"} if self.file.mtp else set()))
+        told = self.file.model_dump(
+            mode="json", include=_DECIDING | {name for name in ("mtp", "made") if getattr(self.file, name)}
+        )
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         if self.method.rewrites:
             digest.update(safetensors.torch.save(plan_files.flatten(self.statistics)))

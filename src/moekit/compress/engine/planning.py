@@ -18,6 +18,7 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.describing import beside_warnings, layer_record, mtp_warnings, plan_file, warnings_of
 from moekit.compress.engine.inputs import InputsByLayer
+from moekit.compress.engine.made_layers import MadeLayers
 from moekit.compress.engine.measuring import empty_statistics, geometries_of, refuse_damaged, sizes_of, weights_reader
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.plan import LayerRecord, WeightPlan
@@ -86,7 +87,8 @@ def _plan_on_text(
 ) -> WeightPlan:
     """Measure the model as it is; for sequential methods then again, behind the layers as they become."""
     method, behind = request.method, request.method.sequential and request.method.decides_behind
-    found, meta, run = empty_statistics(geometries), None, TextPass(checkpoint, text, request, progress).run
+    found, meta, passing = empty_statistics(geometries), None, TextPass(checkpoint, text, request, progress)
+    run = passing.run
     by_scores = isinstance(request.budget, Budget) and request.budget.scope == "global"
     if not method.sequential or method.shares_by_measure or (behind and by_scores):
         found, meta = run("plain", None)
@@ -103,7 +105,7 @@ def _plan_on_text(
         inputs = inputs_of(checkpoint, request, geometries, found)
     if behind:
         scores = {layer: method.worth(inputs[layer]) for layer in inputs}
-    return _decided(checkpoint, inputs, request, found, scores, shares, meta)
+    return _decided(checkpoint, inputs, request, found, scores, shares, meta, made=passing.made)
 
 
 def _decider(method: WeightMethod[Any, Any], shares: Mapping[int, Any]) -> Decide:
@@ -219,12 +221,16 @@ def _decided(
     shares: Mapping[int, int],
     meta: TraceMeta | None,
     digest: str = "",
+    made: MadeLayers | None = None,
 ) -> WeightPlan:
     layers: dict[int, LayerRecord] = {}
     for layer in inputs:
         seen = inputs[layer]
         layers[layer] = layer_record(seen, scores[layer], request.method.decide(seen, scores[layer], shares[layer]))
-    return WeightPlan(plan_file(checkpoint, request, layers, meta, digest), statistics)
+    file = plan_file(checkpoint, request, layers, meta, digest)
+    if made is not None:
+        file = file.model_copy(update={"made": made.digests(layers)})
+    return WeightPlan(file, statistics, made)
 
 
 def redecide(plan: WeightPlan, checkpoint: Checkpoint, budget: Budget) -> WeightPlan:

@@ -5,33 +5,26 @@ Legend: E experts.
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.sparsity import Count, count_zeros
 from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.made_layers import read_layer, write_layer
 from moekit.compress.engine.measuring import geometries_of
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.weights import LayerWeights
 from moekit.errors import UnsupportedModel
 
-_FIELDS = ("up_EIH", "down_EHI", "gate_EIH", "up_bias_EI", "gate_bias_EI", "down_bias_EH")
-
 
 class PlannedRewrite:
     """Makes a layer's new weights as a plan says, and keeps the figures that the method tells of them.
 
     Called with a decoder layer and the weights of all its experts, it gives those of what stays, in the order of the
-    outcome. Layers that stay as they are come back as they are.
+    outcome. Layers that stay as they are come back as they are; those that were made as the text stood at them are read
+    from where they are kept.
 
     Args:
         plan: whose method rewrites.
@@ -69,9 +62,12 @@ class PlannedRewrite:
     def _made(self, layer: int, outcome: LayerOutcome, weights: LayerWeights) -> LayerWeights:
         if outcome.unchanged(weights.experts):
             return weights.select(outcome.keep)
+        if self._method.reads_moments:
+            like = weights.up_EIH
+            return self._plan.made_layers().get(layer).map(lambda t: t.to(like.device, like.dtype), router=False)
         file = self._file(layer, weights)
         if file is not None and file.is_file():
-            known, self.figures[layer] = _read(file)
+            known, self.figures[layer] = read_layer(file)
             return known
         inputs = LayerInputs(
             layer,
@@ -84,7 +80,7 @@ class PlannedRewrite:
         made = self._method.transform(weights, outcome, inputs)
         self.figures[layer] = dict(self._method.told(weights, outcome, inputs))
         if file is not None:
-            _write(file, made, self.figures[layer])
+            write_layer(file, made, self.figures[layer])
         return made
 
     def _file(self, layer: int, weights: LayerWeights) -> Path | None:
@@ -118,26 +114,3 @@ def rewriter(plan: WeightPlan, checkpoint: Checkpoint, *, folder: Path | None = 
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     return PlannedRewrite(plan, geometries_of(checkpoint), folder)
-
-
-def _write(file: Path, weights: LayerWeights, figures: dict[str, float]) -> None:
-    tensors = {name: tensor for name in _FIELDS if (tensor := getattr(weights, name)) is not None}
-    tensors |= {f"router.{name}": tensor for name, tensor in weights.router.items()}
-    tensors |= {f"others.{name}": tensor for name, tensor in weights.others.items()}
-    # Copies: parts of one fused tensor share their memory, which the format refuses.
-    apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    temporary = file.with_suffix(f".{os.getpid()}.part")
-    save_file(apart, temporary, metadata={"figures": json.dumps(figures)})
-    os.replace(temporary, file)
-
-
-def _read(file: Path) -> tuple[LayerWeights, dict[str, float]]:
-    with safe_open(file, framework="pt") as opened:
-        figures: dict[str, float] = json.loads(opened.metadata()["figures"])
-        tensors: dict[str, torch.Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-
-    def of(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-    fields = {name: tensors.get(name) for name in _FIELDS}
-    return LayerWeights(**fields, router=of("router."), others=of("others.")), figures  # type: ignore[arg-type]

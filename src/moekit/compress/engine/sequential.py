@@ -19,10 +19,12 @@ from moekit._progress import Progress
 from moekit.anatomy.probe import MoELayer
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.measuring import refuse_damaged
+from moekit.compress.engine.made_layers import MadeLayers
+from moekit.compress.engine.measuring import refuse_damaged, weights_reader
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
+from moekit.compress.weights import LayerWeights
 from moekit.trace.meta import TraceMeta
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.streamed import Streamed
@@ -39,6 +41,9 @@ class TextPass:
         text: the text.
         request: whose method measures and changes.
         progress: told layer by layer.
+
+    Attributes:
+        made: the changed layers of the last run, where the method's weights can be made nowhere else.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class TextPass:
         self._text = text
         self._request = request
         self._progress = progress
+        self.made: MadeLayers | None = None
 
     def run(self, name: str, decide: Decide | None) -> tuple[dict[int, LayerStatistics], TraceMeta]:
         """Statistics of every layer, behind layers as they are, or behind layers changed by these outcomes.
@@ -57,14 +63,24 @@ class TextPass:
             decide: says what becomes of each layer, and the same when it is asked again; None leaves all as they are.
         """
         text, request = self._text, self._request
+        folder = None if text.folder is None else text.folder / name
+        keeps = request.method.reads_moments and decide is not None
+        made = self.made = MadeLayers(None if folder is None else folder / "made") if keeps else None
         with Streamed(
             self._checkpoint,
             text.batches,
             statistics=("load", *request.method.required),
-            folder=None if text.folder is None else text.folder / name,
+            folder=folder,
             dtype=text.dtype,
             device=text.device,
+            keep_inputs=keeps,
         ) as streamed:
+            stored = streamed.loader.stored
+            read = weights_reader(self._checkpoint) if stored.itemsize > streamed.loader.dtype.itemsize else None
+
+            def as_stored(layer: int, weights: LayerWeights) -> LayerWeights:
+                exact = weights if read is None else read(layer)
+                return exact.map(lambda t: t.to(weights.up_EIH.device, stored), router=False)
 
             def change(moe: MoELayer, statistics: LayerStatistics) -> nn.Module | None:
                 refuse_damaged(moe, statistics)
@@ -72,15 +88,25 @@ class TextPass:
                 config = streamed.loader.model.config
                 weights = read_block(moe, config)
                 protected = frozenset((request.protected or {}).get(moe.index, ()))
-                inputs = LayerInputs(moe.index, moe.geometry, statistics, lambda: weights, request.seed, protected)
+                read_moments = None
+                if made is not None and streamed.inputs is not None:
+                    # Kept as they will be stored, whatever the layer computes in.
+                    weights = as_stored(moe.index, weights)
+                    read_moments = streamed.inputs.moments
+                inputs = LayerInputs(
+                    moe.index, moe.geometry, statistics, lambda: weights, request.seed, protected, read_moments
+                )
                 outcome = decide(inputs)
                 if outcome.unchanged(moe.geometry.experts) and request.top_k is None:
                     return None
-                made = request.method.transform(weights, outcome, inputs)
+                new = request.method.transform(weights, outcome, inputs)
+                if made is not None:
+                    made.put(moe.index, new)
+                    new = new.map(lambda t: t.to(streamed.loader.dtype), router=False)
                 sized = resized_config(
-                    config, made.experts, top_k=request.top_k, groups=request.groups, width=outcome.width
+                    config, new.experts, top_k=request.top_k, groups=request.groups, width=outcome.width
                 )
-                return resized_block(moe, sized, made, outcome)
+                return resized_block(moe, sized, new, outcome)
 
             streamed.run(self._progress, refuse_damaged if decide is None else change)
             meta = streamed.trace(tokenizer=text.tokenizer, source=text.source, seed=request.seed).meta

@@ -21,19 +21,19 @@ from moekit.compress.maths.rounding import round_to_nearest
 from moekit.errors import NumericFault
 from moekit.trace.batch import widest
 
-# Second moment -> the matrices whose inputs it is of.
-_READ_BY: dict[str, tuple[Part, ...]] = {"input_moment": ("gate", "up"), "inner_moment": ("down",)}
+# Matrices of the same inputs, which share a second moment.
+_ALIKE: tuple[tuple[Part, ...], ...] = (("gate", "up"), ("down",))
 
 
 @register(
     name="gptq",
     kind="quantize",
     paper="arXiv:2210.17323",
-    needs=("load", "input_moment", "inner_moment"),
+    needs=("load",),
     changes="weights",
     limits=(
         "Experts that no calibration token chose are rounded to nearest, and named.",
-        "Keeps E (H^2 + I^2) numbers a layer in memory and in the plan: for experts of moderate size.",
+        "A stored plan is carried out again on the text that it was made on: second moments are kept nowhere.",
         "Rounded weights stay in the source's dtype: the folder is as large as before.",
     ),
 )
@@ -45,7 +45,7 @@ class Gptq(QuantizeMethod):
     when a group's turn comes; layers are measured behind the rounded layers before them. Choose it for 2 to 4 bits.
     """
 
-    keeps_rewritten: ClassVar[bool] = True
+    reads_moments: ClassVar[bool] = True
 
     damp: float = Field(default=0.01, gt=0, le=1, description="added to the diagonal, as a share of its mean")
 
@@ -54,9 +54,13 @@ class Gptq(QuantizeMethod):
     ) -> Matrices:
         """Each matrix by the second moment of its inputs; to nearest where no token chose the expert."""
         made: Matrices = {}
-        for name, among in _READ_BY.items():
+        moments = inputs.moments(expert) if int(inputs.statistics["load"][expert]) else None
+        for among in _ALIKE:
             parts = [part for part in among if part in matrices]
-            upper_CC = self._factor(inputs, name, expert, matrices) if parts else None
+            upper_CC = None
+            if parts and moments is not None:
+                moment_CC = moments.inner_II if parts == ["down"] else moments.inputs_HH
+                upper_CC = self._factor(moment_CC, parts[0], expert, inputs.layer, matrices[parts[0]].device)
             for n in sorted({bits[part] for part in parts}):
                 alike = [part for part in parts if bits[part] == n]
                 # Rows do not know of each other: matrices of the same inputs are rounded as one.
@@ -69,20 +73,16 @@ class Gptq(QuantizeMethod):
                 made |= zip(alike, torch.split(rounded_RC, [len(matrices[part]) for part in alike]), strict=True)
         return made
 
-    def _factor(self, inputs: LayerInputs, name: str, expert: int, matrices: Mapping[Part, Tensor]) -> Tensor | None:
-        """See `inverse_factor`; None where no token chose the expert."""
-        if not int(inputs.statistics["load"][expert]):
-            return None
-        device = next(iter(matrices.values())).device
-        moment_CC = inputs.statistics[name][expert].to(device, widest(device))
+    def _factor(self, moment_CC: Tensor, part: Part, expert: int, layer: int, device: torch.device) -> Tensor | None:
+        """See `inverse_factor`."""
         if not bool(moment_CC.isfinite().all()):
             raise NumericFault(
-                f"the second moments of its inputs ({name}) are not finite",
-                layer=inputs.layer,
+                f"the second moments of the inputs of the {part} projection are not finite",
+                layer=layer,
                 expert=expert,
                 hint="calibrate in a wider format (--dtype float32 or bfloat16), or see `moekit check`",
             )
-        return inverse_factor(moment_CC, self.damp)
+        return inverse_factor(moment_CC.to(device, widest(device)), self.damp)
 
     def figures(self, inputs: LayerInputs) -> dict[str, float | list[float]]:
         """Experts that are rounded to nearest, since no token chose them."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moekit._device import named_dtype
 from moekit._progress import Progress
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
 from moekit.compress.engine.request import CalibrationText, PlanRequest
-from moekit.data import Document
+from moekit.data import Document, load_text
+from moekit.errors import BadConfig
 from moekit.jobs.options.inplace import InPlaceOptions
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows
@@ -17,65 +22,142 @@ from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.weights.inplace_request import Asked, proves
 from moekit.jobs.weights.plans import named, origin
 from moekit.jobs.weights.proof import HeldOut
-from moekit.jobs.weights.texts import heldout_of_plan, read_texts
+from moekit.jobs.weights.texts import check_unchanged, heldout_of_plan, read_texts
+
+logger = logging.getLogger(__name__)
+
+# Other ways to spend the same budget, which the proof shows beside the plan: name -> request.
+Others = Callable[[WeightPlan], Mapping[str, PlanRequest]]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A plan, and what it is proved with.
+
+    Attributes:
+        plan: what becomes of the weights.
+        heldout: text to prove it on; None where nothing is proved.
+        others: name -> plan of another way to spend the same budget, made on the same text.
+    """
+
+    plan: WeightPlan
+    heldout: HeldOut | None
+    others: Mapping[str, WeightPlan] = field(default_factory=dict)
 
 
 def decide(
-    options: InPlaceOptions, asked: Asked, scratch: Path, progress: Progress | None
-) -> tuple[WeightPlan, HeldOut | None]:
+    options: InPlaceOptions,
+    asked: Asked,
+    scratch: Path,
+    progress: Progress | None,
+    others: Others | None = None,
+) -> Decided:
     """Run the text through the model layer by layer and let the method decide, or take the stored plan.
+
+    A stored plan whose weights are made as the text passes by goes through that text again.
 
     Args:
         options: of the job.
         asked: the model, and what was asked for.
         scratch: for hidden states.
         progress: told layer by layer.
-
-    Returns:
-        The plan, and text to prove it on; None where nothing is proved.
+        others: what else the proof shows, once the plan is made; None for nothing.
 
     Raises:
         BadData: no text.
+        BadConfig: the text of a stored plan, which must be gone through again, has changed.
         BadCheckpoint: weights are damaged.
     """
+    source = asked.source
     if asked.plan is not None:
-        heldout = heldout_of_plan(asked.plan, options, asked.source, progress) if proves(options) else None
-        return asked.plan, heldout
-    assert asked.request is not None
-    apart = options.heldout is None
-    documents, heldout = read_texts(options, asked.source, progress, apart=apart, proves=proves(options))
-    return _plan(options, documents, asked.source, asked.request, scratch, progress), heldout
+        heldout = heldout_of_plan(asked.plan, options, source, progress) if proves(options) else None
+        text, plan = None, asked.plan
+        if plan.method.reads_moments:
+            text = _text_of_plan(plan, options, source, scratch, progress)
+            plan = _again(plan, source, text, progress)
+    else:
+        assert asked.request is not None
+        apart = options.heldout is None
+        documents, heldout = read_texts(options, source, progress, apart=apart, proves=proves(options))
+        layout = _layout(options)
+        text = _text(documents, layout, options, source, scratch) if documents else None
+        made = plan_weights(source.checkpoint, text, asked.request, progress)
+        kept = str(layout["data"]) if options.data is not None and apart else ""
+        told = {"kept_apart": kept, "text_sha256": text_hash(options.data)}
+        plan = made.with_file(**told, calibrated=layout if text is not None else {})
+    further = {} if others is None or heldout is None else others(plan)
+    plans = {
+        name: plan_weights(source.checkpoint, text, request, progress)
+        for name, request in further.items()
+        if text is not None or not request.method.required
+    }
+    return Decided(plan, heldout, plans)
 
 
-def _plan(
-    options: InPlaceOptions,
-    documents: list[Document],
-    source: OpenedModel,
-    request: PlanRequest,
-    scratch: Path,
-    progress: Progress | None,
-) -> WeightPlan:
-    text = None
-    if documents:
-        tokenizer, length = source.tokenizer(), min(options.seq_len, source.longest)
-        rows = calibration_rows(
-            documents,
-            tokenizer,
-            seq_len=length,
-            max_tokens=options.max_tokens,
-            bos=options.bos,
-            pictures=source.pictures(documents),
-        )
-        text = CalibrationText(
-            list(rows.batches(options.batch_size)),
-            scratch / "calibration",
-            named_dtype(options.dtype),
-            options.device,
-            tokenizer,
-            origin(options.data, apart=options.heldout is None),
-        )
-    plan = plan_weights(source.checkpoint, text, request, progress)
-    kept = named(options.data) if options.data is not None and options.heldout is None else ""
-    return WeightPlan(
-        plan.file.model_copy(update={"kept_apart": kept, "text_sha256": text_hash(options.data)}), plan.statistics
+def _layout(options: InPlaceOptions) -> dict[str, Any]:
+    """How the text was laid out, so that a stored plan can go through it again."""
+    return {
+        "data": None if options.data is None else named(options.data),
+        "apart": options.heldout is None,
+        "max_tokens": options.max_tokens,
+        "seq_len": options.seq_len,
+        "batch_size": options.batch_size,
+        "bos": options.bos,
+    }
+
+
+def _text(
+    documents: list[Document], layout: Mapping[str, Any], options: InPlaceOptions, source: OpenedModel, scratch: Path
+) -> CalibrationText:
+    tokenizer, length = source.tokenizer(), min(layout["seq_len"], source.longest)
+    rows = calibration_rows(
+        documents,
+        tokenizer,
+        seq_len=length,
+        max_tokens=layout["max_tokens"],
+        bos=layout["bos"],
+        pictures=source.pictures(documents),
     )
+    return CalibrationText(
+        list(rows.batches(layout["batch_size"])),
+        scratch / "calibration",
+        named_dtype(options.dtype),
+        options.device,
+        tokenizer,
+        origin(layout["data"], apart=layout["apart"]),
+    )
+
+
+def _text_of_plan(
+    plan: WeightPlan, options: InPlaceOptions, source: OpenedModel, scratch: Path, progress: Progress | None
+) -> CalibrationText:
+    """The text that a stored plan was made on, laid out alike.
+
+    Raises:
+        BadConfig: the plan does not say which, or the text has changed.
+        BadData: it is not there.
+    """
+    layout = plan.file.calibrated
+    if not layout or not layout.get("data"):
+        raise BadConfig(
+            f"{plan.file.method} makes weights as a text passes by, and the plan names none",
+            hint="make the plan again (--data TEXT)",
+        )
+    check_unchanged(layout["data"], plan.file.text_sha256, "make the plan again (--data TEXT)")
+    documents = load_text(layout["data"], split="train" if layout["apart"] else None, progress=progress)
+    return _text(documents, layout, options, source, scratch)
+
+
+def _again(plan: WeightPlan, source: OpenedModel, text: CalibrationText, progress: Progress | None) -> WeightPlan:
+    """The plan with its weights, made anew; a warning where they are not those that it was stored with."""
+    request = PlanRequest(plan.method, plan.file.budget, seed=plan.file.seed, protected=plan.file.protected)
+    made = plan_weights(source.checkpoint, text, request, progress)
+    changed = [layer for layer, digest in made.file.made.items() if plan.file.made.get(layer) != digest]
+    if changed:
+        logger.warning(
+            "weights of %d of %d layers are not those that the plan was stored with, bit for bit: another machine, "
+            "dtype or version rounds alike, but not in every last bit",
+            len(changed),
+            len(made.file.made),
+        )
+    return WeightPlan(plan.file.model_copy(update={"made": made.file.made}), made.statistics, made.made)

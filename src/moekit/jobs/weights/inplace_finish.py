@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.shared.checked import write_checked
 from moekit.jobs.shared.hashes import hash_of
 from moekit.jobs.shared.opened import OpenedModel
+from moekit.jobs.weights.inplace_decide import Decided
 from moekit.jobs.weights.proof import HeldOut, Proof, prove
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,8 @@ Summary = Callable[[WeightPlan, PlannedRewrite | None], dict[str, Any]]
 
 
 def finish(
-    plan: WeightPlan,
+    decided: Decided,
     source: OpenedModel,
-    heldout: HeldOut | None,
     machine: Placed,
     context: JobContext,
     summary: Summary,
@@ -52,9 +51,8 @@ def finish(
     """Prove, write, check, and tell all of it.
 
     Args:
-        plan: what was decided.
+        decided: the plan, and what it is proved with.
         source: the model.
-        heldout: text to prove on; None for no proof.
         machine: where layers run.
         context: where to write.
         summary: (plan, what carried it out) -> what the kind tells of them.
@@ -63,9 +61,9 @@ def finish(
         BadCheckpoint: what was written is not what it must be; nothing is left.
         OutOfBudget: not enough disk.
     """
-    layers = context.scratch / "layers" if plan.method.keeps_rewritten else None
-    proof = None if heldout is None else _prove(plan, source, heldout, machine, context, layers)
-    made = rewriter(plan, source.checkpoint, folder=layers)
+    plan, heldout = decided.plan, decided.heldout
+    proof = None if heldout is None else _prove(decided, source, heldout, machine, context)
+    made = rewriter(plan, source.checkpoint)
     assert made is not None
     record, report = _write(plan, source, made, proof, context)
     return {
@@ -80,21 +78,15 @@ def finish(
     }
 
 
-def _prove(
-    plan: WeightPlan,
-    source: OpenedModel,
-    heldout: HeldOut,
-    machine: Placed,
-    context: JobContext,
-    layers: Path | None,
-) -> Proof:
-    others = _baselines(plan, source)
+def _prove(decided: Decided, source: OpenedModel, heldout: HeldOut, machine: Placed, context: JobContext) -> Proof:
+    plan = decided.plan
+    others = {other.file.method: other for other in _baselines(plan, source)} | dict(decided.others)
     return prove(
         source.checkpoint,
         heldout,
-        _variant(plan, source, layers),
-        [_variant(other, source) for other in others],
-        key=hash_of([plan.file.kind, plan.hash, *(other.hash for other in others), str(machine.dtype)]),
+        _variant(plan.file.method, plan, source),
+        [_variant(name, other, source) for name, other in others.items()],
+        key=hash_of([plan.file.kind, plan.hash, *((n, other.hash) for n, other in others.items()), str(machine.dtype)]),
         folder=context.scratch / "proof",
         seed=context.seed,
         dtype=machine.dtype,
@@ -103,8 +95,8 @@ def _prove(
     )
 
 
-def _variant(plan: WeightPlan, source: OpenedModel, layers: Path | None = None) -> Variant:
-    return Variant(plan.file.method, plan.outcomes, rewriter(plan, source.checkpoint, folder=layers))
+def _variant(name: str, plan: WeightPlan, source: OpenedModel) -> Variant:
+    return Variant(name, plan.outcomes, rewriter(plan, source.checkpoint))
 
 
 def _baselines(plan: WeightPlan, source: OpenedModel) -> list[WeightPlan]:

@@ -27,7 +27,7 @@ from moekit.jobs.weights.sizes import bytes_between, layer_bytes, memory_of
 from moekit.jobs.weights.texts import TEXT_FIELDS, refuse_unread
 
 O = TypeVar("O", bound=InPlaceOptions)  # noqa: E741
-# Of a statistic's number; and copies of all statistics while a plan is hashed and written.
+# Of a second moment's number; and copies of one while a matrix is rounded by it.
 _NUMBER, _COPIES = 8, 3
 
 
@@ -79,12 +79,14 @@ def stored_plan(options: InPlaceOptions) -> WeightPlan | None:
     return None if options.from_plan is None else WeightPlan.load(plan_path(options.from_plan), options.kind)
 
 
-def models_of_plan(options: InPlaceOptions) -> list[tuple[str, str]]:
-    """The model that a stored plan names, as an input of the job."""
+def inputs_of_plan(options: InPlaceOptions) -> list[tuple[str, str]]:
+    """What a stored plan names, as inputs of the job: its model, and its text where that must be gone through again."""
     if options.from_plan is not None and plan_path(options.from_plan).is_file():
         with contextlib.suppress(MoekitError):  # told where the plan is read
             plan = stored_plan(options)
-            return [] if plan is None else [("model", plan.file.model)]
+            if plan is not None:
+                text = plan.file.calibrated.get("data") if plan.method.reads_moments else None
+                return [("model", plan.file.model), *([("text", text)] if text else [])]
     return []
 
 
@@ -151,15 +153,15 @@ def ask(
     request = request_of(options, source, seed) if plan is None else None
     outcomes = {layer: LayerOutcome(keep=tuple(range(g.experts))) for layer, g in source.geometries.items()}
     nbytes = prepare(source.checkpoint, outcomes, mtp="keep").nbytes
-    measured = _measured_bytes(method_of(options) if plan is None else plan.method, source)
+    method = method_of(options) if plan is None else plan.method
     return Asked(
         source,
         request,
         plan,
         nbytes,
-        _between(options, source, plan) + (0 if plan is not None else measured),
-        memory_of(source, options) + _COPIES * measured,
-        PLAN_BYTES + measured,
+        _between(options, source, method, plan),
+        memory_of(source, options) + _moment_bytes(method, source),
+        PLAN_BYTES,
     )
 
 
@@ -173,20 +175,23 @@ def _refuse_quantized(source: OpenedModel) -> None:
         )
 
 
-def _measured_bytes(method: WeightMethod[Any, Any], source: OpenedModel) -> int:
-    """Bytes of the statistics that grow with squares of sizes; all others are small."""
-    total = 0
-    for geometry in source.geometries.values():
-        sizes = {"input_moment": geometry.hidden, "inner_moment": geometry.width}
-        total += geometry.experts * sum(size**2 for name, size in sizes.items() if name in method.required)
-    return _NUMBER * total
+def _moment_bytes(method: WeightMethod[Any, Any], source: OpenedModel) -> int:
+    """Bytes of the second moments of one expert, and of what is made of them; of other statistics little is there."""
+    if not method.reads_moments:
+        return 0
+    return _NUMBER * _COPIES * max(g.hidden**2 + g.width**2 for g in source.geometries.values())
 
 
-def _between(options: InPlaceOptions, source: OpenedModel, plan: WeightPlan | None) -> int:
-    method, passes = method_of(options) if plan is None else plan.method, 0
-    if options.from_plan is None and options.data is not None:
+def _between(
+    options: InPlaceOptions, source: OpenedModel, method: WeightMethod[Any, Any], plan: WeightPlan | None
+) -> int:
+    made, passes, most = method.reads_moments, 0, options.max_tokens
+    if plan is None and options.data is not None:
         passes = 2 if method.reads_weights else 1
-    tokens = passes * (options.max_tokens or (1 << 20))
+    elif plan is not None and made:
+        passes, most = 1, plan.file.calibrated.get("max_tokens")
+    # What a layer's experts were given is kept beside the states where second moments are made of it.
+    tokens = (passes + (1 if made else 0)) * (most or (1 << 20)) if passes else 0
     proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0
-    rewritten = sum(layer_bytes(source).values()) if method.keeps_rewritten and options.write == "model" else 0
+    rewritten = sum(layer_bytes(source).values()) if made else 0
     return bytes_between(source, options, tokens=tokens, proof_tokens=proof, variants=2, rewritten=rewritten)

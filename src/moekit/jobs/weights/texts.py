@@ -126,7 +126,7 @@ def heldout_of_plan(
         return read_heldout(options.heldout, options, source, progress)
     text = plan.file.kept_apart
     if text:
-        _check_unchanged(text, plan.file.text_sha256)
+        check_unchanged(text, plan.file.text_sha256, "give --heldout TEXT, or say --no-proof")
         try:
             _, rest = load_split(text, progress=progress)
             return _tokenized(text, rest, f"{text}[heldout]", options, source)
@@ -158,11 +158,17 @@ def _tokenized(
     return HeldOut(name, tokenized, options.window or min(1024, source.longest))
 
 
-def _check_unchanged(text: str, sha256: str) -> None:
+def check_unchanged(text: str, sha256: str, hint: str) -> None:
+    """Refuse a text that is no longer what a plan was made on.
+
+    Args:
+        text: the text.
+        sha256: of what it was; "" where that is not known.
+        hint: the way out.
+
+    Raises:
+        BadConfig: it has changed.
+    """
     now = text_hash(text)
     if now and sha256 and now != sha256:
-        raise BadConfig(
-            "the text of this plan has changed, so what was kept apart of it is not known any more",
-            file=text,
-            hint="give --heldout TEXT, or say --no-proof",
-        )
+        raise BadConfig("the text of this plan has changed since the plan was made", file=text, hint=hint)

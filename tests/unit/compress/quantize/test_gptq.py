@@ -16,6 +16,7 @@ from moekit.compress.quantize.gptq import Gptq
 from moekit.compress.quantize.rtn import RoundToNearest
 from moekit.compress.weights import LayerWeights, outputs
 from moekit.errors import BadConfig, NumericFault
+from moekit.trace.expert_inputs import Moments
 from moekit.trace.statistics import LayerStatistics
 
 EXPERTS, HIDDEN, WIDTH, TOKENS = 3, 32, 16, 300
@@ -53,22 +54,19 @@ def measured(weights: LayerWeights, unseen: tuple[int, ...] = ()) -> LayerInputs
         x = tokens(e).double()
         h = inner(weights.map(Tensor.double), e, x)
         outer[e], inside[e], load[e] = x.T @ x, h.T @ h, TOKENS
-    values = {"load": load, "input_moment": outer, "inner_moment": inside}
     geometry = Geometry(HIDDEN, EXPERTS, 2, WIDTH, 0, True, False, False, True)
-    return LayerInputs(5, geometry, LayerStatistics(EXPERTS, HIDDEN, values=values, width=WIDTH))
+    statistics = LayerStatistics(EXPERTS, HIDDEN, values={"load": load}, width=WIDTH)
+    return LayerInputs(5, geometry, statistics, read_moments=lambda e: Moments(e, TOKENS, outer[e], inside[e]))
 
 
 def test_each_matrix_is_rounded_by_the_moment_of_its_own_inputs() -> None:
     weights = layer()
     seen = measured(weights)
     made = Gptq(group=8).transform(weights, OUTCOME, seen)
-    for part, name, moment in (
-        ("gate", "gate_EIH", "input_moment"),
-        ("up", "up_EIH", "input_moment"),
-        ("down", "down_EHI", "inner_moment"),
-    ):
+    for part, name in (("gate", "gate_EIH"), ("up", "up_EIH"), ("down", "down_EHI")):
         for e in range(EXPERTS):
-            upper = inverse_factor(seen.statistics[moment][e], 0.01)
+            moments = seen.moments(e)
+            upper = inverse_factor(moments.inner_II if part == "down" else moments.inputs_HH, 0.01)
             assert upper is not None
             wanted = round_with_feedback(getattr(weights, name)[e], upper, BITS[part][e], 8)
             assert torch.equal(getattr(made, name)[e], wanted), (part, e)
@@ -119,7 +117,7 @@ def test_what_is_not_finite_is_named() -> None:
     with pytest.raises(NumericFault) as told:
         Gptq(group=8).transform(dataclasses.replace(weights, up_EIH=broken), OUTCOME, seen)
     assert (told.value.layer, told.value.expert) == (5, 2)
-    seen.statistics["inner_moment"][1, 0, 0] = float("inf")
+    seen.moments(1).inner_II[0, 0] = float("inf")
     with pytest.raises(NumericFault, match="second moments") as told:
         Gptq(group=8).transform(weights, OUTCOME, seen)
     assert (told.value.layer, told.value.expert) == (5, 1)
