@@ -103,6 +103,15 @@ OWN = (
         laws=("tests/laws/test_weight_methods.py", "tests/matrix/test_quantize.py"),
     ),
     Kind(
+        name="sharer",
+        package="moekit.compress.sharers",
+        base="moekit.compress.engine.sharing:BitSharer",
+        title="Sharing bits among experts",
+        axis="compression",
+        within=("quantize",),
+        laws=("tests/laws/test_sharers.py",),
+    ),
+    Kind(
         name="routing",
         package="moekit.routing.methods",
         base="moekit.runtime.router:RouterPart",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from moekit.jobs.weights.inplace_finish import Placed, finish, log_warnings
 from moekit.jobs.weights.inplace_job import estimate_of
 from moekit.jobs.weights.inplace_request import ask, check_decided, check_texts, inputs_of_plan
 from moekit.jobs.weights.plans import plan_beside, save_plan
-from moekit.jobs.weights.quantize_request import budget_of, method_of, request_of, summarizer
+from moekit.jobs.weights.quantize_request import budget_of, method_of, others_of, request_of, sharing_needs, summarizer
 from moekit.jobs.weights.sizes import check_disk
 from moekit.progress import ProgressLike
 
@@ -30,22 +30,25 @@ class QuantizeResult(JobResult):
     Attributes:
         method: what rounded.
         settings: its knobs.
-        bits: part of an expert -> bits a weight.
+        bits: part of an expert -> bits a weight, where all experts have the same; empty where a mean was shared.
+        mean_bits: bits a weight that were to be shared, how, and what got one width; None without.
         model: what was rounded.
         plan: hash of the plan.
         tokens: that were decided on.
         weights: how many were rounded, bits each takes packed (scales and zero points counted), bytes that they take
             in the folder, and packed.
         bytes: of the folder's tensors, and what they would be with the rounded weights packed.
-        layers: each with bits, experts that no token chose, and the method's figures.
+        layers: each with bits, widths and how many experts have them, experts that no token chose, and the method's
+            figures.
         warnings: what a reader must know of the data.
-        proof: held-out text and blocks' errors, against plain rounding; None where nothing was proved.
+        proof: held-out text and blocks' errors, against plain rounding and other shares; None where nothing was proved.
         check: what the check of the written folder found; None where only a plan was written.
     """
 
     method: str
     settings: dict[str, Any]
     bits: dict[str, int]
+    mean_bits: dict[str, Any] | None
     model: str
     plan: str
     tokens: int
@@ -63,6 +66,10 @@ def quantize(
     method: str | None = None,
     settings: Mapping[str, Any] | None = None,
     bits: int | str | None = None,
+    mean_bits: float | None = None,
+    choices: int | str | Sequence[int] | None = None,
+    share: str | Mapping[str, Any] | None = None,
+    unit: Literal["expert", "layer"] = "expert",
     data: TextLike | None = None,
     heldout: TextLike | None = None,
     max_tokens: int | None = 65536,
@@ -91,15 +98,19 @@ def quantize(
         method: how weights are rounded; see moekit methods quantize.
         settings: the method's own knobs; `group`: inputs that share a scale.
         bits: bits a weight, 1 to 8: one number, or by part ("gate=2,up=2,down=3").
+        mean_bits: instead: bits a weight in the mean, at most, shared among the experts.
+        choices: widths that an expert may get of a mean, 2, 3 and 4 by default.
+        share: how a mean is shared: a name, or settings with `use` (moekit methods sharer); "pmq" by default.
+        unit: what gets one width of a mean: each expert, or each layer, as engines can hold.
         data: text to decide on: file, folder, source, mix or hub id.
         heldout: text to prove the result on; by default a tenth of data, which is kept apart for it.
         max_tokens: tokens of data, at most, shared by its domains.
         seq_len: tokens a row; the model's limit if that is less.
         batch_size: rows a pass.
         plan: also write what was decided to this file.
-        from_plan: carry this plan out again instead: the same rounding without a text.
+        from_plan: carry this plan out again instead: the same rounding. Of `gptq` the text that the plan names is read.
         write: write the rounded model, or the plan alone.
-        proof: measure what it costs, against plain rounding to the same bits.
+        proof: measure what it costs, against plain rounding to the same bits and other shares of the same mean.
         proof_tokens: held-out tokens, at most, an equal share of each domain.
         window: longest context of the proof in tokens (default: the model's, ≤ 1024)
         bos: what stands before each text: see `moekit.data.encoding.beginning`.
@@ -140,8 +151,7 @@ def check(options: QuantizeOptions) -> None:
     if check_decided(options):
         return
     method_of(options)
-    budget_of(options)
-    check_texts(options)
+    check_texts(options, sharing_needs(budget_of(options)))
 
 
 def estimate(options: QuantizeOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
@@ -157,9 +167,10 @@ def run(options: QuantizeOptions, context: JobContext) -> dict[str, Any]:
     asked = ask(options, request_of, context.seed, progress)
     writes_plan = options.write == "plan"
     check_disk(out, scratch, asked.plan_bytes if writes_plan else asked.written, asked.between)
-    if asked.request is not None and asked.request.method.required:
-        require_memory(asked.memory, "rounding with second moments", "use --method rtn")
-    decided = decide(options, asked, scratch, progress)
+    if asked.request is not None and (asked.request.method.required or options.share is not None):
+        hint = "use --method rtn" if options.mean_bits is None else "use --method rtn, and share by pmq or frequency"
+        require_memory(asked.memory, "rounding with second moments, or sharing by the loss,", hint)
+    decided = decide(options, asked, scratch, progress, others_of)
     plan = decided.plan
     log_warnings(plan.file.warnings)
     summary = summarizer(asked.source)

@@ -16,14 +16,23 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
     proof = results.get("proof")
     if proof is not None:
         show_perplexity(terminal, proof)
-        show_against(terminal, proof, "with the same bits")
+        show_against(
+            terminal, proof, "with the same bits in the mean" if results["mean_bits"] else "with the same bits"
+        )
     _show_layers(terminal, results, proof)
     print_proof(terminal, results)
 
 
 def _show_bytes(terminal: Terminal, results: Mapping[str, Any]) -> None:
     told, whole = results["weights"], results["bytes"]
-    bits = ", ".join(f"{part} {n}" for part, n in results["bits"].items())
+    bits, shared = ", ".join(f"{part} {n}" for part, n in results["bits"].items()), results["mean_bits"]
+    if shared is not None:
+        knobs = ", ".join(f"{k}={v}" for k, v in shared["share"].items() if k != "use" and v is not None)
+        how = f"shared by {shared['share']['use']}" + (f" ({knobs})" if knobs else "")
+        widths = ", ".join(map(str, shared["choices"]))
+        each = "an expert" if shared["unit"] == "expert" else "a layer"
+        bits = f"{shared['given']:.4g} in the mean, at most {shared['asked']:g}"
+        terminal.say(f"bits {how}, {each} has one of {widths}")
     done = "are to be rounded" if results.get("check") is None else "rounded"
     terminal.say(
         f"{told['rounded']:,} weights of routed experts {done} (bits: {bits}; {told['bits']:.4f} with scales and zeros)"
@@ -37,11 +46,16 @@ def _show_bytes(terminal: Terminal, results: Mapping[str, Any]) -> None:
 def _show_layers(terminal: Terminal, results: Mapping[str, Any], proof: Mapping[str, Any] | None) -> None:
     costs = [] if proof is None else [proof["method"], *proof["baselines"]]
     parts = list(results["layers"][0]["bits"]) if results["layers"] else []
-    columns = ["layer", "experts", *(f"bits: {part}" for part in parts), "never routed"]
+    shared = results["mean_bits"] is not None
+    named = ["bits", "experts of so many bits"] if shared else [f"bits: {part}" for part in parts]
+    columns = ["layer", "experts", *named, "never routed"]
     columns += [f"error: {cost['name']}" for cost in costs]
     rows = []
     for layer in results["layers"]:
-        row = [layer["layer"], layer["experts"], *(layer["bits"][part] for part in parts), len(layer["never_routed"])]
+        bits = [layer["bits"][part] for part in parts]
+        if shared:
+            bits = [bits[0], ", ".join(f"{n}: {count}" for n, count in layer["widths"].items())]
+        row = [layer["layer"], layer["experts"], *bits, len(layer["never_routed"])]
         rows.append(row + [at_layer(cost["reconstruction"], layer["layer"]) for cost in costs])
     terminal.table("layer by layer", columns, rows)
     if costs:

@@ -60,8 +60,8 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
     Attributes:
         reads_weights: `worth`, `allocate` or `decide` look at `inputs.weights`.
         rewrites: `transform` changes weights; otherwise experts stay or go as they are.
-        reads_moments: `transform` looks at second moments of each expert's inputs. They are made one expert at a time as
-            the text stands at the layer, and kept nowhere: what is kept is the layer that was made of them.
+        reads_moments: `transform` looks at second moments of what experts are given. They are made one expert at a time
+            as the text stands at the layer, and kept nowhere: what is kept is the layer that was made of them.
         searches: `search` is asked instead of `worth` and `decide`; it needs the model, not only statistics.
     """
 

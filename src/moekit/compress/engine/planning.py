@@ -16,6 +16,7 @@ from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine.bit_sharing import with_widths
 from moekit.compress.engine.describing import beside_warnings, layer_record, mtp_warnings, plan_file, warnings_of
 from moekit.compress.engine.inputs import InputsByLayer
 from moekit.compress.engine.made_layers import MadeLayers
@@ -53,6 +54,7 @@ def plan_weights(
         NumericFault: a score is not finite; names layer and expert.
         UnsupportedModel: no Mixture of Experts, or quantized in a way that is not read here.
     """
+    request = with_widths(checkpoint, source, request, progress)
     method, geometries = request.method, geometries_of(checkpoint)
     if isinstance(source, CalibrationText) and method.passes == "search":
         with Streamed(

@@ -26,7 +26,7 @@ from moekit.compress.budget.bits import BitBudget, check_group, packed_bits
 from moekit.compress.engine.carrying import FIELDS
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.method import Baseline, WeightMethod
-from moekit.compress.engine.outcome import LayerOutcome, Part, Widths
+from moekit.compress.engine.outcome import PARTS, LayerOutcome, Part, Widths
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, MoekitError, NumericFault
 
@@ -78,7 +78,7 @@ class QuantizeMethod(WeightMethod[BitBudget, Widths]):
     def allocate(
         self, inputs: Mapping[int, LayerInputs], scores: Mapping[int, Tensor], budget: BitBudget, sizes: Any
     ) -> dict[int, Widths]:
-        """Bits of each part for each expert: those that the budget gives to all.
+        """Bits of each part for each expert: those that the budget gives to all, or that were shared among them.
 
         Raises:
             BadConfig: groups that do not divide, or a part that this model's experts do not have.
@@ -88,7 +88,8 @@ class QuantizeMethod(WeightMethod[BitBudget, Widths]):
             geometry = inputs[layer].geometry
             parts = parts_of(geometry, budget, layer)
             check_group(self.group, {part: columns_of(part, geometry) for part in parts}, layer)
-            found[layer] = {part: (n,) * geometry.experts for part, n in parts.items()}
+            shared = None if budget.widths is None else budget.widths[layer]
+            found[layer] = {part: shared or (n,) * geometry.experts for part, n in parts.items()}
         return found
 
     def decide(self, inputs: LayerInputs, scores_E: Tensor, share: Widths) -> LayerOutcome:
@@ -133,9 +134,13 @@ class QuantizeMethod(WeightMethod[BitBudget, Widths]):
 def parts_of(geometry: Geometry, budget: BitBudget, layer: int | None = None) -> dict[Part, int]:
     """Bits of the parts that a layer's experts have. Where all three are given alike, a missing gate is no fault.
 
+    Where a mean is shared, all parts of an expert get the same; told is the most that one may get.
+
     Raises:
         BadConfig: bits of a gate that is not there are asked for by name.
     """
+    if budget.mean is not None:
+        return {part: budget.choices[-1] for part in PARTS if part != "gate" or geometry.has_gate}
     if geometry.has_gate or "gate" not in budget.bits:
         return dict(budget.bits)
     rest: dict[Part, int] = {part: n for part, n in budget.bits.items() if part != "gate"}

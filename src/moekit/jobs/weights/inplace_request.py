@@ -13,17 +13,19 @@ from typing import Any, TypeVar
 from moekit import catalogue
 from moekit._progress import Progress
 from moekit.checkpoint.quantized.registry import kind, quantization
+from moekit.compress.budget.bits import BitBudget
 from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.sharing import BitSharer, read_sharer
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.jobs.options.inplace import InPlaceOptions
 from moekit.jobs.shared.inputs import record_bytes
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.weights.plans import PLAN_BYTES, plan_path
-from moekit.jobs.weights.sizes import bytes_between, layer_bytes, memory_of
+from moekit.jobs.weights.sizes import bytes_between, layer_bytes, memory_of, precision_of
 from moekit.jobs.weights.texts import TEXT_FIELDS, refuse_unread
 
 O = TypeVar("O", bound=InPlaceOptions)  # noqa: E741
@@ -109,13 +111,19 @@ def check_decided(options: InPlaceOptions) -> bool:
     return False
 
 
-def check_texts(options: InPlaceOptions) -> None:
+def check_texts(options: InPlaceOptions, further: str = "") -> None:
     """Refuse a run without the text that it needs, and a text's layout without the text.
+
+    Args:
+        options: of the job.
+        further: what else decides from a text; "" for nothing.
 
     Raises:
         BadConfig: naming what is missing.
     """
     method = method_of(options)
+    if options.data is None and further:
+        raise BadConfig(f"{further} decides from a text", hint="give text (--data)")
     if options.data is None and (method.required or method.sequential):
         needs = ", ".join(method.required) or "activations"
         raise BadConfig(f"{options.method} decides from {needs}", hint="give text (--data)")
@@ -154,13 +162,16 @@ def ask(
     outcomes = {layer: LayerOutcome(keep=tuple(range(g.experts))) for layer, g in source.geometries.items()}
     nbytes = prepare(source.checkpoint, outcomes, mtp="keep").nbytes
     method = method_of(options) if plan is None else plan.method
+    shared = _shared(request.budget if request is not None else plan.file.budget if plan is not None else None)
     return Asked(
         source,
         request,
         plan,
         nbytes,
-        _between(options, source, method, plan),
-        memory_of(source, options) + _moment_bytes(method, source),
+        _between(options, source, method, plan, shared),
+        memory_of(source, options)
+        + _moment_bytes(method, source)
+        + (_whole_bytes(options, source) if request is not None and _reads_loss(shared) else 0),
         PLAN_BYTES,
     )
 
@@ -183,15 +194,38 @@ def _moment_bytes(method: WeightMethod[Any, Any], source: OpenedModel) -> int:
 
 
 def _between(
-    options: InPlaceOptions, source: OpenedModel, method: WeightMethod[Any, Any], plan: WeightPlan | None
+    options: InPlaceOptions,
+    source: OpenedModel,
+    method: WeightMethod[Any, Any],
+    plan: WeightPlan | None,
+    shared: BitSharer | None,
 ) -> int:
     made, passes, most = method.reads_moments, 0, options.max_tokens
     if plan is None and options.data is not None:
         passes = 2 if method.reads_weights else 1
     elif plan is not None and made:
         passes, most = 1, plan.file.calibrated.get("max_tokens")
+    if plan is None and shared is not None and shared.measures != "nothing":
+        # Of the model as it is once more; with gradients at every layer where the loss is asked.
+        passes += len(source.geometries) if _reads_loss(shared) else 1
     # What a layer's experts were given is kept beside the states where second moments are made of it.
     tokens = (passes + (1 if made else 0)) * (most or (1 << 20)) if passes else 0
     proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0
-    rewritten = sum(layer_bytes(source).values()) if made else 0
-    return bytes_between(source, options, tokens=tokens, proof_tokens=proof, variants=2, rewritten=rewritten)
+    variants = 2 if shared is None or not proof else 4
+    rewritten = sum(layer_bytes(source).values()) * (1 if variants == 2 else 3) if made else 0
+    return bytes_between(source, options, tokens=tokens, proof_tokens=proof, variants=variants, rewritten=rewritten)
+
+
+def _shared(budget: Any) -> BitSharer | None:
+    """What shares a mean number of bits; None where nothing is shared."""
+    return read_sharer(budget.share) if isinstance(budget, BitBudget) and budget.mean is not None else None
+
+
+def _reads_loss(sharer: BitSharer | None) -> bool:
+    return sharer is not None and sharer.measures == "loss"
+
+
+def _whole_bytes(options: InPlaceOptions, source: OpenedModel) -> int:
+    """Bytes of the whole model in memory, which the loss is differentiated with."""
+    wide = precision_of(source, options)
+    return source.nbytes * wide.running // wide.stored

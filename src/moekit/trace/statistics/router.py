@@ -18,6 +18,12 @@ def soft_frequency(seen: TokenBatch) -> Tensor:
     return accumulate(seen.scores_NE, 0)
 
 
+@statistic(shape="E", sources=("logits",))
+def chosen_score(seen: TokenBatch) -> Tensor:
+    """Sum of router scores over the tokens that chose the expert, before weights are normalised (arXiv:2410.06270)."""
+    return accumulate(seen.scores_NE * seen.chosen_NE, 0)
+
+
 def _finite(logits_NE: Tensor) -> Tensor:
     # A router may forbid experts with -inf; such logits count as 0 in moments.
     return logits_NE.masked_fill(logits_NE == float("-inf"), 0.0)

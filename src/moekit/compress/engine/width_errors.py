@@ -1,0 +1,173 @@
+"""What rounding each expert alone to each of a few widths does to its layer's output, measured on a text in one pass.
+
+The text goes through the model as it is, layer by layer from disk. Where it stands at a layer, all experts are rounded
+to one width after the other, and each expert is run on the tokens that chose it: what it gives differently, times its
+gate weight, is what the block gives differently, since all others are as they were.
+
+Legend: n tokens of one expert, N tokens of a batch, H hidden, E experts, C widths, ascending.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moekit._progress import Progress
+from moekit.anatomy.probe import MoELayer
+from moekit.anatomy.swap import replaced
+from moekit.checkpoint.folder import Checkpoint
+from moekit.compress.budget.bits import PART_NAMES
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.loss_gradients import loss_gradients
+from moekit.compress.engine.measuring import refuse_damaged
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.plan import make_method
+from moekit.compress.engine.request import CalibrationText, PlanRequest
+from moekit.compress.engine.resize import read_block, resized_block, resized_config
+from moekit.compress.engine.sharing import BitSharer, CostSharer, WidthErrors
+from moekit.errors import UnsupportedModel
+from moekit.streaming.states import States
+from moekit.trace.each_expert import plain_expert
+from moekit.trace.statistics import LayerStatistics
+from moekit.trace.streamed import Streamed
+
+Measured = tuple[dict[int, LayerStatistics], dict[int, WidthErrors]]
+
+
+def measure(
+    checkpoint: Checkpoint,
+    text: CalibrationText,
+    request: PlanRequest,
+    sharer: BitSharer,
+    widths: Sequence[int],
+    progress: Progress | None = None,
+) -> Measured:
+    """Statistics of every layer, and where the sharer asks for them errors of every width.
+
+    Args:
+        checkpoint: the model.
+        text: to measure on.
+        request: whose method rounds.
+        sharer: says what is to be measured.
+        widths: C, ascending.
+        progress: told layer by layer.
+
+    Raises:
+        UnsupportedModel: this family's experts do not follow the plain formula.
+        NumericFault: weights that are not finite.
+    """
+    gradients = loss_gradients(checkpoint, text, progress) if sharer.measures == "loss" else {}
+    method = request.method
+    if isinstance(sharer, CostSharer) and sharer.rounding == "nearest":
+        method = make_method("quantize", "rtn", {"group": getattr(method, "group", 0)})
+    folder = None if text.folder is None else text.folder / _name(method, sharer, widths)
+    wanted = sharer.measures != "nothing"
+    with Streamed(
+        checkpoint,
+        text.batches,
+        statistics=tuple(dict.fromkeys(("load", *sharer.required))),
+        folder=folder,
+        dtype=text.dtype,
+        device=text.device,
+        keep_inputs=wanted,
+    ) as streamed:
+        layers = _Layers(streamed, method, widths, gradients, folder)
+        streamed.run(progress, layers.measure if wanted else refuse_damaged)
+        statistics = {layer: record.statistics for layer, record in streamed.records.items()}
+        found = {layer: layers.of(layer) for layer in statistics} if wanted else {}
+    for states in gradients.values():
+        states.close()
+    return statistics, found
+
+
+def _name(method: Any, sharer: BitSharer, widths: Sequence[int]) -> str:
+    told = json.dumps([repr(method), repr(sharer), type(sharer).__name__, list(widths)])
+    return f"widths-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+
+class _Layers:
+    """Measures layer by layer; what was measured is kept on disk where the text is, for a run that is interrupted."""
+
+    def __init__(
+        self,
+        streamed: Streamed,
+        method: Any,
+        widths: Sequence[int],
+        gradients: Mapping[int, States],
+        folder: Path | None,
+    ) -> None:
+        self._streamed, self._method, self._widths = streamed, method, widths
+        self._gradients, self._folder = gradients, folder
+        self._found: dict[int, WidthErrors] = {}
+
+    def of(self, layer: int) -> WidthErrors:
+        """What was measured of a layer, now or before an interruption."""
+        if layer not in self._found:
+            known = load_file(self._file(layer))
+            self._found[layer] = WidthErrors(known["squared"], float(known["energy"]))
+        return self._found[layer]
+
+    def _file(self, layer: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"errors-{layer}.safetensors"
+
+    @torch.no_grad()
+    def measure(self, moe: MoELayer, statistics: LayerStatistics) -> None:
+        """Every width of every expert of the layer that the text stands at; the layer stays as it is."""
+        refuse_damaged(moe, statistics)
+        squared_EC = torch.zeros(moe.geometry.experts, len(self._widths), dtype=torch.float64)
+        energy = 0.0
+        for c, width in enumerate(self._widths):
+            squared_EC[:, c], energy = self._one_width(moe, statistics, width)
+        # Rounding finer can hurt by chance, of few tokens: no sharer is to pay for more bits.
+        errors = WidthErrors(squared_EC.cummin(dim=1).values, energy)
+        self._found[moe.index] = errors
+        if self._folder is not None:
+            told = {"squared": errors.squared_EC.contiguous(), "energy": torch.tensor(energy, dtype=torch.float64)}
+            save_file(told, self._file(moe.index))
+
+    def _one_width(self, moe: MoELayer, statistics: LayerStatistics, width: int) -> tuple[Tensor, float]:
+        streamed, config = self._streamed, self._streamed.loader.model.config
+        assert streamed.inputs is not None
+        weights = read_block(moe, config)
+        parts = [part for part in PART_NAMES if part != "gate" or moe.geometry.has_gate]
+        keep = tuple(range(moe.geometry.experts))
+        outcome = LayerOutcome(keep=keep, bits={part: (width,) * len(keep) for part in parts})
+        inputs = LayerInputs(moe.index, moe.geometry, statistics, read_moments=streamed.inputs.moments)
+        stored = weights.map(lambda t: t.to(streamed.loader.stored), router=False)
+        made = self._method.transform(stored, outcome, inputs)
+        made = made.map(lambda t: t.to(streamed.loader.dtype), router=False)
+        sized = resized_config(config, made.experts)
+        with replaced(streamed.loader.model, moe.name, resized_block(moe, sized, made, outcome)):
+            changed = streamed.walk.moe(moe.index)
+            one = None if changed is None else plain_expert(changed.experts)
+        if one is None:
+            raise UnsupportedModel(
+                "the experts do not follow the plain formula, so one cannot be run alone",
+                layer=moe.index,
+                hint="share the bits without measuring errors (--share frequency)",
+            )
+        squared_E, energy = torch.zeros(len(keep), dtype=torch.float64), 0.0
+        for expert in keep:
+            for number, token_n, batch in streamed.inputs.placed(expert):
+                gap_nH = one(expert, batch.hidden_nH.to(streamed.loader.dtype))[1].double() - batch.outputs_nH.double()
+                given_nH = batch.outputs_nH.double()
+                if not moe.geometry.weighs_inputs:
+                    gap_nH, given_nH = (t * batch.weights_n.double()[:, None] for t in (gap_nH, given_nH))
+                if self._gradients:
+                    gap_nH = gap_nH * self._gradient(moe.index, number, token_n).to(gap_nH)
+                squared_E[expert] += float(gap_nH.square().sum())
+                energy += float(given_nH.square().sum())
+        return squared_E, energy
+
+    def _gradient(self, layer: int, number: int, token_n: Tensor) -> Tensor:
+        current = self._streamed.passes[number]
+        gradient_NH = current.keep(self._gradients[layer].get(number).flatten(0, 1))
+        return gradient_NH[token_n.cpu()]
