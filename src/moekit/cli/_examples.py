@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 
 # Kinds without a command of their own: what they are an option of.
 _TRAIN = "moekit train ./moe --data ./text --steps 50 -o ./tuned"
-_IN_TRAINING = {
+_OPTION_OF = {
     "objective": _TRAIN + " --objectives '{{{name}: {settings}}}'",
     "balancer": _TRAIN + " --balancer {settings}",
     "schedule": _TRAIN + " --schedules '{{lr: {settings}}}'",
+    "sharer": "moekit quantize ./moe --method gptq --mean-bits 2.5 --share {name} --data ./text -o ./mixed",
     "dispatch": "torchrun --nproc-per-node 4 -m " + _TRAIN + " --ep 4 --dispatch {name}",
 }
 
 # Values of knobs that must be given, here for the learning rate; and methods that need another line than their kind.
 _VALUES = {"start": "2e-4", "end": "2e-5", "at": "2e-4", "values": "[2e-4, 2e-5]"}
 _OWN = {
+    ("sharer", "uniform"): "moekit quantize ./moe --method gptq --mean-bits 3 --share uniform --data ./text -o ./even",
     ("dispatch", "all-reduce"): "torchrun --nproc-per-node 4 -m moekit generate ./moe --ep 4 --dispatch all-reduce",
     ("objective", "ce"): _TRAIN + " --texts '{retain: ./other}' --objectives '{keep: {use: ce, text: retain}}'",
     ("objective", "device-balance"): _TRAIN + " --device-balance '{groups: 4, weight: 0.01}'",
@@ -39,8 +41,8 @@ def example_of(record: MethodRecord) -> str:
 
     if (record.kind, record.name) in _OWN:
         return _OWN[record.kind, record.name]
-    if record.kind in _IN_TRAINING:
-        return _IN_TRAINING[record.kind].format(name=record.name, settings=_settings(record))
+    if record.kind in _OPTION_OF:
+        return _OPTION_OF[record.kind].format(name=record.name, settings=_settings(record))
     job = next((kind.job for kind in catalogue.kinds() if kind.name == record.kind), "")
     if not job:
         return ""

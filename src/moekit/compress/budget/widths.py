@@ -33,7 +33,8 @@ def layer_shares(cost_EC: Costs, widths_C: Sequence[int], total: int, *, spread:
         cost_EC: of each expert at each width, not negative.
         widths_C: the widths, ascending.
         total: bits that all experts may have together, one weight of each; at least the fewest of all.
-        spread: at least one expert at the largest width and one at the next; left out where that cannot be.
+        spread: at least one expert at the largest width and one at the next; left out where that cannot be, and where
+            there is enough for all to have the largest.
     """
     curve = LayerCurve(cost_EC, widths_C, spread=spread)
     return curve.shares(min(total, len(cost_EC) * widths_C[-1]))
@@ -74,20 +75,26 @@ class LayerCurve:
         return table[::-1]
 
     def _start(self, room: int) -> int:
-        """What is to be seen to within so many bits: both large widths, where that can be."""
+        """What is to be seen to within so many bits: both large widths, but not where all may have the largest."""
         first = self._table[0]
-        return len(first) - 1 if first[-1][room] < _NEVER else 0
+        return len(first) - 1 if first[-1][room] < _NEVER and room < len(first[-1]) - 1 else 0
 
-    def costs(self) -> Costs:
-        """The least cost for every number of bits from the fewest on, [S]."""
+    def costs(self, *, strict: bool = False) -> Costs:
+        """The least cost for every number of bits from the fewest on, [S].
+
+        Args:
+            strict: infinite where the rule cannot be followed, which is left out there otherwise.
+        """
         first = self._table[0]
+        if strict:
+            return np.where(first[-1] < _NEVER, first[-1] / self._scale, np.inf)
         values = [first[self._start(s)][s] for s in range(len(first[0]))]
         return np.asarray(values, dtype=np.float64) / self._scale
 
-    def shares(self, total: int) -> tuple[int, ...]:
-        """What reaches the least cost within a number of bits."""
+    def shares(self, total: int, *, strict: bool = False) -> tuple[int, ...]:
+        """What reaches the least cost within a number of bits; see `costs`."""
         room = total - self._fewest
-        needed = self._start(room)
+        needed = len(self._table[0]) - 1 if strict else self._start(room)
         best_S = self._table[0][needed]
         at = int(np.searchsorted(-best_S[: room + 1], -best_S[room]))
         found: list[int] = []

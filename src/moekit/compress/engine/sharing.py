@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from moekit import catalogue
+from moekit.compress.budget.allocate import allocate
 from moekit.compress.budget.bits import Unit
 from moekit.compress.budget.widths import LayerCurve, layer_shares, model_shares, ranked_shares
 from moekit.compress.engine.inputs import LayerInputs
@@ -165,22 +166,29 @@ class CostSharer(BitSharer):
             return by_layer(room, model_shares(whole, sizes, room.choices, room.of_model))
         if self.scope == "layer":
             return {n: layer_shares(costs[n], room.choices, room.of_layer(n), spread=self.spread) for n in seen}
-        if self.spread:
-            return _spread_over_model(costs, room)
+        if self.spread and (ruled := _spread_over_model(costs, room)) is not None:
+            return ruled
         sizes = [room.sizes[n] for n in seen for _ in range(room.experts[n])]
         return dealt_out(model_shares(np.concatenate(list(costs.values())), sizes, room.choices, room.of_model), room)
 
 
-def _spread_over_model(costs: Mapping[int, Any], room: Room) -> Shares:
-    """Each layer's least cost for every number of bits, and over all layers the numbers that cost least together."""
-    from moekit.compress.budget.allocate import allocate
+def _spread_over_model(costs: Mapping[int, Any], room: Room) -> Shares | None:
+    """Each layer's least cost for every number of bits, and over all layers the numbers that cost least together.
 
+    Returns:
+        None where the rule cannot be followed in every layer, or there is enough for all to have the largest width.
+    """
+    if room.mean >= room.choices[-1]:
+        return None
     curves = {n: LayerCurve(costs[n], room.choices, spread=True) for n in costs}
     fewest = {n: room.experts[n] * room.choices[0] for n in costs}
-    cost = {n: curves[n].costs().tolist() for n in costs}
+    cost = {n: curves[n].costs(strict=True).tolist() for n in costs}
     sizes = {n: [room.sizes[n] * (fewest[n] + s) for s in range(len(cost[n]))] for n in costs}
-    taken = allocate(cost, sizes, room.of_model)
-    return {n: curves[n].shares(fewest[n] + taken[n]) for n in costs}
+    try:
+        taken = allocate(cost, sizes, room.of_model)
+    except BadConfig:
+        return None
+    return {n: curves[n].shares(fewest[n] + taken[n], strict=True) for n in costs}
 
 
 def ranked_layers(room: Room, worth: Sequence[float], layers: Sequence[int]) -> list[int]:

@@ -12,7 +12,11 @@ from moekit.errors import BadConfig
 
 @register(name="uniform", kind=KIND, changes="weights", limits=("Whole numbers of bits only.",))
 class Uniform(BitSharer):
-    """Every expert gets the mean, which must be a whole number; the choices do not matter."""
+    """Every expert gets the mean, which must be a whole number; the choices do not matter.
+
+    The same as `--bits`, under the name that other shares of a mean are compared by. Choose it first: any engine that
+    knows the width can hold it.
+    """
 
     def share(self, seen: Mapping[int, LayerInputs], errors: Mapping[int, WidthErrors], room: Room) -> Shares:
         """The mean for all.
