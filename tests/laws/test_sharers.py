@@ -119,5 +119,5 @@ def test_only_what_draws_lots_follows_the_seed(sharer: BitSharer) -> None:
 def test_it_is_read_from_its_name_and_settings(record: MethodRecord) -> None:
     assert read_sharer(record.name) == record.cls()
     assert read_sharer({"use": record.name, **record.cls().model_dump(mode="json")}) == record.cls()
-    with pytest.raises(BadConfig, match="its options|Extra|extra"):
+    with pytest.raises(BadConfig, match="nonsense"):
         read_sharer({"use": record.name, "nonsense": 1})

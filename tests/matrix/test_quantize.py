@@ -122,6 +122,30 @@ def test_more_bits_are_nearer_for_every_expert_and_a_stored_plan_makes_the_same(
     assert all(torch.equal(t, again.state_dict()[key]) for key, t in changed.state_dict().items())
 
 
+@pytest.mark.parametrize(("name", "family"), cases(METHODS))
+def test_experts_of_different_widths_on_disk_are_those_in_memory(name: str, family: str, tmp_path: Path) -> None:
+    model, method, source = build(family), examples(name, build(family))[0], checkpoint(family)
+    geometries = {layer.index: layer.geometry for layer in find_moe_layers(model)}
+    widths = {n: tuple((1, 2, 3, 4)[(e + n) % 4] for e in range(g.experts)) for n, g in geometries.items()}
+    budget = BitBudget(mean=2.5, choices=(1, 2, 3, 4), share={"use": "random"}, widths=widths)
+    plan = plan_weights(source, TEXT if method.required else None, PlanRequest(method, budget))
+    rewrite = rewriter(plan, source)
+    changed = change_model(copy.deepcopy(model), plan.outcomes, rewrite)
+    record = Record(command="a test")
+    apply(source, plan.outcomes, tmp_path / "out", rewrite=rewrite, record=record, mtp="keep")
+    opened = reopen(tmp_path / "out", catalogue.get("quantize", name))
+    assert all(torch.equal(value, changed.state_dict()[key]) for key, value in opened.state_dict().items())
+    torch.testing.assert_close(logits(opened), logits(changed), rtol=1e-4, atol=1e-5)
+    before = matrices(model)
+    for (layer, part), stack in matrices(opened).items():
+        gaps = (stack - before[layer, part]).flatten(1).norm(dim=1) / before[layer, part].flatten(1).norm(dim=1)
+        mean = [float(gaps[[e for e, n in enumerate(widths[layer]) if n == bits]].mean()) for bits in (1, 2, 3, 4)]
+        assert mean == sorted(mean, reverse=True), (layer, part)
+        for expert, bits in enumerate(widths[layer]):
+            groups = stack[expert][0].split(method.group or stack.shape[2])
+            assert all(len(group.unique()) <= 2**bits for group in groups), (layer, part, expert)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_rounds(name: str) -> None:
     model, source = build("qwen3_moe"), checkpoint("qwen3_moe")

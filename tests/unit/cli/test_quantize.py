@@ -178,6 +178,13 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "half a bit": (["--bits", 2.5], "valid integer"),
     "no such part": (["--bits", "router=2"], "is no part"),
     "groups that do not divide": (["--bits", 3, "--set", "group=16"], "do not divide the 24 inputs of the down"),
+    "bits and a mean": (["--bits", 3, "--mean-bits", 2.5], "both given"),
+    "choices of no mean": (["--bits", 3, "--choices", "2,3"], "choices given, but no mean to share"),
+    "a mean beyond the choices": (["--mean-bits", 2.5, "--choices", "3,4"], "cannot be had of widths 3, 4"),
+    "no such sharer": (["--mean-bits", 2.5, "--share", "pqm"], "pmq"),
+    "no such knob of a sharer": (["--mean-bits", 2.5, "--share", "{use: pmq, delta: 1}"], "delta"),
+    "half a bit for all": (["--mean-bits", 9], "less than or equal to 8"),
+    "one width a layer by frequency": (["--mean-bits", 3, "--share", "frequency", "--unit", "layer"], "--unit expert"),
     "no such knob": (["--bits", 3, "--set", "alpha=1"], "its options"),
     "no such method": (["--bits", 3, "--method", "gtpq"], "gptq"),
 }
@@ -198,10 +205,61 @@ def test_what_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mean_is_shared_and_proved_beside_other_shares(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    mixed = ("--mean-bits", 3, "--share", "{use: pmq, rounding: nearest}", "--max-tokens", 400)
+    done = moekit(*quantize(made, *mixed, "--plan", tmp_path / "p.json", "-o", tmp_path / "out"))
+    assert done.code == 0, done.err
+    for words in (
+        "bits shared by pmq (scope=layer, spread=True, rounding=nearest, alpha=1.0, beta=1.0, gamma=2.0)",
+        "bits: 3 in the mean, at most 3; 5.3750 with scales and zeros",
+        "gptq against rtn with the same bits in the mean",
+        "gptq against uniform with the same bits in the mean",
+        "gptq against random with the same bits in the mean",
+    ):
+        assert words in " ".join(done.out.split()), words
+    plan = json.loads((tmp_path / "p.json").read_text())
+    widths = plan["budget"]["widths"]
+    assert all(sum(own) == 3 * EXPERTS and {3, 4} <= set(own) for own in widths.values())
+    assert plan["layers"]["0"]["outcome"]["bits"]["down"] == widths["0"]
+    record = json.loads((tmp_path / "out" / "moekit.json").read_text())
+    assert record["config"]["widths"] == widths
+    assert set(record["scores"]["proof"]["perplexity"]) == {"gptq", "rtn", "uniform", "random"}
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_a_stored_share_is_carried_out_as_it_was_shared(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    mixed = ("--mean-bits", 1.5, "--choices", "1,2,3", "--share", "gemq", "--unit", "layer", "--max-tokens", 400)
+    done = moekit(*quantize(made, *mixed, "--plan", tmp_path / "p.json", "-o", tmp_path / "out", "--json"))
+    assert done.code == 0, done.err
+    assert done.json["mean_bits"]["share"]["use"] == "gemq"
+    assert done.json["mean_bits"]["given"] == 1.5
+    assert sorted(next(iter(layer["widths"])) for layer in done.json["layers"]) == ["1", "2"]
+    assert [cost["name"] for cost in done.json["proof"]["baselines"]] == ["rtn", "random"]
+    done = moekit("quantize", "--from", tmp_path / "p.json", "--no-proof", "-o", tmp_path / "again")
+    assert done.code == 0, done.err
+    one, two = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_rules_without_a_text_share_without_one(made: Path) -> None:
+    how: dict[str, Any] = {"method": "rtn", "settings": {"group": 8}, "proof": False, "mean_bits": 2.5}
+    for share in ("layers", "outlier", "random"):
+        result = api.quantize(made / "moe", share=share, plan=made / f"{share}.json", **how)
+        assert result.mean_bits is not None
+        assert result.mean_bits["given"] == 2.5
+    even = api.quantize(made / "moe", share="uniform", plan=made / "even.json", **{**how, "mean_bits": 3})
+    assert [layer["widths"] for layer in even.layers] == [{3: EXPERTS}] * 2
+
+
 def test_texts_that_are_missing(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     bare = ["quantize", made / "moe", "--bits", 3, *GROUP, "-o", tmp_path / "out", "--method"]
     assert "--data" in moekit(*bare, "gptq").err
     assert "--heldout" in moekit(*bare, "rtn").err
+    mixed = ["quantize", made / "moe", "--mean-bits", 3, *GROUP, "-o", tmp_path / "out", "--method", "rtn"]
+    assert "pmq decides from a text" in moekit(*mixed).err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -103,5 +103,5 @@ def test_widths_to_choose_from() -> None:
 
 def test_a_budget_says_one_thing() -> None:
     for wrong in ({}, {"bits": {"up": 3}, "mean": 3, "choices": (2, 3)}, {"mean": 3}, {"bits": {"up": 9}}):
-        with pytest.raises(ValueError, match="bits|mean"):
+        with pytest.raises(ValueError, match=r"bits|mean"):
             BitBudget(**wrong)  # type: ignore[arg-type]
