@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import nn
 
@@ -65,7 +66,7 @@ class TextPass:
         text, request = self._text, self._request
         folder = None if text.folder is None else text.folder / name
         keeps = request.method.reads_moments and decide is not None
-        made = self.made = MadeLayers(None if folder is None else folder / "made") if keeps else None
+        self.made = MadeLayers(None if folder is None else folder / "made") if keeps else None
         with Streamed(
             self._checkpoint,
             text.batches,
@@ -75,42 +76,40 @@ class TextPass:
             device=text.device,
             keep_inputs=keeps,
         ) as streamed:
-            stored = streamed.loader.stored
-            read = weights_reader(self._checkpoint) if stored.itemsize > streamed.loader.dtype.itemsize else None
-
-            def as_stored(layer: int, weights: LayerWeights) -> LayerWeights:
-                exact = weights if read is None else read(layer)
-                return exact.map(lambda t: t.to(weights.up_EIH.device, stored), router=False)
-
-            def change(moe: MoELayer, statistics: LayerStatistics) -> nn.Module | None:
-                refuse_damaged(moe, statistics)
-                assert decide is not None
-                config = streamed.loader.model.config
-                weights = read_block(moe, config)
-                protected = frozenset((request.protected or {}).get(moe.index, ()))
-                read_moments = None
-                if made is not None and streamed.inputs is not None:
-                    # Kept as they will be stored, whatever the layer computes in.
-                    weights = as_stored(moe.index, weights)
-                    read_moments = streamed.inputs.moments
-                inputs = LayerInputs(
-                    moe.index, moe.geometry, statistics, lambda: weights, request.seed, protected, read_moments
-                )
-                outcome = decide(inputs)
-                if outcome.unchanged(moe.geometry.experts) and request.top_k is None:
-                    return None
-                new = request.method.transform(weights, outcome, inputs)
-                if made is not None:
-                    made.put(moe.index, new)
-                    new = new.map(lambda t: t.to(streamed.loader.dtype), router=False)
-                sized = resized_config(
-                    config, new.experts, top_k=request.top_k, groups=request.groups, width=outcome.width
-                )
-                return resized_block(moe, sized, new, outcome)
-
-            streamed.run(self._progress, refuse_damaged if decide is None else change)
+            change = refuse_damaged if decide is None else partial(self._change, streamed, decide)
+            streamed.run(self._progress, change)
             meta = streamed.trace(tokenizer=text.tokenizer, source=text.source, seed=request.seed).meta
             return {layer: record.statistics for layer, record in streamed.records.items()}, meta
+
+    def _change(
+        self, streamed: Streamed, decide: Decide, moe: MoELayer, statistics: LayerStatistics
+    ) -> nn.Module | None:
+        """The block that the text goes on through; None for the layer as it is."""
+        refuse_damaged(moe, statistics)
+        request, config = self._request, streamed.loader.model.config
+        weights, read_moments = read_block(moe, config), None
+        if self.made is not None and streamed.inputs is not None:
+            weights, read_moments = self._as_stored(streamed, moe.index, weights), streamed.inputs.moments
+        protected = frozenset((request.protected or {}).get(moe.index, ()))
+        inputs = LayerInputs(
+            moe.index, moe.geometry, statistics, lambda: weights, request.seed, protected, read_moments
+        )
+        outcome = decide(inputs)
+        if outcome.unchanged(moe.geometry.experts) and request.top_k is None:
+            return None
+        new = request.method.transform(weights, outcome, inputs)
+        if self.made is not None:
+            self.made.put(moe.index, new)
+            new = new.map(lambda t: t.to(streamed.loader.dtype), router=False)
+        sized = resized_config(config, new.experts, top_k=request.top_k, groups=request.groups, width=outcome.width)
+        return resized_block(moe, sized, new, outcome)
+
+    def _as_stored(self, streamed: Streamed, layer: int, weights: LayerWeights) -> LayerWeights:
+        """Weights as they lie on disk, whatever the layer computes in: what is made of them is kept for the result."""
+        stored, device = streamed.loader.stored, weights.up_EIH.device
+        if stored.itemsize > streamed.loader.dtype.itemsize:
+            weights = weights_reader(self._checkpoint)(layer)
+        return weights.map(lambda t: t.to(device, stored), router=False)
 
 
 def pass_name(request: PlanRequest, decided: Mapping[int, LayerOutcome] | Mapping[int, float]) -> str:

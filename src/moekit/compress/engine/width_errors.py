@@ -34,7 +34,8 @@ from moekit.compress.engine.resize import read_block, resized_block, resized_con
 from moekit.compress.engine.sharing import BitSharer, CostSharer, WidthErrors
 from moekit.errors import UnsupportedModel
 from moekit.streaming.states import States
-from moekit.trace.each_expert import plain_expert
+from moekit.trace.batch import widest
+from moekit.trace.each_expert import OneExpert, plain_expert
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.streamed import Streamed
 
@@ -134,19 +135,38 @@ class _Layers:
             save_file(told, self._file(moe.index))
 
     def _one_width(self, moe: MoELayer, statistics: LayerStatistics, width: int) -> tuple[Tensor, float]:
-        streamed, config = self._streamed, self._streamed.loader.model.config
-        assert streamed.inputs is not None
-        weights = read_block(moe, config)
+        inputs, experts = self._streamed.inputs, moe.geometry.experts
+        assert inputs is not None
+        one, wide = self._rounded(moe, statistics, width), widest(self._streamed.loader.device)
+        squared_E, energy = torch.zeros(experts, dtype=torch.float64), 0.0
+        for expert in range(experts):
+            for number, token_n, batch in inputs.placed(expert):
+                given_nH = batch.outputs_nH.to(wide)
+                gap_nH = one(expert, batch.hidden_nH.to(self._streamed.loader.dtype))[1].to(wide) - given_nH
+                if not moe.geometry.weighs_inputs:
+                    gap_nH, given_nH = (t * batch.weights_n.to(wide)[:, None] for t in (gap_nH, given_nH))
+                if self._gradients:
+                    gap_nH = gap_nH * self._gradient(moe.index, number, token_n).to(gap_nH)
+                squared_E[expert] += float(gap_nH.square().sum())
+                energy += float(given_nH.square().sum())
+        return squared_E, energy
+
+    def _rounded(self, moe: MoELayer, statistics: LayerStatistics, width: int) -> OneExpert:
+        """Runs one expert of the layer as it is with all of them rounded to a width.
+
+        Raises:
+            UnsupportedModel: this family's experts do not follow the plain formula.
+        """
+        loader, experts = self._streamed.loader, moe.geometry.experts
+        assert self._streamed.inputs is not None
         parts = [part for part in PART_NAMES if part != "gate" or moe.geometry.has_gate]
-        keep = tuple(range(moe.geometry.experts))
-        outcome = LayerOutcome(keep=keep, bits={part: (width,) * len(keep) for part in parts})
-        inputs = LayerInputs(moe.index, moe.geometry, statistics, read_moments=streamed.inputs.moments)
-        stored = weights.map(lambda t: t.to(streamed.loader.stored), router=False)
-        made = self._method.transform(stored, outcome, inputs)
-        made = made.map(lambda t: t.to(streamed.loader.dtype), router=False)
-        sized = resized_config(config, made.experts)
-        with replaced(streamed.loader.model, moe.name, resized_block(moe, sized, made, outcome)):
-            changed = streamed.walk.moe(moe.index)
+        outcome = LayerOutcome(keep=tuple(range(experts)), bits={part: (width,) * experts for part in parts})
+        inputs = LayerInputs(moe.index, moe.geometry, statistics, read_moments=self._streamed.inputs.moments)
+        stored = read_block(moe, loader.model.config).map(lambda t: t.to(loader.stored), router=False)
+        made = self._method.transform(stored, outcome, inputs).map(lambda t: t.to(loader.dtype), router=False)
+        block = resized_block(moe, resized_config(loader.model.config, experts), made, outcome)
+        with replaced(loader.model, moe.name, block):
+            changed = self._streamed.walk.moe(moe.index)
             one = None if changed is None else plain_expert(changed.experts)
         if one is None:
             raise UnsupportedModel(
@@ -154,18 +174,7 @@ class _Layers:
                 layer=moe.index,
                 hint="share the bits without measuring errors (--share frequency)",
             )
-        squared_E, energy = torch.zeros(len(keep), dtype=torch.float64), 0.0
-        for expert in keep:
-            for number, token_n, batch in streamed.inputs.placed(expert):
-                gap_nH = one(expert, batch.hidden_nH.to(streamed.loader.dtype))[1].double() - batch.outputs_nH.double()
-                given_nH = batch.outputs_nH.double()
-                if not moe.geometry.weighs_inputs:
-                    gap_nH, given_nH = (t * batch.weights_n.double()[:, None] for t in (gap_nH, given_nH))
-                if self._gradients:
-                    gap_nH = gap_nH * self._gradient(moe.index, number, token_n).to(gap_nH)
-                squared_E[expert] += float(gap_nH.square().sum())
-                energy += float(given_nH.square().sum())
-        return squared_E, energy
+        return one
 
     def _gradient(self, layer: int, number: int, token_n: Tensor) -> Tensor:
         current = self._streamed.passes[number]
