@@ -23,7 +23,7 @@ from moekit.compress.engine.sharing import KIND, CostSharer, Measures, Room, Wid
     changes="weights",
     limits=(
         "Needs the whole model in memory, and one way back from the loss; gradients of all layers lie on disk.",
-        "Routers are tuned afterwards by `moekit train --parts router`; the paper's progressive steps are left out.",
+        "Routers are tuned afterwards, by `moekit heal`; the paper's progressive steps are left out.",
     ),
 )
 class Gemq(CostSharer):
