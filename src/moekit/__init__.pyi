@@ -16,6 +16,7 @@ from .jobs.prune import prune as prune
 from .jobs.quantize import quantize as quantize
 from .jobs.report import write_report as write_report
 from .jobs.route import route as route
+from .jobs.slim import slim as slim
 from .jobs.sparsify import sparsify as sparsify
 from .jobs.super_experts import super_experts as super_experts
 from .jobs.train import train as train

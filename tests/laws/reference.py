@@ -48,6 +48,7 @@ class LayerSeen:
         layer: the layer.
         hidden_NH: what its experts were given.
         chosen_NK: choices.
+        weights_NK: their gate weights.
         block: (input, output) of the block, [N, H] each.
         decoder: (input, output) of the decoder layer.
     """
@@ -55,6 +56,7 @@ class LayerSeen:
     layer: MoELayer
     hidden_NH: Tensor
     chosen_NK: Tensor
+    weights_NK: Tensor
     block: tuple[Tensor, Tensor]
     decoder: tuple[Tensor, Tensor]
 
@@ -93,9 +95,11 @@ def seen(family: str, ids_BS: Tensor = IDS_BS) -> tuple[PreTrainedModel, dict[in
     for index, layer in layers.items():
         experts = calls[index]["experts"]
         chosen_NK = torch.cat([next(t for t in inputs if not t.is_floating_point()) for inputs, _ in experts])
+        gates = [[t for t in inputs if t.is_floating_point()][1] for inputs, _ in experts]
+        weights_NK = torch.cat([t.reshape(-1, chosen_NK.shape[1]) for t in gates]).detach()
         hidden_NH = torch.cat([inputs[0].reshape(-1, inputs[0].shape[-1]) for inputs, _ in experts]).detach()
         found[index] = LayerSeen(
-            layer, hidden_NH, chosen_NK, pair(calls[index]["block"]), pair(calls[index]["decoder"])
+            layer, hidden_NH, chosen_NK, weights_NK, pair(calls[index]["block"]), pair(calls[index]["decoder"])
         )
     return model, found
 

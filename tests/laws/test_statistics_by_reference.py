@@ -63,14 +63,20 @@ def test_all_outputs_come_in_chunks_of_a_limited_size() -> None:
 def test_second_moments(family: str) -> None:
     for index, shown in reference(family).items():
         inputs_EHH, inner_EII = torch.zeros(8, 32, 32).double(), torch.zeros(8, 24, 24).double()
+        gated_EII, size_EI = torch.zeros(8, 24, 24).double(), torch.zeros(8, 24).double()
         with torch.no_grad():
-            for x_H, row in zip(shown.hidden_NH, shown.chosen_NK.tolist(), strict=True):
-                for e in row:
+            rows = zip(shown.hidden_NH, shown.chosen_NK.tolist(), shown.weights_NK.tolist(), strict=True)
+            for x_H, row, gates in rows:
+                for e, gate in zip(row, gates, strict=True):
                     inner_I = inner_of(family, shown.layer, e, x_H)
                     inputs_EHH[e] += torch.outer(x_H, x_H)
                     inner_EII[e] += torch.outer(inner_I, inner_I)
+                    gated_EII[e] += gate * gate * torch.outer(inner_I, inner_I)
+                    size_EI[e] += inner_I.abs()
         torch.testing.assert_close(whole(family)[index]["input_moment"], inputs_EHH, **CLOSE)
         torch.testing.assert_close(whole(family)[index]["inner_moment"], inner_EII, **CLOSE)
+        torch.testing.assert_close(whole(family)[index]["gated_inner_moment"], gated_EII, **CLOSE)
+        torch.testing.assert_close(whole(family)[index]["inner_size"], size_EI, **CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

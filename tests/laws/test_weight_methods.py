@@ -19,9 +19,11 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.bits import BitBudget
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.budget.sparsity import SparsityBudget
+from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.live import change_model
 from moekit.compress.engine.method import WeightMethod
+from moekit.compress.engine.narrowing import SlimMethod
 from moekit.compress.engine.outcome import PARTS
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
@@ -32,12 +34,12 @@ from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.engine.searching import plan_by_search
 from moekit.compress.engine.zeroing import FIELDS, SparsifyMethod
 from moekit.compress.weights import LayerWeights
-from moekit.trace import Trace
+from moekit.trace import Trace, record as record_whole
 from moekit.trace.streamed import Streamed, record_streamed
 from tests.checkpoints import plain
 from tests.families import build, tokens
 
-KINDS = ("prune", "merge", "sparsify", "quantize")
+KINDS = ("prune", "merge", "sparsify", "quantize", "slim")
 FAMILY = "qwen3_moe"
 TEXT: list[Any] = [tokens(4, 24, seed=21), tokens(2, 9, seed=22)]
 KEEP = 5
@@ -80,6 +82,11 @@ def changed(record: MethodRecord, seed: int = 0, number: int = 0) -> tuple[Weigh
         text = CalibrationText(TEXT) if method.required else None
         budget = BitBudget(bits=dict.fromkeys(PARTS, 3))
         plan = plan_weights(checkpoint(), text, PlanRequest(method, budget, seed=seed))
+    elif isinstance(method, SlimMethod):
+        # Of the whole model: some scores are gradients.
+        needs, known = method.required, checkpoint().fingerprint
+        measured = record_whole(build(FAMILY), TEXT, statistics=needs, fingerprint=known) if needs else None
+        plan = plan_weights(checkpoint(), measured, PlanRequest(method, WidthBudget(width=KEEP), seed=seed))
     elif method.searches:
         request = PlanRequest(method, Budget(keep=KEEP), seed=seed)
         with Streamed(checkpoint(), TEXT, statistics=("load",)) as streamed:

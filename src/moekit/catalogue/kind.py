@@ -81,6 +81,17 @@ OWN = (
         laws=("tests/laws/test_weight_methods.py", "tests/matrix/test_pruning.py"),
     ),
     Kind(
+        name="slim",
+        package="moekit.compress.slim",
+        base="moekit.compress.engine.narrowing:SlimMethod",
+        title="Narrowing experts",
+        axis="compression",
+        line="Make every expert narrower, with the proof of what that costs.",
+        job="slim",
+        options="moekit.jobs.options.slim:SlimOptions",
+        laws=("tests/laws/test_weight_methods.py", "tests/matrix/test_slim.py"),
+    ),
+    Kind(
         name="sparsify",
         package="moekit.compress.sparsify",
         base="moekit.compress.engine.zeroing:SparsifyMethod",

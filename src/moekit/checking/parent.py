@@ -13,6 +13,7 @@ Legend: E experts, P parent's experts, N sampled elements, H hidden.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from moekit.checking.parent_bytes import ParentBytes, changed_experts, changed_r
 from moekit.checking.report import Finding
 from moekit.checking.samples import RELATED, Side, matches, router_moves, sample, samples, shown, side_of
 from moekit.checking.scan import TensorScan
-from moekit.checking.units import read_unit, swap_halves
+from moekit.checking.units import Unit, read_unit, swap_halves
 from moekit.checkpoint.expected import disk_names
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.layout import Layout
@@ -98,6 +99,9 @@ class ParentCheck:
         alike = ours.parts(layer) == theirs.parts(layer)
         if not alike and (differing is None or (differing and not claimed)):
             yield self._note("the parent's experts of this layer lie in another layout: not compared", shown(layer))
+            return
+        if alike and not claimed and _sizes(ours, layer) != _sizes(theirs, layer):
+            yield self._note("experts here are narrower or wider than the parent's: not compared", shown(layer))
             return
         self.compared.append(layer)
         geometries = {layer.index: layer.geometry for layer in self.layers}
@@ -191,6 +195,16 @@ class ParentCheck:
         return Finding(
             severity="note", code="zeros-say-nothing", message=message, file=str(self.child.path), layer=shown(layer)
         )
+
+
+def _sizes(side: Side, layer: int) -> dict[str, set[int]]:
+    """Part -> how many numbers each expert has of it, whichever way round."""
+
+    def size(unit: Unit) -> int:
+        shape = side.checkpoint.tensors[unit.name].shape
+        return math.prod(shape if unit.slice is None else shape[1:])
+
+    return {part: {size(unit) for unit in side.units[layer, part].values()} for part in side.parts(layer)}
 
 
 def _explain_moves(

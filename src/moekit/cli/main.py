@@ -45,6 +45,7 @@ _ORDER = (
         "prune",
         "merge",
         "apply",
+        "slim",
         "sparsify",
         "quantize",
         "expert-sets",

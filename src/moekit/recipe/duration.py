@@ -263,6 +263,7 @@ _OPERATIONS: dict[str, Callable[[Any, Shape, ByteSizes], float]] = {
     "merge": _compress,
     "prune": _compress,
     "quantize": _compress,
+    "slim": _compress,
     "sparsify": _compress,
     "super-experts": _compress,
     "train": _train,

@@ -12,7 +12,7 @@ import torch
 
 import moekit
 from moekit.errors import BadConfig
-from moekit.jobs import apply, expert_sets, quantize, sparsify, super_experts
+from moekit.jobs import apply, expert_sets, quantize, slim, sparsify, super_experts
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, JobEstimate
 from moekit.jobs.options.apply import ApplyOptions
@@ -20,6 +20,7 @@ from moekit.jobs.options.base import JobOptions
 from moekit.jobs.options.expert_sets import ExpertSetsOptions
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.options.quantize import QuantizeOptions
+from moekit.jobs.options.slim import SlimOptions
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.options.train import TrainOptions
@@ -65,6 +66,10 @@ def rounding(made: Path, **more: Any) -> QuantizeOptions:
     return QuantizeOptions(**{**asked, **more})
 
 
+def narrowing(made: Path, **more: Any) -> SlimOptions:
+    return SlimOptions(**{"model": made / "moe", "width": "1/2", "data": made / "text", **FEW, **more})
+
+
 def looking(made: Path, **more: Any) -> SuperExpertsOptions:
     return SuperExpertsOptions(**{"model": made / "moe", "data": made / "text", **FEW, **more})
 
@@ -92,6 +97,8 @@ class Stopped(Exception):
         (sparsify, lambda made, **more: zeroing(made, write="plan", **more)),
         (quantize, rounding),
         (quantize, lambda made, **more: rounding(made, write="plan", **more)),
+        (slim, narrowing),
+        (slim, lambda made, **more: narrowing(made, write="plan", **more)),
         (apply, applying),
         (super_experts, looking),
         (expert_sets, tasks),

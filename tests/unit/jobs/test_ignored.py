@@ -15,12 +15,20 @@ from moekit.jobs.options.evaluate import EvaluateOptions
 from moekit.jobs.options.generate import GenerateOptions
 from moekit.jobs.options.prune import PruneOptions
 from moekit.jobs.options.quantize import QuantizeOptions
+from moekit.jobs.options.slim import SlimOptions
 from moekit.jobs.options.sparsify import SparsifyOptions
 from moekit.jobs.options.train import TrainOptions
 from moekit.placement import comparison, simulation
 from tests.tiny import write_model, write_text
 
 PRUNE: dict[str, Any] = {"model": "moe", "method": "random", "keep": 0.5, "proof": False}
+NARROW: dict[str, Any] = {
+    "model": "moe",
+    "method": "random",
+    "width": 0.5,
+    "settings": {"repair": "none"},
+    "proof": False,
+}
 ZERO: dict[str, Any] = {"model": "moe", "method": "magnitude", "sparsity": 0.5, "proof": False}
 RANKED: list[JobOptions] = [
     EvaluateOptions(model="moe", data="text"),
@@ -46,6 +54,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (SparsifyOptions(**ZERO, seq_len=5), "seq_len"),
         (QuantizeOptions(from_plan="p.json", bits=3), "bits"),
         (QuantizeOptions(model="moe", method="rtn", bits=3, proof=False, batch_size=5), "batch_size"),
+        (SlimOptions(from_plan="p.json", width=0.5), "width"),
+        (SlimOptions(**NARROW, seq_len=5), "seq_len"),
         (PruneOptions(**PRUNE, max_tokens=5), "max_tokens"),
         (PruneOptions(**PRUNE, trace="trace", batch_size=5), "batch_size"),
         (PruneOptions(**PRUNE, data="text", demonstrations=5), "demonstrations"),

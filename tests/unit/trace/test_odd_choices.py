@@ -62,6 +62,19 @@ def test_weights_that_multiply_what_experts_are_given() -> None:
     torch.testing.assert_close(found["input_norm"].float(), given, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_where_weights_multiply_what_experts_are_given() -> None:
+    """A neuron's h dL/dh is its down projection's w dL/dw, by one stock backward pass."""
+    model = build("llama4_text").double()
+    found = record(model, [IDS], statistics=("load", "neuron_taylor")).statistics
+    assert found is not None
+    scores_BSV = model(input_ids=IDS, use_cache=False).logits.log_softmax(-1)
+    (-scores_BSV[:, :-1].gather(-1, IDS[:, 1:, None]).sum()).backward()
+    for index, layer in enumerate(model.model.layers):
+        down = layer.feed_forward.experts.down_proj
+        expected_EI = (down * down.grad).detach().sum(2)
+        torch.testing.assert_close(found[index]["neuron_taylor"], expected_EI, rtol=1e-6, atol=1e-9)
+
+
 def test_tokens_that_a_router_gives_sorted_by_expert() -> None:
     model = build("jetmoe")
     rows_TH, _ = seen(model, "model.layers.0.mlp.router")

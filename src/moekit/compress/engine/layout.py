@@ -32,7 +32,7 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.resize import Groups, resized_config, stating_experts
 from moekit.compress.engine.shard_writer import Shard, lay_out
 from moekit.compress.engine.slicing import Axes, expert_counts, kept_tensors
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -162,7 +162,11 @@ def _axes(before: PreTrainedConfig, counts: Mapping[int, int]) -> Axes:
 
 
 def _resized(kept: list[KeptTensor], after: PreTrainedConfig) -> list[KeptTensor]:
-    """The tensors with the sizes that they have in a model of another expert width, split and fused ones."""
+    """The tensors with the sizes that they have in a model of another expert width, split and fused ones.
+
+    Raises:
+        UnsupportedModel: the config gives the same width to more than routed experts.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     model = empty_model(after)
@@ -171,11 +175,18 @@ def _resized(kept: list[KeptTensor], after: PreTrainedConfig) -> list[KeptTensor
     made = []
     for tensor in kept:
         shape = known.get(tensor.name)
-        if tensor.layer is None or shape is None or shape == tensor.shape:
+        if tensor.cut is not None and shape is not None:
+            # The config names the largest number of experts, this layer may have fewer.
+            shape = (*shape[: tensor.cut.axis], tensor.shape[tensor.cut.axis], *shape[tensor.cut.axis + 1 :])
+        if shape is None or shape == tensor.shape:
             made.append(tensor)
             continue
-        if tensor.cut is not None:  # the config names the largest number of experts, this layer may have fewer
-            shape = (*shape[: tensor.cut.axis], tensor.shape[tensor.cut.axis], *shape[tensor.cut.axis + 1 :])
+        if tensor.layer is None:
+            raise UnsupportedModel(
+                f"{tensor.name} of {list(tensor.shape)} would have to become {list(shape)}: in this family the "
+                "width of routed experts is that of other parts, too",
+                hint="drop experts instead (moekit prune)",
+            )
         made.append(dataclasses.replace(tensor, resized=shape))
     return made
 

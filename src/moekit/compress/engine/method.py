@@ -4,7 +4,7 @@ A method is a frozen pydantic config with pure functions. The engine calls them 
 expert is worth, `allocate` shares the budget among the layers, `decide` says what becomes of a layer, and `transform`
 makes its new weights. It is registered with `@register(kind=..., needs=...)`; reading, streaming, writing and proving
 are not its business. Kinds fill in what their methods have in common: `PruneMethod`, `MergeMethod`,
-`SparsifyMethod`, `QuantizeMethod`.
+`SparsifyMethod`, `QuantizeMethod`, `SlimMethod`.
 
 Legend: E experts.
 """
@@ -55,7 +55,7 @@ class Baseline(NamedTuple):
 class WeightMethod(BaseModel, ABC, Generic[B, S]):
     """Base of all methods that change weights; fields are the method's knobs.
 
-    B is the kind's budget, S what a layer gets of it: experts that stay, a share of zeros, or bits.
+    B is the kind's budget, S what a layer gets of it: experts that stay, neurons, a share of zeros, or bits.
 
     Attributes:
         reads_weights: `worth`, `allocate` or `decide` look at `inputs.weights`.

@@ -22,6 +22,7 @@ from moekit.compress.budget.bits import BitBudget
 from moekit.compress.budget.rules import TensorRule
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.budget.sparsity import SparsityBudget
+from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine import plan_files
 from moekit.compress.engine.made_layers import MadeLayers
 from moekit.compress.engine.method import WeightMethod
@@ -89,7 +90,7 @@ class PlanFile(plan_files.ReadablePart):
     kind: str
     method: str
     settings: dict[str, Any] = Field(default_factory=dict)
-    budget: Budget | SparsityBudget | BitBudget
+    budget: Budget | SparsityBudget | BitBudget | WidthBudget
     top_k: int | None = None
     groups: Groups = "free"
     seed: int = 0
@@ -198,7 +199,7 @@ class WeightPlan:
         path = Path(path)
         file = plan_files.read_plan(PlanFile, path, command=f"moekit {kinds[0] if kinds else 'prune'}")
         if kinds and file.kind not in kinds:
-            way = f"{file.kind} --from PLAN" if file.kind in ("quantize", "sparsify") else "apply PLAN"
+            way = f"{file.kind} --from PLAN" if file.kind in ("quantize", "slim", "sparsify") else "apply PLAN"
             raise BadData(
                 f"this is a plan of `moekit {file.kind}`, not of `moekit {'` or `moekit '.join(kinds)}`",
                 file=path,
@@ -212,13 +213,14 @@ class WeightPlan:
         return cls(file, statistics)
 
 
-AnyBudget = Budget | SparsityBudget | BitBudget
+AnyBudget = Budget | SparsityBudget | BitBudget | WidthBudget
 _SAYS: dict[type[AnyBudget], str] = {
     Budget: "how many experts stay",
     SparsityBudget: "how many weights become zero",
     BitBudget: "how many bits a weight gets",
+    WidthBudget: "how many neurons an expert keeps",
 }
-K = TypeVar("K", Budget, SparsityBudget, BitBudget)
+K = TypeVar("K", Budget, SparsityBudget, BitBudget, WidthBudget)
 
 
 def budget_as(kind: type[K], budget: AnyBudget) -> K:

@@ -12,6 +12,7 @@ import torch
 from moekit.compress.budget.bits import BitBudget
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.budget.sparsity import SparsityBudget
+from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine.inputs import Protected
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.plan import budget_as
@@ -35,7 +36,7 @@ class PlanRequest:
     """
 
     method: WeightMethod[Any, Any]
-    budget: Budget | SparsityBudget | BitBudget
+    budget: Budget | SparsityBudget | BitBudget | WidthBudget
     top_k: int | None = None
     groups: Groups = "free"
     seed: int = 0

@@ -19,10 +19,13 @@ from moekit.jobs.options.inplace import InPlaceOptions
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows
 from moekit.jobs.shared.opened import OpenedModel
-from moekit.jobs.weights.inplace_request import Asked, proves
+from moekit.jobs.weights.inplace_request import Asked, proves, reads_whole
 from moekit.jobs.weights.plans import named, origin
 from moekit.jobs.weights.proof import HeldOut
+from moekit.jobs.weights.self_calibration import load_for_answers
 from moekit.jobs.weights.texts import check_unchanged, heldout_of_plan, read_texts
+from moekit.trace import Trace, record
+from moekit.trace.recording import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,9 @@ def decide(
     progress: Progress | None,
     others: Others | None = None,
 ) -> Decided:
-    """Run the text through the model layer by layer and let the method decide, or take the stored plan.
+    """Run the text through the model and let the method decide, or take the stored plan.
+
+    Layers run one at a time, unless the method looks at gradients, which need the whole model.
 
     A stored plan whose weights are made as the text passes by goes through that text again.
 
@@ -81,7 +86,9 @@ def decide(
         documents, heldout = read_texts(options, source, progress, apart=apart, proves=proves(options))
         layout = _layout(options)
         text = _text(documents, layout, options, source, scratch) if documents else None
-        made = plan_weights(source.checkpoint, text, asked.request, progress)
+        whole = text is not None and reads_whole(asked.request.method)
+        seen = _whole(options, source, asked.request, text, progress) if text is not None and whole else text
+        made = plan_weights(source.checkpoint, seen, asked.request, progress)
         kept = str(layout["data"]) if options.data is not None and apart else ""
         told = {"kept_apart": kept, "text_sha256": text_hash(options.data)}
         plan = made.with_file(**told, calibrated=layout if text is not None else {})
@@ -161,3 +168,23 @@ def _again(plan: WeightPlan, source: OpenedModel, text: CalibrationText, progres
             len(made.file.made),
         )
     return WeightPlan(plan.file.model_copy(update={"made": made.file.made}), made.statistics, made.made)
+
+
+def _whole(
+    options: InPlaceOptions,
+    source: OpenedModel,
+    request: PlanRequest,
+    text: CalibrationText,
+    progress: Progress | None,
+) -> Trace:
+    """What a method needs of a model that has to be in memory as a whole."""
+    recording = Recording(
+        statistics=("load", *request.method.required),
+        keep_choices=False,
+        tokenizer=text.tokenizer,
+        source=text.source,
+        seed=request.seed,
+        fingerprint=source.checkpoint.fingerprint,
+    )
+    model = load_for_answers(source, options.device, options.dtype)
+    return record(model, text.batches, recording, progress=progress)

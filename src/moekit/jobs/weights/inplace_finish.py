@@ -13,7 +13,7 @@ from moekit.checking import CheckReport
 from moekit.checkpoint import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.plan import WeightPlan, make_method
-from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.planning import decide, inputs_of
 from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
 from moekit.evaluation.changes import Variant
@@ -22,7 +22,9 @@ from moekit.jobs.shared.checked import write_checked
 from moekit.jobs.shared.hashes import hash_of
 from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.weights.inplace_decide import Decided
+from moekit.jobs.weights.inplace_request import mtp_of
 from moekit.jobs.weights.proof import HeldOut, Proof, prove
+from moekit.trace.statistics import LayerStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -100,14 +102,31 @@ def _variant(name: str, plan: WeightPlan, source: OpenedModel) -> Variant:
 
 
 def _baselines(plan: WeightPlan, source: OpenedModel) -> list[WeightPlan]:
-    """What the method's baselines decide on the same budget; none where that is the method itself."""
-    return [
-        plan_weights(
-            source.checkpoint, None, PlanRequest(make_method(plan.file.kind, b.name, b.settings), plan.file.budget)
-        )
-        for b in plan.method.baselines
-        if b.name != plan.file.method
-    ]
+    """What the method's baselines decide on the same budget; none where that is the method itself.
+
+    What they measure is part of what the method itself measured; one that needs more is left out.
+    """
+    found = []
+    for b in plan.method.baselines:
+        method = make_method(plan.file.kind, b.name, b.settings)
+        known = all(name in statistics for name in method.required for statistics in plan.statistics.values())
+        if b.name != plan.file.method and known:
+            request = PlanRequest(method, plan.file.budget, seed=plan.file.seed)
+            own = {layer: _only(statistics, method.required) for layer, statistics in plan.statistics.items()}
+            inputs = inputs_of(source.checkpoint, request, source.geometries, own)
+            found.append(decide(source.checkpoint, inputs, request, own, None))
+    return found
+
+
+def _only(statistics: LayerStatistics, names: Sequence[str]) -> LayerStatistics:
+    return LayerStatistics(
+        statistics.experts,
+        statistics.hidden,
+        statistics.domains,
+        statistics.tokens,
+        {name: statistics[name] for name in names},
+        width=statistics.width,
+    )
 
 
 def _write(
@@ -133,7 +152,7 @@ def _write(
             folder,
             rewrite=made,
             record=record,
-            mtp="keep",
+            mtp=mtp_of(plan.outcomes),
             progress=context.progress,
         ),
         most=_FEW,

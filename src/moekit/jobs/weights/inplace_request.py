@@ -6,16 +6,19 @@ Legend: E experts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from moekit import catalogue
 from moekit._progress import Progress
 from moekit.checkpoint.quantized.registry import kind, quantization
+from moekit.checkpoint.spec import MoESpec
 from moekit.compress.budget.bits import BitBudget
+from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.method import WeightMethod
+from moekit.compress.engine.mtp import Mtp
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.request import PlanRequest
@@ -27,9 +30,13 @@ from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.weights.plans import PLAN_BYTES, plan_path
 from moekit.jobs.weights.sizes import bytes_between, layer_bytes, memory_of, precision_of
 from moekit.jobs.weights.texts import TEXT_FIELDS, refuse_unread
+from moekit.trace.cost import cost_of, sizes_of
+from moekit.trace.recording import Recording
 
 O = TypeVar("O", bound=InPlaceOptions)  # noqa: E741
-# Of a second moment's number; and copies of one while a matrix is rounded by it.
+# Logits, their logarithms and their gradient, float32 all of them, at the end of a whole model; and room for the rest.
+_LOGITS, _ROOM = 3 * 4, 1 << 30
+# Of a second moment's number; and copies of one while a matrix is made by it, or a plan is hashed and written.
 _NUMBER, _COPIES = 8, 3
 
 
@@ -64,6 +71,16 @@ class Asked:
 def proves(options: InPlaceOptions) -> bool:
     """Whether held-out text is measured."""
     return options.proof and options.write == "model"
+
+
+def reads_whole(method: WeightMethod[Any, Any]) -> bool:
+    """Whether a method looks at what only a whole model in memory shows: gradients."""
+    return bool(method.required) and bool(Recording(statistics=method.required).whole_model)
+
+
+def mtp_of(outcomes: Mapping[int, LayerOutcome]) -> Mtp:
+    """What becomes of multi-token-prediction layers: copied, unless their experts would have another width."""
+    return "drop" if any(outcome.width is not None for outcome in outcomes.values()) else "keep"
 
 
 def method_of(options: InPlaceOptions) -> WeightMethod[Any, Any]:
@@ -159,21 +176,33 @@ def ask(
     if plan is not None:
         plan.check_model(source.checkpoint.fingerprint, source.checkpoint.path)
     request = request_of(options, source, seed) if plan is None else None
-    outcomes = {layer: LayerOutcome(keep=tuple(range(g.experts))) for layer, g in source.geometries.items()}
-    nbytes = prepare(source.checkpoint, outcomes, mtp="keep").nbytes
+    outcomes = any_outcomes(source, request.budget) if request is not None else plan.outcomes if plan else {}
+    nbytes = prepare(source.checkpoint, outcomes, mtp=mtp_of(outcomes)).nbytes
     method = method_of(options) if plan is None else plan.method
     shared = _shared(request.budget if request is not None else plan.file.budget if plan is not None else None)
+    measured = _measured_bytes(method, source)
+    whole = _backward_bytes(source, options, method) if plan is None and reads_whole(method) else 0
     return Asked(
         source,
         request,
         plan,
         nbytes,
-        _between(options, source, method, plan, shared),
-        memory_of(source, options)
+        _between(options, source, method, plan, shared) + (0 if plan is not None else measured),
+        max(memory_of(source, options), whole)
+        + _COPIES * measured
         + _moment_bytes(method, source)
         + (_whole_bytes(options, source) if request is not None and _reads_loss(shared) else 0),
-        PLAN_BYTES,
+        PLAN_BYTES + measured,
     )
+
+
+def any_outcomes(source: OpenedModel, budget: Any) -> dict[int, LayerOutcome]:
+    """Outcomes of the right sizes: how large the result is does not depend on what is decided."""
+    made = {}
+    for layer, geometry in source.geometries.items():
+        narrower = isinstance(budget, WidthBudget) and budget.width != geometry.width
+        made[layer] = LayerOutcome(keep=tuple(range(geometry.experts)), width=budget.width if narrower else None)
+    return made
 
 
 def _refuse_quantized(source: OpenedModel) -> None:
@@ -191,6 +220,23 @@ def _moment_bytes(method: WeightMethod[Any, Any], source: OpenedModel) -> int:
     if not method.reads_moments:
         return 0
     return _NUMBER * _COPIES * max(g.hidden**2 + g.width**2 for g in source.geometries.values())
+
+
+def _backward_bytes(source: OpenedModel, options: InPlaceOptions, method: WeightMethod[Any, Any]) -> int:
+    """Bytes of memory of a whole model, and of what a backward pass through it keeps."""
+    config, wide = source.checkpoint.config, precision_of(source, options)
+    rows, positions = options.batch_size, min(options.seq_len, source.longest)
+    vocabulary = MoESpec.from_config(config).vocabulary
+    sizes = sizes_of(config, rows=rows, positions=positions, itemsize=wide.running)
+    kept = 0 if sizes is None else int(cost_of(Recording(statistics=method.required), sizes)[0].memory)
+    return source.nbytes * wide.running // wide.stored + kept + _LOGITS * rows * positions * vocabulary + _ROOM
+
+
+def _measured_bytes(method: WeightMethod[Any, Any], source: OpenedModel) -> int:
+    """Bytes of the statistics that grow with squares of sizes, of all layers; all others are small."""
+    if "gated_inner_moment" not in method.required:
+        return 0
+    return _NUMBER * sum(g.experts * g.width**2 for g in source.geometries.values())
 
 
 def _between(

@@ -10,6 +10,7 @@ Legend: T positions of a forward pass, N of them no padding, n tokens of one exp
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class GradientProbe(Probe):
         self._watches: dict[str, Watch] = {}
         if names & {"gradients", "weight_gradients"}:
             experts = place.require_moe().experts
-            if plain_expert(experts) is None:
+            if plain_expert(experts, {} if "weight_gradients" in names else None) is None:
                 raise UnsupportedModel(
                     f"{type(experts).__name__} does not compute its experts by the plain formula",
                     layer=place.index,
@@ -127,10 +128,16 @@ def expert_gradients(
         (inputs of the down projection [n, I], outputs [n, H], gradients).
     """
     leaves: dict[str, Tensor] = {}
-    one = plain_expert(experts, leaves)
+    # Only stacks can be differentiated by one expert's weights; activations are there wherever the formula is.
+    one = plain_expert(experts, leaves if weights else None)
     assert one is not None  # the probe has asked
     inner_nI, output_nH = one(expert, hidden_nH.detach())
-    assert inner_nI is not None
+    if inner_nI is None or not inner_nI.requires_grad:
+        raise UnsupportedModel(
+            f"{type(experts).__name__} does not show how its outputs depend on the inputs of its down projections",
+            expert=expert,
+            hint="load the model unquantized, in one process, or leave out statistics of gradients",
+        )
     wanted = [inner_nI, *(leaves.values() if weights else ())]
     inner_gradient, *rest = torch.autograd.grad(output_nH, wanted, gradient_nH, allow_unused=True)
     made = {name: g for name, g in zip(leaves, rest, strict=False) if g is not None}
@@ -151,14 +158,23 @@ def gradient_batches(
         weights_NK: gate weights.
     """
     experts, routed_NH = probe.place.require_moe().experts, probe.routed_NH(current)
+    weighs_inputs = probe.place.geometry.weighs_inputs
     for expert in range(probe.place.geometry.experts):
         token_n, slot_n = (index_NK == expert).nonzero(as_tuple=True)
         if not len(token_n):
             continue
         weight_n = weights_NK[token_n, slot_n]
-        gradient_nH = routed_NH[token_n] * weight_n[:, None].to(routed_NH.dtype)
-        hidden_nH = hidden_NH[token_n]
+        gate_n1 = weight_n[:, None].to(routed_NH.dtype)
+        hidden_nH, gradient_nH = hidden_NH[token_n], routed_NH[token_n]
+        if weighs_inputs:
+            hidden_nH = hidden_nH * gate_n1.to(hidden_nH.dtype)
+        else:
+            gradient_nH = gradient_nH * gate_n1
         inner_nI, output_nH, found = expert_gradients(
             experts, expert, hidden_nH, gradient_nH, weights=probe.with_weights
         )
+        if weighs_inputs:
+            # As everywhere: what an expert gives is taken before gating, so that gate times output is what it adds.
+            output_nH = torch.where(gate_n1 != 0, output_nH / gate_n1.to(output_nH.dtype), 0)
+            found = replace(found, outputs=found.outputs * gate_n1)
         yield ExpertBatch(expert, weight_n, hidden_nH, inner_nI, output_nH, found)

@@ -65,6 +65,12 @@ def output_sum(seen: ExpertBatch) -> Tensor:
 
 
 @expert_statistic(shape="EI", sources=("inner",))
+def inner_size(seen: ExpertBatch) -> Tensor:
+    """Sum of the absolute inputs of the expert's down projection, by neuron."""
+    return seen.inner_nI.abs().sum(0)
+
+
+@expert_statistic(shape="EI", sources=("inner",))
 def inner_square(seen: ExpertBatch) -> Tensor:
     """Sum of the squared inputs of the expert's down projection, by neuron (Wanda's norms are its roots)."""
     return seen.inner_nI.square().sum(0)

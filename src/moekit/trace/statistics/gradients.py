@@ -23,6 +23,15 @@ def neuron_taylor(seen: ExpertBatch) -> Tensor:
 
 
 @expert_statistic(shape="EI", sources=("gradients",))
+def neuron_taylor_size(seen: ExpertBatch) -> Tensor:
+    """Sum over the expert's tokens of |h dL/dh|, h the input of its down projection, by neuron.
+
+    At a minimum of the loss the signed sum is near zero for every neuron; sizes do not cancel, token by token.
+    """
+    return (seen.inner_nI * seen.inner_gradient_nI).abs().sum(0)
+
+
+@expert_statistic(shape="EI", sources=("gradients",))
 def neuron_fisher(seen: ExpertBatch) -> Tensor:
     """Sum over the expert's tokens of (h dL/dh)^2, h the input of its down projection, by neuron."""
     return (seen.inner_nI * seen.inner_gradient_nI).square().sum(0)

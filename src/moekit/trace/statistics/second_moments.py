@@ -24,3 +24,10 @@ def input_moment(seen: ExpertBatch) -> Tensor:
 def inner_moment(seen: ExpertBatch) -> Tensor:
     """Sum of h h^T over the inputs of the expert's down projection."""
     return seen.inner_nI.T @ seen.inner_nI
+
+
+@expert_statistic(shape="EII", sources=("weights", "inner"))
+def gated_inner_moment(seen: ExpertBatch) -> Tensor:
+    """Sum of g^2 h h^T over the inputs of the expert's down projection, g the gate weight: what errors there cost."""
+    gated_nI = seen.weights_n[:, None].to(seen.inner_nI.dtype) * seen.inner_nI
+    return gated_nI.T @ gated_nI

@@ -184,6 +184,13 @@ def weights_reader_of(source: Path) -> Any:
     return read_block(find_moe_layers(model)[0], model.config)
 
 
+def test_a_width_that_other_parts_share_is_refused_before_any_work(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(saved(tmp_path / "m", "llama4_text"))
+    outcomes = {n: LayerOutcome(keep=tuple(range(EXPERTS)), width=WIDTH // 2) for n in geometries_of(checkpoint)}
+    with pytest.raises(UnsupportedModel, match="width of routed experts is that of other parts"):
+        prepare(checkpoint, outcomes)
+
+
 def test_what_cannot_be_dropped_is_refused_before_any_work(tmp_path: Path) -> None:
     family, says = "jetmoe", r"self_attention\.experts.* counts experts, too"
     checkpoint = Checkpoint.open(saved(tmp_path / "m", family))

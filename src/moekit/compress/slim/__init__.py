@@ -1,0 +1,1 @@
+"""How experts are made narrower: one file a method (`moekit methods slim`)."""

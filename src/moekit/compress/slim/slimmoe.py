@@ -1,0 +1,69 @@
+"""SlimMoE: experts made narrow by how much the loss depends on each neuron (arXiv:2506.18349).
+
+Legend: E experts, I expert width, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from moekit.anatomy.probe import Geometry
+from moekit.catalogue import register
+from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.narrowing import SlimMethod
+from moekit.compress.weights import LayerWeights
+
+_MEASURED = {"taylor": "neuron_taylor_size", "fisher": "neuron_fisher", "output-norm": "inner_size"}
+
+
+@register(
+    name="slimmoe",
+    kind="slim",
+    paper="arXiv:2506.18349",
+    needs=("load", "neuron_taylor_size", "gated_inner_moment"),
+    changes="weights",
+    limits=(
+        "taylor and fisher hold the whole model in memory for a backward pass; output-norm goes layer by layer.",
+        "The repair keeps E I^2 numbers a layer in memory and in the plan: for experts of moderate size.",
+        "Neurons of experts that no calibration token chose are ranked by their weights, and the experts are named.",
+        "Routed experts only: shared experts and attention stay as they are.",
+        "The paper's long distillation after each cut is a step of its own: moekit train.",
+    ),
+)
+class SlimMoE(SlimMethod):
+    """Keep the neurons of each expert on which the loss depends most, as many in every expert and layer.
+
+    With h_k the input of the down projection at neuron k, summed over the expert's tokens: taylor S_k = sum |h_k
+    dL/dh_k|, what zeroing the neuron takes away to first order (the same as of its up row or its down column w dL/dw);
+    fisher sum (h_k dL/dh_k)^2; output-norm mean |h_k| * |W_down[:, k]|, without a backward pass. L is next-token
+    cross-entropy. The down projections are then refitted to what the experts gave before. Choose it where every expert
+    is of use and a model of the same class must be smaller and faster, and train behind it for deep cuts.
+    """
+
+    score: Literal["taylor", "fisher", "output-norm"] = Field(
+        default="taylor", description="what a neuron counts: see above; output-norm needs no backward pass"
+    )
+
+    @classmethod
+    def examples(cls, geometry: Geometry) -> Sequence[SlimMoE]:
+        """Each score, repaired and not."""
+        return [cls(), cls(score="output-norm", repair="none"), cls(score="fisher", repair="none")]
+
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """One statistic of each neuron."""
+        return (_MEASURED[self.score],)
+
+    def neuron_scores(self, weights: LayerWeights, inputs: LayerInputs) -> Tensor:
+        """What was measured; for output-norm the mean, times the norm of the down column."""
+        measured_EI = inputs.finite(_MEASURED[self.score]).double()
+        if self.score != "output-norm":
+            return measured_EI
+        norm_EI: Tensor = torch.linalg.vector_norm(weights.down_EHI.float(), dim=1)
+        mean_EI = measured_EI / inputs.statistics["load"].clamp_min(1)[:, None]
+        return mean_EI * norm_EI.to(mean_EI)

@@ -1,0 +1,119 @@
+"""What narrowing is asked for, of which model, and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from moekit.compress.budget.parents import expert_weights
+from moekit.compress.budget.width import (
+    WidthBudget,
+    multiple_for,
+    parse_bytes,
+    parse_width,
+    width_for,
+    width_for_bytes,
+)
+from moekit.compress.engine.layout import prepare
+from moekit.compress.engine.narrowing import SlimMethod
+from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.plan import WeightPlan, budget_as
+from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.rewriting import PlannedRewrite
+from moekit.errors import BadConfig, UnsupportedModel
+from moekit.jobs.options.slim import SlimOptions
+from moekit.jobs.shared.opened import OpenedModel
+from moekit.jobs.weights import inplace_request
+from moekit.jobs.weights.inplace_job import settings_told
+from moekit.jobs.weights.inplace_request import any_outcomes, mtp_of
+
+
+def method_of(options: SlimOptions) -> SlimMethod:
+    """The method that was asked for, with its settings."""
+    return cast(SlimMethod, inplace_request.method_of(options))
+
+
+def check_width(options: SlimOptions) -> None:
+    """Refuse a width that no model can have.
+
+    Raises:
+        BadConfig: none is asked for, two are, or it is none.
+    """
+    if (options.width is None) == (options.max_bytes is None):
+        given = "nothing says" if options.width is None else "width and bytes both say"
+        raise BadConfig(f"{given} how wide experts become", hint="--width 1/2, --width 384, or --bytes 12GiB")
+    if options.width is not None:
+        parse_width(options.width)
+    if options.max_bytes is not None:
+        parse_bytes(options.max_bytes)
+
+
+def width_before(source: OpenedModel) -> int:
+    """Neurons of every expert.
+
+    Raises:
+        UnsupportedModel: layers differ in it.
+    """
+    widths = {layer: geometry.width for layer, geometry in source.geometries.items()}
+    if len(set(widths.values())) > 1:
+        raise UnsupportedModel(
+            f"layers hold experts of {min(widths.values())} to {max(widths.values())} neurons",
+            file=source.checkpoint.path,
+            hint="drop experts instead (moekit prune)",
+        )
+    return next(iter(widths.values()))
+
+
+def request_of(options: SlimOptions, source: OpenedModel, seed: int) -> PlanRequest:
+    """What is asked for, as a number of neurons that this model's experts can have.
+
+    Raises:
+        BadConfig: wider than they are, no multiple, or bytes that do not suffice.
+    """
+    method, before = method_of(options), width_before(source)
+    multiple = multiple_for(before, method.multiple)
+    if options.max_bytes is not None:
+        limit = parse_bytes(options.max_bytes)
+        width = width_for_bytes(limit, before, multiple, lambda width: _bytes_at(source, width))
+    else:
+        assert options.width is not None
+        width = width_for(options.width, before, multiple)
+    return PlanRequest(method, WidthBudget(width=width), seed=seed)
+
+
+def _bytes_at(source: OpenedModel, width: int) -> int:
+    return _tensor_bytes(source, any_outcomes(source, WidthBudget(width=width)))
+
+
+def _tensor_bytes(source: OpenedModel, outcomes: Mapping[int, LayerOutcome]) -> int:
+    kept = prepare(source.checkpoint, outcomes, mtp=mtp_of(outcomes)).kept
+    return sum(tensor.spec.nbytes for tensor in kept)
+
+
+def summarizer(source: OpenedModel) -> Any:
+    """What tells of a plan for this model: (plan, what carried it out) -> plain values."""
+    before = width_before(source)
+    weights = expert_weights(source.geometries)
+
+    def summary(plan: WeightPlan, made: PlannedRewrite | None) -> dict[str, Any]:
+        file = plan.file
+        after = budget_as(WidthBudget, file.budget).width
+        return {
+            **settings_told(plan),
+            "width": {"before": before, "after": after},
+            "shared": any(geometry.shared_width for geometry in source.geometries.values()),
+            "weights": {"before": weights, "after": weights * after // before},
+            "bytes": {"before": source.nbytes, "after": _tensor_bytes(source, plan.outcomes)},
+            "layers": [
+                {
+                    "layer": layer,
+                    "experts": told.experts,
+                    "width": told.outcome.width or told.width,
+                    "never_routed": list(told.never_routed),
+                    "figures": dict(told.outcome.figures) | ({} if made is None else made.figures.get(layer, {})),
+                }
+                for layer, told in file.layers.items()
+            ],
+        }
+
+    return summary
