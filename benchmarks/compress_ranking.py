@@ -76,6 +76,10 @@ def _rounded(method: str) -> Callable[[float], tuple[Any, dict[str, Any]]]:
     )
 
 
+def _narrowed(method: str, **settings: Any) -> Callable[[float], tuple[Any, dict[str, Any]]]:
+    return lambda share: (moekit.slim, {"method": method, "width": share, "settings": {"multiple": 4, **settings}})
+
+
 WAYS: Mapping[str, Callable[[float], tuple[Any, dict[str, Any]]]] = {
     "drop: random": _dropped("random"),
     "drop: frequency": _dropped("frequency"),
@@ -84,6 +88,9 @@ WAYS: Mapping[str, Callable[[float], tuple[Any, dict[str, Any]]]] = {
     "merge: m-smoe": _merged("m-smoe"),
     "merge: hc-smoe": _merged("hc-smoe"),
     "merge: ream": _merged("ream"),
+    "narrow: magnitude": _narrowed("magnitude", repair="none"),
+    "narrow: slimmoe": _narrowed("slimmoe"),
+    "narrow: slimmoe, not repaired": _narrowed("slimmoe", repair="none"),
     "round: rtn": _rounded("rtn"),
     "round: gptq": _rounded("gptq"),
 }
@@ -94,6 +101,9 @@ CLAIMS = (
     ("merge: hc-smoe", "merge: m-smoe", (0.75,)),
     ("merge: m-smoe", "merge: random groups", (0.75, 0.5)),
     ("drop: reap", "drop: random", (0.75, 0.5, 0.35, 0.25)),
+    ("narrow: slimmoe", "narrow: slimmoe, not repaired", (0.75, 0.5, 0.35, 0.25)),
+    ("narrow: slimmoe, not repaired", "narrow: magnitude", (0.75, 0.5)),
+    ("narrow: slimmoe", "drop: reap", (0.5, 0.35, 0.25)),
     ("round: gptq", "round: rtn", (0.35, 0.25)),
 )
 

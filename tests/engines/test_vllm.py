@@ -72,6 +72,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WAYS: dict[str, Callable[..., Any]] = {
     "pruned": lambda model, **rest: moekit.prune(model, method="reap", keep=5, **rest),
     "merged": lambda model, **rest: moekit.merge(model, method="hc-smoe", keep=5, **rest),
+    "slimmed": lambda model, **rest: moekit.slim(
+        model, method="slimmoe", width="1/2", settings={"multiple": 16}, **rest
+    ),
     "rounded": lambda model, **rest: moekit.quantize(model, method="gptq", bits=4, settings={"group": 32}, **rest),
 }
 
