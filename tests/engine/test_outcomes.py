@@ -283,7 +283,7 @@ def test_widths_that_a_family_cannot_say_are_refused_with_the_nearest() -> None:
         (LayerOutcome(keep=ALL, width=NARROW), None, UnsupportedModel, "nothing says which weights"),
         (LayerOutcome(keep=ALL, width=30), _narrowed, BadConfig, "cannot become 30 wide"),
         (LayerOutcome(keep=ALL, shared_width=4), None, UnsupportedModel, "narrows shared experts"),
-        (LayerOutcome(keep=KEEP, redirect=(0,) * EXPERTS), None, UnsupportedModel, "redirects tokens"),
+        (LayerOutcome(keep=(0, 1), redirect=(0, 1)), None, BadConfig, "tokens of 2 experts go, and there are 8"),
     ],
 )
 def test_what_is_not_said_or_not_carried_out_is_refused(

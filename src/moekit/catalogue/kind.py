@@ -142,6 +142,14 @@ OWN = (
         ),
     ),
     Kind(
+        name="experts",
+        package="moekit.experts.methods",
+        base="moekit.runtime.experts:ExpertsPart",
+        title="What answers in the place of experts",
+        axis="computation",
+        laws=("tests/laws/test_experts_reference.py",),
+    ),
+    Kind(
         name="place",
         package="moekit.placement.solvers",
         base="moekit.placement.solver:Solver",

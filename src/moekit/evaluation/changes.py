@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from moekit.anatomy.probe import MoELayer, flat_output
 from moekit.compress.engine.carrying import carried_out
 from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.redirected_block import redirected_block
+from moekit.compress.engine.redirecting import NovicesByLayer
 from moekit.compress.engine.resize import Groups, resized_block, resized_config
 from moekit.compress.weights import LayerWeights
 from moekit.trace.seam import see_choices
@@ -33,6 +35,7 @@ class Variant:
         rewrite: (layer, all experts' weights) -> weights of what stays; None keeps those as they are.
         top_k: choices a token makes; None as before.
         groups: "free" or "equal"; see `moekit.compress.engine.resize.resized_config`.
+        novices: decoder layer -> constants of experts whose tokens go to nobody.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Variant:
     rewrite: Rewrite | None = None
     top_k: int | None = None
     groups: Groups = "free"
+    novices: NovicesByLayer = field(default_factory=dict)
 
 
 @dataclass
@@ -120,14 +124,18 @@ def changed_layer(variant: Variant, moe: MoELayer, weights: LayerWeights, config
     outcome = variant.outcomes[moe.index]
     own = variant.rewrite
     made = carried_out(weights, outcome, moe.index) if own is None else own(moe.index, weights)
+    keep = torch.zeros(moe.geometry.experts + 1, dtype=torch.bool)
+    keep[list(outcome.keep)] = True
+    keep[-1] = True  # no expert, no loss
+    if outcome.redirect is not None:
+        whole = resized_config(config, moe.geometry.experts, top_k=variant.top_k, groups="equal", width=outcome.width)
+        block = redirected_block(moe, whole, weights, made, outcome, variant.novices.get(moe.index))
+        return ChangedLayer(block, keep)
     # Where any layer loses experts, all of them give up routing groups, also one that keeps all of its own.
     dropped = {len(d.keep) for d in variant.outcomes.values()} != {moe.geometry.experts}
     resized = resized_config(
         config, outcome.experts, top_k=variant.top_k, groups=variant.groups, dropped=dropped, width=outcome.width
     )
-    keep = torch.zeros(moe.geometry.experts + 1, dtype=torch.bool)
-    keep[list(outcome.keep)] = True
-    keep[-1] = True  # no expert, no loss
     return ChangedLayer(resized_block(moe, resized, made, outcome), keep)
 
 

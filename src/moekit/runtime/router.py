@@ -28,6 +28,9 @@ from moekit.runtime.slots import SlotParts
 from moekit.runtime.tracker import PassTracker
 
 Stage = Literal["score", "choose", "limit"]
+# Gates [T, P] of choices of what is no expert any more: what a router part calls them in the pass, for an experts part
+# that answers in their place.
+UNANSWERED = "unanswered"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

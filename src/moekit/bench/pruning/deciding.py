@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from moekit._files import read_text
 from moekit._progress import Progress, track
 from moekit.anatomy.probe import Geometry
@@ -26,6 +28,7 @@ from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.measuring import geometries_of, sizes_of, weights_reader
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.rewriting import novices_by_layer
 from moekit.compress.engine.searching import plan_by_search
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, MoekitError
@@ -68,10 +71,19 @@ class Candidate:
     def key(self) -> str:
         """Equal for candidates that make the same model."""
         told: list[object] = [[layer, outcome.keep] for layer, outcome in self.outcomes.items()]
-        if self.method.rewrites:
+        if self.method.rewrites or self.method.redirects:
             whole = [outcome.model_dump(mode="json", exclude={"figures"}) for outcome in self.outcomes.values()]
             told += [self.entry.method, self.method.model_dump(mode="json"), self.seed, self.trace, whole]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
+
+    @property
+    def novices(self) -> dict[int, Tensor]:
+        """Decoder layer -> constants that answer for experts whose tokens go to nobody."""
+
+        def inputs(layer: int) -> LayerInputs:
+            return LayerInputs(layer, self.geometries[layer], self.statistics[layer], None, self.seed)
+
+        return novices_by_layer(self.method, self.outcomes, inputs)
 
     def rewritten(self, layer: int, weights: LayerWeights) -> tuple[LayerWeights, dict[str, float]]:
         """The weights of what stays at one layer, and what the method tells of making them."""

@@ -132,7 +132,7 @@ class Measuring:
             return made
 
         own = rewrite if candidate.method.rewrites else None
-        return Variant(candidate.key, candidate.outcomes, own, self.setting.top_k)
+        return Variant(candidate.key, candidate.outcomes, own, self.setting.top_k, novices=candidate.novices)
 
     def _unchanged(self, progress: Progress | None) -> PerplexityResult:
         file = self.folder / "unchanged.json"

@@ -29,6 +29,7 @@ from moekit.compress.engine.layer_writer import Rewrite, Rewriter
 from moekit.compress.engine.layout import OutputLayout, prepare
 from moekit.compress.engine.mtp import Mtp, MtpKept
 from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.redirecting import NovicesByLayer, Redirection, redirection_on_disk
 from moekit.compress.engine.resize import Groups
 from moekit.compress.engine.shard_writer import OutputShards
 from moekit.compress.weights import LayerWeights
@@ -44,6 +45,7 @@ def apply(
     target: str | Path,
     *,
     rewrite: Rewrite | None = None,
+    novices: NovicesByLayer | None = None,
     record: Record,
     top_k: int | None = None,
     groups: Groups = "free",
@@ -64,6 +66,7 @@ def apply(
         target: folder to write.
         rewrite: makes new weights out of a layer's; None keeps those of `keep` as they are. Layers whose outcome
             changes nothing are not given to it: their bytes are copied.
+        novices: decoder layer -> constants [E, H] that answer for experts whose tokens an outcome redirects to nobody.
         record: how it was made; parent, fingerprints and expectations are filled in where they are not.
         top_k: K from now on; None as it is.
         groups: "free" routes without expert groups once experts are dropped, "equal" keeps them.
@@ -71,7 +74,8 @@ def apply(
             as many as the decoder's layers keep.
         mtp_kept: which of their experts stay then, by the beginning of their names ("model.layers.61.").
         overwrite: replace an existing folder, at the very end.
-        stock_only: refuse what stock transformers does not load (layers with different numbers of experts).
+        stock_only: refuse what stock transformers does not load (layers with different numbers of experts), or loads
+            without what belongs to it (redirected tokens).
         max_shard_bytes: of one shard.
         progress: told bytes written.
 
@@ -104,20 +108,22 @@ def apply(
         stock_only=stock_only,
         max_shard_bytes=max_shard_bytes,
     )
+    redirected = redirection_on_disk(checkpoint, outcomes, novices)
     if rewrite is None and any(outcome.rewrites for outcome in outcomes.values()):
 
         def rewrite(layer: int, weights: LayerWeights) -> LayerWeights:
             return carried_out(weights, outcomes[layer], layer)
 
     rewriter = None if rewrite is None else _rewriter(work, rewrite)
-    full = _described(work, record)
-    need = work.nbytes + work.record_bytes(full) + _CARD_BYTES
+    full = _described(work, record, redirected)
+    need = work.nbytes + work.record_bytes(full) + _CARD_BYTES + (0 if redirected is None else redirected.nbytes)
     with atomic_folder(target, overwrite=overwrite, need_bytes=need) as temporary:
         copy_small_files(checkpoint.path, temporary)
         if work.config_text is not None:
             (temporary / CONFIG_FILE).write_text(work.config_text)
         digests = _write(work, temporary, rewriter, work.changed_layers if rewriter else set(), progress)
-        return seal(temporary, full, digests=digests, progress=progress)
+        extra = None if redirected is None else redirected.tensors
+        return seal(temporary, full, extra_tensors=extra, digests=digests, progress=progress)
 
 
 def refuse_rewriting(checkpoint: Checkpoint) -> None:
@@ -144,7 +150,7 @@ def _rewriter(work: OutputLayout, rewrite: Rewrite) -> Rewriter:
     return Rewriter(work.checkpoint, work.config, rewrite, getattr(torch, name.removeprefix("torch.")))
 
 
-def _described(work: OutputLayout, record: Record) -> Record:
+def _described(work: OutputLayout, record: Record, redirected: Redirection | None) -> Record:
     """The record with what is known before the work."""
     kept = {str(layer): list(outcome.keep) for layer, outcome in work.outcomes.items()}
     before = {"bytes": work.checkpoint.nbytes, "experts": {str(layer): n for layer, n in work.counts.items()}}
@@ -152,6 +158,8 @@ def _described(work: OutputLayout, record: Record) -> Record:
     if work.kept_mtp:
         scores["kept_mtp"] = {prefix: list(keep) for prefix, keep in work.kept_mtp.items()}
     update: dict[str, object] = {"scores": {**scores, **record.scores}}
+    if redirected is not None:
+        update["parts"] = redirected.entries
     if work.dropped_mtp:
         note = f"{work.dropped_mtp} tensors of multi-token-prediction layers were left out"
         update["config"] = {**record.config, "mtp": note}

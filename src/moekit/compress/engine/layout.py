@@ -26,9 +26,17 @@ from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.engine.config_file import renamed_experts
 from moekit.compress.engine.droppable import check_droppable
 from moekit.compress.engine.kept import KeptTensor
-from moekit.compress.engine.limits import check_even, check_groups, check_layers, check_top_k, common_width
+from moekit.compress.engine.limits import (
+    check_even,
+    check_groups,
+    check_layers,
+    check_stock,
+    check_top_k,
+    common_width,
+)
 from moekit.compress.engine.mtp import Mtp, MtpKept, check_equal, check_kept, longer_config, mtp_blocks
 from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.redirecting import is_redirected
 from moekit.compress.engine.resize import Groups, resized_config, stating_experts
 from moekit.compress.engine.shard_writer import Shard, lay_out
 from moekit.compress.engine.slicing import Axes, expert_counts, kept_tensors
@@ -124,6 +132,7 @@ def prepare(
     check_top_k(outcomes, chosen if top_k is None else top_k, config_path)
     if stock_only:
         check_even(outcomes, checkpoint.path)
+        check_stock(is_redirected(outcomes), checkpoint.path)
     if groups == "equal":
         check_groups(outcomes, counts, checkpoint.config, top_k, config_path)
     most, width = max(outcome.experts for outcome in outcomes.values()), common_width(outcomes, checkpoint.path)

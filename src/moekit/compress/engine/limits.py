@@ -55,6 +55,13 @@ def check_layers(outcomes: Mapping[int, LayerOutcome], counts: Mapping[int, int]
                 expert=wrong,
                 hint="it was made for another model",
             )
+        if outcome.redirect is not None and len(outcome.redirect) != experts:
+            raise BadConfig(
+                f"the outcome says where the tokens of {len(outcome.redirect)} experts go, and there are {experts}",
+                file=file,
+                layer=layer,
+                hint="it was made for another model",
+            )
 
 
 def _span(layers: Mapping[int, int]) -> str:
@@ -98,6 +105,22 @@ def check_even(outcomes: Mapping[int, LayerOutcome], file: Path | None = None) -
             "transformers knows one number for all",
             file=file,
             hint="give every layer the same budget, or do without stock loading: moekit.load opens uneven checkpoints",
+        )
+
+
+def check_stock(redirected: bool, file: Path | None = None) -> None:
+    """Refuse what goes on choosing among old experts where stock transformers must load the result.
+
+    Raises:
+        BadConfig: it does.
+    """
+    if redirected:
+        raise BadConfig(
+            "the router goes on choosing among experts that are gone, which takes a routing policy of moekit: stock "
+            "transformers would send their tokens to other experts",
+            file=file,
+            hint="leave --stock-only out (moekit.load attaches the policy), or let the router choose among the others "
+            "(mone: --set operator=drop; merging: --set router=representative)",
         )
 
 
@@ -152,13 +175,6 @@ def common_width(outcomes: Mapping[int, LayerOutcome], file: Path | None = None)
         UnsupportedModel: an outcome asks for what the engine does not carry out.
     """
     for layer, outcome in outcomes.items():
-        if outcome.redirect is not None:
-            raise UnsupportedModel(
-                "the outcome redirects tokens behind a router of the old experts, which weights alone cannot do",
-                file=file,
-                layer=layer,
-                hint="attach the routing policy merge-redirect instead",
-            )
         if outcome.shared_width is not None:
             raise UnsupportedModel(
                 "the outcome narrows shared experts, and only routed ones are narrowed",

@@ -21,6 +21,7 @@ from moekit.compress.engine.droppable import check_droppable
 from moekit.compress.engine.layer_writer import Rewrite
 from moekit.compress.engine.limits import check_groups, check_layers, check_made, check_top_k, common_width
 from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.redirecting import NovicesByLayer, Redirection, is_redirected, redirection
 from moekit.compress.engine.resize import Groups, read_block, resized_block, resized_config
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.runtime.slots import parts_on
@@ -32,18 +33,21 @@ def change_model(
     outcomes: Mapping[int, LayerOutcome],
     rewrite: Rewrite | None = None,
     *,
+    novices: NovicesByLayer | None = None,
     top_k: int | None = None,
     groups: Groups = "free",
 ) -> PreTrainedModel:
     """Drop or rewrite experts of a live model, in place.
 
-    Layers that keep different numbers of experts work too; what such a model is saved as, `moekit.load` opens. The
+    Where outcomes redirect tokens, the runtime parts that do so are attached, and `moekit.save` keeps them. Layers that
+    keep different numbers of experts work too; what such a model is saved as, `moekit.load` opens. The
     stock balance loss, which wants one number for all layers, is switched off for it (`output_router_logits`).
 
     Args:
         model: the model, with its stock routing.
         outcomes: of every MoE layer; position in `keep` is an expert's new number.
         rewrite: makes new weights out of a layer's; None keeps those of `keep` as they are.
+        novices: decoder layer -> constants [E, H] that answer for experts whose tokens an outcome redirects to nobody.
         top_k: choices a token from now on; None as before.
         groups: "free" routes without expert groups once experts are dropped, "equal" keeps them.
 
@@ -76,6 +80,7 @@ def change_model(
     most = max(outcome.experts for outcome in outcomes.values())
     width = common_width(outcomes)
     config = resized_config(model.config, most, top_k=top_k, groups=groups, dropped=dropped, width=width)
+    redirected = _redirection(layers, outcomes, novices, model.config)
     named, config.architectures = config.architectures, [class_name(model)]  # new blocks are those of this class
     blocks = _new_blocks(layers, outcomes, rewrite, config)
     config.architectures = named
@@ -85,7 +90,26 @@ def change_model(
         replace(model, layer.name, blocks[index])
         _follow(blocks[index], model)
     _adopt(model, config)
+    if redirected is not None:
+        redirected.attach(model)
     return model
+
+
+def _redirection(
+    layers: Mapping[int, MoELayer],
+    outcomes: Mapping[int, LayerOutcome],
+    novices: NovicesByLayer | None,
+    config: PreTrainedConfig,
+) -> Redirection | None:
+    """The parts that send tokens elsewhere, made while the routers still have all of their rows."""
+    if not is_redirected(outcomes):
+        return None
+    # Copies: rows of a router that goes on being trained would change with it.
+    routers = {
+        index: {name: t.clone() for name, t in read_block(layer, config).router.items()}
+        for index, layer in layers.items()
+    }
+    return redirection(list(layers.values()), routers, outcomes, novices)
 
 
 def _new_blocks(

@@ -36,8 +36,17 @@ def empty_statistics(geometries: Mapping[int, Geometry]) -> dict[int, LayerStati
     return {layer: LayerStatistics(g.experts, g.hidden, width=g.width) for layer, g in geometries.items()}
 
 
-def sizes_of(checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: int | None = None) -> ByteSizes:
-    """What a budget is counted against; multi-token-prediction layers are left out, as they are when it is written."""
+def sizes_of(
+    checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: int | None = None, *, redirects: bool = False
+) -> ByteSizes:
+    """What a budget is counted against; multi-token-prediction layers are left out, as they are when it is written.
+
+    Args:
+        checkpoint: what is to change.
+        geometries: decoder layer -> sizes.
+        top_k: choices a token from now on; None as before.
+        redirects: whether routers go on choosing among experts that are gone, whose rows then stay beside the weights.
+    """
     left_out = mtp_tensors(checkpoint)
     bytes_of = dict.fromkeys(geometries, 0)
     for layer, names in expert_names(checkpoint).items():
@@ -48,7 +57,20 @@ def sizes_of(checkpoint: Checkpoint, geometries: Mapping[int, Geometry], top_k: 
     routed = sum(bytes_of.values())
     each = {layer: nbytes // experts[layer] for layer, nbytes in bytes_of.items()}
     others = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in left_out) - routed
-    return ByteSizes(experts, choices, each, others + _header_bytes(checkpoint))
+    beside = redirect_bytes(geometries) if redirects else 0
+    return ByteSizes(experts, choices, each, others + _header_bytes(checkpoint) + beside)
+
+
+def redirect_bytes(geometries: Mapping[int, Geometry], counts: Mapping[int, int] | None = None) -> int:
+    """Bytes, at most, of what lets routers choose among experts that are gone: their old rows, and a constant for each.
+
+    Args:
+        geometries: decoder layer -> sizes.
+        counts: decoder layer -> experts that stay; None where that is not known.
+    """
+    rows = {n: 2 * g.experts - (counts or {}).get(n, 0) for n, g in geometries.items()}
+    # In float32, a few numbers beside each row, and a header.
+    return sum(4 * rows[n] * (g.hidden + 4) + 1024 for n, g in geometries.items())
 
 
 def _header_bytes(checkpoint: Checkpoint) -> int:

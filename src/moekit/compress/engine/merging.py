@@ -45,9 +45,10 @@ class MergeMethod(FewerMethod):
     align: Align = Field(
         default="weights", description="put each member's neurons in the order nearest to those of the expert it joins"
     )
-    router: RouterRows = Field(
+    router: RouterRows | Literal["redirect"] = Field(
         default="representative",
-        description="a merged expert's router row: that of the member it stands on, or the mean of all by their shares",
+        description="a merged expert's router row: that of the member it stands on, or the mean of all by their "
+        "shares; redirect: the router keeps all rows, and a merged expert takes the tokens of each (moekit.load only)",
     )
     weigh: Literal["score", "equal"] = Field(
         default="score", description="members count by the method's score, or all alike"
@@ -113,6 +114,7 @@ class MergeMethod(FewerMethod):
             keep=tuple(kept for kept, _ in named),
             sources=tuple(sources),
             shares=shares,
+            redirect=_redirect(sources, inputs.experts) if self.redirects else None,
             figures=_figures(named, shares) | self.figures(inputs, sources),
         )
 
@@ -140,8 +142,24 @@ class MergeMethod(FewerMethod):
             outcome.sources,
             outcome.shares,
             match=self.match(weights, inputs),
-            router=self.router,
+            router=self.stored_rows,
         )
+
+    @property
+    def redirects(self) -> bool:
+        """Whether the router keeps its old rows."""
+        return self.router == "redirect"
+
+    @property
+    def stored_rows(self) -> RouterRows:
+        """The rows that the checkpoint holds; behind old rows, those that stock transformers routes by."""
+        return "representative" if self.router == "redirect" else self.router
+
+
+def _redirect(sources: Groups, experts: int) -> tuple[int | None, ...]:
+    """Where the tokens of each old expert go: to the group that it is a member of."""
+    home = {old: new for new, members in enumerate(sources) for old in members}
+    return tuple(home.get(old) for old in range(experts))
 
 
 def _figures(

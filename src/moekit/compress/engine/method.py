@@ -88,6 +88,14 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
         return False
 
     @property
+    def redirects(self) -> bool:
+        """Whether the router goes on choosing among experts that are gone, whose tokens go elsewhere.
+
+        Outcomes then have a `redirect`, and the result needs a routing policy of moekit beside its weights.
+        """
+        return False
+
+    @property
     def passes(self) -> Passes:
         """How the text goes through the model: not at all, once, layer after changed layer, or for a search."""
         if self.searches:
@@ -155,6 +163,15 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
     def transform(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> LayerWeights:
         """Weights and router rows of the new experts, in the order of `outcome.sources`."""
         return carried_out(weights, outcome, inputs.layer)
+
+    def novices(self, inputs: LayerInputs, outcome: LayerOutcome) -> Tensor | None:
+        """Constants [E, H] that answer for experts whose tokens go to nobody; None for no answer.
+
+        Args:
+            inputs: of the layer.
+            outcome: of the layer, with a `redirect`.
+        """
+        return None
 
     def told(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> dict[str, float]:
         """What the method tells of the new weights it made, by name."""

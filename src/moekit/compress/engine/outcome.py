@@ -57,9 +57,16 @@ class LayerOutcome(BaseModel):
             for part, values in named.items():
                 if len(values) != len(self.keep) or min(values) < 1:
                     raise ValueError(f"{name} of {part} must be 1 or more, for each of {self.experts} experts")
-        if self.redirect is not None and any(e is not None and not 0 <= e < len(self.keep) for e in self.redirect):
-            raise ValueError("redirect names a new expert that is not there")
+        self._check_redirect()
         return self
+
+    def _check_redirect(self) -> None:
+        if self.redirect is None:
+            return
+        if any(e is not None and not 0 <= e < len(self.keep) for e in self.redirect):
+            raise ValueError("redirect names a new expert that is not there")
+        if any(old >= len(self.redirect) or self.redirect[old] != new for new, old in enumerate(self.keep)):
+            raise ValueError("redirect must give an expert that stays its own tokens")
 
     def _check_sources(self) -> None:
         if self.sources is not None:

@@ -168,7 +168,7 @@ class WeightPlan:
             mode="json", include=_DECIDING | {name for name in ("mtp", "made") if getattr(self.file, name)}
         )
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-        if self.method.rewrites:
+        if self.method.rewrites or self.method.redirects:
             digest.update(safetensors.torch.save(plan_files.flatten(self.statistics)))
         return digest.hexdigest()
 

@@ -194,7 +194,8 @@ def _shares(
     _check_protected(inputs, request.protected or {})
     if scores is None:
         scores = {layer: request.method.worth(inputs[layer]) for layer in track(inputs, "scoring experts", progress)}
-    sizes = sizes_of(checkpoint, {layer: inputs[layer].geometry for layer in inputs}, request.top_k)
+    geometries = {layer: inputs[layer].geometry for layer in inputs}
+    sizes = sizes_of(checkpoint, geometries, request.top_k, redirects=request.method.redirects)
     shares = request.method.allocate(inputs, scores, request.budget, sizes)
     for layer, count in shares.items():
         protected = inputs[layer].protected

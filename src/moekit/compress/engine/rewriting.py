@@ -5,7 +5,11 @@ Legend: E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.checkpoint.folder import Checkpoint
@@ -13,6 +17,7 @@ from moekit.compress.budget.sparsity import Count, count_zeros
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.made_layers import read_layer, write_layer
 from moekit.compress.engine.measuring import geometries_of
+from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.weights import LayerWeights
@@ -114,3 +119,33 @@ def rewriter(plan: WeightPlan, checkpoint: Checkpoint, *, folder: Path | None = 
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     return PlannedRewrite(plan, geometries_of(checkpoint), folder)
+
+
+def novices_of(plan: WeightPlan, checkpoint: Checkpoint) -> dict[int, Tensor]:
+    """Decoder layer -> constants that answer for experts whose tokens go to nobody; layers without any are left out.
+
+    Args:
+        plan: the plan.
+        checkpoint: what is to be pruned.
+    """
+    geometries = geometries_of(checkpoint)
+    return novices_by_layer(
+        plan.method,
+        plan.outcomes,
+        lambda layer: LayerInputs(layer, geometries[layer], plan.statistics[layer], None, plan.file.seed),
+    )
+
+
+def novices_by_layer(
+    method: WeightMethod[Any, Any], outcomes: Mapping[int, LayerOutcome], inputs: Callable[[int], LayerInputs]
+) -> dict[int, Tensor]:
+    """The same for what a method decided outside of a plan.
+
+    Args:
+        method: the method.
+        outcomes: by decoder layer.
+        inputs: what the method saw of a layer.
+    """
+    nobody = [layer for layer, outcome in outcomes.items() if None in (outcome.redirect or ())]
+    made = {layer: method.novices(inputs(layer), outcomes[layer]) for layer in nobody}
+    return {layer: constants for layer, constants in made.items() if constants is not None}

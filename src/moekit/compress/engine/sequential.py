@@ -23,6 +23,7 @@ from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.made_layers import MadeLayers
 from moekit.compress.engine.measuring import refuse_damaged, weights_reader
 from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.redirected_block import redirected_block
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
 from moekit.compress.weights import LayerWeights
@@ -101,6 +102,10 @@ class TextPass:
         if self.made is not None:
             self.made.put(moe.index, new)
             new = new.map(lambda t: t.to(streamed.loader.dtype), router=False)
+        if outcome.redirect is not None:
+            experts, width = moe.geometry.experts, outcome.width
+            whole = resized_config(config, experts, top_k=request.top_k, groups="equal", width=width)
+            return redirected_block(moe, whole, weights, new, outcome, request.method.novices(inputs, outcome))
         sized = resized_config(config, new.experts, top_k=request.top_k, groups=request.groups, width=outcome.width)
         return resized_block(moe, sized, new, outcome)
 

@@ -35,7 +35,7 @@ _STATISTIC = {"mean": "all_output_sum", "rms": "all_output_gram"}
         "Mean outputs forget all but the mean: experts of equal means and opposite outputs look alike (feature=rms "
         "tells them apart).",
         "The paper keeps all rows of the router and sends each to its cluster's expert; a stock checkpoint has one row "
-        "a cluster (the routing policy merge-redirect keeps the others).",
+        "a cluster (--set router=redirect keeps all, for moekit.load).",
         "The official scripts misspell the clustering's name and run k-means instead; here runs what the paper says.",
     ),
 )

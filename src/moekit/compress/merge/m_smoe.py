@@ -34,7 +34,7 @@ _STATISTIC = {"logits": ("logit_gram",), "router": (), "outputs": ("all_output_g
         "The router can no longer weigh merged experts apart: pruning by saliency often writes better answers at the "
         "same size, so compare with it.",
         "The paper keeps all rows of the router and sends each to its group's expert; a stock checkpoint has one row a "
-        "group (the routing policy merge-redirect keeps the others).",
+        "group (--set router=redirect keeps all, for moekit.load).",
         "Without the training that follows in the paper it is weak: published perplexities after merging a quarter of "
         "Mixtral's experts are many times those of a grouping by outputs.",
         "The official code keeps fewer experts than asked where use is tied, aligns to expert 0, and its script for "

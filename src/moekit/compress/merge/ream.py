@@ -89,7 +89,8 @@ def mean_similarity(sum_EH: Tensor) -> Tensor:
         "Neurons are aligned by their weights alone: the paper adds the distance of their activations, not built here.",
         "Runs all experts on all tokens; progressive, every layer runs once more behind the merged ones.",
         "Gains over pruning by REAP are small and not certain: the proof shows both at the same size.",
-        "Tokens of a merged expert go where the router's remaining rows send them, not to the expert that took it in.",
+        "Tokens of a merged expert go where the router's remaining rows send them, not to the expert that took it in, "
+        "unless --set router=redirect keeps all rows (for moekit.load).",
     ),
 )
 class REAM(MergeMethod):

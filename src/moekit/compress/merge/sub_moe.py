@@ -48,7 +48,8 @@ def output_similarity(inputs: LayerInputs) -> Tensor:
         "not touched.",
         "With `whiten` the trace and the plan hold E (H^2 + I^2) numbers a layer.",
         "Runs all experts on all tokens of the calibration text.",
-        "Tokens of a merged expert go where the router's remaining rows send them, not to the expert that took it in.",
+        "Tokens of a merged expert go where the router's remaining rows send them, not to the expert that took it in, "
+        "unless --set router=redirect keeps all rows (for moekit.load).",
     ),
 )
 class SubMoE(MergeMethod):
@@ -142,7 +143,9 @@ class SubMoE(MergeMethod):
             return super().transform(weights, outcome, inputs)
         found = self.match(weights, inputs)
         match = None if found is None else functools.cache(found)
-        made = merge_groups(weights, outcome.keep, outcome.sources, outcome.shares, match=match, router=self.router)
+        made = merge_groups(
+            weights, outcome.keep, outcome.sources, outcome.shares, match=match, router=self.stored_rows
+        )
         for position, (reference, group) in enumerate(zip(outcome.keep, outcome.sources, strict=True)):
             if len(group) > 1:
                 self._project(made, position, _aligned(weights, reference, group, match), group, inputs)

@@ -14,14 +14,16 @@ from typing import Any
 from moekit._device import named_dtype
 from moekit.checking import CheckReport
 from moekit.checkpoint import Checkpoint, Record
+from moekit.checkpoint.record import TENSORS_FILE
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.grouped import by_group, routing_groups
 from moekit.compress.engine.inputs import InputsByLayer
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.plan import LayerRecord, WeightPlan, make_method
 from moekit.compress.engine.planning import decide
+from moekit.compress.engine.redirecting import NovicesByLayer, is_redirected
 from moekit.compress.engine.request import PlanRequest
-from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
+from moekit.compress.engine.rewriting import PlannedRewrite, novices_of, rewriter
 from moekit.evaluation.changes import Variant
 from moekit.jobs.context import JobContext
 from moekit.jobs.options.writing import WritingOptions
@@ -93,6 +95,11 @@ def log_warnings(plan: WeightPlan) -> list[str]:
         )
     for line in plan.file.warnings[len(unseen) :]:
         logger.warning("%s", line)
+    if is_redirected(plan.outcomes):
+        logger.warning(
+            "tokens go on choosing among all of the old experts, by a routing policy that moekit.load attaches: stock "
+            "transformers opens the result without it and sends them to the experts that are left"
+        )
     return list(plan.file.warnings)
 
 
@@ -106,6 +113,7 @@ class Decided:
         plan: what was decided.
         statistics: decoder layer -> what baselines decide from; empty without.
         rewrite: makes new weights; None where experts are only dropped.
+        novices: decoder layer -> constants that answer for experts whose tokens go to nobody.
     """
 
     source: OpenedModel
@@ -113,6 +121,7 @@ class Decided:
     plan: WeightPlan
     statistics: Mapping[int, LayerStatistics] = field(default_factory=dict)
     rewrite: PlannedRewrite | None = None
+    novices: NovicesByLayer = field(default_factory=dict)
 
 
 def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, WeightPlan]]:
@@ -143,7 +152,8 @@ def baseline_needs(method: WeightMethod[Any, Any], kind: str) -> tuple[str, ...]
 
 
 def _variant(name: str, plan: WeightPlan, source: OpenedModel) -> Variant:
-    return Variant(name, plan.outcomes, rewriter(plan, source.checkpoint), plan.file.top_k, plan.file.groups)
+    rewrite, novices = rewriter(plan, source.checkpoint), novices_of(plan, source.checkpoint)
+    return Variant(name, plan.outcomes, rewrite, plan.file.top_k, plan.file.groups, novices)
 
 
 def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, context: JobContext) -> Proof:
@@ -153,7 +163,7 @@ def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, cont
     return prove(
         decided.source.checkpoint,
         heldout,
-        Variant(file.method, decided.plan.outcomes, decided.rewrite, file.top_k, file.groups),
+        Variant(file.method, decided.plan.outcomes, decided.rewrite, file.top_k, file.groups, decided.novices),
         [_variant(name, plan, decided.source) for name, plan in others],
         key=hash_of([decided.plan.hash, *([name, plan.hash] for name, plan in others), options.dtype]),
         folder=context.scratch / "proof",
@@ -193,6 +203,7 @@ def write_pruned(
             decided.plan.outcomes,
             folder,
             rewrite=decided.rewrite,
+            novices=decided.novices,
             record=before,
             top_k=file.top_k,
             groups=file.groups,
@@ -246,9 +257,12 @@ def finish(
 ) -> dict[str, Any]:
     """Prove, write, check, and tell all of it."""
     decided.rewrite = rewriter(decided.plan, decided.source.checkpoint, folder=context.scratch / "rewritten")
+    decided.novices = novices_of(decided.plan, decided.source.checkpoint)
     proof = None if heldout is None else prove_plan(decided, heldout, options, context)
     record, report = write_pruned(decided, proof, options, context)
-    results = summary_of_plan(decided, warnings, Checkpoint.open(context.out).nbytes)
+    beside = context.out / TENSORS_FILE
+    nbytes = Checkpoint.open(context.out).nbytes + (beside.stat().st_size if beside.exists() else 0)
+    results = summary_of_plan(decided, warnings, nbytes)
     for layer in results["layers"]:
         layer["figures"] |= {} if decided.rewrite is None else decided.rewrite.figures.get(layer["layer"], {})
     return {

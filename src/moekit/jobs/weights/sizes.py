@@ -21,13 +21,16 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.precision import reading_dtype, stored_dtype
 from moekit.checkpoint.quantized.weights import quantized_weights
 from moekit.checkpoint.safety import TensorInfo
+from moekit.checkpoint.skeleton import empty_model
 from moekit.compress.budget.sizes import Budget, bounds, check_total, total_count, uniform_count
 from moekit.compress.engine.apply import refuse_rewriting
 from moekit.compress.engine.grouped import check_grouping, routing_groups
 from moekit.compress.engine.layout import prepare
-from moekit.compress.engine.measuring import sizes_of
+from moekit.compress.engine.limits import check_stock
+from moekit.compress.engine.measuring import redirect_bytes, sizes_of
 from moekit.compress.engine.mtp import Mtp
 from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.redirecting import answering_layers, check_redirectable
 from moekit.compress.engine.request import PlanRequest
 from moekit.errors import BadConfig, OutOfBudget, UnsupportedModel
 from moekit.jobs.estimates import disk_bytes
@@ -117,6 +120,7 @@ def size_of_result(source: OpenedModel, request: PlanRequest, name: str, *, stoc
                 layer=layer,
                 hint=f"keep at least {len(experts)}, or protect fewer",
             )
+    beside = _redirect_bytes(source, counts, stock_only) if request.method.redirects else 0
     outcomes = {layer: _any_decision(source.geometries[layer].experts, n, groups) for layer, n in counts.items()}
     work = prepare(
         source.checkpoint,
@@ -133,7 +137,21 @@ def size_of_result(source: OpenedModel, request: PlanRequest, name: str, *, stoc
             f"{tensors:,} bytes would be written, more than {limit:,}, as multi-token-prediction layers stay, too",
             hint="say --mtp drop, or allow more",
         )
-    return ResultSize(counts, work.nbytes, tensors)
+    return ResultSize(counts, work.nbytes + beside, tensors + beside)
+
+
+def _redirect_bytes(source: OpenedModel, counts: Mapping[int, int], stock_only: bool) -> int:
+    """Bytes, at most, of what lets routers choose among experts that are gone; 0 where none goes.
+
+    Raises:
+        BadConfig: the result must load in stock transformers.
+        UnsupportedModel: a router of this family cannot go on by its old rows.
+    """
+    if all(counts[layer] == geometry.experts for layer, geometry in source.geometries.items()):
+        return 0
+    check_stock(stock_only, source.checkpoint.path)
+    check_redirectable(answering_layers(empty_model(source.checkpoint)), source.checkpoint.path)
+    return redirect_bytes(source.geometries, counts)
 
 
 def _any_decision(experts: int, keep: int, groups: int) -> LayerOutcome:
@@ -143,7 +161,7 @@ def _any_decision(experts: int, keep: int, groups: int) -> LayerOutcome:
 
 
 def _counts(source: OpenedModel, request: PlanRequest) -> dict[int, int]:
-    sizes = sizes_of(source.checkpoint, source.geometries, request.top_k)
+    sizes = sizes_of(source.checkpoint, source.geometries, request.top_k, redirects=request.method.redirects)
     if request.keep_budget.scope == "uniform":
         return uniform_count(request.keep_budget, sizes)
     least, most = bounds(request.keep_budget, sizes)

@@ -1,10 +1,12 @@
-"""Several router rows for one expert: how a merged model routes as if nothing had been merged (arXiv:2310.01334).
+"""Several router rows for one expert, or none: how a model with fewer experts routes as before (arXiv:2310.01334).
 
 A merge leaves E experts of what were R. The rows of all R stay here as tensors of the policy; each names the expert
-that its own went into, and a token's gates of rows with one expert add up. The checkpoint itself keeps E rows, so that
-stock transformers opens it with plain routing.
+that its own went into, and a token's gates of rows with one expert add up. A row whose expert went for good names
+nobody: it is chosen as before, and its gate goes to what answers in the expert's place (`moekit.experts.novices`), or
+to nothing. The checkpoint itself keeps E rows, so that stock transformers opens it with plain routing.
 
-Legend: T tokens, H hidden, R router rows, E experts, M most rows that one expert has, K choices a token.
+Legend: T tokens, H hidden, R router rows, E experts, M most rows that one expert has, P rows of nobody, K choices a
+token.
 """
 
 from __future__ import annotations
@@ -22,27 +24,34 @@ from moekit.anatomy.gate import Gate, group_mask
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.errors import BadConfig
-from moekit.runtime.router import ChoosePart, Routed, RouteInputs
+from moekit.runtime.router import UNANSWERED, ChoosePart, Routed, RouteInputs
 
 
 def share_rows(
-    groups: Sequence[Sequence[int]], rows_RH: Tensor, bias_R: Tensor | None = None, choice_bias_R: Tensor | None = None
+    groups: Sequence[Sequence[int]],
+    rows_RH: Tensor,
+    bias_R: Tensor | None = None,
+    choice_bias_R: Tensor | None = None,
+    *,
+    nobody: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Tensors of `MergeRedirect` for one layer, by expert.
 
     Args:
-        groups: for each expert of the merged layer the rows that are its own: each row once.
-        rows_RH: the router's matrix before the merge.
+        groups: for each expert of the smaller layer the rows that are its own: each row once.
+        rows_RH: the router's matrix before experts went.
         bias_R: the router's bias, added to logits.
         choice_bias_R: the selection bias, added to scores for the choice only.
+        nobody: rows whose experts went for good, in the order of whatever answers in their place.
 
     Returns:
-        "members" [E, M] int16, -1 where an expert has fewer rows, "rows" [E, M, H], and the biases [E, M].
+        "members" [E, M] int16, -1 where an expert has fewer rows, "rows" [E, M, H], and the biases [E, M]; where there
+        are rows of nobody, their "nobody" [P] int16, "nobody_rows" [P, H] and biases [P].
 
     Raises:
         BadConfig: a row is in no group or in several.
     """
-    if sorted(row for group in groups for row in group) != list(range(len(rows_RH))):
+    if sorted([*(row for group in groups for row in group), *nobody]) != list(range(len(rows_RH))):
         raise BadConfig(
             f"{len(rows_RH)} router rows must each belong to one expert",
             hint="take the groups of a method that merges all experts",
@@ -50,26 +59,31 @@ def share_rows(
     most = max(len(group) for group in groups)
     members_EM = torch.tensor([[*group, *[-1] * (most - len(group))] for group in groups])
     given = {"rows": rows_RH, "bias": bias_R, "choice_bias": choice_bias_R}
-    spread = {name: t.detach().cpu()[members_EM] for name, t in given.items() if t is not None}
-    return {"members": members_EM.to(torch.int16), **spread}
+    known = {name: t.detach().cpu() for name, t in given.items() if t is not None}
+    made = {"members": members_EM.to(torch.int16), **{name: t[members_EM] for name, t in known.items()}}
+    if nobody:
+        rows_P = torch.tensor(list(nobody))
+        made |= {"nobody": rows_P.to(torch.int16), **{f"nobody_{name}": t[rows_P] for name, t in known.items()}}
+    return made
 
 
 def add_up(weights_TK: Tensor, expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Sum each token's weights of one expert: its first choice of it has the sum, the others move, with weight 0.
 
     They move to experts that the token did not choose, the lowest first, and not to "no expert": stock kernels read
-    that index only in models spread over ranks.
+    that index only in models spread over ranks. Choices of nobody stay where they are and lose their weight.
 
     Args:
         weights_TK: gates of the chosen rows.
-        expert_TK: their experts, some of them equal.
+        expert_TK: their experts, some of them equal; E for nobody.
         experts: E, at least K.
     """
+    none_TK = expert_TK == experts
     same_TKK = expert_TK[:, :, None] == expert_TK[:, None, :]
-    again_TK = same_TKK.tril(-1).any(-1)
-    sum_TK = (same_TKK * weights_TK[:, None, :]).sum(-1).masked_fill(again_TK, 0.0)
-    used_TE = torch.zeros(len(expert_TK), experts, dtype=torch.uint8, device=expert_TK.device)
-    unused_TE = used_TE.scatter_(1, expert_TK, 1).argsort(dim=1, stable=True)
+    again_TK = same_TKK.tril(-1).any(-1) & ~none_TK
+    sum_TK = (same_TKK * weights_TK[:, None, :]).sum(-1).masked_fill(again_TK | none_TK, 0.0)
+    used_TE = torch.zeros(len(expert_TK), experts + 1, dtype=torch.uint8, device=expert_TK.device)
+    unused_TE = used_TE.scatter_(1, expert_TK, 1)[:, :experts].argsort(dim=1, stable=True)
     spare_TK = unused_TE.gather(1, (again_TK.cumsum(1) - 1).clamp_min(0))
     return sum_TK, torch.where(again_TK, spare_TK, expert_TK)
 
@@ -82,9 +96,10 @@ def add_up(weights_TK: Tensor, expert_TK: Tensor, experts: int) -> tuple[Tensor,
     stock=False,
     limits=(
         "Stock transformers and vLLM open the folder with plain routing by the merged rows.",
-        "Only a merge has groups to give it: planned from a trace alone, it routes plainly.",
+        "Only a job that takes experts away has rows to give it (`moekit merge --set router=redirect`, `moekit prune "
+        "--method mone`): planned from a trace alone, it routes plainly.",
         "Rows are frozen: training changes the merged rows, which this policy does not read.",
-        "Traces record the logits of the merged rows.",
+        "Traces record the logits of the rows that the checkpoint keeps, and choices of nobody as no expert.",
         "A token with two rows in one expert visits another with weight 0: it costs as much as before the merge.",
     ),
 )
@@ -93,12 +108,22 @@ class MergeRedirect(ChoosePart):
 
     With rows w_r, gates p_r over all R rows and the expert c(r) that row r's own was merged into, the layer gives
     sum over a token's K best rows of p_r f_c(r)(x); a merged expert chosen through several rows runs once with the sum
-    of their gates. Choices and weights are those of the model before the merge, so that only the experts' weights make
-    a difference. Choose it after merging (such as `uncurl`) where moekit itself serves or evaluates the model.
+    of their gates. Rows of experts that were dropped, not merged, may stay, too: their p_r are handed to what answers
+    instead. Choices and weights are those of the model before, so that only the experts' weights make a difference.
+    Choose it after merging where moekit itself serves or evaluates the model.
     """
 
     # Members are numbers of rows, which stay what they are when experts are reordered.
-    axes: ClassVar[Mapping[str, str]] = {"members": "EM", "rows": "EMH", "bias": "EM", "choice_bias": "EM"}
+    axes: ClassVar[Mapping[str, str]] = {
+        "members": "EM",
+        "rows": "EMH",
+        "bias": "EM",
+        "choice_bias": "EM",
+        "nobody": "P",
+        "nobody_rows": "PH",
+        "nobody_bias": "P",
+        "nobody_choice_bias": "P",
+    }
 
     top_k: int | None = Field(default=None, ge=1, description="rows a token chooses; None: the model's own K")
     groups: int = Field(default=1, ge=1, description="groups of rows that limited the choice before the merge")
@@ -124,19 +149,36 @@ class MergeRedirect(ChoosePart):
             return {}
         members_EM = tensors["members"].to(torch.int64)
         taken_EM = members_EM >= 0
-        order = members_EM[taken_EM].argsort()
-        if len(order) % self.groups:
-            raise BadConfig(f"{len(order)} router rows do not divide into {self.groups} groups")
         expert_EM = torch.arange(len(members_EM), device=members_EM.device)[:, None].expand_as(members_EM)
-        flat = {name: t[taken_EM][order] for name, t in tensors.items() if name != "members"}
-        return {"expert": expert_EM[taken_EM][order], **flat}
+        row, flat = members_EM[taken_EM], {"expert": expert_EM[taken_EM]}
+        flat |= {name: t[taken_EM] for name, t in tensors.items() if name in ("rows", "bias", "choice_bias")}
+        if "nobody" in tensors:
+            alone = tensors["nobody"].to(row)
+            flat["expert"] = torch.cat([flat["expert"], torch.full_like(alone, len(members_EM))])
+            flat |= {name: torch.cat([t, tensors[f"nobody_{name}"]]) for name, t in flat.items() if name != "expert"}
+            flat["place"] = torch.cat([torch.full_like(row, len(alone)), torch.arange(len(alone)).to(row)])
+            row = torch.cat([row, alone])
+        if len(row) % self.groups:
+            raise BadConfig(f"{len(row)} router rows do not divide into {self.groups} groups")
+        order = row.argsort()
+        # The numbers of nobody's rows stay for their count, which is known without looking into a tensor.
+        return {name: t[order] for name, t in flat.items()} | {n: t for n, t in tensors.items() if n == "nobody"}
 
     def choose(self, inputs: RouteInputs) -> Routed:
         """Choose among rows by the family's own gate, then add up."""
-        gate, logits_TE, tensors = inputs.gate, inputs.logits, inputs.constants
+        tensors = inputs.constants
         if not tensors:
-            return Routed(*gate(logits_TE))
-        dtype = logits_TE.dtype
+            return Routed(*inputs.gate(inputs.logits))
+        weights_TK, indices_TK = self._rows(inputs)
+        if "nobody" in tensors:
+            nobody, place_TK = len(tensors["nobody"]), tensors["place"][indices_TK]
+            gates_TP = weights_TK.new_zeros(len(weights_TK), nobody + 1).scatter_add(1, place_TK, weights_TK)
+            inputs.context.put(inputs.layer, UNANSWERED, gates_TP[:, :nobody])
+        return Routed(*add_up(weights_TK, tensors["expert"][indices_TK], inputs.geometry.experts))
+
+    def _rows(self, inputs: RouteInputs) -> tuple[Tensor, Tensor]:
+        """Gates and numbers of the chosen rows, [T, K] each."""
+        gate, dtype, tensors = inputs.gate, inputs.logits.dtype, inputs.constants
         bias_R = tensors.get("bias")
         logits_TR = linear(
             inputs.hidden_TH.to(dtype), tensors["rows"].to(dtype), None if bias_R is None else bias_R.to(dtype)
@@ -149,5 +191,4 @@ class MergeRedirect(ChoosePart):
         if self.groups > 1:
             selection_TR = selection_TR.masked_fill(~group_mask(selection_TR, spec), float("-inf"))
         indices_TK = rows.choose(selection_TR)
-        weights_TK = rows.weigh(logits_TR, indices_TK)
-        return Routed(*add_up(weights_TK, tensors["expert"][indices_TK], inputs.geometry.experts))
+        return rows.weigh(logits_TR, indices_TK), indices_TK

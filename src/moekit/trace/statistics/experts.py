@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekit.trace.batch import ExpertBatch, TokenBatch, accumulate
+from moekit.trace.batch import ExpertBatch, TokenBatch, accumulate, widest
 from moekit.trace.vocabulary import expert_statistic, statistic
 
 
@@ -61,7 +61,7 @@ def gated_output_square(seen: TokenBatch) -> Tensor:
 @expert_statistic(shape="EH", sources=("outputs",))
 def output_sum(seen: ExpertBatch) -> Tensor:
     """Sum of the expert's outputs before gating, by channel."""
-    return seen.outputs_nH.sum(0)
+    return seen.outputs_nH.sum(0, dtype=widest(seen.outputs_nH.device))
 
 
 @expert_statistic(shape="EI", sources=("inner",))

@@ -1,0 +1,1 @@
+"""Experts parts: how a layer's experts are computed, or what answers in their place."""

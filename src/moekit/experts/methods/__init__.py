@@ -1,0 +1,1 @@
+"""Experts parts, one file each."""
