@@ -54,6 +54,9 @@ def test_plain_rounding_is_what_lies_in_the_folder(made: Path) -> None:
     for name, tensor in before.items():
         experts = ".experts." in name
         assert torch.equal(after[name], round_to_nearest(tensor, 3, 8) if experts else tensor), name
+    told = json.loads((made / "rtn" / "moekit.json").read_text())["scores"]["grids"]
+    parts = {"gate": 3, "up": 3, "down": 3}
+    assert told == {"group": 8, "symmetric": False, "bits": {"0": parts, "1": parts}}
 
 
 def test_it_writes_a_rounded_model_and_says_what_it_costs(moekit: Moekit, made: Path, tmp_path: Path) -> None:

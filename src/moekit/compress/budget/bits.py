@@ -128,9 +128,10 @@ def packed_bytes(weights: int, bits: int, group: int) -> int:
     return -(-packed_bits(weights, bits, group) // 8)
 
 
-def packed_bits(weights: int, bits: int, group: int) -> int:
-    """The same in bits."""
-    return weights * bits + -(-weights // group) * (SCALE_BITS + (bits if bits > 1 else 0))
+def packed_bits(weights: int, bits: int, group: int, *, symmetric: bool = False) -> int:
+    """The same in bits; symmetric grids need no zero points: groups of 128 weights of 4 bits take 4.125 bits each."""
+    zero = bits if bits > 1 and not symmetric else 0
+    return weights * bits + -(-weights // group) * (SCALE_BITS + zero)
 
 
 def check_group(group: int, inputs: Mapping[PartName, int], layer: int | None = None) -> None:

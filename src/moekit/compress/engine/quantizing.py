@@ -42,11 +42,16 @@ class QuantizeMethod(WeightMethod[BitBudget, Widths]):
     group: int = Field(
         default=128, ge=0, description="inputs of a row that share a scale and a zero point; 0: the whole row"
     )
+    symmetric: bool = Field(
+        default=False,
+        description="zero in the middle of every grid, as engines' packed experts want it (moekit export)",
+    )
 
     @classmethod
     def examples(cls, geometry: Geometry) -> Sequence[Self]:
-        """Groups that divide, and whole rows."""
-        return [cls(group=gcd(geometry.hidden, geometry.width)), cls(group=0)]
+        """Groups that divide, and whole rows, of symmetric grids too."""
+        group = gcd(geometry.hidden, geometry.width)
+        return [cls(group=group), cls(group=0), cls(group=group, symmetric=True)]
 
     @property
     def sequential(self) -> bool:
@@ -56,7 +61,7 @@ class QuantizeMethod(WeightMethod[BitBudget, Widths]):
     @property
     def baselines(self) -> tuple[Baseline, ...]:
         """Plain rounding to the same bits in the same groups."""
-        return (Baseline(BASELINE, {"group": self.group}),)
+        return (Baseline(BASELINE, {"group": self.group, "symmetric": self.symmetric}),)
 
     @abstractmethod
     def rounded(
@@ -154,11 +159,13 @@ def columns_of(part: Part, geometry: Geometry) -> int:
     return geometry.width if part == "down" else geometry.hidden
 
 
-def packed_bits_of(geometry: Geometry, bits: Mapping[Part, Sequence[int]], group: int) -> int:
+def packed_bits_of(geometry: Geometry, bits: Mapping[Part, Sequence[int]], group: int, symmetric: bool = False) -> int:
     """Bits that the rounded matrices of a layer's experts take in a packed form, scales and zero points with them."""
     size = geometry.width * geometry.hidden
     return sum(
-        packed_bits(size, n, group or columns_of(part, geometry)) for part, widths in bits.items() for n in widths
+        packed_bits(size, n, group or columns_of(part, geometry), symmetric=symmetric)
+        for part, widths in bits.items()
+        for n in widths
     )
 
 

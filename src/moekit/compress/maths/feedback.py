@@ -51,7 +51,7 @@ def inverse_factor(moment_CC: Tensor, damp: float) -> Tensor | None:
     return None
 
 
-def round_with_feedback(matrix_RC: Tensor, upper_CC: Tensor, bits: int, group: int) -> Tensor:
+def round_with_feedback(matrix_RC: Tensor, upper_CC: Tensor, bits: int, group: int, symmetric: bool = False) -> Tensor:
     """A matrix rounded column by column, each error made up for by the columns behind it.
 
     A group's grid is taken from its weights as they are when its turn comes, with all errors before them passed on. Of
@@ -62,6 +62,7 @@ def round_with_feedback(matrix_RC: Tensor, upper_CC: Tensor, bits: int, group: i
         upper_CC: see `inverse_factor`.
         bits: of a weight.
         group: inputs that share scale and zero point; 0 for a whole row.
+        symmetric: whether the zero point is the middle of each grid.
 
     Raises:
         NumericFault: see `grid_of`.
@@ -70,7 +71,7 @@ def round_with_feedback(matrix_RC: Tensor, upper_CC: Tensor, bits: int, group: i
     left_CR = matrix_RC.float().T.contiguous().clone()
     made_CR, upper_CC = torch.empty_like(left_CR), upper_CC.float()
     for first, last in groups_of_columns(len(left_CR), group):
-        grid = grid_of(left_CR[first:last].T, bits).across
+        grid = grid_of(left_CR[first:last].T, bits, symmetric).across
         for start in range(first, last, _BLOCK):
             end = min(start + _BLOCK, last)
             upper_bb, error_bR = upper_CC[start:end, start:end], torch.empty_like(left_CR[start:end])

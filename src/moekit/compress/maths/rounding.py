@@ -2,6 +2,8 @@
 
 Consecutive inputs of a row, a group, share one grid of 2^bits values: a scale, kept as a packed form holds it
 (float16), and a whole zero point, so that zero itself stays zero. At 1 bit there are the two values -scale and +scale.
+A symmetric grid's zero point is the middle one, 2^(bits - 1), and its scale has eight significant bits: float16 and
+bfloat16 both hold it, so that engines compute the same weights in whichever of them they keep scales.
 
 Legend: R rows (outputs) and C columns (inputs) of a matrix, g columns of one group.
 """
@@ -45,31 +47,37 @@ class Grid(NamedTuple):
         return (points_Rg.clamp(0, 2**self.bits - 1) - self.zero_R1) * self.scale_R1
 
 
-def grid_of(values_Rg: Tensor, bits: int) -> Grid:
+def grid_of(values_Rg: Tensor, bits: int, symmetric: bool = False) -> Grid:
     """The grid of one group of each row.
 
     s = (max - min) / (2^bits - 1) and z = round(-min / s), the range widened to hold zero; at 1 bit s = mean |W|, which
-    is the scale of least squared error.
+    is the scale of least squared error. Symmetric: s = 2 max |W| / (2^bits - 1) and z = 2^(bits - 1).
 
     Args:
         values_Rg: finite fp32 weights.
         bits: of a weight, at least 1.
+        symmetric: whether the zero point is the middle of the grid.
 
     Raises:
         NumericFault: weights so large that no float16 holds their scale.
     """
     if bits == 1:
         wide_R1, low_R1 = values_Rg.abs().mean(-1, keepdim=True), None
+    elif symmetric:
+        wide_R1, low_R1 = values_Rg.abs().amax(-1, keepdim=True) * 2 / (2**bits - 1), None
     else:
         low_R1 = values_Rg.amin(-1, keepdim=True).clamp_max(0)
         wide_R1 = (values_Rg.amax(-1, keepdim=True).clamp_min(0) - low_R1) / (2**bits - 1)
-    scale_R1 = wide_R1.half().float().clamp_min(_LEAST)
+    scale_R1 = (wide_R1.bfloat16() if symmetric else wide_R1).half().float().clamp_min(_LEAST)
     if not bool(scale_R1.isfinite().all()):
         raise NumericFault(
             f"a group of weights needs a scale of {float(wide_R1.max()):.3g}, which float16 does not hold",
             hint="the file may be damaged (see `moekit check`)",
         )
-    zero_R1 = torch.zeros_like(scale_R1) if low_R1 is None else (-low_R1 / scale_R1).round().clamp(0, 2**bits - 1)
+    if low_R1 is None:
+        zero_R1 = torch.full_like(scale_R1, 2 ** (bits - 1))
+    else:
+        zero_R1 = (-low_R1 / scale_R1).round().clamp(0, 2**bits - 1)
     return Grid(scale_R1, zero_R1, bits)
 
 
@@ -79,13 +87,14 @@ def groups_of_columns(columns: int, group: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, columns)) for start in range(0, columns, step)]
 
 
-def round_to_nearest(matrix_RC: Tensor, bits: int, group: int) -> Tensor:
+def round_to_nearest(matrix_RC: Tensor, bits: int, group: int, symmetric: bool = False) -> Tensor:
     """Each weight to the nearest value of its group's grid, worked in fp32. From 16 bits on weights stay.
 
     Args:
         matrix_RC: finite weights.
         bits: of a weight.
         group: inputs that share scale and zero point; 0 for a whole row.
+        symmetric: whether the zero point is the middle of each grid.
 
     Raises:
         NumericFault: see `grid_of`.
@@ -95,5 +104,5 @@ def round_to_nearest(matrix_RC: Tensor, bits: int, group: int) -> Tensor:
     made_RC = torch.empty_like(matrix_RC)
     for start, end in groups_of_columns(matrix_RC.shape[-1], group):
         values_Rg = matrix_RC[:, start:end].float()
-        made_RC[:, start:end] = grid_of(values_Rg, bits).nearest(values_Rg).to(matrix_RC.dtype)
+        made_RC[:, start:end] = grid_of(values_Rg, bits, symmetric).nearest(values_Rg).to(matrix_RC.dtype)
     return made_RC

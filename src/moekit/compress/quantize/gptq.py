@@ -66,9 +66,9 @@ class Gptq(QuantizeMethod):
                 # Rows do not know of each other: matrices of the same inputs are rounded as one.
                 rows_RC = torch.cat([matrices[part] for part in alike])
                 rounded_RC = (
-                    round_to_nearest(rows_RC, n, self.group)
+                    round_to_nearest(rows_RC, n, self.group, self.symmetric)
                     if upper_CC is None
-                    else round_with_feedback(rows_RC, upper_CC, n, self.group)
+                    else round_with_feedback(rows_RC, upper_CC, n, self.group, self.symmetric)
                 )
                 made |= zip(alike, torch.split(rounded_RC, [len(matrices[part]) for part in alike]), strict=True)
         return made

@@ -37,4 +37,7 @@ class RoundToNearest(QuantizeMethod):
         self, matrices: Mapping[Part, Tensor], bits: Mapping[Part, int], expert: int, inputs: LayerInputs
     ) -> Matrices:
         """Each matrix on its own."""
-        return {part: round_to_nearest(matrix_RC, bits[part], self.group) for part, matrix_RC in matrices.items()}
+        return {
+            part: round_to_nearest(matrix_RC, bits[part], self.group, self.symmetric)
+            for part, matrix_RC in matrices.items()
+        }

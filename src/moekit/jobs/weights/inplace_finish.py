@@ -12,6 +12,7 @@ import torch
 from moekit.checking import CheckReport
 from moekit.checkpoint import Record
 from moekit.compress.engine.apply import apply
+from moekit.compress.engine.grids import grids_told
 from moekit.compress.engine.plan import WeightPlan, make_method
 from moekit.compress.engine.planning import decide, inputs_of
 from moekit.compress.engine.request import PlanRequest
@@ -141,7 +142,7 @@ def _write(
         seed=context.seed,
         plan_hash=plan.hash,
         config=plan.file.model_dump(mode="json", include=told) | plan.file.budget.model_dump(mode="json"),
-        scores={} if proof is None else {"proof": proof.short()},
+        scores=grids_told(plan.method, plan.outcomes) | ({} if proof is None else {"proof": proof.short()}),
     )
     # No row or matrix loses all of its weights: an expert that can only answer zero was so in the source.
     return write_checked(

@@ -96,7 +96,7 @@ def summarizer(source: OpenedModel) -> Any:
         packed = weights = 0
         for layer, told in file.layers.items():
             geometry, bits = source.geometries[layer], told.outcome.bits
-            packed += packed_bits_of(geometry, bits, method.group)
+            packed += packed_bits_of(geometry, bits, method.group, method.symmetric)
             weights += sum(len(widths) for widths in bits.values()) * geometry.width * geometry.hidden
         nbytes = -(-packed // 8)
         return {

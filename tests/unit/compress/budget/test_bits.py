@@ -25,6 +25,7 @@ def test_bits_a_weight_with_scales_and_zeros(bits: int, group: int, each: float)
 
 def test_a_group_that_is_not_full_has_a_scale_too() -> None:
     assert packed_bits(100, 3, 64) == 300 + 2 * 19
+    assert packed_bits(1024, 4, 128, symmetric=True) / 1024 == 4.125  # no zero points
     assert packed_bytes(100, 3, 64) == 43  # 338 bits
 
 

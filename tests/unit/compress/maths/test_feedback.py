@@ -88,7 +88,9 @@ def test_an_identity_moment_rounds_to_nearest_to_the_bit(bits: int, dtype: torch
         upper = inverse_factor(scale * torch.eye(48, dtype=torch.float64), DAMP)
         assert upper is not None
         for group in (0, 16):
-            assert torch.equal(round_with_feedback(matrix, upper, bits, group), round_to_nearest(matrix, bits, group))
+            for symmetric in (False, True):
+                made = round_with_feedback(matrix, upper, bits, group, symmetric)
+                assert torch.equal(made, round_to_nearest(matrix, bits, group, symmetric))
 
 
 def test_inputs_that_never_come_are_rounded_like_others() -> None:

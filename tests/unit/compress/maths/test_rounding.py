@@ -64,3 +64,36 @@ def test_tiny_and_huge_weights() -> None:
     assert bool(round_to_nearest(torch.full((2, 8), 1e-12), 3, 0).isfinite().all())
     with pytest.raises(NumericFault, match="float16"):
         grid_of(torch.full((1, 4), 1e7), 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "bits", "group", "wanted"),
+    [
+        # s = 2 * 1.5 / 3 = 1: the values are -2, -1, 0, 1. Halves go to the even number: 1.5 to 2, which is not there.
+        ([1.5, 0.4, -1.4, -0.6], 2, 0, [1.0, 0.0, -1.0, -1.0]),
+        ([-1.5, 0.4, 1.4, 0.6], 2, 0, [-2.0, 0.0, 1.0, 1.0]),
+        # s = 2 * 7.5 / 15 = 1 and s = 2 * 15 / 15 = 2.
+        ([-7.5, 7.4, 15.0, -6.9], 4, 2, [-8.0, 7.0, 14.0, -6.0]),
+        # A scale of 2 * 2.251 / 15 = .30013 has more than eight significant bits; the nearest of these is .30078125.
+        ([2.251, 0.1, 0.2, 0.0], 4, 0, [7 * 0.30078125, 0.0, 0.30078125, 0.0]),
+        ([0.0, -2.0], 1, 0, [1.0, -1.0]),
+        ([0.0, 0.0], 4, 0, [0.0, 0.0]),
+    ],
+)
+def test_symmetric_by_hand(row: list[float], bits: int, group: int, wanted: list[float]) -> None:
+    assert round_to_nearest(torch.tensor([row]), bits, group, symmetric=True).tolist() == [wanted]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_symmetric_scales_lie_in_every_half_precision_and_zero_in_the_middle(bits: int) -> None:
+    values = torch.randn(64, 16, generator=torch.Generator().manual_seed(bits)) * torch.logspace(-8, 3, 64)[:, None]
+    grid = grid_of(values, bits, symmetric=True)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(grid.scale_R1.to(dtype).float(), grid.scale_R1)
+    assert bool((grid.zero_R1 == 2 ** (bits - 1)).all())
+    if bits > 1:  # no weight is off by more than half a step, but for what eight bits of scale lose
+        off = ((grid.nearest(values) - values).abs() / grid.scale_R1)[grid.scale_R1[:, 0] >= 2**-14]
+        assert len(off) > 20
+        assert float(off.max()) <= 0.5 + 2 ** (bits - 1) * 2**-8
+    with pytest.raises(NumericFault, match="float16 does not hold"):
+        grid_of(torch.full((1, 4), 6e7), bits, symmetric=True)
