@@ -1,0 +1,1 @@
+"""Write models in packed forms that engines read: one file a format."""
