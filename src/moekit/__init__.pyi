@@ -5,6 +5,7 @@ from .jobs.convert import convert as convert
 from .jobs.data import write_data as write_data
 from .jobs.evaluate import evaluate as evaluate
 from .jobs.expert_sets import expert_sets as expert_sets
+from .jobs.export import export as export
 from .jobs.families import families as families
 from .jobs.generate import generate as generate
 from .jobs.heal import heal as heal

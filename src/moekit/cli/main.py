@@ -48,6 +48,7 @@ _ORDER = (
         "slim",
         "sparsify",
         "quantize",
+        "export",
         "expert-sets",
         "route",
     ),

@@ -33,7 +33,7 @@ def pack_words(numbers_C: Tensor, bits: int) -> Tensor:
             f"{bits} bits hold 0 to {(1 << bits) - 1}, not {int(numbers_C.min())} to {int(numbers_C.max())}"
         )
     columns = numbers_C.shape[-1]
-    padded = torch.nn.functional.pad(numbers_C, (0, -columns % _TOGETHER)).unflatten(-1, (-1, _TOGETHER))
+    padded = _in_pieces(torch.nn.functional.pad(numbers_C, (0, -columns % _TOGETHER)), _TOGETHER)
     words = padded.new_zeros(*padded.shape[:-1], bits)
     for place in range(_TOGETHER):
         word, offset = divmod(place * bits, 32)
@@ -55,7 +55,7 @@ def unpack_words(words_W: Tensor, bits: int, columns: int) -> Tensor:
         columns: C.
     """
     filled = torch.nn.functional.pad(words_W.long() & 0xFFFFFFFF, (0, -words_W.shape[-1] % bits))
-    words = filled.unflatten(-1, (-1, bits))
+    words = _in_pieces(filled, bits)
     numbers = words.new_zeros(*words.shape[:-1], _TOGETHER)
     for place in range(_TOGETHER):
         word, offset = divmod(place * bits, 32)
@@ -63,6 +63,10 @@ def unpack_words(words_W: Tensor, bits: int, columns: int) -> Tensor:
         if offset + bits > 32:
             numbers[..., place] |= words[..., word + 1] << (32 - offset)
     return (numbers & ((1 << bits) - 1)).flatten(-2)[..., :columns].to(torch.uint8)
+
+
+def _in_pieces(values: Tensor, each: int) -> Tensor:
+    return values.reshape(*values.shape[:-1], -1, each)
 
 
 def word_count(columns: int, bits: int) -> int:

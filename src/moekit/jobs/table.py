@@ -60,6 +60,7 @@ _AFTER = (
         "moekit.jobs.options.expert_sets:ExpertSetsOptions",
         "Keep what each task wants of the experts, to load only its experts later.",
     ),
+    _row("export", "ExportOptions", "Write a rounded model in a packed form that engines read."),
     _row("generate", "GenerateOptions"),
     _row("check", "CheckOptions"),
     _row("families", "FamiliesOptions"),

@@ -1,0 +1,36 @@
+"""Options of `moekit.jobs.export`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef
+
+
+class ExportOptions(JobOptions):
+    """Write a model in a packed form that engines read, bit for bit what the rounded folder computes."""
+
+    job: ClassVar[str] = "moekit.jobs.export"
+    command: ClassVar[CommandLine] = CommandLine(
+        help="Write a model in a packed form that engines read. Experts that `moekit quantize --set symmetric=true` "
+        "rounded become whole numbers and scales that give back the folder's weights bit for bit; whatever does not is "
+        "refused by layer and expert. All other tensors stay as they are.",
+        writes="folder of the packed model",
+        arguments=("model",),
+        examples=(
+            "moekit export ./four-bits --to compressed-tensors -o ./for-vllm",
+            "moekit export ./mixed --to auto-round -o ./packed",
+        ),
+    )
+
+    model: ModelRef = Field(description="rounded model: folder")
+    to: Literal["compressed-tensors", "auto-round"] = Field(
+        description="form: compressed-tensors (vLLM; one width for all experts of a layer), auto-round (transformers "
+        "with auto-round; a width for each expert)"
+    )
+    layers_may_differ: bool = Field(
+        default=False,
+        description="compressed-tensors: write layers of different widths, which vLLM reads and transformers misreads",
+    )
