@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import moekit
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.record import Record
@@ -23,7 +24,6 @@ from moekit.compress.prune.reap import REAP
 from moekit.trace.streamed import record_streamed
 from tests.checkpoints import plain
 from tests.families import tokens
-from tests.gguf_writer import write_gguf
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -40,9 +40,15 @@ def test_a_pruned_folder_opens_in_llama_cpp(family: str, tmp_path: Path) -> None
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert find_moe_layers(model)[0].geometry.experts == KEPT
-    write_gguf(model, tmp_path / "out.gguf")
+    moekit.export(tmp_path / "out", to="gguf", out=tmp_path / "gguf")
     engine = llama_cpp.Llama(
-        str(tmp_path / "out.gguf"), n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False
+        str(tmp_path / "gguf" / "model.gguf"),
+        n_ctx=64,
+        logits_all=True,
+        verbose=False,
+        type_k=0,
+        type_v=0,
+        flash_attn=False,
     )
     prompt = tokens(1, 16, seed=5)
     with torch.no_grad():

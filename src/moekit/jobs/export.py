@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +11,13 @@ from moekit.checkpoint import Checkpoint, Record, atomic_folder
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.model import seal
 from moekit.errors import BadConfig
+from moekit.exporting import gguf_file
 from moekit.exporting.auto_round import AutoRound
 from moekit.exporting.compressed_tensors import CompressedTensors
 from moekit.exporting.folder import PackedFolder, prepare, write
 from moekit.exporting.form import Form
+from moekit.exporting.gguf_file import GgufFile
+from moekit.exporting.rounded import grids_of
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, Item, JobEstimate
@@ -33,26 +37,27 @@ class ExportResult(JobResult):
     Attributes:
         to: the form.
         model: what was packed.
-        layers: with routed experts.
-        matrices: of experts, by the bits of their numbers.
-        group: inputs that share a scale; 0 for a whole row.
+        matrices: of experts by their bits ("4 bits"), or stacks of them by what gguf calls them ("Q4_0"): how many.
+        group: inputs that share a scale, 0 for a whole row; None where nothing was rounded.
         bytes: of all tensors before and after, and of the experts after.
+        tokenizer: what became of it in gguf; None elsewhere, where its files are copied.
         check: what the check of the written folder found; None where moekit does not read the form back.
     """
 
     to: str
     model: str
-    layers: int
-    matrices: dict[int, int]
-    group: int
+    matrices: dict[str, int]
+    group: int | None
     bytes: dict[str, int]
+    tokenizer: str | None = None
     check: dict[str, Any] | None = None
 
 
 def export(
     model: str | Path,
     *,
-    to: Literal["compressed-tensors", "auto-round"],
+    to: Literal["gguf", "compressed-tensors", "auto-round"],
+    tensor_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto",
     layers_may_differ: bool = False,
     out: str | Path,
     overwrite: bool = False,
@@ -62,9 +67,10 @@ def export(
     """Write a model in a packed form that engines read, bit for bit what the rounded folder computes.
 
     Args:
-        model: rounded model: folder.
-        to: form: compressed-tensors (vLLM; one width for all experts of a layer), auto-round (transformers with
-            auto-round; a width for each expert).
+        model: rounded model: folder (any model for gguf).
+        to: form: gguf (llama.cpp; rounded or not), compressed-tensors (vLLM; one width for all experts of a layer),
+            auto-round (transformers with auto-round; a width for each expert).
+        tensor_type: gguf: of matrices that are not rounded; auto: as they are stored.
         layers_may_differ: compressed-tensors: write layers of different widths, which vLLM reads and transformers
             misreads.
         out: folder of the packed model.
@@ -80,7 +86,8 @@ def export(
             exists.
         BadCheckpoint: the model is damaged.
         NumericFault: an expert does not lie on its grid.
-        UnsupportedModel: the model is packed already, or its experts have no names of their own.
+        UnsupportedModel: the model is packed already, its experts have no names of their own, or llama.cpp computes
+            its family in another way.
         OutOfBudget: the disk is too small; said before the work.
     """
     return call(ExportOptions, ExportResult, dict(locals()))
@@ -88,10 +95,9 @@ def export(
 
 def check(options: ExportOptions) -> None:
     """Refuse an option of another form."""
-    if options.layers_may_differ and options.to != "compressed-tensors":
-        raise BadConfig(
-            f"layers_may_differ changes nothing for {options.to}", hint="leave it out: layers may differ there"
-        )
+    for name, to in (("layers_may_differ", "compressed-tensors"), ("tensor_type", "gguf")):
+        if options.given(name) and options.to != to:
+            raise BadConfig(f"{name} changes nothing for {options.to}", hint=f"it is an option of --to {to}")
 
 
 def estimate(options: ExportOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
@@ -100,7 +106,7 @@ def estimate(options: ExportOptions, out: Path, sizes: ByteSizes) -> JobEstimate
     if not lies_here(options.model):
         return JobEstimate((model,), (Item(str(out), model.nbytes),), disk=model.nbytes)
     nbytes = _prepared(options).nbytes + _BESIDE_BYTES
-    notes = ("matrix by matrix: memory does not grow with the model",)
+    notes = ("tensor by tensor: memory does not grow with the model",)
     return JobEstimate((model,), (Item(str(out), nbytes),), disk=nbytes, notes=notes)
 
 
@@ -110,29 +116,42 @@ def run(options: ExportOptions, context: JobContext) -> dict[str, Any]:
     work = _prepared(options)
     verify(work.checkpoint)
     check_disk(context.out, context.scratch, work.nbytes + _BESIDE_BYTES, 0)
-    report = _write_folder(work, context)
+    grids = grids_of(work.checkpoint)
     return {
         "to": options.to,
         "model": str(work.checkpoint.path),
-        "layers": len({entry.matrix.layer for entry in work.plan}),
-        "matrices": dict(sorted(Counter(entry.bits for entry in work.plan).items())),
-        "group": work.grids.group,
+        "matrices": _matrices(work),
+        "group": None if grids is None else grids.group,
         "bytes": {"before": work.checkpoint.nbytes, "after": work.nbytes, "experts": work.expert_bytes},
-        "check": report,
+        **(_write_gguf(work, context) if isinstance(work, GgufFile) else _write_folder(work, context)),
     }
 
 
-def _prepared(options: ExportOptions) -> PackedFolder:
+def _prepared(options: ExportOptions) -> GgufFile | PackedFolder:
+    checkpoint = Checkpoint.open(model_location(options.model))
+    if options.to == "gguf":
+        return gguf_file.prepare(checkpoint, options.tensor_type)
     form: Form = AutoRound() if options.to == "auto-round" else CompressedTensors(options.layers_may_differ)
-    return prepare(Checkpoint.open(model_location(options.model)), form)
+    return prepare(checkpoint, form)
 
 
-def _write_folder(work: PackedFolder, context: JobContext) -> dict[str, Any] | None:
+def _matrices(work: GgufFile | PackedFolder) -> Mapping[str, int]:
+    if isinstance(work, GgufFile):
+        return work.kinds
+    return {f"{bits} bits": count for bits, count in sorted(Counter(entry.bits for entry in work.plan).items())}
+
+
+def _write_gguf(work: GgufFile, context: JobContext) -> dict[str, Any]:
+    with atomic_folder(context.out, overwrite=context.overwrite, need_bytes=work.nbytes) as folder:
+        return {"tokenizer": gguf_file.write(work, folder / gguf_file.FILE, context.progress)}
+
+
+def _write_folder(work: PackedFolder, context: JobContext) -> dict[str, Any]:
     """Write, and check what moekit reads back itself: experts under names that only a library knows are not."""
     if not work.readable:
         with atomic_folder(context.out, overwrite=context.overwrite, need_bytes=work.nbytes) as folder:
             write(work, folder, context.progress)
-        return None
+        return {}
     source = work.checkpoint
     record = Record(
         command=context.command,
@@ -147,9 +166,10 @@ def _write_folder(work: PackedFolder, context: JobContext) -> dict[str, Any] | N
         return seal(folder, record, digests=digests, progress=context.progress)
 
     sealed, report = write_checked(context, made)
-    return {
+    told = {
         "ok": report.ok,
         "proven": report.proven,
         "tensors": len(sealed.expectations.tensors),
         "findings": [str(finding) for finding in report.findings],
     }
+    return {"check": told}

@@ -1,0 +1,122 @@
+"""Families that llama.cpp computes as transformers does: names of their architectures, sizes, and what must hold.
+
+llama.cpp knows one way for each architecture where transformers asks the config: whether chosen weights are normalised,
+which layers are dense, how positions turn. A config that says otherwise is refused: the file would load and be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moekit.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family is called and computed in GGUF.
+
+    Attributes:
+        architecture: name of the enumeration's member.
+        demands: key of the config -> the only value that llama.cpp computes with.
+        interleaved: whether query and key rows lie in pairs as llama.cpp turns them, where transformers has halves.
+        width: key of the config that holds an expert's width.
+        sizes: further numbers: method of the writer -> how the config says it.
+    """
+
+    architecture: str
+    demands: Mapping[str, Any]
+    interleaved: bool = False
+    width: str = "moe_intermediate_size"
+    sizes: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
+
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family("LLAMA", {"sliding_window": None}, interleaved=True, width="intermediate_size"),
+    "qwen2_moe": Family(
+        "QWEN2MOE",
+        {"norm_topk_prob": False, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        sizes={"add_expert_shared_feed_forward_length": lambda config: int(config.shared_expert_intermediate_size)},
+    ),
+    "qwen3_moe": Family(
+        "QWEN3MOE",
+        {"norm_topk_prob": True, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "olmoe": Family("OLMOE", {"norm_topk_prob": False, "clip_qkv": None}, width="intermediate_size"),
+}
+_LINEAR = "linear"
+
+
+def family_of(config: Any, file: Any = None) -> Family:
+    """The family of a config.
+
+    Raises:
+        UnsupportedModel: llama.cpp has no such family here, or computes it in another way than this config says.
+    """
+    found = FAMILIES.get(config.model_type)
+    if found is None:
+        raise UnsupportedModel(
+            f"{config.model_type} is not written as GGUF: known are {', '.join(FAMILIES)}",
+            file=file,
+            hint="--to compressed-tensors and --to auto-round take every family whose experts have names of their own",
+        )
+    for key, value in found.demands.items():
+        told = getattr(config, key, value)
+        if told != value and not (not told and not value):
+            raise UnsupportedModel(
+                f"{key} is {told!r}, and llama.cpp computes {config.model_type} with {value!r}",
+                file=file,
+                hint="--to compressed-tensors or --to auto-round keep the config as it is",
+            )
+    kind = rope_of(config)[0]
+    if kind not in ("default", _LINEAR):
+        raise UnsupportedModel(f"positions are scaled by {kind!r}, which is not written as GGUF", file=file)
+    return found
+
+
+def rope_of(config: Any) -> tuple[str, float, float]:
+    """How positions turn: kind, base, and factor of a linear scaling."""
+    told = dict(getattr(config, "rope_parameters", None) or {})
+    base = told.get("rope_theta", getattr(config, "rope_theta", 10000.0))
+    return str(told.get("rope_type", "default")), float(base), float(told.get("factor", 1.0))
+
+
+def add_sizes(writer: Any, config: Any, family: Family) -> None:
+    """Write the numbers of the config.
+
+    Args:
+        writer: of the `gguf` package.
+        config: of the model.
+        family: of it.
+    """
+    heads = int(config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kind, base, factor = rope_of(config)
+    width = int(getattr(config, family.width))
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    numbers = {
+        "add_vocab_size": config.vocab_size,
+        "add_block_count": config.num_hidden_layers,
+        "add_context_length": config.max_position_embeddings,
+        "add_embedding_length": config.hidden_size,
+        "add_feed_forward_length": config.intermediate_size,
+        "add_head_count": heads,
+        "add_head_count_kv": config.num_key_value_heads,
+        "add_key_length": head_dim,
+        "add_value_length": head_dim,
+        "add_rope_dimension_count": head_dim,
+        "add_expert_count": experts,
+        "add_expert_used_count": config.num_experts_per_tok,
+        "add_expert_feed_forward_length": width,
+        **{name: size(config) for name, size in family.sizes.items()},
+    }
+    for name, number in numbers.items():
+        getattr(writer, name)(int(number))
+    writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
+    writer.add_rope_freq_base(base)
+    if kind == _LINEAR:
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(factor)
