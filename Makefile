@@ -60,8 +60,8 @@ demo: $(VENV)/.run ## the whole way on a real model: runs/demo/report.html
 	@touch $@
 
 test-engines: $(VENV)/.dev .venv-vllm/.run ## what moekit writes, in vLLM and in llama.cpp, which is compiled first
-	$(PIP) -e '.[engines]'
-	$(THREADS) $(BIN)/python -m pytest tests/engines
+	$(PIP) -e '.[engines,export]'
+	$(THREADS) $(BIN)/python -m pytest tests/engines tests/unit/exporting
 
 bench: $(VENV)/.dev ## every benchmark that needs no run before it and no 50 GB of disk
 	@for file in $(filter-out $(APART:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
