@@ -17,6 +17,8 @@ from moekit.checkpoint.safety import DTYPE_BITS
 from moekit.errors import printable
 
 CARD_FILE = "README.md"
+# Packed forms whose readers are packages of their own, of the same name.
+_READERS = ("compressed-tensors", "auto-round")
 _LICENCE = re.compile(r"^license:\s*(.+)$", re.MULTILINE)
 
 
@@ -61,6 +63,9 @@ def _loading(record: Record, config: Mapping[str, Any]) -> list[str]:
         "",
         f"A stock Hugging Face folder: `{kind}.from_pretrained` opens it without moekit and without remote code.",
     ]
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method in _READERS:
+        lines[-1] += f" The package `{method}` must be installed: it reads the packed experts."
     if len(set(record.expectations.experts.values())) > 1:
         lines[-1] = (
             f"Layers hold different numbers of experts, as `{RECORD_FILE}` says: `moekit.load` opens the folder; "

@@ -76,6 +76,7 @@ def test_compressed_tensors_are_read_back_bit_for_bit(
     record = json.loads((tmp_path / "out" / "moekit.json").read_text())
     assert record["parent"] == str(source)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert "The package `compressed-tensors` must be installed" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_compressed_tensors_in_stock_transformers(tmp_path: Path) -> None:
