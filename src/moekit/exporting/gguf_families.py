@@ -22,6 +22,7 @@ class Family:
         demands: key of the config -> the only value that llama.cpp computes with.
         interleaved: whether query and key rows lie in pairs as llama.cpp turns them, where transformers has halves.
         width: key of the config that holds an expert's width.
+        grouped: whether key heads may be fewer than query heads.
         sizes: further numbers: method of the writer -> how the config says it.
     """
 
@@ -29,6 +30,7 @@ class Family:
     demands: Mapping[str, Any]
     interleaved: bool = False
     width: str = "moe_intermediate_size"
+    grouped: bool = True
     sizes: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
 
 
@@ -43,7 +45,7 @@ FAMILIES: dict[str, Family] = {
         "QWEN3MOE",
         {"norm_topk_prob": True, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
-    "olmoe": Family("OLMOE", {"norm_topk_prob": False, "clip_qkv": None}, width="intermediate_size"),
+    "olmoe": Family("OLMOE", {"norm_topk_prob": False, "clip_qkv": None}, width="intermediate_size", grouped=False),
 }
 _LINEAR = "linear"
 
@@ -69,6 +71,13 @@ def family_of(config: Any, file: Any = None) -> Family:
                 file=file,
                 hint="--to compressed-tensors or --to auto-round keep the config as it is",
             )
+    if not found.grouped and config.num_key_value_heads != config.num_attention_heads:
+        raise UnsupportedModel(
+            f"{config.num_key_value_heads} key heads serve {config.num_attention_heads} query heads, and llama.cpp "
+            f"reads {config.model_type} with as many of both",
+            file=file,
+            hint="--to compressed-tensors or --to auto-round keep the config as it is",
+        )
     kind = rope_of(config)[0]
     if kind not in ("default", _LINEAR):
         raise UnsupportedModel(f"positions are scaled by {kind!r}, which is not written as GGUF", file=file)

@@ -59,8 +59,9 @@ def test_blocks_by_hand() -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_names_shapes_and_values(family: str, tmp_path: Path) -> None:
-    source = plain(tmp_path / "source", family, fused=family == "qwen2_moe")
-    stock = disk(plain(tmp_path / "split", family))
+    heads_of_keys = {"olmoe": 4}.get(family, 2)
+    source = plain(tmp_path / "source", family, fused=family == "qwen2_moe", num_key_value_heads=heads_of_keys)
+    stock = disk(plain(tmp_path / "split", family, num_key_value_heads=heads_of_keys))
     made = export(source, tmp_path / "out")
     reader, numbers, kinds = read(tmp_path / "out")
     assert set(kinds.values()) == {"F32"}
@@ -75,7 +76,7 @@ def test_names_shapes_and_values(family: str, tmp_path: Path) -> None:
             assert np.array_equal(left.pop(f"blk.{layer}.ffn_{part}_exps.weight"), torch.stack(stack).numpy())
         router = stock[f"model.layers.{layer}.{block}.gate.weight"]
         assert np.array_equal(left.pop(f"blk.{layer}.ffn_gate_inp.weight"), router.numpy())
-        for which, heads in (("q", 4), ("k", 2)):
+        for which, heads in (("q", 4), ("k", heads_of_keys)):
             rows = stock[f"model.layers.{layer}.self_attn.{which}_proj.weight"]
             if family == "mixtral":  # row i of a head's first half is followed by row i of its second half
                 half = len(rows) // heads // 2
@@ -97,7 +98,7 @@ def test_names_shapes_and_values(family: str, tmp_path: Path) -> None:
     assert name == {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}[family]
     told = {"expert_count": EXPERTS, "expert_used_count": TOP_K, "embedding_length": HIDDEN, "block_count": 2,
             "expert_feed_forward_length": WIDTH, "vocab_size": VOCAB, "attention.head_count": 4,
-            "attention.head_count_kv": 2, "attention.key_length": 8, "context_length": 128}  # fmt: skip
+            "attention.head_count_kv": heads_of_keys, "attention.key_length": 8, "context_length": 128}  # fmt: skip
     for key, number in told.items():
         assert value(reader, f"{name}.{key}") == number, key
     config = AutoConfig.from_pretrained(source)
@@ -176,6 +177,8 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:
         export(source, tmp_path / "out")
     with pytest.raises(UnsupportedModel, match="deepseek_v3 is not written as GGUF: known are mixtral"):
         export(plain(tmp_path / "other", "deepseek_v3"), tmp_path / "out")
+    with pytest.raises(UnsupportedModel, match=r"2 key heads serve 4 query heads, and llama\.cpp reads olmoe"):
+        export(plain(tmp_path / "olmoe", "olmoe"), tmp_path / "out")
     source = rounded(tmp_path / "short", "qwen3_moe", 4, group=16)
     with pytest.raises(BadConfig, match="layer 0: the gate projections were rounded with groups of 16"):
         export(source, tmp_path / "out")
