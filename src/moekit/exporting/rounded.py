@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.quantized.registry import kind, quantization
 from moekit.checkpoint.reading import TensorReader
+from moekit.checkpoint.record import Record
 from moekit.compress.engine.grids import Grids, read_grids
 from moekit.errors import BadConfig, NumericFault, UnsupportedModel
-from moekit.exporting.matrices import ExpertMatrix
+from moekit.exporting.matrices import ExpertMatrix, expert_matrices
 from moekit.exporting.recovery import Recovered, recover
 
+# How far back a record is looked for that tells of grids.
+_GENERATIONS = 16
 _AGAIN = "moekit quantize MODEL --method gptq --bits 4 --set symmetric=true"
 
 
@@ -37,9 +41,43 @@ def refuse_packed(checkpoint: Checkpoint) -> None:
 
 
 def grids_of(checkpoint: Checkpoint) -> Grids | None:
-    """The grids that a folder's record tells of; None where its experts were not rounded."""
-    record = checkpoint.record
-    return None if record is None else read_grids(record.scores, checkpoint.path)
+    """The grids that a folder's record tells of, or its parents' where nothing says that experts changed since.
+
+    Healing, routing and pruning leave the experts that stay as they are. Grids of a parent count where the first
+    matrix lies on its own.
+
+    Returns:
+        None where the experts were not rounded, or not any more.
+    """
+    record, path = checkpoint.record, checkpoint.path
+    kept: list[dict[str, list[int]]] = []
+    for _ in range(_GENERATIONS):
+        if record is None:
+            return None
+        grids = read_grids(record.scores, path)
+        if grids is not None:
+            for experts in reversed(kept):
+                grids = grids.kept(experts)
+            return grids if path == checkpoint.path or _begins_on(checkpoint, grids) else None
+        kept.append(record.scores.get("kept") or {})
+        if not record.parent or not Path(record.parent).is_dir():
+            return None
+        path = Path(record.parent)
+        fingerprint, record = record.parent_fingerprint, Record.read(path)
+        if record is not None and record.fingerprint != fingerprint:
+            return None  # another checkpoint lies there now
+    return None
+
+
+def _begins_on(checkpoint: Checkpoint, grids: Grids) -> bool:
+    """Whether the first matrix that was rounded lies on its grid still."""
+    for some in expert_matrices(checkpoint).values():
+        for matrix in some:
+            bits = grids.of(matrix.layer, matrix.part, matrix.expert)
+            if bits is not None:
+                with TensorReader(checkpoint) as reader:
+                    return not grids.symmetric or recover(matrix.read(reader), bits, grids.group) is not None
+    return False
 
 
 def symmetric_grids(checkpoint: Checkpoint, form: str) -> Grids:

@@ -17,6 +17,8 @@ import moekit
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.quantized.weights import WeightReader
 from moekit.checkpoint.record import Record
+from moekit.compress.engine.apply import apply
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import BadConfig, NumericFault, UnsupportedModel
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.exporting import rounded
@@ -217,3 +219,30 @@ def test_experts_without_names_of_their_own_and_packed_folders_are_refused(tmp_p
     export(source, "compressed-tensors", tmp_path / "packed")
     with pytest.raises(UnsupportedModel, match=r"packed already \(compressed-tensors, pack-quantized\)"):
         export(tmp_path / "packed", "auto-round", tmp_path / "out")
+
+
+def test_experts_that_were_left_alone_since_lie_on_their_parents_grids(tmp_path: Path) -> None:
+    def by_number(layer: int, part: str, expert: int) -> int:
+        return 4 if expert % 2 else 3
+
+    source = rounded(tmp_path / "rounded", "qwen3_moe", by_number)
+    record = Record.read(source)
+    assert record is not None
+    pruned = apply(
+        Checkpoint.open(source),
+        {layer: LayerOutcome(keep=(1, 3, 4)) for layer in (0, 1)},
+        tmp_path / "pruned",
+        record=Record(command="a test"),
+    )
+    assert pruned.parent_fingerprint == record.fingerprint
+    made = export(tmp_path / "pruned", "auto-round", tmp_path / "out")
+    assert made.matrices == {"3 bits": 6, "4 bits": 12}
+    # Trained since: the parents' grids say nothing of such experts.
+    (shard,) = (tmp_path / "pruned").glob("model*.safetensors")
+    edit_shard(shard, lambda tensors: [t.add_(1e-3 * torch.rand_like(t)) for n, t in tensors.items() if "experts" in n])
+    with pytest.raises(BadConfig, match="says of no grids"):
+        export(tmp_path / "pruned", "auto-round", tmp_path / "again")
+    # Another model lies where the parent did.
+    edit_json(source / "moekit.json", lambda told: told.update(fingerprint="0" * 64))
+    with pytest.raises(BadConfig, match="says of no grids"):
+        export(tmp_path / "pruned", "auto-round", tmp_path / "again")

@@ -5,7 +5,7 @@ Legend: E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -37,6 +37,21 @@ class Grids(BaseModel):
         """Bits of a matrix; None where it was not rounded."""
         told = self.bits.get(layer, {}).get(part)
         return told[expert] if isinstance(told, tuple) else told
+
+    def kept(self, experts: Mapping[str, Sequence[int]]) -> Grids:
+        """The same once experts were dropped.
+
+        Args:
+            experts: decoder layer -> the old experts that stay, in the order of the new ones; layers left out stay.
+        """
+        bits: dict[int, dict[Part, int | tuple[int, ...]]] = {}
+        for layer, parts in self.bits.items():
+            stay = experts.get(str(layer))
+            bits[layer] = {
+                part: tuple(told[e] for e in stay) if isinstance(told, tuple) and stay is not None else told
+                for part, told in parts.items()
+            }
+        return self.model_copy(update={"bits": bits})
 
 
 def grids_told(method: Any, outcomes: Mapping[int, LayerOutcome]) -> dict[str, Any]:
