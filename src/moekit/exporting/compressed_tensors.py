@@ -55,8 +55,8 @@ class CompressedTensors(Form):
                 raise BadConfig(
                     f"matrices of {_listed(widths)} bits lie in one layer, and compressed-tensors holds one width",
                     layer=layer,
-                    hint="--to auto-round holds a width for each matrix, --to gguf the widest of a layer; or round all "
-                    "matrices to the same bits",
+                    hint="--to auto-round holds a width for each matrix, --to gguf the widest of a layer; or share "
+                    "bits among whole layers (moekit quantize --unit layer --choices 2,4,8)",
                 )
             _check_width(widths, layer)
         every = set().union(*by_layer.values())
