@@ -10,10 +10,11 @@ Legend: N units, C choices of a unit, S steps of bytes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ Bytes = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Share:
+class Share(Generic[K]):
     """What each unit takes.
 
     Attributes:
@@ -45,7 +46,7 @@ class Share:
         bound: no plan costs less than this.
     """
 
-    chosen: Mapping[Hashable, int]
+    chosen: Mapping[K, int]
     cost: float
     nbytes: int
     bound: float
@@ -71,7 +72,7 @@ def solve(
     *,
     steps: int = STEPS,
     most_updates: int = MOST_UPDATES,
-) -> Share:
+) -> Share[K]:
     """Give each unit the choice that makes the total cost least, within a budget.
 
     Args:
@@ -183,7 +184,7 @@ def relax(costs: Numbers, sizes: Bytes, budget: int) -> Relaxed:
     steps = sorted(
         (-_gain(costs[unit], sizes[unit], before, after), unit, place)
         for unit, hull in enumerate(hulls)
-        for place, (before, after) in enumerate(zip(hull, hull[1:], strict=False))
+        for place, (before, after) in enumerate(itertools.pairwise(hull))
     )
     at = [0] * len(hulls)
     left = budget - sum(sizes[unit][hull[0]] for unit, hull in enumerate(hulls))
