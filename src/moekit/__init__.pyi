@@ -6,6 +6,7 @@ from .jobs.data import write_data as write_data
 from .jobs.evaluate import evaluate as evaluate
 from .jobs.expert_sets import expert_sets as expert_sets
 from .jobs.families import families as families
+from .jobs.fit import fit as fit
 from .jobs.generate import generate as generate
 from .jobs.heal import heal as heal
 from .jobs.merge import merge as merge

@@ -34,6 +34,36 @@ class BlockGradients:
     def __init__(self, states: Mapping[int, States]) -> None:
         self._states = dict(states)
 
+    @classmethod
+    def opened(
+        cls,
+        layers: Sequence[int],
+        batches: Sequence[Inputs],
+        hidden: int,
+        folder: Path | None = None,
+        limit: int = MEMORY_BYTES,
+    ) -> BlockGradients:
+        """Room for gradients, and those that lie in a folder already.
+
+        Args:
+            layers: decoder layers.
+            batches: token ids and masks.
+            hidden: H.
+            folder: where gradients go; None keeps them in memory up to `limit`.
+            limit: bytes kept in memory where no folder is given, of each layer.
+        """
+        shapes = [(batch.input_ids.shape[0], batch.input_ids.shape[1]) for batch in batches]
+        return cls(
+            {
+                index: States(shapes, hidden, torch.float32, folder=folder, name=f"gradients-{index}", limit=limit)
+                for index in layers
+            }
+        )
+
+    def put(self, layer: int, batch: int, gradient_BSH: Tensor) -> None:
+        """Keep those of a batch."""
+        self._states[layer].put(batch, gradient_BSH)
+
     def get(self, layer: int, batch: int) -> Tensor:
         """[B, S, H]."""
         return self._states[layer].get(batch)
@@ -69,24 +99,20 @@ def block_gradients(
     """
     layers = find_moe_layers(model)
     device, hidden = model.get_input_embeddings().weight.device, model.get_input_embeddings().weight.shape[1]
-    shapes = [(batch.input_ids.shape[0], batch.input_ids.shape[1]) for batch in batches]
-    states = {
-        moe.index: States(shapes, hidden, torch.float32, folder=folder, name=f"gradients-{moe.index}", limit=limit)
-        for moe in layers
-    }
+    made = BlockGradients.opened([moe.index for moe in layers], batches, hidden, folder, limit)
     for number in track(range(len(batches)), "differentiating", progress):
         batch = batches[number]
-        rows = {moe.index: torch.zeros(*shapes[number], hidden) for moe in layers}
-        for row in range(shapes[number][0]):
+        rows = {moe.index: torch.zeros(*batch.input_ids.shape, hidden) for moe in layers}
+        for row in range(len(batch.input_ids)):
             ids_1S, mask_1S = (t[row : row + 1].to(device) for t in (batch.input_ids, batch.attention_mask))
             if not bool(mask_1S.any()):
                 continue
             generator = torch.Generator().manual_seed((seed << 32) + (number << 16) + row)
             for index, gradient in row_gradients(model, layers, ids_1S, mask_1S, generator).items():
                 rows[index][row] = gradient.reshape(-1, hidden).float().cpu()
-        for index, made in rows.items():
-            states[index].put(number, made)
-    return BlockGradients(states)
+        for index, gradient_BSH in rows.items():
+            made.put(index, number, gradient_BSH)
+    return made
 
 
 @torch.enable_grad()
