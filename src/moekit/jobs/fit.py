@@ -46,7 +46,8 @@ class FitResult(JobResult):
         packed: form in which the folder must be exported to take as few bytes as counted; "" where it does already.
         expected: cost of the plan.
         bound: no plan of the same width and number of experts is expected to cost less; None for plans not solved for.
-        measured: rise of the loss on held-out text, nats a token; None without a proof.
+        measured: KL of the unchanged model's predictions to the result's on held-out text, nats a token; None without a
+            proof.
         correlation: of the ranks of expected and measured costs of all plans tried; None with fewer than three.
         tried: plans, best first.
         front: expected costs over budgets.

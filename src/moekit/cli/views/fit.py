@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moekit.cli._terminal import Terminal
+from moekit.cli._terminal import Terminal, size
 from moekit.cli.views._costs import print_proof, show_perplexity
-from moekit.cli.views.prune import size
 
 
 def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
@@ -24,7 +23,7 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
         )
     unit = "nats a token" if results["price"] == "fisher" else "change of the residual stream"
     _show_front(terminal, results, unit)
-    _show_tried(terminal, results, unit)
+    _show_tried(terminal, results)
     proof = results.get("proof")
     if proof is not None:
         show_perplexity(terminal, proof | {"baselines": proof["baselines"][:3]})
@@ -43,13 +42,13 @@ def _show_front(terminal: Terminal, results: Mapping[str, Any], unit: str) -> No
     terminal.table("expected over budgets", ("bytes", unit, "recipes"), rows)
 
 
-def _show_tried(terminal: Terminal, results: Mapping[str, Any], unit: str) -> None:
+def _show_tried(terminal: Terminal, results: Mapping[str, Any]) -> None:
     rows = [
         (told["name"], size(told["bytes"]), told["expected"], told["measured"], told["recipes"])
         for told in results["tried"]
     ]
-    title = "plans of these bytes, best first"
-    terminal.table(title, ("plan", "bytes", f"expected, {unit}", "measured, nats a token", "recipes"), rows)
+    title = "plans of these bytes, best first (KL of the unchanged model's predictions to theirs, nats a token)"
+    terminal.table(title, ("plan", "bytes", "expected", "measured KL", "recipes"), rows)
     correlation = results["correlation"]
     if correlation is not None:
         terminal.say(

@@ -34,11 +34,14 @@ class Tried:
 
     Attributes:
         plan: the plan.
-        measured: rise of the loss on held-out text, nats a token; None where it was not measured.
+        measured: KL of the unchanged model's predictions to the plan's on held-out text, nats a token; None where it
+            was not measured.
+        rise: of the loss there, nats a token; falls where a text is unlike what the model knows.
     """
 
     plan: JointPlan
     measured: float | None = None
+    rise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,11 @@ def choose(
     if heldout is None:
         return Chosen(plans[0], [Tried(plan) for plan in plans], None, None)
     plain, results = _measured(options, asked, plans, carrier, heldout, context)
-    rise = [_rise(plain, result) for result in results]
-    order = sorted(range(len(plans)), key=lambda n: (rise[n], plans[n].counted, n))
+    far = [math.inf if result.divergence is None else result.divergence for result in results]
+    order = sorted(range(len(plans)), key=lambda n: (far[n], plans[n].counted, n))
     proof = proof_of(heldout, plain, [results[n] for n in order], context.seed)
-    tried = [Tried(plans[n], rise[n]) for n in order]
-    return Chosen(plans[order[0]], tried, rank_correlation([p.cost for p in plans], rise), proof)
+    tried = [Tried(plans[n], far[n], _rise(plain, results[n])) for n in order]
+    return Chosen(plans[order[0]], tried, rank_correlation([p.cost for p in plans], far), proof)
 
 
 def _rise(plain: PerplexityResult, result: VariantResult) -> float:
@@ -125,6 +128,7 @@ def _measured(
         folder=folder,
         dtype=named_dtype(options.dtype),
         device=options.device,
+        divergence=True,
         progress=context.progress,
     )
     told: list[Any] = [plain.model_dump(mode="json"), [result.model_dump(mode="json") for result in results]]

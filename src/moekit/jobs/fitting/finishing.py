@@ -136,6 +136,7 @@ def _tried_told(tried: Tried) -> dict[str, Any]:
         "bytes": tried.plan.counted,
         "expected": tried.plan.cost,
         "measured": tried.measured,
+        "rise": tried.rise,
     }
 
 

@@ -115,7 +115,7 @@ def ask(options: FitOptions, progress: Progress | None = None) -> Asked:
     knobs = MenuKnobs(
         experts=_below_one(options.experts),
         widths=_below_one(options.widths),
-        bits=options.bits or None,
+        bits=tuple(n for n in options.bits if n < 16) if options.bits else None,
         ways=options.ways,
         most=options.choices,
     )
@@ -128,8 +128,8 @@ def ask(options: FitOptions, progress: Progress | None = None) -> Asked:
     floor = min(sizes.total(recipe, profile) for recipe in menu.recipes)
     if budget < floor:
         raise BadConfig(
-            f"{budget:,} bytes do not hold the model however its experts are compressed ({sizes.constant:,} of them are "
-            "no routed experts)",
+            f"{budget:,} bytes do not hold the model however its experts are compressed ({sizes.constant:,} of them "
+            "are no routed experts)",
             hint=f"allow at least {floor:,} bytes, or smaller choices (--experts, --widths, --bits)",
         )
     # Where any layer loses experts, all give up the router's limits to groups: then layers go together.
