@@ -94,9 +94,30 @@ class Composer:
             weights: of the layer as it is.
             inputs: likewise, with `required`.
         """
+        return self.finished(recipe, outcome, self.fewer(recipe, outcome, weights, inputs), inputs)
+
+    @torch.no_grad()
+    def fewer(
+        self, recipe: LayerRecipe, outcome: LayerOutcome, weights: LayerWeights, inputs: LayerInputs
+    ) -> LayerWeights:
+        """The first step of `weights`, the same for all recipes that keep as many experts in the same way."""
         method = self._method(recipe)
-        fewer = outcome.model_copy(update={"width": None, "bits": {}})
-        made = weights if method is None else method.transform(weights, fewer, inputs)
+        if method is None:
+            return weights
+        return method.transform(weights, outcome.model_copy(update={"width": None, "bits": {}}), inputs)
+
+    @torch.no_grad()
+    def finished(
+        self, recipe: LayerRecipe, outcome: LayerOutcome, made: LayerWeights, inputs: LayerInputs
+    ) -> LayerWeights:
+        """The other steps of `weights`: narrower, then rounded.
+
+        Args:
+            recipe: for the layer.
+            outcome: what `outcome` said of it.
+            made: what `fewer` gave.
+            inputs: of the layer as it is.
+        """
         if recipe.width is not None:
             made = narrowed(made, widest_neurons(self.score(inputs, outcome.keep, made), recipe.width))
         if recipe.bits is None:

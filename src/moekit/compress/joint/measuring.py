@@ -103,6 +103,7 @@ class _Measuring:
     gradients: BlockGradients | None
     seed: int
     folder: Path | None
+    _merged: tuple[tuple[str, int | None], LayerWeights] | None = None
 
     @torch.no_grad()
     def run(self, progress: Progress | None) -> list[CostRow]:
@@ -142,7 +143,12 @@ class _Measuring:
         inputs = LayerInputs(
             moe.index, moe.geometry, self.statistics[moe.index], lambda: self._stored(weights), self.seed
         )
-        return [self._row(moe, recipe, weights, inputs, output, stream) for recipe in self.wanted[moe.index]]
+        # Merging aligns neurons, which takes longer than all else: recipes that share its result follow one another.
+        order = sorted(self.wanted[moe.index], key=lambda recipe: (recipe.way, recipe.keep or 0, str(recipe)))
+        self._merged = None
+        rows = {recipe: self._row(moe, recipe, weights, inputs, output, stream) for recipe in order}
+        self._merged = None
+        return [rows[recipe] for recipe in self.wanted[moe.index]]
 
     def _stored(self, weights: LayerWeights) -> LayerWeights:
         """As on disk, whatever the layer computes in: what is measured is what will be written."""
@@ -177,7 +183,10 @@ class _Measuring:
         self, moe: MoELayer, recipe: LayerRecipe, weights: LayerWeights, inputs: LayerInputs, error: Error
     ) -> None:
         outcome = self.composer.outcome(recipe, inputs)
-        made = self.composer.weights(recipe, outcome, self._stored(weights), inputs)
+        key = recipe.way, recipe.keep
+        if self._merged is None or self._merged[0] != key:
+            self._merged = key, self.composer.fewer(recipe, outcome, self._stored(weights), inputs)
+        made = self.composer.finished(recipe, outcome, self._merged[1], inputs)
         made = made.map(lambda t: t.to(weights.up_EIH.dtype), router=False)
         config = self.streamed.loader.model.config
         block = resized_block(moe, resized_config(config, made.experts, width=recipe.width), made, outcome)
