@@ -27,7 +27,7 @@ class MenuKnobs:
     """What a menu is made from.
 
     Attributes:
-        experts: fractions of the experts that stay, below 1.
+        experts: fractions of the experts that stay, below 1; none keeps all of them.
         widths: fractions of their neurons, below 1.
         bits: of a weight; None for all that the engine's files hold.
         ways: how experts go.
@@ -94,19 +94,24 @@ def make_menu(sizes: ModelSizes, profile: Profile, budget: int, knobs: MenuKnobs
     anchors = [
         recipe for width in widths for b in bits for recipe in _anchored(sizes, profile, budget, knobs, width, b)
     ]
-    counts: list[int | None] = [None, *sorted({max(sizes.top_k, round(sizes.experts * f)) for f in knobs.experts})]
+    counts = [None, *sorted({max(sizes.top_k, round(sizes.experts * f)) for f in knobs.experts})]
     grid = [recipe for n in counts for width in widths for b in bits for recipe in _ways(sizes, knobs, n, width, b)]
     share = max(1, budget - sizes.constant)
     held = [recipe for recipe in dict.fromkeys([*anchors, *grid]) if sizes.holds(recipe)]
     distance = {r: abs(math.log(max(1, sizes.total(r, profile) - sizes.constant) / share)) for r in held}
     near = sorted((r for r in held if distance[r] <= math.log(_FAR)), key=lambda r: (distance[r], r.kinds, str(r)))
-    first = [AS_IT_IS, *singles.values(), *_smallest(held, sizes, profile)]
+    first = [AS_IT_IS, *singles.values(), _smallest(sizes, profile, knobs, widths, bits)]
     return Menu(tuple(dict.fromkeys([*first, *near]))[: max(knobs.most, len(first))], singles)
 
 
-def _smallest(held: Sequence[LayerRecipe], sizes: ModelSizes, profile: Profile) -> list[LayerRecipe]:
-    """The recipe that takes least, without which a small budget could not be met at all."""
-    return [min(held, key=lambda r: (sizes.total(r, profile), r.kinds, str(r)))] if held else []
+def _smallest(
+    sizes: ModelSizes, profile: Profile, knobs: MenuKnobs, widths: Sequence[int | None], bits: Sequence[int | None]
+) -> LayerRecipe:
+    """The recipe that takes least of all that the knobs allow: what no plan can go below, whatever the budget."""
+    count = sizes.top_k if knobs.experts else None
+    tried = [r for width in widths for b in bits for r in _ways(sizes, knobs, count, width, b)]
+    held = [recipe for recipe in tried if sizes.holds(recipe)]
+    return min(held, key=lambda r: sizes.total(r, profile), default=AS_IT_IS)
 
 
 def _ways(
@@ -123,6 +128,8 @@ def _anchored(
     sizes: ModelSizes, profile: Profile, budget: int, knobs: MenuKnobs, width: int | None, bits: int | None
 ) -> list[LayerRecipe]:
     """With as many experts in all layers as the budget holds at this width and these bits."""
+    if not knobs.experts:
+        return [LayerRecipe(width=width, bits=bits)]
     count = most_experts(sizes, profile, budget, width, bits)
     return [] if count < sizes.top_k else list(_ways(sizes, knobs, count, width, bits))
 
@@ -151,7 +158,7 @@ def _singles(
     """What each kind alone makes of the budget; kinds that cannot meet it are left out."""
     found: dict[str, LayerRecipe] = {}
     count = most_experts(sizes, profile, budget, None, None)
-    if sizes.top_k <= count < sizes.experts:
+    if knobs.experts and sizes.top_k <= count < sizes.experts:
         found |= {f"{way} alone": LayerRecipe(keep=count, way=way) for way in knobs.ways}
     step = width_step(sizes.width)
     whole = (sizes.width - 1) // step * step if knobs.widths else 0
