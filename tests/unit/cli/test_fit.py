@@ -102,8 +102,15 @@ def test_too_few_bytes_are_refused_before_any_work(moekit: Moekit, made: Path, t
     done = moekit("fit", made / "moe", "--bytes", "40KB", "--data", "no-such-text", "-o", tmp_path / "out")
     assert done.code == 2
     assert "allow at least" in done.err
-    least = int(done.err.partition("allow at least ")[2].partition(" bytes")[0].replace(",", ""))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_the_fewest_bytes_that_are_told_do(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadConfig) as refused:
+        fit(made, tmp_path / "out", bytes=40_000)
+    least = int(str(refused.value.hint).partition("at least ")[2].partition(" bytes")[0].replace(",", ""))
     with pytest.raises(BadConfig, match="allow at least"):
         fit(made, tmp_path / "out", bytes=least - 1)
     assert fit(made, None, bytes=least, plan=tmp_path / "p.json", proof=False).bytes["after"] <= least

@@ -26,7 +26,7 @@ WITHOUT = {"data list", "data fetch", "estimate", "generate", "check", "undo", "
 WITH_A_DEFAULT = {"bench ep", "bench prune", "run"}
 # Whose result alone may be wanted, as their options say, or whose plan.
 RESULT_ALONE = {name for name, job in jobs().items() if job.line and not job.load().needs_out}
-MAY_BE_LEFT_OUT = RESULT_ALONE | {"prune", "merge", "sparsify", "quantize", "slim"}
+MAY_BE_LEFT_OUT = RESULT_ALONE | {"fit", "prune", "merge", "sparsify", "quantize", "slim"}
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -84,7 +84,8 @@ def test_examples_say_where_to_write(name: str) -> None:
 
 
 def test_what_may_be_left_out_is_said_in_the_help() -> None:
-MAY_BE_LEFT_OUT = RESULT_ALONE | {"fit", "prune", "merge", "slim", "sparsify", "quantize"}
+    assert {"evaluate", "place"} <= RESULT_ALONE
+    for name in ("prune", "merge", "sparsify", "quantize", "slim"):
         assert "may be left out with --plan" in out_of(ALL[name]).help
     for name, command in ALL.items():
         if own(name) in RESULT_ALONE:
