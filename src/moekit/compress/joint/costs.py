@@ -85,6 +85,14 @@ class CostTable(BaseModel):
         """What plans are priced by: Fisher errors where every row has one, else changes of the residual stream."""
         return "fisher" if self.rows and all(row.fisher is not None for row in self.rows) else "change"
 
+    def in_nats(self) -> CostTable:
+        """The rows that have Fisher errors."""
+        return self.model_copy(update={"rows": tuple(row for row in self.rows if row.fisher is not None)})
+
+    def in_changes(self) -> CostTable:
+        """All rows without their Fisher errors."""
+        return self.model_copy(update={"rows": tuple(r.model_copy(update={"fisher": None}) for r in self.rows)})
+
     def cost(self, row: CostRow) -> float:
         """What a row costs, in the unit of `price`."""
         if self.price == "change":

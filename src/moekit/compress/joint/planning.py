@@ -18,12 +18,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from moekit.compress.joint.costs import CostRow, CostTable
-from moekit.compress.joint.knapsack import solve
+from moekit.compress.joint.knapsack import STEPS, solve
 from moekit.compress.joint.profiles import Profile
 from moekit.compress.joint.recipe import LayerRecipe
 from moekit.compress.joint.sizes import ModelSizes
 from moekit.errors import BadConfig
 
+# Steps of a budget for plans that need not be the very best of theirs.
+_COARSE = 4_000
 # Spread of the random factor, as a power of e, by which costs are multiplied for random plans.
 _NOISE = 2.0
 
@@ -105,12 +107,12 @@ class Planner:
     profile: Profile
     even: bool
 
-    def plans(self, budget: int, weigh: Callable[[CostRow], float] | None = None) -> list[JointPlan]:
+    def plans(self, budget: int, steps: int = STEPS) -> list[JointPlan]:
         """The best plan under each common width and number of experts, cheapest first.
 
         Args:
             budget: bytes that the engine's files may take.
-            weigh: another cost of a row than the table's own, by which plans are chosen; told costs stay its own.
+            steps: that it is cut into.
 
         Raises:
             BadConfig: no plan fits; names the least budget that does.
@@ -120,7 +122,7 @@ class Planner:
         for rows in self._groups():
             least.append(self._least(rows))
             if least[-1] <= budget:
-                plan = self._solved(rows, budget, weigh)
+                plan = self._solved(rows, budget, None, steps)
                 found.setdefault(plan.hash, plan)
         if not found:
             raise BadConfig(
@@ -135,18 +137,18 @@ class Planner:
         """Plans of the same budget whose costs were multiplied by chance before they were solved for, all different."""
         found: dict[str, JointPlan] = {}
         draw = random.Random(seed)
+        groups = [rows for rows in self._groups() if self._least(rows) <= budget]
+        # A little on top of every cost, so that to keep a layer as it is is not always the cheapest.
+        floor = max((self.table.cost(row) for row in self.table.rows), default=0.0) / 100
         for _ in range(4 * count):
             if len(found) == count:
                 break
             factors = {(row.layer, row.recipe): draw.lognormvariate(0, _NOISE) for row in self.table.rows}
-            # A plan may keep a layer as it is however cheap the rest looks: nothing costs nothing by chance.
-            floor = max((self.table.cost(row) for row in self.table.rows), default=0.0) / 100
 
-            def weigh(row: CostRow, factors: Mapping[Any, float] = factors, floor: float = floor) -> float:
+            def weigh(row: CostRow, factors: Mapping[Any, float] = factors) -> float:
                 return (self.table.cost(row) + floor) * factors[row.layer, row.recipe]
 
-            plans = self.plans(budget, weigh)
-            plan = plans[draw.randrange(len(plans))]
+            plan = self._solved(groups[draw.randrange(len(groups))], budget, weigh, _COARSE)
             found.setdefault(plan.hash, plan)
         return [plan.model_copy(update={"name": f"random {n}"}) for n, plan in enumerate(found.values())]
 
@@ -162,7 +164,7 @@ class Planner:
         found: list[JointPlan] = []
         for number in range(points):
             budget = least + (full - least) * number // max(1, points - 1)
-            plan = self.plans(budget)[0]
+            plan = self.plans(budget, _COARSE)[0]
             if not found or plan.cost < found[-1].cost:
                 found.append(plan)
         return found
@@ -194,13 +196,15 @@ class Planner:
         return self.sizes.constant + sum(min(map(self._counted, some)) for some in rows.values())
 
     def _solved(
-        self, rows: Mapping[int, Sequence[CostRow]], budget: int, weigh: Callable[[CostRow], float] | None
+        self, rows: Mapping[int, Sequence[CostRow]], budget: int, weigh: Callable[[CostRow], float] | None, steps: int
     ) -> JointPlan:
+        """A plan by the table's costs, or by others; costs that are told are the table's."""
         priced = weigh or self.table.cost
         share = solve(
             {layer: [priced(row) for row in some] for layer, some in rows.items()},
             {layer: [self._counted(row) for row in some] for layer, some in rows.items()},
             budget - self.sizes.constant,
+            steps=steps,
         )
         taken = {layer: some[share.chosen[layer]] for layer, some in rows.items()}
         return self._plan("", taken, share.bound if weigh is None else None)

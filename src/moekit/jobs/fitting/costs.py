@@ -117,7 +117,7 @@ def price(
         table, why = _measured(options, asked, streamed, statistics, table, scratch, progress)
     if file is not None:
         atomic_write(file, table.model_dump_json(indent=1) + "\n")
-    return Priced(table, statistics, trace.meta, why)
+    return Priced(table.in_changes() if why else table.in_nats(), statistics, trace.meta, why)
 
 
 def _measured(
@@ -132,6 +132,10 @@ def _measured(
     geometries = asked.source.geometries
     wanted = {layer: asked.menu.of(g.experts, g.width) for layer, g in geometries.items()}
     why = why_no_gradients(options, asked, streamed)
+    if not table.missing(wanted, fisher=options.price != "change"):
+        return table, "" if options.price != "change" else why
+    if why and options.price == "fisher":
+        raise UnsupportedModel(f"costs cannot be weighted by gradients: {why}", hint="say --price change, or auto")
     missing = table.missing(wanted, fisher=not why)
     if not missing:
         return table, why
