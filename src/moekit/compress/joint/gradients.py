@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moekit._progress import Progress, track
 from moekit.anatomy.probe import MoELayer, find_moe_layers
 from moekit.errors import NumericFault, UnsupportedModel
+from moekit.runtime.answering import telling_its_own_faults
 from moekit.streaming.states import MEMORY_BYTES, States
 from moekit.streaming.walk import Inputs
 
@@ -128,7 +129,7 @@ def row_gradients(
         mask_1S: 0 at padding, whose positions add nothing to the loss.
         generator: of the draw of targets.
     """
-    with _outputs(model, layers) as outputs:
+    with _outputs(model, layers) as outputs, telling_its_own_faults(model):
         logits_SV = model(input_ids=ids_1S, attention_mask=mask_1S, use_cache=False).logits[0].float()
     logs_SV = logits_SV.log_softmax(-1)
     if not bool(logs_SV.isfinite().all()):
