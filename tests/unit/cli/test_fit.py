@@ -16,7 +16,7 @@ import moekit as api
 from moekit.checkpoint import Record
 from moekit.compress.joint.measuring import _Measuring
 from moekit.errors import BadConfig, MoekitError
-from moekit.jobs.fitting import choosing, costs
+from moekit.jobs.fitting import choosing, costs, request
 from moekit.jobs.fitting.choosing import rank_correlation
 from moekit.jobs.fitting.request import parse_bytes
 from tests.commands import Moekit
@@ -170,7 +170,7 @@ def test_an_interrupted_run_goes_on_where_it_was(made: Path, tmp_path: Path, mon
 def test_without_gradients_changes_of_the_stream_are_the_price(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "machine_bytes", lambda: 1000)
+    monkeypatch.setattr(request, "machine_bytes", lambda: 1000)
     done = fit(made, None, plan=tmp_path / "p.json", proof=False)
     assert done.price == "change"
     assert any("bytes of memory" in line for line in done.warnings)

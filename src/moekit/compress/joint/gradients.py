@@ -24,6 +24,9 @@ from moekit.runtime.answering import telling_its_own_faults
 from moekit.streaming.states import MEMORY_BYTES, States
 from moekit.streaming.walk import Inputs
 
+# Of a gradient on disk: its range is that of float32, and squares of many are added up.
+STORED = torch.bfloat16
+
 
 class BlockGradients:
     """Gradients at the outputs of all MoE blocks, by decoder layer and batch.
@@ -56,7 +59,7 @@ class BlockGradients:
         shapes = [(batch.input_ids.shape[0], batch.input_ids.shape[1]) for batch in batches]
         return cls(
             {
-                index: States(shapes, hidden, torch.float32, folder=folder, name=f"gradients-{index}", limit=limit)
+                index: States(shapes, hidden, STORED, folder=folder, name=f"gradients-{index}", limit=limit)
                 for index in layers
             }
         )

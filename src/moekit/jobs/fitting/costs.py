@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moekit._device import named_dtype, resolve_device
-from moekit._memory import machine_bytes, return_freed_memory
+from moekit._device import named_dtype
+from moekit._memory import return_freed_memory
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write
 from moekit.compress.engine.measuring import refuse_damaged
@@ -23,20 +21,17 @@ from moekit.compress.joint.gradients import BlockGradients, block_gradients
 from moekit.compress.joint.measuring import measure
 from moekit.data import Document
 from moekit.errors import UnsupportedModel
-from moekit.jobs.fitting.request import Asked
+from moekit.jobs.fitting.request import Asked, room, whole_bytes
 from moekit.jobs.options.fit import FitOptions
 from moekit.jobs.shared.inputs import calibration_rows
 from moekit.jobs.weights.plans import origin
 from moekit.jobs.weights.self_calibration import load_for_answers
-from moekit.jobs.weights.sizes import precision_of
 from moekit.trace.meta import TraceMeta
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.streamed import Streamed
 
 logger = logging.getLogger(__name__)
 
-# Beside the weights: activations of a row, kept for the way back.
-_ROOM = 1.25
 # Copies of a row's logits in float32 while the loss is differentiated.
 _LOGITS = 4
 
@@ -176,7 +171,7 @@ def why_no_gradients(options: FitOptions, asked: Asked, streamed: Streamed) -> s
         return "the model has an encoder of its own"
     if any(batch.more is not None for batch in streamed.walk.batches):
         return "the text shows pictures"
-    need, has = _needed(options, asked, streamed), _room(options)
+    need, has = _needed(options, asked, streamed), room(options)
     if options.price == "auto" and has is not None and need > has:
         return f"the whole model needs {need:,} bytes of memory for one way back, and {has:,} are there"
     return ""
@@ -184,19 +179,9 @@ def why_no_gradients(options: FitOptions, asked: Asked, streamed: Streamed) -> s
 
 def _needed(options: FitOptions, asked: Asked, streamed: Streamed) -> int:
     """Bytes of the whole model, a row's activations, and its logits."""
-    wide = precision_of(asked.source, options)
-    weights = asked.source.nbytes * wide.running // wide.stored
     longest = max(batch.input_ids.shape[1] for batch in streamed.walk.batches)
     vocabulary = int(streamed.loader.model.get_input_embeddings().weight.shape[0])
-    return int(_ROOM * weights) + _LOGITS * 4 * longest * vocabulary
-
-
-def _room(options: FitOptions) -> int | None:
-    """Bytes of memory where layers run."""
-    device = resolve_device(options.device)
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return machine_bytes()
+    return whole_bytes(options, asked.source) + _LOGITS * 4 * longest * vocabulary
 
 
 def _gradients(

@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
+import torch
+
+from moekit._device import resolve_device
+from moekit._memory import machine_bytes
 from moekit._progress import Progress
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.engine.apply import refuse_rewriting
 from moekit.compress.engine.grouped import routing_groups
 from moekit.compress.joint.composing import Composer, composer
+from moekit.compress.joint.gradients import STORED
 from moekit.compress.joint.menu import Menu, MenuKnobs, make_menu, widths_of
 from moekit.compress.joint.profiles import Profile, profile_of
 from moekit.compress.joint.sizes import ModelSizes
@@ -22,13 +27,13 @@ from moekit.errors import BadConfig
 from moekit.jobs.options.fit import FitOptions
 from moekit.jobs.shared.inputs import record_bytes
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
-from moekit.jobs.weights.sizes import budget_of, bytes_between, memory_of
+from moekit.jobs.weights.sizes import budget_of, bytes_between, memory_of, precision_of
 
 # Where a method's defaults are its paper's, and others are better.
 _BETTER: dict[str, dict[str, Any]] = {"hc-smoe": {"feature": "rms", "align": "weights"}}
 _GROUPS = (128, 64, 32, 16, 8)
-# Of a stored gradient.
-_GRADIENT_BYTES = 4
+# Beside the weights: activations of a row, kept for the way back.
+_ROOM = 1.25
 
 
 @dataclass(frozen=True)
@@ -172,11 +177,31 @@ def _group(options: FitOptions, source: OpenedModel) -> int:
     return options.group
 
 
+def whole_bytes(options: FitOptions, source: OpenedModel) -> int:
+    """Bytes of the whole model in memory, and of what a way back through it keeps; its logits come on top."""
+    wide = precision_of(source, options)
+    return int(_ROOM * source.nbytes * wide.running / wide.stored)
+
+
+def room(options: FitOptions) -> int | None:
+    """Bytes of memory where layers run; None where the system does not say."""
+    device = resolve_device(options.device)
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else machine_bytes()
+
+
+def fits_whole(options: FitOptions, source: OpenedModel) -> bool:
+    """Whether gradients are asked for, and the whole model is not too large for them from the start."""
+    if options.price != "auto":
+        return options.price == "fisher"
+    has = room(options)
+    return has is None or whole_bytes(options, source) <= has
+
+
 def _between(options: FitOptions, source: OpenedModel) -> int:
     tokens = options.max_tokens or (1 << 20)
     hidden = next(iter(source.geometries.values())).hidden
     # Statistics, then costs: what blocks are given and give of one layer, and gradients of all.
-    gradients = 0 if options.price == "change" else tokens * hidden * _GRADIENT_BYTES * len(source.geometries)
+    gradients = tokens * hidden * STORED.itemsize * len(source.geometries) if fits_whole(options, source) else 0
     variants = options.tries + options.random_plans + len(options.ways) + 2
     proof = (options.proof_tokens or (1 << 20)) if options.proof else 0
     return gradients + bytes_between(source, options, tokens=2 * tokens, proof_tokens=proof, variants=variants)
