@@ -138,8 +138,8 @@ def fit(
         bits: to try; all that the engine holds by default.
         group: inputs that share a scale; by default the largest of 128, 64, ... that fits.
         choices: recipes that are measured in each layer.
-        price: fisher: squared changes weighted by squared gradients, in nats, which needs the whole model in memory
-            once; change: of the residual stream, layer by layer; auto: fisher where it fits.
+        price: fisher: squared products of changes and gradients, in nats, which needs the whole model in memory once;
+            change: of the residual stream, layer by layer; auto: fisher where it fits.
         tries: plans of least expected cost that are measured.
         random_plans: random plans of the same bytes that are measured, too: they tell whether to trust.
         front: budgets for which the expected cost is told.

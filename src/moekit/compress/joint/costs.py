@@ -34,7 +34,7 @@ class CostRow(BaseModel):
         weights: of its experts, those that rounding would touch.
         rho: sum |D|^2 / sum |y|^2.
         change: sum |D|^2 / sum |s|^2, rho weighted by the ratio of the norms: comparable across layers, as rho is not.
-        fisher: F = 1/(2 N) sum_t,h g^2 D^2, nats a token; None where no gradient was taken.
+        fisher: F = 1/(2 N) sum_t (sum_h g D)^2, nats a token; None where no gradient was taken.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,8 +1,8 @@
 """How the loss depends on the output of every MoE block: one backward pass of the whole model, kept layer by layer.
 
-Targets are drawn from the model itself: then the mean of squared gradients is the Fisher information of its own
-distribution, and says what a change of an output costs in nats. Labels of the text would give the empirical Fisher,
-which measures how wrong the model is on it as well.
+Targets are drawn from the model itself: then the mean of g g^T is the Fisher information of its own distribution, and
+half the mean of (g . D)^2 is, to second order, what a change D of an output costs in nats. Labels of the text would
+give the empirical Fisher, which measures how wrong the model is on it as well.
 
 Legend: B rows, S positions, H hidden, V vocabulary.
 """

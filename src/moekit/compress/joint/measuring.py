@@ -42,7 +42,7 @@ class Error:
 
     Attributes:
         square: sum |D|^2.
-        fisher: sum g^2 D^2; None where no gradient is known.
+        fisher: sum over tokens of (g . D)^2; None where no gradient is known.
     """
 
     square: float = 0.0
@@ -55,10 +55,10 @@ class Error:
             change_NH: D.
             gradient_NH: g.
         """
-        square_NH = change_NH.double().square()
-        self.square += float(square_NH.sum())
+        self.square += float(change_NH.double().square().sum())
         if gradient_NH is not None:
-            self.fisher = (self.fisher or 0.0) + float((square_NH * gradient_NH.double().square()).sum())
+            slope_N = (change_NH.double() * gradient_NH.double()).sum(-1)
+            self.fisher = (self.fisher or 0.0) + float(slope_N.square().sum())
 
 
 def measure(

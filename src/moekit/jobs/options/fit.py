@@ -66,7 +66,7 @@ class FitOptions(JobOptions):
     choices: int = Field(default=24, ge=4, description="recipes that are measured in each layer")
     price: Literal["auto", "fisher", "change"] = Field(
         default="auto",
-        description="fisher: squared changes weighted by squared gradients, in nats, which needs the whole model in "
+        description="fisher: squared products of changes and gradients, in nats, which needs the whole model in "
         "memory once; change: of the residual stream, layer by layer; auto: fisher where it fits",
     )
     tries: int = Field(default=3, ge=1, description="plans of least expected cost that are measured")

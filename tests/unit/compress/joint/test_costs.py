@@ -120,7 +120,7 @@ def test_to_keep_a_layer_as_it_is_costs_nothing(rows: dict[tuple[int, LayerRecip
     assert rows[1, BOTH].weights == 6 * 3 * 32 * 24
 
 
-def test_fisher_errors_weigh_changes_by_gradients(
+def test_fisher_errors_are_squared_slopes_along_changes(
     model: Any, batches: list[Any], rows: dict[tuple[int, LayerRecipe], CostRow], source: OpenedModel
 ) -> None:
     with Streamed(source.checkpoint, batches, statistics=("load",), device="cpu") as streamed:
@@ -130,7 +130,7 @@ def test_fisher_errors_weigh_changes_by_gradients(
             given_NH, made_NH, _ = seen(model, batch, 1)
             change_NH = by_hand(model, 1, given_NH, 3, list(range(8))) - made_NH
             gradient_NH = gradients.get(1, number).flatten(0, 1)[batch.attention_mask.bool().flatten()]
-            total += float((change_NH * gradient_NH).square().sum())
+            total += float((change_NH * gradient_NH).sum(1).square().sum())
             tokens += len(given_NH)
     assert rows[1, ROUNDED].fisher == pytest.approx(total / (2 * tokens), rel=1e-3)
 
@@ -178,7 +178,20 @@ def test_errors_of_disjoint_tokens_add_up() -> None:
     parts.add(change[2:], gradient[2:])
     assert whole.square == pytest.approx(parts.square)
     assert whole.fisher == pytest.approx(parts.fisher)
-    assert whole.fisher == pytest.approx(float((change.double() * gradient.double()).square().sum()))
+    assert whole.fisher == pytest.approx(float((change.double() * gradient.double()).sum(1).square().sum()))
+
+
+def test_fisher_errors_are_the_second_order_of_the_divergence() -> None:
+    # One token of a softmax over 3 classes behind y = logits: all targets by their probabilities in place of a draw.
+    p, change = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([[0.01, -0.02, 0.005]]).double()
+    expected = 0.0
+    for target, weight in enumerate(p.tolist()):
+        error = Error()
+        error.add(change, (p - torch.eye(3, dtype=torch.float64)[target])[None])
+        assert error.fisher is not None
+        expected += weight * error.fisher / 2
+    moved = (p.log() + change[0]).log_softmax(-1)
+    assert expected == pytest.approx(float((p * (p.log() - moved)).sum()), rel=0.02)
 
 
 @pytest.fixture
