@@ -14,15 +14,9 @@ from moekit.errors import BadConfig
 
 ProfileName = Literal["stock", "vllm", "llama.cpp", "moekit"]
 
-# Bits of a weight in llama.cpp's files, scales counted: super-blocks of 256 weights (Q2_K to Q6_K), and blocks of 32.
-_SUPER_BLOCK, _BLOCK = 256, 32
-_SUPER_BITS = {
-    2: Fraction(84 * 8, 256),
-    3: Fraction(110 * 8, 256),
-    4: Fraction(144 * 8, 256),
-    5: Fraction(176 * 8, 256),
-    6: Fraction(210 * 8, 256),
-}
+# Bits of a weight in llama.cpp's plain blocks of 32 weights with one scale: Q4_0, Q5_0 and Q8_0. Its super-blocks round
+# by rules of their own, so that what was measured here would not be what they compute.
+_BLOCK = 32
 _BLOCK_BITS = {4: Fraction(18 * 8, 32), 5: Fraction(22 * 8, 32), 8: Fraction(34 * 8, 32)}
 
 
@@ -51,9 +45,7 @@ class Profile:
         """
         if self.name != "llama.cpp":
             return self.bits
-        if hidden % _SUPER_BLOCK == width % _SUPER_BLOCK == 0:
-            return tuple(sorted({*_SUPER_BITS, 8}, reverse=True))
-        return tuple(sorted(_BLOCK_BITS, reverse=True)) if hidden % _BLOCK == width % _BLOCK == 0 else ()
+        return self.bits if hidden % _BLOCK == width % _BLOCK == 0 else ()
 
     def packed_bytes(self, weights: int, bits: int, group: int) -> int:
         """Bytes of so many rounded weights in this engine's files, scales and zero points with them.
@@ -64,15 +56,14 @@ class Profile:
             group: weights that share a scale, where the format lets that be chosen.
         """
         if self.name == "llama.cpp":
-            each = _SUPER_BITS.get(bits) or _BLOCK_BITS[bits]
-            return -(-weights * each // 8)
+            return -(-weights * _BLOCK_BITS[bits] // 8)
         return -(-packed_bits(weights, bits, group) // 8)
 
 
 PROFILES: dict[ProfileName, Profile] = {
     "stock": Profile("stock"),
-    "vllm": Profile("vllm", bits=(8, 4), packed="a 4 or 8 bit format that vLLM loads"),
-    "llama.cpp": Profile("llama.cpp", bits=(8, 6, 5, 4, 3, 2), packed="GGUF"),
+    "vllm": Profile("vllm", bits=(8, 4), packed="compressed-tensors"),
+    "llama.cpp": Profile("llama.cpp", bits=(8, 5, 4), packed="GGUF"),
     "moekit": Profile("moekit", even=False, bits=(8, 4, 3, 2), packed="packed integers"),
 }
 
