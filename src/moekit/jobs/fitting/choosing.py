@@ -66,7 +66,8 @@ def candidates(options: FitOptions, asked: Asked, planner: Planner, seed: int) -
     best = planner.plans(asked.budget)[: options.tries]
     singles = [planner.uniform(name, recipe) for name, recipe in asked.menu.singles.items()]
     found: dict[str, JointPlan] = {}
-    for plan in [*best, *singles, *planner.random(asked.budget, options.random_plans, seed)]:
+    by_chance = planner.random(asked.budget, options.random_plans, seed) if options.proof else []
+    for plan in [*best, *singles, *by_chance]:
         known = found.get(plan.hash)
         # A single kind may be the best plan: then it goes by the name that says so.
         found[plan.hash] = plan if known is None else known.model_copy(update={"name": f"{known.name} ({plan.name})"})
@@ -79,7 +80,8 @@ def choose(
     """Measure plans side by side on held-out text, and take the best; without text, that of least expected cost."""
     plans = candidates(options, asked, planner, context.seed)
     if heldout is None:
-        return Chosen(plans[0], [Tried(plan) for plan in plans], None, None)
+        ordered = sorted(plans, key=lambda plan: (plan.cost, plan.counted))
+        return Chosen(ordered[0], [Tried(plan) for plan in ordered], None, None)
     plain, results = _measured(options, asked, plans, carrier, heldout, context)
     far = [math.inf if result.divergence is None else result.divergence for result in results]
     order = sorted(range(len(plans)), key=lambda n: (far[n], plans[n].counted, n))
