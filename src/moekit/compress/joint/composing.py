@@ -16,11 +16,12 @@ from moekit import catalogue
 from moekit.compress.engine.dropping import FewerMethod
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.method import WeightMethod
+from moekit.compress.engine.narrowing import select_neurons
 from moekit.compress.engine.outcome import PARTS, LayerOutcome, Widths
 from moekit.compress.engine.plan import make_method
 from moekit.compress.engine.quantizing import QuantizeMethod
 from moekit.compress.joint import narrowing
-from moekit.compress.joint.narrowing import NeuronScore, narrowed, widest_neurons
+from moekit.compress.joint.narrowing import NeuronScore, widest_neurons
 from moekit.compress.joint.recipe import LayerRecipe
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
@@ -119,7 +120,8 @@ class Composer:
             inputs: of the layer as it is.
         """
         if recipe.width is not None:
-            made = narrowed(made, widest_neurons(self.score(inputs, outcome.keep, made), recipe.width))
+            kept_MW = widest_neurons(self.score(inputs, outcome.keep, made), recipe.width)
+            made = select_neurons(made, kept_MW, inputs.layer)
         if recipe.bits is None:
             return made
         # The layer that is rounded is the new one; nothing was measured of it.

@@ -1,4 +1,4 @@
-"""Narrower experts: which neurons stay, and the weights of those alone.
+"""Narrower experts: which neurons stay.
 
 A neuron k of an expert adds h_k W_down[:, k] to the output, h the input of the down projection: so leaving it out
 changes the output by sqrt(mean h_k^2) ||W_down[:, k]|| in the root mean square over the expert's tokens. That is the
@@ -9,7 +9,6 @@ Legend: E experts, M experts that stay, I expert width, W neurons that stay, H h
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.weights import LayerWeights
-from moekit.errors import BadConfig, NumericFault, UnsupportedModel
+from moekit.errors import BadConfig, NumericFault
 
 # (what is known of the layer as it was, old numbers of the experts, their weights now) -> what each neuron is worth
 NeuronScore = Callable[[LayerInputs, Sequence[int], LayerWeights], Tensor]
@@ -56,36 +55,3 @@ def widest_neurons(score_MI: Tensor, width: int) -> Tensor:
         raise NumericFault("a neuron's score is NaN or infinite", expert=expert, hint="see `moekit check`")
     order_MI = score_MI.sort(dim=1, descending=True, stable=True).indices
     return order_MI[:, :width].sort(dim=1).values
-
-
-@torch.no_grad()
-def narrowed(weights: LayerWeights, kept_MW: Tensor) -> LayerWeights:
-    """Experts with some of their neurons; router and the biases of outputs stay.
-
-    Raises:
-        UnsupportedModel: experts hold further tensors with an axis of neurons.
-    """
-    for name, tensor in weights.others.items():
-        if weights.width in tensor.shape[1:]:
-            raise UnsupportedModel(
-                f"{name} counts neurons, too, and is not narrowed", hint="leave width out (--widths 1)"
-            )
-    kept_MW = kept_MW.to(weights.up_EIH.device)
-
-    def rows(stack: Tensor | None) -> Tensor | None:
-        if stack is None:
-            return None
-        index = kept_MW if stack.dim() == 2 else kept_MW[:, :, None].expand(-1, -1, stack.shape[2])
-        return stack.gather(1, index)
-
-    up, gate = rows(weights.up_EIH), rows(weights.gate_EIH)
-    assert up is not None
-    hidden = weights.hidden
-    return dataclasses.replace(
-        weights,
-        up_EIH=up,
-        gate_EIH=gate,
-        down_EHI=weights.down_EHI.gather(2, kept_MW[:, None, :].expand(-1, hidden, -1)),
-        up_bias_EI=rows(weights.up_bias_EI),
-        gate_bias_EI=rows(weights.gate_bias_EI),
-    )

@@ -13,10 +13,11 @@ from moekit.anatomy.moe_layer import Geometry
 from moekit.checkpoint import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.inputs import LayerInputs
+from moekit.compress.engine.narrowing import select_neurons
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.joint.composing import Composer, composer
 from moekit.compress.joint.menu import MenuKnobs, make_menu, most_experts, width_step, widths_of
-from moekit.compress.joint.narrowing import contribution, narrowed, widest_neurons
+from moekit.compress.joint.narrowing import contribution, widest_neurons
 from moekit.compress.joint.profiles import PROFILES, profile_of
 from moekit.compress.joint.recipe import AS_IT_IS, LayerRecipe
 from moekit.compress.joint.sizes import ModelSizes
@@ -99,7 +100,7 @@ def test_a_narrower_expert_computes_what_the_wide_one_does_without_those_neurons
         weights, up_bias_EI=torch.randn(E, WIDE), gate_bias_EI=torch.randn(E, WIDE), down_bias_EH=torch.randn(E, H)
     )
     kept_MW = torch.stack([torch.randperm(WIDE)[:6].sort().values for _ in range(E)])
-    made, x = narrowed(biased, kept_MW), torch.randn(5, H)
+    made, x = select_neurons(biased, kept_MW), torch.randn(5, H)
     for e in range(E):
 
         def inner(w: LayerWeights, e: int = e) -> torch.Tensor:
@@ -159,7 +160,7 @@ def test_a_written_folder_is_as_large_as_planned(source: OpenedModel, sizes: Mod
         def rewrite(index: int, weights: LayerWeights, outcomes: dict[int, LayerOutcome] = outcomes) -> LayerWeights:
             made = weights.select(outcomes[index].keep)
             width = outcomes[index].width
-            return made if width is None else narrowed(made, torch.arange(width).expand(made.experts, -1))
+            return made if width is None else select_neurons(made, torch.arange(width).expand(made.experts, -1))
 
         apply(source.checkpoint, outcomes, tmp_path / str(number), rewrite=rewrite, record=Record(command="test"))
         written = sum(f.stat().st_size for f in (tmp_path / str(number)).glob("*.safetensors"))
