@@ -66,6 +66,9 @@ class Composer:
         Args:
             recipe: for it.
             inputs: of the layer as it is, with `required`.
+
+        Raises:
+            BadConfig: a method goes on routing among the experts as they were.
         """
         outcome = self._fewer(recipe, inputs)
         bits: Widths = {}
@@ -78,7 +81,14 @@ class Composer:
         method = self._method(recipe)
         if method is None or recipe.keep is None:
             return LayerOutcome(keep=tuple(range(inputs.experts)))
-        return method.decide(inputs, method.worth(inputs), recipe.keep)
+        outcome = method.decide(inputs, method.worth(inputs), recipe.keep)
+        if outcome.redirect is not None:
+            raise BadConfig(
+                f"{catalogue.of(type(method)).name} leaves the router as it is, whose bytes are not planned for",
+                layer=inputs.layer,
+                hint="let the router choose among the experts that stay (--set merge='{router: representative}')",
+            )
+        return outcome
 
     def _method(self, recipe: LayerRecipe) -> FewerMethod | None:
         return {"": None, "drop": self.drop, "merge": self.merge}[recipe.way]
