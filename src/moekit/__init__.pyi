@@ -7,6 +7,7 @@ from .jobs.evaluate import evaluate as evaluate
 from .jobs.expert_sets import expert_sets as expert_sets
 from .jobs.export import export as export
 from .jobs.families import families as families
+from .jobs.fit import fit as fit
 from .jobs.generate import generate as generate
 from .jobs.heal import heal as heal
 from .jobs.merge import merge as merge

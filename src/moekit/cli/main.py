@@ -48,6 +48,7 @@ _ORDER = (
         "slim",
         "sparsify",
         "quantize",
+        "fit",
         "export",
         "expert-sets",
         "route",

@@ -51,6 +51,18 @@ def score_logits(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
     return torch.logsumexp(logits_MV, -1) - of_target_M, logits_MV.argmax(-1) == target_M
 
 
+def mean_divergence(log_MV: Tensor, logits_MV: Tensor) -> float:
+    """Mean over positions of KL(p || q), nats, in fp32 and added up in fp64.
+
+    Args:
+        log_MV: log p, normalised.
+        logits_MV: of q.
+    """
+    gap_MV = log_MV - logits_MV.float().log_softmax(-1)
+    # Where p is zero its logarithm is minus infinity, and adds nothing.
+    return float((log_MV.exp() * gap_MV).nan_to_num(0.0).double().sum(-1).mean())
+
+
 class Scores(NamedTuple):
     """Scores of one window's targets.
 

@@ -3,7 +3,8 @@
 All variants walk the same held-out text: a decoder layer is loaded, run as it is and with each variant's experts, and
 leaves memory. So a model larger than memory is compared with its pruned versions before any of them is written.
 
-Legend: B rows, S positions, T positions of a batch, H hidden, K choices, E experts.
+Legend: B rows, S positions, T positions of a batch, M scored positions of a window, H hidden, K choices, E experts, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from moekit._progress import Progress, track
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.resize import read_block
+from moekit.data.forcing import decoder_inputs
 from moekit.errors import BadConfig
 from moekit.evaluation.changes import ChangedLayer, Variant, as_written, changed_layer, compare_layer, watched
 from moekit.evaluation.documents import PerplexityResult
-from moekit.evaluation.likelihood import Scorer, Scores, pad
+from moekit.evaluation.likelihood import Scorer, Scores, mean_divergence, pad
 from moekit.evaluation.windows import Corpus, TokenizedLike, Window, by_length, from_documents
 from moekit.streaming.loader import LayerLoader
 from moekit.streaming.passes import Passes
@@ -42,6 +45,7 @@ class VariantResult(BaseModel):
         lost_tokens: decoder layer -> share of tokens that had chosen an expert which is gone.
         lost_choices: decoder layer -> share of choices of such experts.
         experts: decoder layer -> experts that stay.
+        divergence: mean over scored positions of KL(unchanged || variant), nats; None where it was not asked for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +56,7 @@ class VariantResult(BaseModel):
     lost_tokens: dict[int, float]
     lost_choices: dict[int, float]
     experts: dict[int, int]
+    divergence: float | None = None
 
 
 @dataclass(eq=False)
@@ -162,8 +167,13 @@ class SideBySideWalk:
             if track_.passes is None and (also or index in parting or index in track_.variant.outcomes):
                 track_.passes = self.plain.parted(f"variant-{number}")
 
-    def results(self) -> tuple[PerplexityResult, list[VariantResult]]:
-        """Likelihoods of the unchanged model and of each variant, with what each layer lost."""
+    def results(self, *, divergence: bool = False) -> tuple[PerplexityResult, list[VariantResult]]:
+        """Likelihoods of the unchanged model and of each variant, with what each layer lost.
+
+        Args:
+            divergence: also how far each variant's predictions are from the unchanged model's.
+        """
+        far = self._divergences() if divergence else [None] * len(self.tracks)
         plain = self._perplexity(self.plain, "unchanged")
         found = [
             VariantResult(
@@ -173,10 +183,33 @@ class SideBySideWalk:
                 lost_tokens=t.lost_tokens,
                 lost_choices=t.lost_choices,
                 experts={layer: len(d.keep) for layer, d in t.variant.outcomes.items()},
+                divergence=apart,
             )
-            for t in self.tracks
+            for t, apart in zip(self.tracks, far, strict=True)
         ]
         return plain, found
+
+    def _divergences(self) -> list[float]:
+        passes = [self.plain, *(t.passes or self.plain for t in self.tracks)]
+        total, tokens = [0.0] * len(self.tracks), 0
+        for number, group in enumerate(self.groups):
+            for row, window in enumerate(group):
+                made = (self._logits(window, p, number, row) for p in passes)
+                plain_MV = next(made).float().log_softmax(-1)
+                tokens += len(plain_MV)
+                for variant, logits_MV in enumerate(made):
+                    total[variant] += mean_divergence(plain_MV, logits_MV) * len(plain_MV)
+        return [each / max(tokens, 1) for each in total]
+
+    @torch.inference_mode()
+    def _logits(self, window: Window, passes: Passes, number: int, row: int) -> Tensor:
+        """Logits at a window's scored positions, [M, V]; only final norm and head run."""
+        ids_BS, mask_BS = pad([window], self.loader.device)
+        inputs = {"input_ids": ids_BS, "attention_mask": mask_BS, "use_cache": False}
+        inputs |= decoder_inputs(self.loader.model, ids_BS, mask_BS)
+        with self.walk.finished_with(lambda: passes.rows([(number, row)], len(window.inputs))):
+            logits_SV: Tensor = self.loader.model(**inputs).logits[0]
+        return logits_SV[torch.tensor(list(window.positions), device=logits_SV.device)]
 
     def _perplexity(self, passes: Passes, name: str) -> PerplexityResult:
         scorer = _StreamedScorer(self.walk, self.groups, passes)
@@ -227,6 +260,7 @@ def compare_variants(
     limit: int = MEMORY_BYTES,
     dtype: torch.dtype | None = None,
     device: str = "auto",
+    divergence: bool = False,
     progress: Progress | None = None,
 ) -> tuple[PerplexityResult, list[VariantResult]]:
     """Compare changes of a checkpoint on held-out text, in the memory of a few layers.
@@ -242,6 +276,7 @@ def compare_variants(
         limit: bytes of states kept in memory.
         dtype: of the weights in memory; None as stored, or float32 where the device would emulate that.
         device: where layers run; "auto" is a GPU if there is one.
+        divergence: also how far each variant's predictions are from the unchanged model's: one more run of the head.
         progress: told layer by layer.
 
     Returns:
@@ -263,6 +298,6 @@ def compare_variants(
     )
     try:
         walk.run(progress)
-        return walk.results()
+        return walk.results(divergence=divergence)
     finally:
         walk.close()

@@ -54,6 +54,7 @@ _BEFORE = (
     ),
 )
 _AFTER = (
+    _row("fit", "FitOptions", "Make a model fit a number of bytes: fewer, merged, narrower, rounded experts together."),
     _row("apply", "ApplyOptions", "Carry a pruning plan out, with its own budget or another one."),
     Job(
         "expert-sets",

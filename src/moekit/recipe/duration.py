@@ -252,6 +252,15 @@ def _compress(step: Any, shape: Shape, sizes: ByteSizes) -> float:
     return shape.forward * (decided + proof)
 
 
+def _fit(step: Any, shape: Shape, sizes: ByteSizes) -> float:
+    text = _tokens(step.data, step.max_tokens, sizes)
+    # Statistics, a way there and back, and every layer under every recipe.
+    decided: float = text * (2 + 3 + step.choices)
+    plans: int = 1 + step.tries + step.random_plans + len(step.ways) + 2
+    proof: float = (step.proof_tokens or 0) * plans if step.proof else 0
+    return shape.forward * (decided + proof)
+
+
 # What takes about a second, whatever the model.
 _QUICK = frozenset({"data", "place", "report", "route"})
 _OPERATIONS: dict[str, Callable[[Any, Shape, ByteSizes], float]] = {
@@ -259,6 +268,7 @@ _OPERATIONS: dict[str, Callable[[Any, Shape, ByteSizes], float]] = {
     "convert": _convert,
     "evaluate": _evaluate,
     "heal": _heal,
+    "fit": _fit,
     "profile": _profile,
     "merge": _compress,
     "prune": _compress,

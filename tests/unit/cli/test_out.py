@@ -26,7 +26,7 @@ WITHOUT = {"data list", "data fetch", "estimate", "generate", "check", "undo", "
 WITH_A_DEFAULT = {"bench ep", "bench prune", "run"}
 # Whose result alone may be wanted, as their options say, or whose plan.
 RESULT_ALONE = {name for name, job in jobs().items() if job.line and not job.load().needs_out}
-MAY_BE_LEFT_OUT = RESULT_ALONE | {"prune", "merge", "sparsify", "quantize", "slim"}
+MAY_BE_LEFT_OUT = RESULT_ALONE | {"fit", "prune", "merge", "sparsify", "quantize", "slim"}
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

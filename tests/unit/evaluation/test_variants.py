@@ -20,6 +20,7 @@ from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.documents import perplexity_of_documents
+from moekit.evaluation.likelihood import mean_divergence
 from moekit.evaluation.variants import VariantResult, compare_variants
 from tests.checkpoints import plain
 from tests.families import EXPERTS, build, tokens
@@ -86,6 +87,26 @@ def likelihoods(model: Any) -> list[float]:
 
 
 @torch.no_grad()
+def divergence(large: Any, small: Any) -> float:
+    """Mean KL of what the large model predicts to what the small one does, in fp64."""
+    total, count = 0.0, 0
+    for document in DOCUMENTS:
+        if len(document.ids) > 1:
+            ids = torch.tensor([document.ids[:-1]])
+            p, q = (m(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1) for m in (large, small))
+            total, count = total + float((p.exp() * (p - q)).sum()), count + len(p)
+    return total / count
+
+
+def test_divergence_by_hand() -> None:
+    p, q = torch.tensor([[2.0, 1, 0, -1]]), torch.tensor([[1.5, 1.2, 0.1, -0.8]])
+    assert mean_divergence(p.log_softmax(-1), q) == pytest.approx(0.05532, abs=1e-5)
+    assert mean_divergence(p.log_softmax(-1), p + 3) == pytest.approx(0, abs=1e-7)
+    never = torch.tensor([[0.0, float("-inf")]])
+    assert mean_divergence(never, torch.tensor([[0.0, 0.0]])) == pytest.approx(0.693147, abs=1e-5)
+
+
+@torch.no_grad()
 def seen(model: Any) -> dict[int, tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]]:
     """Decoder layer -> inputs and outputs of the block, and choices, document by document."""
     found: dict[int, tuple[list[torch.Tensor], ...]] = {layer: ([], [], []) for layer in blocks(model)}
@@ -140,7 +161,12 @@ def test_a_variant_costs_what_the_pruned_model_costs(family: str, tmp_path: Path
     checkpoint = Checkpoint.open(plain(tmp_path / "m", family))
     variant = Variant("five", outcomes(KEEP, blocks(large)))
     # So few tokens a batch that there are several batches, and so many that documents share one, padded.
-    unchanged, [result] = compare_variants(checkpoint, DOCUMENTS, [variant], window=20, batch_tokens=24)
+    same = Variant("all", outcomes(dict.fromkeys(KEEP, tuple(range(EXPERTS))), blocks(large)))
+    unchanged, [result, other] = compare_variants(
+        checkpoint, DOCUMENTS, [variant, same], window=20, batch_tokens=24, divergence=True
+    )
+    assert result.divergence == pytest.approx(divergence(large, sliced(family, KEEP)), rel=1e-3)
+    assert other.divergence == 0
     assert unchanged.nll == pytest.approx(likelihoods(large), abs=1e-4)
     assert unchanged.tokens == (11, 6, 0, 14, 8)
     assert unchanged.domains == ("a", "b", "b", "a", "b")

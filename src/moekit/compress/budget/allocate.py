@@ -48,7 +48,7 @@ def allocate(
         NumericFault: a cost is NaN.
     """
     units = list(cost)
-    options = [_allowed(unit, cost[unit], sizes[unit], (rules or {}).get(unit)) for unit in units]
+    options = [allowed(unit, cost[unit], sizes[unit], (rules or {}).get(unit)) for unit in units]
     least = [min(size for _, _, size in choices) for choices in options]
     room = budget - sum(least)
     if room < 0:
@@ -66,10 +66,15 @@ def allocate(
     return {unit: choices[n][0] for unit, choices, n in zip(units, options, taken, strict=True)}
 
 
-def _allowed(
-    unit: Hashable, cost: Sequence[float], sizes: Sequence[int], rule: tuple[int, int] | None
+def allowed(
+    unit: Hashable, cost: Sequence[float], sizes: Sequence[int], rule: tuple[int, int] | None = None
 ) -> list[tuple[int, float, int]]:
-    """(number, cost, bytes) of the choices that a unit may take."""
+    """(number, cost, bytes) of the choices that a unit may take.
+
+    Raises:
+        BadConfig: none is left.
+        NumericFault: a cost is NaN.
+    """
     first, last = rule or (0, len(cost) - 1)
     found = []
     for number, (value, size) in enumerate(zip(cost, sizes, strict=True)):

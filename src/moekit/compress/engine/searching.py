@@ -21,6 +21,7 @@ from moekit.anatomy.probe import MoELayer, flat_output
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.sizes import Budget
+from moekit.compress.engine.calls import BlockCalls, see_block
 from moekit.compress.engine.describing import layer_record, plan_file
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.measuring import empty_statistics, geometries_of, sizes_of
@@ -29,8 +30,7 @@ from moekit.compress.engine.plan import LayerRecord, WeightPlan
 from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
 from moekit.compress.weights import LayerWeights
-from moekit.errors import BadConfig, UnsupportedModel
-from moekit.streaming.nested import mapped
+from moekit.errors import BadConfig
 from moekit.streaming.passes import Passes
 from moekit.streaming.states import States
 from moekit.trace.store import Trace
@@ -76,7 +76,10 @@ class _Search:
         loader, found = self.streamed.loader, {}
         plain = self.walk.passes("search-plain")
         pruned = self.walk.passes("search-pruned") if self.request.method.sequential else None
-        self.calls, self.targets = _Calls(self.walk.new_states("search-inputs")), self.walk.new_states("search-targets")
+        self.calls, self.targets = (
+            BlockCalls(self.walk.new_states("search-inputs")),
+            self.walk.new_states("search-targets"),
+        )
         for passes in (plain, pruned):
             if passes is not None:
                 passes.begin_loaded()
@@ -94,9 +97,9 @@ class _Search:
 
     def _layer(self, moe: MoELayer, plain: Passes, pruned: Passes | None) -> LayerRecord:
         index, weights = moe.index, read_block(moe, self.streamed.loader.model.config)
-        self._see(moe, plain, targets=True)
+        see_block(moe, plain, self.calls, self.targets, go_on=True)
         if pruned is not None:
-            self._see(moe, pruned, targets=False)
+            see_block(moe, pruned, self.calls)
         config = self.streamed.loader.model.config
         block = _Block(moe, weights, config, self.request, self.calls, self.targets, self.masks)
         protected = frozenset((self.request.protected or {}).get(index, ()))
@@ -108,32 +111,6 @@ class _Search:
         scores = torch.tensor(rise if isinstance(rise, list) else [rise], dtype=torch.float64)
         return layer_record(inputs, scores, _readable(outcome))
 
-    def _see(self, moe: MoELayer, passes: Passes, *, targets: bool) -> None:
-        """Keep what the block is called with on each batch; of the unchanged model also what it gives, and go on."""
-        seen: list[int] = []
-
-        def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            whole = self.calls.keep(number, args, kwargs)
-            seen.extend([number] * whole)
-            if targets:
-                kept = self.targets
-                kept.put(number, flat_output(output).reshape(*kept.shapes[number], kept.hidden).to(kept.dtype))
-
-        handle = moe.block.register_forward_hook(see, with_kwargs=True)
-        try:
-            for number in range(len(passes)):
-                passes.run(moe.index, number)
-                if targets:
-                    passes.go_on(moe.index, number)
-        finally:
-            handle.remove()
-        if seen != list(range(len(passes))):
-            raise UnsupportedModel(
-                "the experts stand in no block of their own, which could be run alone",
-                layer=moe.index,
-                hint="choose a method that decides from statistics (moekit methods prune)",
-            )
-
     def _advance(self, index: int, plain: Passes | None, pruned: Passes | None, block: nn.Module | None) -> None:
         loader = self.streamed.loader
         moe = self.walk.moe(index) if block is not None else None
@@ -143,46 +120,6 @@ class _Search:
                     assert passes is not None
                     passes.run(index, number)
                     passes.go_on(index, number)
-
-
-class _Calls:
-    """What a block was called with on each batch, its hidden states apart from the rest.
-
-    Args:
-        states: where hidden states are kept.
-    """
-
-    def __init__(self, states: States) -> None:
-        self.states = states
-        self._rest: dict[int, tuple[list[Any], dict[str, Any], int | str, torch.Size]] = {}
-
-    def keep(self, number: int, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        """Keep a call; False if no argument holds the hidden states of the whole batch."""
-        rows, length = self.states.shapes[number]
-        # New tensors over the same storage: the pass may put away what its own lie in.
-        rest, named = mapped((list(args), dict(kwargs)), Tensor.detach)
-        given: list[tuple[int | str, Any]] = [*enumerate(rest), *named.items()]
-        for key, value in given:
-            if isinstance(value, Tensor) and value.numel() == rows * length * self.states.hidden:
-                self.states.put(number, value.reshape(rows, length, -1).to(self.states.dtype))
-                if isinstance(key, int):
-                    rest[key] = None
-                else:
-                    named[key] = None
-                self._rest[number] = (rest, named, key, value.shape)
-                return True
-        return False
-
-    def get(self, number: int, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments and keywords of a call."""
-        rest, named, key, shape = self._rest[number]
-        rest, named = list(rest), dict(named)
-        hidden = self.states.get(number).to(device).reshape(shape)
-        if isinstance(key, int):
-            rest[key] = hidden
-        else:
-            named[key] = hidden
-        return rest, named
 
 
 def _readable(outcome: LayerOutcome) -> LayerOutcome:
@@ -198,7 +135,7 @@ class _Block:
         weights: LayerWeights,
         config: Any,
         request: PlanRequest,
-        calls: _Calls,
+        calls: BlockCalls,
         targets: States,
         masks: Sequence[Tensor],
     ) -> None:

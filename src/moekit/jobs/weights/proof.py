@@ -22,6 +22,7 @@ from moekit.checkpoint import Checkpoint, atomic_write
 from moekit.data import TokenizedDocument
 from moekit.evaluation.changes import Variant
 from moekit.evaluation.comparison import Comparison, Evaluation, compare
+from moekit.evaluation.documents import PerplexityResult
 from moekit.evaluation.variants import VariantResult, compare_variants
 
 UNCHANGED = "unchanged"
@@ -186,10 +187,24 @@ def prove(
         device=device,
         progress=progress,
     )
+    proof = proof_of(heldout, plain, results, seed)
+    atomic_write(known, proof.model_dump_json())
+    return proof
+
+
+def proof_of(heldout: HeldOut, plain: PerplexityResult, results: Sequence[VariantResult], seed: int) -> Proof:
+    """What was measured, put side by side.
+
+    Args:
+        heldout: the text.
+        plain: of the unchanged model.
+        results: of the method, then of what it is compared with.
+        seed: of intervals and tests.
+    """
     unchanged = Evaluation(name=UNCHANGED, perplexity=plain)
     measured = [Evaluation(name=result.name, perplexity=result.perplexity) for result in results]
     costs = [_cost(r, compare(unchanged, e, seed)) for r, e in zip(results, measured, strict=True)]
-    proof = Proof(
+    return Proof(
         source=heldout.source,
         documents=plain.overall.documents,
         tokens=plain.overall.tokens,
@@ -199,8 +214,6 @@ def prove(
         against=tuple(compare(other, measured[0], seed) for other in measured[1:]),
         random=_spread([r for r in results[1:] if r.name.startswith("random")]),
     )
-    atomic_write(known, proof.model_dump_json())
-    return proof
 
 
 def _cost(result: VariantResult, text: Comparison) -> VariantCost:

@@ -1,0 +1,80 @@
+"""What an engine loads: which sizes must agree between layers, and how many bytes a rounded weight takes in its files.
+
+Legend: H hidden, I expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from moekit.compress.budget.bits import packed_bits
+from moekit.errors import BadConfig
+
+ProfileName = Literal["stock", "vllm", "llama.cpp", "moekit"]
+
+# Bits of a weight in llama.cpp's plain blocks of 32 weights with one scale: Q4_0, Q5_0 and Q8_0. Its super-blocks round
+# by rules of their own, so that what was measured here would not be what they compute.
+_BLOCK = 32
+_BLOCK_BITS = {4: Fraction(18 * 8, 32), 5: Fraction(22 * 8, 32), 8: Fraction(34 * 8, 32)}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one engine holds.
+
+    Attributes:
+        name: of the engine.
+        even: whether all layers keep equally many experts.
+        bits: widths of weights that its packed files hold; none where rounding saves no bytes.
+        packed: form of its packed files, for messages; "" where the folder is what the engine loads.
+    """
+
+    name: ProfileName
+    even: bool = True
+    bits: tuple[int, ...] = ()
+    packed: str = ""
+
+    def bits_of(self, hidden: int, width: int) -> tuple[int, ...]:
+        """Widths of weights that experts of this size can have, descending.
+
+        Args:
+            hidden: H.
+            width: narrowest I on the menu.
+        """
+        if self.name != "llama.cpp":
+            return self.bits
+        return self.bits if hidden % _BLOCK == width % _BLOCK == 0 else ()
+
+    def packed_bytes(self, weights: int, bits: int, group: int) -> int:
+        """Bytes of so many rounded weights in this engine's files, scales and zero points with them.
+
+        Args:
+            weights: how many.
+            bits: of each.
+            group: weights that share a scale, where the format lets that be chosen.
+        """
+        if self.name == "llama.cpp":
+            return -(-weights * _BLOCK_BITS[bits] // 8)
+        return -(-packed_bits(weights, bits, group) // 8)
+
+
+PROFILES: dict[ProfileName, Profile] = {
+    "stock": Profile("stock"),
+    "vllm": Profile("vllm", bits=(8, 4), packed="compressed-tensors"),
+    "llama.cpp": Profile("llama.cpp", bits=(8, 5, 4), packed="GGUF"),
+    "moekit": Profile("moekit", even=False, bits=(8, 4, 3, 2), packed="packed integers"),
+}
+
+
+def profile_of(name: str) -> Profile:
+    """The profile of this name.
+
+    Raises:
+        BadConfig: there is none.
+    """
+    found = next((profile for profile in PROFILES.values() if profile.name == name), None)
+    if found is None:
+        raise BadConfig(f"there is no engine {name!r}", hint=f"choose {', '.join(PROFILES)}")
+    return found

@@ -1,0 +1,210 @@
+"""`moekit fit` as a user calls it, from Python and in a recipe: what it writes, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import moekit as api
+from moekit.checkpoint import Record
+from moekit.compress.joint.measuring import _Measuring
+from moekit.errors import BadConfig, MoekitError
+from moekit.jobs.fitting import choosing, costs, request
+from moekit.jobs.fitting.choosing import rank_correlation
+from moekit.jobs.fitting.request import parse_bytes
+from tests.commands import Moekit
+from tests.tiny import write_model, write_text
+
+FEW: dict[str, Any] = {
+    "max_tokens": 200,
+    "seq_len": 64,
+    "proof_tokens": 120,
+    "random_plans": 1,
+    "tries": 2,
+    "choices": 8,
+}
+WORDS = [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", value)]
+BUDGET = 150_000
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    write_model(folder / "moe", "qwen3_moe", num_hidden_layers=2)
+    write_text(folder / "text", documents=20)
+    return folder
+
+
+def fit(made: Path, out: Path | None, **more: Any) -> Any:
+    return api.fit(made / "moe", **{"bytes": BUDGET, "data": made / "text", **FEW, "out": out, **more})
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def test_a_stock_folder_fits_and_loads_in_stock_transformers(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    done = moekit("fit", made / "moe", "--bytes", BUDGET, "--data", made / "text", *WORDS, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "plans of these bytes, best first" in done.out
+    assert "rank correlation" in done.out
+    assert weight_bytes(tmp_path / "out") <= BUDGET
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert bool(model(torch.tensor([[5, 6, 7]])).logits.isfinite().all())
+    record = Record.read(tmp_path / "out")
+    assert record is not None
+    assert (record.config["kind"], record.config["engine"]) == ("fit", "stock")
+
+
+def test_the_plan_is_no_worse_than_what_each_kind_alone_makes_of_the_bytes(made: Path, tmp_path: Path) -> None:
+    done = fit(made, tmp_path / "out", engine="moekit", plan=tmp_path / "p.json")
+    tried = {plan["name"]: plan for plan in done.tried}
+    best = min(plan["expected"] for plan in done.tried)
+    for name in ("drop alone", "merge alone", "bits alone"):
+        single = next(plan for own, plan in tried.items() if name in own)
+        assert single["bytes"] <= BUDGET
+        assert single["expected"] >= best
+        assert single["measured"] >= done.measured
+    assert next(plan["expected"] for own, plan in tried.items() if own.startswith("plan 1")) == best
+    assert done.measured == min(plan["measured"] for plan in done.tried)
+    assert done.bytes["after"] <= BUDGET < done.bytes["folder"]
+    assert done.bytes["folder"] == weight_bytes(tmp_path / "out")
+    assert done.packed == "packed integers"
+    assert any("exported" in line for line in done.warnings)
+    assert done.check["ok"]
+    told = json.loads((tmp_path / "p.json").read_text())
+    assert told["hash"] == done.plan
+    assert {int(layer) for layer in told["recipes"]} == {0, 1}
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_a_budget_that_holds_all_changes_nothing(made: Path, tmp_path: Path) -> None:
+    done = fit(made, tmp_path / "out", bytes="1MB")
+    assert (done.expected, done.measured, done.correlation) == (0, 0, None)
+    before, after = (
+        {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+        for folder in (made / "moe", tmp_path / "out")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_too_few_bytes_are_refused_before_any_work(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    done = moekit("fit", made / "moe", "--bytes", "40KB", "--data", "no-such-text", "-o", tmp_path / "out")
+    assert done.code == 2
+    assert "allow at least" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_the_fewest_bytes_that_are_told_do(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadConfig) as refused:
+        fit(made, tmp_path / "out", bytes=40_000)
+    least = int(str(refused.value.hint).partition("at least ")[2].partition(" bytes")[0].replace(",", ""))
+    with pytest.raises(BadConfig, match="allow at least"):
+        fit(made, tmp_path / "out", bytes=least - 1)
+    assert fit(made, None, bytes=least, plan=tmp_path / "p.json", proof=False).bytes["after"] <= least
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"bits": (4,)}, "rounding saves no bytes for stock"),
+        ({"bytes": "a lot"}, "budget is impossible"),
+        ({"bytes": 0}, "no number of bytes"),
+        ({"drop": "naee"}, "runs the layers again"),
+        ({"rounding": "gptq"}, "measures the very layer"),
+        ({"settings": {"shrink": {}}}, "no methods of 'shrink'"),
+        ({"experts": (1.5,)}, "fractions lie above 0"),
+        ({"group": 7}, "groups of 7 do not divide"),
+        ({"costs": "costs.txt"}, "costs are a .json file"),
+    ],
+)
+def test_what_cannot_be_is_refused(made: Path, tmp_path: Path, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(MoekitError, match=words):
+        fit(made, tmp_path / "out", **more)
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_costs_are_measured_once_for_many_budgets(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how: dict[str, Any] = {"costs": tmp_path / "c.json", "experts": (1.0,), "ways": ("drop",), "proof": False}
+    first = fit(made, None, plan=tmp_path / "a.json", engine="moekit", **how)
+    rows = len(json.loads((tmp_path / "c.json").read_text())["rows"])
+    monkeypatch.setattr(_Measuring, "_layer", None)
+    again = fit(made, None, plan=tmp_path / "b.json", engine="moekit", **how)
+    assert again.plan == first.plan
+    assert len(json.loads((tmp_path / "c.json").read_text())["rows"]) == rows
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_where_it_was(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(choosing, "compare_variants", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(made, tmp_path / "out")
+    whole = fit(made, tmp_path / "whole")
+    monkeypatch.setattr(_Measuring, "_layer", killed)
+    monkeypatch.setattr(costs, "block_gradients", killed)
+    done = fit(made, tmp_path / "out")
+    assert (done.plan, done.measured) == (whole.plan, whole.measured)
+    assert not list(tmp_path.glob(".out.scratch*"))
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_without_gradients_changes_of_the_stream_are_the_price(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request, "machine_bytes", lambda: 1000)
+    done = fit(made, None, plan=tmp_path / "p.json", proof=False)
+    assert done.price == "change"
+    assert any("bytes of memory" in line for line in done.warnings)
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_a_recipe_fits_a_model(made: Path, tmp_path: Path) -> None:
+    from moekit.recipe import runner
+    from moekit.recipe.schema import load_recipe
+
+    step = {"use": "fit", "id": "small", "model": str(made / "moe"), "data": str(made / "text"), **FEW}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"name": "fit", "out": str(tmp_path / "run"), "steps": [step | {"bytes": BUDGET}]}))
+    runner.run(load_recipe(file))
+    assert weight_bytes(tmp_path / "run" / "small") <= BUDGET
+
+
+def test_a_dry_run_says_what_is_tried(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    done = moekit(
+        "fit", made / "moe", "--bytes", BUDGET, "--data", made / "text", "-o", tmp_path / "out", "--dry-run", *WORDS
+    )
+    assert done.code == 0, done.err
+    assert "recipes a layer" in done.out + done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bytes_are_read_as_people_write_them() -> None:
+    assert [parse_bytes(text) for text in ("12GiB", "1.5KB", "77", 78)] == [12 << 30, 1500, 77, 78]
+
+
+def test_rank_correlation_by_hand() -> None:
+    # Ranks 1 2 3 4 and 1 3 2 4: 1 - 6 * 2 / (4 * 15).
+    assert rank_correlation([0.1, 0.2, 0.3, 0.4], [1, 30, 4, 500]) == pytest.approx(0.8)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2], [1, 2]) is None
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
