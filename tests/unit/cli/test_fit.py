@@ -208,3 +208,24 @@ def test_rank_correlation_by_hand() -> None:
     assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert rank_correlation([1, 2], [1, 2]) is None
     assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_what_is_fitted_for_llama_cpp_is_packed_into_the_bytes_it_was_counted_with(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2}
+    write_model(tmp_path / "moe", "qwen3_moe", **sizes)
+    write_text(tmp_path / "text", documents=20)
+    whole = weight_bytes(tmp_path / "moe")
+    out = tmp_path / "out"
+    told = api.fit(
+        tmp_path / "moe", bytes=whole // 3, engine="llama.cpp", data=tmp_path / "text", widths=(0.5,), out=out, **FEW
+    )
+    bits = {row["layer"]: row["bits"] for row in told.layers}
+    assert any(bits.values())
+    api.export(out, to="gguf", out=tmp_path / "packed")
+    kinds = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0", None: "F32"}
+    for tensor in gguf.GGUFReader(next((tmp_path / "packed").glob("*.gguf"))).tensors:
+        if "_exps" in tensor.name:
+            assert tensor.tensor_type.name == kinds[bits[int(tensor.name.split(".")[1])]], tensor.name

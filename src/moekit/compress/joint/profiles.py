@@ -48,7 +48,7 @@ class Profile:
         return self.bits if hidden % _BLOCK == width % _BLOCK == 0 else ()
 
     def packed_bytes(self, weights: int, bits: int, group: int) -> int:
-        """Bytes of so many rounded weights in this engine's files, scales and zero points with them.
+        """Bytes of so many weights on symmetric grids in this engine's files, scales with them.
 
         Args:
             weights: how many.
@@ -57,14 +57,14 @@ class Profile:
         """
         if self.name == "llama.cpp":
             return -(-weights * _BLOCK_BITS[bits] // 8)
-        return -(-packed_bits(weights, bits, group) // 8)
+        return -(-packed_bits(weights, bits, group, symmetric=True) // 8)
 
 
 PROFILES: dict[ProfileName, Profile] = {
     "stock": Profile("stock"),
     "vllm": Profile("vllm", bits=(8, 4), packed="compressed-tensors"),
     "llama.cpp": Profile("llama.cpp", bits=(8, 5, 4), packed="GGUF"),
-    "moekit": Profile("moekit", even=False, bits=(8, 4, 3, 2), packed="packed integers"),
+    "moekit": Profile("moekit", even=False, bits=(8, 4, 3, 2), packed="AutoRound"),
 }
 
 

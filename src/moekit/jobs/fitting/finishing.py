@@ -11,6 +11,7 @@ from moekit.checking import CheckReport
 from moekit.checkpoint import Checkpoint, Record
 from moekit.checkpoint.atomic import atomic_write
 from moekit.compress.engine.apply import apply
+from moekit.compress.engine.grids import grids_told
 from moekit.compress.joint.planning import JointPlan, Planner
 from moekit.jobs.context import JobContext
 from moekit.jobs.fitting.carrying import Carrier
@@ -61,7 +62,9 @@ def write_model(
         BadCheckpoint: what was written is not what it must be; nothing is left.
         OutOfBudget: not enough disk.
     """
-    plan, source = chosen.plan, asked.source
+    plan, source, outcomes = chosen.plan, asked.source, carrier.outcomes(chosen.plan)
+    rounded = {layer: outcome for layer, outcome in outcomes.items() if outcome.bits}
+    grids = grids_told(asked.composer.rounding, rounded) if rounded else {}
     record = Record(
         command=context.command,
         parent=source.parent,
@@ -69,13 +72,13 @@ def write_model(
         seed=context.seed,
         plan_hash=plan.hash,
         config=plan_told(asked, plan, priced),
-        scores={} if chosen.proof is None else {"proof": chosen.proof.short()},
+        scores=grids | ({} if chosen.proof is None else {"proof": chosen.proof.short()}),
     )
     return write_checked(
         context,
         lambda folder: apply(
             source.checkpoint,
-            carrier.outcomes(plan),
+            outcomes,
             folder,
             rewrite=carrier.rewrite(plan),
             record=record,

@@ -99,7 +99,8 @@ def methods_of(options: FitOptions, group: int) -> Composer:
     """
     settings = {way: dict(knobs) for way, knobs in options.settings.items()}
     settings["merge"] = _BETTER.get(options.merge, {}) | settings.get("merge", {})
-    settings["bits"] = {"group": group} | settings.get("bits", {})
+    # What the engines' packed forms hold: no zero points.
+    settings["bits"] = {"group": group, "symmetric": True} | settings.get("bits", {})
     return composer(options.drop, options.merge, options.rounding, settings)
 
 
