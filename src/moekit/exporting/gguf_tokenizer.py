@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moekit._files import read_text
+
 # A word behind at most one sign, then numbers, signs and spaces; families differ in how many digits go together.
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _KNOWN_SPLITS = {_SPLIT % r"\p{N}": "qwen2", _SPLIT % r"\p{N}{1,3}": "llama-bpe"}
@@ -32,7 +34,7 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> str:
         What was written, or why nothing was, for people.
     """
     file = folder / "tokenizer.json"
-    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    told = json.loads(read_text(file)) if file.is_file() else {}
     model = told.get("model") or {}
     kind, why = _kind(told, model)
     if not kind:

@@ -77,7 +77,7 @@ def test_the_plan_is_no_worse_than_what_each_kind_alone_makes_of_the_bytes(made:
     assert done.measured == min(plan["measured"] for plan in done.tried)
     assert done.bytes["after"] <= BUDGET < done.bytes["folder"]
     assert done.bytes["folder"] == weight_bytes(tmp_path / "out")
-    assert done.packed == "packed integers"
+    assert done.packed == "AutoRound"
     assert any("exported" in line for line in done.warnings)
     assert done.check["ok"]
     told = json.loads((tmp_path / "p.json").read_text())

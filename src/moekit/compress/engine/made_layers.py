@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moekit._files import open_regular
 from moekit.compress.weights import LayerWeights
 
 _FIELDS = ("up_EIH", "down_EHI", "gate_EIH", "up_bias_EI", "gate_bias_EI", "down_bias_EH")
@@ -48,7 +49,7 @@ class MadeLayers:
         """Decoder layer -> sha256 of what was kept of it."""
         found = {}
         for layer in layers:
-            with open(self._file(layer), "rb") as stream:
+            with open_regular(self._file(layer)) as stream:
                 found[layer] = hashlib.file_digest(stream, "sha256").hexdigest()
         return found
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moekit._files import read_text
 from moekit._progress import Progress, track
 from moekit.anatomy.probe import MoELayer, flat_output
 from moekit.checkpoint.atomic import atomic_write
@@ -212,7 +213,7 @@ class _Measuring:
         if file is None or index not in self.wanted:
             return None
         with contextlib.suppress(OSError, ValueError):
-            rows = [CostRow.model_validate(row) for row in json.loads(file.read_text(encoding="utf-8"))]
+            rows = [CostRow.model_validate(row) for row in json.loads(read_text(file))]
             if [row.recipe for row in rows] == list(self.wanted[index]):
                 return rows
         return None

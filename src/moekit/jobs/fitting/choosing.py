@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moekit._device import named_dtype
+from moekit._files import read_text
 from moekit.checkpoint.atomic import atomic_write
 from moekit.compress.joint.planning import JointPlan, Planner
 from moekit.evaluation.documents import PerplexityResult
@@ -140,7 +141,7 @@ def _measured(
 
 def _read(file: Path) -> tuple[PerplexityResult, list[VariantResult]] | None:
     try:
-        plain, results = json.loads(file.read_text(encoding="utf-8"))
+        plain, results = json.loads(read_text(file))
         return PerplexityResult.model_validate(plain), [VariantResult.model_validate(result) for result in results]
     except (OSError, ValueError, ValidationError):
         return None

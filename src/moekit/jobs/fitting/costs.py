@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit._device import named_dtype
+from moekit._files import read_text
 from moekit._memory import return_freed_memory
 from moekit._progress import Progress
 from moekit.checkpoint.atomic import atomic_write
@@ -196,7 +197,7 @@ def _gradients(
     folder.mkdir(parents=True, exist_ok=True)
     finished = folder / "finished.json"
     key = json.dumps([table.ids_sha256, table.seed, options.dtype])
-    if finished.is_file() and finished.read_text(encoding="utf-8") == key:
+    if finished.is_file() and read_text(finished) == key:
         return BlockGradients.opened(list(asked.source.geometries), streamed.walk.batches, streamed.walk.hidden, folder)
     finished.unlink(missing_ok=True)
     model: Any = load_for_answers(asked.source, options.device, options.dtype).requires_grad_(False)
