@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moekit.routing.methods.naee_skip import gate_ratio, median
+from moekit.routing.methods.naee_skip import gate_ratio
+from moekit.routing.second import median
 from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import BINS, resolve

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
-from moekit.errors import BadConfig, BadData
+from moekit.routing.second import median_ratio, refuse_other_than_two, skip_second
 from moekit.runtime.part import PlanInputs
 from moekit.runtime.router import LimitPart, Routed, RouteInputs
 from moekit.trace.batch import TokenBatch
@@ -32,20 +32,6 @@ def gate_ratio(seen: TokenBatch) -> Tensor:
     first_N, second_N = seen.weights_NK.topk(2, dim=1).values.unbind(dim=1)
     ratio_n = (second_N / first_N)[second_N > 0]
     return torch.bincount((ratio_n * BINS).long().clamp_max(BINS - 1), minlength=BINS)
-
-
-def median(counts_B: Tensor) -> float:
-    """Lower median of what a histogram over [0, 1] counted, exact to a bin: the middle of its bin.
-
-    Raises:
-        ValueError: nothing was counted.
-    """
-    total = int(counts_B.sum())
-    if not total:
-        raise ValueError("the histogram is empty")
-    bins = counts_B.numel()
-    place = int((counts_B.cumsum(0) < (total + 1) // 2).sum())
-    return (place + 0.5) / bins
 
 
 @register(
@@ -83,12 +69,7 @@ class NAEESkip(LimitPart):
 
     def check(self, geometry: Geometry, layer: int) -> None:
         """Refuse models that do not choose two experts a token."""
-        if geometry.top_k != 2:
-            raise BadConfig(
-                f"a token chooses {geometry.top_k} expert(s) here; skipping the second is defined for 2",
-                layer=layer,
-                hint="use the topk policy with a smaller top_k",
-            )
+        refuse_other_than_two(geometry.top_k, layer, "use the topk policy with a smaller top_k")
 
     def plan(self, inputs: PlanInputs) -> dict[str, Tensor]:
         """The layer's beta, a scalar in fp32; nothing where the knob gives it.
@@ -96,35 +77,8 @@ class NAEESkip(LimitPart):
         Raises:
             BadData: the trace lacks the ratios, or no token chose two experts.
         """
-        if self.beta is not None:
-            return {}
-        counts_B = inputs.statistics.get("gate_ratio")
-        if counts_B is None or not int(counts_B.sum()):
-            what = "has no ratios of gate weights" if counts_B is None else "holds no token with two experts"
-            raise BadData(
-                f"the trace {what}",
-                layer=inputs.layer,
-                hint="profile again with --statistics gate_ratio, or give beta",
-            )
-        return {"beta": torch.tensor(median(counts_B), dtype=torch.float32)}
+        return {} if self.beta is not None else {"beta": median_ratio(inputs, "beta")}
 
     def limit(self, inputs: RouteInputs, routed: Routed) -> Routed:
         """Skip the second of two choices; a skipped choice is expert E with weight 0."""
-        gate, logits_TE = inputs.gate, inputs.logits
-        weights_TK, indices_TK = routed.weights, routed.indices
-        if indices_TK.shape[1] != 2:
-            raise BadConfig(
-                f"a token chooses {indices_TK.shape[1]} expert(s) here; skipping the second is defined for 2",
-                layer=inputs.layer,
-                hint="choose two experts before (topk with top_k 2), or leave skipping out",
-            )
-        # A selection bias may put the smaller weight first.
-        first_T1 = weights_TK.argmax(dim=1, keepdim=True)
-        largest_T1, second_T1 = weights_TK.gather(1, first_T1), weights_TK.gather(1, 1 - first_T1)
-        beta = inputs.constants["beta"] if self.beta is None else self.beta
-        skip_T1 = second_T1.float() < beta * largest_T1.float()
-        alone_T1 = gate.weigh(logits_TE, indices_TK.gather(1, first_T1)).to(weights_TK.dtype)
-        stays_TK = torch.arange(2, device=first_T1.device) == first_T1
-        skipped_TK = torch.where(stays_TK, alone_T1, torch.zeros_like(alone_T1))
-        weights_TK = torch.where(skip_T1, skipped_TK, weights_TK)
-        return Routed(weights_TK, indices_TK.masked_fill(skip_T1 & ~stays_TK, inputs.geometry.experts))
+        return skip_second(inputs, routed, inputs.constants["beta"] if self.beta is None else self.beta)
