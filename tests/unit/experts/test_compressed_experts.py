@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
+import moekit
 from moekit.anatomy import Geometry, find_moe_layers
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.experts.methods.compressed_experts import CompressedExperts, split
-from moekit.runtime import attach
+from moekit.runtime import attach, attached
 from moekit.runtime.experts import ExpertsInputs
 from moekit.runtime.part import LayerInit
 from tests.families import build, logits, tokens
 from tests.parts import learned, stir
+from tests.tiny import write_model, write_text
 
 # Three experts over H = I = 2; the first computes, the others lend vectors.
 X = torch.tensor([[1.0, 2.0]])
@@ -69,7 +73,7 @@ VECTORS = {("gate", 1): [1.0, 2.0], ("inner", 2): [2.0, 1.0]}
 @pytest.mark.parametrize(("values", "expected"), [(VECTORS, (1.5352, -3.0747)), ({}, (1.0966, -1.7616))])
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
 def test_the_worked_example(values: Any, expected: tuple[float, float], order: list[int]) -> None:
-    # Shares .6 and .4: c1 = (1, 1.6), c2 = (1.4, 1); silu(1, 3.2) = (.7311, 3.0747), up = (3, -1); choices in any order.
+    # Shares .6 and .4: c1 = (1, 1.6), c2 = (1.4, 1); silu(1, 3.2) = (.7311, 3.0747), up = (3, -1), in any order.
     part = CompressedExperts(main=1, renormalize="topk")
     inputs = given(part, order, GATES[:, order], values)
     for found in (part.compute(inputs), part.reference(inputs)):
@@ -155,3 +159,17 @@ def test_what_does_not_fit_is_refused() -> None:
     CompressedExperts(mode="input").check_dealt_out(0)
     with pytest.raises(UnsupportedModel, match="different inputs"):
         CompressedExperts().parameters(LayerInit(0, GEOMETRY, {}, nn.Linear(2, 2), torch.Generator()))
+
+
+def test_a_saved_folder_is_trained_with_its_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEKIT_HOME", str(tmp_path / "home"))
+    write_model(tmp_path / "moe", "qwen3_moe", num_experts_per_tok=4)
+    write_text(tmp_path / "text", documents=8)
+    model = moekit.load(tmp_path / "moe", device="cpu")
+    attach(model, CompressedExperts())
+    moekit.save(model, tmp_path / "half", tokenizer=AutoTokenizer.from_pretrained(tmp_path / "moe"))
+    settings = {"steps": 2, "seq_len": 32, "batch": 2, "lr": 0.01}
+    moekit.train(tmp_path / "half", data=tmp_path / "text", settings=settings, device="cpu", out=tmp_path / "tuned")
+    tuned = moekit.load(tmp_path / "tuned", device="cpu")
+    assert [a.part for a in attached(tuned)] == [CompressedExperts()]
+    assert all(bool((vector != 0).any()) for vector in learned(tuned).values())

@@ -1,6 +1,7 @@
 """Vectors that answer in the place of a token's weaker experts, by modulating the stronger ones (arXiv:2503.00634).
 
-Legend: T tokens, n tokens of one expert, K choices a token, M main ones, A auxiliary ones, E experts, H hidden, I width.
+Legend: T tokens, n tokens of one expert, K choices a token, M main ones, A auxiliary ones, E experts, H hidden, I
+width.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class SplitExpert:
     own: Mapping[tuple[Part, bool], Tensor]
 
     def __call__(self, gate_nH: Tensor, up_nH: Tensor, factor_nI: Tensor) -> Tensor:
-        """down (act (gate x1) * (up x2) * factor): [n, H]."""
+        """Down (act (gate x1) * (up x2) * factor): [n, H]."""
         first_nI, second_nI = self._linear(gate_nH, "gate"), self._linear(up_nH, "up")
         if hasattr(self.module, "_apply_gate"):  # a family's own: some clamp, some add
             pair = (first_nI, second_nI)
@@ -140,9 +141,9 @@ def one_expert(module: nn.Module, storage: Storage, tensors: Mapping[str, Tensor
     limits=(
         "Until it is trained it is the model with fewer experts a token, and loses what that loses.",
         "All experts stay in memory: it saves computing, not bytes.",
-        "The vectors differ by token, so they cannot be folded into weights; stock transformers and vLLM open the folder "
-        "without them.",
-        "mode three runs one expert after the other, slower than grouped kernels, and needs gated experts in one process.",
+        "The vectors differ by token, so they cannot be folded into weights; stock transformers and vLLM open the "
+        "folder without them.",
+        "mode three runs one expert after the other, slower than grouped kernels; it needs gated experts in one process.",
     ),
 )
 class CompressedExperts(ExpertsPart):
