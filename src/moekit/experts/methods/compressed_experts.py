@@ -143,7 +143,7 @@ def one_expert(module: nn.Module, storage: Storage, tensors: Mapping[str, Tensor
         "All experts stay in memory: it saves computing, not bytes.",
         "The vectors differ by token, so they cannot be folded into weights; stock transformers and vLLM open the "
         "folder without them.",
-        "mode three runs one expert after the other, slower than grouped kernels; it needs gated experts in one process.",
+        "mode three runs experts one by one, slower than grouped kernels; it needs gated experts in one process.",
     ),
 )
 class CompressedExperts(ExpertsPart):
@@ -268,7 +268,7 @@ class CompressedExperts(ExpertsPart):
         gate_TH, up_TH = self._times(inputs, found, "gate"), self._times(inputs, found, "up")
         factor_TI = self._vector(inputs, found, "inner").to(gate_TH.dtype)
         total_TH = torch.zeros_like(inputs.hidden_TH)
-        for expert in found.main_TM.unique().tolist():
+        for expert in torch.unique(found.main_TM).tolist():
             if expert == inputs.geometry.experts:
                 continue
             rows_n, place_n = (found.main_TM == expert).nonzero(as_tuple=True)
