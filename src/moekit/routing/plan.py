@@ -97,7 +97,7 @@ class RoutingPlan:
         for layer in sorted(self.tensors):
             for name, tensor in sorted(self.tensors[layer].items()):
                 digest.update(f"{layer}.{name}.{tensor.dtype}.{tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from moekit.anatomy import Gate, GateSpec, Geometry, find_moe_layers
 from moekit.errors import BadConfig, BadData
+from moekit.routing import plan_routing
 from moekit.routing.methods.odp import ODP, importance, largest_of_each, largest_so_far
 from moekit.runtime import PlanInputs, attach, detach
 from tests.families import EXPERTS, build, logits, tokens
@@ -155,3 +156,12 @@ def test_attention_trains_with_checkpointing() -> None:
     assert gradients[0]
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-5)
+
+
+def test_a_plan_of_scalars_has_a_hash_that_tells_them_apart() -> None:
+    counts = torch.zeros(512, dtype=torch.int64)
+    hashes = set()
+    for ratio in (100, 200):
+        known = {index: {"gate_ratio": counts.index_fill(0, torch.tensor([ratio]), 3)} for index in (0, 1)}
+        hashes.add(plan_routing(find_moe_layers(build("mixtral")), ODP(), "odp", known).hash)
+    assert len(hashes) == 2
