@@ -26,7 +26,7 @@ _VALUES = {"start": "2e-4", "end": "2e-5", "at": "2e-4", "values": "[2e-4, 2e-5]
 _OWN = {
     ("sharer", "uniform"): "moekit quantize ./moe --method gptq --mean-bits 3 --share uniform --data ./text -o ./even",
     ("dispatch", "all-reduce"): "torchrun --nproc-per-node 4 -m moekit generate ./moe --ep 4 --dispatch all-reduce",
-    ("experts", "compressed-experts"): "moekit train ./with-the-part --data ./text --steps 300 --lr 2e-5 -o ./tuned",
+    ("experts", "compressed-experts"): "moekit train ./compressed-experts --data ./text --steps 300 -o ./tuned",
     ("experts", "novices"): "moekit prune ./moe --method mone --keep 0.5 --data ./text -o ./with-novices",
     ("objective", "ce"): _TRAIN + " --texts '{retain: ./other}' --objectives '{keep: {use: ce, text: retain}}'",
     ("objective", "device-balance"): _TRAIN + " --device-balance '{groups: 4, weight: 0.01}'",
