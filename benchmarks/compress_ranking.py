@@ -84,6 +84,8 @@ WAYS: Mapping[str, Callable[[float], tuple[Any, dict[str, Any]]]] = {
     "drop: random": _dropped("random"),
     "drop: frequency": _dropped("frequency"),
     "drop: reap": _dropped("reap"),
+    "drop: mone": _dropped("mone"),
+    "drop: mone, no novices": _dropped("mone", operator="drop"),
     "merge: random groups": _merged("random-groups"),
     "merge: m-smoe": _merged("m-smoe"),
     "merge: hc-smoe": _merged("hc-smoe"),
@@ -104,6 +106,8 @@ CLAIMS = (
     ("narrow: slimmoe", "narrow: slimmoe, not repaired", (0.75, 0.5, 0.35, 0.25)),
     ("narrow: slimmoe, not repaired", "narrow: magnitude", (0.75, 0.5)),
     ("narrow: slimmoe", "drop: reap", (0.5, 0.35, 0.25)),
+    ("drop: mone", "drop: reap", (0.75, 0.5)),
+    ("drop: mone", "drop: mone, no novices", (0.75, 0.5)),
     ("round: gptq", "round: rtn", (0.35, 0.25)),
 )
 
