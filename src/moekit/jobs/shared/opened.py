@@ -19,6 +19,7 @@ from moekit.data.pictures import PictureReader
 from moekit.errors import UnsupportedModel
 from moekit.jobs.shared.inputs import load_tokenizer, model_location
 from moekit.jobs.shared.pictures import picture_reader
+from moekit.jobs.shared.rehearsal import refuse_broken
 from moekit.runtime.watching import refuse_unseen
 
 
@@ -95,8 +96,9 @@ def check_runnable(
 
     Raises:
         UnsupportedModel: the weights are quantized in a way that is not read as floats here; or nothing tells what
-            tokens choose, or the installed transformers runs other experts than these.
+            tokens choose, or the installed transformers runs other experts than these, or breaks off.
     """
+    refuse_broken(source.checkpoint.config)
     for layer in find_moe_layers(empty_model(source.checkpoint)):
         refuse_unseen(layer, source.checkpoint.path)
     try:
