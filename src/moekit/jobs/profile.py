@@ -28,6 +28,7 @@ from moekit.jobs.shared.inputs import (
 )
 from moekit.jobs.shared.layerwise import layerwise_source
 from moekit.jobs.shared.pictures import picture_reader
+from moekit.jobs.shared.rehearsal import refuse_broken
 from moekit.progress import ProgressLike
 from moekit.trace import Trace, check_summary, record, single_figures, summarise
 from moekit.trace.cost import cost_of, notes_on, sizes_of
@@ -219,6 +220,7 @@ def _whole(options: ProfileOptions, recording: Recording, context: JobContext) -
         progress=context.progress,
         live=context.live,
     )
+    refuse_broken(model.config.to_dict())
     trace = record(
         model,
         _rows(options, tokenizer, context, None if context.live else model.config.to_dict(), lambda: model),

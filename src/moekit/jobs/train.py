@@ -19,6 +19,7 @@ from moekit.jobs.estimates import ByteSizes, Item, JobEstimate, total
 from moekit.jobs.options.train import TrainOptions
 from moekit.jobs.shared.inputs import changed_bytes, model_item, open_model, read_text, save_changed, text_item
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
+from moekit.jobs.shared.rehearsal import refuse_broken
 from moekit.jobs.shared.teachers import refuse_other_tokenizer
 from moekit.parallel.checkpoints.gathering import gather_state
 from moekit.parallel.data_parallel import RankedTraining
@@ -179,6 +180,7 @@ def run(options: TrainOptions, context: JobContext) -> dict[str, Any]:
 def _train(options: TrainOptions, context: JobContext, started: StartedRanks | None) -> dict[str, Any]:
     config = config_of(options, context.seed)
     model, tokenizer = _open(options, context)
+    refuse_broken(model.config.to_dict())
     distribution = None
     if started is not None:
         distribution = _distribute(options, model, started, config.model_dump(mode="json"))

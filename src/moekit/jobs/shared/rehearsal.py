@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from moekit.errors import MoekitError
 from moekit.runtime.answering import telling_its_own_faults
+
+# Whether the model that runs is a tiny one, which is no work.
+UNDER_WAY: ContextVar[bool] = ContextVar("rehearsal", default=False)
 
 # Faults of numbers and shapes on a tiny model say nothing of a large one.
 _OF_THE_TINY = (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError)
@@ -41,6 +45,7 @@ def _broken(model_type: str) -> MoekitError | None:
         model = run_as_part(build(family(model_type)).eval())
     except (MoekitError, *_OF_THE_TINY):
         return None  # no tiny model of it: the work itself will tell
+    token = UNDER_WAY.set(True)
     try:
         with torch.no_grad(), telling_its_own_faults(model):
             model(input_ids=torch.tensor([[5, 6, 7, 8]]), use_cache=False)
@@ -48,4 +53,6 @@ def _broken(model_type: str) -> MoekitError | None:
         return error
     except _OF_THE_TINY:
         return None
+    finally:
+        UNDER_WAY.reset(token)
     return None

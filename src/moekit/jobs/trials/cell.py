@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moekit.errors import MoekitError
+from moekit.jobs.shared.rehearsal import UNDER_WAY
 
 State = Literal["yes", "refused", "failed", "untried"]
 Found = TypeVar("Found")
@@ -83,11 +84,12 @@ def _since(start: float) -> float:
 
 @contextmanager
 def _watched() -> Iterator[list[bool]]:
-    """A list that is empty until a model runs; questions to single routers, and models without memory, are no work."""
+    """A list that is empty until a model runs; questions to single routers and rehearsals are no work."""
     work: list[bool] = []
 
     def look(module: nn.Module, args: Any) -> None:
-        if isinstance(module, PreTrainedModel) and torch.get_default_device().type != "meta":
+        unreal = torch.get_default_device().type == "meta" or UNDER_WAY.get()
+        if isinstance(module, PreTrainedModel) and not unreal:
             work.append(True)
 
     handle = nn.modules.module.register_module_forward_pre_hook(look)
