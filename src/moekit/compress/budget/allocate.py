@@ -61,7 +61,7 @@ def allocate(
     room = min(room, sum(map(max, extra)))
     steps = [[e // step for e in unit] for unit in extra]
     costs = [[value for _, value, _ in choices] for choices in options]
-    solve = _by_table if len(units) * (room // step + 1) <= MOST_CELLS else _by_program
+    solve = by_table if len(units) * (room // step + 1) <= MOST_CELLS else _by_program
     taken = solve(costs, steps, room // step) if units else []
     return {unit: choices[n][0] for unit, choices, n in zip(units, options, taken, strict=True)}
 
@@ -87,8 +87,17 @@ def allowed(
     return found
 
 
-def _by_table(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], room: int) -> list[int]:
-    """Dynamic programming over units and room: best[s] is the least cost of the units so far that take s or less."""
+def by_table(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], room: int) -> list[int]:
+    """Dynamic programming over units and room: best[s] is the least cost of the units so far that take s or less.
+
+    Args:
+        costs: unit -> cost of each of its choices.
+        sizes: likewise, whole numbers, 0 or more.
+        room: what all units may take together; the smallest choices fit.
+
+    Returns:
+        Number of each unit's choice; of equally cheap plans a small one.
+    """
     best_S: npt.NDArray[np.float64] = np.zeros(room + 1)
     taken: list[npt.NDArray[np.int32]] = []
     for cost_C, size_C in zip(costs, sizes, strict=True):

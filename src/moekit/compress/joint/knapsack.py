@@ -16,10 +16,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
-from moekit.compress.budget.allocate import allowed
+from moekit.compress.budget.allocate import allowed, by_table
 from moekit.errors import BadConfig
 
 K = TypeVar("K", bound=Hashable)
@@ -131,26 +128,7 @@ def fill_table(costs: Numbers, sizes: Bytes, budget: int, step: int) -> list[int
     least = [min(each) for each in sizes]
     extra = [[-(-(size - low) // step) for size in each] for each, low in zip(sizes, least, strict=True)]
     room = min((budget - sum(least)) // step, sum(map(max, extra)))
-    best_S: npt.NDArray[np.float64] = np.zeros(room + 1)
-    taken: list[npt.NDArray[np.uint16]] = []
-    for cost_C, extra_C in zip(costs, extra, strict=True):
-        after_S = np.full(room + 1, np.inf)
-        choice_S = np.zeros(room + 1, dtype=np.uint16)
-        for choice in sorted(range(len(cost_C)), key=lambda c: (extra_C[c], c)):
-            size = extra_C[choice]
-            if size > room:
-                continue
-            reached_S = best_S[: room + 1 - size] + cost_C[choice]
-            better_S = reached_S < after_S[size:]
-            after_S[size:][better_S] = reached_S[better_S]
-            choice_S[size:][better_S] = choice
-        best_S = after_S
-        taken.append(choice_S)
-    at, found = int(best_S.argmin()), []
-    for choice_S, extra_C in zip(reversed(taken), reversed(extra), strict=True):
-        found.append(int(choice_S[at]))
-        at -= extra_C[found[-1]]
-    return found[::-1]
+    return by_table(costs, extra, room)
 
 
 def lower_hull(costs: Sequence[float], sizes: Sequence[int]) -> list[int]:
