@@ -120,7 +120,8 @@ def _state(module: Any, usage: list[list[float]]) -> Any:
     return grouper
 
 
-def _ours(usage: list[list[float]], keep: int) -> list[int]:
+def dominant_counts(usage: list[list[float]], keep: int) -> list[int]:
+    """How many experts moekit keeps of each layer, by their uses."""
     looked = {}
     for number, own in enumerate(usage):
         values = {"load": torch.tensor(own), "logit_gram": torch.eye(len(own))}
@@ -146,7 +147,7 @@ def _ties(table: Table, module: Any) -> None:
         table.tell(
             f"dominant experts at {keep} a layer, uses {usage[0]} and {usage[1]}",
             f"{counts}, {sum(counts)} in all",
-            f"{_ours(usage, keep)}, {sum(_ours(usage, keep))} in all",
+            f"{dominant_counts(usage, keep)}, {sum(dominant_counts(usage, keep))} in all",
             "official errs: keeps what is strictly above the next value, so ties lose experts",
         )
 

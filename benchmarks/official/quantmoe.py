@@ -1,4 +1,4 @@
-"""QuantMoE-Bench (arXiv:2406.08155): the outlier scorer and the cosine of a block, of UNITES-Lab/moe-quantization."""
+"""QuantMoE-Bench (arXiv:2406.08155): the outlier scorer of UNITES-Lab/moe-quantization."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from moekit.compress.sharers.blocks import Blocks
 from moekit.compress.sharers.outlier import Outlier, outlier_score
 
 from . import shared
@@ -51,7 +50,6 @@ def run(checkout: Path) -> Table:
             "moekit differs on purpose",
         )
         _experts(table, found, checkpoint)
-        _blocks(table, checkout, legacy, checkpoint, Path(folder))
     return table
 
 
@@ -81,22 +79,3 @@ def _experts(table: Table, found: dict[str, float], checkpoint: Any) -> None:
         "moekit differs on purpose: an expert has one width, routers are not rounded",
     )
 
-
-def _blocks(table: Table, checkout: Path, legacy: Any, checkpoint: Any, folder: Path) -> None:
-    """The cosine of a block's input and output, which their collector of training data for the predictor takes."""
-    del checkout, folder
-    ids = BATCHES[0]
-    pairs: dict[int, tuple[Any, Any]] = {}
-    hooks = [
-        layer.mlp.register_forward_hook(lambda m, a, o, n=n: pairs.update({n: (a[0], o)}))
-        for n, layer in enumerate(legacy.layers())
-    ]
-    with torch.no_grad():
-        legacy(input_ids=ids)
-    for hook in hooks:
-        hook.remove()
-    cosine = torch.nn.functional.cosine_similarity
-    theirs = torch.stack([cosine(x, y, dim=-1).mean() for x, y in pairs.values()])
-    looked = shared.seen(checkpoint, BATCHES, Blocks())
-    ours = torch.tensor([float(looked[n].statistics["block_cosine"]) / ids.numel() for n in range(LAYERS)])
-    table.close("cosine of each block's input and output (torch's, on the old layout)", theirs, ours)
