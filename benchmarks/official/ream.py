@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import os
 import tempfile
 import types
@@ -24,9 +25,11 @@ from moekit.compress.merge.ream import REAM, gate_similarity
 from moekit.compress.weights import LayerWeights
 
 from . import shared
-from .shared import EXPERTS, HIDDEN, LAYERS, WIDTH, Table
+from .shared import EXPERTS, HIDDEN, LAYERS, Table
 
 KEEP = 5
+# Their weights go through a PCA to 64 numbers a neuron, so there must be that many.
+NEURONS = 64
 IDS = shared.tokens(8, 32, seed=1)
 
 
@@ -41,6 +44,7 @@ def run(checkout: Path) -> Table:
     ):
         merger = load("ream.merger")
         merger.print_seq_stats = lambda *a, **k: None
+        _rename(load("ream.moe_utils"))
         model = shared.tiny("qwen3_moe", norm_topk_prob=False)
         checkpoint = shared.save(model, Path(folder) / "m")
         for group_size in (3, 0):
@@ -51,6 +55,19 @@ def run(checkout: Path) -> Table:
         _token_similarity(table, load("ream.ream"))
         _alignment(table, merger, load("ream.moe_utils"), load("ream.weight_utils"))
     return table
+
+
+def _rename(module: Any) -> None:
+    """Transformers has renamed an argument, and dropped one, of what makes causal masks."""
+    make = module.create_causal_mask
+    known = inspect.signature(make).parameters
+
+    def masked(**given: Any) -> Any:
+        if "inputs_embeds" in known:
+            given["inputs_embeds"] = given.pop("input_embeds")
+        return make(**{name: value for name, value in given.items() if name in known})
+
+    module.create_causal_mask = masked
 
 
 @contextlib.contextmanager
@@ -137,7 +154,6 @@ def _batches(table: Table, module: Any) -> None:
 def _groups(table: Table, module: Any) -> None:
     theirs: list[Any] = []
     ours: list[Any] = []
-    apart = 0.0
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         saliency = torch.rand(16, generator=generator)
@@ -150,7 +166,6 @@ def _groups(table: Table, module: Any) -> None:
             theirs.append(shared.partition(labels.tolist()))
             ours.append(frozenset(map(frozenset, pseudo_pruning(saliency, distance, keep, size))))
     table.same("groups of 16 experts, 60 draws of three sizes", theirs, ours)
-    assert apart == 0.0
     saliency = torch.rand(7, generator=torch.Generator().manual_seed(0))
     outputs = torch.randn(7, 1, 8, generator=torch.Generator().manual_seed(1))
     try:
@@ -189,7 +204,7 @@ def _alignment(table: Table, merger: Any, utils: Any, weights_of: Any) -> None:
         _, _, every = utils.run_all_experts(block, x)
         matrix = weights_of.experts_weight_matrix(block.experts)
         unit = merger.normalize_rows(matrix).flatten(0, 1)
-        small = weights_of.pca_reduce(unit, r=64).reshape(2, WIDTH, 64)
+        small = weights_of.pca_reduce(unit, r=64).reshape(2, NEURONS, 64)
         for merging in ("weights", "logits", "logits+weights"):
             found[merging] += _recovered(merger, block, merging, small, unpaired, order)
         found["paired"] += _recovered(merger, block, "logits", small, every if every is not None else unpaired, order)
@@ -197,7 +212,7 @@ def _alignment(table: Table, merger: Any, utils: Any, weights_of: Any) -> None:
         found["moekit"] += float((ours == order).float().mean())
     told = {name: f"{100 * value / rounds:.0f} %" for name, value in found.items()}
     table.tell(
-        f"neurons of a noisy permuted copy that find their partner, {rounds} experts of {WIDTH}, tokens drawn as theirs",
+        f"neurons of a noisy permuted copy that find their partner, {rounds} experts of {NEURONS}, tokens drawn as theirs",
         f"activations {told['logits']}, weights {told['weights']}, both (their default) {told['logits+weights']}",
         f"weights {told['moekit']}",
         f"official errs: each expert's activations are of other tokens; of the same tokens they find {told['paired']}",
@@ -205,9 +220,9 @@ def _alignment(table: Table, merger: Any, utils: Any, weights_of: Any) -> None:
 
 
 def _copies(seed: int) -> tuple[LayerWeights, Tensor]:
-    first = shared.layer_weights(2, WIDTH, HIDDEN, seed)
+    first = shared.layer_weights(2, NEURONS, HIDDEN, seed)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(WIDTH, generator=generator)
+    order = torch.randperm(NEURONS, generator=generator)
     assert first.gate_EIH is not None
     for stack, axis in ((first.gate_EIH, 0), (first.up_EIH, 0), (first.down_EHI, 1)):
         noisy = stack[0] + 0.5 * torch.randn(stack[0].shape, generator=generator)
@@ -219,8 +234,8 @@ def _block(weights: LayerWeights) -> Any:
     experts = nn.Module()
     assert weights.gate_EIH is not None
     experts.gate_up_proj = nn.Parameter(torch.cat([weights.gate_EIH, weights.up_EIH], 1) / HIDDEN**0.5)
-    experts.down_proj = nn.Parameter(weights.down_EHI / WIDTH**0.5)
-    experts.num_experts, experts.intermediate_dim, experts.act_fn = 2, WIDTH, nn.SiLU()
+    experts.down_proj = nn.Parameter(weights.down_EHI / NEURONS**0.5)
+    experts.num_experts, experts.intermediate_dim, experts.act_fn = 2, NEURONS, nn.SiLU()
     gate = nn.Linear(HIDDEN, 2, bias=False)
     return types.SimpleNamespace(experts=experts, gate=gate)
 
