@@ -1,4 +1,4 @@
-"""GEMQ (arXiv:2605.23078): the global solver of jndeng/GEMQ, and the quantizers that its costs and weights are made with.
+"""GEMQ (arXiv:2605.23078): the global solver of jndeng/GEMQ, and the quantizer that its costs are taken with.
 
 Needs Gurobi (`pip install gurobipy`: its free licence is enough here). Legend: L layers, E experts, C widths.
 """
@@ -92,22 +92,13 @@ def _ours(costs: dict[int, Tensor], mean: float, spread: bool) -> Any:
 
 def _rounding(table: Table, module: Any) -> None:
     matrix = torch.randn(48, 256, generator=torch.Generator().manual_seed(5)) * 0.02
-    for bits in (1, 2, 3, 4):
-        theirs = module.RTNWeightQuantizer(matrix, nbits=bits, groupsize=128).pseudo_quantize()
+    for bits in WIDTHS:
+        theirs = module.MCMoeRTNWeightQuantizer(matrix, nbits=bits).quantize()
         ours = round_to_nearest(matrix, bits, 128)
         apart, step = (theirs - ours).abs(), float((theirs - matrix).abs().max()) * 2
         table.tell(
-            f"weights rounded to {bits} bits in groups of 128",
+            f"weights rounded to {bits} bits in groups of 128, for the costs",
             f"mean square error {float((theirs - matrix).square().mean()):.4g}",
             f"mean square error {float((ours - matrix).square().mean()):.4g}",
             f"{100 * float((apart > step / 4).float().mean()):.2f} % of weights on another step: scales have 16 bits here",
         )
-    one_sided = matrix.abs() + 0.05
-    theirs = module.RTNWeightQuantizer(one_sided, nbits=3, groupsize=128).pseudo_quantize()
-    ours = round_to_nearest(one_sided, 3, 128)
-    table.tell(
-        "largest error of a group of positive weights, 3 bits",
-        f"{float((theirs - one_sided).abs().max()):.3f}",
-        f"{float((ours - one_sided).abs().max()):.3f}",
-        "official errs: the range does not hold 0, the zero point is cut off; moekit widens the range",
-    )

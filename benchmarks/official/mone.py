@@ -6,7 +6,7 @@ Legend: N tokens, E experts, H hidden.
 from __future__ import annotations
 
 import copy
-import itertools
+import sys
 import tempfile
 import types
 from pathlib import Path
@@ -53,7 +53,7 @@ def run(checkout: Path) -> Table:
         checkpoint = shared.save(model, Path(folder) / "m")
         _statistics(table, module, model, checkpoint)
         _weight(table, module, model)
-        _ties(table, module, model)
+        _ties(table, module, model, Path(folder) / "dead")
     return table
 
 
@@ -72,8 +72,6 @@ def _run(module: Any, model: Any, batches: list[Tensor], **settings: Any) -> tup
         if event == "return" and frame.f_code.co_name == "expert_prune_by_mone":
             ends.update(frame.f_locals)
 
-    import sys
-
     sys.setprofile(watch)
     try:
         with torch.no_grad():
@@ -85,33 +83,45 @@ def _run(module: Any, model: Any, batches: list[Tensor], **settings: Any) -> tup
 
 def _statistics(table: Table, module: Any, model: Any, checkpoint: Any) -> None:
     ids = shared.tokens(20, 24, seed=1)
-    method = MoNE()
-    looked = shared.seen(checkpoint, [ids], method)
-    layers = [looked[n].statistics for n in range(LAYERS)]
-    means = torch.stack([mean_rows(seen["output_sum"], seen.load_E) for seen in layers])
-    spreads = torch.stack(
-        [spread_of_outputs(seen.load_E, seen["output_sum"], seen["output_channel_square"]) for seen in layers]
-    )
-    gates = torch.stack([seen["gate_mass"].double() / seen.tokens for seen in layers])
+    reference = _spread(model, ids)
     for parts in (1, 2, 5, 20):
         batches = list(ids.chunk(parts))
         _, ends = _run(module, model, batches)
+        looked = shared.seen(checkpoint, batches, MoNE())
+        layers = [looked[n].statistics for n in range(LAYERS)]
+        spreads = torch.stack(
+            [spread_of_outputs(seen.load_E, seen["output_sum"], seen["output_channel_square"]) for seen in layers]
+        )
         own = ends["bias_stats"]
         names = [[f"layers.{n}.experts.{e}" for e in range(EXPERTS)] for n in range(LAYERS)]
-        theirs = torch.stack([torch.stack([own[name]["baseline_out"] for name in row]) for row in names])
         fluctuation = torch.stack([torch.stack([own[name]["fluc_out"].sqrt().norm() for name in row]) for row in names])
         if parts == 5:
+            means = torch.stack([mean_rows(seen["output_sum"], seen.load_E) for seen in layers])
+            theirs = torch.stack([torch.stack([own[name]["baseline_out"] for name in row]) for row in names])
             table.close("mean output of 24 experts (5 batches)", theirs, means)
+            gates = torch.stack([seen["gate_mass"].double() / seen.tokens for seen in layers])
             found = torch.stack([ends["routing_stats"][n]["scores"] for n in range(LAYERS)])
             table.close("mean gate over all tokens", found, gates)
-        ratio = fluctuation / spreads
+        ratios = [found / reference for found in (fluctuation, spreads)]
+        told = [f"{float(ratio.min()):.2f} to {float(ratio.max()):.2f}" for ratio in ratios]
         table.tell(
-            f"spread of outputs over that of all tokens, 480 tokens in {parts} batches",
-            f"{float(ratio.min()):.2f} to {float(ratio.max()):.2f}",
-            "1 (pooled sums)",
+            f"spread of 24 experts' outputs over torch.std's, 480 tokens in {parts} batch{'es' if parts > 1 else ''}",
+            *told,
             "official errs: the first batch is left out, and later ones stand against the wrong count",
         )
     _novices(table, module, model, ids, means)
+
+
+@torch.no_grad()
+def _spread(model: Any, ids: Tensor) -> Tensor:
+    """Norm of the sample standard deviation of each expert's outputs, of all tokens at once."""
+    legacy = Legacy(copy.deepcopy(model), NAMES)
+    outputs: dict[tuple[int, int], Tensor] = {}
+    for n, layer in enumerate(legacy.layers()):
+        for e, expert in enumerate(layer.mlp.experts):
+            expert.register_forward_hook(lambda m, a, o, key=(n, e): outputs.update({key: o.double()}))
+    legacy(input_ids=ids)
+    return torch.tensor([[float(outputs[n, e].std(0).norm()) for e in range(EXPERTS)] for n in range(LAYERS)])
 
 
 def _novices(table: Table, module: Any, model: Any, ids: Tensor, means: Tensor) -> None:
@@ -143,24 +153,18 @@ def _weight(table: Table, module: Any, model: Any) -> None:
     )
 
 
-def _ties(table: Table, module: Any, model: Any) -> None:
-    """Four experts alike in weights and router row: their scores are equal."""
-    twin = copy.deepcopy(model)
+def _ties(table: Table, module: Any, model: Any, folder: Path) -> None:
+    """Four experts that put out nothing: their scores are 0, all alike."""
+    dead = copy.deepcopy(model)
     with torch.no_grad():
-        for layer, e in itertools.product(twin.model.layers, (1, 2, 3)):
-            layer.mlp.gate.weight[e] = layer.mlp.gate.weight[0] - 100
-            layer.mlp.experts.gate_up_proj[e] = layer.mlp.experts.gate_up_proj[0]
-        for layer in twin.model.layers:
-            layer.mlp.gate.weight[0] -= 100
-    batches = list(shared.tokens(20, 24, seed=1).chunk(5))
-    legacy, ends = _run(module, twin, batches, preserve_n_experts=6)
-    counts = [sum(not isinstance(e, Novice) for e in layer.mlp.experts) for layer in legacy.layers()]
-    unused = [sum(float(s) == 0 for s in ends["metric_list"][n]) for n in range(LAYERS)]
+        for layer in dead.model.layers:
+            layer.mlp.experts.down_proj[:4] = 0
+    ids = shared.tokens(20, 24, seed=1)
+    legacy, _ = _run(module, dead, list(ids.chunk(5)), preserve_n_experts=6)
+    made = shared.plan(shared.save(dead, folder), [ids], MoNE(), 6)
     table.tell(
-        f"experts kept of 8 at 6 a layer, {unused} of them with a score of 0",
-        counts,
-        [6] * LAYERS,
+        "experts kept of 8 at 6 a layer, 4 of which put out nothing",
+        [sum(not isinstance(e, Novice) for e in layer.mlp.experts) for layer in legacy.layers()],
+        [len(made.outcomes[n].keep) for n in range(LAYERS)],
         "official errs: keeps what is strictly above the next value, so ties lose experts",
     )
-
-

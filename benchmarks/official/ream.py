@@ -49,8 +49,7 @@ def run(checkout: Path) -> Table:
         checkpoint = shared.save(model, Path(folder) / "m")
         for group_size in (3, 0):
             _pipeline(table, merger, model, checkpoint, Path(folder), group_size)
-        _saliency(table, load("ream.saliency"))
-        _batches(table, load("ream.saliency"))
+        _saliency(table, load("ream.saliency"), load("ream.moe_utils"), model, checkpoint)
         _groups(table, load("ream.ream"))
         _token_similarity(table, load("ream.ream"))
         _alignment(table, merger, load("ream.moe_utils"), load("ream.weight_utils"))
@@ -120,33 +119,36 @@ def _pipeline(table: Table, module: Any, model: Any, checkpoint: Any, folder: Pa
         )
 
 
-def _saliency(table: Table, module: Any) -> None:
-    """A has p = .2 on two tokens of norm 8, B p = .5 on two of norm 3; the third takes the rest."""
-    logits = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(2, 3)
-    outputs = torch.zeros(3, 2, 1)
-    outputs[0], outputs[1], outputs[2] = 8.0, 3.0, 1.0
-    gated = outputs * logits.exp().T[..., None]
-    once, twice = (module.reap(logits[None], given, top_k=3) for given in (outputs, gated))
-    table.tell(
-        "saliency of A (p .2, norm 8) and B (p .5, norm 3)",
-        f"{float(twice[0]):.2f} and {float(twice[1]):.2f} as the merger calls it: B stays",
-        f"{float(once[0]):.2f} and {float(once[1]):.2f} with `gate_power=1`: A stays",
-        "official errs: outputs come gated and are gated again; `gate_power=2` is theirs",
+def _saliency(table: Table, module: Any, utils: Any, model: Any, checkpoint: Any) -> None:
+    """On the first layer, whose input no merge has changed, all tokens at once and row by row."""
+    given: list[Tensor] = []
+    block = model.model.layers[0].mlp
+    hook = block.register_forward_pre_hook(lambda m, args: given.append(args[0]))
+    with torch.no_grad():
+        model(IDS)
+    hook.remove()
+    whole, *parts = (
+        module.reap(logits, outputs, top_k=model.config.num_experts_per_tok)
+        for logits, outputs, _ in (utils.run_all_experts(block, x) for x in (given[0], *given[0].split(1)))
     )
-
-
-def _batches(table: Table, module: Any) -> None:
-    """The same tokens in one batch and in eight, an expert that two of the eight never choose."""
-    generator = torch.Generator().manual_seed(0)
-    logits, outputs = torch.randn(64, EXPERTS, generator=generator), torch.randn(EXPERTS, 64, 4, generator=generator)
-    logits[:48, 0] = -9
-    whole = module.reap(logits[None], outputs, top_k=2)
-    parts = [module.reap(logits[None, i : i + 8], outputs[:, i : i + 8], top_k=2) for i in range(0, 64, 8)]
-    split = torch.stack(parts).mean(0)
+    ours = {}
+    for power in (1, 2):
+        method = REAM(gate_power=power, mode="layerwise")
+        ours[power] = [method.score(shared.seen(checkpoint, ids, method)[0]) for ids in ([IDS], list(IDS.split(1)))]
+    table.close("saliency of layer 0, its gate twice (`gate_power=2`)", whole, ours[2][0])
+    order = [scores.argsort(descending=True).tolist() for scores in (whole, ours[1][0])]
     table.tell(
-        "saliency of an expert chosen in the last quarter of the text only",
-        f"{float(whole[0]):.3f} in one batch, {float(split[0]):.3f} in eight",
-        f"{float(whole[0]):.3f} however batched (sums over all tokens)",
+        f"the {KEEP} most salient of layer 0",
+        sorted(order[0][:KEEP]),
+        f"{sorted(order[1][:KEEP])} with the gate once, as in the paper (`gate_power=1`, the default)",
+        "official errs: outputs come gated and are gated again",
+    )
+    split = torch.stack(parts).mean(0)
+    moved = [float(((a - b).abs() / a).max()) for a, b in ((whole, split), ours[2])]
+    table.tell(
+        "how far a saliency moves when 8 rows come in 8 batches",
+        f"up to {100 * moved[0]:.0f} %",
+        f"up to {100 * moved[1]:.0g} %",
         "official errs: a mean of batch means, in which batches without the expert count 0",
     )
 
@@ -166,14 +168,6 @@ def _groups(table: Table, module: Any) -> None:
             theirs.append(shared.partition(labels.tolist()))
             ours.append(frozenset(map(frozenset, pseudo_pruning(saliency, distance, keep, size))))
     table.same("groups of 16 experts, 60 draws of three sizes", theirs, ours)
-    saliency = torch.rand(7, generator=torch.Generator().manual_seed(0))
-    outputs = torch.randn(7, 1, 8, generator=torch.Generator().manual_seed(1))
-    try:
-        labels, _ = module.pseudo_group(saliency, outputs, 3, None, 2)
-        told = f"{len(set(labels.tolist()))} groups"
-    except (AssertionError, ValueError) as error:
-        told = type(error).__name__
-    table.tell("7 experts in 3 groups of 2, which hold 6", told, "refused with sizes that do", "both refuse")
 
 
 def _token_similarity(table: Table, module: Any) -> None:
@@ -192,40 +186,47 @@ def _token_similarity(table: Table, module: Any) -> None:
 
 
 def _alignment(table: Table, merger: Any, utils: Any, weights_of: Any) -> None:
-    """How many neurons of a permuted, slightly noisy copy find their partner."""
-    found = {"weights": 0.0, "logits": 0.0, "logits+weights": 0.0, "paired": 0.0, "moekit": 0.0}
+    """How many neurons of a permuted, noisy copy find their partner."""
     rounds = 5
-    for seed in range(rounds):
-        weights, order = _copies(seed)
-        block = _block(weights)
-        x = torch.randn(1, 2048, HIDDEN, generator=torch.Generator().manual_seed(100 + seed))
-        np.random.seed(seed)
-        _, _, unpaired = utils.run_all_experts(block, x, act_samples=512)
-        _, _, every = utils.run_all_experts(block, x)
-        matrix = weights_of.experts_weight_matrix(block.experts)
-        unit = merger.normalize_rows(matrix).flatten(0, 1)
-        small = weights_of.pca_reduce(unit, r=64).reshape(2, NEURONS, 64)
-        for merging in ("weights", "logits", "logits+weights"):
-            found[merging] += _recovered(merger, block, merging, small, unpaired, order)
-        found["paired"] += _recovered(merger, block, "logits", small, every if every is not None else unpaired, order)
-        ours = align_experts(weights, 0, 1, distance="directions").order_I
-        found["moekit"] += float((ours == order).float().mean())
-    told = {name: f"{100 * value / rounds:.0f} %" for name, value in found.items()}
-    table.tell(
-        f"neurons of a noisy permuted copy that find their partner, {rounds} experts of {NEURONS}, tokens drawn as theirs",
-        f"activations {told['logits']}, weights {told['weights']}, both (their default) {told['logits+weights']}",
-        f"weights {told['moekit']}",
-        f"official errs: each expert's activations are of other tokens; of the same tokens they find {told['paired']}",
-    )
+    for noise in (0.0, 4.0):
+        found = dict.fromkeys(("activations", "weights", "both", "activations, paired", "both, paired", "moekit"), 0.0)
+        for seed in range(rounds):
+            weights, order = _copies(seed, noise)
+            block = _block(weights)
+            x = torch.randn(1, 2048, HIDDEN, generator=torch.Generator().manual_seed(100 + seed))
+            np.random.seed(seed)
+            _, _, unpaired = utils.run_all_experts(block, x, act_samples=512)
+            _, _, every = utils.run_all_experts(block, x)
+            unit = merger.normalize_rows(weights_of.experts_weight_matrix(block.experts)).flatten(0, 1)
+            small = weights_of.pca_reduce(unit, r=64).reshape(2, NEURONS, 64)
+            for name, merging, act in (
+                ("activations", "logits", unpaired),
+                ("weights", "weights", unpaired),
+                ("both", "logits+weights", unpaired),
+                ("activations, paired", "logits", every),
+                ("both, paired", "logits+weights", every),
+            ):
+                found[name] += _recovered(merger, block, merging, small, act, order) / rounds
+            ours = align_experts(weights, 0, 1, distance="directions").order_I
+            found["moekit"] += float((ours == order).float().mean()) / rounds
+        told = {name: f"{100 * value:.0f} %" for name, value in found.items()}
+        table.tell(
+            f"neurons of a permuted copy that find their partner, {rounds} experts of {NEURONS}, noise of {noise:g} times "
+            "the weights",
+            f"activations {told['activations']}, weights {told['weights']}, both (their default) {told['both']}",
+            f"weights {told['moekit']}",
+            "official errs: each expert's activations are of other tokens; of the same tokens activations find "
+            f"{told['activations, paired']}, both {told['both, paired']}",
+        )
 
 
-def _copies(seed: int) -> tuple[LayerWeights, Tensor]:
+def _copies(seed: int, noise: float) -> tuple[LayerWeights, Tensor]:
     first = shared.layer_weights(2, NEURONS, HIDDEN, seed)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(NEURONS, generator=generator)
     assert first.gate_EIH is not None
     for stack, axis in ((first.gate_EIH, 0), (first.up_EIH, 0), (first.down_EHI, 1)):
-        noisy = stack[0] + 0.5 * torch.randn(stack[0].shape, generator=generator)
+        noisy = stack[0] + noise * torch.randn(stack[0].shape, generator=generator)
         stack[1].copy_(noisy.index_select(axis, order))
     return first, order.argsort()
 

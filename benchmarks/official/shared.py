@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ def importing(
         stubs: modules that stand empty, any name in them an empty class.
         missing: module -> names that this transformers no longer has, put there as empty classes meanwhile.
     """
-    before = set(sys.modules)
+    before, own = dict(sys.modules), (*bare, *stubs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(sys, "path", [str(root), *sys.path]))
         stack.enter_context(patch.object(sys, "dont_write_bytecode", True))
@@ -126,11 +126,11 @@ def importing(
         try:
             yield importlib.import_module
         finally:
-            own = (*bare, *stubs)
-            for name in set(sys.modules) - before:
+            for name in set(sys.modules) - set(before):
                 path = getattr(sys.modules[name], "__file__", None) or ""
                 if name in own or path.startswith(str(root)):
                     del sys.modules[name]
+            sys.modules.update({name: before[name] for name in own if name in before})
 
 
 def by_path(path: Path) -> ModuleType:
@@ -145,8 +145,16 @@ def by_path(path: Path) -> ModuleType:
 
 
 def _nothing(name: str) -> Any:
-    # A class as well as a decorator factory.
-    return MagicMock(name=name) if name[0].islower() else type(name, (), {})
+    if name[0].isupper():
+        return type(name, (), {})
+    if name.startswith("is_"):
+        return lambda *args: False
+
+    def decorator(*args: Any, **given: Any) -> Any:
+        """What it is put on, with or without arguments."""
+        return args[0] if len(args) == 1 and callable(args[0]) else lambda function: function
+
+    return decorator
 
 
 def _empty(name: str) -> ModuleType:
