@@ -98,7 +98,9 @@ def _forward(table: Table, module: Any, top_k: int, auxiliary: int) -> None:
         made = _pair(module, top_k, auxiliary, normal, learned=True, renormalize="topk")
         theirs, ours = _outputs(*made)
         told = "normalised" if normal else "plain"
-        table.close(f"output of {LAYERS} blocks, {auxiliary} of {top_k} choices auxiliary, {told} weights", theirs, ours)
+        table.close(
+            f"output of {LAYERS} blocks, {auxiliary} of {top_k} choices auxiliary, {told} weights", theirs, ours
+        )
 
 
 def _start(table: Table, module: Any) -> None:
@@ -171,7 +173,6 @@ def _vanishing(table: Table, module: Any) -> None:
             gate.zero_()
             gate[0, 0] = 200.0
         told = (bool(block(x)[0].isfinite().all()), bool(ours(x).isfinite().all()))
-    words = [("finite" if good else "NaN") for good in told]
-    table.tell(
-        "auxiliary weights that underflow (router margin 200)", *words, "official errs: divides 0 by 0; moekit bounds it"
-    )
+    one, two = ("finite" if good else "NaN" for good in told)
+    verdict = "official errs: divides 0 by 0; moekit bounds it"
+    table.tell("auxiliary weights that underflow (router margin 200)", one, two, verdict)

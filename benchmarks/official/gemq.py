@@ -32,12 +32,11 @@ SETS, MEANS = 10, (1.5, 2.0, 2.5)
 def run(checkout: Path) -> Table:
     """All comparisons on one checkout."""
     table = Table(f"GEMQ, jndeng/GEMQ at {shared.commit(checkout)}")
-    packages = ("gemq", "gemq.allocation", "gemq.quantizers")
-    if importlib.util.find_spec("gurobipy") is None:
+    packages, solves = ("gemq", "gemq.allocation", "gemq.quantizers"), importlib.util.find_spec("gurobipy") is not None
+    if not solves:
         table.tell("the solver", "gurobipy is not installed", "-", "skipped")
-        packages = packages[::2]
     with shared.importing(checkout, bare=packages) as load, shared.quiet(), tempfile.TemporaryDirectory() as folder:
-        if len(packages) == 3:
+        if solves:
             _solver(table, load("gemq.allocation.ilp_solvers"), Path(folder) / "costs.pkl")
         _rounding(table, load("gemq.quantizers.rtn"))
     return table
@@ -49,7 +48,9 @@ def _costs(seed: int) -> dict[int, Tensor]:
     found = {}
     for layer in range(LAYERS):
         size_E1 = (2 * torch.randn(EXPERTS, 1, generator=generator)).exp()
-        found[layer] = size_E1 * torch.tensor([0.36, 0.25, 0.046]) * (0.8 + 0.4 * torch.rand(EXPERTS, 3, generator=generator))
+        found[layer] = (
+            size_E1 * torch.tensor([0.36, 0.25, 0.046]) * (0.8 + 0.4 * torch.rand(EXPERTS, 3, generator=generator))
+        )
     return found
 
 
@@ -67,8 +68,11 @@ def _solver(table: Table, module: Any, path: Path) -> None:
         ours: list[Any] = []
         for seed in range(SETS):
             costs = _costs(seed)
-            told = {n: {e: dict(zip(WIDTHS, row.tolist(), strict=True)) for e, row in enumerate(c)} for n, c in costs.items()}
-            path.write_bytes(pickle.dumps(told))
+            rows = {
+                n: {e: dict(zip(WIDTHS, row.tolist(), strict=True)) for e, row in enumerate(c)}
+                for n, c in costs.items()
+            }
+            path.write_bytes(pickle.dumps(rows))
             solver = module.GEMQSolver(path, WIDTHS, rule)
             for mean in MEANS:
                 with patch.object(module.gp, "Model", silent):
@@ -96,9 +100,10 @@ def _rounding(table: Table, module: Any) -> None:
         theirs = module.MCMoeRTNWeightQuantizer(matrix, nbits=bits).quantize()
         ours = round_to_nearest(matrix, bits, 128)
         apart, step = (theirs - ours).abs(), float((theirs - matrix).abs().max()) * 2
+        moved = 100 * float((apart > step / 4).float().mean())
         table.tell(
             f"weights rounded to {bits} bits in groups of 128, for the costs",
             f"mean square error {float((theirs - matrix).square().mean()):.4g}",
             f"mean square error {float((ours - matrix).square().mean()):.4g}",
-            f"{100 * float((apart > step / 4).float().mean()):.2f} % of weights on another step: scales have 16 bits here",
+            f"{moved:.2f} % of weights on another step: scales have 16 bits here",
         )

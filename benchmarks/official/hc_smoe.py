@@ -76,7 +76,9 @@ def _pipeline(table: Table, module: Any, model: Any, checkpoint: Any) -> None:
     with torch.no_grad():
         ours = shared.changed(copy.deepcopy(model), made, checkpoint)
         apart = float((official(ids).logits - model(ids).logits).abs().max())
-        table.close(f"logits of the merged model (merging moves them by {apart:.2f})", official(ids).logits, ours(ids).logits)
+        table.close(
+            f"logits of the merged model (merging moves them by {apart:.2f})", official(ids).logits, ours(ids).logits
+        )
 
 
 def _top_four(table: Table, module: Any, folder: Path) -> None:
@@ -122,9 +124,7 @@ def _linkages(table: Table, clustering: Any) -> None:
             "complete": "joins the farthest pair of clusters, not the nearest",
             "ward": "weighs the distance of means, not its square",
         }[linkage]
-        table.tell(
-            what, f"{right[0]} equal scipy's", f"{right[1]} equal scipy's", f"official errs: {reason}"
-        )
+        table.tell(what, f"{right[0]} equal scipy's", f"{right[1]} equal scipy's", f"official errs: {reason}")
 
 
 def _dispatch(table: Table, checkout: Path, clustering: Any) -> None:
@@ -167,5 +167,3 @@ def _clustered(clustering: Any, rows: Tensor, name: str) -> Any:
         num_experts=ITEMS,
         experts=rows,
     )
-
-

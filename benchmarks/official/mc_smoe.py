@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def _pipeline(table: Table, module: Any, model: Any, checkpoint: Any) -> None:
         )
 
 
-def _state(module: Any, usage: list[list[float]]) -> Any:
+def _state(module: Any, usage: Sequence[Sequence[float]]) -> Any:
     config = types.SimpleNamespace(num_local_experts=len(usage[0]), hidden_size=4, num_hidden_layers=len(usage))
     grouper = module.ExpertsGrouperForMixtral(config)
     for layer, own in enumerate(usage):
@@ -120,7 +121,7 @@ def _state(module: Any, usage: list[list[float]]) -> Any:
     return grouper
 
 
-def dominant_counts(usage: list[list[float]], keep: int) -> list[int]:
+def dominant_counts(usage: Sequence[Sequence[float]], keep: int) -> list[int]:
     """How many experts moekit keeps of each layer, by their uses."""
     looked = {}
     for number, own in enumerate(usage):

@@ -39,8 +39,8 @@ class Novice(nn.Module):
 def run(checkout: Path) -> Table:
     """All comparisons on one checkout."""
     table = Table(f"MoNE, zxgx/mode-pd at {shared.commit(checkout)}")
-    bare = ("modepd", "modepd.pruning", "modepd.model", "modepd.model.olmoe")
-    bare += ("modepd.model.deepseek_v2", "modepd.model.moonshotai")
+    parts = ("", ".pruning", ".model", ".model.olmoe", ".model.deepseek_v2", ".model.moonshotai")
+    bare = [f"modepd{name}" for name in parts]
     with (
         shared.importing(checkout, bare=bare, stubs=STUBS) as load,
         shared.quiet(),
@@ -48,7 +48,7 @@ def run(checkout: Path) -> Table:
         tempfile.TemporaryDirectory() as folder,
     ):
         module = load("modepd.pruning.expert_prune")
-        module.OlmoeMLP = Novice
+        vars(module)["OlmoeMLP"] = Novice
         model = shared.tiny("olmoe", norm_topk_prob=False)
         checkpoint = shared.save(model, Path(folder) / "m")
         _statistics(table, module, model, checkpoint)
@@ -103,10 +103,11 @@ def _statistics(table: Table, module: Any, model: Any, checkpoint: Any) -> None:
             found = torch.stack([ends["routing_stats"][n]["scores"] for n in range(LAYERS)])
             table.close("mean gate over all tokens", found, gates)
         ratios = [found / reference for found in (fluctuation, spreads)]
-        told = [f"{float(ratio.min()):.2f} to {float(ratio.max()):.2f}" for ratio in ratios]
+        one, two = (f"{float(ratio.min()):.2f} to {float(ratio.max()):.2f}" for ratio in ratios)
         table.tell(
             f"spread of 24 experts' outputs over torch.std's, 480 tokens in {parts} batch{'es' if parts > 1 else ''}",
-            *told,
+            one,
+            two,
             "official errs: the first batch is left out, and later ones stand against the wrong count",
         )
     _novices(table, module, model, ids, means)

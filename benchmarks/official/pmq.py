@@ -1,4 +1,4 @@
-"""PMQ (arXiv:2410.06270): the bit solver of Mixture-Compressor-MoE, `precision_solver.py`, and its plain quantizer.
+"""PMQ and ODP (arXiv:2410.06270): bit solver, plain quantizer and protected tokens of Mixture-Compressor-MoE.
 
 The solver needs Gurobi (`pip install gurobipy`: its free licence is enough). Without it the costs are theirs and their
 constraints are met by trying all shares. Legend: L layers, E experts, C widths.
@@ -11,6 +11,7 @@ import itertools
 import os
 import pickle
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +24,7 @@ from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.sharing import Room, WidthErrors
 from moekit.compress.maths.rounding import round_to_nearest
 from moekit.compress.sharers.pmq import Pmq
+from moekit.routing.methods.odp import importance, largest_of_each
 from moekit.trace.statistics import LayerStatistics
 
 from . import shared
@@ -30,6 +32,9 @@ from .shared import Table
 
 WIDTHS, EXPERTS, LAYERS, TOKENS = (1, 2, 3), 8, 20, 1000
 TOTALS = range(12, 21)
+MISSING = {
+    "transformers.models.mixtral.modeling_mixtral": ["MixtralBLockSparseTop2MLP", "MISTRAL_ATTENTION_CLASSES"],
+}
 
 
 def run(checkout: Path) -> Table:
@@ -44,6 +49,10 @@ def run(checkout: Path) -> Table:
         solver = load("precision_solver")
         _solver(table, solver, Path(folder), with_gurobi=found)
         _rounding(table, load("utils.normal_quantizer"))
+    with shared.importing(
+        checkout, bare=("models",), stubs=("matplotlib", "matplotlib.pyplot"), missing=MISSING
+    ) as load:
+        _protected(table, load("models.wrapper"))
     return table
 
 
@@ -184,3 +193,31 @@ def _rounding(table: Table, module: Any) -> None:
             f"{100 * moved:.2f} % of weights on another step (scales of 16 bits here), others within "
             f"{float(apart[apart <= step / 4].max()):.0e}",
         )
+
+
+def _protected(table: Table, module: Any) -> None:
+    """Tokens that keep both experts where every second one is skipped, of 50 with attention at random."""
+    generator = torch.Generator().manual_seed(0)
+    x, share = torch.randn(1, 50, 8, generator=generator), 0.1
+    scores = 2 * torch.randn(50, 50, generator=generator)
+    attention = scores.masked_fill(~torch.ones(50, 50).tril().bool(), float("-inf")).softmax(-1)
+    gate = torch.nn.Linear(8, 4, bias=False)
+    gate.device = "cpu"
+    # Each expert writes its weight into a channel of its own, so that the output tells who ran.
+    experts = [lambda rows, weight, e=e: torch.eye(8)[e] * weight for e in range(4)]
+    block = types.SimpleNamespace(gate=gate, experts=experts, num_experts=4, top_k=2)
+    wrapper = module.DynamicRankMixtralSparseMoeBlockWrapper(types.SimpleNamespace(model=block))
+    wrapper.beta, wrapper.tau_l, wrapper.tau_h = 1.0, 0.0, share
+    with torch.no_grad():
+        out = wrapper(x, attention[None, None].expand(1, 2, 50, 50))[0][0]
+    theirs = ((out != 0).sum(1) == 2).nonzero().flatten().tolist()
+    readers, norm = torch.arange(50, 0, -1)[None], x.abs().sum(-1)
+    worth = importance(norm, attention.sum(0)[None], readers)
+    ours = largest_of_each(worth, torch.ones(1, 50).bool(), share)[0].nonzero().flatten().tolist()
+    table.tell(
+        f"tokens that ODP protects, {len(theirs)} of 50",
+        f"{theirs}; attention summed over keys is {float(attention.sum(1).min()):.4g} to "
+        f"{float(attention.sum(1).max()):.4g} for each token",
+        f"{ours}; summed over readers {float(attention.sum(0).min()):.2g} to {float(attention.sum(0).max()):.2g}",
+        "official errs: the sum runs over the wrong axis, and late tokens win by their small divisor",
+    )

@@ -78,4 +78,3 @@ def _experts(table: Table, found: dict[str, float], checkpoint: Any) -> None:
         f"{len(ours)} experts, each by the worst of its matrices",
         "moekit differs on purpose: an expert has one width, routers are not rounded",
     )
-

@@ -25,7 +25,7 @@ from moekit.compress.merge.ream import REAM, gate_similarity
 from moekit.compress.weights import LayerWeights
 
 from . import shared
-from .shared import EXPERTS, HIDDEN, LAYERS, Table
+from .shared import HIDDEN, LAYERS, Table
 
 KEEP = 5
 # Their weights go through a PCA to 64 numbers a neuron, so there must be that many.
@@ -43,7 +43,7 @@ def run(checkout: Path) -> Table:
         tempfile.TemporaryDirectory() as folder,
     ):
         merger = load("ream.merger")
-        merger.print_seq_stats = lambda *a, **k: None
+        vars(merger)["print_seq_stats"] = lambda *a, **k: None
         _rename(load("ream.moe_utils"))
         model = shared.tiny("qwen3_moe", norm_topk_prob=False)
         checkpoint = shared.save(model, Path(folder) / "m")
@@ -211,8 +211,7 @@ def _alignment(table: Table, merger: Any, utils: Any, weights_of: Any) -> None:
             found["moekit"] += float((ours == order).float().mean()) / rounds
         told = {name: f"{100 * value:.0f} %" for name, value in found.items()}
         table.tell(
-            f"neurons of a permuted copy that find their partner, {rounds} experts of {NEURONS}, noise of {noise:g} times "
-            "the weights",
+            f"neurons of a permuted copy that find their partner, {rounds} experts of {NEURONS}, noise {noise:g} x",
             f"activations {told['activations']}, weights {told['weights']}, both (their default) {told['both']}",
             f"weights {told['moekit']}",
             "official errs: each expert's activations are of other tokens; of the same tokens activations find "
@@ -245,7 +244,12 @@ def _recovered(merger: Any, block: Any, merging: str, small: Tensor, act: Tensor
     """Their merge, with what it permutes looked at."""
     seen: list[Any] = []
     apply = merger.apply_perm_to_ffn
-    merger.apply_perm_to_ffn = lambda ffn, perm, **k: (seen.append(perm), apply(ffn, perm, **k))[1]
+
+    def watched(ffn: Any, perm: Any, **given: Any) -> Any:
+        seen.append(perm)
+        return apply(ffn, perm, **given)
+
+    merger.apply_perm_to_ffn = watched
     try:
         me = types.SimpleNamespace(merging=merging, device="cpu")
         merger.Merger._merge(me, block.experts, np.array([0, 1]), np.array([0.7, 0.3]), small, act)

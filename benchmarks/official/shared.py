@@ -194,15 +194,15 @@ def tiny(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     common = {
         **{"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4},
         **{"num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 128, "use_cache": False},
-        "pad_token_id": 0,
+        **{"pad_token_id": 0, "intermediate_size": WIDTH},
     }
     config: Any = {
-        "mixtral": lambda: MixtralConfig(**common | {"intermediate_size": WIDTH, "num_local_experts": EXPERTS} | overrides),
-        "olmoe": lambda: OlmoeConfig(**common | {"intermediate_size": WIDTH, "num_experts": EXPERTS} | overrides),
+        "mixtral": lambda: MixtralConfig(
+            **common | {"intermediate_size": WIDTH, "num_local_experts": EXPERTS} | overrides
+        ),
+        "olmoe": lambda: OlmoeConfig(**common | {"num_experts": EXPERTS, "eos_token_id": 1} | overrides),
         "qwen3_moe": lambda: Qwen3MoeConfig(
-            **common
-            | {"moe_intermediate_size": WIDTH, "intermediate_size": WIDTH, "num_experts": EXPERTS, "head_dim": 8}
-            | overrides
+            **common | {"moe_intermediate_size": WIDTH, "num_experts": EXPERTS, "head_dim": 8} | overrides
         ),
     }[family]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
@@ -232,6 +232,7 @@ class LegacyExpert(nn.Module):
         self.act_fn = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Of tokens, one a row."""
         gate, up, down = (getattr(self, name) for name in self.names)
         out: Tensor = down(self.act_fn(gate(x)) * up(x))
         return out
@@ -252,6 +253,7 @@ class LegacyBlock(nn.Module):
         self.logits: list[Tensor] = []
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """As decoder layers of transformers 5 call it; the router's logits stay in `logits`."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         logits = self.gate(flat)
         self.logits.append(logits.detach())
@@ -286,12 +288,15 @@ class Legacy(nn.Module):
 
     @property
     def model(self) -> Any:
+        """What their code takes layers from."""
         return self.inner.model
 
     def layers(self) -> list[Any]:
+        """Decoder layers."""
         return list(self.inner.model.layers)
 
     def forward(self, output_router_logits: bool = False, **batch: Any) -> Any:
+        """Logits, and those of every router, one after the other."""
         for layer in self.layers():
             layer.mlp.logits.clear()
         out = self.inner(**batch, use_cache=False)
