@@ -132,7 +132,7 @@ def _none(table: Table, module: Any) -> None:
         "no auxiliary choice (n_ce = 0)",
         _tried(block, x),
         f"{apart:.1g} from the stock block",
-        "official errs: a slice from -0 takes all",
+        "moekit takes it; theirs needs one at least (a slice from -0 takes all)",
     )
 
 
@@ -158,7 +158,7 @@ def _wide(table: Table, module: Any) -> None:
         "experts wider than the hidden size (I > H)",
         _tried(module.OlmoeSparseCompressedMoeBlock(config), x),
         _tried(model.model.layers[0].mlp, x),
-        "official errs: the middle vector is cut out of H numbers; moekit holds I",
+        "moekit takes it; theirs cuts the middle vector out of H numbers",
     )
 
 

@@ -42,7 +42,7 @@ def run(checkout: Path) -> Table:
         module, clustering = load("hcsmoe.merging.grouping_mixtral"), load("hcsmoe.merging.clustering")
         model = shared.tiny("mixtral")
         _pipeline(table, module, model, shared.save(model, Path(folder) / "m"))
-        _top_four(table, module, Path(folder))
+        _top_four(table, load("hcsmoe.merging.grouping_qwen"), Path(folder))
         _linkages(table, clustering)
         _dispatch(table, checkout, clustering)
     return table
@@ -82,18 +82,19 @@ def _pipeline(table: Table, module: Any, model: Any, checkpoint: Any) -> None:
 
 
 def _top_four(table: Table, module: Any, folder: Path) -> None:
-    """Uses of a model that chooses four."""
-    model = shared.tiny("mixtral", num_experts_per_tok=4)
+    """Uses by their class for Qwen1.5-MoE, which chooses four."""
+    model = shared.tiny("qwen3_moe", num_experts_per_tok=4)
     checkpoint = shared.save(model, folder / "four")
-    grouper = module.ExpertsGrouperForMixtral(model.config)
-    grouper.compute_all_usages(Legacy(copy.deepcopy(model), NAMES, "block_sparse_moe"), [{"input_ids": BATCHES[0]}])
+    grouper = module.ExpertsGrouperForQwen2MoE(model.config)
+    names = ("gate_proj", "up_proj", "down_proj")
+    grouper.compute_all_usages(Legacy(copy.deepcopy(model), names), [{"input_ids": BATCHES[0]}])
     method = HCSMoE()
     ours = method.score(shared.seen(checkpoint, BATCHES[:1], method)[0])
-    theirs = grouper.usage_frequency_state_dict()[_name(0)]
+    theirs = grouper.usage_frequency_state_dict()["model.layers.0.mlp"]
     counted = int(ours.sum()) / BATCHES[0].numel()
     apart = (theirs.double() - ours / ours.sum()).abs().max()
     table.tell(
-        "uses of a layer in which a token chooses 4",
+        "uses of a layer in which a token chooses 4, by the class for Qwen1.5-MoE",
         f"2 choices a token counted, shares up to {float(apart):.2f} off",
         f"{counted:g} choices a token counted",
         "official errs: always the two largest logits",

@@ -1,4 +1,4 @@
-"""PMQ and ODP (arXiv:2410.06270): bit solver, plain quantizer and protected tokens of Mixture-Compressor-MoE.
+"""PMQ and ODP (arXiv:2410.06270): bit solver, quantizers and protected tokens of Mixture-Compressor-MoE.
 
 The solver needs Gurobi (`pip install gurobipy`: its free licence is enough). Without it the costs are theirs and their
 constraints are met by trying all shares. Legend: L layers, E experts, C widths.
@@ -27,7 +27,7 @@ from moekit.compress.sharers.pmq import Pmq
 from moekit.routing.methods.odp import importance, largest_of_each
 from moekit.trace.statistics import LayerStatistics
 
-from . import shared
+from . import mc_gptq, shared
 from .shared import Table
 
 WIDTHS, EXPERTS, LAYERS, TOKENS = (1, 2, 3), 8, 20, 1000
@@ -53,6 +53,7 @@ def run(checkout: Path) -> Table:
         checkout, bare=("models",), stubs=("matplotlib", "matplotlib.pyplot"), missing=MISSING
     ) as load:
         _protected(table, load("models.wrapper"))
+    mc_gptq.compare(table, checkout)
     return table
 
 
