@@ -49,7 +49,7 @@ def compare(table: Table, checkout: Path) -> None:
                 f"{ours:.3f} (plain rounding {plain:.3f})",
                 "official errs: up to 3 bits, columns of one block pass no errors on"
                 if bits < 4
-                else "alike (their scale is searched for, moekit's spans the range)",
+                else "alike (their scale is searched for, moekit's grid spans the range)",
             )
 
 

@@ -121,7 +121,7 @@ def _merge(table: Table, merge: Any, permute: Any) -> None:
     for seed in range(20):
         weights = shared.layer_weights(4, WIDTH, HIDDEN, seed)
         block = nn.Module()
-        block.experts = nn.ModuleList([shared.LegacyExpert(*m, NAMES) for m in _stacks(weights)])
+        block.experts = nn.ModuleList([shared.LegacyExpert(*matrices, names=NAMES) for matrices in _stacks(weights)])
         moved = copy.deepcopy(block.experts)
         permute.WeightMatchingPermuter(ATTRS).permute(moved, groups[0], 1)
         costs = [(_distance(moved[e], block.experts[1]), align_experts(weights, 1, e).cost) for e in (0, 3)]
