@@ -44,8 +44,9 @@ class REAP(PruneMethod):
 
     S_j = mean over X_j, the tokens routed to expert j, of g_j ||f_j(x)||: the gate weight times the norm of the output
     it multiplies; 0 where no token chose j. With `renormalise` the gate is first divided by the sum of the token's
-    chosen gates, which the authors' code does by default since March 2026 and which only changes models that do not
-    renormalise themselves. Choose it as the first of the one-pass methods on models with many small, balanced experts.
+    chosen gates, which only changes models that do not renormalise themselves (OLMoE, Qwen2-MoE): of the authors' two
+    entries the layer-wise one does so for these, too, the other does not (March 2026). Choose it as the first of the
+    one-pass methods on models with many small, balanced experts.
     """
 
     renormalise: bool = Field(
