@@ -53,9 +53,7 @@ def report_data(inputs: ReportInputs) -> ReportData:
     studies = load_studies(inputs.super_experts, inputs.finished)
     for name, study in studies.items():
         sections += super_expert_sections(study, name if len(studies) > 1 else "")
-    sections += [
-        part for part in (fitted_section(inputs.finished), pruned_section(inputs.finished)) if part is not None
-    ]
+    sections += filter(None, (fitted_section(inputs.finished), pruned_section(inputs.finished)))
     if inputs.finished:
         sections.append(_steps_section(inputs.finished))
     found = [*fitted_finding(inputs.finished), *(super_expert_finding(study) for study in studies.values())]

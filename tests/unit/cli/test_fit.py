@@ -97,7 +97,7 @@ def test_healing_changes_the_routers_alone_and_keeps_the_model_before_it(made: P
     assert all(name.endswith("mlp.gate.weight") for name in changed)
     assert done.healed is not None
     assert done.healed["changed"]["tensors"] == len(changed)
-    assert [model["name"] for model in done.healed["proof"]["models"]][0] == "parent"
+    assert next(model["name"] for model in done.healed["proof"]["models"]) == "parent"
     record = Record.read(tmp_path / "out")
     assert record is not None
     assert Path(record.parent).name == "out-unhealed"

@@ -29,8 +29,8 @@ def fitted_section(finished: Sequence[StepResult]) -> LinesSection | None:
         return None
     return LinesSection(
         title="Loss over bytes",
-        lead="What each kind of compression alone makes of a number of bytes, what the planner makes of them, and plans "
-        "drawn by chance. Lower and further to the left is better.",
+        lead="What each kind of compression alone makes of a number of bytes, what the planner makes of them, and "
+        "plans drawn by chance. Lower and further to the left is better.",
         note="Measured: KL of the unchanged model's predictions to the smaller one's on held-out text, nats a token. "
         "The front is what the planner expects, measured for none of its points but those that are marked as planned.",
         charts=tuple(_chart(model, several) for (model, _), several in groups.items()),
