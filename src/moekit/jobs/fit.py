@@ -93,6 +93,7 @@ def fit(
     heldout: TextLike | None = None,
     drop: str = "reap",
     merge: str = "hc-smoe",
+    narrow: str = "slimmoe",
     rounding: str = "rtn",
     settings: Mapping[str, Any] | None = None,
     ways: tuple[Literal["drop", "merge"], ...] = ("drop", "merge"),
@@ -137,8 +138,9 @@ def fit(
         heldout: text to measure plans on; by default a tenth of data, which is kept apart for it.
         drop: which experts are dropped; see moekit methods prune.
         merge: which experts are merged; see moekit methods merge.
+        narrow: how experts become narrower; see moekit methods slim.
         rounding: how weights are rounded; see moekit methods quantize.
-        settings: knobs of these methods: drop, merge or bits -> knob -> value.
+        settings: knobs of these methods: drop, merge, narrow or bits -> knob -> value.
         ways: how experts go: dropped, merged, or either.
         experts: fractions of the experts to try beside what the budget holds; 1 for no fewer.
         widths: fractions of the experts' neurons to try; 1 for no narrower.
@@ -195,7 +197,7 @@ def check(options: FitOptions) -> None:
     parse_bytes(options.bytes)
     resolve_device(options.device)
     check_healing(options)
-    methods_of(options, 0)
+    methods_of(options, 0, gradients=options.price != "change")
     if options.costs is not None and Path(options.costs).suffix != ".json":
         name = Path(options.costs).name
         raise BadConfig(f"costs are a .json file, not {name!r}", hint=f"--costs {name}.json")
@@ -233,6 +235,7 @@ def run(options: FitOptions, context: JobContext) -> dict[str, Any]:
     )
     priced = price_recipes(options, asked, documents, scratch, seed=context.seed, progress=progress)
     planner = Planner(priced.table, asked.sizes, asked.profile, asked.even)
+    asked = dataclasses.replace(asked, composer=priced.composer)
     carrier = Carrier(asked.source, asked.composer, priced.statistics, context.seed)
     chosen = choose(options, asked, planner, carrier, heldout, context)
     told = summary(asked, chosen, priced, planner, options.front)

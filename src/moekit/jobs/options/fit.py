@@ -47,9 +47,10 @@ class FitOptions(JobOptions):
     )
     drop: str = Field(default="reap", description="which experts are dropped; see moekit methods prune")
     merge: str = Field(default="hc-smoe", description="which experts are merged; see moekit methods merge")
+    narrow: str = Field(default="slimmoe", description="how experts become narrower; see moekit methods slim")
     rounding: str = Field(default="rtn", description="how weights are rounded; see moekit methods quantize")
     settings: dict[str, Any] = Field(
-        default_factory=dict, description="knobs of these methods: drop, merge or bits -> knob -> value"
+        default_factory=dict, description="knobs of these methods: drop, merge, narrow or bits -> knob -> value"
     )
     ways: tuple[Literal["drop", "merge"], ...] = Field(
         default=("drop", "merge"), min_length=1, description="how experts go: dropped, merged, or either"
