@@ -22,6 +22,7 @@ from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.live import change_model
+from moekit.compress.engine.making import make_layers
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.narrowing import SlimMethod
 from moekit.compress.engine.outcome import PARTS
@@ -87,6 +88,7 @@ def changed(record: MethodRecord, seed: int = 0, number: int = 0) -> tuple[Weigh
         needs, known = method.required, checkpoint().fingerprint
         measured = record_whole(build(FAMILY), TEXT, statistics=needs, fingerprint=known) if needs else None
         plan = plan_weights(checkpoint(), measured, PlanRequest(method, WidthBudget(width=KEEP), seed=seed))
+        (plan,) = make_layers(checkpoint(), CalibrationText(TEXT), [plan])
     elif method.searches:
         request = PlanRequest(method, Budget(keep=KEEP), seed=seed)
         with Streamed(checkpoint(), TEXT, statistics=("load",)) as streamed:

@@ -24,11 +24,12 @@ from moekit.checkpoint.spec import stated
 from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.live import change_model
+from moekit.compress.engine.making import make_layers
 from moekit.compress.engine.narrowing import SlimMethod
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.planning import plan_weights
-from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block
 from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.weights import LayerWeights
@@ -39,6 +40,7 @@ from tests.families import EXPERTS, HIDDEN, VOCAB, WIDTH, build, logits, tokens
 
 METHODS = [record.name for record in catalogue.methods("slim")]
 NARROW = WIDTH // 2
+TEXT = [tokens(4, 24, seed=21), tokens(2, 9, seed=22)]
 _KEPT = TemporaryDirectory()
 
 
@@ -56,13 +58,13 @@ def examples(name: str, model: PreTrainedModel) -> list[SlimMethod]:
 @cache
 def trace(family: str, fused: bool, needs: tuple[str, ...]) -> Trace:
     """Of the whole model: some scores are gradients."""
-    text = [tokens(4, 24, seed=21), tokens(2, 9, seed=22)]
-    return record(build(family), text, statistics=needs, fingerprint=checkpoint(family, fused).fingerprint)
+    return record(build(family), TEXT, statistics=needs, fingerprint=checkpoint(family, fused).fingerprint)
 
 
 def plan_of(family: str, method: SlimMethod, width: int, *, fused: bool = False) -> WeightPlan:
     source = trace(family, fused, method.required) if method.required else None
-    return plan_weights(checkpoint(family, fused), source, PlanRequest(method, WidthBudget(width=width)))
+    plan = plan_weights(checkpoint(family, fused), source, PlanRequest(method, WidthBudget(width=width)))
+    return make_layers(checkpoint(family, fused), CalibrationText(TEXT), [plan])[0]
 
 
 @pytest.mark.parametrize(("name", "family", "fused"), cases(METHODS, [False, True]))

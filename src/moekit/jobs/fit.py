@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from moekit.jobs.fitting.carrying import Carrier
 from moekit.jobs.fitting.choosing import choose
 from moekit.jobs.fitting.costs import price as price_recipes
 from moekit.jobs.fitting.finishing import check_told, logger, save_plan, stored_bytes, summary, write_model
+from moekit.jobs.fitting.healing import check_healing, healed, unhealed_folder
 from moekit.jobs.fitting.request import ask, methods_of, parse_bytes
 from moekit.jobs.options.fit import FitOptions
 from moekit.jobs.shared.inputs import lies_here, model_item, text_item
@@ -56,6 +58,7 @@ class FitResult(JobResult):
         warnings: what a reader must know.
         proof: held-out text, the best plan against the others; None where nothing was measured.
         check: what the check of the written folder found; None where only a plan was written.
+        healed: what learnt, the folder of the model before, and what healing told; None without.
     """
 
     engine: ProfileName
@@ -78,6 +81,7 @@ class FitResult(JobResult):
     warnings: list[str]
     proof: dict[str, Any] | None = None
     check: dict[str, Any] | None = None
+    healed: dict[str, Any] | None = None
 
 
 def fit(
@@ -89,6 +93,7 @@ def fit(
     heldout: TextLike | None = None,
     drop: str = "reap",
     merge: str = "hc-smoe",
+    narrow: str = "slimmoe",
     rounding: str = "rtn",
     settings: Mapping[str, Any] | None = None,
     ways: tuple[Literal["drop", "merge"], ...] = ("drop", "merge"),
@@ -105,6 +110,9 @@ def fit(
     max_tokens: int | None = 65536,
     seq_len: int = 512,
     batch_size: int = 8,
+    heal: Literal["none", "router", "norms", "experts", "lora", "all"] = "none",
+    heal_settings: Mapping[str, Any] | None = None,
+    unhealed: str | Path | None = None,
     plan: str | Path | None = None,
     write: Literal["model", "plan"] = "model",
     proof: bool = True,
@@ -130,8 +138,9 @@ def fit(
         heldout: text to measure plans on; by default a tenth of data, which is kept apart for it.
         drop: which experts are dropped; see moekit methods prune.
         merge: which experts are merged; see moekit methods merge.
+        narrow: how experts become narrower; see moekit methods slim.
         rounding: how weights are rounded; see moekit methods quantize.
-        settings: knobs of these methods: drop, merge or bits -> knob -> value.
+        settings: knobs of these methods: drop, merge, narrow or bits -> knob -> value.
         ways: how experts go: dropped, merged, or either.
         experts: fractions of the experts to try beside what the budget holds; 1 for no fewer.
         widths: fractions of the experts' neurons to try; 1 for no narrower.
@@ -147,6 +156,10 @@ def fit(
         max_tokens: tokens of data, at most, shared by its domains.
         seq_len: tokens a row; the model's limit if that is less.
         batch_size: rows a pass.
+        heal: weights that learn, once the model fits, to answer as the unchanged one does: see `moekit.heal`.
+        heal_settings: steps, lr, loss, lm, ...: `moekit.training.healing.HealConfig`.
+        unhealed: folder of the model before healing, which the healed one's record names as its parent; by default
+            OUT-unhealed.
         plan: also write the plan to this file.
         write: write the model, or the plan alone.
         proof: measure plans; without, the one of least expected cost is taken.
@@ -183,7 +196,8 @@ def check(options: FitOptions) -> None:
     """Refuse unknown methods, impossible knobs and bytes."""
     parse_bytes(options.bytes)
     resolve_device(options.device)
-    methods_of(options, 0)
+    check_healing(options)
+    methods_of(options, 0, gradients=options.price != "change")
     if options.costs is not None and Path(options.costs).suffix != ".json":
         name = Path(options.costs).name
         raise BadConfig(f"costs are a .json file, not {name!r}", hint=f"--costs {name}.json")
@@ -198,7 +212,7 @@ def estimate(options: FitOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
         nbytes = PLAN_BYTES if plan_only else model.nbytes
         return JobEstimate(tuple(reads), (Item(str(out), nbytes),), disk=nbytes, notes=(_STREAMED,))
     asked = ask(options)
-    written = PLAN_BYTES if plan_only else asked.written
+    written = PLAN_BYTES if plan_only else asked.written * (1 if options.heal == "none" else 2)
     recipes = f"{len(asked.menu.recipes)} recipes a layer; {asked.floor:,} bytes are the fewest that they can meet"
     return JobEstimate(
         tuple(reads),
@@ -221,6 +235,7 @@ def run(options: FitOptions, context: JobContext) -> dict[str, Any]:
     )
     priced = price_recipes(options, asked, documents, scratch, seed=context.seed, progress=progress)
     planner = Planner(priced.table, asked.sizes, asked.profile, asked.even)
+    asked = dataclasses.replace(asked, composer=priced.composer)
     carrier = Carrier(asked.source, asked.composer, priced.statistics, context.seed)
     chosen = choose(options, asked, planner, carrier, heldout, context)
     told = summary(asked, chosen, priced, planner, options.front)
@@ -230,10 +245,15 @@ def run(options: FitOptions, context: JobContext) -> dict[str, Any]:
     if plan_only:
         save_plan(context.out, asked, chosen.plan, priced)
         return told
+    fitted = context
+    if options.heal != "none":
+        # What stands there already, an interrupted run of this call wrote.
+        fitted = dataclasses.replace(context, out=unhealed_folder(options, context.out), overwrite=True)
     with _plan_beside(options, lambda file: save_plan(file, asked, chosen.plan, priced), context.overwrite):
-        record, report = write_model(asked, chosen, priced, carrier, context)
-    told["bytes"]["folder"] = stored_bytes(context.out)
-    return {**told, "check": check_told(record, report)}
+        record, report = write_model(asked, chosen, priced, carrier, fitted)
+    told["bytes"]["folder"] = stored_bytes(fitted.out)
+    told["check"] = check_told(record, report)
+    return told if options.heal == "none" else {**told, "healed": healed(options, fitted.out, context)}
 
 
 @contextmanager

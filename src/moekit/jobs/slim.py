@@ -102,7 +102,7 @@ def slim(
         seq_len: tokens a row; the model's limit if that is less.
         batch_size: rows a pass.
         plan: also write what was decided to this file.
-        from_plan: carry this plan out again instead: the same neurons without a text.
+        from_plan: carry this plan out again instead: the same neurons; where they are repaired, on the same text.
         write: write the narrow model, or the plan alone.
         proof: measure what it costs, against neurons chosen by weights and at random.
         proof_tokens: held-out tokens, at most, an equal share of each domain.
@@ -124,7 +124,7 @@ def slim(
         BadData: a text or an artefact is missing or damaged.
         BadCheckpoint: a model is damaged.
         UnsupportedModel: the weights are quantized, or the family's config cannot say such a width.
-        OutOfBudget: the disk, or the memory for the model and second moments, is too small; said before the work.
+        OutOfBudget: the disk, or the memory for model or moments, is too small; said before the work.
     """
     return call(SlimOptions, SlimResult, dict(locals()))
 
@@ -146,7 +146,7 @@ def check(options: SlimOptions) -> None:
         return
     method = method_of(options)
     check_width(options)
-    if options.data is None and method.required and not method.scored_by:
+    if options.data is None and method.made_on_text and not method.scored_by:
         raise BadConfig("the repair is measured on text", hint="give text (--data), or say --set repair=none")
     check_texts(options)
 
@@ -166,9 +166,9 @@ def run(options: SlimOptions, context: JobContext) -> dict[str, Any]:
     check_disk(out, scratch, asked.plan_bytes if writes_plan else asked.written, asked.between)
     if asked.request is not None and asked.request.method.required:
         whole = reads_whole(asked.request.method)
-        what = "a backward pass through the whole model" if whole else "second moments of all layers"
-        way = "--set score=output-norm, which goes layer by layer, or " if whole else ""
-        require_memory(asked.memory, what, f"use {way}--set repair=none")
+        what = "a backward pass through the whole model" if whole else "a layer with its second moments"
+        way = "--set score=output-norm, which goes layer by layer" if whole else "--set repair=none"
+        require_memory(asked.memory, what, f"use {way}")
     decided = decide(options, asked, scratch, progress)
     plan = decided.plan
     log_warnings(plan.file.warnings)

@@ -16,6 +16,7 @@ from moekit.report.results import StepResult, load_comparison, load_replay, load
 from moekit.report.run_info import describe_run
 from moekit.report.sections.c2r import Curve, CurvePoint, curve_findings, curve_section, headline, key_figures
 from moekit.report.sections.evaluations import comparison_section, relative
+from moekit.report.sections.fitted import fitted_finding, fitted_section
 from moekit.report.sections.placements import PlacementRow, placement_section
 from moekit.report.sections.pruned import pruned_section
 from moekit.report.sections.super_experts import super_expert_finding, super_expert_sections
@@ -52,12 +53,10 @@ def report_data(inputs: ReportInputs) -> ReportData:
     studies = load_studies(inputs.super_experts, inputs.finished)
     for name, study in studies.items():
         sections += super_expert_sections(study, name if len(studies) > 1 else "")
-    pruned = pruned_section(inputs.finished)
-    if pruned is not None:
-        sections.append(pruned)
+    sections += filter(None, (fitted_section(inputs.finished), pruned_section(inputs.finished)))
     if inputs.finished:
         sections.append(_steps_section(inputs.finished))
-    found = [super_expert_finding(study) for study in studies.values()]
+    found = [*fitted_finding(inputs.finished), *(super_expert_finding(study) for study in studies.values())]
     if not curves and not comparisons and not inputs.traces and found:
         first, *found = found
     else:

@@ -142,6 +142,22 @@ class ExpertInputs:
             tokens += len(batch.hidden_nH)
         return Moments(expert, tokens, inputs_HH, inner_II)
 
+    def gated_moment(self, expert: int) -> Tensor:
+        """Sum of g^2 h h^T over the inputs of one expert's down projection, [I, I], g the gate weight.
+
+        Where gate weights multiply what experts are given, h holds them already, and g is 1.
+        """
+        assert self._moe is not None
+        device = next(self._moe.experts.parameters()).device
+        width, dtype = self._moe.geometry.width, widest(device)
+        moment_II = torch.zeros(width, width, dtype=dtype, device=device)
+        for batch in self.of(expert):
+            gated_nI = batch.inner_nI.to(dtype)
+            if not self._moe.geometry.weighs_inputs:
+                gated_nI = gated_nI * batch.weights_n.to(dtype)[:, None]
+            moment_II += gated_nI.T @ gated_nI
+        return moment_II
+
     def close(self) -> None:
         """Forget the inputs."""
         self._states.close()

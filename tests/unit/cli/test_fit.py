@@ -85,6 +85,25 @@ def test_the_plan_is_no_worse_than_what_each_kind_alone_makes_of_the_bytes(made:
     assert {int(layer) for layer in told["recipes"]} == {0, 1}
 
 
+def test_healing_changes_the_routers_alone_and_keeps_the_model_before_it(made: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"heal": "router", "heal_settings": {"steps": 2, "seq_len": 32, "batch": 2}, "tries": 1}
+    done = fit(made, tmp_path / "out", **how, random_plans=0)
+    before, after = (
+        {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+        for folder in (tmp_path / "out-unhealed", tmp_path / "out")
+    )
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert changed
+    assert all(name.endswith("mlp.gate.weight") for name in changed)
+    assert done.healed is not None
+    assert done.healed["changed"]["tensors"] == len(changed)
+    assert next(model["name"] for model in done.healed["proof"]["models"]) == "parent"
+    record = Record.read(tmp_path / "out")
+    assert record is not None
+    assert Path(record.parent).name == "out-unhealed"
+    assert done.bytes["folder"] == weight_bytes(tmp_path / "out-unhealed")
+
+
 @pytest.mark.full
 @pytest.mark.slow
 def test_a_budget_that_holds_all_changes_nothing(made: Path, tmp_path: Path) -> None:
@@ -128,6 +147,9 @@ def test_the_fewest_bytes_that_are_told_do(made: Path, tmp_path: Path) -> None:
         ({"experts": (1.5,)}, "fractions lie above 0"),
         ({"group": 7}, "groups of 7 do not divide"),
         ({"costs": "costs.txt"}, "costs are a .json file"),
+        ({"heal_settings": {"steps": 2}}, "nothing heals"),
+        ({"heal": "experts", "engine": "vllm"}, "does not stay rounded"),
+        ({"heal": "router", "heal_settings": {"loss": "other"}}, "healing: loss"),
     ],
 )
 def test_what_cannot_be_is_refused(made: Path, tmp_path: Path, more: dict[str, Any], words: str) -> None:

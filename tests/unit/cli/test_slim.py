@@ -71,21 +71,26 @@ def test_it_writes_a_narrow_stock_model_and_says_what_it_costs(moekit: Moekit, m
     assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
-def test_a_stored_plan_narrows_alike_without_a_text(
-    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("repair", ["none", "least-squares"])
+def test_a_stored_plan_narrows_alike_and_walks_the_text_for_the_repair_alone(
+    moekit: Moekit, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repair: str
 ) -> None:
-    how = ("--width", NARROW, "--set", "score=output-norm", "--no-proof")
+    how = ("--width", NARROW, "--set", "score=output-norm", "--set", f"repair={repair}", "--no-proof")
     done = moekit(*slim(made, *how, "--plan", tmp_path / "p.json", "-o", tmp_path / "out", "--json"))
     assert done.code == 0, done.err
     figures = [layer["figures"] for layer in done.json["layers"]]
-    assert all(told["repaired"] < told["unrepaired"] for told in figures)
+    assert all(told["repaired"] < told["unrepaired"] if repair != "none" else not told for told in figures)
+    passes, walk = list[object](), Streamed.run
 
-    def never(*_: object) -> None:
-        raise AssertionError("the text was walked again")
+    def count(streamed: Streamed, *given: Any) -> None:
+        passes.append(streamed)
+        walk(streamed, *given)
 
-    monkeypatch.setattr(Streamed, "run", never)
+    monkeypatch.setattr(Streamed, "run", count)
     done = moekit("slim", "--from", tmp_path / "p.json", "-o", tmp_path / "again", "--no-proof", "--json")
     assert done.code == 0, done.err
+    assert len(passes) == (repair != "none")
+    assert "bit for bit" not in done.err
     assert done.json["width"] == {"before": WIDTH, "after": NARROW}
     one, two = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())

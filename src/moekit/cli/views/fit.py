@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moekit.cli._terminal import Terminal, size
+from moekit.cli.views import heal
 from moekit.cli.views._costs import print_proof, show_perplexity
 
 
@@ -35,6 +36,9 @@ def show(terminal: Terminal, results: Mapping[str, Any]) -> None:
         f"{results['name']}, layer by layer", ("layer", "experts", "width", "bits", "bytes", f"expected, {unit}"), rows
     )
     print_proof(terminal, results)
+    if results.get("healed"):
+        terminal.say(f"before healing: {results['healed']['unhealed']}")
+        heal.show(terminal, results["healed"])
 
 
 def _show_front(terminal: Terminal, results: Mapping[str, Any], unit: str) -> None:

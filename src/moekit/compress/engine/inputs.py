@@ -35,6 +35,7 @@ class LayerInputs:
         protected: experts that must stay as they are, whatever their score.
         read_moments: second moments of one expert's inputs, made when they are asked for; only where the layer stands
             in a pass of the text, for methods that declare `reads_moments`.
+        read_gated: the same of what one expert's down projection is given, each token weighted by its gate squared.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class LayerInputs:
     seed: int = 0
     protected: frozenset[int] = field(default_factory=frozenset)
     read_moments: Callable[[int], Moments] | None = None
+    read_gated: Callable[[int], Tensor] | None = None
 
     @property
     def experts(self) -> int:
@@ -62,6 +64,12 @@ class LayerInputs:
         if self.read_moments is None:
             raise LookupError("second moments are there only while the text stands at the layer")
         return self.read_moments(expert)
+
+    def gated_moment(self, expert: int) -> Tensor:
+        """Sum of g^2 h h^T over the inputs of one expert's down projection; only for methods that read moments."""
+        if self.read_gated is None:
+            raise LookupError("second moments are there only while the text stands at the layer")
+        return self.read_gated(expert)
 
     def finite(self, name: str) -> Tensor:
         """A statistic whose first axis counts experts.

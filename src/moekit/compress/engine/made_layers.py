@@ -37,13 +37,13 @@ class MadeLayers:
         assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def put(self, layer: int, weights: LayerWeights) -> None:
-        """Keep a layer, in the place of what was kept of it before."""
-        write_layer(self._file(layer), weights, {})
+    def put(self, layer: int, weights: LayerWeights, figures: Mapping[str, float] | None = None) -> None:
+        """Keep a layer and what is told of it, in the place of what was kept of it before."""
+        write_layer(self._file(layer), weights, figures or {})
 
-    def get(self, layer: int) -> LayerWeights:
-        """What was kept, in the dtype in which it was kept."""
-        return read_layer(self._file(layer))[0]
+    def get(self, layer: int) -> tuple[LayerWeights, dict[str, float]]:
+        """What was kept, in the dtype in which it was kept, and what is told of it."""
+        return read_layer(self._file(layer))
 
     def digests(self, layers: Iterable[int]) -> dict[int, str]:
         """Decoder layer -> sha256 of what was kept of it."""

@@ -112,3 +112,18 @@ def weights_reader(checkpoint: Checkpoint) -> Callable[[int], LayerWeights]:
             return read_block(layer_of(loader, layer), loader.model.config)
 
     return read
+
+
+def as_stored(checkpoint: Checkpoint, loader: LayerLoader, layer: int, weights: LayerWeights) -> LayerWeights:
+    """A layer's weights as they lie on disk, whatever it computes in: what is made of them is kept for the result.
+
+    Args:
+        checkpoint: where they lie.
+        loader: that holds the layer.
+        layer: decoder layer.
+        weights: as they are computed with.
+    """
+    stored, device = loader.stored, weights.up_EIH.device
+    if stored.itemsize > loader.dtype.itemsize:
+        weights = weights_reader(checkpoint)(layer)
+    return weights.map(lambda t: t.to(device, stored), router=False)

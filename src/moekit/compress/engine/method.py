@@ -83,6 +83,11 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
         return False
 
     @property
+    def made_on_text(self) -> bool:
+        """Whether new weights are made where the text stands at a layer, of what its experts are given, and kept."""
+        return self.reads_moments
+
+    @property
     def decides_behind(self) -> bool:
         """Whether a sequential method decides on what it measures there; else the outcomes are known beforehand."""
         return False

@@ -32,7 +32,6 @@ from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, NumericFault, UnsupportedModel
 from moekit.trace.batch import widest
 
-MOMENT = "gated_inner_moment"
 # Ridge of the repair: with fewer tokens than this for each neuron the moment is a rough one.
 _MANY, _FIRM, _ROUGH = 20, 1e-4, 1e-2
 
@@ -41,6 +40,7 @@ class SlimMethod(WeightMethod[WidthBudget, int]):
     """Base of all methods that narrow experts; fields are the method's knobs."""
 
     rewrites: ClassVar[bool] = True
+    reads_moments: ClassVar[bool] = True
 
     multiple: int | None = Field(
         default=None, ge=1, description="widths are multiples of this; 64 by default, less where experts are tiny"
@@ -72,10 +72,14 @@ class SlimMethod(WeightMethod[WidthBudget, int]):
         return ()
 
     @property
+    def made_on_text(self) -> bool:
+        """Where down projections are repaired: by the second moments of one layer after the other."""
+        return self.repair == "least-squares"
+
+    @property
     def required(self) -> tuple[str, ...]:
-        """What is measured for scores and repair."""
-        needs = (*self.scored_by, *((MOMENT,) if self.repair == "least-squares" else ()))
-        return ("load", *needs) if needs else ()
+        """What is measured for the scores, and which experts any token chose."""
+        return ("load", *self.scored_by) if self.scored_by or self.made_on_text else ()
 
     @property
     def baselines(self) -> tuple[Baseline, ...]:
@@ -238,10 +242,10 @@ def select_neurons(weights: LayerWeights, kept_EJ: Tensor, layer: int | None = N
 
 
 def _moment(inputs: LayerInputs, expert: int, device: torch.device) -> Tensor:
-    moment_II = inputs.statistics[MOMENT][expert].to(device, widest(device))
+    moment_II = inputs.gated_moment(expert).to(device, widest(device))
     if not bool(moment_II.isfinite().all()):
         raise NumericFault(
-            f"the second moment of its neurons ({MOMENT}) is not finite",
+            "the second moment of its neurons is not finite",
             layer=inputs.layer,
             expert=expert,
             hint="calibrate in a wider format (--dtype float32 or bfloat16), or see `moekit check`",

@@ -153,6 +153,13 @@ class WeightPlan:
         return make_method(self.file.kind, self.file.method, self.file.settings)
 
     @property
+    def made_on_text(self) -> bool:
+        """Whether its new weights are made where a text stands at each layer."""
+        return self.method.made_on_text and any(
+            not told.outcome.unchanged(told.experts) for told in self.file.layers.values()
+        )
+
+    @property
     def outcomes(self) -> dict[int, LayerOutcome]:
         """Decoder layer -> what becomes of it."""
         return {layer: told.outcome for layer, told in self.file.layers.items()}

@@ -67,9 +67,10 @@ class PlannedRewrite:
     def _made(self, layer: int, outcome: LayerOutcome, weights: LayerWeights) -> LayerWeights:
         if outcome.unchanged(weights.experts):
             return weights.select(outcome.keep)
-        if self._method.reads_moments:
+        if self._method.made_on_text:
             like = weights.up_EIH
-            return self._plan.made_layers().get(layer).map(lambda t: t.to(like.device, like.dtype), router=False)
+            kept, self.figures[layer] = self._plan.made_layers().get(layer)
+            return kept.map(lambda t: t.to(like.device, like.dtype), router=False)
         file = self._file(layer, weights)
         if file is not None and file.is_file():
             known, self.figures[layer] = read_layer(file)

@@ -21,12 +21,11 @@ from moekit.anatomy.probe import MoELayer
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.made_layers import MadeLayers
-from moekit.compress.engine.measuring import refuse_damaged, weights_reader
+from moekit.compress.engine.measuring import as_stored, refuse_damaged
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.redirected_block import redirected_block
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
-from moekit.compress.weights import LayerWeights
 from moekit.trace.meta import TraceMeta
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.streamed import Streamed
@@ -90,7 +89,8 @@ class TextPass:
         request, config = self._request, streamed.loader.model.config
         weights, read_moments = read_block(moe, config), None
         if self.made is not None and streamed.inputs is not None:
-            weights, read_moments = self._as_stored(streamed, moe.index, weights), streamed.inputs.moments
+            weights = as_stored(self._checkpoint, streamed.loader, moe.index, weights)
+            read_moments = streamed.inputs.moments
         protected = frozenset((request.protected or {}).get(moe.index, ()))
         inputs = LayerInputs(
             moe.index, moe.geometry, statistics, lambda: weights, request.seed, protected, read_moments
@@ -108,13 +108,6 @@ class TextPass:
             return redirected_block(moe, whole, weights, new, outcome, request.method.novices(inputs, outcome))
         sized = resized_config(config, new.experts, top_k=request.top_k, groups=request.groups, width=outcome.width)
         return resized_block(moe, sized, new, outcome)
-
-    def _as_stored(self, streamed: Streamed, layer: int, weights: LayerWeights) -> LayerWeights:
-        """Weights as they lie on disk, whatever the layer computes in: what is made of them is kept for the result."""
-        stored, device = streamed.loader.stored, weights.up_EIH.device
-        if stored.itemsize > streamed.loader.dtype.itemsize:
-            weights = weights_reader(self._checkpoint)(layer)
-        return weights.map(lambda t: t.to(device, stored), router=False)
 
 
 def pass_name(request: PlanRequest, decided: Mapping[int, LayerOutcome] | Mapping[int, float]) -> str:

@@ -16,12 +16,11 @@ from moekit import catalogue
 from moekit.compress.engine.dropping import FewerMethod
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.method import WeightMethod
-from moekit.compress.engine.narrowing import select_neurons
+from moekit.compress.engine.narrowing import SlimMethod
 from moekit.compress.engine.outcome import PARTS, LayerOutcome, Widths
 from moekit.compress.engine.plan import make_method
 from moekit.compress.engine.quantizing import QuantizeMethod
-from moekit.compress.joint import narrowing
-from moekit.compress.joint.narrowing import NeuronScore, widest_neurons
+from moekit.compress.joint.neurons import NeuronStore
 from moekit.compress.joint.recipe import LayerRecipe
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig
@@ -35,26 +34,31 @@ class Composer:
     Attributes:
         drop: decides which experts stay; its transform makes their weights.
         merge: decides which experts become one.
+        narrow: decides which neurons of each expert stay, and repairs what is left of it.
         rounding: rounds weights; it must not measure the layer, which is another one by then.
-        score: what a neuron is worth.
-        score_needs: statistics that it reads.
+        neurons: what was seen of them; None until the text has passed.
     """
 
     drop: FewerMethod
     merge: FewerMethod
+    narrow: SlimMethod
     rounding: QuantizeMethod
-    score: NeuronScore = narrowing.contribution
-    score_needs: tuple[str, ...] = narrowing.NEEDS
+    neurons: NeuronStore | None = None
 
     @property
     def required(self) -> tuple[str, ...]:
         """Statistics that the recipes need."""
-        return tuple(dict.fromkeys(("load", *self.drop.required, *self.merge.required, *self.score_needs)))
+        return tuple(dict.fromkeys(("load", *self.drop.required, *self.merge.required)))
 
     @property
     def told(self) -> dict[str, Any]:
         """Names and knobs of the methods, for tables and records."""
-        named: dict[str, WeightMethod[Any, Any]] = {"drop": self.drop, "merge": self.merge, "bits": self.rounding}
+        named: dict[str, WeightMethod[Any, Any]] = {
+            "drop": self.drop,
+            "merge": self.merge,
+            "narrow": self.narrow,
+            "bits": self.rounding,
+        }
         return {
             way: {"method": catalogue.of(type(method)).name, "settings": method.model_dump(mode="json")}
             for way, method in named.items()
@@ -130,8 +134,10 @@ class Composer:
             inputs: of the layer as it is.
         """
         if recipe.width is not None:
-            kept_MW = widest_neurons(self.score(inputs, outcome.keep, made), recipe.width)
-            made = select_neurons(made, kept_MW, inputs.layer)
+            if self.neurons is None:
+                raise LookupError("nothing was seen of the neurons: see_neurons goes first")
+            narrower = LayerOutcome(keep=tuple(range(made.experts)), width=recipe.width)
+            made = self.narrow.transform(made, narrower, self.neurons.standing(inputs, outcome.keep))
         if recipe.bits is None:
             return made
         # The layer that is rounded is the new one; nothing was measured of it.
@@ -140,25 +146,31 @@ class Composer:
         return self.rounding.transform(made, outcome, LayerInputs(inputs.layer, geometry, nothing, seed=inputs.seed))
 
 
-def composer(drop: str, merge: str, rounding: str, settings: Mapping[str, Mapping[str, Any]] | None = None) -> Composer:
+def composer(
+    drop: str, merge: str, narrow: str, rounding: str, settings: Mapping[str, Mapping[str, Any]] | None = None
+) -> Composer:
     """Methods by their names.
 
     Args:
         drop: pruning method.
         merge: merging method.
+        narrow: slimming method.
         rounding: quantizing method.
-        settings: "drop", "merge" or "bits" -> knobs.
+        settings: "drop", "merge", "narrow" or "bits" -> knobs.
 
     Raises:
         BadConfig: unknown methods or knobs, or one that statistics of the model as it is do not suffice for.
     """
     knobs = settings or {}
-    unknown = sorted(set(knobs) - {"drop", "merge", "bits"})
+    unknown = sorted(set(knobs) - {"drop", "merge", "narrow", "bits"})
     if unknown:
-        raise BadConfig(f"there are no methods of {unknown[0]!r} here", hint="give knobs of drop, merge or bits")
+        raise BadConfig(
+            f"there are no methods of {unknown[0]!r} here", hint="give knobs of drop, merge, narrow or bits"
+        )
     made = Composer(
         cast(FewerMethod, make_method("prune", drop, knobs.get("drop", {}))),
         cast(FewerMethod, make_method("merge", merge, knobs.get("merge", {}))),
+        cast(SlimMethod, make_method("slim", narrow, knobs.get("narrow", {}))),
         cast(QuantizeMethod, make_method("quantize", rounding, knobs.get("bits", {}))),
     )
     for name, method in ((drop, made.drop), (merge, made.merge)):

@@ -13,7 +13,7 @@ from moekit.compress.weights import LayerWeights
 @register(
     name="magnitude",
     kind="slim",
-    needs=("load", "gated_inner_moment"),
+    needs=("load",),
     changes="weights",
     limits=(
         "Blind to activations: a neuron that never fires may have large weights.",

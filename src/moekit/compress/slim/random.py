@@ -14,7 +14,7 @@ from moekit.compress.weights import LayerWeights
 @register(
     name="random",
     kind="slim",
-    needs=("load", "gated_inner_moment"),
+    needs=("load",),
     changes="weights",
     traits=("stochastic",),
     limits=(

@@ -25,11 +25,11 @@ _MEASURED = {"taylor": "neuron_taylor_size", "fisher": "neuron_fisher", "output-
     name="slimmoe",
     kind="slim",
     paper="arXiv:2506.18349",
-    needs=("load", "neuron_taylor_size", "gated_inner_moment"),
+    needs=("load", "neuron_taylor_size"),
     changes="weights",
     limits=(
         "taylor and fisher hold the whole model in memory for a backward pass; output-norm goes layer by layer.",
-        "The repair keeps E I^2 numbers a layer in memory and in the plan: for experts of moderate size.",
+        "A stored plan with a repair is carried out again on the text that it was made on.",
         "Neurons of experts that no calibration token chose are ranked by their weights, and the experts are named.",
         "Routed experts only: shared experts and attention stay as they are.",
         "The paper's long distillation after each cut is a step of its own: moekit train.",

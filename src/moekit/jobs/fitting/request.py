@@ -87,21 +87,25 @@ def parse_bytes(asked: int | str) -> int:
     return found
 
 
-def methods_of(options: FitOptions, group: int) -> Composer:
+def methods_of(options: FitOptions, group: int, *, gradients: bool) -> Composer:
     """The methods that carry recipes out.
 
     Args:
         options: of the job.
         group: weights that share a scale where rounded.
+        gradients: whether it is known what the loss makes of the blocks' outputs.
 
     Raises:
         BadConfig: unknown ones, or such as cannot be tried layer by layer.
     """
     settings = {way: dict(knobs) for way, knobs in options.settings.items()}
+    if options.narrow == "slimmoe":
+        # Gradients are there for the costs already; without them neurons are judged by what they give.
+        settings["narrow"] = {"score": "fisher" if gradients else "output-norm"} | settings.get("narrow", {})
     settings["merge"] = _BETTER.get(options.merge, {}) | settings.get("merge", {})
     # What the engines' packed forms hold: no zero points.
     settings["bits"] = {"group": group, "symmetric": True} | settings.get("bits", {})
-    return composer(options.drop, options.merge, options.rounding, settings)
+    return composer(options.drop, options.merge, options.narrow, options.rounding, settings)
 
 
 def ask(options: FitOptions, progress: Progress | None = None) -> Asked:
@@ -146,7 +150,7 @@ def ask(options: FitOptions, progress: Progress | None = None) -> Asked:
         budget,
         profile,
         even,
-        methods_of(options, group),
+        methods_of(options, group, gradients=fits_whole(options, source)),
         sizes,
         menu,
         floor,
@@ -203,6 +207,10 @@ def _between(options: FitOptions, source: OpenedModel) -> int:
     hidden = next(iter(source.geometries.values())).hidden
     # Statistics, then costs: what blocks are given and give of one layer, and gradients of all.
     gradients = tokens * hidden * STORED.itemsize * len(source.geometries) if fits_whole(options, source) else 0
+    # Moments of all neurons, in float32.
+    moments = 4 * sum(g.experts * g.width**2 for g in source.geometries.values()) if _below_one(options.widths) else 0
     variants = options.tries + options.random_plans + len(options.ways) + 2
     proof = (options.proof_tokens or (1 << 20)) if options.proof else 0
-    return gradients + bytes_between(source, options, tokens=2 * tokens, proof_tokens=proof, variants=variants)
+    return (
+        gradients + moments + bytes_between(source, options, tokens=2 * tokens, proof_tokens=proof, variants=variants)
+    )

@@ -29,6 +29,7 @@ class FitOptions(JobOptions):
             "moekit fit ./moe --bytes 12GiB --data my-domain/ -o ./fits",
             "moekit fit ./moe --bytes 8GiB --for llama.cpp --data demo --costs costs.json -o ./fits",
             "moekit fit ./moe --bytes 10GiB --for moekit --widths 1 --bits 4,3 --data demo --plan ./p.json",
+            "moekit fit ./moe --bytes 12GiB --data my-domain/ --heal experts --heal-settings '{steps: 500}' -o ./fits",
         ),
     )
 
@@ -46,9 +47,10 @@ class FitOptions(JobOptions):
     )
     drop: str = Field(default="reap", description="which experts are dropped; see moekit methods prune")
     merge: str = Field(default="hc-smoe", description="which experts are merged; see moekit methods merge")
+    narrow: str = Field(default="slimmoe", description="how experts become narrower; see moekit methods slim")
     rounding: str = Field(default="rtn", description="how weights are rounded; see moekit methods quantize")
     settings: dict[str, Any] = Field(
-        default_factory=dict, description="knobs of these methods: drop, merge or bits -> knob -> value"
+        default_factory=dict, description="knobs of these methods: drop, merge, narrow or bits -> knob -> value"
     )
     ways: tuple[Literal["drop", "merge"], ...] = Field(
         default=("drop", "merge"), min_length=1, description="how experts go: dropped, merged, or either"
@@ -80,6 +82,18 @@ class FitOptions(JobOptions):
     max_tokens: int | None = Field(default=65536, ge=1, description="tokens of data, at most, shared by its domains")
     seq_len: int = Field(default=512, ge=2, description="tokens a row; the model's limit if that is less")
     batch_size: int = Field(default=8, ge=1, description="rows a pass")
+    heal: Literal["none", "router", "norms", "experts", "lora", "all"] = Field(
+        default="none",
+        description="weights that learn, once the model fits, to answer as the unchanged one does: see moekit heal",
+    )
+    heal_settings: dict[str, Any] = Field(
+        default_factory=dict, description="steps, lr, loss, lm, ...: those of moekit heal"
+    )
+    unhealed: PathText | None = Field(
+        default=None,
+        description="folder of the model before healing, which the healed one's record names as its parent; by "
+        "default OUT-unhealed",
+    )
     plan: PathText | None = Field(default=None, description="also write the plan to this file")
     write: Literal["model", "plan"] = Field(default="model", description="write the model, or the plan alone")
     proof: bool = Field(default=True, description="measure plans; without, the one of least expected cost is taken")
@@ -108,5 +122,6 @@ class FitOptions(JobOptions):
         return values
 
     def further_outputs(self, out: Path) -> tuple[Path, ...]:
-        """The plan, where it is written beside a model."""
-        return () if self.plan is None else (Path(self.plan),)
+        """The plan, where it is written beside a model, and the model before it was healed."""
+        unhealed = out.with_name(f"{out.name}-unhealed") if self.unhealed is None else Path(self.unhealed).expanduser()
+        return (*(() if self.plan is None else (Path(self.plan),)), *(() if self.heal == "none" else (unhealed,)))

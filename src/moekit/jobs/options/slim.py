@@ -43,7 +43,8 @@ class SlimOptions(InPlaceOptions):
         default=None, description="instead: the widest experts with which the whole model is no larger (12GiB)"
     )
     from_plan: PlanRef | None = Field(
-        default=None, description="carry this plan out again instead: the same neurons without a text"
+        default=None,
+        description="carry this plan out again instead: the same neurons; where they are repaired, on the same text",
     )
     write: Literal["model", "plan"] = Field(default="model", description="write the narrow model, or the plan alone")
     proof: bool = Field(

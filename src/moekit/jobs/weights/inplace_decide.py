@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moekit._device import named_dtype
 from moekit._progress import Progress
-from moekit.compress.engine.plan import WeightPlan
-from moekit.compress.engine.planning import plan_weights
+from moekit.compress.engine.making import make_layers
+from moekit.compress.engine.plan import WeightPlan, make_method
+from moekit.compress.engine.planning import decide as plan_decided, inputs_of, plan_weights
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.data import Document, load_text
 from moekit.errors import BadConfig
@@ -26,6 +27,7 @@ from moekit.jobs.weights.self_calibration import load_for_answers
 from moekit.jobs.weights.texts import check_unchanged, heldout_of_plan, read_texts
 from moekit.trace import Trace, record
 from moekit.trace.recording import Recording
+from moekit.trace.statistics import LayerStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +42,13 @@ class Decided:
     Attributes:
         plan: what becomes of the weights.
         heldout: text to prove it on; None where nothing is proved.
+        baselines: what the method's baselines decide on the same budget, where it is proved.
         others: name -> plan of another way to spend the same budget, made on the same text.
     """
 
     plan: WeightPlan
     heldout: HeldOut | None
+    baselines: Sequence[WeightPlan] = ()
     others: Mapping[str, WeightPlan] = field(default_factory=dict)
 
 
@@ -59,7 +63,8 @@ def decide(
 
     Layers run one at a time, unless the method looks at gradients, which need the whole model.
 
-    A stored plan whose weights are made as the text passes by goes through that text again.
+    A stored plan whose weights are made as the text passes by goes through that text again. Weights of the plan and of
+    its baselines that are made of what experts are given are made in one pass.
 
     Args:
         options: of the job.
@@ -77,8 +82,9 @@ def decide(
     if asked.plan is not None:
         heldout = heldout_of_plan(asked.plan, options, source, progress) if proves(options) else None
         text, plan = None, asked.plan
-        if plan.method.reads_moments:
+        if plan.made_on_text:
             text = _text_of_plan(plan, options, source, scratch, progress)
+        if text is not None and plan.method.sequential:
             plan = _again(plan, source, text, progress)
     else:
         assert asked.request is not None
@@ -92,13 +98,18 @@ def decide(
         kept = str(layout["data"]) if options.data is not None and apart else ""
         told = {"kept_apart": kept, "text_sha256": text_hash(options.data)}
         plan = made.with_file(**told, calibrated=layout if text is not None else {})
+    baselines = [] if heldout is None else _baselines(plan, source)
+    if text is not None:
+        made_before = plan.file.made
+        plan, *baselines = make_layers(source.checkpoint, text, [plan, *baselines], progress)
+        _warn_of_others(made_before, plan.file.made)
     further = {} if others is None or heldout is None else others(plan)
     plans = {
         name: plan_weights(source.checkpoint, text, request, progress)
         for name, request in further.items()
         if text is not None or not request.method.required
     }
-    return Decided(plan, heldout, plans)
+    return Decided(plan, heldout, baselines, plans)
 
 
 def _layout(options: InPlaceOptions) -> dict[str, Any]:
@@ -159,15 +170,48 @@ def _again(plan: WeightPlan, source: OpenedModel, text: CalibrationText, progres
     """The plan with its weights, made anew; a warning where they are not those that it was stored with."""
     request = PlanRequest(plan.method, plan.file.budget, seed=plan.file.seed, protected=plan.file.protected)
     made = plan_weights(source.checkpoint, text, request, progress)
-    changed = [layer for layer, digest in made.file.made.items() if plan.file.made.get(layer) != digest]
+    _warn_of_others(plan.file.made, made.file.made)
+    return WeightPlan(plan.file.model_copy(update={"made": made.file.made}), made.statistics, made.made)
+
+
+def _warn_of_others(before: Mapping[int, str], now: Mapping[int, str]) -> None:
+    """Say where weights are not those that a plan was stored with."""
+    changed = [layer for layer, digest in now.items() if before.get(layer, digest) != digest]
     if changed:
         logger.warning(
             "weights of %d of %d layers are not those that the plan was stored with, bit for bit: another machine, "
             "dtype or version rounds alike, but not in every last bit",
             len(changed),
-            len(made.file.made),
+            len(now),
         )
-    return WeightPlan(plan.file.model_copy(update={"made": made.file.made}), made.statistics, made.made)
+
+
+def _baselines(plan: WeightPlan, source: OpenedModel) -> list[WeightPlan]:
+    """What the method's baselines decide on the same budget; none where that is the method itself.
+
+    What they measure is part of what the method itself measured; one that needs more is left out.
+    """
+    found = []
+    for b in plan.method.baselines:
+        method = make_method(plan.file.kind, b.name, b.settings)
+        known = all(name in statistics for name in method.required for statistics in plan.statistics.values())
+        if b.name != plan.file.method and known:
+            request = PlanRequest(method, plan.file.budget, seed=plan.file.seed)
+            own = {layer: _only(statistics, method.required) for layer, statistics in plan.statistics.items()}
+            inputs = inputs_of(source.checkpoint, request, source.geometries, own)
+            found.append(plan_decided(source.checkpoint, inputs, request, own, None))
+    return found
+
+
+def _only(statistics: LayerStatistics, names: Sequence[str]) -> LayerStatistics:
+    return LayerStatistics(
+        statistics.experts,
+        statistics.hidden,
+        statistics.domains,
+        statistics.tokens,
+        {name: statistics[name] for name in names},
+        width=statistics.width,
+    )
 
 
 def _whole(

@@ -13,9 +13,7 @@ from moekit.checking import CheckReport
 from moekit.checkpoint import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.grids import grids_told
-from moekit.compress.engine.plan import WeightPlan, make_method
-from moekit.compress.engine.planning import decide, inputs_of
-from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.plan import WeightPlan
 from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
 from moekit.evaluation.changes import Variant
 from moekit.jobs.context import JobContext
@@ -25,7 +23,6 @@ from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.weights.inplace_decide import Decided
 from moekit.jobs.weights.inplace_request import mtp_of
 from moekit.jobs.weights.proof import HeldOut, Proof, prove
-from moekit.trace.statistics import LayerStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +80,7 @@ def finish(
 
 def _prove(decided: Decided, source: OpenedModel, heldout: HeldOut, machine: Placed, context: JobContext) -> Proof:
     plan = decided.plan
-    others = {other.file.method: other for other in _baselines(plan, source)} | dict(decided.others)
+    others = {other.file.method: other for other in decided.baselines} | dict(decided.others)
     return prove(
         source.checkpoint,
         heldout,
@@ -100,34 +97,6 @@ def _prove(decided: Decided, source: OpenedModel, heldout: HeldOut, machine: Pla
 
 def _variant(name: str, plan: WeightPlan, source: OpenedModel) -> Variant:
     return Variant(name, plan.outcomes, rewriter(plan, source.checkpoint))
-
-
-def _baselines(plan: WeightPlan, source: OpenedModel) -> list[WeightPlan]:
-    """What the method's baselines decide on the same budget; none where that is the method itself.
-
-    What they measure is part of what the method itself measured; one that needs more is left out.
-    """
-    found = []
-    for b in plan.method.baselines:
-        method = make_method(plan.file.kind, b.name, b.settings)
-        known = all(name in statistics for name in method.required for statistics in plan.statistics.values())
-        if b.name != plan.file.method and known:
-            request = PlanRequest(method, plan.file.budget, seed=plan.file.seed)
-            own = {layer: _only(statistics, method.required) for layer, statistics in plan.statistics.items()}
-            inputs = inputs_of(source.checkpoint, request, source.geometries, own)
-            found.append(decide(source.checkpoint, inputs, request, own, None))
-    return found
-
-
-def _only(statistics: LayerStatistics, names: Sequence[str]) -> LayerStatistics:
-    return LayerStatistics(
-        statistics.experts,
-        statistics.hidden,
-        statistics.domains,
-        statistics.tokens,
-        {name: statistics[name] for name in names},
-        width=statistics.width,
-    )
 
 
 def _write(

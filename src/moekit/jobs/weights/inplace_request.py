@@ -17,6 +17,7 @@ from moekit.checkpoint.spec import MoESpec
 from moekit.compress.budget.bits import BitBudget
 from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine.layout import prepare
+from moekit.compress.engine.making import REMEMBERED
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.mtp import Mtp
 from moekit.compress.engine.outcome import LayerOutcome
@@ -104,7 +105,7 @@ def inputs_of_plan(options: InPlaceOptions) -> list[tuple[str, str]]:
         with contextlib.suppress(MoekitError):  # told where the plan is read
             plan = stored_plan(options)
             if plan is not None:
-                text = plan.file.calibrated.get("data") if plan.method.reads_moments else None
+                text = plan.file.calibrated.get("data") if plan.made_on_text else None
                 return [("model", plan.file.model), *([("text", text)] if text else [])]
     return []
 
@@ -180,19 +181,17 @@ def ask(
     nbytes = prepare(source.checkpoint, outcomes, mtp=mtp_of(outcomes)).nbytes
     method = method_of(options) if plan is None else plan.method
     shared = _shared(request.budget if request is not None else plan.file.budget if plan is not None else None)
-    measured = _measured_bytes(method, source)
     whole = _backward_bytes(source, options, method) if plan is None and reads_whole(method) else 0
     return Asked(
         source,
         request,
         plan,
         nbytes,
-        _between(options, source, method, plan, shared) + (0 if plan is not None else measured),
+        _between(options, source, method, plan, shared),
         max(memory_of(source, options), whole)
-        + _COPIES * measured
         + _moment_bytes(method, source)
         + (_whole_bytes(options, source) if request is not None and _reads_loss(shared) else 0),
-        PLAN_BYTES + measured,
+        PLAN_BYTES,
     )
 
 
@@ -216,10 +215,15 @@ def _refuse_quantized(source: OpenedModel) -> None:
 
 
 def _moment_bytes(method: WeightMethod[Any, Any], source: OpenedModel) -> int:
-    """Bytes of the second moments of one expert, and of what is made of them; of other statistics little is there."""
-    if not method.reads_moments:
+    """Bytes of the second moments of one expert, and of what is made of them; of other statistics little is there.
+
+    Where the same are asked for again and again, those of one layer as far as they are remembered.
+    """
+    if not method.made_on_text:
         return 0
-    return _NUMBER * _COPIES * max(g.hidden**2 + g.width**2 for g in source.geometries.values())
+    one = _NUMBER * _COPIES * max(g.hidden**2 + g.width**2 for g in source.geometries.values())
+    layer = _NUMBER * max(g.experts * g.width**2 for g in source.geometries.values())
+    return one + (0 if method.sequential else min(layer, REMEMBERED))
 
 
 def _backward_bytes(source: OpenedModel, options: InPlaceOptions, method: WeightMethod[Any, Any]) -> int:
@@ -232,13 +236,6 @@ def _backward_bytes(source: OpenedModel, options: InPlaceOptions, method: Weight
     return source.nbytes * wide.running // wide.stored + kept + _LOGITS * rows * positions * vocabulary + _ROOM
 
 
-def _measured_bytes(method: WeightMethod[Any, Any], source: OpenedModel) -> int:
-    """Bytes of the statistics that grow with squares of sizes, of all layers; all others are small."""
-    if "gated_inner_moment" not in method.required:
-        return 0
-    return _NUMBER * sum(g.experts * g.width**2 for g in source.geometries.values())
-
-
 def _between(
     options: InPlaceOptions,
     source: OpenedModel,
@@ -246,9 +243,9 @@ def _between(
     plan: WeightPlan | None,
     shared: BitSharer | None,
 ) -> int:
-    made, passes, most = method.reads_moments, 0, options.max_tokens
+    made, passes, most = method.made_on_text, 0, options.max_tokens
     if plan is None and options.data is not None:
-        passes = 2 if method.reads_weights else 1
+        passes = (2 if method.reads_weights else 1) + (1 if made and not method.sequential else 0)
     elif plan is not None and made:
         passes, most = 1, plan.file.calibrated.get("max_tokens")
     if plan is None and shared is not None and shared.measures != "nothing":
@@ -258,7 +255,9 @@ def _between(
     tokens = (passes + (1 if made else 0)) * (most or (1 << 20)) if passes else 0
     proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0
     variants = 2 if shared is None or not proof else 4
-    rewritten = sum(layer_bytes(source).values()) * (1 if variants == 2 else 3) if made else 0
+    # Of the plan, and of others like it: its two baselines where they are made alike, or shares in other ways.
+    each = 3 if variants == 4 or (made and not method.sequential and proof) else 1
+    rewritten = sum(layer_bytes(source).values()) * each if made else 0
     return bytes_between(source, options, tokens=tokens, proof_tokens=proof, variants=variants, rewritten=rewritten)
 
 

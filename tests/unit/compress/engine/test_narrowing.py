@@ -12,7 +12,7 @@ from moekit.anatomy import Geometry
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine.inputs import LayerInputs
-from moekit.compress.engine.narrowing import MOMENT, SlimMethod, neuron_sizes, select_neurons
+from moekit.compress.engine.narrowing import SlimMethod, neuron_sizes, select_neurons
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import budget_as
 from moekit.compress.slim.magnitude import Magnitude
@@ -61,8 +61,8 @@ def measured(weights: LayerWeights, unseen: tuple[int, ...] = ()) -> LayerInputs
         x, w = given(e)
         h = inner(weights, e, x)
         moment[e], size[e], load[e] = (h * w[:, None] ** 2).T @ h, h.abs().sum(0), TOKENS
-    values = {"load": load, MOMENT: moment, "inner_size": size}
-    return LayerInputs(5, GEOMETRY, LayerStatistics(EXPERTS, HIDDEN, values=values, width=WIDTH))
+    statistics = LayerStatistics(EXPERTS, HIDDEN, values={"load": load, "inner_size": size}, width=WIDTH)
+    return LayerInputs(5, GEOMETRY, statistics, read_gated=lambda expert: moment[expert])
 
 
 def method(**knobs: object) -> SlimMoE:
@@ -184,9 +184,9 @@ def test_permuted_neurons_give_permuted_scores_and_the_same_function() -> None:
 
 
 def test_what_is_asked_for_depends_on_the_knobs() -> None:
-    assert SlimMoE().required == ("load", "neuron_taylor_size", MOMENT)
+    assert SlimMoE().required == ("load", "neuron_taylor_size")
     assert SlimMoE(score="fisher", repair="none").required == ("load", "neuron_fisher")
-    assert (Magnitude().required, Magnitude(repair="none").required) == (("load", MOMENT), ())
+    assert (Magnitude().required, Magnitude(repair="none").required) == (("load",), ())
     alike = {"multiple": None, "repair": "least-squares", "ridge": 0.5}
     assert [(b.name, b.settings) for b in SlimMoE(ridge=0.5).baselines] == [("magnitude", alike), ("random", alike)]
 
@@ -204,9 +204,9 @@ def test_what_cannot_be_is_refused() -> None:
         select_neurons(odd, torch.zeros(EXPERTS, 1, dtype=torch.int64))
     with pytest.raises(BadConfig, match="how many neurons an expert keeps, not how many experts"):
         budget_as(Budget, WidthBudget(width=4))
-    for name, words in ((MOMENT, "second moment"), ("inner_size", "inner_size")):
+    for moment, words in ((True, "second moment"), (False, "inner_size")):
         broken = measured(weights)
-        broken.statistics[name][2, 0] = float("nan")
+        (broken.gated_moment(2) if moment else broken.statistics["inner_size"][2])[0] = float("nan")
         with pytest.raises(NumericFault, match=words) as fault:
             method().transform(weights, OUTCOME, broken)
         assert (fault.value.layer, fault.value.expert) == (5, 2)

@@ -51,7 +51,7 @@ def model(source: OpenedModel) -> Any:
 
 @pytest.fixture(scope="module")
 def rows(source: OpenedModel, batches: list[Any], model: Any) -> dict[tuple[int, LayerRecipe], CostRow]:
-    methods = composer("reap", "hc-smoe", "rtn", {"bits": {"group": 8}})
+    methods = composer("reap", "hc-smoe", "slimmoe", "rtn", {"bits": {"group": 8}})
     sizes = ModelSizes(source.checkpoint, source.geometries, 8)
     with Streamed(source.checkpoint, batches, statistics=methods.required, device="cpu") as streamed:
         streamed.run()

@@ -17,13 +17,13 @@ from moekit.compress.engine.narrowing import select_neurons
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.joint.composing import Composer, composer
 from moekit.compress.joint.menu import MenuKnobs, make_menu, most_experts, width_step, widths_of
-from moekit.compress.joint.narrowing import contribution, widest_neurons
+from moekit.compress.joint.neurons import NeuronStore
 from moekit.compress.joint.profiles import PROFILES, profile_of
 from moekit.compress.joint.recipe import AS_IT_IS, LayerRecipe
 from moekit.compress.joint.sizes import ModelSizes
 from moekit.compress.maths.rounding import round_to_nearest
 from moekit.compress.weights import LayerWeights
-from moekit.errors import BadConfig, NumericFault
+from moekit.errors import BadConfig
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.trace.statistics import LayerStatistics
 from tests.tiny import write_model
@@ -54,7 +54,6 @@ def inputs_of(weights: LayerWeights) -> LayerInputs:
         "gated_output_norm": torch.tensor([50.0, 9.0, 30.0, 7.0]),
         "renormalised_output_norm": torch.tensor([50.0, 9.0, 30.0, 7.0]),
         "all_output_sum": torch.randn(E, H, generator=draw).double(),
-        "inner_square": torch.rand(E, WIDE, generator=draw).double(),
     }
     geometry = Geometry(H, E, 2, WIDE, 0, True, False, False, True)
     return LayerInputs(0, geometry, LayerStatistics(E, H, (), 10, values, width=WIDE), lambda: weights)
@@ -62,7 +61,13 @@ def inputs_of(weights: LayerWeights) -> LayerInputs:
 
 @pytest.fixture
 def methods() -> Composer:
-    return composer("reap", "hc-smoe", "rtn", {"bits": {"group": GROUP}})
+    """Neurons of every expert are worth their number, and are never active together."""
+    knobs = {"bits": {"group": GROUP}, "narrow": {"score": "fisher"}}
+    store = NeuronStore()
+    worth_EI = torch.arange(float(WIDE)).expand(E, WIDE).clone()
+    worth_EI[2] = worth_EI[2].flip(0)
+    store.put(0, {"neuron_fisher": worth_EI.double()}, [torch.eye(WIDE) for _ in range(E)])
+    return dataclasses.replace(composer("reap", "hc-smoe", "slimmoe", "rtn", knobs), neurons=store)
 
 
 def test_a_recipe_says_how_experts_go_or_keeps_all() -> None:
@@ -74,24 +79,6 @@ def test_a_recipe_says_how_experts_go_or_keeps_all() -> None:
     assert str(LayerRecipe(keep=3, way="merge", width=4, bits=3)) == "merge to 3, width 4, 3 bit"
     assert LayerRecipe(keep=8, way="drop", width=24, bits=4).fitted(8, 24) == LayerRecipe(bits=4)
     assert LayerRecipe(keep=8, way="drop").fitted(9, 24) == LayerRecipe(keep=8, way="drop")
-
-
-def test_neurons_are_kept_by_what_they_add_to_the_output() -> None:
-    weights, inputs = layer(), inputs_of(layer())
-    score_MI = contribution(inputs, (1, 3), weights.select((1, 3)))
-    for row, expert in enumerate((1, 3)):
-        for k in (0, 7):
-            mean = float(inputs.statistics["inner_square"][expert, k]) / [5, 9, 2, 7][expert]
-            norm = sum(float(v) ** 2 for v in weights.down_EHI[expert, :, k]) ** 0.5
-            assert float(score_MI[row, k]) == pytest.approx(mean**0.5 * norm, rel=1e-6)
-
-
-def test_neurons_of_the_largest_scores_stay_in_order() -> None:
-    assert widest_neurons(torch.tensor([[1.0, 3, 2, 3], [9, 1, 1, 0]]), 2).tolist() == [[1, 3], [0, 1]]
-    with pytest.raises(BadConfig):
-        widest_neurons(torch.ones(1, 4), 5)
-    with pytest.raises(NumericFault):
-        widest_neurons(torch.tensor([[1.0, float("nan")]]), 1)
 
 
 def test_a_narrower_expert_computes_what_the_wide_one_does_without_those_neurons() -> None:
@@ -128,10 +115,10 @@ def test_the_steps_of_a_recipe_follow_one_another(methods: Composer) -> None:
     # Norms over loads are 10, 1, 15, 1: the first and the third stay.
     assert outcome == LayerOutcome(keep=(0, 2), width=8, bits={"gate": (4, 4), "up": (4, 4), "down": (4, 4)})
     made = methods.weights(recipe, outcome, weights, inputs)
-    kept = widest_neurons(contribution(inputs, (0, 2), weights.select((0, 2))), 8)
-    for row, expert in enumerate((0, 2)):
-        up = round_to_nearest(weights.up_EIH[expert][kept[row]], 4, GROUP)
-        down = round_to_nearest(weights.down_EHI[expert][:, kept[row]], 4, GROUP)
+    # The last half of the first one's neurons, the first half of the third's; what is not seen together mends nothing.
+    for row, (expert, kept) in enumerate(((0, slice(8, 16)), (2, slice(0, 8)))):
+        up = round_to_nearest(weights.up_EIH[expert][kept], 4, GROUP)
+        down = round_to_nearest(weights.down_EHI[expert][:, kept], 4, GROUP)
         assert torch.equal(made.up_EIH[row], up)
         assert torch.equal(made.down_EHI[row], down)
     assert torch.equal(made.router_EH, weights.router_EH[[0, 2]])
@@ -144,18 +131,18 @@ def test_the_steps_of_a_recipe_follow_one_another(methods: Composer) -> None:
 
 
 def test_routers_that_stay_as_they_are_are_refused() -> None:
-    methods = composer("reap", "hc-smoe", "rtn", {"merge": {"router": "redirect"}, "bits": {"group": GROUP}})
+    methods = composer("reap", "hc-smoe", "slimmoe", "rtn", {"merge": {"router": "redirect"}, "bits": {"group": GROUP}})
     with pytest.raises(BadConfig, match="leaves the router as it is"):
         methods.outcome(LayerRecipe(keep=3, way="merge"), inputs_of(layer()))
 
 
 def test_methods_that_need_more_than_statistics_are_refused() -> None:
     with pytest.raises(BadConfig, match="naee"):
-        composer("naee", "hc-smoe", "rtn")
+        composer("naee", "hc-smoe", "slimmoe", "rtn")
     with pytest.raises(BadConfig, match="gptq"):
-        composer("reap", "hc-smoe", "gptq")
+        composer("reap", "hc-smoe", "slimmoe", "gptq")
     with pytest.raises(BadConfig, match="no methods of 'prune'"):
-        composer("reap", "hc-smoe", "rtn", {"prune": {}})
+        composer("reap", "hc-smoe", "slimmoe", "rtn", {"prune": {}})
 
 
 def test_a_written_folder_is_as_large_as_planned(source: OpenedModel, sizes: ModelSizes, tmp_path: Path) -> None:
