@@ -45,7 +45,8 @@ class VariantResult(BaseModel):
         lost_tokens: decoder layer -> share of tokens that had chosen an expert which is gone.
         lost_choices: decoder layer -> share of choices of such experts.
         experts: decoder layer -> experts that stay.
-        divergence: mean over scored positions of KL(unchanged || variant), nats; None where it was not asked for.
+        divergences: KL(unchanged || variant) summed over each document's scored positions, nats; None where it was not
+            asked for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,7 +57,17 @@ class VariantResult(BaseModel):
     lost_tokens: dict[int, float]
     lost_choices: dict[int, float]
     experts: dict[int, int]
-    divergence: float | None = None
+    divergences: tuple[float, ...] | None = None
+
+    @property
+    def divergence(self) -> float | None:
+        """Mean over scored positions of KL(unchanged || variant), nats; None where it was not asked for."""
+        return None if self.divergences is None else sum(self.divergences) / sum(self.perplexity.tokens)
+
+    def only(self, chosen: Sequence[int]) -> VariantResult:
+        """The same on some of the documents, by number; figures of layers are those of all."""
+        far = None if self.divergences is None else tuple(self.divergences[i] for i in chosen)
+        return self.model_copy(update={"perplexity": self.perplexity.only(chosen), "divergences": far})
 
 
 @dataclass(eq=False)
@@ -183,23 +194,22 @@ class SideBySideWalk:
                 lost_tokens=t.lost_tokens,
                 lost_choices=t.lost_choices,
                 experts={layer: len(d.keep) for layer, d in t.variant.outcomes.items()},
-                divergence=apart,
+                divergences=apart,
             )
             for t, apart in zip(self.tracks, far, strict=True)
         ]
         return plain, found
 
-    def _divergences(self) -> list[float]:
+    def _divergences(self) -> list[tuple[float, ...]]:
         passes = [self.plain, *(t.passes or self.plain for t in self.tracks)]
-        total, tokens = [0.0] * len(self.tracks), 0
+        totals = [[0.0] * len(self.corpus.domains) for _ in self.tracks]
         for number, group in enumerate(self.groups):
             for row, window in enumerate(group):
                 made = (self._logits(window, p, number, row) for p in passes)
                 plain_MV = next(made).float().log_softmax(-1)
-                tokens += len(plain_MV)
-                for variant, logits_MV in enumerate(made):
-                    total[variant] += mean_divergence(plain_MV, logits_MV) * len(plain_MV)
-        return [each / max(tokens, 1) for each in total]
+                for total, logits_MV in zip(totals, made, strict=True):
+                    total[window.document] += mean_divergence(plain_MV, logits_MV) * len(plain_MV)
+        return [tuple(total) for total in totals]
 
     @torch.inference_mode()
     def _logits(self, window: Window, passes: Passes, number: int, row: int) -> Tensor:

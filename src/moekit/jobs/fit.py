@@ -48,10 +48,10 @@ class FitResult(JobResult):
         packed: form in which the folder must be exported to take as few bytes as counted; "" where it does already.
         expected: cost of the plan.
         bound: no plan of the same width and number of experts is expected to cost less; None for plans not solved for.
-        measured: KL of the unchanged model's predictions to the result's on held-out text, nats a token; None without a
-            proof.
+        measured: KL of the unchanged model's predictions to the result's on held-out text that it was not chosen on,
+            nats a token; None without a proof.
         correlation: of the ranks of expected and measured costs of all plans tried; None with fewer than three.
-        tried: plans, best first.
+        tried: plans, best first by `chosen_on`, the KL on one half of the held-out documents; `measured` on the other.
         front: expected costs over budgets.
         layers: each with its recipe, bytes and expected cost.
         refused: recipes that this family cannot hold, and why.

@@ -16,8 +16,9 @@ import moekit as api
 from moekit.checkpoint import Record
 from moekit.compress.joint.measuring import _Measuring
 from moekit.errors import BadConfig, MoekitError
+from moekit.evaluation.documents import PerplexityResult
 from moekit.jobs.fitting import choosing, costs, request
-from moekit.jobs.fitting.choosing import rank_correlation
+from moekit.jobs.fitting.choosing import halves, rank_correlation
 from moekit.jobs.fitting.request import parse_bytes
 from tests.commands import Moekit
 from tests.tiny import write_model, write_text
@@ -72,9 +73,10 @@ def test_the_plan_is_no_worse_than_what_each_kind_alone_makes_of_the_bytes(made:
         single = next(plan for own, plan in tried.items() if name in own)
         assert single["bytes"] <= BUDGET
         assert single["expected"] >= best
-        assert single["measured"] >= done.measured
+        assert single["chosen_on"] >= done.tried[0]["chosen_on"]
     assert next(plan["expected"] for own, plan in tried.items() if own.startswith("plan 1")) == best
-    assert done.measured == min(plan["measured"] for plan in done.tried)
+    assert done.tried[0]["chosen_on"] == min(plan["chosen_on"] for plan in done.tried)
+    assert done.measured == done.tried[0]["measured"]
     assert done.bytes["after"] <= BUDGET < done.bytes["folder"]
     assert done.bytes["folder"] == weight_bytes(tmp_path / "out")
     assert done.packed == "AutoRound"
@@ -102,6 +104,13 @@ def test_healing_changes_the_routers_alone_and_keeps_the_model_before_it(made: P
     assert record is not None
     assert Path(record.parent).name == "out-unhealed"
     assert done.bytes["folder"] == weight_bytes(tmp_path / "out-unhealed")
+
+
+def test_plans_are_chosen_on_one_half_of_the_documents_of_each_domain_and_measured_on_the_other() -> None:
+    text = PerplexityResult(domains=("a", "b", "a", "a", "b", "a"), tokens=(5, 5, 0, 5, 5, 5), nll=(1.0,) * 6)
+    assert halves(text) == ([0, 1, 5], [3, 4])
+    alone = PerplexityResult(domains=("a", "b"), tokens=(5, 5), nll=(1.0, 1.0))
+    assert halves(alone) == ([0, 1], [0, 1])
 
 
 @pytest.mark.full

@@ -48,11 +48,11 @@ def _show_front(terminal: Terminal, results: Mapping[str, Any], unit: str) -> No
 
 def _show_tried(terminal: Terminal, results: Mapping[str, Any]) -> None:
     rows = [
-        (told["name"], size(told["bytes"]), told["expected"], told["measured"], told["recipes"])
+        (told["name"], size(told["bytes"]), told["expected"], told["chosen_on"], told["measured"], told["recipes"])
         for told in results["tried"]
     ]
     title = "plans of these bytes, best first (KL of the unchanged model's predictions to theirs, nats a token)"
-    terminal.table(title, ("plan", "bytes", "expected", "measured KL", "recipes"), rows)
+    terminal.table(title, ("plan", "bytes", "expected", "KL chosen by", "measured KL", "recipes"), rows)
     correlation = results["correlation"]
     if correlation is not None:
         terminal.say(

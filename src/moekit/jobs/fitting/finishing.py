@@ -139,6 +139,7 @@ def _tried_told(tried: Tried) -> dict[str, Any]:
         "bytes": tried.plan.counted,
         "expected": tried.plan.cost,
         "measured": tried.measured,
+        "chosen_on": tried.chosen_on,
         "rise": tried.rise,
     }
 
