@@ -1,8 +1,8 @@
 """Which plan is best: those of least expected cost, what each kind alone makes of the bytes, and random ones, measured.
 
 The best is chosen on one half of the documents and measured on the other: on the text that it was chosen on it looks
-better than it is. Costs of layers are added up as if layers did not know of each other. Whether that holds for this model is told by the
-rank correlation of expected and measured costs over all plans that were measured.
+better than it is. Costs of layers are added up as if layers did not know of each other. Whether that holds for this
+model is told by the rank correlation of expected and measured costs over all plans that were measured.
 """
 
 from __future__ import annotations
