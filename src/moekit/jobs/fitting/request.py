@@ -15,7 +15,7 @@ import torch
 from moekit._device import resolve_device
 from moekit._memory import machine_bytes
 from moekit._progress import Progress
-from moekit.compress.budget.sizes import Budget
+from moekit.compress.budget.sizes import bytes_in
 from moekit.compress.engine.apply import refuse_rewriting
 from moekit.compress.engine.grouped import routing_groups
 from moekit.compress.joint.composing import Composer, composer
@@ -27,7 +27,7 @@ from moekit.errors import BadConfig
 from moekit.jobs.options.fit import FitOptions
 from moekit.jobs.shared.inputs import record_bytes
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
-from moekit.jobs.weights.sizes import budget_of, bytes_between, memory_of, precision_of
+from moekit.jobs.weights.sizes import bytes_between, memory_of, precision_of
 
 # Where a method's defaults are its paper's, and others are better.
 _BETTER: dict[str, dict[str, Any]] = {"hc-smoe": {"feature": "rms", "align": "weights"}}
@@ -80,8 +80,7 @@ def parse_bytes(asked: int | str) -> int:
     if isinstance(asked, int) or asked.strip().isdigit():
         found = int(asked)
     else:
-        budget: Budget = budget_of(asked, "uniform", None, None)
-        found = budget.max_bytes or 0
+        found = bytes_in(asked) or 0
     if found < 1:
         raise BadConfig(f"{asked!r} is no number of bytes", hint="such as 12GiB, 800MB, or 1000000")
     return found

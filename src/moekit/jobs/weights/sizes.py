@@ -56,7 +56,7 @@ def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Bud
     except ValidationError as error:
         raise BadConfig(
             f"the budget is impossible: {faults(error).replace('Value error, ', '')}",
-            hint="keep a number of experts from 1 up, a fraction such as 0.5 (1.0 for all), or bytes such as 12GiB",
+            hint="keep a number of experts from 1 up, a fraction such as 0.5 or 1/2 (1.0 for all), or bytes such as 12GiB",
         ) from error
 
 
