@@ -199,7 +199,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:
 
 def test_another_activation_and_layers_of_different_sizes_are_refused(tmp_path: Path) -> None:
     source = plain(tmp_path / "gelu", "qwen3_moe", hidden_act="gelu")
-    with pytest.raises(UnsupportedModel, match="hidden_act is 'gelu', and .* with 'silu'"):
+    with pytest.raises(UnsupportedModel, match=r"hidden_act is 'gelu', and .* with 'silu'"):
         export(source, tmp_path / "out")
     outcomes = {0: LayerOutcome(keep=(0, 1, 2, 3)), 1: LayerOutcome(keep=(1, 2, 4))}
     apply(Checkpoint.open(plain(tmp_path / "whole", "qwen3_moe")), outcomes, tmp_path / "uneven", record=RECORD)
@@ -211,7 +211,7 @@ def test_numbers_that_a_type_does_not_hold_are_no_infinities(tmp_path: Path) -> 
     source = plain(tmp_path / "source", "qwen3_moe")
     (shard,) = source.glob("model*.safetensors")
     edit_shard(shard, lambda tensors: tensors["model.layers.1.self_attn.o_proj.weight"].mul_(1e7))
-    with pytest.raises(NumericFault, match="layer 1: .*o_proj.weight holds numbers beyond what F16 holds"):
+    with pytest.raises(NumericFault, match=r"layer 1: .*o_proj\.weight holds numbers beyond what F16 holds"):
         export(source, tmp_path / "out", tensor_type="f16")
     assert not (tmp_path / "out").exists()
     export(source, tmp_path / "out", tensor_type="bf16")

@@ -77,10 +77,8 @@ def parse_bytes(asked: int | str) -> int:
     Raises:
         BadConfig: no such number.
     """
-    if isinstance(asked, int) or asked.strip().isdigit():
-        found = int(asked)
-    else:
-        found = bytes_in(asked) or 0
+    plain = isinstance(asked, int) or asked.strip().isdigit()
+    found = int(asked) if plain else bytes_in(str(asked)) or 0
     if found < 1:
         raise BadConfig(f"{asked!r} is no number of bytes", hint="such as 12GiB, 800MB, or 1000000")
     return found

@@ -56,7 +56,8 @@ def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Bud
     except ValidationError as error:
         raise BadConfig(
             f"the budget is impossible: {faults(error).replace('Value error, ', '')}",
-            hint="keep a number of experts from 1 up, a fraction such as 0.5 or 1/2 (1.0 for all), or bytes such as 12GiB",
+            hint="keep a number of experts from 1 up, a fraction such as 0.5 or 1/2 (1.0 for all), or bytes such as "
+            "12GiB",
         ) from error
 
 
@@ -258,7 +259,7 @@ def bytes_between(
     wide = precision_of(source, running)
     # Calibration goes from one set of states to another; windows of the proof overlap by half.
     states = hidden * wide.running * (2 * tokens + 2 * proof_tokens * (variants + 1))
-    # The proof rewrites layers as they run, the writing as they are stored: both are kept. What was made is read by both.
+    # The proof rewrites layers as they run, the writing as they are stored: both are kept. What was made serves both.
     proved = rewritten * wide.running // wide.stored if proof_tokens and wide.running != wide.stored else 0
     return states + rewritten + proved + made
 
