@@ -53,6 +53,11 @@ class GateSpec:
     jitter: float = 0.0
     sorted: bool = True
 
+    @property
+    def shares_out(self) -> bool:
+        """Whether a token's weights add up to the same however few it chooses: those that stay then get more."""
+        return self.normalise or self.scoring.startswith("selected_softmax")
+
 
 def group_mask(scores_TE: Tensor, spec: GateSpec) -> Tensor:
     """Experts in the token's best groups: [T, E] bool (DeepSeek-V2 arXiv:2405.04434, DeepSeek-V3 arXiv:2412.19437)."""

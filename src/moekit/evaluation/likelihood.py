@@ -52,7 +52,7 @@ def score_logits(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_divergence(log_MV: Tensor, logits_MV: Tensor) -> float:
-    """Mean over positions of KL(p || q), nats, in fp32 and added up in fp64.
+    """Mean over positions of KL(p || q), nats, in fp32 and added up in fp64; NaN where a logit is.
 
     Args:
         log_MV: log p, normalised.
@@ -60,7 +60,8 @@ def mean_divergence(log_MV: Tensor, logits_MV: Tensor) -> float:
     """
     gap_MV = log_MV - logits_MV.float().log_softmax(-1)
     # Where p is zero its logarithm is minus infinity, and adds nothing.
-    return float((log_MV.exp() * gap_MV).nan_to_num(0.0).double().sum(-1).mean())
+    added_MV = (log_MV.exp() * gap_MV).masked_fill(log_MV.isneginf(), 0.0)
+    return float(added_MV.double().sum(-1).mean())
 
 
 class Scores(NamedTuple):

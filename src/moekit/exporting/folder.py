@@ -23,7 +23,7 @@ from moekit.compress.engine.shard_writer import OutputShards, Spec, lay_out
 from moekit.errors import BadCheckpoint, NumericFault
 from moekit.exporting.form import Form
 from moekit.exporting.matrices import expert_matrices, stock_name
-from moekit.exporting.rounded import Planned, planned, recovered, refuse_packed, symmetric_grids
+from moekit.exporting.rounded import Planned, planned, recovered, refuse_unpackable, symmetric_grids
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -72,9 +72,9 @@ def prepare(checkpoint: Checkpoint, form: Form) -> PackedFolder:
 
     Raises:
         BadConfig: the experts were not rounded, not symmetrically, or to widths that the form does not hold.
-        UnsupportedModel: packed already, or experts that have no names of their own.
+        UnsupportedModel: packed already, runtime parts, or experts that have no names of their own.
     """
-    refuse_packed(checkpoint)
+    refuse_unpackable(checkpoint)
     grids = symmetric_grids(checkpoint, form.name)
     found = expert_matrices(checkpoint)
     plan = planned((matrix for some in found.values() for matrix in some), grids, form.name)

@@ -63,7 +63,7 @@ def family_of(config: Any, file: Any = None) -> Family:
             file=file,
             hint="--to compressed-tensors and --to auto-round take every family whose experts have names of their own",
         )
-    for key, value in found.demands.items():
+    for key, value in {"hidden_act": "silu", **found.demands}.items():
         told = getattr(config, key, value)
         if told != value and not (not told and not value):
             raise UnsupportedModel(

@@ -24,16 +24,18 @@ from torch import Tensor
 from moekit._progress import Progress
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.meta import meta_model
+from moekit.checkpoint.names import where
 from moekit.checkpoint.reading import TensorReader
+from moekit.checkpoint.uneven import uneven_counts
 from moekit.compress.engine.grids import Grids
 from moekit.compress.engine.outcome import PARTS
-from moekit.errors import BadConfig, UnsupportedModel
+from moekit.errors import BadConfig, NumericFault, UnsupportedModel
 from moekit.exporting import gguf_blocks
 from moekit.exporting.gguf_blocks import Bytes
 from moekit.exporting.gguf_families import Family, add_sizes, family_of
 from moekit.exporting.gguf_tokenizer import add_tokenizer
 from moekit.exporting.matrices import ExpertMatrix, expert_matrices, stock_name
-from moekit.exporting.rounded import Planned, grids_of, recovered, refuse_packed
+from moekit.exporting.rounded import Planned, grids_of, recovered, refuse_unpackable
 
 TensorType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 FILE = "model.gguf"
@@ -133,11 +135,13 @@ def prepare(checkpoint: Checkpoint, tensor_type: TensorType = "auto") -> GgufFil
 
     Raises:
         BadConfig: grids that GGUF's blocks do not hold.
-        UnsupportedModel: a family or tensor that llama.cpp does not know, packed weights, or no package gguf.
+        UnsupportedModel: a family or tensor that llama.cpp does not know, packed weights, runtime parts, layers of
+            different numbers of experts, or no package gguf.
     """
-    refuse_packed(checkpoint)
+    refuse_unpackable(checkpoint)
     config = meta_model(checkpoint).config
     family = family_of(config, checkpoint.path)
+    _refuse_uneven(checkpoint)
     names = _names(family, config)
     found = expert_matrices(checkpoint)
     tensors = list(_others(checkpoint, config, family, names, set(found), tensor_type))
@@ -154,7 +158,7 @@ def write(work: GgufFile, path: Path, progress: Progress | None = None) -> str:
         What became of the tokenizer, for people.
 
     Raises:
-        NumericFault: an expert does not lie on its grid.
+        NumericFault: an expert does not lie on its grid, or a tensor holds NaN, or more than its type does.
     """
     gguf = package()
     architecture = getattr(gguf.MODEL_ARCH, work.family.architecture)
@@ -183,6 +187,17 @@ def write(work: GgufFile, path: Path, progress: Progress | None = None) -> str:
         if progress is not None:
             progress.finish()
     return told
+
+
+def _refuse_uneven(checkpoint: Checkpoint) -> None:
+    counts = uneven_counts(checkpoint)
+    if counts:
+        raise UnsupportedModel(
+            f"layers hold {min(counts.values())} to {max(counts.values())} experts, and llama.cpp reads one number for "
+            "all layers",
+            file=checkpoint.path,
+            hint="drop experts with --scope uniform, or --to auto-round, which moekit.load reads",
+        )
 
 
 def _names(family: Family, config: Any) -> Any:
@@ -228,7 +243,7 @@ def _heads(stock: str, config: Any) -> int:
 def _reader(name: str, kind: str, heads: int) -> Callable[[TensorReader], Bytes]:
     def make(reader: TensorReader) -> Bytes:
         value = reader.read(name)
-        return as_bytes(interleaved(value, heads) if heads else value, kind)
+        return as_bytes(interleaved(value, heads) if heads else value, kind, name)
 
     return make
 
@@ -277,7 +292,7 @@ def _unheld(layer: int, part: str, columns: int, grids: Grids) -> BadConfig:
 
 
 def _stack(some: list[ExpertMatrix], kind: str) -> Callable[[TensorReader], Bytes]:
-    return lambda reader: np.stack([as_bytes(matrix.read(reader), kind) for matrix in some])
+    return lambda reader: np.stack([as_bytes(matrix.read(reader), kind, matrix.name) for matrix in some])
 
 
 def _blocks(some: list[Planned], kind: str, group: int) -> Callable[[TensorReader], Bytes]:
@@ -293,14 +308,28 @@ def _kind(stored: str, columns: int, tensor_type: TensorType) -> str:
     return tensor_type.upper()
 
 
-def as_bytes(value: Tensor, kind: str) -> Bytes:
-    """A tensor's bytes in a kind, a row of bytes for each row."""
+def as_bytes(value: Tensor, kind: str, name: str = "the tensor") -> Bytes:
+    """A tensor's bytes in a kind, a row of bytes for each row.
+
+    Raises:
+        NumericFault: it holds NaN, or numbers beyond what the kind holds; says where.
+    """
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    made = value.to(dtype)
+    if not bool(made.isfinite().all()):
+        layer, expert = where(name)
+        damaged = not bool(value.isfinite().all())
+        raise NumericFault(
+            f"{name} holds NaN or infinity" if damaged else f"{name} holds numbers beyond what {kind} holds",
+            layer=layer,
+            expert=expert,
+            hint="see `moekit check`" if damaged else "choose a wider type (--type bf16)",
+        )
     if kind == "Q8_0":
         gguf = package()
-        made: Bytes = gguf.quants.quantize(value.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
-        return made
-    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
-    flat: Bytes = value.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+        blocks: Bytes = gguf.quants.quantize(made.numpy(), gguf.GGMLQuantizationType.Q8_0)
+        return blocks
+    flat: Bytes = made.contiguous().reshape(-1).view(torch.uint8).numpy()
     return flat.reshape(*value.shape[:-1], -1)
 
 

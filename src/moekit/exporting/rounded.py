@@ -25,11 +25,11 @@ _GENERATIONS = 16
 _AGAIN = "moekit quantize MODEL --method gptq --bits 4 --set symmetric=true"
 
 
-def refuse_packed(checkpoint: Checkpoint) -> None:
-    """Refuse a folder that is in a packed form already.
+def refuse_unpackable(checkpoint: Checkpoint) -> None:
+    """Refuse a folder that is in a packed form already, or that more than its weights belongs to.
 
     Raises:
-        UnsupportedModel: names the form.
+        UnsupportedModel: names the form, or the runtime part, which no engine would run.
     """
     settings = quantization(checkpoint.config)
     if settings is not None:
@@ -37,6 +37,15 @@ def refuse_packed(checkpoint: Checkpoint) -> None:
             f"the weights are packed already ({kind(settings)})",
             file=checkpoint.path,
             hint="give the folder that it was made from, whose weights are floats",
+        )
+    parts = [] if checkpoint.record is None else checkpoint.record.parts
+    if parts:
+        raise UnsupportedModel(
+            f"the folder computes with {parts[0].kind} {parts[0].name!r}, which engines do not know: without it the "
+            "model is another one",
+            file=checkpoint.path,
+            hint="export the folder that it was attached to (moekit undo); after mone or merging, prune or merge again "
+            "so that stock transformers routes (mone: --set operator=drop; merging: --set router=representative)",
         )
 
 

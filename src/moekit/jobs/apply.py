@@ -30,6 +30,7 @@ from moekit.jobs.weights.sizes import (
     check_disk,
     memory_of,
     refuse_uneven,
+    rewritten_bytes,
     size_of_result,
     warn_uneven,
 )
@@ -145,9 +146,10 @@ def estimate(options: ApplyOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     request = _request(options, plan)
     refuse_uneven(request.keep_budget, options.stock_only)
     check_mtp(source.checkpoint, options.mtp, request, plan.file.mtp)
-    nbytes = _written(options, plan, source, request)
-    disk = nbytes + _between(options, source, plan)
-    return JobEstimate((*reads, model), (Item(str(out), nbytes),), disk=disk, memory=memory_of(source, options))
+    nbytes, between = _bytes(options, plan, source, request)
+    return JobEstimate(
+        (*reads, model), (Item(str(out), nbytes),), disk=nbytes + between, memory=memory_of(source, options)
+    )
 
 
 def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
@@ -160,10 +162,10 @@ def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
     refuse_uneven(request.keep_budget, options.stock_only)
     check_mtp(source.checkpoint, options.mtp, request, plan.file.mtp)
     warn_uneven(request.keep_budget)
-    written = _written(options, plan, source, request)
+    written, between = _bytes(options, plan, source, request)
     if options.proof:
         check_runnable(source)
-    check_disk(context.out, context.scratch, written, _between(options, source, plan))
+    check_disk(context.out, context.scratch, written, between)
     heldout = heldout_of_plan(plan, options, source, context.progress) if options.proof else None
     decided = Decided(source, request, _decided(options, plan, source, request), plan.statistics)
     return finish(decided, heldout, options, context, log_warnings(decided.plan))
@@ -216,13 +218,10 @@ def _decided(options: ApplyOptions, plan: WeightPlan, source: OpenedModel, reque
     return WeightPlan(made.file.model_copy(update={"layers": in_groups(source, made)}), made.statistics)
 
 
-def _written(options: ApplyOptions, plan: WeightPlan, source: OpenedModel, request: PlanRequest) -> int:
-    """Bytes of the folder, with its records; refuses what this model cannot have."""
+def _bytes(options: ApplyOptions, plan: WeightPlan, source: OpenedModel, request: PlanRequest) -> tuple[int, int]:
+    """Bytes of the folder with its records, and of work in between; refuses what this model cannot have."""
     size = size_of_result(source, request, plan.file.method, stock_only=options.stock_only, mtp=options.mtp)
-    return size.nbytes + record_bytes(source.checkpoint.tensors.values())
-
-
-def _between(options: ApplyOptions, source: OpenedModel, plan: WeightPlan) -> int:
     proof = (options.proof_tokens or (1 << 20)) if options.proof else 0
-    rewritten = source.nbytes if plan.method.rewrites else 0
-    return bytes_between(source, options, proof_tokens=proof, variants=2 + options.random_seeds, rewritten=rewritten)
+    rewritten, variants = rewritten_bytes(source, size, request), 2 + options.random_seeds
+    between = bytes_between(source, options, proof_tokens=proof, variants=variants, rewritten=rewritten)
+    return size.nbytes + record_bytes(source.checkpoint.tensors.values()), between

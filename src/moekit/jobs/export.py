@@ -86,8 +86,8 @@ def export(
             exists.
         BadCheckpoint: the model is damaged.
         NumericFault: an expert does not lie on its grid.
-        UnsupportedModel: the model is packed already, its experts have no names of their own, or llama.cpp computes
-            its family in another way.
+        UnsupportedModel: the model is packed already, has runtime parts, its experts have no names of their own, or
+            llama.cpp computes its family in another way.
         OutOfBudget: the disk is too small; said before the work.
     """
     return call(ExportOptions, ExportResult, dict(locals()))

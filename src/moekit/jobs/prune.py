@@ -58,7 +58,7 @@ def prune(
         model: MoE: folder or hub id.
         method: which experts go; see moekit methods prune.
         settings: the method's own knobs.
-        keep: what stays: experts a layer (64), their fraction (0.5; 1.0 is all), or bytes of the model (12GiB)
+        keep: what stays: experts a layer (64), their fraction (0.5, 1/2; 1.0 is all), or bytes of the model (12GiB)
         data: text to decide on: file, folder, source, mix or hub id.
         trace: trace of this model to decide on, instead of data.
         heldout: text to prove the result on; by default a tenth of data, which is kept apart for it.

@@ -10,14 +10,26 @@ from pydantic import ValidationError
 
 from moekit._ranks import is_first_rank
 from moekit._validation import faults
-from moekit.checkpoint import fingerprint_model
+from moekit.checkpoint import Checkpoint, fingerprint_model
+from moekit.checkpoint.folder import read_tensors
+from moekit.checkpoint.precision import stored_form
+from moekit.checkpoint.stored import mark_stored
 from moekit.data.text import Document
 from moekit.errors import BadConfig
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, Item, JobEstimate, total
 from moekit.jobs.options.train import TrainOptions
-from moekit.jobs.shared.inputs import changed_bytes, model_item, open_model, read_text, save_changed, text_item
+from moekit.jobs.shared.inputs import (
+    changed_bytes,
+    lies_here,
+    model_item,
+    model_location,
+    open_model,
+    read_text,
+    save_changed,
+    text_item,
+)
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.jobs.shared.rehearsal import refuse_broken
 from moekit.jobs.shared.teachers import refuse_other_tokenizer
@@ -86,6 +98,7 @@ def train(
     dispatch: str = "once-per-rank",
     placement: str | Path | None = None,
     codec: Literal["none", "int8"] = "none",
+    saved_as: Literal["source", "float32"] = "source",
     drop_unknown: bool = False,
     out: str | Path,
     overwrite: bool = False,
@@ -111,6 +124,7 @@ def train(
         dispatch: how tokens travel; see moekit methods dispatch.
         placement: placement file: which rank holds which expert.
         codec: int8 sends hidden states in 8 bits; lossy.
+        saved_as: dtype of the trained weights: that of the model, or float32, in which they learnt, to go on from.
         drop_unknown: leave out what the source holds beyond the model, such as extra layers.
         out: folder of the trained checkpoint.
         overwrite: replace what is there, at the very end.
@@ -166,8 +180,18 @@ def estimate(options: TrainOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     copies = 2 if config_of(options, 0).save_every is None else 8
     kept = None if model.nbytes is None else copies * model.nbytes
     return JobEstimate(
-        (model, *teachers, *texts), (Item(str(out), changed_bytes(options.model, model)),), disk=kept, memory=needed
+        (model, *teachers, *texts), (Item(str(out), _written_bytes(options, model)),), disk=kept, memory=needed
     )
+
+
+def _written_bytes(options: TrainOptions, model: Item) -> int | None:
+    nbytes = changed_bytes(options.model, model)
+    if nbytes is None or options.saved_as == "source":
+        return nbytes
+    if not lies_here(options.model):
+        return 2 * nbytes
+    tensors = read_tensors(Path(options.model).expanduser()).values()
+    return nbytes + sum(max(0, 4 * info.numel - info.nbytes) for info in tensors)
 
 
 def run(options: TrainOptions, context: JobContext) -> dict[str, Any]:
@@ -205,6 +229,8 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
     )
     if distribution is not None:
         model = _whole(options, model, context)
+    if options.saved_as == "source":
+        mark_stored(model, stored_form(Checkpoint.open(model_location(options.model))))
     scores = result.model_dump(mode="json", exclude={"history"})
     settings = {**config.model_dump(mode="json", exclude_defaults=True), "data": options.data}
     save_changed(

@@ -65,7 +65,9 @@ def skip_second(
 ) -> Routed:
     """Leave the smaller of two weights out where it is below the threshold times the larger.
 
-    A skipped choice is expert E with weight 0; the other gets what the family would give it as the only choice.
+    A skipped choice is expert E with weight 0; the other gets what the family would give it as the only choice. Where a
+    choice is nobody's already (`MergeRedirect`), whatever answers in its place has its gate and costs nothing: such
+    tokens stay as they are.
 
     Args:
         inputs: of the router.
@@ -86,9 +88,11 @@ def skip_second(
     first_T1 = weights_TK.argmax(dim=1, keepdim=True)
     largest_T1, second_T1 = weights_TK.gather(1, first_T1), weights_TK.gather(1, 1 - first_T1)
     skip_T1 = second_T1.float() < threshold * largest_T1.float()
+    skip_T1 = skip_T1 & (indices_TK < inputs.geometry.experts).all(dim=1, keepdim=True)
     if keeps_T is not None:
         skip_T1 = skip_T1 & ~keeps_T.unsqueeze(1)
-    alone_T1 = inputs.gate.weigh(inputs.logits, indices_TK.gather(1, first_T1)).to(weights_TK.dtype)
+    chosen_T1 = indices_TK.gather(1, first_T1).clamp_max(inputs.geometry.experts - 1)
+    alone_T1 = inputs.gate.weigh(inputs.logits, chosen_T1).to(weights_TK.dtype)
     stays_TK = torch.arange(2, device=first_T1.device) == first_T1
     skipped_TK = torch.where(stays_TK, alone_T1, torch.zeros_like(alone_T1))
     weights_TK = torch.where(skip_T1, skipped_TK, weights_TK)

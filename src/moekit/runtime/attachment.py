@@ -134,7 +134,8 @@ def _prepare(
                 layer=layer.index,
                 hint="the plan is damaged or belongs to another policy; plan the routing again",
             ) from error
-        gate = Gate(identify_gate(layer), layer.gate_home) if part.slot == "router" else None
+        asks = part.slot == "router" or (isinstance(part, ExpertsPart) and part.asks_gate)
+        gate = Gate(identify_gate(layer), layer.gate_home) if asks else None
         prepared.append(Prepared(layer, on if device.type == "meta" else on.to(device), gate))
     if shared is not None and layers:
         shared.to(next(iter(modules[layers[0].index].parameters())).device)

@@ -45,6 +45,8 @@ class ExpertsInputs(PartInputs):
         index_TK: chosen experts; E is "no expert".
         weights_TK: their weights.
         run: computes the experts as without this part.
+        shares_out: whether a token's weights add up to the same however few it chooses; told where the part asks for
+            the gate (`asks_gate`).
         unwatched: of a part that watches: `run` without those that watch further inside, for calls that the block does
             not make; None where nobody does.
     """
@@ -54,6 +56,7 @@ class ExpertsInputs(PartInputs):
     index_TK: Tensor
     weights_TK: Tensor
     run: Run
+    shares_out: bool = True
     unwatched: Run | None = None
 
 
@@ -68,6 +71,11 @@ class ExpertsPart(RuntimePart):
 
     slot: ClassVar[Slot] = "experts"
     reads_weights: ClassVar[bool] = True
+
+    @property
+    def asks_gate(self) -> bool:
+        """Whether it must know how the router weighs choices; then a layer whose gate is not known is refused."""
+        return False
 
     def check_dealt_out(self, layer: int) -> None:
         """Refuse experts that lie on several ranks, unless the part can stand over them.
@@ -224,5 +232,6 @@ def inputs_of(
         index_TK=index_TK,
         weights_TK=weights_TK,
         run=run,
+        shares_out=slot.gate is None or slot.gate.spec.shares_out,
         **on.common(slot.tracker),
     )

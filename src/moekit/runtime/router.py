@@ -96,9 +96,14 @@ class ScorePart(RouterPart):
 
 
 class ChoosePart(RouterPart):
-    """A part that chooses, in the place of the family's gate."""
+    """A part that chooses, in the place of the family's gate.
+
+    Attributes:
+        own_rows: whether, with constants, it weighs choices by rows of its own: the router's then learn nothing.
+    """
 
     stage: ClassVar[Stage] = "choose"
+    own_rows: ClassVar[bool] = False
 
     @abstractmethod
     def choose(self, inputs: RouteInputs) -> Routed:

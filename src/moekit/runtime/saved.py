@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,18 @@ def entries(model: nn.Module) -> tuple[list[PartEntry], dict[str, Tensor]]:
             )
         )
     return found, tensors_of_parts(model)
+
+
+def parts_digest(model: nn.Module) -> str:
+    """sha256 of a model's parts and all of their tensors, by which equal ones are known; "" without parts."""
+    parts = attached(model)
+    if not parts:
+        return ""
+    told = [f"{type(a.part).__qualname__} {a.part.model_dump_json()} {sorted(a.layers)}" for a in parts]
+    digest = hashlib.sha256("\n".join(told).encode())
+    for name, tensor in sorted(tensors_of_parts(model).items()):
+        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def tensors_of_parts(model: nn.Module) -> dict[str, Tensor]:

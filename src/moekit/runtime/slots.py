@@ -88,7 +88,7 @@ class SlotParts(nn.Module):
 
     Attributes:
         tracker: knows the forward pass under way; None where no part of a record is attached.
-        gate: of a router: the family's own.
+        gate: the family's own; of a router, and of experts of which a part asks for it.
         transient: of experts: parts that come and go, in the order in which they came.
         own_forward: of experts: what another library set on the module in place of its class's forward; it stands
             inside of all parts.

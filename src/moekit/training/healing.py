@@ -102,10 +102,6 @@ class HealConfig(BaseModel):
             raise ValueError("steps, epochs and tokens contradict each other: give one of them")
         return self
 
-    def kept(self, vocabulary: int) -> int:
-        """How many of the teacher's likeliest tokens a store keeps."""
-        return min(self.top_k, vocabulary)
-
     def objectives(self) -> dict[str, Any]:
         """The loss, as a run of training is told it."""
         knobs: dict[str, Any] = {"weight": self.kl_weight, "temperature": self.temperature}

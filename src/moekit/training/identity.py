@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from moekit._files import read_text
 from moekit.checkpoint.atomic import atomic_write
 from moekit.checkpoint.fingerprint import live_fingerprint
 from moekit.errors import BadConfig
-from moekit.runtime.attachment import attached
-from moekit.runtime.saved import tensors_of_parts
+from moekit.runtime.saved import parts_digest
 from moekit.training.compute import resolve_precision
 from moekit.training.config import TrainConfig
 from moekit.training.distribution import Distribution
@@ -44,17 +41,13 @@ def run_identity(
 
     Where ranks share a model, another number of them may continue it, if each step keeps its rows.
     """
-    parts = attached(model)
-    told = [f"{type(a.part).__qualname__} {a.part.model_dump_json()} {sorted(a.layers)}" for a in parts]
-    routing = hashlib.sha256("\n".join(told).encode())
-    for name, tensor in sorted(tensors_of_parts(model).items()):
-        routing.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    routing = parts_digest(model) or "stock"
     precision = resolve_precision(config.precision, model.device)  # "auto" may mean something else elsewhere
     settings = config.model_copy(update={"precision": precision})
     taught = {} if teacher is None else {"teacher": teacher.identity}
     if distribution is not None:
         return {
-            "routing": routing.hexdigest() if parts else "stock",
+            "routing": routing,
             "text": texts.digest,
             "settings": settings.model_dump_json(exclude=_WATCHING | {"batch", "accumulation"}),
             "steps": texts.steps,
@@ -65,7 +58,7 @@ def run_identity(
     return {
         **taught,
         "model": live_fingerprint(model),
-        "routing": routing.hexdigest() if parts else "stock",
+        "routing": routing,
         "text": texts.digest,
         "settings": settings.model_dump_json(exclude=_WATCHING),
         "steps": texts.steps,

@@ -16,6 +16,8 @@ from torch import nn
 from moekit.anatomy.asking import contract, raw_answer
 from moekit.anatomy.probe import MoELayer
 from moekit.errors import BadConfig
+from moekit.runtime.router import ChoosePart
+from moekit.runtime.slots import slot_of
 from moekit.training.config import TrainConfig
 from moekit.training.layers import moe_layers
 
@@ -26,13 +28,32 @@ PROBE_ROWS = 64
 NOTHING = 1e-5
 
 
+def why_stuck(layer: MoELayer) -> str:
+    """Why no gradient of an output reaches a layer's router, in words; "" where one does."""
+    if learns_from_weights(layer):
+        return ""
+    if _weighs_by_own_rows(layer):
+        return "a routing policy weighs choices by rows of its own, which do not learn"
+    if layer.geometry.top_k == 1:
+        return "a token takes one expert, and its weight is normalised to 1"
+    return "the weights that it gives do not depend on it"
+
+
+def _weighs_by_own_rows(layer: MoELayer) -> bool:
+    slot = slot_of(layer.require_router())
+    parts = [] if slot is None else slot.of_layer()
+    return any(isinstance(on.part, ChoosePart) and on.part.own_rows and bool(on.stored) for on in parts)
+
+
 def learns_from_weights(layer: MoELayer) -> bool:
     """Whether the weights that a layer's router gives carry a gradient to its trainable parameters.
 
     Asked with random hidden states. A router that cannot be asked alone (it reads the forward pass around it) counts
-    as one that learns.
+    as one that learns, unless a policy says that it chooses without it.
     """
     router = layer.require_router()
+    if _weighs_by_own_rows(layer):
+        return False
     parameters = [p for p in router.parameters() if p.requires_grad]
     if not parameters or any(p.is_meta for p in parameters):
         return True
@@ -75,15 +96,12 @@ def check_routers_learn(model: nn.Module, config: TrainConfig) -> None:
     if not stuck:
         return
     numbers = [layer.index for layer in stuck]
-    message = (
-        "no gradient of the language-modelling loss reaches the router: a token takes one expert, and its weight is "
-        "normalised to 1"
-        if stuck[0].geometry.top_k == 1
-        else "no gradient of the language-modelling loss reaches the router through the weights it gives"
-    )
+    message = f"no gradient of the language-modelling loss reaches the router: {why_stuck(stuck[0])}"
     hint = (
-        "add an objective on routers (balance: 0.01), let the weights be (norm_topk_prob=False where the family has "
-        "it), or take 2 experts"
+        "train other parts, or merge again so that the router chooses (--set router=representative)"
+        if _weighs_by_own_rows(stuck[0])
+        else "add an objective on routers (balance: 0.01), let the weights be (norm_topk_prob=False where the family "
+        "has it), or take 2 experts"
     )
     theirs = {id(p) for layer in stuck for p in layer.require_router().parameters()}
     if all(id(p) in theirs for p in model.parameters() if p.requires_grad):

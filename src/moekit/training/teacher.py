@@ -16,6 +16,7 @@ from moekit.checkpoint.fingerprint import live_fingerprint
 from moekit.data.batches import TokenBatches
 from moekit.data.vocabulary import output_size
 from moekit.errors import BadConfig
+from moekit.runtime.saved import parts_digest
 from moekit.training.batch import MicroBatch, TeacherOutput
 from moekit.training.head import OutputInputs, OutputTap
 from moekit.training.own_loss import readable_head
@@ -92,9 +93,9 @@ class LiveTeacher:
 
     @property
     def identity(self) -> str:
-        """Fingerprint of its weights."""
+        """Fingerprint of its weights, and digest of its runtime parts if it has any."""
         if self._identity is None:
-            self._identity = live_fingerprint(self.model)
+            self._identity = f"{live_fingerprint(self.model)} {parts_digest(self.model)}".rstrip()
         return self._identity
 
     @property

@@ -176,7 +176,8 @@ def _write_shard(
             values.append(top.values.half().cpu())
     shape = (last - first, header.length, header.top_k)
     tensors = {"ids": torch.cat(ids).view(shape), "log_probs": torch.cat(values).view(shape)}
-    scratch = folder / f".{header.shard(number)}.part"
+    # Two runs may fill one store at once.
+    scratch = folder / f".{header.shard(number)}.{os.getpid()}.part"
     save_file(tensors, scratch)
     with open_regular(scratch) as stream:
         os.fsync(stream.fileno())

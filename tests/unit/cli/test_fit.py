@@ -148,7 +148,7 @@ def test_the_fewest_bytes_that_are_told_do(made: Path, tmp_path: Path) -> None:
     ("more", "words"),
     [
         ({"bits": (4,)}, "rounding saves no bytes for stock"),
-        ({"bytes": "a lot"}, "budget is impossible"),
+        ({"bytes": "a lot"}, "is no number of bytes"),
         ({"bytes": 0}, "no number of bytes"),
         ({"drop": "naee"}, "runs the layers again"),
         ({"rounding": "gptq"}, "measures the very layer"),
@@ -260,3 +260,26 @@ def test_what_is_fitted_for_llama_cpp_is_packed_into_the_bytes_it_was_counted_wi
     for tensor in gguf.GGUFReader(next((tmp_path / "packed").glob("*.gguf"))).tensors:
         if "_exps" in tensor.name:
             assert tensor.tensor_type.name == kinds[bits[int(tensor.name.split(".")[1])]], tensor.name
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"engine": "vllm", "bits": (8, 3)}, r"vllm do not hold .* in 3 bits \(held are: 8, 4\)"),
+        ({"engine": "llama.cpp", "bits": (4,)}, r"llama\.cpp do not hold .* in 4 bits \(held are: none\)"),
+        ({"engine": "vllm", "settings": {"bits": {"group": 4}}}, "the group is that of all that is planned"),
+        ({"engine": "vllm", "settings": {"bits": {"symmetric": False}}}, "holds no zero points"),
+    ],
+)
+def test_what_no_file_of_the_engine_holds_is_refused_before_work(made: Path, how: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadConfig, match=said):
+        fit(made, made / "never", **how)
+    assert not (made / "never").exists()
+
+
+def test_groups_are_whole_blocks_of_llama_cpp(tmp_path: Path) -> None:
+    write_model(tmp_path / "moe", "qwen3_moe", hidden_size=64, moe_intermediate_size=64)
+    write_text(tmp_path / "text", documents=2)
+    asked: dict[str, Any] = {"engine": "llama.cpp", "widths": (0.5,), "bytes": 10**6, "data": tmp_path / "text"}
+    with pytest.raises(BadConfig, match="in blocks of 32, not in groups of 16"):
+        api.fit(tmp_path / "moe", group=16, out=tmp_path / "out", **asked)

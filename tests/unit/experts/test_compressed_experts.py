@@ -107,13 +107,11 @@ def test_shares_by_hand() -> None:
 
 
 @pytest.mark.parametrize("mode", ["three", "input"])
-@pytest.mark.parametrize(
-    ("family", "renormalize"), [("qwen3_moe", "main"), ("gpt_oss", "main"), ("olmoe", "topk"), ("granitemoe", "main")]
-)
-def test_before_training_it_is_the_model_of_fewer_choices(family: str, renormalize: Any, mode: Any) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "olmoe", "qwen2_moe", "granitemoe"])
+def test_before_training_it_is_the_model_of_fewer_choices(family: str, mode: Any) -> None:
     model, fewer = build(family, num_experts_per_tok=4), build(family, num_experts_per_tok=2)
     fewer.load_state_dict(model.state_dict())
-    attach(model, CompressedExperts(mode=mode, renormalize=renormalize))
+    attach(model, CompressedExperts(mode=mode))
     torch.testing.assert_close(logits(model), logits(fewer), atol=1e-5, rtol=1e-5)
 
 

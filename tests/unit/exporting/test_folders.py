@@ -20,6 +20,8 @@ from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import BadConfig, NumericFault, UnsupportedModel
+from moekit.routing.methods.naee_skip import NAEESkip
+from moekit.runtime import attach
 from tests.checkpoints import edit_json, edit_shard, plain
 from tests.exporting import rounded
 from tests.families import logits
@@ -219,6 +221,18 @@ def test_experts_without_names_of_their_own_and_packed_folders_are_refused(tmp_p
     export(source, "compressed-tensors", tmp_path / "packed")
     with pytest.raises(UnsupportedModel, match=r"packed already \(compressed-tensors, pack-quantized\)"):
         export(tmp_path / "packed", "auto-round", tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "auto-round", "gguf"])
+def test_no_policy_that_belongs_to_the_model_is_lost(to: str, tmp_path: Path) -> None:
+    source = rounded(tmp_path / "rounded", "qwen3_moe", 4)
+    model = moekit.load(source)
+    attach(model, NAEESkip(beta=0.5))
+    moekit.save(model, tmp_path / "skips")
+    record = Record.read(source)
+    edit_json(tmp_path / "skips" / "moekit.json", lambda told: told["scores"].update(grids=record.scores["grids"]))
+    with pytest.raises(UnsupportedModel, match="computes with routing 'naee-skip', which engines do not know"):
+        export(tmp_path / "skips", to, tmp_path / "out")
 
 
 def test_experts_that_were_left_alone_since_lie_on_their_parents_grids(tmp_path: Path) -> None:

@@ -14,16 +14,22 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import moekit
+from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.record import Record
+from moekit.compress.engine.apply import apply
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.data.text import Document
 from moekit.data.tokenizer import train_tokenizer
-from moekit.errors import BadConfig, UnsupportedModel
+from moekit.errors import BadConfig, NumericFault, UnsupportedModel
 from moekit.exporting.gguf_blocks import packed
 from moekit.exporting.recovery import Recovered
-from tests.checkpoints import edit_json, plain
+from tests.checkpoints import edit_json, edit_shard, plain
 from tests.exporting import rounded
 from tests.families import EXPERTS, HIDDEN, TOP_K, VOCAB, WIDTH, logits
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+
+RECORD = Record(command="a test")
 
 
 def export(source: Path, out: Path, **how: Any) -> Any:
@@ -189,6 +195,26 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match="tensor_type changes nothing for auto-round"):
         moekit.export(source, to="auto-round", tensor_type="f16", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_another_activation_and_layers_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    source = plain(tmp_path / "gelu", "qwen3_moe", hidden_act="gelu")
+    with pytest.raises(UnsupportedModel, match=r"hidden_act is 'gelu', and .* with 'silu'"):
+        export(source, tmp_path / "out")
+    outcomes = {0: LayerOutcome(keep=(0, 1, 2, 3)), 1: LayerOutcome(keep=(1, 2, 4))}
+    apply(Checkpoint.open(plain(tmp_path / "whole", "qwen3_moe")), outcomes, tmp_path / "uneven", record=RECORD)
+    with pytest.raises(UnsupportedModel, match="layers hold 3 to 4 experts"):
+        export(tmp_path / "uneven", tmp_path / "out")
+
+
+def test_numbers_that_a_type_does_not_hold_are_no_infinities(tmp_path: Path) -> None:
+    source = plain(tmp_path / "source", "qwen3_moe")
+    (shard,) = source.glob("model*.safetensors")
+    edit_shard(shard, lambda tensors: tensors["model.layers.1.self_attn.o_proj.weight"].mul_(1e7))
+    with pytest.raises(NumericFault, match=r"layer 1: .*o_proj\.weight holds numbers beyond what F16 holds"):
+        export(source, tmp_path / "out", tensor_type="f16")
+    assert not (tmp_path / "out").exists()
+    export(source, tmp_path / "out", tensor_type="bf16")
 
 
 def test_byte_level_tokenizers_are_in_the_file(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from moekit.jobs.options.super_experts import SuperExpertsOptions
 from moekit.jobs.options.train import TrainOptions
 from moekit.jobs.shared.opened import open_source
 from moekit.jobs.weights import fewer_job
-from moekit.jobs.weights.sizes import memory_of
+from moekit.jobs.weights.sizes import layer_bytes, memory_of
 from moekit.streaming.states import States
 from tests.families import build
 from tests.quantizing import fp8_packer, fp8_settings, requantized
@@ -156,6 +156,25 @@ def test_states_and_rewritten_layers_fit_into_what_is_foreseen(
     written = known.writes[0].nbytes or 0
     # Headers of the files are not foreseen.
     assert sum(sizes) + rewritten[0] <= (known.disk - written) + 4_000
+
+
+def test_layers_that_a_text_made_lie_there_once_whatever_the_proof_runs_in(made: Path) -> None:
+    between = {}
+    for wide in ("float32", "bfloat16"):
+        known = told(rounding(made, dtype=wide))
+        assert known.disk is not None
+        between[wide] = known.disk - (known.writes[0].nbytes or 0)
+    # States are twice as wide in float32, layers lie as they are stored: 2 (states + layers) - (2 states + layers).
+    layers = sum(layer_bytes(open_source(str(made / "moe"))).values())
+    assert 2 * between["bfloat16"] - between["float32"] == layers
+
+
+def test_only_layers_are_counted_that_a_plan_rewrites(made: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"data": made / "text", "max_tokens": 300, "proof": False}
+    moekit.prune(made / "moe", method="dern", keep=0.5, plan=tmp_path / "p.json", **how)
+    known = told(applying(made, plan=tmp_path / "p.json", dtype="bfloat16", proof=False))
+    half = sum(layer_bytes(open_source(str(made / "moe"))).values()) // 2
+    assert known.disk == (known.writes[0].nbytes or 0) + half
 
 
 def test_a_plan_alone_of_what_cannot_be_is_refused_as_a_model_is(made: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from transformers.models.llama4 import modeling_llama4
 
 from moekit.errors import UnsupportedModel
@@ -32,3 +33,18 @@ def test_a_class_that_breaks_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_others_go_on(config: dict[str, object]) -> None:
     refuse_broken(config)
+
+
+def test_it_draws_no_number_that_the_work_would_draw() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    refuse_broken(CONFIG | {"model_type": "qwen3_vl_moe"})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_package_that_is_not_there_says_nothing_of_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wanting(*args: object, **named: object) -> None:
+        raise ImportError("needs a package")
+
+    monkeypatch.setattr(modeling_llama4.Llama4ForCausalLM, "__init__", wanting)
+    refuse_broken(CONFIG)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -10,7 +13,9 @@ from torch import nn
 from moekit.anatomy import Gate, GateSpec, Geometry
 from moekit.errors import BadConfig, BadData
 from moekit.routing.methods.naee_skip import NAEESkip
+from moekit.routing.second import skip_second
 from moekit.runtime import PlanInputs
+from moekit.runtime.router import Routed
 from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import resolve
@@ -134,3 +139,12 @@ def test_gradients_reach_the_router() -> None:
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
     assert bool((logits.grad[1] != 0).any())
+
+
+def test_a_token_with_a_choice_of_nobody_stays_as_it_is() -> None:
+    weights = torch.tensor([[0.6, 0.0], [0.0, 0.0], [0.9, 0.1]])
+    indices = torch.tensor([[1, 3], [3, 3], [2, 0]])
+    inputs: Any = SimpleNamespace(layer=0, geometry=geometry(), gate=gate(), logits=torch.zeros(3, 3))
+    found = skip_second(inputs, Routed(weights, indices), 0.5)
+    assert torch.equal(found.weights, torch.tensor([[0.6, 0.0], [0.0, 0.0], [1.0, 0.0]]))
+    assert found.indices.tolist() == [[1, 3], [3, 3], [2, 3]]

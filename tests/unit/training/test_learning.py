@@ -7,13 +7,15 @@ import logging
 import pytest
 
 from moekit.anatomy import find_moe_layers
+from moekit.compress.engine.live import change_model
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import BadConfig
 from moekit.routing import TopK, plan_routing
 from moekit.training import train
 from moekit.training.config import TrainConfig
 from moekit.training.freeze import train_only
-from moekit.training.learning import check_routers_learn, learns_from_weights
-from tests.families import build
+from moekit.training.learning import check_routers_learn, learns_from_weights, why_stuck
+from tests.families import EXPERTS, build
 from tests.unit.training.test_run import text
 
 
@@ -64,3 +66,17 @@ def test_a_run_asks_before_it_begins() -> None:
     model = build("mixtral", num_experts_per_tok=1)
     with pytest.raises(BadConfig, match="nothing else is to train"):
         train(model, None, text(), TrainConfig(steps=1, batch=2, seq_len=16, parts=("router",)))
+
+
+def test_rows_of_a_policy_leave_the_router_nothing_to_learn() -> None:
+    model = build("mixtral")
+    kept = (0, 2, 3)
+    table = tuple(kept.index(old) if old in kept else None for old in range(EXPERTS))
+    outcome = LayerOutcome(keep=kept, redirect=table)
+    change_model(model, {layer.index: outcome for layer in find_moe_layers(model)})
+    train_only(model, ("router",))
+    assert (
+        why_stuck(find_moe_layers(model)[0]) == "a routing policy weighs choices by rows of its own, which do not learn"
+    )
+    with pytest.raises(BadConfig, match="rows of its own, which do not learn, and nothing else is to train"):
+        train(model, None, text(), TrainConfig(steps=1, parts=("router",), seq_len=16))

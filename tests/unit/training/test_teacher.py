@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from moekit.errors import BadConfig, BadData
+from moekit.routing.methods.naee_skip import NAEESkip
+from moekit.runtime import attach
 from moekit.training import LiveTeacher, StoredTeacher, TrainConfig, store_teacher, train
 from moekit.training.batch import MicroBatch
 from tests.families import VOCAB, build, logits
@@ -88,3 +90,11 @@ def test_damaged_entries_are_refused(store: Path, tmp_path: Path) -> None:
     (folder / "teacher.json").write_text(json.dumps({**header, "vocabulary": 5}))
     with pytest.raises(BadData, match="outside the vocabulary"):
         StoredTeacher(folder).output(MicroBatch(ROWS.input_ids[:1].long()), torch.tensor([0]))
+
+
+def test_a_store_is_of_a_model_with_its_policy(store: Path) -> None:
+    same = build("qwen2_moe", seed=7)
+    assert LiveTeacher(same).identity == StoredTeacher(store).header.teacher
+    attach(same, NAEESkip(beta=0.5))
+    with pytest.raises(BadConfig, match="another store"):
+        store_teacher(same, ROWS, store, top_k=VOCAB, shard_rows=4)

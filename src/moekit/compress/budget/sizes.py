@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -13,15 +14,21 @@ from moekit.errors import BadConfig
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*$", re.IGNORECASE)
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
+
+
+def bytes_in(text: str) -> int | None:
+    """A number of bytes, such as 12GiB; None where a text says none."""
+    match = _BYTES.fullmatch(text)
+    return None if match is None else int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 class Budget(BaseModel):
     """What may stay.
 
     Attributes:
-        keep: experts a layer (an integer from 1), their fraction (above 0, at most 1.0), or bytes of the whole
-            checkpoint ("12GiB").
+        keep: experts a layer (an integer from 1), their fraction (above 0, at most 1.0; "1/2" is 0.5), or bytes of the
+            whole checkpoint ("12GiB").
         scope: "uniform" keeps equally many in each layer, which stock transformers loads; "global" keeps them where
             they are worth most, which needs moekit.load.
         least: fewest a layer keeps with "global"; at least the choices a token makes.
@@ -44,7 +51,9 @@ class Budget(BaseModel):
                 value = int(text)
             elif re.fullmatch(r"\d*\.\d+", text) or re.fullmatch(r"\d+\.", text):
                 value = float(text)
-            elif not _BYTES.match(text):
+            elif re.fullmatch(r"\d+\s*/\s*0*[1-9]\d*", text):
+                value = float(Fraction(text.replace(" ", "")))
+            elif bytes_in(text) is None:
                 raise ValueError(f"{value!r} is no count, no fraction and no size such as 12GiB")
         if isinstance(value, bool) or (isinstance(value, int) and value < 1):
             raise ValueError("a count is at least 1")
@@ -55,11 +64,7 @@ class Budget(BaseModel):
     @property
     def max_bytes(self) -> int | None:
         """The limit in bytes, if one is given."""
-        if not isinstance(self.keep, str):
-            return None
-        match = _BYTES.match(self.keep)
-        assert match is not None
-        return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+        return bytes_in(self.keep) if isinstance(self.keep, str) else None
 
 
 @dataclass(frozen=True)

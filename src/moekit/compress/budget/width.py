@@ -11,14 +11,12 @@ from fractions import Fraction
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moekit.compress.budget.sizes import bytes_in
 from moekit.errors import BadConfig
 
 # Kernels want widths that whole tiles divide; narrow experts get at least so many steps of a multiple.
 MULTIPLE, STEPS = 64, 8
 _HINT = "neurons (384), a share of them (1/2, 0.5), or bytes of the whole model (--bytes 12GiB)"
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
 
 
 class WidthBudget(BaseModel):
@@ -106,10 +104,10 @@ def parse_bytes(asked: str) -> int:
     Raises:
         BadConfig: it is none.
     """
-    match = _BYTES.fullmatch(asked)
-    if match is None:
+    found = bytes_in(asked)
+    if found is None:
         raise BadConfig(f"{asked!r} is no size", hint="such as 12GiB or 800MB, of the whole model")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return found
 
 
 def width_for_bytes(limit: int, before: int, multiple: int, nbytes: Callable[[int], int]) -> int:

@@ -103,7 +103,8 @@ def _plan_on_text(
         else:
             outcomes = {layer: method.decide(inputs[layer], scores[layer], shares[layer]) for layer in inputs}
             name, decide = pass_name(request, outcomes), lambda seen: outcomes[seen.layer]
-        found, meta = run(name, decide)
+        fewer = isinstance(request.budget, Budget) and any(shares[n] != geometries[n].experts for n in shares)
+        found, meta = run(name, decide, dropped=fewer)
         inputs = inputs_of(checkpoint, request, geometries, found)
     if behind:
         scores = {layer: method.worth(inputs[layer]) for layer in inputs}

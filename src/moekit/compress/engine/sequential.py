@@ -19,6 +19,7 @@ from torch import nn
 from moekit._progress import Progress
 from moekit.anatomy.probe import MoELayer
 from moekit.checkpoint.folder import Checkpoint
+from moekit.compress.engine.grouped import routing_groups
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.made_layers import MadeLayers
 from moekit.compress.engine.measuring import as_stored, refuse_damaged
@@ -56,12 +57,15 @@ class TextPass:
         self._progress = progress
         self.made: MadeLayers | None = None
 
-    def run(self, name: str, decide: Decide | None) -> tuple[dict[int, LayerStatistics], TraceMeta]:
+    def run(
+        self, name: str, decide: Decide | None, *, dropped: bool = False
+    ) -> tuple[dict[int, LayerStatistics], TraceMeta]:
         """Statistics of every layer, behind layers as they are, or behind layers changed by these outcomes.
 
         Args:
             name: of the folder: what an interrupted pass left belongs to this model, text and name.
             decide: says what becomes of each layer, and the same when it is asked again; None leaves all as they are.
+            dropped: whether any layer loses experts: then all of them give up routing groups, unless these stay.
         """
         text, request = self._text, self._request
         folder = None if text.folder is None else text.folder / name
@@ -76,13 +80,13 @@ class TextPass:
             device=text.device,
             keep_inputs=keeps,
         ) as streamed:
-            change = refuse_damaged if decide is None else partial(self._change, streamed, decide)
+            change = refuse_damaged if decide is None else partial(self._change, streamed, decide, dropped)
             streamed.run(self._progress, change)
             meta = streamed.trace(tokenizer=text.tokenizer, source=text.source, seed=request.seed).meta
             return {layer: record.statistics for layer, record in streamed.records.items()}, meta
 
     def _change(
-        self, streamed: Streamed, decide: Decide, moe: MoELayer, statistics: LayerStatistics
+        self, streamed: Streamed, decide: Decide, dropped: bool, moe: MoELayer, statistics: LayerStatistics
     ) -> nn.Module | None:
         """The block that the text goes on through; None for the layer as it is."""
         refuse_damaged(moe, statistics)
@@ -96,7 +100,8 @@ class TextPass:
             moe.index, moe.geometry, statistics, lambda: weights, request.seed, protected, read_moments
         )
         outcome = decide(inputs)
-        if outcome.unchanged(moe.geometry.experts) and request.top_k is None:
+        regrouped = dropped and request.groups == "free" and routing_groups(config.to_dict()) > 1
+        if outcome.unchanged(moe.geometry.experts) and request.top_k is None and not regrouped:
             return None
         new = request.method.transform(weights, outcome, inputs)
         if self.made is not None:
@@ -106,7 +111,14 @@ class TextPass:
             experts, width = moe.geometry.experts, outcome.width
             whole = resized_config(config, experts, top_k=request.top_k, groups="equal", width=width)
             return redirected_block(moe, whole, weights, new, outcome, request.method.novices(inputs, outcome))
-        sized = resized_config(config, new.experts, top_k=request.top_k, groups=request.groups, width=outcome.width)
+        sized = resized_config(
+            config,
+            new.experts,
+            top_k=request.top_k,
+            groups=request.groups,
+            dropped=dropped or new.experts != moe.geometry.experts,
+            width=outcome.width,
+        )
         return resized_block(moe, sized, new, outcome)
 
 

@@ -194,6 +194,8 @@ def _spread_over_model(costs: Mapping[int, Any], room: Room) -> Shares | None:
 def ranked_layers(room: Room, worth: Sequence[float], layers: Sequence[int]) -> list[int]:
     """Bits of each layer, those worth most first; ties go to the lower layer."""
     sizes = [room.sizes[n] * room.experts[n] for n in layers]
+    for layer, value in zip(layers, worth, strict=True):
+        _finite(torch.tensor(value), layer)
     return ranked_shares(_order(torch.tensor(worth)), sizes, room.choices, room.of_model)
 
 

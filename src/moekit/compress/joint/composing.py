@@ -71,8 +71,6 @@ class Composer:
             recipe: for it.
             inputs: of the layer as it is, with `required`.
 
-        Raises:
-            BadConfig: a method goes on routing among the experts as they were.
         """
         outcome = self._fewer(recipe, inputs)
         bits: Widths = {}
@@ -85,14 +83,7 @@ class Composer:
         method = self._method(recipe)
         if method is None or recipe.keep is None:
             return LayerOutcome(keep=tuple(range(inputs.experts)))
-        outcome = method.decide(inputs, method.worth(inputs), recipe.keep)
-        if outcome.redirect is not None:
-            raise BadConfig(
-                f"{catalogue.of(type(method)).name} leaves the router as it is, whose bytes are not planned for",
-                layer=inputs.layer,
-                hint="let the router choose among the experts that stay (--set merge='{router: representative}')",
-            )
-        return outcome
+        return method.decide(inputs, method.worth(inputs), recipe.keep)
 
     def _method(self, recipe: LayerRecipe) -> FewerMethod | None:
         return {"": None, "drop": self.drop, "merge": self.merge}[recipe.way]
@@ -159,7 +150,8 @@ def composer(
         settings: "drop", "merge", "narrow" or "bits" -> knobs.
 
     Raises:
-        BadConfig: unknown methods or knobs, or one that statistics of the model as it is do not suffice for.
+        BadConfig: unknown methods or knobs, one that statistics of the model as it is do not suffice for, or one that
+            goes on routing among the experts as they were.
     """
     knobs = settings or {}
     unknown = sorted(set(knobs) - {"drop", "merge", "narrow", "bits"})
@@ -173,7 +165,13 @@ def composer(
         cast(SlimMethod, make_method("slim", narrow, knobs.get("narrow", {}))),
         cast(QuantizeMethod, make_method("quantize", rounding, knobs.get("bits", {}))),
     )
-    for name, method in ((drop, made.drop), (merge, made.merge)):
+    for way, name, method in (("drop", drop, made.drop), ("merge", merge, made.merge)):
+        if method.redirects:
+            knob = "{router: representative}" if way == "merge" else "{operator: drop}"
+            raise BadConfig(
+                f"{name} leaves the router as it is, whose bytes are not planned for",
+                hint=f"let the router choose among the experts that stay (--set {way}='{knob}')",
+            )
         if method.passes in ("search", "sequential"):
             raise BadConfig(
                 f"{name} runs the layers again for each thing it tries, and here every layer is tried in many ways",

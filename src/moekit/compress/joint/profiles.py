@@ -47,6 +47,10 @@ class Profile:
             return self.bits
         return self.bits if hidden % _BLOCK == width % _BLOCK == 0 else ()
 
+    def holds_group(self, group: int) -> bool:
+        """Whether its packed files hold scales of groups of so many weights; 0 is one of a whole row."""
+        return self.name != "llama.cpp" or group % _BLOCK == 0
+
     def packed_bytes(self, weights: int, bits: int, group: int) -> int:
         """Bytes of so many weights on symmetric grids in this engine's files, scales with them.
 

@@ -163,11 +163,16 @@ class CompressedExperts(ExpertsPart):
     mode: Literal["three", "input"] = Field(
         default="three", description="three vectors an expert, or one on the input (c1 = c3, c2 = 1), for any kernel"
     )
-    renormalize: Literal["main", "topk"] = Field(
-        default="main",
-        description="main experts get the weight of all choices (main, for models that normalise weights), or keep the "
-        "weight they had among all (topk, for those that do not: OLMoE, Qwen2-MoE)",
+    renormalize: Literal["auto", "main", "topk"] = Field(
+        default="auto",
+        description="main experts get the weight of all choices (main), or keep the weight they had among all (topk); "
+        "auto: main where the model's router normalises weights, topk where it does not (OLMoE, Qwen2-MoE)",
     )
+
+    @property
+    def asks_gate(self) -> bool:
+        """Whether the router normalises is to be found out."""
+        return self.renormalize == "auto"
 
     def check(self, geometry: Geometry, layer: int) -> None:
         """Refuse layers that choose too few experts, and experts without a gate projection for three vectors."""
@@ -252,7 +257,7 @@ class CompressedExperts(ExpertsPart):
         main = self.main or (inputs.geometry.top_k + 1) // 2
         if main >= inputs.index_TK.shape[1]:
             return None
-        renormalize = self.renormalize == "main"
+        renormalize = inputs.shares_out if self.renormalize == "auto" else self.renormalize == "main"
         return split(inputs.index_TK, inputs.weights_TK, main, inputs.geometry.experts, renormalize)
 
     def _times(self, inputs: ExpertsInputs, found: Split, name: str) -> Tensor:

@@ -36,7 +36,7 @@ class Novices(ExpertsPart):
 
     y = sum over the kept experts among a token's choices of g_i f_i(x), plus sum over the others of g_p c_p: a novice
     is H numbers in the place of an expert's 3 H I and computes nothing. Choose it through a pruning method that leaves
-    novices (`mone`); alone it changes nothing.
+    novices (`mone`); a pass without that policy is refused, as nothing tells what a token gets of them.
     """
 
     axes: ClassVar[Mapping[str, str]] = {"novices": "PH"}

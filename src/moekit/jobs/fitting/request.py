@@ -6,7 +6,7 @@ Legend: H hidden, I expert width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -15,19 +15,19 @@ import torch
 from moekit._device import resolve_device
 from moekit._memory import machine_bytes
 from moekit._progress import Progress
-from moekit.compress.budget.sizes import Budget
+from moekit.compress.budget.sizes import bytes_in
 from moekit.compress.engine.apply import refuse_rewriting
 from moekit.compress.engine.grouped import routing_groups
 from moekit.compress.joint.composing import Composer, composer
 from moekit.compress.joint.gradients import STORED
-from moekit.compress.joint.menu import Menu, MenuKnobs, make_menu, widths_of
+from moekit.compress.joint.menu import Menu, MenuKnobs, bits_of, make_menu, widths_of
 from moekit.compress.joint.profiles import Profile, profile_of
 from moekit.compress.joint.sizes import ModelSizes
 from moekit.errors import BadConfig
 from moekit.jobs.options.fit import FitOptions
 from moekit.jobs.shared.inputs import record_bytes
 from moekit.jobs.shared.opened import OpenedModel, check_runnable, open_source
-from moekit.jobs.weights.sizes import budget_of, bytes_between, memory_of, precision_of
+from moekit.jobs.weights.sizes import bytes_between, memory_of, precision_of
 
 # Where a method's defaults are its paper's, and others are better.
 _BETTER: dict[str, dict[str, Any]] = {"hc-smoe": {"feature": "rms", "align": "weights"}}
@@ -77,11 +77,8 @@ def parse_bytes(asked: int | str) -> int:
     Raises:
         BadConfig: no such number.
     """
-    if isinstance(asked, int) or asked.strip().isdigit():
-        found = int(asked)
-    else:
-        budget: Budget = budget_of(asked, "uniform", None, None)
-        found = budget.max_bytes or 0
+    plain = isinstance(asked, int) or asked.strip().isdigit()
+    found = int(asked) if plain else bytes_in(str(asked)) or 0
     if found < 1:
         raise BadConfig(f"{asked!r} is no number of bytes", hint="such as 12GiB, 800MB, or 1000000")
     return found
@@ -99,6 +96,15 @@ def methods_of(options: FitOptions, group: int, *, gradients: bool) -> Composer:
         BadConfig: unknown ones, or such as cannot be tried layer by layer.
     """
     settings = {way: dict(knobs) for way, knobs in options.settings.items()}
+    if "group" in settings.get("bits", {}):
+        raise BadConfig(
+            "the group is that of all that is planned, not a knob of the rounding alone", hint="say --group"
+        )
+    if settings.get("bits", {}).get("symmetric") is False:
+        raise BadConfig(
+            "bytes are counted as engines pack weights, which holds no zero points",
+            hint="leave symmetric out, or round afterwards (moekit quantize)",
+        )
     if options.narrow == "slimmoe":
         # Gradients are there for the costs already; without them neurons are judged by what they give.
         settings["narrow"] = {"score": "fisher" if gradients else "output-norm"} | settings.get("narrow", {})
@@ -134,6 +140,7 @@ def ask(options: FitOptions, progress: Progress | None = None) -> Asked:
             f"rounding saves no bytes for {profile.name}, which loads weights as they are stored",
             hint="leave --bits out, or say what loads packed weights: --for vllm, llama.cpp or moekit",
         )
+    _check_packing(sizes, profile, knobs)
     menu = make_menu(sizes, profile, budget, knobs)
     floor = min(sizes.total(recipe, profile) for recipe in menu.recipes)
     if budget < floor:
@@ -157,6 +164,27 @@ def ask(options: FitOptions, progress: Progress | None = None) -> Asked:
         between,
         memory_of(source, options),
     )
+
+
+def _check_packing(sizes: ModelSizes, profile: Profile, knobs: MenuKnobs) -> None:
+    """Refuse bits and groups that the engine's files do not hold; what was not asked for is left out instead.
+
+    Raises:
+        BadConfig: names what they hold.
+    """
+    held = bits_of(sizes, profile, replace(knobs, bits=None))
+    wrong = sorted(set(knobs.bits or ()) - set(held))
+    if wrong:
+        told = ", ".join(map(str, held)) or "none"
+        raise BadConfig(
+            f"files of {profile.name} do not hold experts of these sizes in {wrong[0]} bits (held are: {told})",
+            hint="say other --bits, other --widths (llama.cpp: multiples of 32 neurons), or leave them out",
+        )
+    if held and knobs.bits != () and not profile.holds_group(sizes.group):
+        raise BadConfig(
+            f"{profile.name} holds weights in blocks of 32, not in groups of {sizes.group}",
+            hint="say --group 32, 64 or 128, 0 for one scale a row, or leave it out",
+        )
 
 
 def _below_one(fractions: Sequence[float]) -> tuple[float, ...]:

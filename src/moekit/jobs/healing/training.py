@@ -25,7 +25,7 @@ from moekit.training import TrainResult, last_complete_checkpoint, train
 from moekit.training.freeze import refuse_untold
 from moekit.training.healing import What, load_unfinished, without_noise
 from moekit.training.layers import moe_layers
-from moekit.training.learning import learns_from_weights
+from moekit.training.learning import why_stuck
 from moekit.training.part_specs import PartSpec
 from moekit.training.resume import checkpoints
 from moekit.training.teacher import Teacher
@@ -59,12 +59,11 @@ def check_parts(sources: Sources, what: What, device: str, progress: Progress | 
 def _check_routers(sources: Sources, device: str, progress: Progress | None) -> None:
     layers = moe_layers(open_student(sources.student, device, progress))
     routed = [layer for layer in layers if layer.router is not None]
-    stuck = [layer.index for layer in routed if not learns_from_weights(layer)]
-    if routed and len(stuck) == len(routed):
+    reasons = [why_stuck(layer) for layer in routed]
+    if routed and all(reasons):
         raise BadConfig(
-            "no gradient reaches the routers: a token takes one expert, and its weight is normalised to 1, whatever "
-            "the router says",
-            layer=stuck[0],
+            f"no gradient reaches the routers: {reasons[0]}",
+            layer=routed[0].index,
             hint="heal other weights: --what norms, lora or experts",
         )
 

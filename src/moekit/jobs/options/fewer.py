@@ -24,7 +24,8 @@ class FewerOptions(WritingOptions):
     method: str = Field(description="what decides; see moekit methods")
     settings: dict[str, Any] = Field(default_factory=dict, description="the method's own knobs")
     keep: int | float | str = Field(
-        description="what stays: experts a layer (64), their fraction (0.5; 1.0 is all), or bytes of the model (12GiB)"
+        description="what stays: experts a layer (64), their fraction (0.5, 1/2; 1.0 is all), or bytes of the model "
+        "(12GiB)"
     )
     data: TextRef | None = Field(default=None, description="text to decide on: file, folder, source, mix or hub id")
     trace: TraceRef | None = Field(default=None, description="trace of this model to decide on, instead of data")

@@ -46,6 +46,10 @@ class TrainOptions(RankedOptions):
         default="ddp", description="under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)"
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, objectives, ...: TrainConfig")
+    saved_as: Literal["source", "float32"] = Field(
+        default="source",
+        description="dtype of the trained weights: that of the model, or float32, in which they learnt, to go on from",
+    )
     drop_unknown: bool = Field(
         default=False,
         description="leave out what the source holds beyond the model, such as extra layers",

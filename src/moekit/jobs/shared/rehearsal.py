@@ -7,14 +7,19 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 from moekit.errors import MoekitError
 from moekit.runtime.answering import telling_its_own_faults
 
 # Whether the model that runs is a tiny one, which is no work.
 UNDER_WAY: ContextVar[bool] = ContextVar("rehearsal", default=False)
 
-# Faults of numbers and shapes on a tiny model say nothing of a large one.
-_OF_THE_TINY = (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError)
+# Faults of numbers and shapes on a tiny model, and packages that it alone wants, say nothing of a large one.
+_OF_THE_TINY = (
+    *(RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError),
+    *(AssertionError, ImportError),
+)
 
 
 def refuse_broken(config: Mapping[str, Any]) -> None:
@@ -29,15 +34,15 @@ def refuse_broken(config: Mapping[str, Any]) -> None:
         UnsupportedModel: it breaks off; says in which release and how.
     """
     if isinstance(config.get("text_config"), dict) and isinstance(config.get("model_type"), str):
-        error = _broken(config["model_type"])
+        # The numbers that are drawn for it are nobody else's: whoever asks first goes on as whoever asks again.
+        with torch.random.fork_rng(devices=[]):
+            error = _broken(config["model_type"])
         if error is not None:
             raise error
 
 
 @functools.cache
 def _broken(model_type: str) -> MoekitError | None:
-    import torch
-
     from moekit.checkpoint.several import run_as_part
     from moekit.family import build, family
 

@@ -1,4 +1,4 @@
-"""One family, from a tiny folder to one that is pruned, routed and trained."""
+"""One family, from a tiny folder to one that is pruned, merged, rounded, narrowed, routed and trained."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from moekit.checkpoint.names import config_groups
 from moekit.checkpoint.strictjson import read_json
 from moekit.family import Family, holds_experts, texts, write
 from moekit.jobs.check import check
+from moekit.jobs.merge import merge
 from moekit.jobs.profile import profile
 from moekit.jobs.prune import prune
+from moekit.jobs.quantize import quantize
 from moekit.jobs.route import route
+from moekit.jobs.slim import slim
 from moekit.jobs.train import train
 from moekit.jobs.trials.cell import UNTRIED, Cell, WrongResult, attempt
 from moekit.jobs.trials.logits import ATOL, RTOL, logits_of, same
@@ -33,7 +36,7 @@ from moekit.jobs.trials.pair import Pair
 from moekit.jobs.weights.fewer_job import FewerResult
 
 # In the order in which they are tried; `build` and `load` are what all others need.
-STEPS = ("build", "load", "profile", "prune", "stock", "check", "route", "train", "ranks")
+STEPS = ("build", "load", "profile", "prune", "stock", "check", "merge", "quantize", "slim", "route", "train", "ranks")
 _KEEP = 0.5
 
 
@@ -66,6 +69,9 @@ class Trial:
             "prune": (self._prune, ("build",)),
             "stock": (self._stock, ("prune",)),
             "check": (self._check, ("prune",)),
+            "merge": (self._merge, ("build",)),
+            "quantize": (self._quantize, ("build",)),
+            "slim": (self._slim, ("build",)),
             "route": (self._route, ("profile",)),
             "train": (self._train, ("build",)),
         }
@@ -134,6 +140,44 @@ class Trial:
         if not found.ok:
             worst = found.findings[0]
             raise WrongResult(f"check finds in the pruned model: {worst.message}")
+
+    def _merge(self) -> None:
+        merge(
+            self._source,
+            method="hc-smoe",
+            keep=_KEEP,
+            data=self.folder / "text",
+            proof=False,
+            out=self.folder / "merged",
+            device="cpu",
+            seed=self.seed,
+            progress=False,
+        )
+        self._loads_as_stock("merged")
+
+    def _quantize(self) -> None:
+        settings, out = {"group": 0, "symmetric": True}, self.folder / "rounded"
+        quantize(
+            self._source, method="rtn", bits=4, settings=settings, proof=False, out=out, device="cpu", progress=False
+        )
+        self._loads_as_stock("rounded")
+
+    def _slim(self) -> None:
+        slim(
+            self._source,
+            method="magnitude",
+            settings={"repair": "none"},
+            width="1/2",
+            proof=False,
+            out=self.folder / "narrower",
+            device="cpu",
+            progress=False,
+        )
+        self._loads_as_stock("narrower")
+
+    def _loads_as_stock(self, name: str) -> None:
+        folder = self.folder / name
+        same(logits_of(load(folder, device="cpu")), logits_of(_stock(folder)), name, "stock")
 
     def _route(self) -> None:
         route(

@@ -13,7 +13,7 @@ from moekit.jobs.shared.inputs import record_bytes
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.weights.mtp import check_mtp
 from moekit.jobs.weights.protection import SUPER, parse_protected
-from moekit.jobs.weights.sizes import ResultSize, budget_of, bytes_between, layer_bytes, memory_of, size_of_result
+from moekit.jobs.weights.sizes import ResultSize, budget_of, bytes_between, memory_of, rewritten_bytes, size_of_result
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,11 @@ def _between(options: FewerOptions, source: OpenedModel, size: ResultSize, reque
     tokens = 0 if options.data is None else options.max_tokens or (1 << 20)
     tokens *= 2 if request.method.passes in ("search", "sequential") else 1
     proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0
-    rewritten = 0
-    if request.method.rewrites:
-        each = layer_bytes(source)
-        rewritten = sum(each[n] * count // source.geometries[n].experts for n, count in size.counts.items())
     return bytes_between(
         source,
         options,
         tokens=tokens,
         proof_tokens=proof,
         variants=2 + options.random_seeds,
-        rewritten=rewritten,
+        rewritten=rewritten_bytes(source, size, request),
     )

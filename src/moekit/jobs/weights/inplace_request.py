@@ -243,22 +243,22 @@ def _between(
     plan: WeightPlan | None,
     shared: BitSharer | None,
 ) -> int:
-    made, passes, most = method.made_on_text, 0, options.max_tokens
+    on_text, passes, most = method.made_on_text, 0, options.max_tokens
     if plan is None and options.data is not None:
-        passes = (2 if method.reads_weights else 1) + (1 if made and not method.sequential else 0)
-    elif plan is not None and made:
+        passes = (2 if method.reads_weights else 1) + (1 if on_text and not method.sequential else 0)
+    elif plan is not None and on_text:
         passes, most = 1, plan.file.calibrated.get("max_tokens")
     if plan is None and shared is not None and shared.measures != "nothing":
         # Of the model as it is once more; with gradients at every layer where the loss is asked.
         passes += len(source.geometries) if _reads_loss(shared) else 1
     # What a layer's experts were given is kept beside the states where second moments are made of it.
-    tokens = (passes + (1 if made else 0)) * (most or (1 << 20)) if passes else 0
+    tokens = (passes + (1 if on_text else 0)) * (most or (1 << 20)) if passes else 0
     proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0
     variants = 2 if shared is None or not proof else 4
     # Of the plan, and of others like it: its two baselines where they are made alike, or shares in other ways.
-    each = 3 if variants == 4 or (made and not method.sequential and proof) else 1
-    rewritten = sum(layer_bytes(source).values()) * each if made else 0
-    return bytes_between(source, options, tokens=tokens, proof_tokens=proof, variants=variants, rewritten=rewritten)
+    each = 3 if variants == 4 or (on_text and not method.sequential and proof) else 1
+    made = sum(layer_bytes(source).values()) * each if on_text else 0
+    return bytes_between(source, options, tokens=tokens, proof_tokens=proof, variants=variants, made=made)
 
 
 def _shared(budget: Any) -> BitSharer | None:

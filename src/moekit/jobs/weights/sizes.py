@@ -56,7 +56,8 @@ def budget_of(keep: Any, scope: str, least: int | None, most: int | None) -> Bud
     except ValidationError as error:
         raise BadConfig(
             f"the budget is impossible: {faults(error).replace('Value error, ', '')}",
-            hint="keep a number of experts from 1 up, a fraction such as 0.5 (1.0 for all), or bytes such as 12GiB",
+            hint="keep a number of experts from 1 up, a fraction such as 0.5 or 1/2 (1.0 for all), or bytes such as "
+            "12GiB",
         ) from error
 
 
@@ -241,6 +242,7 @@ def bytes_between(
     proof_tokens: int = 0,
     variants: int = 0,
     rewritten: int = 0,
+    made: int = 0,
 ) -> int:
     """Bytes on disk while a run works: hidden states of calibration and proof, and rewritten layers.
 
@@ -250,15 +252,24 @@ def bytes_between(
         tokens: that are decided on.
         proof_tokens: held-out ones.
         variants: that are measured beside the unchanged model.
-        rewritten: bytes of rewritten layers, as they are stored.
+        rewritten: bytes of layers that are rewritten by a plan, as they are stored.
+        made: bytes of layers that are made as the text stands at them, as they are stored.
     """
     hidden = next(iter(source.geometries.values())).hidden
     wide = precision_of(source, running)
     # Calibration goes from one set of states to another; windows of the proof overlap by half.
     states = hidden * wide.running * (2 * tokens + 2 * proof_tokens * (variants + 1))
-    # The proof rewrites layers as they run, the writing as they are stored: both are kept.
+    # The proof rewrites layers as they run, the writing as they are stored: both are kept. What was made serves both.
     proved = rewritten * wide.running // wide.stored if proof_tokens and wide.running != wide.stored else 0
-    return states + rewritten + proved
+    return states + rewritten + proved + made
+
+
+def rewritten_bytes(source: OpenedModel, size: ResultSize, request: PlanRequest) -> int:
+    """Bytes of the layers that a method makes anew, as they are stored; 0 for one that only drops experts."""
+    if not request.method.rewrites:
+        return 0
+    each = layer_bytes(source)
+    return sum(each[n] * count // source.geometries[n].experts for n, count in size.counts.items())
 
 
 def layer_bytes(source: OpenedModel) -> dict[int, int]:

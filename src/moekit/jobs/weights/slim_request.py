@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+from moekit.checkpoint.precision import stored_dtype
 from moekit.compress.budget.parents import expert_weights
 from moekit.compress.budget.width import (
     WidthBudget,
@@ -26,6 +27,9 @@ from moekit.jobs.shared.opened import OpenedModel
 from moekit.jobs.weights import inplace_request
 from moekit.jobs.weights.inplace_job import settings_told
 from moekit.jobs.weights.inplace_request import any_outcomes, mtp_of
+
+# What rows of grouped products of 16-bit numbers must be multiples of.
+_ROW_BYTES = 16
 
 
 def method_of(options: SlimOptions) -> SlimMethod:
@@ -68,17 +72,31 @@ def request_of(options: SlimOptions, source: OpenedModel, seed: int) -> PlanRequ
     """What is asked for, as a number of neurons that this model's experts can have.
 
     Raises:
-        BadConfig: wider than they are, no multiple, or bytes that do not suffice.
+        BadConfig: wider than they are, no multiple, bytes that do not suffice, or rows that kernels do not take.
     """
     method, before = method_of(options), width_before(source)
-    multiple = multiple_for(before, method.multiple)
+    step = _whole_rows(source, before)
+    multiple = max(multiple_for(before), step) if method.multiple is None else method.multiple
     if options.max_bytes is not None:
         limit = parse_bytes(options.max_bytes)
         width = width_for_bytes(limit, before, multiple, lambda width: _bytes_at(source, width))
     else:
         assert options.width is not None
         width = width_for(options.width, before, multiple)
+    if width % step:
+        raise BadConfig(
+            f"experts of {width} neurons have rows that are no whole {_ROW_BYTES} bytes, on which the grouped kernels "
+            "that transformers takes by default break off",
+            hint=f"ask for a multiple of {step} (--set multiple={step})",
+        )
     return PlanRequest(method, WidthBudget(width=width), seed=seed)
+
+
+def _whole_rows(source: OpenedModel, before: int) -> int:
+    """Neurons by which widths must go so that rows of 16-bit weights stay whole for grouped kernels; 1 for others."""
+    stored = stored_dtype(source.checkpoint.config, source.checkpoint.tensors)
+    step = 1 if stored is None or stored.itemsize != 2 else _ROW_BYTES // stored.itemsize
+    return step if before % step == 0 else 1
 
 
 def _bytes_at(source: OpenedModel, width: int) -> int:

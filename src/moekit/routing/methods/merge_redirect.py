@@ -125,6 +125,8 @@ class MergeRedirect(ChoosePart):
         "nobody_choice_bias": "P",
     }
 
+    own_rows: ClassVar[bool] = True
+
     top_k: int | None = Field(default=None, ge=1, description="rows a token chooses; None: the model's own K")
     groups: int = Field(default=1, ge=1, description="groups of rows that limited the choice before the merge")
     top_groups: int = Field(default=1, ge=1, description="of these groups so many were open to a token")

@@ -14,8 +14,8 @@ from moekit.anatomy.probe import find_moe_layers
 from moekit.compress.engine.resize import read_block
 from moekit.compress.joint.composing import composer
 from moekit.compress.joint.costs import CostRow, CostTable, known_rows
-from moekit.compress.joint.gradients import block_gradients, row_gradients
-from moekit.compress.joint.measuring import Error, measure
+from moekit.compress.joint.gradients import BlockGradients, block_gradients, row_gradients
+from moekit.compress.joint.measuring import Error, _Measuring, measure
 from moekit.compress.joint.planning import Planner
 from moekit.compress.joint.profiles import PROFILES
 from moekit.compress.joint.recipe import AS_IT_IS, LayerRecipe
@@ -241,3 +241,13 @@ def test_plans_keep_the_budget_and_the_engines_rules(table: CostTable, source: O
     costs = [point.cost for point in free.front(6)]
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] == 0
+
+
+def test_costs_of_another_price_are_measured_again(tmp_path: Path) -> None:
+    row = CostRow(layer=0, recipe=AS_IT_IS, bytes=1, weights=1, rho=0, change=0)
+    (tmp_path / "costs-0.json").write_text(f"[{row.model_dump_json()}]")
+    how: Any = {"streamed": None, "statistics": {}, "composer": None, "wanted": {0: (AS_IT_IS,)}, "sizes": None}
+    without = _Measuring(**how, gradients=None, seed=0, folder=tmp_path)
+    assert without._known(0) == [row]
+    # Since the kill there is memory for gradients: a row without them would leave the layer out of the plan.
+    assert _Measuring(**how, gradients=BlockGradients({}), seed=0, folder=tmp_path)._known(0) is None

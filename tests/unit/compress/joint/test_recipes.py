@@ -130,10 +130,12 @@ def test_the_steps_of_a_recipe_follow_one_another(methods: Composer) -> None:
     assert torch.equal(unchanged.up_EIH, weights.up_EIH)
 
 
-def test_routers_that_stay_as_they_are_are_refused() -> None:
-    methods = composer("reap", "hc-smoe", "slimmoe", "rtn", {"merge": {"router": "redirect"}, "bits": {"group": GROUP}})
-    with pytest.raises(BadConfig, match="leaves the router as it is"):
-        methods.outcome(LayerRecipe(keep=3, way="merge"), inputs_of(layer()))
+def test_routers_that_stay_as_they_are_are_refused_before_anything_is_measured() -> None:
+    with pytest.raises(BadConfig, match="hc-smoe leaves the router as it is"):
+        composer("reap", "hc-smoe", "slimmoe", "rtn", {"merge": {"router": "redirect"}})
+    with pytest.raises(BadConfig, match="mone leaves the router as it is"):
+        composer("mone", "hc-smoe", "slimmoe", "rtn")
+    composer("mone", "hc-smoe", "slimmoe", "rtn", {"drop": {"operator": "drop"}})
 
 
 def test_methods_that_need_more_than_statistics_are_refused() -> None:

@@ -24,6 +24,7 @@ from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.rewriting import rewriter
 from moekit.compress.merge.ream import REAM
 from moekit.compress.weights import LayerWeights
+from moekit.trace import record
 from moekit.trace.streamed import Streamed
 from tests.checkpoints import plain
 from tests.families import EXPERTS, HIDDEN, WIDTH, build, tokens
@@ -145,6 +146,22 @@ def test_the_text_passes_as_seldom_as_can_be(tmp_path: Path, monkeypatch: pytest
         plan = plan_weights(checkpoint, CalibrationText(BATCHES), PlanRequest(method, budget))
         assert ran == passes
         assert sum(outcome.experts for outcome in plan.outcomes.values()) == 8
+
+
+def test_a_layer_that_keeps_all_gives_up_routing_groups_as_it_will_where_it_is_written(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(plain(tmp_path / "m", "deepseek_v3", num_hidden_layers=4))
+    every = tuple(range(EXPERTS))
+    request = PlanRequest(REAM(), Budget(keep=6, scope="global"), protected={1: every})
+    plan = plan_weights(checkpoint, CalibrationText(BATCHES), request)
+    assert plan.outcomes[1].experts == EXPERTS > plan.outcomes[2].experts
+    # The model as it is written, but for the last layer, which is measured before anything becomes of it.
+    made, outcomes = rewriter(plan, checkpoint), {**plan.outcomes, 3: LayerOutcome(keep=every)}
+    assert made is not None
+    model = change_model(
+        build("deepseek_v3", num_hidden_layers=4), outcomes, lambda n, w: made(n, w) if n == 2 else w.select(every)
+    )
+    behind = record(model, BATCHES, statistics=("logit_gram",)).require(("logit_gram",))
+    torch.testing.assert_close(plan.statistics[3]["logit_gram"], behind[3]["logit_gram"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.full

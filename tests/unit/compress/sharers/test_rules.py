@@ -11,7 +11,7 @@ from moekit.compress.engine.bit_sharing import check_share
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.sharing import Room, WidthErrors, read_sharer
 from moekit.compress.sharers.outlier import outlier_score
-from moekit.errors import BadConfig
+from moekit.errors import BadConfig, NumericFault
 from moekit.trace.statistics import LayerStatistics
 
 GEOMETRY = Geometry(8, 4, 2, 4, 0, True, False, False, True)
@@ -105,3 +105,9 @@ def test_a_budget_says_one_thing() -> None:
     for wrong in ({}, {"bits": {"up": 3}, "mean": 3, "choices": (2, 3)}, {"mean": 3}, {"bits": {"up": 9}}):
         with pytest.raises(ValueError, match=r"bits|mean"):
             BitBudget(**wrong)  # type: ignore[arg-type]
+
+
+def test_no_bits_are_shared_by_what_is_no_number() -> None:
+    half = Room(3, (2, 4), "layer", ROOM.sizes, ROOM.experts)
+    with pytest.raises(NumericFault, match="layer 1"):
+        read_sharer("blocks").share(layers(block_cosine=[[90.0], [float("nan")]]), {}, half)
