@@ -102,7 +102,7 @@ def size_of_result(source: OpenedModel, request: PlanRequest, name: str, *, stoc
         BadCheckpoint, UnsupportedModel: experts that cannot be told apart on disk; a method that changes weights, where
             these are quantized.
     """
-    if request.method.rewrites:
+    if request.method.rewrites or request.repair is not None:
         refuse_rewriting(source.checkpoint)
     counts = _counts(source, request)
     groups = routing_groups(source.checkpoint.config) if request.groups == "equal" else 1
