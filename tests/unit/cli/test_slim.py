@@ -126,6 +126,8 @@ def test_bytes_are_kept_and_told_and_all_neurons_are_the_model(made: Path, tmp_p
         ({"width": 12, "data": None}, "slimmoe decides from load, neuron_taylor_size"),
         ({"width": 12, "data": None, "method": "random"}, "the repair is measured on text"),
         ({"width": 12, "settings": {"score": "luck"}}, "score"),
+        ({"width": 12, "settings": {"score": "kd"}}, "needs a teacher"),
+        ({"width": 12, "teacher": "moe"}, "nothing is asked of it"),
         ({"width": 12, "method": "reap"}, "no slim method"),
     ],
 )
@@ -147,6 +149,41 @@ def test_a_dry_run_tells_the_memory_of_a_backward_pass(moekit: Moekit, made: Pat
     # Of 8 rows of 128 positions and 128 words: logits three times, beside what each layer keeps.
     assert told["taylor"] - told["output-norm"] > 3 * 4 * 8 * 128 * 128
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_stage_is_scored_by_how_far_it_is_from_the_teacher(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    asked = ("--data", made / "text", "--max-tokens", 400, "--set", "score=kd", "--teacher", made / "moe")
+    same = moekit("slim", made / "moe", "--width", "1/2", *asked, "--no-proof", "-o", tmp_path / "first")
+    assert same.code == 2
+    assert "the teacher is the model itself" in same.err
+    how: dict[str, Any] = {"data": made / "text", "max_tokens": 400, "proof": False}
+    api.slim(made / "moe", width=16, **how, out=tmp_path / "first")
+    done = moekit(
+        "slim", tmp_path / "first", "--width", "1/2", *asked, "--proof-tokens", 200, "-o", tmp_path / "second", "--json"
+    )
+    assert done.code == 0, done.err
+    assert done.json["settings"]["score"] == "kd"
+    assert done.json["width"] == {"before": 16, "after": 8}
+    plain = api.slim(tmp_path / "first", width="1/2", **how, out=tmp_path / "plain")
+    assert plain.plan != done.json["plan"]
+    dry = [
+        moekit("slim", tmp_path / "first", "--width", "1/2", *more, "-o", tmp_path / "x", "--dry-run", "--json")
+        for more in (("--data", made / "text"), asked)
+    ]
+    held = sum(t.numel() * t.element_size() for t in tensors_of(made / "moe").values())
+    assert dry[1].json["memory_bytes"] - dry[0].json["memory_bytes"] == held
+    step = {
+        "use": "slim",
+        "id": "narrow",
+        "model": str(tmp_path / "first"),
+        "width": "1/2",
+        "teacher": str(made / "moe"),
+    }
+    step |= {"settings": {"score": "kd"}, **how, "data": str(made / "text")}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "r", "out": str(tmp_path / "run"), "steps": [step]}))
+    assert runner.run(load_recipe(tmp_path / "r.yaml")).ran == ["narrow"]
+    one, two = tensors_of(tmp_path / "second"), tensors_of(tmp_path / "run" / "narrow")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items() if "up_proj" in name)
 
 
 def test_shared_experts_are_left_and_named(moekit: Moekit, tmp_path: Path) -> None:

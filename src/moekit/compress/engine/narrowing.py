@@ -74,6 +74,11 @@ class SlimMethod(WeightMethod[WidthBudget, int]):
         return self.repair == "least-squares"
 
     @property
+    def asks_teacher(self) -> bool:
+        """Whether gradients are those of the distance from a teacher, not of the text's own loss."""
+        return False
+
+    @property
     def required(self) -> tuple[str, ...]:
         """What is measured for the scores, and which experts any token chose."""
         return ("load", *self.scored_by) if self.scored_by or self.made_on_text else ()

@@ -26,6 +26,7 @@ from moekit.jobs.weights.proof import HeldOut
 from moekit.jobs.weights.self_calibration import load_for_answers
 from moekit.jobs.weights.texts import check_unchanged, heldout_of_plan, read_texts
 from moekit.trace import Trace, record
+from moekit.trace.loss import Loss, next_token_loss
 from moekit.trace.recording import Recording
 from moekit.trace.statistics import LayerStatistics
 
@@ -58,6 +59,7 @@ def decide(
     scratch: Path,
     progress: Progress | None,
     others: Others | None = None,
+    loss: Callable[[], Loss] | None = None,
 ) -> Decided:
     """Run the text through the model and let the method decide, or take the stored plan.
 
@@ -72,6 +74,7 @@ def decide(
         scratch: for hidden states.
         progress: told layer by layer.
         others: what else the proof shows, once the plan is made; None for nothing.
+        loss: makes what gradients are taken of, where a method reads any; None for next-token cross-entropy.
 
     Raises:
         BadData: no text.
@@ -93,7 +96,7 @@ def decide(
         layout = _layout(options)
         text = _text(documents, layout, options, source, scratch) if documents else None
         whole = text is not None and reads_whole(asked.request.method)
-        seen = _whole(options, source, asked.request, text, progress) if text is not None and whole else text
+        seen = _whole(options, source, asked.request, text, loss, progress) if text is not None and whole else text
         made = plan_weights(source.checkpoint, seen, asked.request, progress)
         kept = str(layout["data"]) if options.data is not None and apart else ""
         told = {"kept_apart": kept, "text_sha256": text_hash(options.data)}
@@ -219,9 +222,13 @@ def _whole(
     source: OpenedModel,
     request: PlanRequest,
     text: CalibrationText,
+    loss: Callable[[], Loss] | None,
     progress: Progress | None,
 ) -> Trace:
     """What a method needs of a model that has to be in memory as a whole."""
+    asked = next_token_loss if loss is None else loss()
+    if loss is not None and any(getattr(batch, "shown", None) is not None for batch in text.batches):
+        raise BadConfig("the text shows pictures, which a teacher is not shown", hint="--set score=taylor")
     recording = Recording(
         statistics=("load", *request.method.required),
         keep_choices=False,
@@ -229,6 +236,7 @@ def _whole(
         source=text.source,
         seed=request.seed,
         fingerprint=source.checkpoint.fingerprint,
+        loss=asked,
     )
     model = load_for_answers(source, options.device, options.dtype)
     return record(model, text.batches, recording, progress=progress)

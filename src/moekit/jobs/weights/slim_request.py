@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
+from moekit._progress import Progress
 from moekit.compress.budget.parents import expert_weights
 from moekit.compress.budget.width import (
     WidthBudget,
@@ -22,10 +24,14 @@ from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.rewriting import PlannedRewrite
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.jobs.options.slim import SlimOptions
-from moekit.jobs.shared.opened import OpenedModel
+from moekit.jobs.shared.opened import OpenedModel, open_source
+from moekit.jobs.shared.teachers import refuse_other_tokenizer
 from moekit.jobs.weights import inplace_request
 from moekit.jobs.weights.inplace_job import settings_told
-from moekit.jobs.weights.inplace_request import any_outcomes, mtp_of
+from moekit.jobs.weights.inplace_request import Asked, any_outcomes, ask, mtp_of
+from moekit.jobs.weights.self_calibration import load_for_answers
+from moekit.jobs.weights.sizes import precision_of
+from moekit.trace.loss import Loss, TeacherLoss
 
 
 def method_of(options: SlimOptions) -> SlimMethod:
@@ -79,6 +85,35 @@ def request_of(options: SlimOptions, source: OpenedModel, seed: int) -> PlanRequ
         assert options.width is not None
         width = width_for(options.width, before, multiple)
     return PlanRequest(method, WidthBudget(width=width), seed=seed)
+
+
+def asked_of(options: SlimOptions, seed: int, progress: Progress | None = None) -> Asked:
+    """What is asked for, of the model opened; a teacher's memory is counted beside it. Raises: see `ask`."""
+    asked = ask(options, request_of, seed, progress)
+    if options.teacher is None:
+        return asked
+    teacher = open_source(str(options.teacher), progress)
+    wide = precision_of(teacher, options)
+    return replace(asked, memory=asked.memory + teacher.nbytes * wide.running // wide.stored)
+
+
+def teacher_loss(options: SlimOptions, asked: Asked) -> Callable[[], Loss] | None:
+    """What loads the teacher, and gives the loss that neurons are scored by; None where there is none.
+
+    Raises:
+        BadConfig: the teacher is the model itself, or knows other tokens.
+    """
+    if options.teacher is None:
+        return None
+    teacher, source = open_source(str(options.teacher)), asked.source
+    if teacher.checkpoint.fingerprint == source.checkpoint.fingerprint:
+        raise BadConfig(
+            "the teacher is the model itself: its distance from itself has no gradient that neurons could be ranked by",
+            file=teacher.checkpoint.path,
+            hint="score the first stage by --set score=taylor, without a teacher",
+        )
+    refuse_other_tokenizer(source.tokenizer(), teacher.tokenizer(), str(options.teacher))
+    return lambda: TeacherLoss(load_for_answers(teacher, options.device, options.dtype))
 
 
 def _bytes_at(source: OpenedModel, width: int) -> int:
