@@ -35,6 +35,7 @@ class SlimResult(JobResult):
         settings: its knobs.
         width: neurons of an expert before and after.
         shared: whether there are shared experts, which stay as wide as they are.
+        beside: what else was cut, shared experts' neurons or groups of attention heads: before and after.
         model: what was narrowed.
         plan: hash of the plan.
         tokens: that were decided on.
@@ -51,6 +52,7 @@ class SlimResult(JobResult):
     settings: dict[str, Any]
     width: dict[str, int]
     shared: bool
+    beside: dict[str, dict[str, int]]
     model: str
     plan: str
     tokens: int
@@ -91,7 +93,8 @@ def slim(
 ) -> SlimResult:
     """Make every routed expert narrower (`moekit methods slim`): the same class with smaller sizes, no expert dropped.
 
-    Shared experts and attention stay as they are, multi-token-prediction layers are left out.
+    Shared experts and attention stay as they are unless settings name them ({"shared": "1/2", "groups": 4});
+    multi-token-prediction layers are left out.
 
     Args:
         model: MoE: folder or hub id; a stored plan names its own.
@@ -158,12 +161,14 @@ def check(options: SlimOptions) -> None:
     if method.asks_teacher != (options.teacher is not None):
         what = "score=kd needs a teacher" if method.asks_teacher else "a teacher is given, but nothing is asked of it"
         raise BadConfig(what, hint="--set score=kd --teacher FOLDER, the model that all stages are narrowed from")
+    if method.kept_parts and not reads_whole(method):
+        raise BadConfig("shared experts and groups go by gradients", hint="--set score=taylor")
     check_texts(options)
 
 
 def estimate(options: SlimOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """The size of the narrow model."""
-    notes = ("routed experts become narrower; shared experts and attention stay as they are",)
+    notes = ("routed experts become narrower; what settings do not name stays as it is",)
     known = estimate_of(options, out, sizes, lambda: asked_of(options, 0), notes)
     return (
         known if options.teacher is None else replace(known, reads=(*known.reads, model_item(options.teacher, sizes)))

@@ -127,6 +127,8 @@ def test_bytes_are_kept_and_told_and_all_neurons_are_the_model(made: Path, tmp_p
         ({"width": 12, "data": None, "method": "random"}, "the repair is measured on text"),
         ({"width": 12, "settings": {"score": "luck"}}, "score"),
         ({"width": 12, "settings": {"score": "kd"}}, "needs a teacher"),
+        ({"width": 12, "settings": {"groups": 3}}, "cannot keep 3"),
+        ({"width": 12, "settings": {"groups": 1, "score": "output-norm"}}, "go by gradients"),
         ({"width": 12, "teacher": "moe"}, "nothing is asked of it"),
         ({"width": 12, "method": "reap"}, "no slim method"),
     ],
@@ -195,6 +197,36 @@ def test_shared_experts_are_left_and_named(moekit: Moekit, tmp_path: Path) -> No
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("moe", "out"))
     assert after["moe_intermediate_size"] == 8
     assert after["shared_expert_intermediate_size"] == before["shared_expert_intermediate_size"]
+
+
+def test_shared_experts_and_groups_of_heads_go_by_the_same_score(moekit: Moekit, tmp_path: Path) -> None:
+    write_model(tmp_path / "moe", "qwen2_moe")
+    write_text(tmp_path / "text", documents=20)
+    text = ("--data", tmp_path / "text", "--max-tokens", 400)
+    how = ("--width", "1/3", "--set", "shared=8", "--set", "groups=1", *text)
+    dry = moekit("slim", tmp_path / "moe", *how, "-o", tmp_path / "out", "--dry-run", "--json")
+    assert dry.code == 0, dry.err
+    done = moekit(
+        "slim", tmp_path / "moe", *how, "--proof-tokens", 200, "--plan", tmp_path / "p.json", "-o", tmp_path / "out"
+    )
+    assert done.code == 0, done.err
+    printed = " ".join(done.out.split())
+    for words in ("groups of attention heads 2 -> 1", "neurons of shared experts 20 -> 8", "proven: every tensor"):
+        assert words in printed, words
+    assert "shared experts stay" not in printed
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    keys = ("num_attention_heads", "num_key_value_heads", "head_dim", "shared_expert_intermediate_size")
+    assert [config[key] for key in keys] == [2, 1, 8, 8]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    cuts = json.loads((tmp_path / "p.json").read_text())["cuts"].values()
+    assert {(cut["kind"], len(cut["keep"])) for cut in cuts} == {("groups", 1), ("shared", 8)}
+    again = moekit("slim", "--from", tmp_path / "p.json", "--no-proof", "-o", tmp_path / "again")
+    assert again.code == 0, again.err
+    one, two = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    checked = moekit("check", tmp_path / "out", "--parent", tmp_path / "moe")
+    assert checked.code == 0, checked.out
 
 
 @pytest.mark.parametrize("score", [pytest.param("fisher", marks=FULL), pytest.param("output-norm", marks=FULL)])

@@ -24,6 +24,7 @@ from moekit.anatomy.probe import Geometry
 from moekit.catalogue import Trait
 from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine.carrying import FIELDS
+from moekit.compress.engine.dense_cuts import Kind
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.method import Baseline, WeightMethod
 from moekit.compress.engine.outcome import LayerOutcome
@@ -77,6 +78,11 @@ class SlimMethod(WeightMethod[WidthBudget, int]):
     def asks_teacher(self) -> bool:
         """Whether gradients are those of the distance from a teacher, not of the text's own loss."""
         return False
+
+    @property
+    def kept_parts(self) -> Mapping[Kind, int | float | str]:
+        """What is kept outside of routed experts, as a number or a share; of kinds that are not named all."""
+        return {}
 
     @property
     def required(self) -> tuple[str, ...]:

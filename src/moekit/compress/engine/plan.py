@@ -24,6 +24,7 @@ from moekit.compress.budget.sizes import Budget
 from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine import plan_files
+from moekit.compress.engine.dense_cuts import InputCut
 from moekit.compress.engine.made_layers import MadeLayers
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.outcome import LayerOutcome
@@ -81,6 +82,7 @@ class PlanFile(plan_files.ReadablePart):
         repair: how experts that stay make up for those that go; None leaves them.
         rules: what becomes of tensors that belong to no routed expert.
         layers: decoder layer -> what was decided.
+        cuts: name of a matrix outside of routed experts -> which of its inputs stay.
         mtp: beginning of a multi-token-prediction layer's names -> how much each of its experts is used; empty where
             such layers are not cut.
         made: decoder layer -> sha256 of its new weights, where they were made as the text stood at it and cannot be
@@ -108,6 +110,7 @@ class PlanFile(plan_files.ReadablePart):
     repair: BlockRepair | None = None
     rules: tuple[TensorRule, ...] = ()
     layers: dict[int, LayerRecord]
+    cuts: dict[str, InputCut] = Field(default_factory=dict)
     mtp: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     made: dict[int, str] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -177,7 +180,8 @@ class WeightPlan:
         digests of the weights where they were made already.
         """
         told = self.file.model_dump(
-            mode="json", include=_DECIDING | {name for name in ("mtp", "made", "repair") if getattr(self.file, name)}
+            mode="json",
+            include=_DECIDING | {name for name in ("mtp", "made", "repair", "cuts") if getattr(self.file, name)},
         )
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         if self.method.rewrites or self.method.redirects:

@@ -5,7 +5,7 @@ Legend: E experts, I expert width, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
+from moekit.compress.engine.dense_cuts import Kind
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.narrowing import SlimMethod
 from moekit.compress.weights import LayerWeights
@@ -37,7 +38,7 @@ _MEASURED = {
         "output-norm goes layer by layer.",
         "A stored plan with a repair is carried out again on the text that it was made on.",
         "Neurons of experts that no calibration token chose are ranked by their weights, and the experts are named.",
-        "Routed experts only: shared experts and attention stay as they are.",
+        "Shared experts and groups of attention heads go by gradients alone, and nothing is refitted for them.",
         "The paper's long distillation after each cut is a step of its own: moekit train.",
     ),
 )
@@ -57,6 +58,17 @@ class SlimMoE(SlimMethod):
         description="what a neuron counts: see above; kd needs a teacher, output-norm no backward pass",
     )
 
+    shared: int | float | str | None = Field(
+        default=None,
+        description="neurons that shared experts keep, or a share of them; by the same score; all by default",
+    )
+    groups: int | None = Field(
+        default=None,
+        ge=1,
+        description="heads of keys and values that attention keeps, each with the query heads that share it; all by "
+        "default",
+    )
+
     @classmethod
     def examples(cls, geometry: Geometry) -> Sequence[SlimMoE]:
         """Each score, repaired and not."""
@@ -66,6 +78,12 @@ class SlimMoE(SlimMethod):
     def asks_teacher(self) -> bool:
         """Whether the loss is a teacher's."""
         return self.score == "kd"
+
+    @property
+    def kept_parts(self) -> Mapping[Kind, int | float | str]:
+        """What is kept of shared experts and of attention."""
+        asked: dict[Kind, int | float | str | None] = {"groups": self.groups, "shared": self.shared}
+        return {kind: keep for kind, keep in asked.items() if keep is not None}
 
     @property
     def scored_by(self) -> tuple[str, ...]:

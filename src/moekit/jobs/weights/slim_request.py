@@ -16,6 +16,7 @@ from moekit.compress.budget.width import (
     width_for,
     width_for_bytes,
 )
+from moekit.compress.engine.dense_cuts import InputCut
 from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.narrowing import SlimMethod
 from moekit.compress.engine.outcome import LayerOutcome
@@ -27,6 +28,7 @@ from moekit.jobs.options.slim import SlimOptions
 from moekit.jobs.shared.opened import OpenedModel, open_source
 from moekit.jobs.shared.teachers import refuse_other_tokenizer
 from moekit.jobs.weights import inplace_request
+from moekit.jobs.weights.dense_parts import sized_cuts
 from moekit.jobs.weights.inplace_job import settings_told
 from moekit.jobs.weights.inplace_request import Asked, any_outcomes, ask, mtp_of
 from moekit.jobs.weights.self_calibration import load_for_answers
@@ -80,7 +82,8 @@ def request_of(options: SlimOptions, source: OpenedModel, seed: int) -> PlanRequ
     multiple = multiple_for(before, method.multiple)
     if options.max_bytes is not None:
         limit = parse_bytes(options.max_bytes)
-        width = width_for_bytes(limit, before, multiple, lambda width: _bytes_at(source, width))
+        cuts = sized_cuts(source, method)
+        width = width_for_bytes(limit, before, multiple, lambda width: _bytes_at(source, width, cuts))
     else:
         assert options.width is not None
         width = width_for(options.width, before, multiple)
@@ -116,13 +119,18 @@ def teacher_loss(options: SlimOptions, asked: Asked) -> Callable[[], Loss] | Non
     return lambda: TeacherLoss(load_for_answers(teacher, options.device, options.dtype))
 
 
-def _bytes_at(source: OpenedModel, width: int) -> int:
-    return _tensor_bytes(source, any_outcomes(source, WidthBudget(width=width)))
+def _bytes_at(source: OpenedModel, width: int, cuts: Mapping[str, InputCut]) -> int:
+    return _tensor_bytes(source, any_outcomes(source, WidthBudget(width=width)), cuts)
 
 
-def _tensor_bytes(source: OpenedModel, outcomes: Mapping[int, LayerOutcome]) -> int:
-    kept = prepare(source.checkpoint, outcomes, mtp=mtp_of(outcomes)).kept
+def _tensor_bytes(source: OpenedModel, outcomes: Mapping[int, LayerOutcome], cuts: Mapping[str, InputCut]) -> int:
+    kept = prepare(source.checkpoint, outcomes, mtp=mtp_of(outcomes, cuts), cuts=cuts).kept
     return sum(tensor.spec.nbytes for tensor in kept)
+
+
+def _beside(cuts: Mapping[str, InputCut]) -> dict[str, dict[str, int]]:
+    """What is cut beside routed experts: parts of each layer before and after."""
+    return {cut.kind: {"before": cut.parts, "after": len(cut.keep)} for cut in cuts.values()}
 
 
 def summarizer(source: OpenedModel) -> Any:
@@ -136,9 +144,11 @@ def summarizer(source: OpenedModel) -> Any:
         return {
             **settings_told(plan),
             "width": {"before": before, "after": after},
-            "shared": any(geometry.shared_width for geometry in source.geometries.values()),
+            "shared": not any(cut.kind == "shared" for cut in file.cuts.values())
+            and any(geometry.shared_width for geometry in source.geometries.values()),
+            "beside": _beside(file.cuts),
             "weights": {"before": weights, "after": weights * after // before},
-            "bytes": {"before": source.nbytes, "after": _tensor_bytes(source, plan.outcomes)},
+            "bytes": {"before": source.nbytes, "after": _tensor_bytes(source, plan.outcomes, file.cuts)},
             "layers": [
                 {
                     "layer": layer,
