@@ -229,6 +229,19 @@ def test_shared_experts_and_groups_of_heads_go_by_the_same_score(moekit: Moekit,
     assert checked.code == 0, checked.out
 
 
+def test_shared_experts_that_are_a_multiple_of_routed_ones_stay_one(made: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "moe", "glm4_moe")
+    how: dict[str, Any] = {"data": made / "text", "max_tokens": 400, "proof": False, "width": 8}
+    done = api.slim(tmp_path / "moe", **how, settings={"shared": 16}, out=tmp_path / "out")
+    assert done.beside == {"shared": {"before": WIDTH, "after": 16}}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["moe_intermediate_size"], config["n_shared_experts"]) == (8, 2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    with pytest.raises(BadConfig, match="12 is none"):
+        api.slim(tmp_path / "moe", **how, settings={"shared": 12}, out=tmp_path / "no")
+
+
 @pytest.mark.parametrize("score", [pytest.param("fisher", marks=FULL), pytest.param("output-norm", marks=FULL)])
 def test_a_recipe_takes_every_score(made: Path, tmp_path: Path, score: str) -> None:
     step = {

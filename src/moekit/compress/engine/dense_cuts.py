@@ -101,6 +101,12 @@ def _groups(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Cuttable]:
         layer = checkpoint.layout.layer(f"{name}.o_proj.weight") if "o_proj" in children else None
         if layer is not None and set(_PROJECTIONS) <= set(children):
             found[f"{name}.o_proj"] = Cuttable("groups", layer, spec.kv_heads, _head_axes(name, module, spec, layer))
+    if len(found) > spec.layers:
+        raise UnsupportedModel(
+            f"{len(found)} attentions stand in {spec.layers} layers",
+            file=checkpoint.path,
+            hint="leave groups out",
+        )
     lacking = sorted(set(range(spec.layers)) - {each.layer for each in found.values()})
     if lacking or not found:
         raise UnsupportedModel(

@@ -18,7 +18,10 @@ from moekit.compress.engine.apply import apply
 from moekit.compress.engine.dense_cuts import InputCut, cuttables, masked
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.part_scores import part_scores, strongest
+from moekit.data import TokenizedDocument
 from moekit.errors import BadConfig, UnsupportedModel
+from moekit.evaluation.changes import Variant
+from moekit.evaluation.variants import compare_variants
 from tests.checkpoints import plain
 from tests.families import EXPERTS, HIDDEN, VOCAB, WIDTH, build, logits, tokens
 
@@ -40,7 +43,14 @@ def written(folder: Path, family: str, kind: str, keep: int) -> tuple[Checkpoint
 
 @pytest.mark.parametrize(
     ("family", "kind", "keep"),
-    [("qwen3_moe", "groups", 1), ("mixtral", "groups", 1), ("qwen2_moe", "groups", 1), ("qwen2_moe", "shared", 8)],
+    [
+        ("qwen3_moe", "groups", 1),  # norms of queries and keys, a head each
+        ("mixtral", "groups", 1),  # no width of a head in the config
+        ("qwen2_moe", "groups", 1),  # biases
+        ("gpt_oss", "groups", 1),  # biases and a sink for each head
+        ("glm4_moe", "groups", 1),  # a layer without experts
+        ("qwen2_moe", "shared", 8),
+    ],
 )
 def test_a_stock_folder_is_the_masked_model(family: str, kind: str, keep: int, tmp_path: Path) -> None:
     _, cuts = written(tmp_path, family, kind, keep)
@@ -56,6 +66,18 @@ def test_a_stock_folder_is_the_masked_model(family: str, kind: str, keep: int, t
         assert config["head_dim"] == HEAD_DIM
     else:
         assert config["shared_expert_intermediate_size"] == keep
+
+
+def test_the_proof_measures_what_is_written(tmp_path: Path) -> None:
+    text = [TokenizedDocument(tokens(1, 30, seed=n)[0].tolist(), "all", n) for n in range(3)]
+    for number, (family, kind, keep) in enumerate((("glm4_moe", "groups", 1), ("qwen2_moe", "shared", 8))):
+        source, cuts = written(tmp_path / str(number), family, kind, keep)
+        before, (proved,) = compare_variants(source, text, [Variant("cut", same(family), cuts=cuts)])
+        after, _ = compare_variants(Checkpoint.open(tmp_path / str(number) / "out"), text, [])
+        assert proved.perplexity.nll == pytest.approx(after.nll, rel=1e-5)
+        assert before.nll != pytest.approx(after.nll, rel=1e-3)
+        if kind == "shared":
+            assert min(proved.reconstruction.values()) > 0.01
 
 
 def test_the_number_of_weights_is_that_of_the_formula(tmp_path: Path) -> None:
