@@ -5,7 +5,8 @@
 Without --model a MoE of 4 layers with 8 experts of 96 neurons, top-2, is trained first on --data (some minutes on two
 cores), and kept in --out. Then experts keep a half, a quarter and an eighth of their neurons by each score, repaired
 and not, all decided on one recording and measured on unseen text side by side, next to dropping half of the experts by
-REAP (as many weights as half of the neurons), those that stay as they are and refitted. Prints losses, and for each claim whether it holds here.
+REAP (as many weights as half of the neurons), those that stay as they are and refitted. Prints losses, and for each
+claim whether it holds here.
 
 Papers: SlimMoE arXiv:2506.18349, REAP 2510.13999.
 """
