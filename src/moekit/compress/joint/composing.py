@@ -183,7 +183,7 @@ def composer(
         what = "by a teacher" if made.narrow.asks_teacher else "shared experts or attention"
         raise BadConfig(
             f"{narrow} is to narrow {what}, and here layers are measured by their own text, routed experts alone",
-            hint="leave score=kd, shared and groups out, or narrow first by moekit slim",
+            hint="leave a teacher, shared experts and groups out, or narrow first (moekit slim)",
         )
     if made.rounding.required:
         raise BadConfig(
