@@ -5,7 +5,8 @@
 Without --model a MoE of 4 layers with 8 experts of 96 neurons, top-2, is trained first on --data (some minutes on two
 cores), and kept in --out. Then experts keep a half, a quarter and an eighth of their neurons by each score, repaired
 and not, all decided on one recording and measured on unseen text side by side, next to dropping half of the experts by
-REAP (as many weights as half of the neurons). Prints losses, and for each claim whether it holds here.
+REAP (as many weights as half of the neurons), those that stay as they are and refitted. Prints losses, and for each
+claim whether it holds here.
 
 Papers: SlimMoE arXiv:2506.18349, REAP 2510.13999.
 """
@@ -26,10 +27,12 @@ from moekit.bench.pruning import take_tokens
 from moekit.checkpoint import Checkpoint
 from moekit.compress.budget.sizes import Budget
 from moekit.compress.budget.width import WidthBudget, width_for
+from moekit.compress.engine.making import make_layers
 from moekit.compress.engine.measuring import geometries_of
-from moekit.compress.engine.plan import make_method
+from moekit.compress.engine.plan import WeightPlan, make_method
 from moekit.compress.engine.planning import plan_weights
-from moekit.compress.engine.request import PlanRequest
+from moekit.compress.engine.repairing import BlockRepair
+from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.rewriting import rewriter
 from moekit.data import load_text
 from moekit.data.batches import arrange
@@ -61,6 +64,7 @@ SLIM: Mapping[str, tuple[str, dict[str, Any]]] = {
     "random": ("random", {}),
 }
 REAP = "reap, half of the experts"
+REFITTED = f"{REAP}, refitted"
 # What is said to be lower: (name, than), at each width.
 CLAIMS = (
     ("taylor, none", "magnitude, none"),
@@ -93,35 +97,43 @@ def lab(options: argparse.Namespace) -> Path:
     return folder
 
 
-def recorded(folder: Path, checkpoint: Checkpoint, options: argparse.Namespace) -> Trace:
+def calibration(folder: Path, options: argparse.Namespace) -> CalibrationText:
+    """The text that is decided on, and that weights are made on."""
+    text = take_tokens(load_text(options.data, split="train"), load_tokenizer(str(folder)), options.tokens)
+    return CalibrationText(list(arrange(text, 256).batches(8)), dtype=torch.float32, device="cpu")
+
+
+def recorded(folder: Path, checkpoint: Checkpoint, text: CalibrationText) -> Trace:
     """All that any of the methods decides from."""
     needs = {"load", *make_method("prune", "reap", {}).required}
     for method, knobs in SLIM.values():
         needs |= {*make_method("slim", method, knobs).required}
-    tokenizer = load_tokenizer(str(folder))
-    text = take_tokens(load_text(options.data, split="train"), tokenizer, options.tokens)
     model = moekit.load(folder, device="cpu", dtype="float32")
-    batches = arrange(text, 256).batches(8)
-    return record(model, batches, statistics=sorted(needs), keep_choices=False, fingerprint=checkpoint.fingerprint)
+    return record(model, text.batches, statistics=sorted(needs), keep_choices=False, fingerprint=checkpoint.fingerprint)
 
 
-def variants(checkpoint: Checkpoint, trace: Trace, share: str) -> list[Variant]:
+def variants(checkpoint: Checkpoint, trace: Trace, text: CalibrationText, share: str) -> list[Variant]:
     """Experts narrowed to a share of their neurons, in all ways."""
     before = next(iter(geometries_of(checkpoint).values())).width
     budget = WidthBudget(width=width_for(share, before, 1))
-    made = []
+    labels, plans = list[str](), list[WeightPlan]()
     for label, (name, knobs) in SLIM.items():
         for repair in REPAIRS:
             method = make_method("slim", name, {**knobs, "repair": repair})
-            plan = plan_weights(checkpoint, trace if method.required else None, PlanRequest(method, budget))
-            made.append(Variant(f"{label}, {repair}", plan.outcomes, rewriter(plan, checkpoint)))
+            plans.append(plan_weights(checkpoint, trace if method.required else None, PlanRequest(method, budget)))
+            labels.append(f"{label}, {repair}")
+    made = zip(labels, make_layers(checkpoint, text, plans), strict=True)
+    return [Variant(label, plan.outcomes, rewriter(plan, checkpoint)) for label, plan in made]
+
+
+def dropped(checkpoint: Checkpoint, trace: Trace, text: CalibrationText) -> list[Variant]:
+    """Half of the experts, whole; those that stay as they are, and refitted to what their layer gave."""
+    made = []
+    for label, repair in ((REAP, None), (REFITTED, BlockRepair())):
+        request = PlanRequest(make_method("prune", "reap", {}), Budget(keep=0.5), repair=repair)
+        (plan,) = make_layers(checkpoint, text, [plan_weights(checkpoint, trace, request)])
+        made.append(Variant(label, plan.outcomes, rewriter(plan, checkpoint)))
     return made
-
-
-def dropped(checkpoint: Checkpoint, trace: Trace) -> Variant:
-    """Half of the experts, whole."""
-    plan = plan_weights(checkpoint, trace, PlanRequest(make_method("prune", "reap", {}), Budget(keep=0.5)))
-    return Variant(REAP, plan.outcomes)
 
 
 def nats(result: VariantResult) -> float:
@@ -150,16 +162,17 @@ def main() -> None:
     print(f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", flush=True)
     folder = lab(options)
     checkpoint = Checkpoint.open(folder)
-    trace = recorded(folder, checkpoint, options)
+    text = calibration(folder, options)
+    trace = recorded(folder, checkpoint, text)
     heldout = take_tokens(load_text(options.data, split="heldout"), load_tokenizer(str(folder)), options.heldout_tokens)
     for share in WIDTHS:
-        extra = [dropped(checkpoint, trace)] if share == "1/2" else []
-        asked = [*variants(checkpoint, trace, share), *extra]
+        extra = dropped(checkpoint, trace, text) if share == "1/2" else []
+        asked = [*variants(checkpoint, trace, text, share), *extra]
         plain, results = compare_variants(checkpoint, heldout, asked, window=256, dtype=torch.float32, device="cpu")
         unchanged = math.log(plain.overall.perplexity)
         print(f"\n{share} of the neurons; unchanged {unchanged:.4f} nats ({plain.overall.documents} documents)")
         losses = show(results, unchanged)
-        judged(losses, CLAIMS + ((("taylor, least-squares", REAP),) if extra else ()))
+        judged(losses, CLAIMS + ((("taylor, least-squares", REAP), (REFITTED, REAP)) if extra else ()))
 
 
 if __name__ == "__main__":

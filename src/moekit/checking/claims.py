@@ -50,6 +50,8 @@ def rewrites(record: Record) -> bool:
     name = record.config.get("method")
     if not isinstance(name, str) or "kept" not in record.scores:
         return False
+    if record.config.get("repair"):
+        return True
     try:
         return bool(getattr(catalogue.get(str(record.config.get("kind", "")), name).cls, "rewrites", False))
     except MoekitError:

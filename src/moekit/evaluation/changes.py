@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moekit.anatomy.probe import MoELayer, flat_output
 from moekit.compress.engine.carrying import carried_out
+from moekit.compress.engine.dense_cuts import InputCut, mask
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.redirected_block import redirected_block
 from moekit.compress.engine.redirecting import NovicesByLayer
@@ -36,6 +37,7 @@ class Variant:
         top_k: choices a token makes; None as before.
         groups: "free" or "equal"; see `moekit.compress.engine.resize.resized_config`.
         novices: decoder layer -> constants of experts whose tokens go to nobody.
+        cuts: name of a matrix outside of routed experts -> which of its inputs stay; the others count as zero.
     """
 
     name: str
@@ -44,6 +46,11 @@ class Variant:
     top_k: int | None = None
     groups: Groups = "free"
     novices: NovicesByLayer = field(default_factory=dict)
+    cuts: Mapping[str, InputCut] = field(default_factory=dict)
+
+    def cuts_at(self, layer: int) -> dict[str, InputCut]:
+        """Those of one decoder layer."""
+        return {name: cut for name, cut in self.cuts.items() if cut.layer == layer}
 
 
 @dataclass
@@ -136,7 +143,11 @@ def changed_layer(variant: Variant, moe: MoELayer, weights: LayerWeights, config
     resized = resized_config(
         config, outcome.experts, top_k=variant.top_k, groups=variant.groups, dropped=dropped, width=outcome.width
     )
-    return ChangedLayer(resized_block(moe, resized, made, outcome), keep)
+    block = resized_block(moe, resized, made, outcome)
+    for name, cut in variant.cuts_at(moe.index).items():
+        if name.startswith(f"{moe.name}."):
+            mask(block.get_submodule(name.removeprefix(f"{moe.name}.")), cut)
+    return ChangedLayer(block, keep)
 
 
 def compare_layer(layer: ChangedLayer, seen: Seen, output_TH: Tensor, index_TK: Tensor, mask_T: Tensor) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from moekit._progress import Progress, track
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
+from moekit.compress.engine.dense_cuts import masked
 from moekit.compress.engine.resize import read_block
 from moekit.data.forcing import decoder_inputs
 from moekit.errors import BadConfig
@@ -159,7 +160,10 @@ class SideBySideWalk:
             track_.lost_choices[index] = layer.lost_choices / max(choices, 1)
         for track_ in self.tracks:
             block = track_.layers.pop(index).block if track_ in changed else None
-            with replaced(self.loader.model, moe.name, block) if moe is not None else contextlib.nullcontext():
+            inside = "" if moe is None else f"{moe.name}."
+            cuts = {n: c for n, c in track_.variant.cuts_at(index).items() if not (inside and n.startswith(inside))}
+            place = replaced(self.loader.model, moe.name, block) if moe is not None else contextlib.nullcontext()
+            with place, masked(self.loader.model, cuts):
                 for number in range(len(self.walk.batches) if track_.passes is not None else 0):
                     assert track_.passes is not None
                     track_.passes.run(index, number)
@@ -175,8 +179,12 @@ class SideBySideWalk:
         # Where a decoder begins, it has yet to be given what the encoder made of the text: no later pass could be.
         parting = self.loader.begins[1:]
         for number, track_ in enumerate(self.tracks):
-            if track_.passes is None and (also or index in parting or index in track_.variant.outcomes):
+            if track_.passes is None and (also or index in parting or self._changes(track_.variant, index)):
                 track_.passes = self.plain.parted(f"variant-{number}")
+
+    @staticmethod
+    def _changes(variant: Variant, index: int) -> bool:
+        return index in variant.outcomes or bool(variant.cuts_at(index))
 
     def results(self, *, divergence: bool = False) -> tuple[PerplexityResult, list[VariantResult]]:
         """Likelihoods of the unchanged model and of each variant, with what each layer lost.

@@ -172,7 +172,10 @@ def run(options: ApplyOptions, context: JobContext) -> dict[str, Any]:
 
 
 def _load(options: ApplyOptions) -> WeightPlan:
-    return WeightPlan.load(plan_path(options.plan), "prune", "merge")
+    plan = WeightPlan.load(plan_path(options.plan), "prune", "merge")
+    if plan.made_on_text:
+        plan.made_layers()  # refuses: a file holds no weights
+    return plan
 
 
 def _fitting(options: ApplyOptions, plan: WeightPlan, source: OpenedModel) -> WeightPlan:
@@ -208,7 +211,8 @@ def _budget(options: ApplyOptions, plan: WeightPlan) -> Budget:
 
 def _request(options: ApplyOptions, plan: WeightPlan) -> PlanRequest:
     file = plan.file
-    return PlanRequest(plan.method, _budget(options, plan), file.top_k, file.groups, file.seed, file.protected)
+    budget = _budget(options, plan)
+    return PlanRequest(plan.method, budget, file.top_k, file.groups, file.seed, file.protected, file.repair)
 
 
 def _decided(options: ApplyOptions, plan: WeightPlan, source: OpenedModel, request: PlanRequest) -> WeightPlan:

@@ -31,6 +31,8 @@ def prune(
     top_k: int | None = None,
     groups: Literal["free", "equal"] = "free",
     protect: str | Path | None = None,
+    repair: Literal["none", "least-squares"] = "none",
+    ridge: float | None = None,
     self_generated: int | None = None,
     demonstrations: int = 25,
     max_tokens: int | None = 65536,
@@ -68,6 +70,9 @@ def prune(
         top_k: choices a token makes from now on; as before by default.
         groups: routing groups: lift the router's limits to them, or keep equally many of each.
         protect: experts that stay: super, layer:expert pairs such as 1:68,2:92, or a JSON file.
+        repair: refit the down projections of experts that stay to what each layer gave as a whole, on the text.
+        ridge: of the repair: pulls refitted weights to what they were, as a share of the mean square of a neuron;
+            0.0001 for experts with more than 20 tokens a neuron, else 0.01.
         self_generated: take data as prompts: decide on each with the model's own answer of up to so many tokens behind
             it (the whole model runs, not layer by layer)
         demonstrations: prompts of each domain that are answered.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +15,15 @@ from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, JobEstimate
 from moekit.jobs.options.slim import SlimOptions
+from moekit.jobs.shared.inputs import model_item
 from moekit.jobs.shared.outputs import model_or_plan
 from moekit.jobs.weights.inplace_decide import decide
 from moekit.jobs.weights.inplace_finish import Placed, finish, log_warnings
 from moekit.jobs.weights.inplace_job import estimate_of
-from moekit.jobs.weights.inplace_request import ask, check_decided, check_texts, inputs_of_plan, reads_whole
+from moekit.jobs.weights.inplace_request import check_decided, check_texts, inputs_of_plan, reads_whole
 from moekit.jobs.weights.plans import plan_beside, save_plan
 from moekit.jobs.weights.sizes import check_disk
-from moekit.jobs.weights.slim_request import check_width, method_of, request_of, summarizer
+from moekit.jobs.weights.slim_request import asked_of, check_width, method_of, summarizer, teacher_loss
 from moekit.progress import ProgressLike
 
 
@@ -33,6 +35,7 @@ class SlimResult(JobResult):
         settings: its knobs.
         width: neurons of an expert before and after.
         shared: whether there are shared experts, which stay as wide as they are.
+        beside: what else was cut, shared experts' neurons or groups of attention heads: before and after.
         model: what was narrowed.
         plan: hash of the plan.
         tokens: that were decided on.
@@ -49,6 +52,7 @@ class SlimResult(JobResult):
     settings: dict[str, Any]
     width: dict[str, int]
     shared: bool
+    beside: dict[str, dict[str, int]]
     model: str
     plan: str
     tokens: int
@@ -67,6 +71,7 @@ def slim(
     settings: Mapping[str, Any] | None = None,
     width: int | float | str | None = None,
     max_bytes: str | None = None,
+    teacher: str | Path | None = None,
     data: TextLike | None = None,
     heldout: TextLike | None = None,
     max_tokens: int | None = 65536,
@@ -88,7 +93,8 @@ def slim(
 ) -> SlimResult:
     """Make every routed expert narrower (`moekit methods slim`): the same class with smaller sizes, no expert dropped.
 
-    Shared experts and attention stay as they are, multi-token-prediction layers are left out.
+    Shared experts and attention stay as they are unless settings name them ({"shared": "1/2", "groups": 4});
+    multi-token-prediction layers are left out.
 
     Args:
         model: MoE: folder or hub id; a stored plan names its own.
@@ -96,6 +102,8 @@ def slim(
         settings: the method's own knobs; `repair`, `multiple`.
         width: neurons that each expert keeps (384), or a share of them ("1/2", 0.5; 1.0 is all).
         max_bytes: instead of width: the widest experts with which the whole model is no larger ("12GiB").
+        teacher: model that all stages are narrowed from, for settings={"score": "kd"}: neurons count by how far the
+            model is from it.
         data: text to decide on: file, folder, source, mix or hub id.
         heldout: text to prove the result on; by default a tenth of data, which is kept apart for it.
         max_tokens: tokens of data, at most, shared by its domains.
@@ -143,25 +151,35 @@ def check(options: SlimOptions) -> None:
     """Refuse an unknown method, impossible knobs and widths, and a run without what it needs."""
     resolve_device(options.device)
     if check_decided(options):
+        if options.teacher is not None:
+            raise BadConfig("a stored plan is to be carried out, but teacher is given as well", hint="leave that out")
         return
     method = method_of(options)
     check_width(options)
     if options.data is None and method.made_on_text and not method.scored_by:
         raise BadConfig("the repair is measured on text", hint="give text (--data), or say --set repair=none")
+    if method.asks_teacher != (options.teacher is not None):
+        what = "score=kd needs a teacher" if method.asks_teacher else "a teacher is given, but nothing is asked of it"
+        raise BadConfig(what, hint="--set score=kd --teacher FOLDER, the model that all stages are narrowed from")
+    if method.kept_parts and not reads_whole(method):
+        raise BadConfig("shared experts and groups go by gradients", hint="--set score=taylor")
     check_texts(options)
 
 
 def estimate(options: SlimOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     """The size of the narrow model."""
-    notes = ("routed experts become narrower; shared experts and attention stay as they are",)
-    return estimate_of(options, out, sizes, lambda: ask(options, request_of, 0), notes)
+    notes = ("routed experts become narrower; what settings do not name stays as it is",)
+    known = estimate_of(options, out, sizes, lambda: asked_of(options, 0), notes)
+    return (
+        known if options.teacher is None else replace(known, reads=(*known.reads, model_item(options.teacher, sizes)))
+    )
 
 
 def run(options: SlimOptions, context: JobContext) -> dict[str, Any]:
     """Refuse what is impossible, calibrate, decide, prove, write, check."""
     check(options)
     progress, scratch, out = context.progress, context.scratch, context.out
-    asked = ask(options, request_of, context.seed, progress)
+    asked = asked_of(options, context.seed, progress)
     writes_plan = options.write == "plan"
     check_disk(out, scratch, asked.plan_bytes if writes_plan else asked.written, asked.between)
     if asked.request is not None and asked.request.method.required:
@@ -169,7 +187,7 @@ def run(options: SlimOptions, context: JobContext) -> dict[str, Any]:
         what = "a backward pass through the whole model" if whole else "a layer with its second moments"
         way = "--set score=output-norm, which goes layer by layer" if whole else "--set repair=none"
         require_memory(asked.memory, what, f"use {way}")
-    decided = decide(options, asked, scratch, progress)
+    decided = decide(options, asked, scratch, progress, loss=None if asked.plan else teacher_loss(options, asked))
     plan = decided.plan
     log_warnings(plan.file.warnings)
     summary = summarizer(asked.source)

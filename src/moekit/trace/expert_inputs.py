@@ -53,6 +53,7 @@ class ExpertInputs:
         hidden: H.
         dtype: of the inputs.
         folder: where they go; None keeps them in memory up to `limit`.
+        name: of the file there.
         limit: bytes kept in memory where no folder is given.
     """
 
@@ -63,14 +64,26 @@ class ExpertInputs:
         dtype: torch.dtype,
         *,
         folder: Path | None = None,
+        name: str = "expert-inputs",
         limit: int = MEMORY_BYTES,
     ) -> None:
         shapes = [current.shape for current in passes]
-        self._states = States(shapes, hidden, dtype, folder=folder, name="expert-inputs", limit=limit)
+        self._states = States(shapes, hidden, dtype, folder=folder, name=name, limit=limit)
         self._passes = list(passes)
         self._choices: dict[int, tuple[Tensor, Tensor]] = {}
         self._moe: MoELayer | None = None
         self._number = 0
+
+    @property
+    def experts(self) -> int:
+        """E, of the layer that was watched last."""
+        assert self._moe is not None
+        return self._moe.geometry.experts
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each batch, padding left out."""
+        return [len(current.labels.domain_N) for current in self._passes]
 
     @contextlib.contextmanager
     def watching(self, moe: MoELayer) -> Iterator[None]:

@@ -127,10 +127,9 @@ class Streamed:
             vocabulary.check(batch.input_ids, vocabulary.embedding_rows(self.loader.model))
         self.walk = Walk(self.loader, inputs, folder=self.folder, limit=limit)
         self.records: dict[int, LayerRecord] = {}
-        self.inputs: ExpertInputs | None = None
-        if keep_inputs:
-            hidden, kind = self.walk.hidden, self.loader.dtype
-            self.inputs = ExpertInputs(self.passes, hidden, kind, folder=self.folder, limit=limit)
+        self._limit = limit
+        self._under_way: Passes | None = None
+        self.inputs = self._expert_inputs("expert-inputs") if keep_inputs else None
 
     def __enter__(self) -> Streamed:
         return self
@@ -158,7 +157,7 @@ class Streamed:
             then: given the passes behind the last layer.
         """
         key = self._key()
-        passes = self.walk.passes("states", resumed=True)
+        passes = self._under_way = self.walk.passes("states", resumed=True)
         try:
             done = passes.begin_loaded(self._resume(key))
             if done < 0:
@@ -209,6 +208,36 @@ class Streamed:
                 if block is not None:
                     passes.run(index, number)
                 passes.go_on(index, number)
+
+    def _expert_inputs(self, name: str) -> ExpertInputs:
+        hidden, kind = self.walk.hidden, self.loader.dtype
+        return ExpertInputs(self.passes, hidden, kind, folder=self.folder, name=name, limit=self._limit)
+
+    @contextlib.contextmanager
+    def inputs_of(self, moe: MoELayer, block: nn.Module) -> Iterator[ExpertInputs]:
+        """What the experts of another block are given where a layer stands; the text goes on as it would have.
+
+        For a change that `run` asks for, which has just been given this layer.
+
+        Args:
+            moe: the layer, which must be loaded.
+            block: what is tried in its place.
+        """
+        passes = self._under_way
+        assert passes is not None  # asked for while the text stands at the layer
+        further = self._expert_inputs("further-inputs")
+        try:
+            with replaced(self.loader.model, moe.name, block):
+                other = self.walk.moe(moe.index)
+                assert other is not None
+                with further.watching(other):
+                    for number in range(len(self.passes)):
+                        answered = passes.get(number).clone()
+                        passes.run(moe.index, number)
+                        passes.put(number, answered)
+                yield further
+        finally:
+            further.close()
 
     def recording(self, moe: MoELayer) -> contextlib.AbstractContextManager[LayerRecording]:
         """See a loaded MoE layer for as long as the block lasts."""

@@ -153,6 +153,8 @@ def test_the_fewest_bytes_that_are_told_do(made: Path, tmp_path: Path) -> None:
         ({"drop": "naee"}, "runs the layers again"),
         ({"rounding": "gptq"}, "measures the very layer"),
         ({"settings": {"shrink": {}}}, "no methods of 'shrink'"),
+        ({"settings": {"narrow": {"score": "kd"}}}, "by a teacher"),
+        ({"settings": {"narrow": {"groups": 1}}}, "routed experts alone"),
         ({"experts": (1.5,)}, "fractions lie above 0"),
         ({"group": 7}, "groups of 7 do not divide"),
         ({"costs": "costs.txt"}, "costs are a .json file"),

@@ -126,6 +126,10 @@ def test_bytes_are_kept_and_told_and_all_neurons_are_the_model(made: Path, tmp_p
         ({"width": 12, "data": None}, "slimmoe decides from load, neuron_taylor_size"),
         ({"width": 12, "data": None, "method": "random"}, "the repair is measured on text"),
         ({"width": 12, "settings": {"score": "luck"}}, "score"),
+        ({"width": 12, "settings": {"score": "kd"}}, "needs a teacher"),
+        ({"width": 12, "settings": {"groups": 3}}, "cannot keep 3"),
+        ({"width": 12, "settings": {"groups": 1, "score": "output-norm"}}, "go by gradients"),
+        ({"width": 12, "teacher": "moe"}, "nothing is asked of it"),
         ({"width": 12, "method": "reap"}, "no slim method"),
     ],
 )
@@ -149,6 +153,41 @@ def test_a_dry_run_tells_the_memory_of_a_backward_pass(moekit: Moekit, made: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_second_stage_is_scored_by_how_far_it_is_from_the_teacher(moekit: Moekit, made: Path, tmp_path: Path) -> None:
+    asked = ("--data", made / "text", "--max-tokens", 400, "--set", "score=kd", "--teacher", made / "moe")
+    same = moekit("slim", made / "moe", "--width", "1/2", *asked, "--no-proof", "-o", tmp_path / "first")
+    assert same.code == 2
+    assert "the teacher is the model itself" in same.err
+    how: dict[str, Any] = {"data": made / "text", "max_tokens": 400, "proof": False}
+    api.slim(made / "moe", width=16, **how, out=tmp_path / "first")
+    done = moekit(
+        "slim", tmp_path / "first", "--width", "1/2", *asked, "--proof-tokens", 200, "-o", tmp_path / "second", "--json"
+    )
+    assert done.code == 0, done.err
+    assert done.json["settings"]["score"] == "kd"
+    assert done.json["width"] == {"before": 16, "after": 8}
+    plain = api.slim(tmp_path / "first", width="1/2", **how, out=tmp_path / "plain")
+    assert plain.plan != done.json["plan"]
+    dry = [
+        moekit("slim", tmp_path / "first", "--width", "1/2", *more, "-o", tmp_path / "x", "--dry-run", "--json")
+        for more in (("--data", made / "text"), asked)
+    ]
+    held = sum(t.numel() * t.element_size() for t in tensors_of(made / "moe").values())
+    assert dry[1].json["memory_bytes"] - dry[0].json["memory_bytes"] == held
+    step = {
+        "use": "slim",
+        "id": "narrow",
+        "model": str(tmp_path / "first"),
+        "width": "1/2",
+        "teacher": str(made / "moe"),
+    }
+    step |= {"settings": {"score": "kd"}, **how, "data": str(made / "text")}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "r", "out": str(tmp_path / "run"), "steps": [step]}))
+    assert runner.run(load_recipe(tmp_path / "r.yaml")).ran == ["narrow"]
+    one, two = tensors_of(tmp_path / "second"), tensors_of(tmp_path / "run" / "narrow")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items() if "up_proj" in name)
+
+
 def test_shared_experts_are_left_and_named(moekit: Moekit, tmp_path: Path) -> None:
     write_model(tmp_path / "moe", "qwen2_moe")
     how = ("--method", "magnitude", "--set", "repair=none", "--no-proof")
@@ -158,6 +197,49 @@ def test_shared_experts_are_left_and_named(moekit: Moekit, tmp_path: Path) -> No
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("moe", "out"))
     assert after["moe_intermediate_size"] == 8
     assert after["shared_expert_intermediate_size"] == before["shared_expert_intermediate_size"]
+
+
+def test_shared_experts_and_groups_of_heads_go_by_the_same_score(moekit: Moekit, tmp_path: Path) -> None:
+    write_model(tmp_path / "moe", "qwen2_moe")
+    write_text(tmp_path / "text", documents=20)
+    text = ("--data", tmp_path / "text", "--max-tokens", 400)
+    how = ("--width", "1/3", "--set", "shared=8", "--set", "groups=1", *text)
+    dry = moekit("slim", tmp_path / "moe", *how, "-o", tmp_path / "out", "--dry-run", "--json")
+    assert dry.code == 0, dry.err
+    done = moekit(
+        "slim", tmp_path / "moe", *how, "--proof-tokens", 200, "--plan", tmp_path / "p.json", "-o", tmp_path / "out"
+    )
+    assert done.code == 0, done.err
+    printed = " ".join(done.out.split())
+    for words in ("groups of attention heads 2 -> 1", "neurons of shared experts 20 -> 8", "proven: every tensor"):
+        assert words in printed, words
+    assert "shared experts stay" not in printed
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    keys = ("num_attention_heads", "num_key_value_heads", "head_dim", "shared_expert_intermediate_size")
+    assert [config[key] for key in keys] == [2, 1, 8, 8]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    cuts = json.loads((tmp_path / "p.json").read_text())["cuts"].values()
+    assert {(cut["kind"], len(cut["keep"])) for cut in cuts} == {("groups", 1), ("shared", 8)}
+    again = moekit("slim", "--from", tmp_path / "p.json", "--no-proof", "-o", tmp_path / "again")
+    assert again.code == 0, again.err
+    one, two = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    checked = moekit("check", tmp_path / "out", "--parent", tmp_path / "moe")
+    assert checked.code == 0, checked.out
+
+
+def test_shared_experts_that_are_a_multiple_of_routed_ones_stay_one(made: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "moe", "glm4_moe")
+    how: dict[str, Any] = {"data": made / "text", "max_tokens": 400, "proof": False, "width": 8}
+    done = api.slim(tmp_path / "moe", **how, settings={"shared": 16}, out=tmp_path / "out")
+    assert done.beside == {"shared": {"before": WIDTH, "after": 16}}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["moe_intermediate_size"], config["n_shared_experts"]) == (8, 2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    with pytest.raises(BadConfig, match="12 is none"):
+        api.slim(tmp_path / "moe", **how, settings={"shared": 12}, out=tmp_path / "no")
 
 
 @pytest.mark.parametrize("score", [pytest.param("fisher", marks=FULL), pytest.param("output-norm", marks=FULL)])

@@ -29,6 +29,9 @@ def _show_sizes(terminal: Terminal, results: Mapping[str, Any]) -> None:
         f"{weights['before']:,} -> {weights['after']:,}, {size(nbytes['before'])} -> {size(nbytes['after'])} "
         f"({less:.0%} less)"
     )
+    named = {"groups": "groups of attention heads", "shared": "neurons of shared experts"}
+    for kind, cut in results["beside"].items():
+        terminal.say(f"{named[kind]} {cut['before']:,} -> {cut['after']:,}")
     if results["shared"]:
         terminal.say("shared experts stay as wide as they are")
 

@@ -25,6 +25,7 @@ from moekit.checkpoint.safety import FLOAT_DTYPES
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.checkpoint.small_files import copy_small_files
 from moekit.compress.engine.carrying import carried_out
+from moekit.compress.engine.dense_cuts import InputCut
 from moekit.compress.engine.layer_writer import Rewrite, Rewriter
 from moekit.compress.engine.layout import OutputLayout, prepare
 from moekit.compress.engine.mtp import Mtp, MtpKept
@@ -51,6 +52,7 @@ def apply(
     groups: Groups = "free",
     mtp: Mtp = "drop",
     mtp_kept: MtpKept | None = None,
+    cuts: Mapping[str, InputCut] | None = None,
     overwrite: bool = False,
     stock_only: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -73,6 +75,7 @@ def apply(
         mtp: multi-token-prediction layers: "drop" leaves them out, "keep" copies them, "prune" cuts their experts to
             as many as the decoder's layers keep.
         mtp_kept: which of their experts stay then, by the beginning of their names ("model.layers.61.").
+        cuts: name of a matrix outside of routed experts -> which of its inputs stay, with all that makes them.
         overwrite: replace an existing folder, at the very end.
         stock_only: refuse what stock transformers does not load (layers with different numbers of experts), or loads
             without what belongs to it (redirected tokens).
@@ -105,6 +108,7 @@ def apply(
         groups=groups,
         mtp=mtp,
         mtp_kept=mtp_kept,
+        cuts=cuts,
         stock_only=stock_only,
         max_shard_bytes=max_shard_bytes,
     )

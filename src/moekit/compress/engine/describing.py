@@ -63,6 +63,7 @@ def plan_file(
         data=data,
         tokens=0 if meta is None else meta.tokens,
         domains=() if meta is None else tuple(meta.domains),
+        repair=request.repair,
         protected={layer: tuple(sorted(experts)) for layer, experts in (request.protected or {}).items()},
         layers=dict(layers),
         warnings=warnings_of(request.method, layers, data),

@@ -24,6 +24,7 @@ from moekit.checkpoint.skeleton import empty_model
 from moekit.checkpoint.small_files import small_files
 from moekit.checkpoint.uneven import without_common_loss
 from moekit.compress.engine.config_file import renamed_experts
+from moekit.compress.engine.dense_cuts import InputCut, set_cuts, with_cuts
 from moekit.compress.engine.droppable import check_droppable
 from moekit.compress.engine.kept import KeptTensor
 from moekit.compress.engine.limits import (
@@ -57,7 +58,7 @@ class OutputLayout:
         kept: tensors of the output, in the order of the source.
         shards: where they will lie.
         index: text of the index; None without.
-        config: transformers config of the output.
+        config: transformers config of the output's blocks, in which nothing outside of routed experts is cut.
         config_text: its config.json; None where the source's is taken over.
         dropped_mtp: how many multi-token-prediction tensors go.
         kept_mtp: experts of multi-token-prediction layers that stay, where these are cut.
@@ -115,6 +116,7 @@ def prepare(
     groups: Groups = "free",
     mtp: Mtp = "drop",
     mtp_kept: MtpKept | None = None,
+    cuts: Mapping[str, InputCut] | None = None,
     stock_only: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> OutputLayout:
@@ -152,8 +154,13 @@ def prepare(
     kept = kept_tensors(checkpoint, outcomes, axes, mtp, kept_mtp)
     if width is not None:
         kept = _resized(kept, after)
+    stated_after = after
+    if cuts:
+        stated_after = copy.deepcopy(after)
+        set_cuts(stated_after, cuts, width)
+        kept = with_cuts(kept, checkpoint, cuts, stated_after)
     shards, index = lay_out((tensor.spec for tensor in kept), max_shard_bytes)
-    text = _config_text(checkpoint, before, after, outcomes, kept_mtp, bool(extra) and mtp == "drop")
+    text = _config_text(checkpoint, before, stated_after, outcomes, kept_mtp, bool(extra) and mtp == "drop")
     gone = len(extra) if mtp == "drop" else 0
     return OutputLayout(checkpoint, outcomes, counts, tuple(kept), tuple(shards), index, after, text, gone, kept_mtp)
 

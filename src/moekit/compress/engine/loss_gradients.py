@@ -24,7 +24,7 @@ from moekit.compress.engine.request import CalibrationText
 from moekit.data.forcing import decoder_inputs
 from moekit.errors import UnsupportedModel
 from moekit.streaming.states import States
-from moekit.trace.loss import next_token_loss
+from moekit.trace.loss import Loss, next_token_loss
 from moekit.trace.recorder import evaluating
 from moekit.trace.rows import features_of, read_batch
 
@@ -54,30 +54,34 @@ def loss_gradients(
         for index, layer in layers.items()
     }
     with evaluating(model), _watched({index: layer.experts for index, layer in layers.items()}) as seen:
-        _begin_at_embeddings(model)
+        begin_at_embeddings(model)
         for number, batch in enumerate(track(batches, "differentiating", progress)):
             seen.clear()
-            loss = _loss(model, batch)
+            loss = loss_of(model, batch)
             found = torch.autograd.grad(loss, [_whole(seen, index, shapes[number]) for index in layers])
             for index, gradient in zip(layers, found, strict=True):
                 kept[index].put(number, flat_output(gradient).reshape(*shapes[number], -1))
     return kept
 
 
-def _loss(model: Any, batch: Any) -> Tensor:
+def loss_of(model: Any, batch: Any, loss: Loss = next_token_loss) -> Tensor:
+    """A batch's loss, summed over its tokens, with the way back."""
     ids_BS, labels = read_batch(batch)
     ids_BS, mask_BS = ids_BS.to(model.device), labels.mask_BS.to(model.device)
     inputs: dict[str, Any] = {"input_ids": ids_BS, "use_cache": False, "attention_mask": mask_BS.long()}
     inputs |= features_of(batch, model.device)
     inputs |= decoder_inputs(model, ids_BS, inputs["attention_mask"])
     with torch.enable_grad():
-        return next_token_loss(model(**inputs).logits, ids_BS, mask_BS)
+        return loss(model(**inputs).logits, ids_BS, mask_BS)
 
 
-def _begin_at_embeddings(model: Any) -> None:
-    """Leave a way back from the loss that begins at the embeddings: no weight is differentiated by."""
+def begin_at_embeddings(model: Any) -> Any:
+    """Leave a way back from the loss that begins at the embeddings: no weight is differentiated by.
+
+    What this returns ends it.
+    """
     model.requires_grad_(False)
-    model.get_input_embeddings().register_forward_hook(
+    return model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: output.requires_grad_() if torch.is_grad_enabled() else None
     )
 

@@ -21,9 +21,13 @@ from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.made_layers import MadeLayers
 from moekit.compress.engine.measuring import as_stored, refuse_damaged
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
+from moekit.compress.engine.repairing import repaired
 from moekit.compress.engine.request import CalibrationText
-from moekit.compress.engine.resize import read_block
+from moekit.compress.engine.resize import read_block, resized_block, resized_config
+from moekit.compress.weights import LayerWeights
+from moekit.errors import BadConfig
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.streamed import Streamed
 
@@ -43,7 +47,7 @@ def make_layers(
         progress: told layer by layer.
 
     Raises:
-        BadConfig: a plan of another model.
+        BadConfig: a plan of another model, or one that redirects tokens and is to be repaired.
         NumericFault: weights or moments that are not finite; names layer and expert.
         UnsupportedModel: this family's experts do not follow the plain formula.
     """
@@ -102,8 +106,38 @@ def _make(
             streamed.inputs.moments,
             gated,
         )
-        new = plan.method.transform(weights, outcome, inputs)
-        made.put(moe.index, new, plan.method.told(weights, outcome, inputs))
+        new, figures = plan.method.transform(weights, outcome, inputs), plan.method.told(weights, outcome, inputs)
+        if plan.file.repair is not None:
+            new, told = _repaired(streamed, moe, new, outcome, plan)
+            figures |= told
+        made.put(moe.index, new, figures)
+
+
+def _repaired(
+    streamed: Streamed, moe: MoELayer, new: LayerWeights, outcome: LayerOutcome, plan: WeightPlan
+) -> tuple[LayerWeights, dict[str, float]]:
+    """Experts that stay, refitted to what the layer gave, on the choices that tokens make among them."""
+    assert plan.file.repair is not None
+    assert streamed.inputs is not None
+    if outcome.redirect is not None:
+        raise BadConfig(
+            f"{plan.file.method} sends tokens of experts that are gone elsewhere, which a repair does not follow",
+            layer=moe.index,
+            hint="leave the repair out",
+        )
+    config, file = streamed.loader.model.config, plan.file
+    sized = resized_config(config, new.experts, top_k=file.top_k, groups=file.groups, width=outcome.width)
+    running = new.map(lambda t: t.to(streamed.loader.dtype), router=False)
+    block = resized_block(moe, sized, running, outcome)
+    with streamed.inputs_of(moe, block) as after:
+        return repaired(
+            new,
+            streamed.inputs,
+            after,
+            plan.file.repair,
+            layer=moe.index,
+            weighs_inputs=moe.geometry.weighs_inputs,
+        )
 
 
 def remembering(read: Callable[[int], Tensor], limit: int = REMEMBERED) -> Callable[[int], Tensor]:

@@ -24,16 +24,14 @@ from moekit.anatomy.probe import Geometry
 from moekit.catalogue import Trait
 from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine.carrying import FIELDS
+from moekit.compress.engine.dense_cuts import Kind
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.method import Baseline, WeightMethod
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.maths.least_squares import narrowed, squared_error
+from moekit.compress.maths.least_squares import narrowed, squared_error, usual_ridge
 from moekit.compress.weights import LayerWeights
 from moekit.errors import BadConfig, NumericFault, UnsupportedModel
 from moekit.trace.batch import widest
-
-# Ridge of the repair: with fewer tokens than this for each neuron the moment is a rough one.
-_MANY, _FIRM, _ROUGH = 20, 1e-4, 1e-2
 
 
 class SlimMethod(WeightMethod[WidthBudget, int]):
@@ -75,6 +73,16 @@ class SlimMethod(WeightMethod[WidthBudget, int]):
     def made_on_text(self) -> bool:
         """Where down projections are repaired: by the second moments of one layer after the other."""
         return self.repair == "least-squares"
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether gradients are those of the distance from a teacher, not of the text's own loss."""
+        return False
+
+    @property
+    def kept_parts(self) -> Mapping[Kind, int | float | str]:
+        """What is kept outside of routed experts, as a number or a share; of kinds that are not named all."""
+        return {}
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -175,7 +183,7 @@ class SlimMethod(WeightMethod[WidthBudget, int]):
         tokens = int(inputs.statistics["load"][expert])
         if not tokens:
             return down_HI[:, kept_J]
-        ridge = (_FIRM if tokens > _MANY * len(kept_J) else _ROUGH) if self.ridge is None else self.ridge
+        ridge = usual_ridge(tokens, len(kept_J)) if self.ridge is None else self.ridge
         made_HJ = narrowed(down_HI, _moment(inputs, expert, down_HI.device), kept_J, ridge)
         return made_HJ.to(down_HI.dtype)
 

@@ -24,9 +24,11 @@ from moekit.compress.budget.sizes import Budget
 from moekit.compress.budget.sparsity import SparsityBudget
 from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine import plan_files
+from moekit.compress.engine.dense_cuts import InputCut
 from moekit.compress.engine.made_layers import MadeLayers
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.outcome import LayerOutcome
+from moekit.compress.engine.repairing import BlockRepair
 from moekit.compress.engine.resize import Groups
 from moekit.errors import BadConfig, BadData
 from moekit.trace.meta import DataEntry
@@ -77,8 +79,10 @@ class PlanFile(plan_files.ReadablePart):
         kept_apart: text whose held-out part was kept out of it, for a proof; "" where none was.
         calibrated: how that text was laid out (name, tokens, rows), so that it can be gone through again; {} without.
         protected: decoder layer -> experts that stay whatever their score.
+        repair: how experts that stay make up for those that go; None leaves them.
         rules: what becomes of tensors that belong to no routed expert.
         layers: decoder layer -> what was decided.
+        cuts: name of a matrix outside of routed experts -> which of its inputs stay.
         mtp: beginning of a multi-token-prediction layer's names -> how much each of its experts is used; empty where
             such layers are not cut.
         made: decoder layer -> sha256 of its new weights, where they were made as the text stood at it and cannot be
@@ -103,8 +107,10 @@ class PlanFile(plan_files.ReadablePart):
     kept_apart: str = ""
     calibrated: dict[str, Any] = Field(default_factory=dict)
     protected: dict[int, tuple[int, ...]] = Field(default_factory=dict)
+    repair: BlockRepair | None = None
     rules: tuple[TensorRule, ...] = ()
     layers: dict[int, LayerRecord]
+    cuts: dict[str, InputCut] = Field(default_factory=dict)
     mtp: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     made: dict[int, str] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -141,9 +147,12 @@ class WeightPlan:
             BadConfig: the plan was read from a file, which tells what was decided and holds no weights.
         """
         if self.made is None:
+            again = "--from PLAN` goes through the same text again"
+            if self.file.repair is not None:
+                again = "--repair ...` makes plan and weights of a text at once"
             raise BadConfig(
                 f"the plan says what {self.file.method} decided, and its weights are made as the text passes by",
-                hint=f"`moekit {self.file.kind} --from PLAN` goes through the same text again",
+                hint=f"`moekit {self.file.kind} {again}",
             )
         return self.made
 
@@ -155,9 +164,8 @@ class WeightPlan:
     @property
     def made_on_text(self) -> bool:
         """Whether its new weights are made where a text stands at each layer."""
-        return self.method.made_on_text and any(
-            not told.outcome.unchanged(told.experts) for told in self.file.layers.values()
-        )
+        wanted = self.method.made_on_text or self.file.repair is not None
+        return wanted and any(not told.outcome.unchanged(told.experts) for told in self.file.layers.values())
 
     @property
     def outcomes(self) -> dict[int, LayerOutcome]:
@@ -172,7 +180,8 @@ class WeightPlan:
         digests of the weights where they were made already.
         """
         told = self.file.model_dump(
-            mode="json", include=_DECIDING | {name for name in ("mtp", "made") if getattr(self.file, name)}
+            mode="json",
+            include=_DECIDING | {name for name in ("mtp", "made", "repair", "cuts") if getattr(self.file, name)},
         )
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         if self.method.rewrites or self.method.redirects:

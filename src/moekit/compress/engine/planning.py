@@ -250,7 +250,7 @@ def redecide(plan: WeightPlan, checkpoint: Checkpoint, budget: Budget) -> Weight
             f"{file.method} decided layer after layer on the text: another budget needs another search",
             hint=f"run moekit {file.kind} again",
         )
-    request = PlanRequest(method, budget, file.top_k, file.groups, file.seed, file.protected)
+    request = PlanRequest(method, budget, file.top_k, file.groups, file.seed, file.protected, file.repair)
     inputs = inputs_of(checkpoint, request, geometries_of(checkpoint), plan.statistics)
     scores = {layer: torch.tensor(told.scores, dtype=torch.float64) for layer, told in file.layers.items()}
     made = decide(checkpoint, inputs, request, plan.statistics, None, scores)

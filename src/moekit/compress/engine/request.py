@@ -16,6 +16,7 @@ from moekit.compress.budget.width import WidthBudget
 from moekit.compress.engine.inputs import Protected
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.plan import budget_as
+from moekit.compress.engine.repairing import BlockRepair
 from moekit.compress.engine.resize import Groups
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class PlanRequest:
         groups: "free" or "equal"; see `PlanFile`.
         seed: of everything random.
         protected: decoder layer -> experts that stay whatever their score.
+        repair: how experts that stay make up for those that go; None leaves them.
     """
 
     method: WeightMethod[Any, Any]
@@ -41,6 +43,7 @@ class PlanRequest:
     groups: Groups = "free"
     seed: int = 0
     protected: Protected | None = None
+    repair: BlockRepair | None = None
 
     @property
     def keep_budget(self) -> Budget:

@@ -67,7 +67,7 @@ class PlannedRewrite:
     def _made(self, layer: int, outcome: LayerOutcome, weights: LayerWeights) -> LayerWeights:
         if outcome.unchanged(weights.experts):
             return weights.select(outcome.keep)
-        if self._method.made_on_text:
+        if self._plan.made_on_text:
             like = weights.up_EIH
             kept, self.figures[layer] = self._plan.made_layers().get(layer)
             return kept.map(lambda t: t.to(like.device, like.dtype), router=False)
@@ -115,7 +115,7 @@ def rewriter(plan: WeightPlan, checkpoint: Checkpoint, *, folder: Path | None = 
             file=checkpoint.path,
             hint="leave the rules out",
         )
-    if not plan.method.rewrites:
+    if not plan.method.rewrites and plan.file.repair is None:
         return None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -177,6 +177,12 @@ def composer(
                 f"{name} runs the layers again for each thing it tries, and here every layer is tried in many ways",
                 hint="choose a method that decides from statistics, such as reap (drop) or hc-smoe (merge)",
             )
+    if made.narrow.asks_teacher or made.narrow.kept_parts:
+        what = "by a teacher" if made.narrow.asks_teacher else "shared experts or attention"
+        raise BadConfig(
+            f"{narrow} is to narrow {what}, and here layers are measured by their own text, routed experts alone",
+            hint="leave a teacher, shared experts and groups out, or narrow first (moekit slim)",
+        )
     if made.rounding.required:
         raise BadConfig(
             f"{rounding} measures the very layer that it rounds, and here layers are only tried",

@@ -19,6 +19,13 @@ from torch import Tensor
 _LEAST = 1e-12
 # How often the ridge grows tenfold before a moment is given up.
 _TRIES = 8
+# Usual ridges: a moment of fewer tokens than so many for each input is a rough one.
+_MANY, _FIRM, _ROUGH = 20, 1e-4, 1e-2
+
+
+def usual_ridge(tokens: int, inputs: int) -> float:
+    """The ridge to take where none is asked for: less where a matrix of so many inputs saw many tokens."""
+    return _FIRM if tokens > _MANY * inputs else _ROUGH
 
 
 def refit(cross_HJ: Tensor, moment_JJ: Tensor, start_HJ: Tensor, ridge: float) -> Tensor:

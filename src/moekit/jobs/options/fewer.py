@@ -44,6 +44,16 @@ class FewerOptions(WritingOptions):
     protect: ExpertsRef | None = Field(
         default=None, description="experts that stay: super, layer:expert pairs such as 1:68,2:92, or a JSON file"
     )
+    repair: Literal["none", "least-squares"] = Field(
+        default="none",
+        description="refit the down projections of experts that stay to what each layer gave as a whole, on the text",
+    )
+    ridge: float | None = Field(
+        default=None,
+        ge=0,
+        description="of the repair: pulls refitted weights to what they were, as a share of the mean square of a "
+        "neuron; 0.0001 for experts with more than 20 tokens a neuron, else 0.01",
+    )
     self_generated: int | None = Field(
         default=None,
         ge=1,

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from moekit.jobs.options.base import CommandLine, PlanRef
+from moekit.jobs.options.base import CommandLine, ModelRef, PlanRef
 from moekit.jobs.options.inplace import InPlaceOptions
 
 
@@ -31,6 +31,7 @@ class SlimOptions(InPlaceOptions):
             "moekit slim ./moe --width 384 --set score=output-norm --data demo --plan ./p.json -o ./narrow",
             "moekit slim ./moe --method slimmoe --bytes 12GiB --data demo -o ./small",
             "moekit slim ./moe --width 0.75 --method magnitude --set repair=none --heldout demo -o ./blind",
+            "moekit slim ./healed --width 1/2 --set score=kd --teacher ./moe --data my-domain/ -o ./stage2",
             "moekit slim --from ./p.json -o ./again",
         ),
     )
@@ -41,6 +42,10 @@ class SlimOptions(InPlaceOptions):
     )
     max_bytes: str | None = Field(
         default=None, description="instead: the widest experts with which the whole model is no larger (12GiB)"
+    )
+    teacher: ModelRef | None = Field(
+        default=None,
+        description="model that all stages are narrowed from, for --set score=kd: neurons count by how far it is",
     )
     from_plan: PlanRef | None = Field(
         default=None,

@@ -9,6 +9,7 @@ from pathlib import Path
 from moekit._device import named_dtype
 from moekit._progress import Progress
 from moekit.compress.engine.describing import beside_warnings, mtp_warnings, warnings_of
+from moekit.compress.engine.making import make_layers
 from moekit.compress.engine.measuring import refuse_damaged
 from moekit.compress.engine.mtp_routing import mtp_scores
 from moekit.compress.engine.plan import WeightPlan
@@ -22,8 +23,8 @@ from moekit.jobs.options.fewer import FewerOptions
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows
 from moekit.jobs.shared.opened import OpenedModel
-from moekit.jobs.weights.fewer_finish import Decided, baseline_needs, in_groups
-from moekit.jobs.weights.fewer_request import Asked
+from moekit.jobs.weights.fewer_finish import Decided, baseline_needs, baselines_of, in_groups
+from moekit.jobs.weights.fewer_request import Asked, proves
 from moekit.jobs.weights.mtp import cuts_mtp
 from moekit.jobs.weights.plans import PLAN_FILE, known_plan, origin
 from moekit.jobs.weights.protection import SUPER, protection_needs, super_experts
@@ -122,7 +123,21 @@ def _from_text(
             else:
                 plan = plan_weights(source.checkpoint, trace, request, progress)
             plan.save(scratch / PLAN_FILE)
-    return _complete(options, source, request, plan, trace, mtp)
+    decided = _complete(options, source, request, plan, trace, mtp)
+    if request.repair is not None:
+        dtype = named_dtype(options.dtype)
+        again = CalibrationText(batches, scratch / "repair", dtype, options.device, source.tokenizer(), text)
+        _repair(decided, again, options, progress)
+    return decided
+
+
+def _repair(decided: Decided, text: CalibrationText, options: FewerOptions, progress: Progress | None) -> None:
+    """Make the weights of the plan, and of the baselines that it is proved against, alike."""
+    others = baselines_of(decided, options.random_seeds) if proves(options) else []
+    # A baseline that redirects tokens stays as it is: a repair does not follow them.
+    alike = [other if not other.method.redirects else other.with_file(repair=None) for _, other in others]
+    decided.plan, *made = make_layers(decided.source.checkpoint, text, [decided.plan, *alike], progress)
+    decided.others = [(name, plan) for (name, _), plan in zip(others, made, strict=True)]
 
 
 def _protecting(options: FewerOptions, asked: Asked, trace: Trace | None) -> PlanRequest:

@@ -114,6 +114,7 @@ class Decided:
         statistics: decoder layer -> what baselines decide from; empty without.
         rewrite: makes new weights; None where experts are only dropped.
         novices: decoder layer -> constants that answer for experts whose tokens go to nobody.
+        others: name -> what baselines decided, where their weights were made with the plan's; None where not.
     """
 
     source: OpenedModel
@@ -122,6 +123,7 @@ class Decided:
     statistics: Mapping[int, LayerStatistics] = field(default_factory=dict)
     rewrite: PlannedRewrite | None = None
     novices: NovicesByLayer = field(default_factory=dict)
+    others: list[tuple[str, WeightPlan]] | None = None
 
 
 def baselines_of(decided: Decided, random_seeds: int) -> list[tuple[str, WeightPlan]]:
@@ -159,7 +161,7 @@ def _variant(name: str, plan: WeightPlan, source: OpenedModel) -> Variant:
 def prove_plan(decided: Decided, heldout: HeldOut, options: WritingOptions, context: JobContext) -> Proof:
     """Measure a plan against its baselines on held-out text."""
     file = decided.plan.file
-    others = baselines_of(decided, options.random_seeds)
+    others = baselines_of(decided, options.random_seeds) if decided.others is None else decided.others
     return prove(
         decided.source.checkpoint,
         heldout,
@@ -187,6 +189,7 @@ def write_pruned(
     told = file.model_dump(
         mode="json", include={"kind", "method", "settings", "budget", "top_k", "groups", "data", "tokens"}
     )
+    told |= {} if file.repair is None else {"repair": file.repair.model_dump(mode="json")}
     before = Record(
         command=context.command,
         parent=decided.source.parent,
@@ -228,6 +231,7 @@ def summary_of_plan(decided: Decided, warnings: Sequence[str], nbytes: int) -> d
     return {
         "method": file.method,
         "settings": file.settings,
+        "repair": None if file.repair is None else file.repair.model_dump(mode="json"),
         "budget": file.budget.model_dump(mode="json"),
         "top_k": file.top_k,
         "groups": file.groups,

@@ -32,6 +32,7 @@ class FewerResult(JobResult):
     Attributes:
         method: what decided.
         settings: its knobs.
+        repair: how experts that stay were refitted; None where they were not.
         budget: what was to stay.
         top_k: choices a token makes; None as before.
         groups: what became of routing groups.
@@ -49,6 +50,7 @@ class FewerResult(JobResult):
 
     method: str
     settings: dict[str, Any]
+    repair: dict[str, Any] | None
     budget: dict[str, Any]
     top_k: int | None
     groups: str
@@ -86,6 +88,7 @@ def check(options: FewerOptions) -> None:
         what = "runs layers on text" if on_text else f"decides from {', '.join(method.required)}"
         way = "give text (--data)" if on_text else "give text (--data) or a trace (--trace) of this model"
         raise BadConfig(f"{options.method} {what}", hint=way)
+    _check_repair(options, method.redirects)
     refuse_unread(options)
     if options.self_generated is None and options.given("demonstrations"):
         raise BadConfig("demonstrations is given, but no prompts are answered", hint="say --self-generated TOKENS, too")
@@ -97,6 +100,20 @@ def check(options: FewerOptions) -> None:
         raise BadConfig(
             "there is no text to prove the result on", hint="give --heldout TEXT, or say --no-proof to go without"
         )
+
+
+def _check_repair(options: FewerOptions, redirects: bool) -> None:
+    if options.repair == "none":
+        if options.ridge is not None:
+            raise BadConfig("ridge is given, but nothing is repaired", hint="say --repair least-squares, too")
+        return
+    if redirects:
+        raise BadConfig(
+            f"{options.method} sends tokens of experts that are gone elsewhere, which a repair does not follow",
+            hint="leave --repair out, or take another method (moekit methods prune)",
+        )
+    if options.data is None:
+        raise BadConfig("the repair is measured on text", hint="give text (--data), or leave --repair out")
 
 
 def estimate(options: FewerOptions, out: Path, sizes: ByteSizes) -> JobEstimate:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moekit import catalogue
 from moekit._progress import Progress
+from moekit.compress.engine.repairing import BlockRepair
 from moekit.compress.engine.request import PlanRequest
 from moekit.data.forcing import refuse_reader
 from moekit.jobs.options.fewer import FewerOptions
@@ -62,21 +63,37 @@ def ask(options: FewerOptions, seed: int, progress: Progress | None = None) -> A
     budget = budget_of(options.keep, options.scope, options.least, options.most)
     listed = options.protect is not None and options.protect != SUPER
     protected = parse_protected(str(options.protect), source) if listed else None
-    request = PlanRequest(method, budget, options.top_k, options.groups, seed, protected)
+    repair = None if options.repair == "none" else BlockRepair(ridge=options.ridge)
+    request = PlanRequest(method, budget, options.top_k, options.groups, seed, protected, repair)
     check_mtp(source.checkpoint, options.mtp, request, options.data is not None)
     size = size_of_result(source, request, options.method, stock_only=options.stock_only, mtp=options.mtp)
-    return Asked(source, request, size, _between(options, source, size, request), memory_of(source, options))
+    memory = memory_of(source, options) + (0 if repair is None else _repair_bytes(options, source))
+    return Asked(source, request, size, _between(options, source, size, request), memory)
+
+
+def _repair_bytes(options: FewerOptions, source: OpenedModel) -> int:
+    """Bytes of what a layer lacks at each token, and of the moments of one expert and what is made of them."""
+    tokens = options.max_tokens or (1 << 20)
+    sizes = source.geometries.values()
+    return max(4 * tokens * g.hidden + 8 * 3 * g.width * (g.width + g.hidden) for g in sizes)
 
 
 def _between(options: FewerOptions, source: OpenedModel, size: ResultSize, request: PlanRequest) -> int:
     tokens = 0 if options.data is None else options.max_tokens or (1 << 20)
     tokens *= 2 if request.method.passes in ("search", "sequential") else 1
+    if request.repair is not None:
+        # One more pass, beside it what experts were given before and are given now; and the layers of each variant.
+        tokens += 3 * (options.max_tokens or (1 << 20))
     proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0
+    variants = 2 + options.random_seeds
+    rewritten = rewritten_bytes(source, size, request)
+    if request.repair is not None and proof:
+        rewritten *= variants
     return bytes_between(
         source,
         options,
         tokens=tokens,
         proof_tokens=proof,
-        variants=2 + options.random_seeds,
-        rewritten=rewritten_bytes(source, size, request),
+        variants=variants,
+        rewritten=rewritten,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from moekit._device import named_dtype
 from moekit._progress import Progress
+from moekit.compress.engine.dense_cuts import InputCut
 from moekit.compress.engine.making import make_layers
 from moekit.compress.engine.plan import WeightPlan, make_method
 from moekit.compress.engine.planning import decide as plan_decided, inputs_of, plan_weights
@@ -20,12 +21,14 @@ from moekit.jobs.options.inplace import InPlaceOptions
 from moekit.jobs.shared.hashes import text_hash
 from moekit.jobs.shared.inputs import calibration_rows
 from moekit.jobs.shared.opened import OpenedModel
+from moekit.jobs.weights.dense_parts import decided_cuts
 from moekit.jobs.weights.inplace_request import Asked, proves, reads_whole
 from moekit.jobs.weights.plans import named, origin
 from moekit.jobs.weights.proof import HeldOut
 from moekit.jobs.weights.self_calibration import load_for_answers
 from moekit.jobs.weights.texts import check_unchanged, heldout_of_plan, read_texts
 from moekit.trace import Trace, record
+from moekit.trace.loss import Loss, next_token_loss
 from moekit.trace.recording import Recording
 from moekit.trace.statistics import LayerStatistics
 
@@ -58,6 +61,7 @@ def decide(
     scratch: Path,
     progress: Progress | None,
     others: Others | None = None,
+    loss: Callable[[], Loss] | None = None,
 ) -> Decided:
     """Run the text through the model and let the method decide, or take the stored plan.
 
@@ -72,6 +76,7 @@ def decide(
         scratch: for hidden states.
         progress: told layer by layer.
         others: what else the proof shows, once the plan is made; None for nothing.
+        loss: makes what gradients are taken of, where a method reads any; None for next-token cross-entropy.
 
     Raises:
         BadData: no text.
@@ -93,11 +98,14 @@ def decide(
         layout = _layout(options)
         text = _text(documents, layout, options, source, scratch) if documents else None
         whole = text is not None and reads_whole(asked.request.method)
-        seen = _whole(options, source, asked.request, text, progress) if text is not None and whole else text
+        seen: Trace | CalibrationText | None = text
+        cuts: dict[str, InputCut] = {}
+        if text is not None and whole:
+            seen, cuts = _whole(options, source, asked.request, text, loss, progress)
         made = plan_weights(source.checkpoint, seen, asked.request, progress)
         kept = str(layout["data"]) if options.data is not None and apart else ""
         told = {"kept_apart": kept, "text_sha256": text_hash(options.data)}
-        plan = made.with_file(**told, calibrated=layout if text is not None else {})
+        plan = made.with_file(**told, cuts=cuts, calibrated=layout if text is not None else {})
     baselines = [] if heldout is None else _baselines(plan, source)
     if text is not None:
         made_before = plan.file.made
@@ -199,7 +207,9 @@ def _baselines(plan: WeightPlan, source: OpenedModel) -> list[WeightPlan]:
             request = PlanRequest(method, plan.file.budget, seed=plan.file.seed)
             own = {layer: _only(statistics, method.required) for layer, statistics in plan.statistics.items()}
             inputs = inputs_of(source.checkpoint, request, source.geometries, own)
-            found.append(plan_decided(source.checkpoint, inputs, request, own, None))
+            made = plan_decided(source.checkpoint, inputs, request, own, None)
+            # Beside routed experts the same is cut: the proof tells what the choice of their neurons is worth.
+            found.append(made.with_file(cuts=plan.file.cuts))
     return found
 
 
@@ -219,9 +229,13 @@ def _whole(
     source: OpenedModel,
     request: PlanRequest,
     text: CalibrationText,
+    loss: Callable[[], Loss] | None,
     progress: Progress | None,
-) -> Trace:
-    """What a method needs of a model that has to be in memory as a whole."""
+) -> tuple[Trace, dict[str, InputCut]]:
+    """What a method needs of a model that has to be in memory as a whole, and what stays beside routed experts."""
+    asked = next_token_loss if loss is None else loss()
+    if loss is not None and any(getattr(batch, "shown", None) is not None for batch in text.batches):
+        raise BadConfig("the text shows pictures, which a teacher is not shown", hint="--set score=taylor")
     recording = Recording(
         statistics=("load", *request.method.required),
         keep_choices=False,
@@ -229,6 +243,8 @@ def _whole(
         source=text.source,
         seed=request.seed,
         fingerprint=source.checkpoint.fingerprint,
+        loss=asked,
     )
     model = load_for_answers(source, options.device, options.dtype)
-    return record(model, text.batches, recording, progress=progress)
+    trace = record(model, text.batches, recording, progress=progress)
+    return trace, decided_cuts(source, request.method, model, text.batches, asked, progress)

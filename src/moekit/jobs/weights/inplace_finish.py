@@ -96,7 +96,7 @@ def _prove(decided: Decided, source: OpenedModel, heldout: HeldOut, machine: Pla
 
 
 def _variant(name: str, plan: WeightPlan, source: OpenedModel) -> Variant:
-    return Variant(name, plan.outcomes, rewriter(plan, source.checkpoint))
+    return Variant(name, plan.outcomes, rewriter(plan, source.checkpoint), cuts=plan.file.cuts)
 
 
 def _write(
@@ -122,7 +122,8 @@ def _write(
             folder,
             rewrite=made,
             record=record,
-            mtp=mtp_of(plan.outcomes),
+            mtp=mtp_of(plan.outcomes, plan.file.cuts),
+            cuts=plan.file.cuts,
             progress=context.progress,
         ),
         most=_FEW,

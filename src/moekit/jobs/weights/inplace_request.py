@@ -16,6 +16,7 @@ from moekit.checkpoint.quantized.registry import kind, quantization
 from moekit.checkpoint.spec import MoESpec
 from moekit.compress.budget.bits import BitBudget
 from moekit.compress.budget.width import WidthBudget
+from moekit.compress.engine.dense_cuts import InputCut
 from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.making import REMEMBERED
 from moekit.compress.engine.method import WeightMethod
@@ -28,6 +29,7 @@ from moekit.errors import BadConfig, MoekitError, UnsupportedModel
 from moekit.jobs.options.inplace import InPlaceOptions
 from moekit.jobs.shared.inputs import record_bytes
 from moekit.jobs.shared.opened import OpenedModel, open_source
+from moekit.jobs.weights.dense_parts import sized_cuts
 from moekit.jobs.weights.plans import PLAN_BYTES, plan_path
 from moekit.jobs.weights.sizes import bytes_between, layer_bytes, memory_of, precision_of
 from moekit.jobs.weights.texts import TEXT_FIELDS, refuse_unread
@@ -79,9 +81,9 @@ def reads_whole(method: WeightMethod[Any, Any]) -> bool:
     return bool(method.required) and bool(Recording(statistics=method.required).whole_model)
 
 
-def mtp_of(outcomes: Mapping[int, LayerOutcome]) -> Mtp:
-    """What becomes of multi-token-prediction layers: copied, unless their experts would have another width."""
-    return "drop" if any(outcome.width is not None for outcome in outcomes.values()) else "keep"
+def mtp_of(outcomes: Mapping[int, LayerOutcome], cuts: Mapping[str, InputCut] | None = None) -> Mtp:
+    """What becomes of multi-token-prediction layers: copied, unless parts of them would have another width."""
+    return "drop" if cuts or any(outcome.width is not None for outcome in outcomes.values()) else "keep"
 
 
 def method_of(options: InPlaceOptions) -> WeightMethod[Any, Any]:
@@ -178,8 +180,9 @@ def ask(
         plan.check_model(source.checkpoint.fingerprint, source.checkpoint.path)
     request = request_of(options, source, seed) if plan is None else None
     outcomes = any_outcomes(source, request.budget) if request is not None else plan.outcomes if plan else {}
-    nbytes = prepare(source.checkpoint, outcomes, mtp=mtp_of(outcomes)).nbytes
     method = method_of(options) if plan is None else plan.method
+    cuts = sized_cuts(source, method) if plan is None else plan.file.cuts
+    nbytes = prepare(source.checkpoint, outcomes, mtp=mtp_of(outcomes, cuts), cuts=cuts).nbytes
     shared = _shared(request.budget if request is not None else plan.file.budget if plan is not None else None)
     whole = _backward_bytes(source, options, method) if plan is None and reads_whole(method) else 0
     return Asked(

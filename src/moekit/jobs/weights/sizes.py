@@ -103,7 +103,7 @@ def size_of_result(source: OpenedModel, request: PlanRequest, name: str, *, stoc
         BadCheckpoint, UnsupportedModel: experts that cannot be told apart on disk; a method that changes weights, where
             these are quantized.
     """
-    if request.method.rewrites:
+    if request.method.rewrites or request.repair is not None:
         refuse_rewriting(source.checkpoint)
     counts = _counts(source, request)
     groups = routing_groups(source.checkpoint.config) if request.groups == "equal" else 1
@@ -265,8 +265,8 @@ def bytes_between(
 
 
 def rewritten_bytes(source: OpenedModel, size: ResultSize, request: PlanRequest) -> int:
-    """Bytes of the layers that a method makes anew, as they are stored; 0 for one that only drops experts."""
-    if not request.method.rewrites:
+    """Bytes of the layers that are made anew, as they are stored; 0 where experts are only dropped."""
+    if not request.method.rewrites and request.repair is None:
         return 0
     each = layer_bytes(source)
     return sum(each[n] * count // source.geometries[n].experts for n, count in size.counts.items())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
+from moekit._progress import Progress
 from moekit.checkpoint.precision import stored_dtype
 from moekit.compress.budget.parents import expert_weights
 from moekit.compress.budget.width import (
@@ -15,6 +17,7 @@ from moekit.compress.budget.width import (
     width_for,
     width_for_bytes,
 )
+from moekit.compress.engine.dense_cuts import InputCut
 from moekit.compress.engine.layout import prepare
 from moekit.compress.engine.narrowing import SlimMethod
 from moekit.compress.engine.outcome import LayerOutcome
@@ -23,10 +26,15 @@ from moekit.compress.engine.request import PlanRequest
 from moekit.compress.engine.rewriting import PlannedRewrite
 from moekit.errors import BadConfig, UnsupportedModel
 from moekit.jobs.options.slim import SlimOptions
-from moekit.jobs.shared.opened import OpenedModel
+from moekit.jobs.shared.opened import OpenedModel, open_source
+from moekit.jobs.shared.teachers import refuse_other_tokenizer
 from moekit.jobs.weights import inplace_request
+from moekit.jobs.weights.dense_parts import sized_cuts
 from moekit.jobs.weights.inplace_job import settings_told
-from moekit.jobs.weights.inplace_request import any_outcomes, mtp_of
+from moekit.jobs.weights.inplace_request import Asked, any_outcomes, ask, mtp_of
+from moekit.jobs.weights.self_calibration import load_for_answers
+from moekit.jobs.weights.sizes import precision_of
+from moekit.trace.loss import Loss, TeacherLoss
 
 # What rows of grouped products of 16-bit numbers must be multiples of.
 _ROW_BYTES = 16
@@ -79,7 +87,8 @@ def request_of(options: SlimOptions, source: OpenedModel, seed: int) -> PlanRequ
     multiple = max(multiple_for(before), step) if method.multiple is None else method.multiple
     if options.max_bytes is not None:
         limit = parse_bytes(options.max_bytes)
-        width = width_for_bytes(limit, before, multiple, lambda width: _bytes_at(source, width))
+        cuts = sized_cuts(source, method)
+        width = width_for_bytes(limit, before, multiple, lambda width: _bytes_at(source, width, cuts))
     else:
         assert options.width is not None
         width = width_for(options.width, before, multiple)
@@ -99,13 +108,47 @@ def _whole_rows(source: OpenedModel, before: int) -> int:
     return step if before % step == 0 else 1
 
 
-def _bytes_at(source: OpenedModel, width: int) -> int:
-    return _tensor_bytes(source, any_outcomes(source, WidthBudget(width=width)))
+def asked_of(options: SlimOptions, seed: int, progress: Progress | None = None) -> Asked:
+    """What is asked for, of the model opened; a teacher's memory is counted beside it. Raises: see `ask`."""
+    asked = ask(options, request_of, seed, progress)
+    if options.teacher is None:
+        return asked
+    teacher = open_source(str(options.teacher), progress)
+    wide = precision_of(teacher, options)
+    return replace(asked, memory=asked.memory + teacher.nbytes * wide.running // wide.stored)
 
 
-def _tensor_bytes(source: OpenedModel, outcomes: Mapping[int, LayerOutcome]) -> int:
-    kept = prepare(source.checkpoint, outcomes, mtp=mtp_of(outcomes)).kept
+def teacher_loss(options: SlimOptions, asked: Asked) -> Callable[[], Loss] | None:
+    """What loads the teacher, and gives the loss that neurons are scored by; None where there is none.
+
+    Raises:
+        BadConfig: the teacher is the model itself, or knows other tokens.
+    """
+    if options.teacher is None:
+        return None
+    teacher, source = open_source(str(options.teacher)), asked.source
+    if teacher.checkpoint.fingerprint == source.checkpoint.fingerprint:
+        raise BadConfig(
+            "the teacher is the model itself: its distance from itself has no gradient that neurons could be ranked by",
+            file=teacher.checkpoint.path,
+            hint="score the first stage by --set score=taylor, without a teacher",
+        )
+    refuse_other_tokenizer(source.tokenizer(), teacher.tokenizer(), str(options.teacher))
+    return lambda: TeacherLoss(load_for_answers(teacher, options.device, options.dtype))
+
+
+def _bytes_at(source: OpenedModel, width: int, cuts: Mapping[str, InputCut]) -> int:
+    return _tensor_bytes(source, any_outcomes(source, WidthBudget(width=width)), cuts)
+
+
+def _tensor_bytes(source: OpenedModel, outcomes: Mapping[int, LayerOutcome], cuts: Mapping[str, InputCut]) -> int:
+    kept = prepare(source.checkpoint, outcomes, mtp=mtp_of(outcomes, cuts), cuts=cuts).kept
     return sum(tensor.spec.nbytes for tensor in kept)
+
+
+def _beside(cuts: Mapping[str, InputCut]) -> dict[str, dict[str, int]]:
+    """What is cut beside routed experts: parts of each layer before and after."""
+    return {cut.kind: {"before": cut.parts, "after": len(cut.keep)} for cut in cuts.values()}
 
 
 def summarizer(source: OpenedModel) -> Any:
@@ -119,9 +162,11 @@ def summarizer(source: OpenedModel) -> Any:
         return {
             **settings_told(plan),
             "width": {"before": before, "after": after},
-            "shared": any(geometry.shared_width for geometry in source.geometries.values()),
+            "shared": not any(cut.kind == "shared" for cut in file.cuts.values())
+            and any(geometry.shared_width for geometry in source.geometries.values()),
+            "beside": _beside(file.cuts),
             "weights": {"before": weights, "after": weights * after // before},
-            "bytes": {"before": source.nbytes, "after": _tensor_bytes(source, plan.outcomes)},
+            "bytes": {"before": source.nbytes, "after": _tensor_bytes(source, plan.outcomes, file.cuts)},
             "layers": [
                 {
                     "layer": layer,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moekit.trace.expert_batch import ExpertBatch, ExpertGradients
+from moekit.trace.loss import divergence_of_likeliest
 from moekit.trace.vocabulary import get
 
 UP = torch.tensor([[1.0, 0.0], [0.0, 0.5]], dtype=torch.float64)
@@ -45,6 +46,38 @@ def test_the_worked_example() -> None:
     assert sums["gate"] == pytest.approx([0.02316, 0.0], abs=5e-6)
     assert sums["up"] == pytest.approx(found.tolist(), abs=1e-12), "Euler: up row, down column and h agree"
     assert sums["down"] == pytest.approx(found.tolist(), abs=1e-12)
+
+
+def test_the_worked_example_by_the_loss_of_a_teacher() -> None:
+    """The target as a teacher's logits: the same loss, and the signed sums of gate, up and down."""
+    weights = [t.clone().requires_grad_() for t in (torch.eye(2, dtype=torch.float64), UP, DOWN)]
+    _, y_NV = expert(*weights, torch.ones(1, 2, dtype=torch.float64))
+    said_NV = torch.tensor([[0.7, 0.3]], dtype=torch.float64).log() + 5
+    loss = divergence_of_likeliest(y_NV, said_NV, 8)
+    assert float(loss.detach()) == pytest.approx(0.001440, abs=5e-7)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for weight, axis, wanted in zip(weights, (1, 1, 0), (0.02316, 0.01825, 0.01825), strict=True):
+        assert weight.grad is not None
+        assert (weight.detach() * weight.grad).sum(axis).abs().tolist() == pytest.approx([wanted, 0.0], abs=5e-6)
+
+
+def test_logits_beyond_the_likeliest_count_nowhere_and_the_teacher_itself_gives_nothing() -> None:
+    g = torch.Generator().manual_seed(5)
+    said, own = torch.randn(3, 20, generator=g).double(), torch.randn(3, 20, generator=g).double()
+    listed = said.topk(8).indices
+    by_hand = 0.0
+    for n in range(3):
+        q, p = (t[n, listed[n]].exp() / t[n, listed[n]].exp().sum() for t in (said, own))
+        by_hand += float((q * (q / p).log()).sum())
+    assert float(divergence_of_likeliest(own, said, 8)) == pytest.approx(by_hand, rel=1e-12)
+    beyond = torch.ones(3, 20).scatter(1, listed, 0).double()
+    assert float(divergence_of_likeliest(own + 9 * beyond, said, 8)) == pytest.approx(by_hand, rel=1e-12)
+    same = said.clone().requires_grad_()
+    loss = divergence_of_likeliest(same, said, 8)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert same.grad is not None
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-14)
+    assert float(same.grad.abs().max()) < 1e-14
 
 
 def test_of_one_token_it_is_what_up_row_and_down_column_say_and_tokens_do_not_cancel() -> None:
