@@ -70,7 +70,8 @@ def ask(options: FewerOptions, seed: int, progress: Progress | None = None) -> A
 
 def _between(options: FewerOptions, source: OpenedModel, size: ResultSize, request: PlanRequest) -> int:
     tokens = 0 if options.data is None else options.max_tokens or (1 << 20)
-    tokens *= 2 if request.method.passes in ("search", "sequential") else 1
+    # What a layer's experts are given is kept beside the states where their activations are compared.
+    tokens *= (2 if request.method.passes in ("search", "sequential") else 1) + request.method.reads_inner
     proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0
     return bytes_between(
         source,
