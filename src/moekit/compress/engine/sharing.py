@@ -105,6 +105,18 @@ class BitSharer(BaseModel, ABC):
         """Whether it decides from a text."""
         return bool(self.required) or self.measures != "nothing"
 
+    def means(self, mean: float, choices: Sequence[int]) -> tuple[float, ...]:
+        """The mean of each round; after the first, everything is measured again on the model that the last one gave.
+
+        Args:
+            mean: that is asked for; the last round's.
+            choices: widths, ascending.
+
+        Raises:
+            BadConfig: a round would have a mean that no share has.
+        """
+        return (mean,)
+
     @abstractmethod
     def share(self, seen: Mapping[int, LayerInputs], errors: Mapping[int, WidthErrors], room: Room) -> Shares:
         """Bits of each expert of each layer.

@@ -140,7 +140,7 @@ class OTP(LimitPart):
     width: int = Field(default=32, ge=1, description="hidden width of the mask networks")
     tau: float = Field(default=2.0, gt=0, description="temperature at the beginning of training")
     tau_end: float = Field(default=0.5, gt=0, description="temperature at its end")
-    rate: float = Field(default=0.002, ge=0, description="answer of the controller to what has gathered, nats a pass")
+    rate: float = Field(default=0.01, ge=0, description="answer of the controller to what has gathered, nats a pass")
     gain: float = Field(default=0.05, ge=0, description="answer of the controller to the present excess, nats")
     seed: int = Field(default=0, ge=0, description="of the draws in training")
 
@@ -189,13 +189,13 @@ class OTP(LimitPart):
             tau = self.tau + (self.tau_end - self.tau) * context.progress
             prefix_TK = hard(gumbel_softmax(logits_TK, uniform_TK.to(logits_TK.device), tau))
         else:
-            prefix_TK = hard(logits_TK.detach())
+            prefix_TK = hard(logits_TK.softmax(dim=1))
         sorted_TK = prefix_mask(prefix_TK)
         mask_TK = torch.zeros_like(sorted_TK).scatter(1, order_TK, sorted_TK)
         weights_TK = masked_weights(routed.weights, mask_TK, inputs.gate.spec).to(routed.weights.dtype)
         if self._trains(inputs):
             # All choices run, those that are masked with weight 0: their gradient says whether they were needed.
-            return Routed(weights_TK, routed.indices, losses={"kept": self._loss(inputs, mask_TK)})
+            return Routed(weights_TK, routed.indices, losses={"kept": self._loss(inputs, mask_TK, logits_TK)})
         gone_TK = mask_TK == 0
         return Routed(weights_TK.masked_fill(gone_TK, 0), routed.indices.masked_fill(gone_TK, inputs.geometry.experts))
 
@@ -214,16 +214,21 @@ class OTP(LimitPart):
         # Asked for first: a pass that is taken apart (reentrant checkpointing) is refused where it begins.
         return learns and inputs.tracker is not None and inputs.context.armed and torch.is_grad_enabled()
 
-    def _loss(self, inputs: RouteInputs, mask_TK: Tensor) -> Tensor:
-        """The factor times the mean number of experts kept, by layer."""
+    def _loss(self, inputs: RouteInputs, mask_TK: Tensor, logits_TK: Tensor) -> Tensor:
+        """The factor times the mean number of experts that the drawn masks keep, by layer.
+
+        The factor is moved by the number that routing would keep, without a draw: that is what is asked for.
+        """
         context = inputs.context
         layers = inputs.shared.layers
         if inputs.layer == layers[0]:
             # What a pass is computed with: the factor has moved when a layer is repeated for the backward pass.
             context.put(inputs.layer, "otp.factor", inputs.shared.factor.clone())
         real_T1 = context.token_mask(mask_TK.device).reshape(-1, 1).to(mask_TK)
-        kept = (mask_TK * real_T1).sum() / real_T1.sum().clamp_min(1)
-        context.put(inputs.layer, "otp.kept", kept.detach() / mask_TK.shape[1])
+        tokens = real_T1.sum().clamp_min(1)
+        kept = (mask_TK * real_T1).sum() / tokens
+        routed = ((logits_TK.detach().argmax(dim=1, keepdim=True) + 1) * real_T1).sum() / tokens
+        context.put(inputs.layer, "otp.kept", routed / mask_TK.shape[1])
         if inputs.layer == layers[-1] and not context.tracker.repeating:
             self._steer(inputs, context, mask_TK.shape[1])
         return context.get(layers[0], "otp.factor").to(kept) * kept / len(layers)
