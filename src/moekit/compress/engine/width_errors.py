@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from moekit.anatomy.probe import MoELayer
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.bits import PART_NAMES
+from moekit.compress.engine.block_pairs import BlockPairs
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.loss_gradients import loss_gradients
 from moekit.compress.engine.measuring import refuse_damaged
@@ -39,7 +41,7 @@ from moekit.streaming.states import States
 from moekit.trace.batch import widest
 from moekit.trace.each_expert import OneExpert, plain_expert
 from moekit.trace.statistics import LayerStatistics
-from moekit.trace.streamed import Streamed
+from moekit.trace.streamed import Change, Streamed
 
 Measured = tuple[dict[int, LayerStatistics], dict[int, WidthErrors]]
 
@@ -85,12 +87,26 @@ def measure(
         keep_inputs=wanted,
     ) as streamed:
         layers = _Layers(streamed, method, widths, gradients, folder, behind)
-        streamed.run(progress, layers.measure if wanted else refuse_damaged)
+        change: Change = layers.measure if wanted else refuse_damaged
+        if sharer.looks_at is not None:
+            pairs = streamed.looker = BlockPairs(sharer.looks_at[0], streamed.tokens, sharer.looks_at[1])
+            change = partial(_finding, pairs, sharer, request.seed, change)
+        streamed.run(progress, change)
         statistics = {layer: record.statistics for layer, record in streamed.records.items()}
         found = {layer: layers.of(layer) for layer in statistics} if wanted else {}
     for states in gradients.values():
         states.close()
     return statistics, found
+
+
+def _finding(
+    pairs: BlockPairs, sharer: BitSharer, seed: int, then: Change, moe: MoELayer, statistics: LayerStatistics
+) -> nn.Module | None:
+    """Keep what the sharer finds of a layer; what is not finite is told by the change, which comes first."""
+    block = then(moe, statistics)
+    generator = LayerInputs(moe.index, moe.geometry, statistics, seed=seed).generator("blocks")
+    statistics.keep(sharer.finds(pairs.given_NH, pairs.cosine_N, generator))
+    return block
 
 
 def _name(method: Any, sharer: BitSharer, widths: Sequence[int], behind: PlannedRewrite | None) -> str:
