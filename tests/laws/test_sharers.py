@@ -37,7 +37,8 @@ def values(layer: int) -> dict[str, Tensor]:
     load_E = (torch.randperm(EXPERTS, generator=drawn(layer, "load")) + 1) * 4
     score_E = load_E * (0.2 + 0.6 * torch.rand(EXPERTS, generator=drawn(layer, "score")).double())
     cosine = torch.rand((), generator=drawn(layer, "cosine")).double() * TOKENS
-    return {"load": load_E, "chosen_score": score_E, "block_cosine": cosine, "block_residual_cosine": cosine / 2}
+    named = {"load": load_E, "chosen_score": score_E, "block_cosine": cosine, "block_residual_cosine": cosine / 2}
+    return named | {"told_cosine": (cosine / TOKENS).reshape(1)}
 
 
 def squared(layer: int) -> Tensor:
@@ -49,7 +50,7 @@ def seen(seed: int = 0, order: Sequence[int] = range(EXPERTS)) -> dict[int, Laye
     """Each layer with its experts in this order."""
     found = {}
     for layer in range(LAYERS):
-        named = {n: t[list(order)] if t.dim() else t for n, t in values(layer).items()}
+        named = {n: t[list(order)] if len(t.shape) and len(t) == EXPERTS else t for n, t in values(layer).items()}
         statistics = LayerStatistics(EXPERTS, HIDDEN, (), TOKENS, named, width=WIDTH)
         stacks = [torch.randn(EXPERTS, *size, generator=drawn(layer, str(size))) for size in ((WIDTH, HIDDEN),) * 2]
         down = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=drawn(layer, "down"))

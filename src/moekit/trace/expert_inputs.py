@@ -27,6 +27,9 @@ from moekit.trace.expert_batch import ExpertBatch
 from moekit.trace.seam import see_choices
 from moekit.trace.sources.base import ForwardPass
 
+# Tokens at a time that an expert is run on where it is run on all of them.
+_ROWS = 4096
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -115,11 +118,7 @@ class ExpertInputs:
         assert self._moe is not None  # watched before
         one = plain_expert(self._moe.experts)
         if one is None:
-            raise UnsupportedModel(
-                f"{type(self._moe.experts).__name__} does not show the inputs of its down projections",
-                layer=self._moe.index,
-                hint="give the unquantized checkpoint",
-            )
+            raise self._unshown()
         device = next(self._moe.experts.parameters()).device
         for number, current in enumerate(self._passes):
             index_NK, weights_NK = self._choices[number]
@@ -134,6 +133,34 @@ class ExpertInputs:
                 inner_nI, output_nH = one(expert, hidden_nH)
             weight_n = weights_NK[token_n, slot_n].to(device)
             yield number, token_n, ExpertBatch(expert, weight_n, hidden_nH, inner_nI, output_nH)
+
+    def inner(self, expert: int, rows: int = _ROWS) -> Iterator[Tensor]:
+        """What one expert's down projection is given on every token, chosen or not, some tokens [n, I] at a time.
+
+        The same tokens in the same order for each expert, padding left out; weights of choices do not enter. The layer
+        must still be loaded.
+
+        Raises:
+            UnsupportedModel: this family's experts do not show it.
+        """
+        assert self._moe is not None  # watched before
+        one, device = plain_expert(self._moe.experts), next(self._moe.experts.parameters()).device
+        for number, current in enumerate(self._passes):
+            hidden_NH = current.keep(self._states.get(number).flatten(0, 1))
+            for hidden_nH in torch.split(hidden_NH, rows):
+                with torch.no_grad():
+                    inner_nI = None if one is None else one(expert, hidden_nH.to(device))[0]
+                if inner_nI is None:
+                    raise self._unshown()
+                yield inner_nI
+
+    def _unshown(self) -> UnsupportedModel:
+        assert self._moe is not None
+        return UnsupportedModel(
+            f"{type(self._moe.experts).__name__} does not show the inputs of its down projections",
+            layer=self._moe.index,
+            hint="give the unquantized checkpoint",
+        )
 
     def second_moments(self) -> Iterator[Moments]:
         """Each expert's second moments, one expert in memory at a time; zeros where no token chose it."""

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -46,6 +46,17 @@ from moekit.trace.store import Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+
+class Looker(Protocol):
+    """Looks at MoE layers pass by pass, beside the statistics."""
+
+    def watching(self, place: Place) -> contextlib.AbstractContextManager[None]:
+        """For as long as the text passes through a layer."""
+
+    def take(self, current: ForwardPass) -> None:
+        """A pass has run through it."""
+
+
 # (layer with its weights, what was recorded of it) -> the block that the text goes on through
 Change = Callable[[MoELayer, LayerStatistics], nn.Module | None]
 
@@ -67,6 +78,7 @@ class Streamed:
         config: of the model, where it is not the checkpoint's own.
 
     Attributes:
+        looker: looks at each MoE layer as well, pass by pass; none unless it is set.
         inputs: of the experts of the layer that has just run, where kept: each expert's second moments, for example.
     """
 
@@ -127,6 +139,7 @@ class Streamed:
             vocabulary.check(batch.input_ids, vocabulary.embedding_rows(self.loader.model))
         self.walk = Walk(self.loader, inputs, folder=self.folder, limit=limit)
         self.records: dict[int, LayerRecord] = {}
+        self.looker: Looker | None = None
         self._limit = limit
         self._under_way: Passes | None = None
         self.inputs = self._expert_inputs("expert-inputs") if keep_inputs else None
@@ -186,13 +199,19 @@ class Streamed:
             watching: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if moe is not None and self.inputs is not None:
                 watching = self.inputs.watching(moe)
-            with torch.no_grad(), recording as layer, watching:
+            looker = None if moe is None else self.looker
+            looking: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if looker is not None and place is not None:
+                looking = looker.watching(place)
+            with torch.no_grad(), recording as layer, watching, looking:
                 for number, current in enumerate(self.passes):
                     if layer is not None:
                         layer.hook.begin(current)
                     passes.run(index, number)
                     if layer is not None:
                         layer.take(current, self.domains)
+                    if looker is not None:
+                        looker.take(current)
                     if change is None:
                         passes.go_on(index, number)
             if layer is not None:

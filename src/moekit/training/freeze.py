@@ -2,8 +2,10 @@
 
 The parts are "router", "experts", "shared" (shared experts and their gate), "attention", "norms", "embeddings" (input
 and output), "other" (feed-forward layers that are no MoE, and whatever else a decoder layer has) and "adapters" (LoRA);
-"all" is every part. A part may be limited to decoder layers: "experts:20-29", "router:3", and the experts of a layer to
-some of them: "experts:4[5]", "experts:4[0-3]". A minus takes a part out again: "all", "-router".
+"attached" is what runtime parts learn (a routing policy's networks, say), each of which belongs to the router, experts
+or block that it hangs on, too; "all" is every part. A part may be limited to decoder layers: "experts:20-29",
+"router:3", and the experts of a layer to some of them: "experts:4[5]", "experts:4[0-3]". A minus takes a part out
+again: "all", "-router".
 
 Legend: E experts.
 """
@@ -215,7 +217,7 @@ def train_only(model: nn.Module, parts: Sequence[str]) -> FreezeReport:
         chosen = (
             not name.startswith(aside)
             and parameter.data_ptr() not in biases
-            and chosen_rows(wanted, part, layer, stacks.get(name))
+            and chosen_rows(wanted, part, layer, stacks.get(name), attached=f"{PARTS_NAME}." in name)
         )
         some = isinstance(chosen, Tensor)
         parameter.requires_grad_(some or bool(chosen))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moekit.errors import BadConfig
 
-PARTS = ("router", "experts", "shared", "attention", "norms", "embeddings", "other", "adapters")
+PARTS = ("router", "experts", "shared", "attention", "norms", "embeddings", "other", "adapters", "attached")
 _SPEC = re.compile(
     r"^(?P<minus>-?)(?P<part>[a-z]+)(?::(?P<first>\d+)(?:-(?P<last>\d+))?)?"
     r"(?:\[(?P<low>\d+)(?:-(?P<high>\d+))?\])?$"
@@ -73,7 +73,9 @@ class PartSpec:
         return self.first is None or (layer is not None and self.last is not None and self.first <= layer <= self.last)
 
 
-def chosen_rows(specs: Sequence[PartSpec], part: str, layer: int | None, experts: int | None) -> Tensor | bool:
+def chosen_rows(
+    specs: Sequence[PartSpec], part: str, layer: int | None, experts: int | None, *, attached: bool = False
+) -> Tensor | bool:
     """What trains of a parameter: all, nothing, or some experts of a stack [E] (bool).
 
     Args:
@@ -81,11 +83,12 @@ def chosen_rows(specs: Sequence[PartSpec], part: str, layer: int | None, experts
         part: of the parameter.
         layer: its decoder layer.
         experts: E, where it is a stack of all experts of its layer; elsewhere no single ones can train.
+        attached: whether it is what a runtime part learns, which "attached" means, too.
 
     Raises:
         BadConfig: an expert beyond the stack.
     """
-    holding = [spec for spec in specs if spec.holds(part, layer)]
+    holding = [s for s in specs if s.holds(part, layer) or (attached and s.holds("attached", layer))]
     if not holding or any(spec.without for spec in holding):
         return False
     if any(spec.low is None for spec in holding):

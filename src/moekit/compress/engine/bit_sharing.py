@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from moekit import catalogue
 from moekit._progress import Progress
@@ -13,14 +13,22 @@ from moekit.compress.budget.bits import FEWEST, MOST, BitBudget, check_mean
 from moekit.compress.engine.inputs import InputsByLayer
 from moekit.compress.engine.measuring import empty_statistics, geometries_of, weights_reader
 from moekit.compress.engine.request import CalibrationText, PlanRequest
+from moekit.compress.engine.rewriting import PlannedRewrite
 from moekit.compress.engine.sharing import BitSharer, Room, Shares, WidthErrors, read_sharer
 from moekit.compress.engine.width_errors import measure
 from moekit.errors import BadConfig
 from moekit.trace.statistics import LayerStatistics
 
+# What rounds the model as a request says whose bits are shared.
+Round = Callable[[PlanRequest], PlannedRewrite]
+
 
 def with_widths(
-    checkpoint: Checkpoint, source: object, request: PlanRequest, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    source: object,
+    request: PlanRequest,
+    progress: Progress | None = None,
+    rounded: Round | None = None,
 ) -> PlanRequest:
     """The request with a width for each expert, where its budget is a mean that has not been shared yet.
 
@@ -29,6 +37,7 @@ def with_widths(
         source: a text; anything else is no help to sharers that decide from one.
         request: of a method that rounds.
         progress: told layer by layer.
+        rounded: rounds the model, for sharers that measure again on what they made of it.
 
     Raises:
         BadConfig: the mean cannot be shared so, or there is no text where the sharer needs one.
@@ -39,13 +48,18 @@ def with_widths(
     sharer, geometries = read_sharer(budget.share), geometries_of(checkpoint)
     check_share(sharer, budget)
     statistics, errors = empty_statistics(geometries), dict[int, WidthErrors]()
-    if sharer.needs_text:
-        if not isinstance(source, CalibrationText):
-            raise BadConfig(f"{name_of(sharer)} shares bits by what a text shows", hint="give text (--data)")
-        statistics, errors = measure(checkpoint, source, request, sharer, budget.choices, progress)
-    room = room_of(budget, geometries)
-    widths = _share(sharer, checkpoint, request, statistics, errors, room)
-    return dataclasses.replace(request, budget=budget.model_copy(update={"widths": widths}))
+    before: PlanRequest | None = None
+    for mean in sharer.means(budget.mean, budget.choices):
+        if sharer.needs_text:
+            if not isinstance(source, CalibrationText):
+                raise BadConfig(f"{name_of(sharer)} shares bits by what a text shows", hint="give text (--data)")
+            behind = None if before is None or rounded is None else rounded(before)
+            statistics, errors = measure(checkpoint, source, request, sharer, budget.choices, progress, behind)
+        now = budget.model_copy(update={"mean": mean})
+        widths = _share(sharer, checkpoint, request, statistics, errors, room_of(now, geometries))
+        before = dataclasses.replace(request, budget=now.model_copy(update={"widths": widths}))
+    assert before is not None  # there is a round at least, and the last has the mean that was asked for
+    return before
 
 
 def room_of(budget: BitBudget, geometries: Mapping[int, Geometry]) -> Room:
@@ -74,6 +88,7 @@ def check_share(sharer: BitSharer, budget: BitBudget) -> None:
     assert budget.mean is not None
     if name_of(sharer) != "uniform":
         check_mean(budget.mean, budget.choices)
+    sharer.means(budget.mean, budget.choices)
 
 
 def _share(

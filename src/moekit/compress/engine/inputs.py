@@ -36,6 +36,8 @@ class LayerInputs:
         read_moments: second moments of one expert's inputs, made when they are asked for; only where the layer stands
             in a pass of the text, for methods that declare `reads_moments`.
         read_gated: the same of what one expert's down projection is given, each token weighted by its gate squared.
+        read_inner: what one expert's down projection is given on every token of the text, chosen or not, some tokens
+            [N, I] at a time, the same ones in the same order for each expert; likewise, for `reads_inner`.
     """
 
     layer: int
@@ -46,6 +48,7 @@ class LayerInputs:
     protected: frozenset[int] = field(default_factory=frozenset)
     read_moments: Callable[[int], Moments] | None = None
     read_gated: Callable[[int], Tensor] | None = None
+    read_inner: Callable[[int], Iterator[Tensor]] | None = None
 
     @property
     def experts(self) -> int:
@@ -70,6 +73,12 @@ class LayerInputs:
         if self.read_gated is None:
             raise LookupError("second moments are there only while the text stands at the layer")
         return self.read_gated(expert)
+
+    def inner(self, expert: int) -> Iterator[Tensor]:
+        """What one expert's down projection is given on every token; only for methods that declare `reads_inner`."""
+        if self.read_inner is None:
+            raise LookupError("activations are there only while the text stands at the layer")
+        return self.read_inner(expert)
 
     def finite(self, name: str) -> Tensor:
         """A statistic whose first axis counts experts.

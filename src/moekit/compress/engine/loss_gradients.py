@@ -20,7 +20,9 @@ from moekit._progress import Progress, track
 from moekit.anatomy.probe import find_moe_layers, flat_output
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.model import load
+from moekit.compress.engine.live import change_model
 from moekit.compress.engine.request import CalibrationText
+from moekit.compress.engine.rewriting import PlannedRewrite
 from moekit.data.forcing import decoder_inputs
 from moekit.errors import UnsupportedModel
 from moekit.streaming.states import States
@@ -30,7 +32,10 @@ from moekit.trace.rows import features_of, read_batch
 
 
 def loss_gradients(
-    checkpoint: Checkpoint, text: CalibrationText, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    text: CalibrationText,
+    progress: Progress | None = None,
+    behind: PlannedRewrite | None = None,
 ) -> Mapping[int, States]:
     """Decoder layer -> gradients at the summed output of its routed experts, batch by batch as a pass numbers them.
 
@@ -38,12 +43,15 @@ def loss_gradients(
         checkpoint: the model, which is loaded as a whole.
         text: batches of padding alone are left out.
         progress: told batch by batch.
+        behind: changes the model before; None takes it as it is.
 
     Raises:
         UnsupportedModel: a layer's experts ran more than once or gave something else than one value a position.
         OutOfBudget: the model does not fit in memory.
     """
     model = load(checkpoint.path, dtype=text.dtype or "auto", device=text.device)
+    if behind is not None:
+        change_model(model, behind.outcomes, behind)
     layers = {layer.index: layer for layer in find_moe_layers(model)}
     batches = [batch for batch in text.batches if bool(read_batch(batch)[1].mask_BS.any())]
     shapes = [(int(n), int(m)) for n, m in (read_batch(batch)[0].shape for batch in batches)]

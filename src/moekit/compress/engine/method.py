@@ -129,6 +129,19 @@ class WeightMethod(BaseModel, ABC, Generic[B, S]):
         """Whether a sequential method shares the budget by what it measures in the model as it is."""
         return False
 
+    @property
+    def reads_inner(self) -> bool:
+        """Whether `finds` looks at `inputs.inner`, what experts' neurons give on every token of the text."""
+        return False
+
+    def finds(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> Mapping[str, Tensor]:
+        """What `transform` needs and can only be found where the text stands at the layer, in small tensors by name.
+
+        Asked in sequential passes alone, once a layer is decided. It is kept with the layer's statistics, and so with
+        the plan: its names are those of no statistic.
+        """
+        return {}
+
     def unseen(self, experts: Sequence[int], outcome: LayerOutcome) -> str:
         """What a plan's warning adds of experts that no token of the calibration text chose; "" for nothing.
 

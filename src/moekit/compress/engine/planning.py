@@ -5,7 +5,7 @@ Legend: E experts, K choices a token.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from moekit.compress.engine.measuring import empty_statistics, geometries_of, re
 from moekit.compress.engine.method import WeightMethod
 from moekit.compress.engine.plan import LayerRecord, WeightPlan
 from moekit.compress.engine.request import CalibrationText, PlanRequest
+from moekit.compress.engine.rewriting import PlannedRewrite, rewriter
 from moekit.compress.engine.searching import plan_by_search
 from moekit.compress.engine.sequential import Decide, TextPass, pass_name
 from moekit.errors import BadConfig, BadData
@@ -54,7 +55,7 @@ def plan_weights(
         NumericFault: a score is not finite; names layer and expert.
         UnsupportedModel: no Mixture of Experts, or quantized in a way that is not read here.
     """
-    request = with_widths(checkpoint, source, request, progress)
+    request = with_widths(checkpoint, source, request, progress, _rounding(checkpoint, source, progress))
     method, geometries = request.method, geometries_of(checkpoint)
     if isinstance(source, CalibrationText) and method.passes == "search":
         with Streamed(
@@ -78,6 +79,19 @@ def plan_weights(
     trace = source if isinstance(source, Trace) else None
     statistics = needed_statistics(checkpoint, trace, method, geometries)
     return decide(checkpoint, inputs_of(checkpoint, request, geometries, statistics), request, statistics, trace)
+
+
+def _rounding(
+    checkpoint: Checkpoint, source: Trace | CalibrationText | None, progress: Progress | None
+) -> Callable[[PlanRequest], PlannedRewrite]:
+    """Plans what a request of shared bits asks for, and gives what carries it out."""
+
+    def rounded(request: PlanRequest) -> PlannedRewrite:
+        made = rewriter(plan_weights(checkpoint, source, request, progress), checkpoint)
+        assert made is not None  # methods that round make new weights
+        return made
+
+    return rounded
 
 
 def _plan_on_text(

@@ -60,6 +60,16 @@ class PlannedRewrite:
         return made
 
     @property
+    def outcomes(self) -> dict[int, LayerOutcome]:
+        """Decoder layer -> what becomes of it."""
+        return self._outcomes
+
+    @property
+    def hash(self) -> str:
+        """Of the plan that is carried out."""
+        return self._plan.hash
+
+    @property
     def count(self) -> Count:
         """Zeros and weights of all layers."""
         return sum(self.counts.values(), Count())

@@ -71,6 +71,7 @@ class TextPass:
         folder = None if text.folder is None else text.folder / name
         keeps = request.method.reads_moments and decide is not None
         self.made = MadeLayers(None if folder is None else folder / "made") if keeps else None
+        looks = request.method.reads_inner and decide is not None
         with Streamed(
             self._checkpoint,
             text.batches,
@@ -78,7 +79,7 @@ class TextPass:
             folder=folder,
             dtype=text.dtype,
             device=text.device,
-            keep_inputs=keeps,
+            keep_inputs=keeps or looks,
         ) as streamed:
             change = refuse_damaged if decide is None else partial(self._change, streamed, decide, dropped)
             streamed.run(self._progress, change)
@@ -91,18 +92,28 @@ class TextPass:
         """The block that the text goes on through; None for the layer as it is."""
         refuse_damaged(moe, statistics)
         request, config = self._request, streamed.loader.model.config
-        weights, read_moments = read_block(moe, config), None
+        weights, read_moments, read_inner = read_block(moe, config), None, None
         if self.made is not None and streamed.inputs is not None:
             weights = as_stored(self._checkpoint, streamed.loader, moe.index, weights)
             read_moments = streamed.inputs.moments
+        if request.method.reads_inner and streamed.inputs is not None:
+            read_inner = streamed.inputs.inner
         protected = frozenset((request.protected or {}).get(moe.index, ()))
         inputs = LayerInputs(
-            moe.index, moe.geometry, statistics, lambda: weights, request.seed, protected, read_moments
+            moe.index,
+            moe.geometry,
+            statistics,
+            lambda: weights,
+            request.seed,
+            protected,
+            read_moments=read_moments,
+            read_inner=read_inner,
         )
         outcome = decide(inputs)
         regrouped = dropped and request.groups == "free" and routing_groups(config.to_dict()) > 1
         if outcome.unchanged(moe.geometry.experts) and request.top_k is None and not regrouped:
             return None
+        statistics.keep(request.method.finds(weights, outcome, inputs))
         new = request.method.transform(weights, outcome, inputs)
         if self.made is not None:
             self.made.put(moe.index, new)

@@ -23,6 +23,7 @@ from moekit import catalogue
 from moekit.compress.budget.allocate import allocate
 from moekit.compress.budget.bits import Unit
 from moekit.compress.budget.widths import LayerCurve, layer_shares, model_shares, ranked_shares
+from moekit.compress.engine.block_pairs import Compared
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.errors import BadConfig, NumericFault
 
@@ -104,6 +105,30 @@ class BitSharer(BaseModel, ABC):
     def needs_text(self) -> bool:
         """Whether it decides from a text."""
         return bool(self.required) or self.measures != "nothing"
+
+    @property
+    def looks_at(self) -> tuple[Compared, int] | None:
+        """What `finds` is given, and of how many tokens at most; None where it is not asked."""
+        return None
+
+    def finds(self, given_NH: Tensor, cosine_N: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """What it finds of a layer whose block is given this, with these cosines of that and what it gives.
+
+        It is kept beside the layer's statistics, under names that are none of theirs.
+        """
+        return {}
+
+    def means(self, mean: float, choices: Sequence[int]) -> tuple[float, ...]:
+        """The mean of each round; after the first, everything is measured again on the model that the last one gave.
+
+        Args:
+            mean: that is asked for; the last round's.
+            choices: widths, ascending.
+
+        Raises:
+            BadConfig: a round would have a mean that no share has.
+        """
+        return (mean,)
 
     @abstractmethod
     def share(self, seen: Mapping[int, LayerInputs], errors: Mapping[int, WidthErrors], room: Room) -> Shares:

@@ -1,8 +1,8 @@
 """What rounding each expert alone to each of a few widths does to its layer's output, measured on a text in one pass.
 
-The text goes through the model as it is, layer by layer from disk. Where it stands at a layer, all experts are rounded
-to one width after the other, and each expert is run on the tokens that chose it: what it gives differently, times its
-gate weight, is what the block gives differently, since all others are as they were.
+The text goes through the model as it is, or as it was rounded before, layer by layer from disk. Where it stands at a
+layer, all experts are rounded to one width after the other, and each expert is run on the tokens that chose it: what it
+gives differently, times its gate weight, is what the block gives differently, since all others are as they were.
 
 Legend: n tokens of one expert, N tokens of a batch, H hidden, E experts, C widths, ascending.
 """
@@ -12,18 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit._progress import Progress
 from moekit.anatomy.probe import MoELayer
 from moekit.anatomy.swap import replaced
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.bits import PART_NAMES
+from moekit.compress.engine.block_pairs import BlockPairs
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.loss_gradients import loss_gradients
 from moekit.compress.engine.measuring import refuse_damaged
@@ -31,13 +33,15 @@ from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import make_method
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.resize import read_block, resized_block, resized_config
+from moekit.compress.engine.rewriting import PlannedRewrite
 from moekit.compress.engine.sharing import BitSharer, CostSharer, WidthErrors
+from moekit.compress.weights import LayerWeights
 from moekit.errors import UnsupportedModel
 from moekit.streaming.states import States
 from moekit.trace.batch import widest
 from moekit.trace.each_expert import OneExpert, plain_expert
 from moekit.trace.statistics import LayerStatistics
-from moekit.trace.streamed import Streamed
+from moekit.trace.streamed import Change, Streamed
 
 Measured = tuple[dict[int, LayerStatistics], dict[int, WidthErrors]]
 
@@ -49,6 +53,7 @@ def measure(
     sharer: BitSharer,
     widths: Sequence[int],
     progress: Progress | None = None,
+    behind: PlannedRewrite | None = None,
 ) -> Measured:
     """Statistics of every layer, and where the sharer asks for them errors of every width.
 
@@ -59,16 +64,18 @@ def measure(
         sharer: says what is to be measured.
         widths: C, ascending.
         progress: told layer by layer.
+        behind: what the model becomes before it is measured: the text passes through such layers, and gradients are
+            those of such a model; errors are distances from experts as they are on disk. None takes it as it is.
 
     Raises:
         UnsupportedModel: this family's experts do not follow the plain formula.
         NumericFault: weights that are not finite.
     """
-    gradients = loss_gradients(checkpoint, text, progress) if sharer.measures == "loss" else {}
+    gradients = loss_gradients(checkpoint, text, progress, behind) if sharer.measures == "loss" else {}
     method = request.method
     if isinstance(sharer, CostSharer) and sharer.rounding == "nearest":
         method = make_method("quantize", "rtn", {"group": getattr(method, "group", 0)})
-    folder = None if text.folder is None else text.folder / _name(method, sharer, widths)
+    folder = None if text.folder is None else text.folder / _name(method, sharer, widths, behind)
     wanted = sharer.measures != "nothing"
     with Streamed(
         checkpoint,
@@ -79,8 +86,12 @@ def measure(
         device=text.device,
         keep_inputs=wanted,
     ) as streamed:
-        layers = _Layers(streamed, method, widths, gradients, folder)
-        streamed.run(progress, layers.measure if wanted else refuse_damaged)
+        layers = _Layers(streamed, method, widths, gradients, folder, behind)
+        change: Change = layers.measure if wanted else refuse_damaged
+        if sharer.looks_at is not None:
+            pairs = streamed.looker = BlockPairs(sharer.looks_at[0], streamed.tokens, sharer.looks_at[1])
+            change = partial(_finding, pairs, sharer, request.seed, change)
+        streamed.run(progress, change)
         statistics = {layer: record.statistics for layer, record in streamed.records.items()}
         found = {layer: layers.of(layer) for layer in statistics} if wanted else {}
     for states in gradients.values():
@@ -88,8 +99,19 @@ def measure(
     return statistics, found
 
 
-def _name(method: Any, sharer: BitSharer, widths: Sequence[int]) -> str:
-    told = json.dumps([repr(method), repr(sharer), type(sharer).__name__, list(widths)])
+def _finding(
+    pairs: BlockPairs, sharer: BitSharer, seed: int, then: Change, moe: MoELayer, statistics: LayerStatistics
+) -> nn.Module | None:
+    """Keep what the sharer finds of a layer; what is not finite is told by the change, which comes first."""
+    block = then(moe, statistics)
+    generator = LayerInputs(moe.index, moe.geometry, statistics, seed=seed).generator("blocks")
+    statistics.keep(sharer.finds(pairs.given_NH, pairs.cosine_N, generator))
+    return block
+
+
+def _name(method: Any, sharer: BitSharer, widths: Sequence[int], behind: PlannedRewrite | None) -> str:
+    told_by = [] if behind is None else [behind.hash]
+    told = json.dumps([repr(method), repr(sharer), type(sharer).__name__, list(widths), *told_by])
     return f"widths-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
@@ -103,8 +125,9 @@ class _Layers:
         widths: Sequence[int],
         gradients: Mapping[int, States],
         folder: Path | None,
+        behind: PlannedRewrite | None = None,
     ) -> None:
-        self._streamed, self._method, self._widths = streamed, method, widths
+        self._streamed, self._method, self._widths, self._behind = streamed, method, widths, behind
         self._gradients, self._folder = gradients, folder
         self._found: dict[int, WidthErrors] = {}
 
@@ -120,8 +143,12 @@ class _Layers:
         return self._folder / f"errors-{layer}.safetensors"
 
     @torch.no_grad()
-    def measure(self, moe: MoELayer, statistics: LayerStatistics) -> None:
-        """Every width of every expert of the layer that the text stands at; the layer stays as it is."""
+    def measure(self, moe: MoELayer, statistics: LayerStatistics) -> nn.Module | None:
+        """Every width of every expert of the layer that the text stands at.
+
+        Returns:
+            The block that the text goes on through; None for the layer as it is.
+        """
         refuse_damaged(moe, statistics)
         squared_EC = torch.zeros(moe.geometry.experts, len(self._widths), dtype=torch.float64)
         energy = 0.0
@@ -133,6 +160,16 @@ class _Layers:
         if self._folder is not None:
             told = {"squared": errors.squared_EC.contiguous(), "energy": torch.tensor(energy, dtype=torch.float64)}
             save_file(told, self._file(moe.index))
+        if self._behind is None:
+            return None
+        weights = read_block(moe, self._streamed.loader.model.config)
+        return self._block(moe, self._behind(moe.index, weights), self._behind.outcomes[moe.index])
+
+    def _block(self, moe: MoELayer, made: LayerWeights, outcome: LayerOutcome) -> nn.Module:
+        """The layer's block with other weights of its experts."""
+        loader = self._streamed.loader
+        made = made.map(lambda t: t.to(loader.dtype), router=False)
+        return resized_block(moe, resized_config(loader.model.config, moe.geometry.experts), made, outcome)
 
     def _one_width(self, moe: MoELayer, statistics: LayerStatistics, width: int) -> tuple[Tensor, float]:
         inputs, experts = self._streamed.inputs, moe.geometry.experts
@@ -163,8 +200,7 @@ class _Layers:
         outcome = LayerOutcome(keep=tuple(range(experts)), bits={part: (width,) * experts for part in parts})
         inputs = LayerInputs(moe.index, moe.geometry, statistics, read_moments=self._streamed.inputs.moments)
         stored = read_block(moe, loader.model.config).map(lambda t: t.to(loader.stored), router=False)
-        made = self._method.transform(stored, outcome, inputs).map(lambda t: t.to(loader.dtype), router=False)
-        block = resized_block(moe, resized_config(loader.model.config, experts), made, outcome)
+        block = self._block(moe, self._method.transform(stored, outcome, inputs), outcome)
         with replaced(loader.model, moe.name, block):
             changed = self._streamed.walk.moe(moe.index)
             one = None if changed is None else plain_expert(changed.experts)

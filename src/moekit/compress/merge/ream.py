@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from moekit.anatomy.probe import Geometry
@@ -20,12 +20,15 @@ from moekit.compress.engine.merging import Groups, MergeMethod
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.maths.clustering.pseudo_pruning import pseudo_pruning
 from moekit.compress.maths.clustering.spherical_kmeans import unit
-from moekit.compress.maths.neurons.align import align_experts
+from moekit.compress.maths.neurons.align import PairedActivations, add_distances, align_experts, assigned
 from moekit.compress.maths.neurons.merging import Match
 from moekit.compress.weights import LayerWeights
+from moekit.errors import NumericFault, UnsupportedModel
 from moekit.trace.batch import TokenBatch, widest
 from moekit.trace.vocabulary import statistic
 
+# Kept beside a layer's statistics: [E, I], the order in which each expert's neurons lie beside those it joins.
+_ORDER = "neuron_order"
 # What stands in for a saliency of 0 where members are weighed, unless some positive one is smaller.
 _LEAST = 0.5
 
@@ -86,7 +89,8 @@ def mean_similarity(sum_EH: Tensor) -> Tensor:
     needs=("load", "gated_output_norm", "logit_gram", "all_output_cosine"),
     changes="weights",
     limits=(
-        "Neurons are aligned by their weights alone: the paper adds the distance of their activations, not built here.",
+        "Neurons' activations are compared where the text stands at the layer: with mode=layerwise, and where a "
+        "family's experts do not show them, neurons are aligned by their weights alone.",
         "Runs all experts on all tokens; progressive, every layer runs once more behind the merged ones.",
         "Gains over pruning by REAP are small and not certain: the proof shows both at the same size.",
         "Tokens of a merged expert go where the router's remaining rows send them, not to the expert that took it in, "
@@ -100,10 +104,11 @@ class REAM(MergeMethod):
     The M most salient experts are centroids. Experts are alike by s = s_gate + s_out: s_gate = 1 - D / max D, D the
     distances of their router logits over all tokens, scaled to norm 1; s_out the mean over all tokens, chosen or not,
     of (cos(f_i(x), f_j(x)) + 1) / 2. From the most salient centroid down, each takes its C - 1 nearest experts that are
-    free, until none is (pseudo-pruning). Their neurons are put in the order in which the sum of distances of
-    unit-norm neurons [gate | up | down] is least, and W = sum_j S_j W_j / sum_j S_j. The centroids' router rows stay.
-    Layers are decided one after the other, each on what the merged ones before it give. Choose it to drop a quarter of
-    the experts, at most half, where pruning alone forgets; read the proof against `reap`.
+    free, until none is (pseudo-pruning). Their neurons are put in the order in which the sum of distances is least: of
+    unit-norm neurons [gate | up | down], plus of what neurons give on the same tokens, scaled to norm 1, too. Then
+    W = sum_j S_j W_j / sum_j S_j. The centroids' router rows stay. Layers are decided one after the other, each on what
+    the merged ones before it give. Choose it to drop a quarter of the experts, at most half, where pruning alone
+    forgets; read the proof against `reap`.
     """
 
     unseen_counts: ClassVar[str] = "they count as little as the least of those that were chosen"
@@ -125,6 +130,20 @@ class REAM(MergeMethod):
     mode: Literal["progressive", "layerwise"] = Field(
         default="progressive", description="decide each layer behind the merged layers before it, or on the model as is"
     )
+    align: Literal["auto", "both", "weights", "activations", "none"] = Field(  # type: ignore[assignment]
+        default="auto",
+        description="what must be near of a member's neurons and those of the expert it joins: their weights, what "
+        "they give on the text, or both (the paper's); auto: both, or weights where activations cannot be seen",
+    )
+
+    @model_validator(mode="after")
+    def _sees_activations(self) -> REAM:
+        if self.mode == "layerwise" and self.align in ("both", "activations"):
+            raise ValueError(
+                f"align {self.align} compares activations where the text stands at the layer: say mode progressive, or "
+                "align weights"
+            )
+        return self
 
     @classmethod
     def examples(cls, geometry: Geometry) -> Sequence[MergeMethod]:
@@ -134,6 +153,7 @@ class REAM(MergeMethod):
             cls(mode="layerwise"),
             cls(mode="layerwise", gate_power=2, similarity="mean", group_size=0),
             cls(mode="layerwise", merge=False),
+            cls(align="activations"),
         ]
 
     @property
@@ -145,6 +165,11 @@ class REAM(MergeMethod):
     def decides_behind(self) -> bool:
         """Progressive mode decides there, too."""
         return self.sequential
+
+    @property
+    def reads_inner(self) -> bool:
+        """Where activations are compared."""
+        return self.sequential and self.merge and self.align in ("auto", "both", "activations")
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -196,8 +221,61 @@ class REAM(MergeMethod):
             return super().unseen(experts, outcome)
         return f"; they rank below all others, and {len(set(experts) & set(outcome.keep))} of them stay"
 
+    def finds(self, weights: LayerWeights, outcome: LayerOutcome, inputs: LayerInputs) -> dict[str, Tensor]:
+        """The order of each member's neurons, where activations are compared: that of the others is their own.
+
+        Raises:
+            UnsupportedModel: the experts do not show their activations, which were asked for by name.
+            NumericFault: activations or weights are not finite; names layer and expert.
+        """
+        if not self.reads_inner or not outcome.merges:
+            return {}
+        order_EI = torch.arange(weights.width, dtype=torch.int32).repeat(inputs.experts, 1)
+        try:
+            for kept, group in zip(outcome.keep, outcome.sources or (), strict=True):
+                for member in group:
+                    if member != kept:
+                        order_EI[member] = self._order(weights, kept, member, inputs).to(torch.int32)
+        except UnsupportedModel as error:
+            if self.align == "auto":
+                return {}
+            error.hint = "align by weights (--set align=weights)"
+            raise
+        return {_ORDER: order_EI}
+
+    def _order(self, weights: LayerWeights, reference: int, member: int, inputs: LayerInputs) -> Tensor:
+        """One member's order, by activations over all tokens of the text, with or without the weights."""
+        seen: PairedActivations | None = None
+        for first_NI, second_NI in zip(inputs.inner(reference), inputs.inner(member), strict=True):
+            if seen is None:
+                like = torch.empty(0, dtype=widest(first_NI.device), device=first_NI.device)
+                seen = PairedActivations.empty(first_NI.shape[1], like)
+            seen.add(first_NI, second_NI)
+        assert seen is not None  # no text is without tokens
+        for expert, square_I in ((reference, seen.first_I), (member, seen.second_I)):
+            if not bool(square_I.isfinite().all()):
+                raise NumericFault(
+                    "what the expert's neurons give on the text is NaN or infinite",
+                    layer=inputs.layer,
+                    expert=expert,
+                    hint="look at the weights: `moekit check`",
+                )
+        distance_II = seen.distance_II
+        if self.align != "activations":
+            distance_II = add_distances(weights, reference, member, distance_II)
+        return assigned(distance_II).order_I
+
     def match(self, weights: LayerWeights, inputs: LayerInputs) -> Match | None:
-        """The order in which neurons' directions are nearest."""
+        """The order that was found behind the merged layers, else that in which neurons' directions are nearest.
+
+        Raises:
+            LookupError: activations were asked for by name, and none were seen.
+        """
         if self.align == "none":
             return None
+        order_EI = inputs.statistics.kept(_ORDER)
+        if order_EI is not None:
+            return lambda reference, member: order_EI[member].long()
+        if self.align in ("both", "activations"):
+            raise LookupError("the order of neurons is found while the text stands at the layer")
         return lambda reference, member: align_experts(weights, reference, member, distance="directions").order_I

@@ -80,7 +80,8 @@ def _repair_bytes(options: FewerOptions, source: OpenedModel) -> int:
 
 def _between(options: FewerOptions, source: OpenedModel, size: ResultSize, request: PlanRequest) -> int:
     tokens = 0 if options.data is None else options.max_tokens or (1 << 20)
-    tokens *= 2 if request.method.passes in ("search", "sequential") else 1
+    # What a layer's experts are given is kept beside the states where their activations are compared.
+    tokens *= (2 if request.method.passes in ("search", "sequential") else 1) + request.method.reads_inner
     if request.repair is not None:
         # One more pass, beside it what experts were given before and are given now; and the layers of each variant.
         tokens += 3 * (options.max_tokens or (1 << 20))

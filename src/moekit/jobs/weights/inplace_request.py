@@ -254,6 +254,8 @@ def _between(
     if plan is None and shared is not None and shared.measures != "nothing":
         # Of the model as it is once more; with gradients at every layer where the loss is asked.
         passes += len(source.geometries) if _reads_loss(shared) else 1
+        # Each further round makes the rounded model and is measured on it; gradients lie where the last ones lay.
+        passes += 2 * (int(getattr(shared, "rounds", 1)) - 1)
     # What a layer's experts were given is kept beside the states where second moments are made of it.
     tokens = (passes + (1 if on_text else 0)) * (most or (1 << 20)) if passes else 0
     proof = (options.proof_tokens or (1 << 20)) if proves(options) else 0

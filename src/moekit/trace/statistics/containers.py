@@ -184,6 +184,14 @@ class LayerStatistics(Mapping[str, Tensor]):
                 measured = entry.of_expert(seen).to(rows.dtype)
                 rows[seen.expert] = combine(entry.rule, rows[seen.expert], measured)
 
+    def keep(self, found: Mapping[str, Tensor]) -> None:
+        """Keep what a method found beside the statistics, under names that are none of theirs; it is not added up."""
+        self._values |= found
+
+    def kept(self, name: str) -> Tensor | None:
+        """What `keep` was given under a name; None where it was given nothing."""
+        return self._values.get(name)
+
     def update(self, seen: TokenBatch) -> None:
         """Measure some tokens and add them."""
         self.add(self.measure(seen, [get(name) for name in self._values]))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import silu
 
 from moekit.anatomy.probe import Geometry
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.maths.neurons.align import direction_distances, match_directions
+from moekit.compress.maths.neurons.align import PairedActivations, assigned, direction_distances, match_directions
 from moekit.compress.merge.ream import REAM, gate_similarity, mean_similarity, token_similarity
 from moekit.compress.weights import LayerWeights, outputs
-from moekit.errors import BadConfig, NumericFault
+from moekit.errors import BadConfig, NumericFault, UnsupportedModel
 from moekit.trace.batch import TokenBatch
 from moekit.trace.statistics import LayerStatistics
 from moekit.trace.vocabulary import get
@@ -233,3 +237,93 @@ def test_logits_that_nearly_agree_are_told_apart() -> None:
     unit_NE = logits_NE.double() / logits_NE.double().norm(dim=0)
     apart_EE = torch.stack([(unit_NE - unit_NE[:, [e]]).norm(dim=0) for e in range(3)])
     torch.testing.assert_close(found, 1 - apart_EE / apart_EE.max(), rtol=0, atol=1e-6)
+
+
+def swiglu(x_NH: Tensor, gate_IH: Tensor, up_IH: Tensor) -> Tensor:
+    return silu(x_NH @ gate_IH.T) * (x_NH @ up_IH.T)
+
+
+def test_paired_activations_are_far_apart_by_the_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first_NI, second_NI = (torch.randn(30, 5, generator=generator) for _ in range(2))
+    first_NI[:, 2] = second_NI[:, 4] = 0
+    seen = PairedActivations.empty(5, torch.empty(0, dtype=torch.float64))
+    for rows in (slice(0, 11), slice(11, 30)):
+        seen.add(first_NI[rows], second_NI[rows])
+    for i, j in itertools.product(range(5), repeat=2):
+        a, b = first_NI[:, i], second_NI[:, j]
+        a, b = a / a.norm() if i != 2 else a, b / b.norm() if j != 4 else b
+        assert float(seen.distance_II[i, j]) == pytest.approx(float((a - b).norm()), abs=1e-6)
+
+
+def test_neurons_of_a_permuted_copy_are_found_again_by_what_they_give() -> None:
+    """All of them on the same tokens; of other tokens for each expert, as the official code has it, next to none."""
+    width, hidden = 64, 32
+    generator = torch.Generator().manual_seed(0)
+    gate_IH, up_IH = (torch.randn(width, hidden, generator=generator) for _ in range(2))
+    order = torch.randperm(width, generator=generator)
+    x_NH, other_NH = (torch.randn(512, hidden, generator=generator) for _ in range(2))
+
+    def recovered(given_NH: Tensor) -> float:
+        seen = PairedActivations.empty(width, torch.empty(0, dtype=torch.float64))
+        seen.add(swiglu(x_NH, gate_IH, up_IH), swiglu(given_NH, gate_IH[order], up_IH[order]))
+        return float((order[assigned(seen.distance_II).order_I] == torch.arange(width)).float().mean())
+
+    assert recovered(x_NH) == 1
+    assert recovered(other_NH) < 0.2
+
+
+def two_experts(given_NH: Tensor) -> LayerInputs:
+    """The worked example's layer while a text stands at it."""
+    weights = worked()
+    assert weights.gate_EIH is not None
+
+    def inner(expert: int) -> Iterator[Tensor]:
+        assert weights.gate_EIH is not None
+        yield from swiglu(given_NH, weights.gate_EIH[expert], weights.up_EIH[expert]).split(7)
+
+    geometry = Geometry(2, 2, 1, 2, 0, True, False, False, True)
+    return LayerInputs(0, geometry, LayerStatistics(2, 2), read_inner=inner)
+
+
+@pytest.mark.parametrize("align", ["both", "activations"])
+def test_the_order_found_on_the_text_is_that_of_the_summed_distances(align: str) -> None:
+    x_NH = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    inputs, weights = two_experts(x_NH), worked()
+    outcome = LayerOutcome(keep=(0,), sources=((0, 1),), shares=((0.75, 0.25),))
+    method = REAM(align=cast(Any, align))
+    with pytest.raises(LookupError, match="while the text stands at the layer"):
+        method.transform(weights, outcome, inputs)
+    found = method.finds(weights, outcome, inputs)["neuron_order"]
+    assert weights.gate_EIH is not None
+    given = [swiglu(x_NH, weights.gate_EIH[e], weights.up_EIH[e]).T for e in (0, 1)]
+    rows = [torch.cat([weights.gate_EIH[e], weights.up_EIH[e], weights.down_EHI[e].T], dim=1) for e in (0, 1)]
+    unit = [[own / own.norm(dim=1, keepdim=True) for own in pair] for pair in (given, rows)]
+    used = unit if align == "both" else unit[:1]
+    cost = sum(torch.stack([(a[i] - b[j]).norm() for i in (0, 1) for j in (0, 1)]) for a, b in used)
+    straight, crossed = float(cost[0] + cost[3]), float(cost[1] + cost[2])
+    assert found.tolist() == [[0, 1], [1, 0] if crossed < straight else [0, 1]]
+    inputs.statistics.keep({"neuron_order": found})
+    assert method.match(weights, inputs)(0, 1).tolist() == found[1].tolist()  # type: ignore[misc]
+
+
+def test_activations_that_are_no_number_and_experts_that_show_none_are_told() -> None:
+    outcome = LayerOutcome(keep=(0,), sources=((0, 1),), shares=((0.75, 0.25),))
+    with pytest.raises(NumericFault) as fault:
+        REAM().finds(worked(), outcome, two_experts(torch.full((3, 2), float("inf"))))
+    assert (fault.value.layer, fault.value.expert) == (0, 0)
+
+    def shows_none(expert: int) -> Iterator[Tensor]:
+        raise UnsupportedModel("they do not show it")
+
+    inputs = dataclasses.replace(two_experts(torch.ones(3, 2)), read_inner=shows_none)
+    assert REAM().finds(worked(), outcome, inputs) == {}
+    with pytest.raises(UnsupportedModel, match="show it") as error:
+        REAM(align="both").finds(worked(), outcome, inputs)
+    assert "align=weights" in str(error.value.hint)
+
+
+def test_a_layer_that_is_decided_on_the_model_as_it_is_has_no_activations() -> None:
+    assert not REAM(mode="layerwise").reads_inner
+    with pytest.raises(ValidationError, match="say mode progressive, or align weights"):
+        REAM(mode="layerwise", align="both")

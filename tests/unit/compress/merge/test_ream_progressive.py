@@ -33,7 +33,9 @@ BATCHES: list[Any] = [tokens(3, 20, seed=5), tokens(2, 9, seed=6)]
 
 
 @torch.no_grad()
-def merged_by_hand(model: PreTrainedModel, keep: int) -> tuple[PreTrainedModel, dict[int, LayerOutcome]]:
+def merged_by_hand(
+    model: PreTrainedModel, keep: int, align: str = "both"
+) -> tuple[PreTrainedModel, dict[int, LayerOutcome]]:
     found: dict[int, LayerOutcome] = {}
     for number in range(model.config.num_hidden_layers):
         block = cast(Any, model).model.layers[number].mlp
@@ -44,10 +46,11 @@ def merged_by_hand(model: PreTrainedModel, keep: int) -> tuple[PreTrainedModel, 
         hook.remove()
         x_NH, index_NK, gate_NK = (torch.cat([args[n].flatten(0, -2) for args in seen]) for n in range(3))
         gate_up, down = block.experts.gate_up_proj, block.experts.down_proj
-        made = []
+        made, inner = [], []
         for e in range(EXPERTS):
             gate, up = gate_up[e][:WIDTH], gate_up[e][WIDTH:]
-            made.append((silu(x_NH @ gate.T) * (x_NH @ up.T)) @ down[e].T)
+            inner.append(silu(x_NH @ gate.T) * (x_NH @ up.T))
+            made.append(inner[e] @ down[e].T)
         saliency = []
         for e in range(EXPERTS):
             mine = [(gate_NK[n, k] * made[e][n].norm()).item() for n, k in (index_NK == e).nonzero().tolist()]
@@ -80,12 +83,14 @@ def merged_by_hand(model: PreTrainedModel, keep: int) -> tuple[PreTrainedModel, 
         change_model(
             model,
             whole | {number: found[number]},
-            lambda at, weights, number=number: averaged(weights, found[number]) if at == number else weights,
+            lambda at, weights, number=number, inner=inner: (
+                averaged(weights, found[number], inner, align) if at == number else weights
+            ),
         )
     return model, found
 
 
-def averaged(weights: LayerWeights, outcome: LayerOutcome) -> LayerWeights:
+def averaged(weights: LayerWeights, outcome: LayerOutcome, inner: list[torch.Tensor], align: str) -> LayerWeights:
     result = weights.select(outcome.keep)
     gates, ups, downs = weights.gate_EIH, weights.up_EIH, weights.down_EHI
     assert gates is not None
@@ -97,6 +102,9 @@ def averaged(weights: LayerWeights, outcome: LayerOutcome) -> LayerWeights:
             rows_c, rows_e = (torch.cat([gates[n], ups[n], downs[n].T], dim=1) for n in (c, e))
             rows_c, rows_e = rows_c / rows_c.norm(dim=1, keepdim=True), rows_e / rows_e.norm(dim=1, keepdim=True)
             apart = (rows_c[:, None] - rows_e).norm(dim=-1)
+            given_c, given_e = (inner[n].T / inner[n].T.norm(dim=1, keepdim=True) for n in (c, e))
+            together = (given_c[:, None] - given_e).norm(dim=-1)
+            apart = {"weights": apart, "activations": together, "both": apart + together}[align]
             columns = linear_sum_assignment(apart.numpy())[1]
             for total, value in zip(sums, (gates[e][columns], ups[e][columns], downs[e][:, columns]), strict=True):
                 total += s * value
@@ -110,12 +118,17 @@ def made_of(plan: WeightPlan, checkpoint: Checkpoint, model: PreTrainedModel) ->
     return change_model(model, plan.outcomes, rewriter(plan, checkpoint))
 
 
-def test_each_layer_is_decided_behind_the_merged_layers_before_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "align", ["auto", "weights", pytest.param("activations", marks=[pytest.mark.full, pytest.mark.slow])]
+)
+def test_each_layer_is_decided_behind_the_merged_layers_before_it(align: str, tmp_path: Path) -> None:
     model = build("qwen3_moe", num_hidden_layers=3)
     checkpoint = Checkpoint.open(plain(tmp_path / "m", "qwen3_moe", num_hidden_layers=3))
-    request = PlanRequest(REAM(group_size=3), Budget(keep=4))
+    request = PlanRequest(REAM(group_size=3, align=cast(Any, align)), Budget(keep=4))
     plan = plan_weights(checkpoint, CalibrationText(BATCHES), request)
-    expected, outcomes = merged_by_hand(copy.deepcopy(model), 4)
+    plan.save(tmp_path / "plan.json")
+    plan = WeightPlan.load(tmp_path / "plan.json")  # with the order of neurons, for which there is no second text
+    expected, outcomes = merged_by_hand(copy.deepcopy(model), 4, "both" if align == "auto" else align)
     for number, outcome in outcomes.items():
         found = plan.outcomes[number]
         assert (found.keep, found.sources) == (outcome.keep, outcome.sources), number

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +16,15 @@ from torch import Tensor, nn
 from moekit.anatomy import find_moe_layers
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.budget.bits import BitBudget
+from moekit.compress.engine import bit_sharing
 from moekit.compress.engine.bit_sharing import with_widths
+from moekit.compress.engine.planning import plan_weights
 from moekit.compress.engine.request import CalibrationText, PlanRequest
 from moekit.compress.engine.sharing import BitSharer, WidthErrors, read_sharer
 from moekit.compress.engine.width_errors import measure
 from moekit.compress.maths.rounding import round_to_nearest
 from moekit.compress.quantize.rtn import RoundToNearest
+from moekit.compress.sharers.gemq import Gemq
 from moekit.errors import BadConfig
 from moekit.trace.statistics import LayerStatistics
 from tests.checkpoints import plain
@@ -151,3 +156,72 @@ def test_a_shared_budget_says_the_width_of_each_expert_and_is_shared_once() -> N
     assert with_widths(checkpoint("qwen3_moe"), None, shared) is shared
     with pytest.raises(BadConfig, match="pmq shares bits by what a text shows"):
         with_widths(checkpoint("qwen3_moe"), None, request)
+
+
+def by_brute_force(costs: list[list[float]], widths: tuple[int, ...], most: int) -> float:
+    """Least cost of all shares of at most so many bits, found by trying each."""
+    found = float("inf")
+    for taken in itertools.product(range(len(widths)), repeat=len(costs)):
+        if sum(widths[c] for c in taken) <= most:
+            found = min(found, sum(own[c] for own, c in zip(costs, taken, strict=True)))
+    return found
+
+
+def test_every_round_shares_what_was_measured_on_the_model_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three experts a layer: few enough to try every share."""
+    family, few = {"num_experts": 3, "num_experts_per_tok": 2}, TemporaryDirectory()
+    folder = Checkpoint.open(plain(Path(few.name) / "m", "qwen3_moe", **family))
+    model, seen = build("qwen3_moe", **family), list[tuple[Any, Any]]()
+
+    def look(*args: Any) -> Any:
+        found = measure(*args)
+        seen.append((args[6], found[1]))
+        return found
+
+    monkeypatch.setattr(bit_sharing, "measure", look)
+    budget = BitBudget(mean=1.5, choices=WIDTHS, share={"use": "gemq", "rounds": 3})
+    plan = plan_weights(folder, CalibrationText([{"input_ids": IDS}]), PlanRequest(METHOD, budget))
+    told = plan.file.budget
+    assert isinstance(told, BitBudget)
+    assert told.mean == 1.5
+    widths: list[Any] = [behind.outcomes for behind, _ in seen[1:]] + [plan.outcomes]
+    assert [behind is None for behind, _ in seen] == [True, False, False]
+    for mean, (_, errors), outcomes in zip((2.5, 2.0, 1.5), seen, widths, strict=True):
+        bits = [n for layer in errors for n in outcomes[layer].bits["up"]]
+        assert sum(bits) <= mean * len(bits)
+        costs = [own for layer in errors for own in errors[layer].squared_EC.tolist()]
+        spent = sum(own[WIDTHS.index(n)] for own, n in zip(costs, bits, strict=True))
+        assert spent == pytest.approx(by_brute_force(costs, WIDTHS, int(mean * len(bits))), rel=1e-9)
+    # What the second round measured: gradients and inputs of the rounded model, distances from experts as they were.
+    rounded_model = copy.deepcopy(model)
+    for moe in find_moe_layers(rounded_model):
+        for e, n in enumerate(widths[0][moe.index].bits["up"]):
+            one = rounded(model, "qwen3_moe", moe.index, e, n)
+            for name in ("gate_up_proj", "down_proj"):
+                getattr(moe.experts, name).data[e] = getattr(find_moe_layers(one)[moe.index].experts, name).data[e]
+    layer, expert, c = 1, 1, 0
+    at = find_moe_layers(rounded_model)[layer].experts
+    calls: list[Any] = []
+    handle = at.register_forward_hook(lambda m, a, o: calls.append((a, o)))
+    logits = rounded_model(input_ids=IDS).logits.double().log_softmax(-1)
+    handle.remove()
+    loss = -logits[:, :-1].gather(2, IDS[:, 1:, None]).sum()
+    ((x_TH, index_TK, weight_TK), out), *_ = calls
+    (g_TH,) = torch.autograd.grad(loss, out)
+    gap = torch.zeros(len(x_TH), x_TH.shape[1], dtype=torch.float64)
+    for source, sign in ((rounded(model, "qwen3_moe", layer, expert, WIDTHS[c]), 1), (model, -1)):
+        stack = find_moe_layers(source)[layer].experts
+        gate, up = (x_TH @ stack.gate_up_proj[expert].T).chunk(2, dim=-1)  # type: ignore[index,union-attr]
+        made = (nn.functional.silu(gate) * up) @ stack.down_proj[expert].T  # type: ignore[index,union-attr]
+        gap += sign * (made * (weight_TK * (index_TK == expert)).sum(1, keepdim=True)).double()
+    expected = float((g_TH.double().reshape(gap.shape) * gap).square().sum().detach())
+    assert float(seen[1][1][layer].squared_EC[expert, c]) == pytest.approx(expected, rel=5e-3)
+
+
+def test_rounds_come_down_in_equal_steps() -> None:
+    assert Gemq().means(2.0, (2, 3, 4)) == (2.0,)
+    assert Gemq(rounds=3).means(2.0, (1, 2, 3)) == (3.0, 2.5, 2.0)
+    assert Gemq(rounds=3).means(2.5, (1, 2, 3)) == (3.0, 2.75, 2.5)
+    assert Gemq(rounds=2, start=2.25).means(2.0, (1, 2, 3)) == (2.25, 2.0)
+    with pytest.raises(BadConfig, match="begin at a mean of"):
+        Gemq(rounds=2, start=1.5).means(2.0, (1, 2, 3))

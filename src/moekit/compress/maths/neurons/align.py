@@ -3,7 +3,7 @@
 An expert computes the same whatever the order of its neurons, but a mean of two experts does not: neurons that do the
 same job must be averaged with each other (arXiv:2310.01334, section 3.1; arXiv:2209.04836).
 
-Legend: E experts, I expert width, H hidden, F numbers that make up a neuron (3H, or 2H without a gate).
+Legend: E experts, I expert width, H hidden, N tokens, F numbers that make up a neuron (3H, or 2H without a gate).
 """
 
 from __future__ import annotations
@@ -98,12 +98,71 @@ def match_directions(reference_IF: Tensor, member_IF: Tensor) -> Alignment:
     Raises:
         NumericFault: a neuron holds NaN or infinity.
     """
-    distance_II = _finite(direction_distances(reference_IF, member_IF)).double()
-    _, columns = linear_sum_assignment(distance_II.cpu().numpy())
+    return assigned(_finite(direction_distances(reference_IF, member_IF)))
+
+
+def assigned(distance_II: Tensor) -> Alignment:
+    """The order of least summed distance; the neurons' own order where none is cheaper.
+
+    Args:
+        distance_II: from each neuron of the reference to each of the member; finite.
+    """
+    distance_II = distance_II.double().cpu()
+    _, columns = linear_sum_assignment(distance_II.numpy())
     order_I = torch.from_numpy(columns).to(torch.int64)
     own_I = torch.arange(len(order_I))
     cost, before = (float(distance_II[own_I, order].sum()) for order in (order_I, own_I))
     return Alignment(order_I, cost, before) if cost < before else Alignment(own_I, before, before)
+
+
+@dataclass(eq=False)
+class PairedActivations:
+    """What two experts' neurons give on the same tokens, added up batch by batch: no activation is kept.
+
+    Attributes:
+        cross_II: sum over tokens of each neuron of the reference times each of the member; fp64 where the device has
+            it.
+        first_I: sum of squares of the reference's neurons.
+        second_I: sum of squares of the member's.
+    """
+
+    cross_II: Tensor
+    first_I: Tensor
+    second_I: Tensor
+
+    @classmethod
+    def empty(cls, width: int, like: Tensor) -> PairedActivations:
+        """Of no tokens, in the type and place of a tensor."""
+        return cls(like.new_zeros(width, width), like.new_zeros(width), like.new_zeros(width))
+
+    def add(self, reference_NI: Tensor, member_NI: Tensor) -> None:
+        """Add some tokens; rows of both are the same tokens in the same order."""
+        self.cross_II += (reference_NI.float().T @ member_NI.float()).to(self.cross_II)
+        self.first_I += reference_NI.float().square().sum(0).to(self.first_I)
+        self.second_I += member_NI.float().square().sum(0).to(self.second_I)
+
+    @property
+    def distance_II(self) -> Tensor:
+        """Euclidean distances of neurons' activations over all tokens, each scaled to norm 1, in [0, 2].
+
+        ||a - b||^2 = ||a||^2 + ||b||^2 - 2 ab; a neuron that never gives anything stays zero.
+        """
+        first_I, second_I = self.first_I.sqrt(), self.second_I.sqrt()
+        scale_II = first_I[:, None] * second_I
+        cosine_II = torch.where(scale_II > 0, self.cross_II / scale_II.clamp_min(torch.finfo(scale_II.dtype).tiny), 0.0)
+        alive_II = (first_I > 0).to(cosine_II)[:, None] + (second_I > 0).to(cosine_II)
+        return (alive_II - 2 * cosine_II).clamp_min(0).sqrt()
+
+
+def add_distances(weights: LayerWeights, reference: int, member: int, activations_II: Tensor) -> Tensor:
+    """Distance of neurons' directions plus that of their activations (REAM, section 3): [I, I].
+
+    Raises:
+        NumericFault: weights hold NaN or infinity; names no expert.
+    """
+    first_IF, second_IF = (single(weights, e).neurons_EIF()[0] for e in (reference, member))
+    directions_II = _finite(direction_distances(first_IF, second_IF))
+    return directions_II.to(activations_II) + activations_II
 
 
 def _finite(pairs_II: Tensor) -> Tensor:
