@@ -22,7 +22,7 @@ from moekit.errors import BadConfig
 from moekit.exporting.form import Form
 from moekit.exporting.recovery import Recovered
 from moekit.exporting.rounded import Planned
-from moekit.exporting.words import pack_words, unpack_words
+from moekit.checkpoint.quantized.running import pack_words, unpack_words
 
 # Rows and columns come in so many.
 _TOGETHER = 32

@@ -26,7 +26,7 @@ from moekit.errors import BadConfig
 from moekit.exporting.form import Form
 from moekit.exporting.recovery import Recovered
 from moekit.exporting.rounded import Planned
-from moekit.exporting.words import pack_words, unpack_words, word_count
+from moekit.checkpoint.quantized.running import pack_words, unpack_words, word_count
 
 WIDTHS = (2, 4, 8)
 _DTYPES = {short: getattr(torch, name.removeprefix("torch.")) for name, short in TORCH_NAMES.items()}

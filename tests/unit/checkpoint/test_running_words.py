@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moekit.errors import BadConfig
-from moekit.exporting.words import pack_words, unpack_words, word_count
+from moekit.checkpoint.quantized.running import pack_words, unpack_words, word_count
 
 
 def by_hand(row: list[int], bits: int) -> list[int]:

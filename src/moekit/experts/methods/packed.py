@@ -1,0 +1,214 @@
+"""Experts that stay packed integers in memory and are computed from there.
+
+Legend: T tokens, n tokens of one expert, K choices a token, E experts, S stored experts, H hidden, I expert width, R
+rows (outputs) and C columns (inputs) of a matrix, G groups of columns, N words of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from moekit.anatomy.probe import Geometry
+from moekit.anatomy.storage import Storage, activation_of
+from moekit.catalogue import register
+from moekit.errors import BadConfig
+from moekit.experts.kernels import Laid, kernel_group, kernel_there, lay_all, multiply, planes_of
+from moekit.experts.packing import PACKED_PARTS, PackedPart, computable, stored, stored_parts
+from moekit.runtime.experts import ExpertsInputs, ExpertsPart
+from moekit.trace.each_expert import delegated, each_expert
+
+# Up to so many tokens a pass reads weights rather than computes with them.
+FEW = 16
+# (part, inputs [n, C]) -> [n, R]
+Linear = Callable[[PackedPart, Tensor], Tensor]
+
+
+@register(
+    name="packed",
+    kind="experts",
+    changes="runtime",
+    stock=False,
+    limits=(
+        "`moekit export --to packed` writes the folders that it computes; alone it changes nothing.",
+        "Stock transformers and vLLM refuse the folder: export to compressed-tensors, auto-round or gguf for them.",
+        "More than 16 tokens at once are computed with one expert's weights unpacked after the other.",
+        "Experts are frozen: a model in training mode is refused.",
+    ),
+)
+class Packed(ExpertsPart):
+    """Compute experts from packed integers, 1 to 8 bits, each matrix with a width and each group with a scale.
+
+    y = sum over a token's choices of g_i W_down (act(W_gate x) * W_up x), where W = number times scale and is never
+    held in floats for more than one matrix at a time. Up to 16 tokens a pass is bound by the bytes that it reads: there
+    torch's product with four-bit weights multiplies the integers themselves, wider numbers as two planes of four bits.
+    Choose it by exporting a rounded model (`moekit export --to packed`), to hold and decode a MoE in a fraction of its
+    bytes.
+    """
+
+    axes: ClassVar[Mapping[str, str]] = {
+        "slot": "E",
+        **{f"{part}_bits": "S" for part in PACKED_PARTS},
+        **{f"{part}_words": "N" for part in PACKED_PARTS},
+        **{f"{part}_scales": "SRG" for part in PACKED_PARTS},
+    }
+    in_shards: ClassVar[bool] = True
+
+    kernel: Literal["auto", "none"] = Field(
+        default="auto",
+        description="auto: up to 16 tokens by torch's four-bit product, which rounds activations to bfloat16 and takes "
+        "a second copy of the integers in its own layout; none: weights unpacked in the model's dtype always",
+    )
+
+    def prepare(self, tensors: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
+        """The constants, and their matrices in the kernel's layout where it takes them."""
+        made = dict(tensors)
+        if self.kernel == "none" or not kernel_there():
+            return made
+        for part in stored_parts(tensors):
+            rows, columns = _shape(part, geometry)
+            scales_SRG = tensors[f"{part}_scales"]
+            if scales_SRG.is_meta or kernel_group(rows, columns, scales_SRG.shape[2]) is None:
+                continue
+            some = (stored(tensors, part, slot, columns) for slot in range(len(scales_SRG)))
+            laid = lay_all((one.numbers(), one.scale_RG, one.bits) for one in some)
+            for planes, (packed, scales) in laid.items():
+                made |= {_kernel(part, planes): packed, _scales(part, planes): scales}
+        return made
+
+    def compute(self, inputs: ExpertsInputs) -> Tensor:
+        """The experts from their integers; the model's own where the layer has none.
+
+        Raises:
+            BadConfig: the model is in training mode.
+        """
+        if "slot" not in inputs.constants:
+            return inputs.run(inputs.hidden_TH, inputs.index_TK, inputs.weights_TK)
+        if inputs.module.training and torch.is_grad_enabled():
+            raise BadConfig(
+                "packed experts are not trained",
+                layer=inputs.layer,
+                hint="train the model that it was exported from, or load it with parts=False, which unpacks it",
+            )
+        few = len(inputs.hidden_TH) <= FEW and inputs.hidden_TH.device.type == "cpu"
+        return _summed(inputs, inputs.hidden_TH, fast=few)
+
+    def reference(self, inputs: ExpertsInputs) -> Tensor:
+        """The same, token by token and choice by choice, with weights unpacked in fp32."""
+        if "slot" not in inputs.constants:
+            return _own_reference(inputs)
+        storage = computable(inputs.module, inputs.layer)
+        total_TH = torch.zeros_like(inputs.hidden_TH, dtype=torch.float32)
+        for token, (index_K, weights_K) in enumerate(zip(inputs.index_TK.tolist(), inputs.weights_TK, strict=True)):
+            for expert, weight in zip(index_K, weights_K.float(), strict=True):
+                if expert >= inputs.geometry.experts:
+                    continue
+                x_1H = inputs.hidden_TH[token : token + 1].float()
+                x_1H = x_1H * weight if inputs.geometry.weighs_inputs else x_1H
+                y_1H = _expert(inputs, storage, x_1H, _unpacking(inputs, expert))
+                total_TH[token] += y_1H[0] * (1 if inputs.geometry.weighs_inputs else weight)
+        return total_TH
+
+
+def _summed(inputs: ExpertsInputs, hidden_TH: Tensor, fast: bool) -> Tensor:
+    """Each chosen expert once, on the tokens that chose it."""
+    storage = computable(inputs.module, inputs.layer)
+    total_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+    for expert in inputs.index_TK.unique().tolist():
+        if expert >= inputs.geometry.experts:
+            continue
+        token_n, choice_n = (inputs.index_TK == expert).nonzero(as_tuple=True)
+        weight_n1 = inputs.weights_TK[token_n, choice_n, None]
+        given_nH = hidden_TH[token_n]
+        given_nH = given_nH * weight_n1 if inputs.geometry.weighs_inputs else given_nH
+        linear = _multiplying(inputs, expert) if fast else _unpacking(inputs, expert)
+        output_nH = _expert(inputs, storage, given_nH, linear).float()
+        output_nH = output_nH if inputs.geometry.weighs_inputs else output_nH * weight_n1.float()
+        total_TH.index_add_(0, token_n, output_nH)
+    return total_TH.to(hidden_TH.dtype)
+
+
+def _expert(inputs: ExpertsInputs, storage: Storage, given_nH: Tensor, linear: Linear) -> Tensor:
+    """Down (act (gate x) * up x), without a gate down (act (up x))."""
+    module: Any = inputs.module
+    up_nI = linear("up", given_nH)
+    if "gate_words" in inputs.constants:
+        gate_nI = linear("gate", given_nH)
+        if hasattr(module, "_apply_gate"):  # a family's own: some clamp, some add
+            pair = (gate_nI, up_nI)
+            inner_nI = module._apply_gate(
+                torch.cat(pair, dim=1) if storage.concatenated else torch.stack(pair, dim=2).flatten(1)
+            )
+        else:
+            inner_nI = _activation(inputs, storage)(gate_nI) * up_nI
+    else:
+        inner_nI = _activation(inputs, storage)(up_nI)
+    output_nH = linear("down", inner_nI)
+    return module.post_expert_norm(output_nH) if getattr(module, "has_post_expert_norm", False) else output_nH
+
+
+def _activation(inputs: ExpertsInputs, storage: Storage) -> Callable[[Tensor], Tensor]:
+    found = activation_of(inputs.module, storage)
+    assert found is not None  # see `computable`
+    return found
+
+
+def _unpacking(inputs: ExpertsInputs, expert: int) -> Linear:
+    """By weights that are unpacked for this one product, in the dtype of what they are given."""
+    slot = int(inputs.constants["slot"][expert])
+
+    def linear(part: PackedPart, given_nC: Tensor) -> Tensor:
+        one = stored(inputs.constants, part, slot, _shape(part, inputs.geometry)[1])
+        return nn.functional.linear(given_nC, one.weights().to(given_nC.dtype))
+
+    return linear
+
+
+def _multiplying(inputs: ExpertsInputs, expert: int) -> Linear:
+    """By the kernel where a matrix lies in its layout."""
+    slot, plain = int(inputs.constants["slot"][expert]), _unpacking(inputs, expert)
+
+    def linear(part: PackedPart, given_nC: Tensor) -> Tensor:
+        planes_S = [planes_of(bits) for bits in inputs.constants[f"{part}_bits"].tolist()]
+        planes = planes_S[slot]
+        if _kernel(part, planes) not in inputs.constants:
+            return plain(part, given_nC)
+        place = planes_S[:slot].count(planes)
+        packed, scales = inputs.constants[_kernel(part, planes)], inputs.constants[_scales(part, planes)]
+        laid = Laid(packed[place], scales[place], _shape(part, inputs.geometry)[0])
+        return multiply(given_nC, laid).to(given_nC.dtype)
+
+    return linear
+
+
+def _shape(part: PackedPart, geometry: Geometry) -> tuple[int, int]:
+    """R and C."""
+    return (geometry.hidden, geometry.width) if part == "down" else (geometry.width, geometry.hidden)
+
+
+def _kernel(part: str, planes: int) -> str:
+    return f"{part}_kernel_{planes}"
+
+
+def _scales(part: str, planes: int) -> str:
+    return f"{part}_kernel_{planes}_scales"
+
+
+def _own_reference(inputs: ExpertsInputs) -> Tensor:
+    """The model's own experts, one after the other."""
+    stock = getattr(type(inputs.module), "stock_class", type(inputs.module)).forward
+    found = each_expert(
+        delegated(lambda hidden, index, weights: stock(inputs.module, hidden, index, weights)),
+        inputs.hidden_TH.float(),
+        inputs.index_TK,
+        inputs.weights_TK.float(),
+        inputs.geometry.experts,
+        add_up=True,
+        weighs_inputs=inputs.geometry.weighs_inputs,
+    ).output_NH
+    assert found is not None
+    return found
