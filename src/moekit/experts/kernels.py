@@ -1,111 +1,179 @@
-"""torch's product with weights of four bits, for packed matrices of any width and for few tokens.
+"""Products with packed matrices for few tokens on a CPU, by kernels that torch brings.
 
-`torch.ops.aten._weight_int4pack_mm_for_cpu` multiplies bfloat16 inputs by weights (u - 8) s + z, u four bits, s and z
-for each row and group of 32 to 256 columns. Numbers of up to 4 bits are one such plane. Numbers of 5 to 8 bits are two,
-n = 16 h + l with h from -8 to 7 and l from 0 to 15: both planes' rows lie in one matrix, and its two answers are added.
+Few tokens are bound by the bytes of the weights, so the integers themselves are multiplied. Which kernel does it
+follows from the width, the groups and the processor, and is told by `kernel_for`:
 
-Weights are not rounded anew but for bfloat16, in which the kernel multiplies; activations are rounded to bfloat16 and
-never scaled, so a token's answer does not depend on those beside it.
+- "int4": up to 4 bits. `aten._weight_int4pack_mm_for_cpu` takes weights (u - 8) s, u four bits, s for each row and
+  group of 32 to 256 columns. Activations are rounded to bfloat16.
+- "int8-rows": 5 to 8 bits, a scale for the whole row, on processors that add products of bytes in 32 bits (VNNI).
+  Activations become whole numbers of 14 bits, each token by a scale of its own, in two halves of 7 bits: sums are
+  exact, and an answer does not depend on the tokens beside it. Halves of 8 bits would overflow 16-bit sums on
+  processors without VNNI, in silence; halves of 7 cannot.
+- "int8": the same without VNNI. `aten._weight_int8pack_mm`, activations rounded to bfloat16.
+- "int4-twice": 5 to 8 bits in groups. n = 16 h + l with h from -8 to 7 and l from 0 to 15: both halves are rows of one
+  matrix for the four-bit kernel, whose two answers are added.
 
-Legend: R rows (outputs) and C columns (inputs) of a matrix, P planes times rows, G groups, n tokens of one expert.
+Legend: R rows (outputs) and C columns (inputs) of a matrix, G groups, n tokens of one expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-# Columns that share a scale in the kernel, the largest first.
+from moekit.experts.packing import Stored
+
+Kernel = Literal["int4", "int8-rows", "int8", "int4-twice"]
+# Inputs [n, C] -> [n, R].
+Product = Callable[[Tensor], Tensor]
+
+# Columns that share a scale in the four-bit kernel, the largest first, and rows that it takes together.
 _GROUPS = (256, 128, 64, 32)
-# Rows that the kernel takes together.
 _ROWS = 16
+# Halves of an activation have 7 bits, from -64 to 63; so large may the whole be.
+_HALF = 64
+_MOST = 2 * _HALF * (_HALF - 1) + _HALF - 1
+_LEAST = torch.finfo(torch.float32).tiny
+
+# The words of a layer's projection -> stored expert -> its product; gone with the words.
+_LAID: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-@dataclass(frozen=True, eq=False)
-class Laid:
-    """A matrix as the kernel takes it.
+def kernel_for(bits: int, rows: int, columns: int, groups: int) -> Kernel | None:
+    """Which kernel multiplies such a matrix here; None where none does, and weights are unpacked.
 
-    Attributes:
-        packed: numbers, in a layout that only the kernel knows.
-        scales_GP2: scales and zeros, bfloat16.
-        rows: R; half of the packed rows where there are two planes.
+    Args:
+        bits: of a number.
+        rows: R.
+        columns: C.
+        groups: of a row.
     """
+    four = _has("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
+    four = four and rows % _ROWS == 0 and _group(columns, groups) is not None
+    if bits <= 4:
+        return "int4" if four else None
+    if groups == 1 and _vnni() and hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return "int8-rows"
+    if groups == 1 and _has("_weight_int8pack_mm") and rows % _ROWS == 0 and columns % _ROWS == 0:
+        return "int8"
+    return "int4-twice" if four else None
 
-    packed: Tensor
-    scales_GP2: Tensor
-    rows: int
+
+def product(words_N: Tensor, slot: int, one: Callable[[], Stored]) -> Product | None:
+    """The product with one stored matrix, laid out for its kernel when it is first asked for; None without a kernel.
+
+    Args:
+        words_N: that hold the matrix; what is laid out lives as long as they do.
+        slot: of the stored experts.
+        one: takes the matrix out of them.
+    """
+    if words_N not in _LAID:
+        _LAID[words_N] = {}
+    known: dict[int, Product | None] = _LAID[words_N]
+    if slot not in known:
+        known[slot] = lay(one())
+    return known[slot]
 
 
-def kernel_there() -> bool:
-    """Whether this torch has the kernel for CPUs."""
-    names = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
+def lay(one: Stored) -> Product | None:
+    """The product with a matrix by the kernel for it; None without one."""
+    rows, groups = one.scale_RG.shape
+    kernel = kernel_for(one.bits, rows, one.columns, groups)
+    if kernel is None:
+        return None
+    numbers_RC, scale_RG = one.numbers(), one.scale_RG.float()
+    if kernel == "int8-rows":
+        return _by_rows(numbers_RC, scale_RG[:, 0])
+    if kernel == "int8":
+        return _by_bytes(numbers_RC, scale_RG[:, 0])
+    return _by_four_bits(numbers_RC, scale_RG, twice=kernel == "int4-twice")
+
+
+def _by_four_bits(numbers_RC: Tensor, scale_RG: Tensor, twice: bool) -> Product:
+    (rows, columns), groups = numbers_RC.shape, scale_RG.shape[1]
+    group = _group(columns, groups)
+    assert group is not None
+    scale_RG = scale_RG.repeat_interleave(columns // group // groups, 1)
+    unsigned, scale, zero = numbers_RC.int() + 8, scale_RG, torch.zeros_like(scale_RG)
+    if twice:  # 16 h + l = 16 (u_h - 8) + (u_l - 8) + 8
+        unsigned = torch.cat([(numbers_RC.int() >> 4) + 8, numbers_RC.int() & 15])
+        scale, zero = torch.cat([16 * scale_RG, scale_RG]), torch.cat([zero, 8 * scale_RG])
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned.contiguous(), 1)
+    scales = torch.stack([scale, zero], -1).transpose(0, 1).contiguous().bfloat16()
+
+    def product(given_nC: Tensor) -> Tensor:
+        given = given_nC.bfloat16().contiguous()
+        made: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(given, packed, group, scales)
+        if twice:
+            made = made[:, :rows].float() + made[:, rows:].float()
+        return made.to(given_nC.dtype)
+
+    return product
+
+
+def _by_bytes(numbers_RC: Tensor, scale_R: Tensor) -> Product:
+    scale_R = scale_R.bfloat16()
+
+    def product(given_nC: Tensor) -> Tensor:
+        made: Tensor = torch.ops.aten._weight_int8pack_mm(given_nC.bfloat16().contiguous(), numbers_RC, scale_R)
+        return made.to(given_nC.dtype)
+
+    return product
+
+
+def _by_rows(numbers_RC: Tensor, scale_R: Tensor) -> Product:
+    packed = torch.ops.onednn.qlinear_prepack(numbers_RC, None)
+    ones_R, zeros_R = torch.ones(len(scale_R)), torch.zeros(len(scale_R), dtype=torch.long)
+
+    def product(given_nC: Tensor) -> Tensor:
+        halves, scale_n1 = halved(given_nC.float())
+        made: Tensor = torch.ops.onednn.qlinear_pointwise(
+            (halves + _HALF).to(torch.uint8),
+            1.0,
+            _HALF,
+            packed,
+            ones_R,
+            zeros_R,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        high_nR, low_nR = made.chunk(2)
+        return ((high_nR * (2 * _HALF) + low_nR) * scale_n1 * scale_R).to(given_nC.dtype)
+
+    return product
+
+
+def halved(given_nC: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations as whole numbers of 14 bits: (128 h + l) s, h and l from -64 to 63, s for each token.
+
+    Returns:
+        h and l behind each other [2 n, C], and s [n, 1].
+    """
+    scale_n1 = (given_nC.abs().amax(-1, keepdim=True) / _MOST).clamp_min(_LEAST)
+    whole_nC = (given_nC / scale_n1).round().int()
+    high_nC = (whole_nC + _HALF) >> 7
+    return torch.cat([high_nC, whole_nC - (high_nC << 7)]), scale_n1
+
+
+def _group(columns: int, groups: int) -> int | None:
+    """How many columns share a scale in the four-bit kernel; None where its groups do not fit."""
+    return next((group for group in _GROUPS if columns % groups == 0 and columns // groups % group == 0), None)
+
+
+def _has(*names: str) -> bool:
     return all(hasattr(torch.ops.aten, name) for name in names)
 
 
-def kernel_group(rows: int, columns: int, groups: int) -> int | None:
-    """How many columns share a scale in the kernel; None where it does not take such a matrix."""
-    if rows % _ROWS or columns % groups:
-        return None
-    return next((group for group in _GROUPS if (columns // groups) % group == 0), None)
-
-
-def lay(numbers_RC: Tensor, scale_RG: Tensor, bits: int) -> Laid:
-    """Bring a matrix into the kernel's layout.
-
-    Args:
-        numbers_RC: int8; see `moekit.checkpoint.quantized.packed_experts`.
-        scale_RG: of its groups; `kernel_group` must not be None.
-        bits: of a number.
-    """
-    rows, columns = numbers_RC.shape
-    group = kernel_group(rows, columns, scale_RG.shape[1])
-    assert group is not None
-    scale_RG = scale_RG.float().repeat_interleave(columns // group // scale_RG.shape[1], 1)
-    number_RC = numbers_RC.int()
-    if bits <= 4:
-        unsigned, scale, zero = number_RC + 8, scale_RG, torch.zeros_like(scale_RG)
-    else:  # 16 h + l = 16 (u_h - 8) + (u_l - 8) + 8
-        unsigned = torch.cat([(number_RC >> 4) + 8, number_RC & 15])
-        scale = torch.cat([16 * scale_RG, scale_RG])
-        zero = torch.cat([torch.zeros_like(scale_RG), 8 * scale_RG])
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned.contiguous(), 1)
-    scales_GP2 = torch.stack([scale, zero], -1).transpose(0, 1).contiguous().bfloat16()
-    return Laid(packed, scales_GP2, rows)
-
-
-def multiply(given_nC: Tensor, matrix: Laid) -> Tensor:
-    """Inputs times the matrix, transposed: [n, R], bfloat16 for one plane and fp32 for the sum of two."""
-    scales_GP2 = matrix.scales_GP2.bfloat16()
-    group = given_nC.shape[1] // len(scales_GP2)
-    made_nP: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        given_nC.bfloat16().contiguous(), matrix.packed, group, scales_GP2
-    )
-    if made_nP.shape[1] == matrix.rows:
-        return made_nP
-    return made_nP[:, : matrix.rows].float() + made_nP[:, matrix.rows :].float()
-
-
-def lay_all(matrices: Iterable[tuple[Tensor, Tensor, int]]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Matrices of one shape in the kernel's layout, stacked by their number of planes.
-
-    Args:
-        matrices: numbers, scales and bits of each.
-
-    Returns:
-        Planes -> (packed numbers, scales), in the order of the matrices.
-    """
-    found: dict[int, list[Laid]] = {}
-    for numbers_RC, scale_RG, bits in matrices:
-        found.setdefault(planes_of(bits), []).append(lay(numbers_RC, scale_RG, bits))
-    return {
-        planes: (torch.stack([laid.packed for laid in some]), torch.stack([laid.scales_GP2 for laid in some]))
-        for planes, some in found.items()
-    }
-
-
-def planes_of(bits: int) -> int:
-    """How many planes of four bits hold numbers of so many bits."""
-    return 1 if bits <= 4 else 2
+def _vnni() -> bool:
+    """Whether the processor, and torch's choice of code for it, add products of bytes in 32 bits."""
+    asked = getattr(torch.cpu, "_is_vnni_supported", None)
+    return asked is not None and bool(asked()) and torch.backends.cpu.get_cpu_capability().startswith("AVX512")

@@ -116,8 +116,9 @@ def numbers_of(words_RW: Tensor, bits: int, columns: int) -> Tensor:
 
 def weights_of(numbers_RC: Tensor, scale_RG: Tensor) -> Tensor:
     """Numbers times the scales of their groups, fp32."""
-    numbers_RGg = numbers_RC.float().unflatten(-1, (scale_RG.shape[-1], -1))
-    return numbers_RGg.mul_(scale_RG.float()[..., None]).flatten(-2)
+    numbers_RGg = numbers_RC.float().view(*scale_RG.shape, -1)
+    weights_RC: Tensor = numbers_RGg.mul_(scale_RG.float()[..., None]).flatten(-2)
+    return weights_RC
 
 
 def announced(group: int, columns: Mapping[str, int], bits: Mapping[int, Mapping[str, list[int]]]) -> dict[str, Any]:

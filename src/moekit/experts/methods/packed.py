@@ -17,8 +17,8 @@ from moekit.anatomy.probe import Geometry
 from moekit.anatomy.storage import Storage, activation_of
 from moekit.catalogue import register
 from moekit.errors import BadConfig
-from moekit.experts.kernels import Laid, kernel_group, kernel_there, lay_all, multiply, planes_of
-from moekit.experts.packing import PACKED_PARTS, PackedPart, computable, stored, stored_parts
+from moekit.experts.kernels import product
+from moekit.experts.packing import PACKED_PARTS, PackedPart, computable, stored
 from moekit.runtime.experts import ExpertsInputs, ExpertsPart
 from moekit.trace.each_expert import delegated, each_expert
 
@@ -45,7 +45,7 @@ class Packed(ExpertsPart):
 
     y = sum over a token's choices of g_i W_down (act(W_gate x) * W_up x), where W = number times scale and is never
     held in floats for more than one matrix at a time. Up to 16 tokens a pass is bound by the bytes that it reads: there
-    torch's product with four-bit weights multiplies the integers themselves, wider numbers as two planes of four bits.
+    torch's kernels multiply the integers themselves, as `moekit.experts.kernels` tells.
     Choose it by exporting a rounded model (`moekit export --to packed`), to hold and decode a MoE in a fraction of its
     bytes.
     """
@@ -60,25 +60,10 @@ class Packed(ExpertsPart):
 
     kernel: Literal["auto", "none"] = Field(
         default="auto",
-        description="auto: up to 16 tokens by torch's four-bit product, which rounds activations to bfloat16 and takes "
-        "a second copy of the integers in its own layout; none: weights unpacked in the model's dtype always",
+        description="auto: up to 16 tokens by torch's products with integers (moekit.experts.kernels), which round "
+        "activations and hold the integers of experts that were chosen a second time, in layouts of their own; none: "
+        "weights unpacked in the model's dtype always",
     )
-
-    def prepare(self, tensors: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
-        """The constants, and their matrices in the kernel's layout where it takes them."""
-        made = dict(tensors)
-        if self.kernel == "none" or not kernel_there():
-            return made
-        for part in stored_parts(tensors):
-            rows, columns = _shape(part, geometry)
-            scales_SRG = tensors[f"{part}_scales"]
-            if scales_SRG.is_meta or kernel_group(rows, columns, scales_SRG.shape[2]) is None:
-                continue
-            some = (stored(tensors, part, slot, columns) for slot in range(len(scales_SRG)))
-            laid = lay_all((one.numbers(), one.scale_RG, one.bits) for one in some)
-            for planes, (packed, scales) in laid.items():
-                made |= {_kernel(part, planes): packed, _scales(part, planes): scales}
-        return made
 
     def compute(self, inputs: ExpertsInputs) -> Tensor:
         """The experts from their integers; the model's own where the layer has none.
@@ -94,7 +79,7 @@ class Packed(ExpertsPart):
                 layer=inputs.layer,
                 hint="train the model that it was exported from, or load it with parts=False, which unpacks it",
             )
-        few = len(inputs.hidden_TH) <= FEW and inputs.hidden_TH.device.type == "cpu"
+        few = self.kernel == "auto" and len(inputs.hidden_TH) <= FEW and inputs.hidden_TH.device.type == "cpu"
         return _summed(inputs, inputs.hidden_TH, fast=few)
 
     def reference(self, inputs: ExpertsInputs) -> Tensor:
@@ -118,7 +103,7 @@ def _summed(inputs: ExpertsInputs, hidden_TH: Tensor, fast: bool) -> Tensor:
     """Each chosen expert once, on the tokens that chose it."""
     storage = computable(inputs.module, inputs.layer)
     total_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
-    for expert in inputs.index_TK.unique().tolist():
+    for expert in sorted(set(inputs.index_TK.flatten().tolist())):
         if expert >= inputs.geometry.experts:
             continue
         token_n, choice_n = (inputs.index_TK == expert).nonzero(as_tuple=True)
@@ -169,18 +154,15 @@ def _unpacking(inputs: ExpertsInputs, expert: int) -> Linear:
 
 
 def _multiplying(inputs: ExpertsInputs, expert: int) -> Linear:
-    """By the kernel where a matrix lies in its layout."""
+    """By torch's kernels where there is one for a matrix."""
     slot, plain = int(inputs.constants["slot"][expert]), _unpacking(inputs, expert)
 
     def linear(part: PackedPart, given_nC: Tensor) -> Tensor:
-        planes_S = [planes_of(bits) for bits in inputs.constants[f"{part}_bits"].tolist()]
-        planes = planes_S[slot]
-        if _kernel(part, planes) not in inputs.constants:
-            return plain(part, given_nC)
-        place = planes_S[:slot].count(planes)
-        packed, scales = inputs.constants[_kernel(part, planes)], inputs.constants[_scales(part, planes)]
-        laid = Laid(packed[place], scales[place], _shape(part, inputs.geometry)[0])
-        return multiply(given_nC, laid).to(given_nC.dtype)
+        columns = _shape(part, inputs.geometry)[1]
+        by_kernel = product(
+            inputs.constants[f"{part}_words"], slot, lambda: stored(inputs.constants, part, slot, columns)
+        )
+        return plain(part, given_nC) if by_kernel is None else by_kernel(given_nC)
 
     return linear
 
@@ -188,14 +170,6 @@ def _multiplying(inputs: ExpertsInputs, expert: int) -> Linear:
 def _shape(part: PackedPart, geometry: Geometry) -> tuple[int, int]:
     """R and C."""
     return (geometry.hidden, geometry.width) if part == "down" else (geometry.width, geometry.hidden)
-
-
-def _kernel(part: str, planes: int) -> str:
-    return f"{part}_kernel_{planes}"
-
-
-def _scales(part: str, planes: int) -> str:
-    return f"{part}_kernel_{planes}_scales"
 
 
 def _own_reference(inputs: ExpertsInputs) -> Tensor:

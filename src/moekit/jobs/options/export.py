@@ -31,8 +31,8 @@ class ExportOptions(JobOptions):
     model: ModelRef = Field(description="rounded model: folder (any model for gguf)")
     to: Literal["gguf", "compressed-tensors", "auto-round", "packed"] = Field(
         description="form: gguf (llama.cpp; rounded or not), compressed-tensors (vLLM; one width for all experts of a "
-        "layer), auto-round (transformers with auto-round; a width for each expert), packed (moekit.load, which computes "
-        "with the integers; a width for each expert)"
+        "layer), auto-round (transformers with auto-round; a width for each expert), packed (moekit.load, which "
+        "computes with the integers; a width for each expert)"
     )
     tensor_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = Field(
         default="auto", description="gguf: of matrices that are not rounded; auto: as they are stored"
