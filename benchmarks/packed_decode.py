@@ -110,7 +110,8 @@ def compare(layer: MoELayer, made: Attachment, tokens: int, bits: int, group: in
     generator = torch.Generator().manual_seed(tokens)
     times: dict[str, list[float]] = {"packed": [], "fp32": []}
     least = 0.0
-    for some_T1 in torch.arange(layer.geometry.experts)[:, None].split(16):  # a matrix is laid out when it is first used
+    every_E1 = torch.arange(layer.geometry.experts)[:, None]
+    for some_T1 in every_E1.split(16):  # a matrix is laid out when it is first used
         experts(torch.zeros(len(some_T1), layer.geometry.hidden), some_T1, torch.ones(len(some_T1), 1))
     for number in range(passes + 2):
         given = routing(layer.geometry.experts, layer.geometry.hidden, tokens, generator)

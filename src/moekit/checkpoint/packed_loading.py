@@ -23,7 +23,7 @@ from moekit.checkpoint.hollow import hollow_out, is_hollow
 from moekit.checkpoint.names import expert_in
 from moekit.checkpoint.precision import reading_dtype
 from moekit.checkpoint.quantized.base import SCALE, WEIGHT
-from moekit.checkpoint.quantized.packed_experts import LAYOUT, METHOD, announced
+from moekit.checkpoint.quantized.packed_experts import LAYOUT, announced
 from moekit.checkpoint.quantized.registry import quantization
 from moekit.checkpoint.quantized.weights import WeightReader
 from moekit.checkpoint.safety import read_header, read_json
@@ -74,7 +74,7 @@ class PackedMatrix:
 def holds_packed_experts(checkpoint: Checkpoint) -> bool:
     """Whether a folder's experts are packed as moekit packs them."""
     settings = quantization(checkpoint.config)
-    return settings is not None and settings.get("quant_method") == METHOD and settings.get("format") == LAYOUT
+    return settings is not None and settings.get("format") == LAYOUT
 
 
 def load_hollow(

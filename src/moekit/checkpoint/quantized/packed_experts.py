@@ -5,8 +5,11 @@ plus 2^(b-1); of 1 bit, 0 stands for -1 and 1 for +1. `x.weight_scale` [R, G] is
 significant bits of a symmetric grid's scale; a weight is number times scale. The config's `quantization_config` says
 how wide the numbers are, as nothing else in a folder does:
 
-    {"quant_method": "moekit", "format": "packed-experts", "group": 64,
-     "columns": {"gate_proj": 2048, ...}, "bits": {"0": {"gate_proj": [2, 3, 4, ...], ...}, ...}}
+    {"format": "packed-experts", "group": 64, "columns": {"gate_proj": 2048, ...},
+     "bits": {"0": {"gate_proj": [2, 3, 4, ...], ...}, ...}}
+
+There is no `quant_method` on purpose: stock transformers and vLLM then refuse the folder. Of a method that it does not
+know transformers says so in passing, and fills the experts with random numbers.
 
 By hand, 3 bits and scale 0.5: the word 0o7654 holds 4, 5, 6, 7, so 0, 1, 2, 3 and the weights 0, 0.5, 1, 1.5.
 
@@ -36,7 +39,6 @@ from moekit.checkpoint.quantized.base import (
 from moekit.checkpoint.quantized.running import pack_words, unpack_words, word_count
 from moekit.errors import BadConfig
 
-METHOD = "moekit"
 LAYOUT = "packed-experts"
 WIDTHS = range(1, 9)
 
@@ -133,4 +135,4 @@ def announced(group: int, columns: Mapping[str, int], bits: Mapping[int, Mapping
         str(layer): {part: n[0] if len(set(n)) == 1 else list(n) for part, n in parts.items()}
         for layer, parts in sorted(bits.items())
     }
-    return {"quant_method": METHOD, "format": LAYOUT, "group": group, "columns": dict(columns), "bits": told}
+    return {"format": LAYOUT, "group": group, "columns": dict(columns), "bits": told}

@@ -12,7 +12,7 @@ from moekit.checkpoint.quantized.float_quantized import FloatQuantized
 from moekit.checkpoint.quantized.fp8 import Fp8
 from moekit.checkpoint.quantized.gptq import Gptq
 from moekit.checkpoint.quantized.mxfp4 import Mxfp4
-from moekit.checkpoint.quantized.packed_experts import LAYOUT, METHOD, PackedExperts
+from moekit.checkpoint.quantized.packed_experts import LAYOUT, PackedExperts
 from moekit.checkpoint.quantized.packed_ints import PackedInts
 
 
@@ -38,7 +38,7 @@ ROWS: tuple[Row, ...] = (
     Row("compressed-tensors", "float-quantized", FloatQuantized),
     Row("compressed-tensors", "int-quantized", FloatQuantized),
     Row("compressed-tensors", "naive-quantized", FloatQuantized),
-    Row(METHOD, LAYOUT, PackedExperts),
+    Row("", LAYOUT, PackedExperts),
     Row("gptq", "", Gptq),
     Row("awq", "", Awq),
 )
@@ -55,7 +55,9 @@ def quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def kind(settings: Mapping[str, Any]) -> str:
     """What messages call a way to quantize."""
     method, layout = settings.get("quant_method", "?"), settings.get("format")
-    return f"{method}, {layout}" if method in ("compressed-tensors", METHOD) and layout else str(method)
+    if layout == LAYOUT:
+        return f"moekit, {layout}"
+    return f"{method}, {layout}" if method == "compressed-tensors" and layout else str(method)
 
 
 def formats_of(settings: Mapping[str, Any]) -> tuple[Format, ...]:
