@@ -18,8 +18,8 @@ Legend: R rows (outputs) and C columns (inputs) of a matrix, G groups, n tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,29 +63,33 @@ def kernel_for(bits: int, rows: int, columns: int, groups: int) -> Kernel | None
     return "int4-twice" if four else None
 
 
-def product(words_N: Tensor, slot: int, one: Callable[[], Stored]) -> Product | None:
-    """The product with one stored matrix, laid out for its kernel when it is first asked for; None without a kernel.
+def product(words_N: Tensor, slot: int, take: Callable[[], Sequence[Stored]]) -> Product | None:
+    """The product with stored matrices, laid out for their kernel when it is first asked for; None without a kernel.
 
     Args:
-        words_N: that hold the matrix; what is laid out lives as long as they do.
+        words_N: that hold the (first) matrix; what is laid out lives as long as they do.
         slot: of the stored experts.
-        one: takes the matrix out of them.
+        take: takes the matrices; see `lay`.
     """
     if words_N not in _LAID:
         _LAID[words_N] = {}
     known: dict[int, Product | None] = _LAID[words_N]
     if slot not in known:
-        known[slot] = lay(one())
+        known[slot] = lay(*take())
     return known[slot]
 
 
-def lay(one: Stored) -> Product | None:
-    """The product with a matrix by the kernel for it; None without one."""
-    rows, groups = one.scale_RG.shape
-    kernel = kernel_for(one.bits, rows, one.columns, groups)
-    if kernel is None:
+def lay(*some: Stored) -> Product | None:
+    """The product with matrices of the same inputs, their outputs behind each other; None where one has no kernel."""
+    found = {kernel_for(one.bits, len(one.scale_RG), one.columns, one.scale_RG.shape[1]) for one in some}
+    if None in found:
         return None
-    numbers_RC, scale_RG = one.numbers(), one.scale_RG.float()
+    if len(found) > 1:
+        products = [lay(one) for one in some]
+        return lambda given_nC: torch.cat([by(given_nC) for by in products if by is not None], dim=1)
+    kernel = found.pop()
+    numbers_RC = torch.cat([one.numbers() for one in some])
+    scale_RG = torch.cat([one.scale_RG.float() for one in some])
     if kernel == "int8-rows":
         return _by_rows(numbers_RC, scale_RG[:, 0])
     if kernel == "int8":
@@ -127,27 +131,16 @@ def _by_bytes(numbers_RC: Tensor, scale_R: Tensor) -> Product:
 
 def _by_rows(numbers_RC: Tensor, scale_R: Tensor) -> Product:
     packed = torch.ops.onednn.qlinear_prepack(numbers_RC, None)
-    ones_R, zeros_R = torch.ones(len(scale_R)), torch.zeros(len(scale_R), dtype=torch.long)
+    zeros_R = torch.zeros(len(scale_R), dtype=torch.long)
 
     def product(given_nC: Tensor) -> Tensor:
         halves, scale_n1 = halved(given_nC.float())
-        made: Tensor = torch.ops.onednn.qlinear_pointwise(
-            (halves + _HALF).to(torch.uint8),
-            1.0,
-            _HALF,
-            packed,
-            ones_R,
-            zeros_R,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
+        # Of inputs: scale and zero point. Of the answer: none of either, and nothing done to it.
+        given = (halves, 1.0, _HALF)
+        answer: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+        made: Tensor = torch.ops.onednn.qlinear_pointwise(*given, packed, scale_R, zeros_R, None, *answer)
         high_nR, low_nR = made.chunk(2)
-        return ((high_nR * (2 * _HALF) + low_nR) * scale_n1 * scale_R).to(given_nC.dtype)
+        return torch.add(low_nR, high_nR, alpha=2 * _HALF).mul_(scale_n1).to(given_nC.dtype)
 
     return product
 
@@ -156,12 +149,12 @@ def halved(given_nC: Tensor) -> tuple[Tensor, Tensor]:
     """Activations as whole numbers of 14 bits: (128 h + l) s, h and l from -64 to 63, s for each token.
 
     Returns:
-        h and l behind each other [2 n, C], and s [n, 1].
+        h + 64 and l + 64 behind each other [2 n, C] uint8, and s [n, 1].
     """
-    scale_n1 = (given_nC.abs().amax(-1, keepdim=True) / _MOST).clamp_min(_LEAST)
-    whole_nC = (given_nC / scale_n1).round().int()
-    high_nC = (whole_nC + _HALF) >> 7
-    return torch.cat([high_nC, whole_nC - (high_nC << 7)]), scale_n1
+    scale_n1 = (given_nC.abs().amax(-1, keepdim=True) / _MOST).clamp_min_(_LEAST)
+    # 64 above zero in both halves; what is shifted and masked is positive then.
+    whole_nC = (given_nC / scale_n1).round_().int().add_(2 * _HALF * _HALF + _HALF)
+    return torch.cat([whole_nC >> 7, whole_nC & 127]).to(torch.uint8), scale_n1
 
 
 def _group(columns: int, groups: int) -> int | None:

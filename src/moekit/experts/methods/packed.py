@@ -6,26 +6,25 @@ rows (outputs) and C columns (inputs) of a matrix, G groups of columns, N words 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moekit.anatomy.probe import Geometry
 from moekit.anatomy.storage import Storage, activation_of
 from moekit.catalogue import register
 from moekit.errors import BadConfig
 from moekit.experts.kernels import product
-from moekit.experts.packing import PACKED_PARTS, PackedPart, computable, stored
+from moekit.experts.packing import PACKED_PARTS, PackedPart, Stored, computable, stored
 from moekit.runtime.experts import ExpertsInputs, ExpertsPart
 from moekit.trace.each_expert import delegated, each_expert
 
 # Up to so many tokens a pass reads weights rather than computes with them.
 FEW = 16
-# (part, inputs [n, C]) -> [n, R]
-Linear = Callable[[PackedPart, Tensor], Tensor]
+# (inputs [n, C], parts of the same inputs) -> their outputs behind each other
+Linear = Callable[..., Tensor]
 
 
 @register(
@@ -120,9 +119,8 @@ def _summed(inputs: ExpertsInputs, hidden_TH: Tensor, fast: bool) -> Tensor:
 def _expert(inputs: ExpertsInputs, storage: Storage, given_nH: Tensor, linear: Linear) -> Tensor:
     """Down (act (gate x) * up x), without a gate down (act (up x))."""
     module: Any = inputs.module
-    up_nI = linear("up", given_nH)
     if "gate_words" in inputs.constants:
-        gate_nI = linear("gate", given_nH)
+        gate_nI, up_nI = linear(given_nH, "gate", "up").chunk(2, dim=1)
         if hasattr(module, "_apply_gate"):  # a family's own: some clamp, some add
             pair = (gate_nI, up_nI)
             inner_nI = module._apply_gate(
@@ -131,8 +129,8 @@ def _expert(inputs: ExpertsInputs, storage: Storage, given_nH: Tensor, linear: L
         else:
             inner_nI = _activation(inputs, storage)(gate_nI) * up_nI
     else:
-        inner_nI = _activation(inputs, storage)(up_nI)
-    output_nH = linear("down", inner_nI)
+        inner_nI = _activation(inputs, storage)(linear(given_nH, "up"))
+    output_nH = linear(inner_nI, "down")
     return module.post_expert_norm(output_nH) if getattr(module, "has_post_expert_norm", False) else output_nH
 
 
@@ -146,9 +144,11 @@ def _unpacking(inputs: ExpertsInputs, expert: int) -> Linear:
     """By weights that are unpacked for this one product, in the dtype of what they are given."""
     slot = int(inputs.constants["slot"][expert])
 
-    def linear(part: PackedPart, given_nC: Tensor) -> Tensor:
-        one = stored(inputs.constants, part, slot, _shape(part, inputs.geometry)[1])
-        return nn.functional.linear(given_nC, one.weights().to(given_nC.dtype))
+    def linear(given_nC: Tensor, *parts: PackedPart) -> Tensor:
+        made = [
+            nn.functional.linear(given_nC, one.weights().to(given_nC.dtype)) for one in _stored(inputs, slot, parts)
+        ]
+        return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 
     return linear
 
@@ -157,19 +157,16 @@ def _multiplying(inputs: ExpertsInputs, expert: int) -> Linear:
     """By torch's kernels where there is one for a matrix."""
     slot, plain = int(inputs.constants["slot"][expert]), _unpacking(inputs, expert)
 
-    def linear(part: PackedPart, given_nC: Tensor) -> Tensor:
-        columns = _shape(part, inputs.geometry)[1]
-        by_kernel = product(
-            inputs.constants[f"{part}_words"], slot, lambda: stored(inputs.constants, part, slot, columns)
-        )
-        return plain(part, given_nC) if by_kernel is None else by_kernel(given_nC)
+    def linear(given_nC: Tensor, *parts: PackedPart) -> Tensor:
+        by_kernel = product(inputs.constants[f"{parts[0]}_words"], slot, lambda: list(_stored(inputs, slot, parts)))
+        return plain(given_nC, *parts) if by_kernel is None else by_kernel(given_nC)
 
     return linear
 
 
-def _shape(part: PackedPart, geometry: Geometry) -> tuple[int, int]:
-    """R and C."""
-    return (geometry.hidden, geometry.width) if part == "down" else (geometry.width, geometry.hidden)
+def _stored(inputs: ExpertsInputs, slot: int, parts: Sequence[PackedPart]) -> Iterator[Stored]:
+    for part in parts:
+        yield stored(inputs.constants, part, slot, inputs.geometry.width if part == "down" else inputs.geometry.hidden)
 
 
 def _own_reference(inputs: ExpertsInputs) -> Tensor:
