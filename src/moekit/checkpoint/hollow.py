@@ -29,14 +29,30 @@ def hollow_out(model: nn.Module, names: Collection[str], dtype: torch.dtype) -> 
         names: of parameters.
         dtype: that they are said to have.
     """
+    for name in names:
+        _replace(model, name, model.get_parameter(name).shape, dtype)
+
+
+def move(model: nn.Module, device: str | torch.device) -> None:
+    """Bring a model to a device, such parameters without the memory that a copy of each would take."""
+    hollow = {name: (value.shape, value.dtype) for name, value in model.named_parameters() if is_hollow(value)}
+    for name in hollow:
+        value = model.get_parameter(name)
+        value.data = value.data[(0,) * value.dim()]
+    model.to(device)
+    for name, (shape, dtype) in hollow.items():
+        _replace(model, name, shape, dtype, device)
+
+
+def _replace(
+    model: nn.Module, name: str, shape: torch.Size, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> None:
     import torch
     from torch import nn
 
-    for name in names:
-        path, _, last = name.rpartition(".")
-        shape = model.get_parameter(name).shape
-        empty = torch.full((1,) * len(shape), torch.nan, dtype=dtype).expand(shape)
-        setattr(model.get_submodule(path), last, nn.Parameter(empty, requires_grad=False))
+    path, _, last = name.rpartition(".")
+    empty = torch.full((1,) * len(shape), torch.nan, dtype=dtype, device=device).expand(shape)
+    setattr(model.get_submodule(path), last, nn.Parameter(empty, requires_grad=False))
 
 
 def hollow_names(model: nn.Module) -> set[str]:

@@ -23,7 +23,7 @@ from moekit.checkpoint.digest import config_digest, config_settings, file_digest
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import counts_of
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
-from moekit.checkpoint.hollow import without_hollow
+from moekit.checkpoint.hollow import move, without_hollow
 from moekit.checkpoint.meta import architecture
 from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.packed_loading import PackedWeights, add_packed, announce, holds_packed_experts, load_hollow
@@ -101,7 +101,7 @@ def load(
     else:
         loaded = _load_stock(checkpoint, kind, device_map)
     if device_map is None:
-        loaded.to(place)
+        move(loaded, place)
     mark_stored(loaded, stored)
     loaded.eval()
     stamp(loaded, checkpoint, layout)

@@ -137,7 +137,6 @@ def packed_weights(matrices: Iterable[PackedMatrix], layout: Layout) -> PackedWe
     names = {key: name for name in layout.stock if (key := _matrix_named(name, layout)) is not None}
     tensors: dict[str, Tensor] = {}
     columns: dict[str, int] = {}
-    bits: dict[int, dict[str, list[int]]] = {}
     group = 0
     for one in sorted(matrices, key=lambda m: (m.layer, m.expert)):
         name = names.get((one.layer, one.expert, one.part))
@@ -151,9 +150,8 @@ def packed_weights(matrices: Iterable[PackedMatrix], layout: Layout) -> PackedWe
         last = stem.rpartition(".")[2]
         tensors[f"{stem}.weight_packed"], tensors[f"{stem}.weight_scale"] = one.words_RW, one.scale_RG.bfloat16()
         columns[last] = layout.stock[name][1]
-        bits.setdefault(one.layer, {}).setdefault(last, []).append(one.bits)
         group = columns[last] // one.scale_RG.shape[1] if one.scale_RG.shape[1] > 1 else group
-    return PackedWeights(tensors, announced(group, columns, bits))
+    return PackedWeights(tensors, announced(group, columns))
 
 
 def _matrix_named(name: str, layout: Layout) -> tuple[int, int, str] | None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from moekit.checkpoint.folder import Checkpoint
-from moekit.checkpoint.quantized.packed_experts import announced, numbers_of, words_of
+from moekit.checkpoint.quantized.packed_experts import LEAST_COLUMNS, announced, numbers_of, words_of
 from moekit.checkpoint.quantized.running import word_count
 from moekit.compress.engine.grids import Grids
 from moekit.compress.engine.shard_writer import Spec
+from moekit.errors import BadConfig
 from moekit.exporting.form import Form
 from moekit.exporting.recovery import Recovered
 from moekit.exporting.rounded import Planned
@@ -28,7 +29,15 @@ class PackedForm(Form):
     renames: ClassVar[bool] = True
 
     def check(self, plan: Sequence[Planned], grids: Grids) -> None:
-        """Every width that `moekit quantize` gives is held."""
+        """Rows must be so long that words tell the width of their numbers."""
+        for entry in plan:
+            if entry.matrix.shape[1] < LEAST_COLUMNS:
+                raise BadConfig(
+                    f"rows of {entry.matrix.shape[1]} weights are shorter than {LEAST_COLUMNS}",
+                    layer=entry.matrix.layer,
+                    expert=entry.matrix.expert,
+                    hint="--to compressed-tensors holds any size",
+                )
 
     def specs(self, planned: Planned, grids: Grids) -> list[Spec]:
         """Words and scales."""
@@ -54,11 +63,6 @@ class PackedForm(Form):
         return Recovered(numbers_RC.to(torch.int16), tensors[f"{stem}.weight_scale"].float())
 
     def config(self, plan: Sequence[Planned], grids: Grids, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Bits of every matrix, and columns of every projection."""
-        columns: dict[str, int] = {}
-        bits: dict[int, dict[str, list[int]]] = {}
-        for entry in sorted(plan, key=lambda entry: (entry.matrix.layer, entry.matrix.expert)):
-            part = entry.matrix.name.rpartition(".")[2]
-            columns[part] = entry.matrix.shape[1]
-            bits.setdefault(entry.matrix.layer, {}).setdefault(part, []).append(entry.bits)
-        return announced(grids.group, columns, bits)
+        """Columns of every projection; bits follow from the words."""
+        columns = {entry.matrix.name.rpartition(".")[2]: entry.matrix.shape[1] for entry in plan}
+        return announced(grids.group, columns)

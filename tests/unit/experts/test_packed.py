@@ -210,7 +210,7 @@ def test_refusals(folders: tuple[Path, Path], tmp_path: Path) -> None:
         assert bool(find_moe_layers(live)[0].experts.down_proj.isnan().all())
 
     def lied(config: dict[str, Any]) -> None:
-        config["quantization_config"]["bits"]["0"]["gate_proj"] = 5
+        config["quantization_config"]["columns"]["gate_proj"] = 96
 
     other = tmp_path / "other"
     moekit.export(source, to="packed", out=other)

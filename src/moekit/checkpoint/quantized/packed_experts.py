@@ -3,10 +3,10 @@
 `x.weight_packed` [R, ceil(C b / 32)] holds the numbers of a row in 32-bit words, lowest bits first and without gaps,
 plus 2^(b-1); of 1 bit, 0 stands for -1 and 1 for +1. `x.weight_scale` [R, G] is bfloat16, which holds the eight
 significant bits of a symmetric grid's scale; a weight is number times scale. The config's `quantization_config` says
-how wide the numbers are, as nothing else in a folder does:
+how many columns there are. How wide the numbers are follows from the words of a row, so experts may be left out or
+change places:
 
-    {"format": "packed-experts", "group": 64, "columns": {"gate_proj": 2048, ...},
-     "bits": {"0": {"gate_proj": [2, 3, 4, ...], ...}, ...}}
+    {"format": "packed-experts", "group": 64, "columns": {"gate_proj": 2048, "up_proj": 2048, "down_proj": 768}}
 
 There is no `quant_method` on purpose: stock transformers and vLLM then refuse the folder. Of a method that it does not
 know transformers says so in passing, and fills the experts with random numbers.
@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from moekit.checkpoint.header import TensorInfo
-from moekit.checkpoint.names import where
 from moekit.checkpoint.quantized.base import (
     SCALE,
     WEIGHT,
@@ -41,13 +40,15 @@ from moekit.errors import BadConfig
 
 LAYOUT = "packed-experts"
 WIDTHS = range(1, 9)
+# So that no two widths take as many words.
+LEAST_COLUMNS = 32
 
 
 class PackedExperts(Format):
     """Experts in packed whole numbers, a width for each matrix.
 
     Args:
-        settings: with `group`, `columns` and `bits`.
+        settings: with `group` and `columns`.
     """
 
     ending = ".weight_packed"
@@ -71,16 +72,13 @@ class PackedExperts(Format):
 
     def _told(self, weight: TensorInfo, name: str) -> tuple[int, int]:
         """Bits and columns of a matrix."""
-        layer, expert = where(name)
-        part = name.removesuffix(".weight").rpartition(".")[2]
-        try:
-            bits: Any = self.settings["bits"][str(layer)][part]
-            bits = bits if isinstance(bits, int) else bits[expert]
-            columns: Any = self.settings["columns"][part]
-        except (KeyError, IndexError, TypeError):
-            bits, columns = None, None
-        if bits not in WIDTHS or not isinstance(columns, int) or columns < 1:
-            raise broken(weight, f"quantization_config does not say how wide the numbers of {weight.name} are")
+        told: Any = self.settings.get("columns")
+        columns: Any = told.get(name.removesuffix(".weight").rpartition(".")[2]) if isinstance(told, Mapping) else None
+        if not isinstance(columns, int) or columns < LEAST_COLUMNS:
+            raise broken(weight, f"quantization_config does not say how many columns {weight.name} has")
+        bits = 32 * weight.shape[-1] // columns if weight.shape else 0
+        if bits not in WIDTHS:
+            raise broken(weight, f"the words of {weight.name} are not {columns} numbers of 1 to 8 bits")
         return bits, columns
 
     def unpack(self, packed: Packed, parts: Mapping[str, Tensor]) -> Tensor:
@@ -123,16 +121,11 @@ def weights_of(numbers_RC: Tensor, scale_RG: Tensor) -> Tensor:
     return weights_RC
 
 
-def announced(group: int, columns: Mapping[str, int], bits: Mapping[int, Mapping[str, list[int]]]) -> dict[str, Any]:
+def announced(group: int, columns: Mapping[str, int]) -> dict[str, Any]:
     """`quantization_config` of a folder.
 
     Args:
         group: columns that share a scale; 0 for a whole row.
         columns: of each projection, by its name in the file ("gate_proj").
-        bits: decoder layer -> projection -> bits of each expert.
     """
-    told = {
-        str(layer): {part: n[0] if len(set(n)) == 1 else list(n) for part, n in parts.items()}
-        for layer, parts in sorted(bits.items())
-    }
-    return {"format": LAYOUT, "group": group, "columns": dict(columns), "bits": told}
+    return {"format": LAYOUT, "group": group, "columns": dict(columns)}
