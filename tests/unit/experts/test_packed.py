@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,6 +25,8 @@ from moekit.experts import kernels
 from moekit.experts.methods.packed import Packed
 from moekit.experts.packed_model import attach_packed
 from moekit.experts.packing import Stored, tensors_of_layer
+from moekit.recipe import runner
+from moekit.recipe.schema import load_recipe
 from moekit.runtime import attach, attached, detach
 from tests.checkpoints import edit_json
 from tests.exporting import rounded
@@ -217,3 +220,19 @@ def test_refusals(folders: tuple[Path, Path], tmp_path: Path) -> None:
     edit_json(other / "config.json", lied)
     with pytest.raises(BadCheckpoint, match="has shape"):
         moekit.load(other)
+
+
+def test_a_recipe_packs_and_a_pruned_folder_stays_packed(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    source, packed = folders
+    steps = [
+        {"use": "export", "id": "small", "model": str(source), "to": "packed"},
+        {"use": "prune", "id": "fewer", "model": "${steps.small}", "method": "random", "keep": 0.5, "proof": False},
+    ]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"name": "short", "out": str(tmp_path / "run"), "steps": steps}))
+    runner.run(load_recipe(file))
+    one, two = (folder / "model.safetensors" for folder in (packed, tmp_path / "run" / "small"))
+    assert one.read_bytes() == two.read_bytes()
+    fewer = moekit.load(tmp_path / "run" / "fewer")
+    assert hollow_names(fewer)
+    assert torch.equal(logits(fewer), logits(moekit.load(tmp_path / "run" / "fewer", parts=False)))
