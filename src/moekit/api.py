@@ -15,10 +15,13 @@ from moekit._progress import Progress
 from moekit.checkpoint import model as checkpoint_model
 from moekit.checkpoint.carried import Mtp
 from moekit.checkpoint.fingerprint import provenance_of
+from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.hollow import hollow_names
 from moekit.checkpoint.model import read_extra_tensors
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.errors import BadConfig
+from moekit.experts.packed_model import attach_packed, packed_of
 from moekit.runtime.saved import entries, restore
 
 __all__ = ["load", "save"]
@@ -46,7 +49,8 @@ def load(
         dtype: of the weights in memory; "auto" keeps the config's.
         device: "auto" takes a GPU if there is one; ignored with `device_map`.
         device_map: as in transformers.
-        parts: whether to attach the record's parts (a routing policy, say); False gives the stock model.
+        parts: whether to attach the record's parts (a routing policy, say), and to compute packed experts as they lie;
+            False gives the stock model, with floats.
         allow_remote_code: see `Checkpoint.open`.
 
     Returns:
@@ -64,8 +68,11 @@ def load(
         device=device,
         device_map=device_map,
         allow_remote_code=allow_remote_code,
+        keep_packed=parts,
     )
     origin = provenance_of(loaded)
+    if hollow_names(loaded) and origin is not None:
+        attach_packed(loaded, Checkpoint.open(origin.path, allow_remote_code=allow_remote_code))
     if parts and origin is not None and origin.record is not None and origin.record.parts:
         restore(loaded, origin.record.parts, read_extra_tensors(origin.path))
     return loaded
@@ -129,6 +136,7 @@ def save(
         max_shard_bytes=max_shard_bytes,
         drop_unknown=drop_unknown,
         mtp=mtp,
+        packed=packed_of(model),
         progress=progress,
     )
 

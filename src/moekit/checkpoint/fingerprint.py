@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moekit.checkpoint.hollow import is_hollow
 from moekit.checkpoint.names import config_top_k, is_part_tensor, text_config
 from moekit.checkpoint.stored import as_stored
 
@@ -95,7 +96,7 @@ def provenance_of(model: object) -> Provenance | None:
 
 def live_fingerprint(model: PreTrainedModel) -> str:
     """Fingerprint of a live model by its in-memory layout; changes with its weights, differs from that on disk."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not is_part_tensor(name)}
+    state = {n: t for n, t in model.state_dict().items() if not is_part_tensor(n) and not is_hollow(t)}
     return fingerprint_tensors(state, model.config.to_dict())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from moekit.checkpoint.digest import config_digest, config_settings, file_digest
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import counts_of
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from moekit.checkpoint.hollow import move, without_hollow
 from moekit.checkpoint.meta import architecture
 from moekit.checkpoint.names import config_top_k
+from moekit.checkpoint.packed_loading import PackedWeights, add_packed, announce, holds_packed_experts, load_hollow
 from moekit.checkpoint.precision import loading_dtype
 from moekit.checkpoint.provenance import origin_of, stamp
 from moekit.checkpoint.quantized.stock import naming_quantizer, refuse_misread
@@ -60,6 +62,7 @@ def load(
     device: str | torch.device = "auto",
     device_map: Any = None,
     allow_remote_code: bool = False,
+    keep_packed: bool = False,
 ) -> PreTrainedModel:
     """Open, verify and load a checkpoint as the stock model; `moekit.load` attaches the parts of its record too.
 
@@ -74,6 +77,8 @@ def load(
         device: "auto" takes a GPU if there is one; ignored with `device_map`.
         device_map: as in transformers.
         allow_remote_code: see `Checkpoint.open`.
+        keep_packed: leave the experts of a folder in moekit's own packed form out, for a part that computes with them;
+            otherwise they become floats.
 
     Returns:
         The model in eval mode.
@@ -88,12 +93,15 @@ def load(
     checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
     layout = verify(checkpoint)
     kind, stored = loading_dtype(checkpoint, dtype, place)
-    if uneven_counts(checkpoint):
-        loaded = _load_uneven(checkpoint, kind, device_map)
+    if holds_packed_experts(checkpoint):
+        how = load_hollow if keep_packed else load_uneven
+        loaded = _load_whole(checkpoint, kind, device_map, how, "experts are packed integers")
+    elif uneven_counts(checkpoint):
+        loaded = _load_whole(checkpoint, kind, device_map, load_uneven, "layers hold different numbers of experts")
     else:
         loaded = _load_stock(checkpoint, kind, device_map)
     if device_map is None:
-        loaded.to(place)
+        move(loaded, place)
     mark_stored(loaded, stored)
     loaded.eval()
     stamp(loaded, checkpoint, layout)
@@ -108,15 +116,15 @@ def _load_stock(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: An
     return loaded
 
 
-def _load_uneven(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: Any) -> PreTrainedModel:
+def _load_whole(
+    checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: Any, loader: Callable[..., Any], why: str
+) -> PreTrainedModel:
+    """Load what `from_pretrained` cannot, on one device."""
     if device_map is not None:
-        raise BadConfig(
-            "layers hold different numbers of experts, which device_map does not place",
-            file=checkpoint.path,
-            hint="load on one device",
-        )
+        raise BadConfig(f"{why}, which device_map does not place", file=checkpoint.path, hint="load on one device")
     with quiet_transformers():
-        loaded, empty = load_uneven(checkpoint, lambda given: empty_model(checkpoint, given), dtype)
+        loaded: PreTrainedModel
+        loaded, empty = loader(checkpoint, lambda given: empty_model(checkpoint, given), dtype)
     _refuse_partial(checkpoint, {"missing_keys": list(empty)})
     return loaded
 
@@ -152,6 +160,7 @@ def save(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     drop_unknown: bool = False,
     mtp: Mtp = "keep",
+    packed: PackedWeights | None = None,
     progress: Progress | None = None,
 ) -> Record:
     """Save a stock Hugging Face folder with its record and card, whole or not at all, verified before it appears.
@@ -171,6 +180,7 @@ def save(
         max_shard_bytes: of one shard.
         drop_unknown: leave out what the model's class has no place for; the folder is then of that class.
         mtp: whether multi-token-prediction layers of the source go along ("keep", "drop").
+        packed: what stands for experts that the model does not hold as floats.
         progress: told about hashing.
 
     Returns:
@@ -183,15 +193,19 @@ def save(
         OutOfBudget: not enough disk.
     """
     work = carried(origin_of(model), drop_unknown=drop_unknown, mtp=mtp)
-    need = saved_bytes(model) + work.nbytes
+    need = saved_bytes(model) + work.nbytes + (0 if packed is None else packed.nbytes)
     with atomic_folder(folder, overwrite=overwrite, need_bytes=need) as temporary:
         counts = live_counts(model)
         with as_stored(model):
-            with quiet_transformers():
+            with quiet_transformers(), without_hollow(model):
                 model.save_pretrained(temporary, max_shard_size=max_shard_bytes)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+            if packed is not None:
+                add_packed(temporary, packed, max_shard_bytes)
             write_carried(work, temporary, model.config, max_shard_bytes=max_shard_bytes, counts=counts)
+            if packed is not None:
+                announce(temporary, packed)
         config = record.config if work.note is None else {**record.config, "left_out": work.note}
         expected = Expectations(experts=counts)
         record = record.model_copy(update={"config": config, "expectations": expected})

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moekit.checkpoint.hollow import is_hollow
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -48,6 +50,7 @@ def saved_bytes(model: nn.Module) -> int:
     size = {
         id(t): t.numel() * (stored.dtype.itemsize if stored is not None and id(t) in narrow else t.element_size())
         for t in (*model.parameters(), *model.buffers())
+        if not is_hollow(t)
     }
     return sum(size.values())
 

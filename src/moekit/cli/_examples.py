@@ -28,6 +28,8 @@ _OWN = {
     ("dispatch", "all-reduce"): "torchrun --nproc-per-node 4 -m moekit generate ./moe --ep 4 --dispatch all-reduce",
     ("experts", "compressed-experts"): "moekit train ./compressed-experts --data ./text --steps 300 -o ./tuned",
     ("experts", "novices"): "moekit prune ./moe --method mone --keep 0.5 --data ./text -o ./with-novices",
+    ("experts", "packed"): "moekit export ./four-bits --to packed -o ./small",
+    ("quantize", "nested"): "moekit quantize ./moe --method nested --bits 3 --heldout ./text -o ./nested",
     ("objective", "ce"): _TRAIN + " --texts '{retain: ./other}' --objectives '{keep: {use: ce, text: retain}}'",
     ("objective", "device-balance"): _TRAIN + " --device-balance '{groups: 4, weight: 0.01}'",
     ("objective", "kd"): _TRAIN + " --kd 1 --teacher ./teacher",

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.quantized.running import pack_words, unpack_words
 from moekit.compress.engine.grids import Grids
 from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import BadConfig
 from moekit.exporting.form import Form
 from moekit.exporting.recovery import Recovered
 from moekit.exporting.rounded import Planned
-from moekit.exporting.words import pack_words, unpack_words
 
 # Rows and columns come in so many.
 _TOGETHER = 32

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from moekit.checkpoint.fingerprint import TORCH_NAMES
 from moekit.checkpoint.folder import Checkpoint
+from moekit.checkpoint.quantized.running import pack_words, unpack_words, word_count
 from moekit.compress.engine.grids import Grids
 from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import BadConfig
 from moekit.exporting.form import Form
 from moekit.exporting.recovery import Recovered
 from moekit.exporting.rounded import Planned
-from moekit.exporting.words import pack_words, unpack_words, word_count
 
 WIDTHS = (2, 4, 8)
 _DTYPES = {short: getattr(torch, name.removeprefix("torch.")) for name, short in TORCH_NAMES.items()}

@@ -17,6 +17,7 @@ from moekit.exporting.compressed_tensors import CompressedTensors
 from moekit.exporting.folder import PackedFolder, prepare, write
 from moekit.exporting.form import Form
 from moekit.exporting.gguf_file import GgufFile
+from moekit.exporting.packed import PackedForm
 from moekit.exporting.rounded import grids_of
 from moekit.jobs.call import JobResult, call
 from moekit.jobs.context import JobContext
@@ -56,7 +57,7 @@ class ExportResult(JobResult):
 def export(
     model: str | Path,
     *,
-    to: Literal["gguf", "compressed-tensors", "auto-round"],
+    to: Literal["gguf", "compressed-tensors", "auto-round", "packed"],
     tensor_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto",
     layers_may_differ: bool = False,
     out: str | Path,
@@ -69,7 +70,8 @@ def export(
     Args:
         model: rounded model: folder (any model for gguf).
         to: form: gguf (llama.cpp; rounded or not), compressed-tensors (vLLM; one width for all experts of a layer),
-            auto-round (transformers with auto-round; a width for each expert).
+            auto-round (transformers with auto-round; a width for each expert), packed (moekit.load, which computes with
+            the integers; a width for each expert).
         tensor_type: gguf: of matrices that are not rounded; auto: as they are stored.
         layers_may_differ: compressed-tensors: write layers of different widths, which vLLM reads and transformers
             misreads.
@@ -131,8 +133,12 @@ def _prepared(options: ExportOptions) -> GgufFile | PackedFolder:
     checkpoint = Checkpoint.open(model_location(options.model))
     if options.to == "gguf":
         return gguf_file.prepare(checkpoint, options.tensor_type)
-    form: Form = AutoRound() if options.to == "auto-round" else CompressedTensors(options.layers_may_differ)
-    return prepare(checkpoint, form)
+    forms: dict[str, Form] = {
+        "auto-round": AutoRound(),
+        "compressed-tensors": CompressedTensors(options.layers_may_differ),
+        "packed": PackedForm(),
+    }
+    return prepare(checkpoint, forms[options.to])
 
 
 def _matrices(work: GgufFile | PackedFolder) -> Mapping[str, int]:

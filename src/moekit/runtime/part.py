@@ -73,12 +73,15 @@ class RuntimePart(BaseModel, ABC):
         slot: where it lives.
         axes: what the axes of its tensors mean, by the constant's name or the learned state's key (see
             `moekit.runtime.axes`); every tensor must be named, those of `shared` excepted, which know no layer.
+        in_shards: whether its constants are weights, which lie in the model's shards and are announced by its config;
+            others lie beside them, and the record names the part.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     slot: ClassVar[Slot]
     axes: ClassVar[Mapping[str, str]] = {}
+    in_shards: ClassVar[bool] = False
 
     @classmethod
     def implied_traits(cls) -> frozenset[Trait]:

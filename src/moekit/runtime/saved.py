@@ -25,7 +25,7 @@ def entries(model: nn.Module) -> tuple[list[PartEntry], dict[str, Tensor]]:
         BadConfig: a part is not in the catalogue, so that no checkpoint could name it.
     """
     found: list[PartEntry] = []
-    for attachment in attached(model):
+    for attachment in beside_weights(model):
         record = catalogue.of(type(attachment.part))
         found.append(
             PartEntry(
@@ -45,15 +45,23 @@ def parts_digest(model: nn.Module) -> str:
         return ""
     told = [f"{type(a.part).__qualname__} {a.part.model_dump_json()} {sorted(a.layers)}" for a in parts]
     digest = hashlib.sha256("\n".join(told).encode())
-    for name, tensor in sorted(tensors_of_parts(model).items()):
+    tensors = tensors_of_parts(model)
+    for number, attachment in enumerate(a for a in parts if a.part.in_shards):
+        tensors |= {f"shards.{number}.{name}": tensor for name, tensor in _tensors_of(number, attachment).items()}
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def beside_weights(model: nn.Module) -> list[Attachment]:
+    """The parts that a record names: all but those whose constants are weights."""
+    return [attachment for attachment in attached(model) if not attachment.part.in_shards]
 
 
 def tensors_of_parts(model: nn.Module) -> dict[str, Tensor]:
     """All tensors of a model's parts from the live state, under the names that a checkpoint gives them."""
     tensors: dict[str, Tensor] = {}
-    for number, attachment in enumerate(attached(model)):
+    for number, attachment in enumerate(beside_weights(model)):
         tensors |= _tensors_of(number, attachment)
     return tensors
 

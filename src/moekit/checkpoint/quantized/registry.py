@@ -12,6 +12,7 @@ from moekit.checkpoint.quantized.float_quantized import FloatQuantized
 from moekit.checkpoint.quantized.fp8 import Fp8
 from moekit.checkpoint.quantized.gptq import Gptq
 from moekit.checkpoint.quantized.mxfp4 import Mxfp4
+from moekit.checkpoint.quantized.packed_experts import LAYOUT, PackedExperts
 from moekit.checkpoint.quantized.packed_ints import PackedInts
 
 
@@ -37,6 +38,7 @@ ROWS: tuple[Row, ...] = (
     Row("compressed-tensors", "float-quantized", FloatQuantized),
     Row("compressed-tensors", "int-quantized", FloatQuantized),
     Row("compressed-tensors", "naive-quantized", FloatQuantized),
+    Row("", LAYOUT, PackedExperts),
     Row("gptq", "", Gptq),
     Row("awq", "", Awq),
 )
@@ -53,6 +55,8 @@ def quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def kind(settings: Mapping[str, Any]) -> str:
     """What messages call a way to quantize."""
     method, layout = settings.get("quant_method", "?"), settings.get("format")
+    if layout == LAYOUT:
+        return f"moekit, {layout}"
     return f"{method}, {layout}" if method == "compressed-tensors" and layout else str(method)
 
 

@@ -22,15 +22,17 @@ class ExportOptions(JobOptions):
         examples=(
             "moekit export ./four-bits --to compressed-tensors -o ./for-vllm",
             "moekit export ./mixed --to auto-round -o ./packed",
+            "moekit export ./mixed --to packed -o ./packed",
             "moekit export ./four-bits --to gguf --type q8_0 -o ./for-llama-cpp",
         ),
         flags={"tensor_type": "--type"},
     )
 
     model: ModelRef = Field(description="rounded model: folder (any model for gguf)")
-    to: Literal["gguf", "compressed-tensors", "auto-round"] = Field(
+    to: Literal["gguf", "compressed-tensors", "auto-round", "packed"] = Field(
         description="form: gguf (llama.cpp; rounded or not), compressed-tensors (vLLM; one width for all experts of a "
-        "layer), auto-round (transformers with auto-round; a width for each expert)"
+        "layer), auto-round (transformers with auto-round; a width for each expert), packed (moekit.load, which "
+        "computes with the integers; a width for each expert)"
     )
     tensor_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = Field(
         default="auto", description="gguf: of matrices that are not rounded; auto: as they are stored"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moekit.checkpoint.quantized.running import pack_words, unpack_words, word_count
 from moekit.errors import BadConfig
-from moekit.exporting.words import pack_words, unpack_words, word_count
 
 
 def by_hand(row: list[int], bits: int) -> list[int]:
