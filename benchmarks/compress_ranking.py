@@ -111,12 +111,14 @@ class Case:
 Way = Callable[[Case], tuple[Any, dict[str, Any]]]
 
 
-def _dropped(method: str, **settings: Any) -> Way:
-    return lambda case: (moekit.prune, {"method": method, "keep": case.share, "settings": settings})
+def _dropped(method: str, repair: str = "none", **settings: Any) -> Way:
+    told = {"method": method, "repair": repair, "settings": settings}
+    return lambda case: (moekit.prune, {"keep": case.share, **told})
 
 
-def _merged(method: str, **settings: Any) -> Way:
-    return lambda case: (moekit.merge, {"method": method, "keep": case.share, "settings": settings})
+def _merged(method: str, repair: str = "none", **settings: Any) -> Way:
+    told = {"method": method, "repair": repair, "settings": settings}
+    return lambda case: (moekit.merge, {"keep": case.share, **told})
 
 
 def _narrowed(method: str, **settings: Any) -> Way:
@@ -148,12 +150,14 @@ WAYS: Mapping[str, Way] = {
     "drop: random": _dropped("random"),
     "drop: frequency": _dropped("frequency"),
     "drop: reap": _dropped("reap"),
+    "drop: reap, repaired": _dropped("reap", repair="least-squares"),
     "drop: mone": _dropped("mone"),
     "drop: mone, no novices": _dropped("mone", operator="drop"),
     "merge: random groups": _merged("random-groups"),
     "merge: m-smoe": _merged("m-smoe"),
     "merge: sub-moe": _merged("sub-moe"),
     "merge: hc-smoe": _merged("hc-smoe"),
+    "merge: hc-smoe, repaired": _merged("hc-smoe", repair="least-squares"),
     "merge: ream": _merged("ream"),
     "narrow: magnitude": _narrowed("magnitude", repair="none"),
     "narrow: slimmoe": _narrowed("slimmoe"),
@@ -176,6 +180,7 @@ CLAIMS = (
     ("merge: sub-moe", "merge: hc-smoe", (0.75, 0.5)),
     ("merge: m-smoe", "merge: random groups", ALL),
     ("drop: reap", "drop: random", ALL),
+    ("drop: reap, repaired", "drop: reap", ALL),
     ("drop: mone", "drop: reap", (0.75, 0.5)),
     ("drop: mone", "drop: mone, no novices", (0.75, 0.5)),
     ("narrow: slimmoe", "narrow: slimmoe, not repaired", ALL),
