@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from moekit import catalogue
 from moekit._ranks import is_first_rank
 from moekit._validation import faults
 from moekit.checkpoint import Checkpoint, fingerprint_model
@@ -37,6 +38,8 @@ from moekit.parallel.checkpoints.gathering import gather_state
 from moekit.parallel.data_parallel import RankedTraining
 from moekit.parallel.launch.start import StartedRanks
 from moekit.progress import ProgressLike
+from moekit.runtime.attachment import attach
+from moekit.runtime.experts import ExpertsPart
 from moekit.training import TrainConfig, train as train_model
 from moekit.training.teacher import LiveTeacher, Teacher
 from moekit.training.teacher_store import store_teacher
@@ -88,6 +91,7 @@ def train(
     teacher: str | Path | None = None,
     teacher_top_k: int | None = None,
     plan: str | Path | None = None,
+    experts: str | Mapping[str, Any] | None = None,
     split: Literal["train", "heldout"] | None = None,
     heldout: TextLike | None = None,
     device: str = "auto",
@@ -114,6 +118,7 @@ def train(
         teacher: model that the objective kd holds the output against: folder or hub id.
         teacher_top_k: ask the teacher beforehand and keep so many of its likeliest tokens on disk.
         plan: routing plan to train under; the checkpoint's by default.
+        experts: what to put in the experts' place before training: its name, or its settings with `use`.
         split: part of the text to take.
         heldout: text whose loss is watched.
         device: cpu, cuda, ..., or auto: a GPU if there is one.
@@ -146,6 +151,10 @@ def train(
 def check(options: TrainOptions) -> None:
     """Refuse impossible settings."""
     config_of(options, 0)
+    if experts_part(options) is not None and options.ep > 1:
+        raise BadConfig(
+            "what takes the experts' place reads or learns more than a rank holds", hint="leave out --ep, or --experts"
+        )
     check_ranks(options, divided=True)
     if options.teacher_top_k is not None and options.teacher is None:
         raise BadConfig("teacher_top_k is given, but no teacher", hint="say --teacher FOLDER")
@@ -163,6 +172,22 @@ def config_of(options: TrainOptions, seed: int) -> TrainConfig:
         return TrainConfig(**{"seed": seed, **options.settings})
     except ValidationError as error:
         raise BadConfig(f"training: {faults(error)}", hint="moekit train --help lists every option") from error
+
+
+def experts_part(options: TrainOptions) -> ExpertsPart | None:
+    """The part that is to take the experts' place; None where none is.
+
+    Raises:
+        BadConfig: no such part, or a setting that it does not have.
+    """
+    if options.experts is None:
+        return None
+    knobs = dict(options.experts)
+    name = knobs.pop("use", None)
+    if not isinstance(name, str):
+        raise BadConfig("the experts' part has no name", hint="experts: {use: factored, rank: 32}")
+    made: ExpertsPart = catalogue.make("experts", name, knobs)
+    return made
 
 
 def estimate(options: TrainOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
@@ -233,6 +258,8 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
         mark_stored(model, stored_form(Checkpoint.open(model_location(options.model))))
     scores = result.model_dump(mode="json", exclude={"history"})
     settings = {**config.model_dump(mode="json", exclude_defaults=True), "data": options.data}
+    if options.experts is not None:
+        settings["experts"] = options.experts
     save_changed(
         model,
         tokenizer,
@@ -273,9 +300,13 @@ def _teacher(
 
 
 def _open(options: TrainOptions, context: JobContext, device: str | None = None) -> tuple[Any, Any]:
-    return open_model(
+    model, tokenizer = open_model(
         options.model, plan=options.plan, device=device or options.device, dtype="float32", progress=context.progress
     )
+    part = experts_part(options)
+    if part is not None:
+        attach(model, part, seed=context.seed)
+    return model, tokenizer
 
 
 def _distribute(options: TrainOptions, model: Any, started: StartedRanks, settings: dict[str, Any]) -> RankedTraining:

@@ -56,7 +56,7 @@ def drop_rows(learned: Sequence[Factors], share: float) -> int:
     kept_N = torch.zeros_like(scores_N, dtype=torch.bool)
     kept_N[scores_N.argsort(descending=True, stable=True)[:count]] = True
     sizes = [rest.shape[0] * rest.shape[1] for _, _, rest in residuals]
-    for (_, _, rest_EOJ), own_N in zip(residuals, kept_N.split(sizes), strict=True):
+    for (_, _, rest_EOJ), own_N in zip(residuals, torch.split(kept_N, sizes), strict=True):
         rest_EOJ.masked_fill_(~own_N.view(rest_EOJ.shape[:2])[..., None], 0)
     return count
 
