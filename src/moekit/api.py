@@ -15,6 +15,7 @@ from moekit._progress import Progress
 from moekit.checkpoint import model as checkpoint_model
 from moekit.checkpoint.carried import Mtp
 from moekit.checkpoint.fingerprint import provenance_of
+from moekit.checkpoint.left_out import refuse_left_out
 from moekit.checkpoint.model import read_extra_tensors
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
@@ -66,6 +67,8 @@ def load(
         allow_remote_code=allow_remote_code,
     )
     origin = provenance_of(loaded)
+    if not parts and origin is not None:
+        refuse_left_out(origin.record, origin.path)
     if parts and origin is not None and origin.record is not None and origin.record.parts:
         restore(loaded, origin.record.parts, read_extra_tensors(origin.path))
     return loaded

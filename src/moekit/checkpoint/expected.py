@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moekit.checkpoint.config_file import announced_mtp
 from moekit.checkpoint.layout import HARMLESS, Layout, layout_of
+from moekit.checkpoint.left_out import settle
 from moekit.checkpoint.meta import stated_model
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, expert_in, stated_depth, text_config
 from moekit.checkpoint.safety import FLOAT_DTYPES, TensorInfo
@@ -191,7 +192,7 @@ def verify(checkpoint: Checkpoint) -> Layout:
     """
     layout = checkpoint.layout
     tensors, unpacked = _unpacked(checkpoint)
-    differences = compare(tensors, layout, checkpoint.config, unpacked=unpacked)
+    differences = settle(compare(tensors, layout, checkpoint.config, unpacked=unpacked), checkpoint, layout)
     if not differences:
         return layout
     names = [*differences.missing, *differences.surplus, *differences.shapes, *differences.dtypes]

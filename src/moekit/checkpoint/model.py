@@ -23,6 +23,7 @@ from moekit.checkpoint.digest import config_digest, config_settings, file_digest
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import counts_of
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from moekit.checkpoint.left_out import layers_left_out, put_nothing
 from moekit.checkpoint.meta import architecture
 from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.precision import loading_dtype
@@ -88,8 +89,8 @@ def load(
     checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
     layout = verify(checkpoint)
     kind, stored = loading_dtype(checkpoint, dtype, place)
-    if uneven_counts(checkpoint):
-        loaded = _load_uneven(checkpoint, kind, device_map)
+    if uneven_counts(checkpoint) or layers_left_out(checkpoint.record):
+        loaded = _load_by_layers(checkpoint, kind, device_map)
     else:
         loaded = _load_stock(checkpoint, kind, device_map)
     if device_map is None:
@@ -108,15 +109,16 @@ def _load_stock(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: An
     return loaded
 
 
-def _load_uneven(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: Any) -> PreTrainedModel:
+def _load_by_layers(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: Any) -> PreTrainedModel:
     if device_map is not None:
         raise BadConfig(
-            "layers hold different numbers of experts, which device_map does not place",
+            "layers hold different numbers of experts, or parts instead, which device_map does not place",
             file=checkpoint.path,
             hint="load on one device",
         )
     with quiet_transformers():
         loaded, empty = load_uneven(checkpoint, lambda given: empty_model(checkpoint, given), dtype)
+        empty = put_nothing(loaded, empty, checkpoint.layout, layers_left_out(checkpoint.record))
     _refuse_partial(checkpoint, {"missing_keys": list(empty)})
     return loaded
 

@@ -27,18 +27,20 @@ class FactoredBytes:
         dense: bytes of the whole matrices, in the same dtype.
         rows: rows of residuals that are kept.
         all_rows: rows that there are.
+        both: whether a checkpoint holds whole matrices, too.
     """
 
     factors: int
     dense: int
     rows: int
     all_rows: int
+    both: bool = True
 
     def __str__(self) -> str:
         return (
             f"factored experts: {self.factors:,} bytes of factors for {self.dense:,} bytes of matrices "
             f"({self.factors / max(self.dense, 1):.1%}), with {self.rows:,} of {self.all_rows:,} rows of residuals; "
-            "the stock shards hold their product beside them"
+            + ("the shards hold whole matrices beside them" if self.both else "the shards hold no matrix of theirs")
         )
 
 
@@ -82,7 +84,8 @@ def finish(model: nn.Module) -> FactoredBytes | None:
     modules = {layer.index: layer.experts for layer in find_moe_layers(model)}
     counted = []
     for layer, on in found[0].layers.items():
-        fold(on, modules[layer])
+        if not all(matrix.stride() == (0, 0) for _, matrix in dense(modules[layer], layer, 0)):
+            fold(on, modules[layer])
         pack(on)
         counted.append(_bytes(on, modules[layer]))
     _, base = base_of(model)
@@ -93,6 +96,7 @@ def finish(model: nn.Module) -> FactoredBytes | None:
         sum(c.dense for c in counted),
         sum(c.rows for c in counted),
         sum(c.all_rows for c in counted),
+        both=not found[0].part.leaves_out,
     )
 
 

@@ -80,6 +80,11 @@ class RuntimePart(BaseModel, ABC):
     slot: ClassVar[Slot]
     axes: ClassVar[Mapping[str, str]] = {}
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a checkpoint leaves out the matrices of the experts it is attached to, as it gives them itself."""
+        return False
+
     @classmethod
     def implied_traits(cls) -> frozenset[Trait]:
         """Learnable, where a class says what is learned."""

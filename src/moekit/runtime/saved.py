@@ -33,6 +33,7 @@ def entries(model: nn.Module) -> tuple[list[PartEntry], dict[str, Tensor]]:
                 kind=record.kind,
                 config=attachment.part.model_dump(mode="json"),
                 layers=sorted(attachment.layers),
+                replaces=attachment.part.leaves_out,
             )
         )
     return found, tensors_of_parts(model)

@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moekit
 from moekit.anatomy import find_moe_layers, permute_experts
+from moekit.checking import check
+from moekit.checkpoint import Checkpoint
+from moekit.checkpoint.model import read_extra_tensors
 from moekit.data import TokenBatches
-from moekit.errors import BadConfig, NumericFault
+from moekit.errors import BadCheckpoint, BadConfig, NumericFault
 from moekit.experts.factors import applied, factorize, joined
 from moekit.experts.methods.factored import Factored, Factors, dense
 from moekit.experts.packing import factored, factors_on, finish
@@ -95,10 +98,10 @@ def test_of_equal_rows_as_many_stay_as_asked() -> None:
     assert factors["up_rest"][0, :, 0].tolist() == [1, 1, 0, 0]
 
 
-def masked(family: str = "qwen3_moe", rank: int = 3) -> PreTrainedModel:
+def masked(family: str = "qwen3_moe", rank: int = 3, *, dense: bool = True) -> PreTrainedModel:
     """A model whose residuals have lost most rows, by a mask of another expert each."""
     model = build(family)
-    attach(model, Factored(rank=rank))
+    attach(model, Factored(rank=rank, dense=dense))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for on in factored(model)[0].layers.values():
@@ -275,3 +278,25 @@ def test_an_unknown_part_or_ranks_are_refused_before_work(tmp_path: Path) -> Non
         moekit.train(tmp_path / "moe", experts={"rank": 2}, **given)
     with pytest.raises(BadConfig, match="more than a rank holds"):
         moekit.train(tmp_path / "moe", experts="factored", ep=2, **given)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_folder_without_whole_matrices_is_as_small_as_its_factors(family: str, tmp_path: Path) -> None:
+    model = masked(family, dense=False)
+    before = logits(model)
+    counted = finish(model)
+    assert counted is not None
+    moekit.save(model, tmp_path / "m")
+    names = set(Checkpoint.open(tmp_path / "m").tensors)
+    assert not [name for name in names if "expert" in name and not name.endswith("bias")]
+    extra = sum(t.nbytes for t in read_extra_tensors(tmp_path / "m").values())
+    assert extra == counted.factors
+    assert check(tmp_path / "m").ok
+    back = moekit.load(tmp_path / "m", dtype=torch.float32, device="cpu")
+    torch.testing.assert_close(logits(back), before, atol=1e-5, rtol=1e-5)
+    moekit.save(back, tmp_path / "again")
+    again = moekit.load(tmp_path / "again", dtype=torch.float32, device="cpu")
+    assert torch.equal(logits(again), logits(back))
+    with pytest.raises(BadCheckpoint, match="leave out matrices") as refused:
+        moekit.load(tmp_path / "m", parts=False, device="cpu")
+    assert refused.value.layer == 0

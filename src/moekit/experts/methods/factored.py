@@ -141,8 +141,8 @@ def expert_with(
     stock=False,
     limits=(
         "Bytes are saved by the rows that training drops: a residual that is whole is larger than the matrix it is of.",
-        "The stock shards keep the product as whole matrices, so that other engines open the folder and compute the "
-        "same; what the factors alone weigh is told beside.",
+        "The shards keep the product as whole matrices unless `dense` is false: then other engines open the folder and "
+        "compute the same, and it is larger, not smaller, than it was. Both sizes are told.",
         "Experts run one by one, in one process: slower than grouped kernels.",
         "Where single rows are worth as much as others, a low rank and a tenth of the rows lose what slimming to as "
         "many bytes would not: compare.",
@@ -166,6 +166,17 @@ class Factored(ExpertsPart):
     until: float = Field(default=0.84, gt=0, le=1, description="share of the run at which only `keep` is left")
     memory: float = Field(default=0.85, ge=0, lt=1, description="of a row's score, from one step to the next")
 
+    dense: bool = Field(
+        default=True,
+        description="keep whole matrices in the shards, too, so that other engines open the folder; without them it is "
+        "as small as its factors, and moekit.load alone opens it",
+    )
+
+    @property
+    def leaves_out(self) -> bool:
+        """Without whole matrices."""
+        return not self.dense
+
     @model_validator(mode="after")
     def _forwards(self) -> Factored:
         if self.until <= self.after:
@@ -174,9 +185,9 @@ class Factored(ExpertsPart):
 
     @classmethod
     def examples(cls, geometry: Geometry) -> Sequence[Factored]:
-        """A quarter of the rank, and all of it."""
+        """A quarter of the rank, without whole matrices in a checkpoint, and all of it."""
         most = min(geometry.hidden, geometry.width)
-        return [cls(rank=max(1, most // 4)), cls(rank=most, keep=0.5)]
+        return [cls(rank=max(1, most // 4), dense=False), cls(rank=most, keep=0.5)]
 
     def check(self, geometry: Geometry, layer: int) -> None:
         """Refuse a rank that these matrices do not have."""
