@@ -15,12 +15,12 @@ from moekit._progress import Progress
 from moekit.checkpoint import model as checkpoint_model
 from moekit.checkpoint.carried import Mtp
 from moekit.checkpoint.fingerprint import provenance_of
-from moekit.checkpoint.left_out import refuse_left_out
+from moekit.checkpoint.left_out import layers_left_out
 from moekit.checkpoint.model import read_extra_tensors
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.errors import BadConfig
-from moekit.runtime.saved import entries, restore
+from moekit.runtime.saved import entries, give_back, restore
 
 __all__ = ["load", "save"]
 
@@ -47,7 +47,8 @@ def load(
         dtype: of the weights in memory; "auto" keeps the config's.
         device: "auto" takes a GPU if there is one; ignored with `device_map`.
         device_map: as in transformers.
-        parts: whether to attach the record's parts (a routing policy, say); False gives the stock model.
+        parts: whether to attach the record's parts (a routing policy, say); False gives the stock model, with the
+            matrices of experts that a part alone holds.
         allow_remote_code: see `Checkpoint.open`.
 
     Returns:
@@ -67,10 +68,11 @@ def load(
         allow_remote_code=allow_remote_code,
     )
     origin = provenance_of(loaded)
-    if not parts and origin is not None:
-        refuse_left_out(origin.record, origin.path)
-    if parts and origin is not None and origin.record is not None and origin.record.parts:
-        restore(loaded, origin.record.parts, read_extra_tensors(origin.path))
+    record = None if origin is None else origin.record
+    if origin is not None and record is not None and record.parts and (parts or layers_left_out(record)):
+        restore(loaded, record.parts, read_extra_tensors(origin.path))
+        if not parts:
+            give_back(loaded)
     return loaded
 
 

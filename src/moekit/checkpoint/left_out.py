@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from moekit.errors import BadCheckpoint
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
     from moekit.checkpoint.expected import Differences
     from moekit.checkpoint.folder import Checkpoint
@@ -45,7 +46,14 @@ def settle(differences: Differences, checkpoint: Checkpoint, layout: Layout) -> 
     return differences
 
 
-def put_nothing(model: nn.Module, empty: Iterable[str], layout: Layout, layers: frozenset[int]) -> list[str]:
+def is_nothing(tensor: Tensor) -> bool:
+    """Whether a matrix is what `put_nothing` left in its place."""
+    return tensor.dim() > 0 and not any(tensor.stride()) and tensor.numel() > 1
+
+
+def put_nothing(
+    model: nn.Module, empty: Iterable[str], layout: Layout, layers: frozenset[int], device: str | torch.device = "cpu"
+) -> list[str]:
     """Give parameters that are left out NaN of their shape that takes no memory.
 
     Args:
@@ -53,6 +61,7 @@ def put_nothing(model: nn.Module, empty: Iterable[str], layout: Layout, layers: 
         empty: names of these.
         layout: of the model.
         layers: see `layers_left_out`.
+        device: where the model goes: what is moved there later would take memory.
 
     Returns:
         Those that should have had weights.
@@ -67,7 +76,7 @@ def put_nothing(model: nn.Module, empty: Iterable[str], layout: Layout, layers: 
             continue
         owner, _, leaf = name.rpartition(".")
         like = model.get_parameter(name)
-        nothing = torch.full((), torch.nan, dtype=like.dtype).expand(like.shape)
+        nothing = torch.full((), torch.nan, dtype=like.dtype, device=device).expand(like.shape)
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(nothing, requires_grad=False)
     return rest
 
@@ -88,5 +97,5 @@ def refuse_left_out(record: Record | None, file: Path) -> None:
             "the shards leave out matrices of the experts, which a part beside them gives",
             file=file,
             layer=min(layers),
-            hint="open it with moekit.load, parts and all; trained again with dense: true it holds both",
+            hint='write whole ones first, in Python: moekit.save(moekit.load("...", parts=False), "whole")',
         )

@@ -87,10 +87,10 @@ def load(
     place = resolve_device("auto" if device_map is not None else device)
     named_dtype(dtype)
     checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
-    layout = verify(checkpoint)
+    layout = verify(checkpoint, whole=False)
     kind, stored = loading_dtype(checkpoint, dtype, place)
     if uneven_counts(checkpoint) or layers_left_out(checkpoint.record):
-        loaded = _load_by_layers(checkpoint, kind, device_map)
+        loaded = _load_by_layers(checkpoint, kind, device_map, place)
     else:
         loaded = _load_stock(checkpoint, kind, device_map)
     if device_map is None:
@@ -109,7 +109,9 @@ def _load_stock(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: An
     return loaded
 
 
-def _load_by_layers(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: Any) -> PreTrainedModel:
+def _load_by_layers(
+    checkpoint: Checkpoint, dtype: str | torch.dtype, device_map: Any, place: torch.device | str
+) -> PreTrainedModel:
     if device_map is not None:
         raise BadConfig(
             "layers hold different numbers of experts, or parts instead, which device_map does not place",
@@ -118,7 +120,7 @@ def _load_by_layers(checkpoint: Checkpoint, dtype: str | torch.dtype, device_map
         )
     with quiet_transformers():
         loaded, empty = load_uneven(checkpoint, lambda given: empty_model(checkpoint, given), dtype)
-        empty = put_nothing(loaded, empty, checkpoint.layout, layers_left_out(checkpoint.record))
+        empty = put_nothing(loaded, empty, checkpoint.layout, layers_left_out(checkpoint.record), place)
     _refuse_partial(checkpoint, {"missing_keys": list(empty)})
     return loaded
 
@@ -219,7 +221,7 @@ def seal(
     checkpoint = Checkpoint.open(folder)
     # What the record expects of the layers says whether they may differ.
     checkpoint.record = record
-    verify(checkpoint)
+    verify(checkpoint, whole=False)
     extra = read_header(folder / TENSORS_FILE).tensors.values() if extra_tensors else ()
     expectations = Expectations(
         experts=counts_of(checkpoint),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import find_moe_layers
-from moekit.experts.factors import joined
-from moekit.experts.methods.factored import Factored, FactoredExpert, Factors, dense, expert_with
+from moekit.checkpoint.left_out import is_nothing
+from moekit.experts.methods.factored import Factored, Factors, dense
 from moekit.runtime.attachment import Attachment, attached
 from moekit.runtime.hanging import base_of, keep_out_of_shards
 from moekit.runtime.slots import PartOnLayer
@@ -84,8 +84,8 @@ def finish(model: nn.Module) -> FactoredBytes | None:
     modules = {layer.index: layer.experts for layer in find_moe_layers(model)}
     counted = []
     for layer, on in found[0].layers.items():
-        if not all(matrix.stride() == (0, 0) for _, matrix in dense(modules[layer], layer, 0)):
-            fold(on, modules[layer])
+        if not any(is_nothing(matrix) for _, matrix in dense(modules[layer], layer, 0)):
+            found[0].part.give_back(on, modules[layer])
         pack(on)
         counted.append(_bytes(on, modules[layer]))
     _, base = base_of(model)
@@ -98,16 +98,6 @@ def finish(model: nn.Module) -> FactoredBytes | None:
         sum(c.all_rows for c in counted),
         both=not found[0].part.leaves_out,
     )
-
-
-@torch.no_grad()
-def fold(on: PartOnLayer, module: nn.Module) -> None:
-    """Write L R + Z into the matrices that a layer's stock experts hold."""
-    constants = on.common(None)["constants"]
-    for expert in range(on.geometry.experts):
-        own = expert_with(FactoredExpert, module, on.layer, factors_on(on), constants, expert)
-        for part, matrix_OJ in dense(module, on.layer, expert):
-            matrix_OJ.copy_(joined(*own.pieces(part)))
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ import moekit
 from moekit.anatomy import find_moe_layers, permute_experts
 from moekit.checking import check
 from moekit.checkpoint import Checkpoint
+from moekit.checkpoint.expected import verify
+from moekit.checkpoint.left_out import is_nothing
 from moekit.checkpoint.model import read_extra_tensors
 from moekit.data import TokenBatches
 from moekit.errors import BadCheckpoint, BadConfig, NumericFault
@@ -298,5 +300,21 @@ def test_a_folder_without_whole_matrices_is_as_small_as_its_factors(family: str,
     again = moekit.load(tmp_path / "again", dtype=torch.float32, device="cpu")
     assert torch.equal(logits(again), logits(back))
     with pytest.raises(BadCheckpoint, match="leave out matrices") as refused:
-        moekit.load(tmp_path / "m", parts=False, device="cpu")
+        verify(Checkpoint.open(tmp_path / "m"))
     assert refused.value.layer == 0
+    whole = moekit.load(tmp_path / "m", parts=False, dtype=torch.float32, device="cpu")
+    assert attached(whole) == []
+    torch.testing.assert_close(logits(whole), before, atol=1e-5, rtol=1e-4)
+    moekit.save(whole, tmp_path / "whole")
+    assert not is_nothing(find_moe_layers(whole)[0].experts.down_proj)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    torch.testing.assert_close(logits(stock), before, atol=1e-5, rtol=1e-4)
+
+
+def test_factors_that_still_train_are_saved_without_whole_matrices_too(tmp_path: Path) -> None:
+    model = masked(dense=False)
+    moekit.save(model, tmp_path / "m")
+    back = moekit.load(tmp_path / "m", dtype=torch.float32, device="cpu")
+    assert all(is_nothing(layer.experts.down_proj) for layer in find_moe_layers(back))
+    torch.testing.assert_close(logits(back), logits(model), atol=1e-5, rtol=1e-5)
+    assert finish(back) == finish(model)

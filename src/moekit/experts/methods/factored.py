@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from moekit.anatomy.probe import Geometry
 from moekit.anatomy.storage import Part
 from moekit.catalogue import register
+from moekit.checkpoint.left_out import is_nothing
 from moekit.errors import BadConfig, NumericFault
 from moekit.experts.factors import applied, factorize, joined
 from moekit.experts.split import SplitExpert, find_known, one_expert
 from moekit.runtime.experts import ExpertsInputs, ExpertsPart
 from moekit.runtime.part import LayerInit
+from moekit.runtime.slots import PartOnLayer
 
 MATRICES: tuple[Part, ...] = ("gate", "up", "down")
 
@@ -226,7 +228,7 @@ class Factored(ExpertsPart):
             UnsupportedModel: the experts' projections cannot be computed one by one.
             NumericFault: an expert's weights hold NaN or infinity; names it.
         """
-        if init.constants:
+        if init.constants or any(is_nothing(matrix) for _, matrix in dense(init.module, init.layer, 0)):
             return self._room(init)
         found: dict[str, list[Tensor]] = {}
         for expert in range(init.geometry.experts):
@@ -246,20 +248,40 @@ class Factored(ExpertsPart):
         return Factors(tensors, scores)
 
     def _room(self, init: LayerInit) -> Factors:
-        """Zeros of the sizes that constants name, to be filled with what was learned."""
+        """Zeros of the sizes that constants name, or of whole residuals, to be filled with what was learned."""
         geometry, constants = init.geometry, init.constants
         like = next(init.module.parameters())
         sizes = {"H": geometry.hidden, "I": geometry.width, "E": geometry.experts, "R": self.rank}
         if "basis" in constants:
             sizes["P"] = int(constants["basis"].max()) + 1
-        tensors = {}
+        found: dict[str, Tensor] = {}
         for part in MATRICES if geometry.has_gate else MATRICES[1:]:
-            left = "shared" if "basis" in constants else "left"
-            sizes["N"] = len(constants[f"{part}_owner"])
-            for name in (f"{part}_{left}", f"{part}_right", f"{part}_rows"):
-                shape = [sizes[letter] for letter in self.axes[name]]
-                tensors[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        return Factors(tensors, {})
+            names = ["shared" if "basis" in constants else "left", "right"]
+            if f"{part}_owner" in constants:
+                sizes["N"] = len(constants[f"{part}_owner"])
+                names.append("rows")
+            else:
+                names += ["rest", "score"]
+            for name in names:
+                shape = [sizes[letter] for letter in self.axes[f"{part}_{name}"]]
+                kind = torch.float32 if name == "score" else like.dtype
+                found[f"{part}_{name}"] = torch.zeros(shape, dtype=kind, device=like.device)
+        scores = {name: tensor for name, tensor in found.items() if name.endswith("_score")}
+        return Factors({name: tensor for name, tensor in found.items() if name not in scores}, scores)
+
+    def give_back(self, on: PartOnLayer, module: nn.Module) -> None:
+        """Write L R + Z into the experts; where they hold nothing, into matrices of their own."""
+        storage, constants = find_known(module, on.layer), on.common(None)["constants"]
+        for name in (name for p in storage.projections if not p.bias for name in p.names):
+            held = module.get_parameter(name)
+            if is_nothing(held):
+                owner, _, leaf = name.rpartition(".")
+                module.get_submodule(owner)._parameters[leaf] = nn.Parameter(torch.zeros_like(held).contiguous())
+        assert isinstance(on.learned, Factors)
+        for expert in range(on.geometry.experts):
+            own = expert_with(FactoredExpert, module, on.layer, on.learned, constants, expert)
+            for part, matrix_OJ in dense(module, on.layer, expert):
+                matrix_OJ.copy_(joined(*own.pieces(part)))
 
     def compute(self, inputs: ExpertsInputs) -> Tensor:
         """Expert by expert, by their factors."""
