@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from moekit.anatomy.probe import find_moe_layers
 from moekit.checkpoint.left_out import is_nothing
-from moekit.experts.methods.factored import Factored, Factors, dense
+from moekit.experts.factored_expert import Factors, dense
+from moekit.experts.methods.factored import Factored
 from moekit.runtime.attachment import Attachment, attached
 from moekit.runtime.hanging import base_of, keep_out_of_shards
 from moekit.runtime.slots import PartOnLayer

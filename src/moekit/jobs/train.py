@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from moekit import catalogue
 from moekit._ranks import is_first_rank
 from moekit._validation import faults
 from moekit.checkpoint import Checkpoint, fingerprint_model
@@ -21,6 +20,7 @@ from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, Item, JobEstimate, total
 from moekit.jobs.options.train import TrainOptions
+from moekit.jobs.shared.experts_parts import attach_experts, check_experts
 from moekit.jobs.shared.inputs import (
     changed_bytes,
     lies_here,
@@ -38,8 +38,6 @@ from moekit.parallel.checkpoints.gathering import gather_state
 from moekit.parallel.data_parallel import RankedTraining
 from moekit.parallel.launch.start import StartedRanks
 from moekit.progress import ProgressLike
-from moekit.runtime.attachment import attach
-from moekit.runtime.experts import ExpertsPart
 from moekit.training import TrainConfig, train as train_model
 from moekit.training.teacher import LiveTeacher, Teacher
 from moekit.training.teacher_store import store_teacher
@@ -92,6 +90,7 @@ def train(
     teacher_top_k: int | None = None,
     plan: str | Path | None = None,
     experts: str | Mapping[str, Any] | None = None,
+    basis_plan: str | Path | None = None,
     split: Literal["train", "heldout"] | None = None,
     heldout: TextLike | None = None,
     device: str = "auto",
@@ -119,6 +118,7 @@ def train(
         teacher_top_k: ask the teacher beforehand and keep so many of its likeliest tokens on disk.
         plan: routing plan to train under; the checkpoint's by default.
         experts: what to put in the experts' place before training: its name, or its settings with `use`.
+        basis_plan: merge plan whose groups share a basis, with experts {use: factored, ...}.
         split: part of the text to take.
         heldout: text whose loss is watched.
         device: cpu, cuda, ..., or auto: a GPU if there is one.
@@ -151,10 +151,7 @@ def train(
 def check(options: TrainOptions) -> None:
     """Refuse impossible settings."""
     config_of(options, 0)
-    if experts_part(options) is not None and options.ep > 1:
-        raise BadConfig(
-            "what takes the experts' place reads or learns more than a rank holds", hint="leave out --ep, or --experts"
-        )
+    check_experts(options)
     check_ranks(options, divided=True)
     if options.teacher_top_k is not None and options.teacher is None:
         raise BadConfig("teacher_top_k is given, but no teacher", hint="say --teacher FOLDER")
@@ -172,22 +169,6 @@ def config_of(options: TrainOptions, seed: int) -> TrainConfig:
         return TrainConfig(**{"seed": seed, **options.settings})
     except ValidationError as error:
         raise BadConfig(f"training: {faults(error)}", hint="moekit train --help lists every option") from error
-
-
-def experts_part(options: TrainOptions) -> ExpertsPart | None:
-    """The part that is to take the experts' place; None where none is.
-
-    Raises:
-        BadConfig: no such part, or a setting that it does not have.
-    """
-    if options.experts is None:
-        return None
-    knobs = dict(options.experts)
-    name = knobs.pop("use", None)
-    if not isinstance(name, str):
-        raise BadConfig("the experts' part has no name", hint="experts: {use: factored, rank: 32}")
-    made: ExpertsPart = catalogue.make("experts", name, knobs)
-    return made
 
 
 def estimate(options: TrainOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
@@ -258,8 +239,7 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
         mark_stored(model, stored_form(Checkpoint.open(model_location(options.model))))
     scores = result.model_dump(mode="json", exclude={"history"})
     settings = {**config.model_dump(mode="json", exclude_defaults=True), "data": options.data}
-    if options.experts is not None:
-        settings["experts"] = options.experts
+    settings |= {name: getattr(options, name) for name in ("experts", "basis_plan") if getattr(options, name)}
     save_changed(
         model,
         tokenizer,
@@ -303,9 +283,7 @@ def _open(options: TrainOptions, context: JobContext, device: str | None = None)
     model, tokenizer = open_model(
         options.model, plan=options.plan, device=device or options.device, dtype="float32", progress=context.progress
     )
-    part = experts_part(options)
-    if part is not None:
-        attach(model, part, seed=context.seed)
+    attach_experts(options, model, seed=context.seed)
     return model, tokenizer
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moekit.experts.methods.factored import Factored, Factors
+from moekit.experts.factored_expert import Factors
+from moekit.experts.methods.factored import Factored
 from moekit.experts.packing import factored, factors_on
 from moekit.training.schedules.cubic import Cubic
 

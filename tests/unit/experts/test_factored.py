@@ -17,10 +17,12 @@ from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.left_out import is_nothing
 from moekit.checkpoint.model import read_extra_tensors
+from moekit.compress.engine.plan import WeightPlan
 from moekit.data import TokenBatches
 from moekit.errors import BadCheckpoint, BadConfig, NumericFault
-from moekit.experts.factors import applied, factorize, joined
-from moekit.experts.methods.factored import Factored, Factors, dense
+from moekit.experts.factored_expert import Factors, dense
+from moekit.experts.factors import applied, factorize, joined, share_basis
+from moekit.experts.methods.factored import Factored
 from moekit.experts.packing import factored, factors_on, finish
 from moekit.runtime import attach, attached, detach, permute_parts, without_parts
 from moekit.runtime.part import LayerInit
@@ -268,6 +270,50 @@ def test_by_command_and_from_python_alike(tmp_path: Path) -> None:
     back = moekit.load(tmp_path / "small", device="cpu")
     assert [a.part for a in attached(back)] == [Factored(rank=2, keep=0.5)]
     assert set(told.trained) >= {"experts", "router"}
+
+
+def test_a_shared_basis_by_hand() -> None:
+    """[W1 W2] has u_1 = (.9966, .0825); the mean of what is left of the two is what Sub-MoE's rank 1 merges to."""
+    first, second = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+    left, right, rest = share_basis([first, second], [0, 0], 1)
+    assert left.shape == (1, 2, 1)
+    assert left[0, :, 0].abs().tolist() == pytest.approx([0.9966, 0.0825], abs=1e-4)
+    low = left[0] @ right
+    torch.testing.assert_close(low + rest, torch.stack([first, second]), atol=1e-6, rtol=0)
+    merged = 0.75 * low[0] + 0.25 * low[1]
+    torch.testing.assert_close(merged, torch.tensor([[2.7313, 0.3305], [0.2260, 0.0274]]), atol=2e-4, rtol=0)
+    # Each in a group of its own: the best rank 1 of each.
+    alone, its, _ = share_basis([first, second], [0, 1], 1)
+    for number, matrix in enumerate((first, second)):
+        best = torch.linalg.svdvals(matrix)[1]
+        torch.testing.assert_close((matrix - alone[number] @ its[number]).norm(), best, atol=1e-5, rtol=0)
+
+
+def test_groups_of_a_merge_plan_share_a_basis(tmp_path: Path) -> None:
+    write_model(tmp_path / "moe", "qwen3_moe")
+    write_text(tmp_path / "text", documents=8)
+    plan = tmp_path / "p.json"
+    moekit.merge(
+        tmp_path / "moe", method="random-groups", keep=4, data=tmp_path / "text", write="plan", out=plan, device="cpu"
+    )
+    moekit.train(
+        tmp_path / "moe",
+        data=tmp_path / "text",
+        experts={"use": "factored", "rank": 3, "keep": 0.0, "dense": False},
+        basis_plan=plan,
+        settings={"steps": 2, "seq_len": 32, "batch": 2},
+        device="cpu",
+        out=tmp_path / "small",
+    )
+    back = moekit.load(tmp_path / "small", device="cpu")
+    groups = WeightPlan.load(plan).outcomes[0].sources
+    assert groups is not None
+    on = factored(back)[0].layers[0]
+    assert {tuple((on.stored["basis"] == n).nonzero().flatten().tolist()) for n in range(4)} == set(groups)
+    assert factors_on(on)["up_shared"].shape == (4, on.geometry.width, 3)
+    assert factors_on(on)["up_rows"].shape[0] == 0
+    with pytest.raises(BadConfig, match="not factored"):
+        moekit.train(tmp_path / "moe", data=tmp_path / "text", basis_plan=plan, out=tmp_path / "no")
 
 
 def test_an_unknown_part_or_ranks_are_refused_before_work(tmp_path: Path) -> None:

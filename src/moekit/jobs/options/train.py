@@ -44,6 +44,9 @@ class TrainOptions(RankedOptions):
         default=None,
         description="what to put in the experts' place before training: NAME, or settings (moekit methods experts)",
     )
+    basis_plan: PlanRef | None = Field(
+        default=None, description="merge plan whose groups share a basis, with --experts '{use: factored, ...}'"
+    )
     split: Literal["train", "heldout"] | None = Field(default=None, description="part of the text to take")
     heldout: TextRef | None = Field(default=None, description="text whose loss is watched")
     device: str = Field(default="auto", description=DEVICE_HELP)
