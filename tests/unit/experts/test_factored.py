@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.left_out import is_nothing
 from moekit.checkpoint.model import read_extra_tensors
+from moekit.compress.engine.outcome import LayerOutcome
 from moekit.compress.engine.plan import WeightPlan
 from moekit.data import TokenBatches
 from moekit.errors import BadCheckpoint, BadConfig, NumericFault
@@ -24,11 +26,12 @@ from moekit.experts.factored_expert import Factors, dense
 from moekit.experts.factors import applied, factorize, joined, share_basis
 from moekit.experts.methods.factored import Factored
 from moekit.experts.packing import factored, factors_on, finish
+from moekit.jobs.shared.experts_parts import bases_of
 from moekit.runtime import attach, attached, detach, permute_parts, without_parts
 from moekit.runtime.part import LayerInit
 from moekit.training import TrainConfig, train
 from moekit.training.freeze import train_only
-from moekit.training.residual_rows import drop_rows, kept_share, residual_rows, score_rows
+from moekit.training.residual_rows import ResidualRows, drop_rows, kept_share, residual_rows, score_rows
 from tests.families import build, logits, tokens
 from tests.parts import learned
 from tests.tiny import write_model, write_text
@@ -289,6 +292,39 @@ def test_a_shared_basis_by_hand() -> None:
         torch.testing.assert_close((matrix - alone[number] @ its[number]).norm(), best, atol=1e-5, rtol=0)
 
 
+def test_experts_in_no_group_have_a_basis_of_their_own() -> None:
+    outcome = LayerOutcome(keep=(1, 4), sources=((1, 3), (0, 4)))
+    assert bases_of(outcome, 6).tolist() == [1, 0, 2, 0, 1, 3]
+    assert bases_of(LayerOutcome(keep=(0, 1, 2)), 3).tolist() == [0, 1, 2]
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_a_run_that_broke_off_goes_on_as_if_it_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tmp_path / "whole", precision="fp32", save_every=2)
+    step = ResidualRows.on_optimizer_step
+
+    def breaks(self: ResidualRows, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+        step(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResidualRows, "on_optimizer_step", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", precision="fp32", save_every=2)
+    again = run(tmp_path / "broken", precision="fp32", save_every=2)
+    ended = run(tmp_path / "broken", precision="fp32", save_every=2)  # what a finished run learnt is read
+    for other in (again, ended):
+        for index, on in factored(whole)[0].layers.items():
+            theirs = factored(other)[0].layers[index]
+            assert all(torch.equal(t, theirs.stored[n]) for n, t in on.stored.items())
+            ours, state = factors_on(on).state_dict(), factors_on(theirs).state_dict()
+            assert all(torch.equal(tensor, state[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.full
+@pytest.mark.slow
 def test_groups_of_a_merge_plan_share_a_basis(tmp_path: Path) -> None:
     write_model(tmp_path / "moe", "qwen3_moe")
     write_text(tmp_path / "text", documents=8)
