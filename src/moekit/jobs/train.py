@@ -16,11 +16,12 @@ from moekit.checkpoint.precision import stored_form
 from moekit.checkpoint.stored import mark_stored
 from moekit.data.text import Document
 from moekit.errors import BadConfig
+from moekit.experts.methods.factored import Factored
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, Item, JobEstimate, total
 from moekit.jobs.options.train import TrainOptions
-from moekit.jobs.shared.experts_parts import attach_experts, check_experts
+from moekit.jobs.shared.experts_parts import attach_experts, check_experts, experts_part
 from moekit.jobs.shared.inputs import (
     changed_bytes,
     lies_here,
@@ -45,6 +46,8 @@ from moekit.training.texts import MAIN, read_rows
 
 # Weights, gradients and two moments of Adam, four bytes each, for weights that may be stored in two.
 _TRAINING_FACTOR = 8
+# Matrices that residuals stand in for stay beside them.
+_WITH_FACTORS = 2
 
 
 class TrainResult(JobResult):
@@ -179,15 +182,16 @@ def estimate(options: TrainOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     ]
     teachers = () if options.teacher is None else (model_item(options.teacher, sizes),)
     # A teacher whose answers are stored is gone before training; it is counted all the same, as it needs room first.
-    needed = (
-        None if model.nbytes is None else _TRAINING_FACTOR * model.nbytes + (total(t.nbytes for t in teachers) or 0)
-    )
+    factored = isinstance(experts_part(options), Factored)
+    times = _TRAINING_FACTOR + (_WITH_FACTORS if factored else 0)
+    needed = None if model.nbytes is None else times * model.nbytes + (total(t.nbytes for t in teachers) or 0)
     # What was learnt, then the model; two checkpoints with both moments where any are kept.
     copies = 2 if config_of(options, 0).save_every is None else 8
     kept = None if model.nbytes is None else copies * model.nbytes
-    return JobEstimate(
-        (model, *teachers, *texts), (Item(str(out), _written_bytes(options, model)),), disk=kept, memory=needed
-    )
+    written = _written_bytes(options, model)
+    if factored and written is not None and model.nbytes is not None:
+        written += model.nbytes
+    return JobEstimate((model, *teachers, *texts), (Item(str(out), written),), disk=kept, memory=needed)
 
 
 def _written_bytes(options: TrainOptions, model: Item) -> int | None:
