@@ -21,7 +21,6 @@ from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, Item, JobEstimate, total
 from moekit.jobs.options.train import TrainOptions
-from moekit.jobs.shared.experts_parts import attach_experts, check_experts, experts_part
 from moekit.jobs.shared.inputs import (
     changed_bytes,
     lies_here,
@@ -35,6 +34,7 @@ from moekit.jobs.shared.inputs import (
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.jobs.shared.rehearsal import refuse_broken
 from moekit.jobs.shared.teachers import refuse_other_tokenizer
+from moekit.jobs.weights.experts_parts import attach_experts, check_experts, experts_part
 from moekit.parallel.checkpoints.gathering import gather_state
 from moekit.parallel.data_parallel import RankedTraining
 from moekit.parallel.launch.start import StartedRanks

@@ -26,7 +26,7 @@ from moekit.experts.factored_expert import Factors, dense
 from moekit.experts.factors import applied, factorize, joined, share_basis
 from moekit.experts.methods.factored import Factored
 from moekit.experts.packing import factored, factors_on, finish
-from moekit.jobs.shared.experts_parts import bases_of
+from moekit.jobs.weights.experts_parts import bases_of
 from moekit.runtime import attach, attached, detach, permute_parts, without_parts
 from moekit.runtime.part import LayerInit
 from moekit.training import TrainConfig, train
