@@ -17,12 +17,13 @@ from moekit.checkpoint.carried import Mtp
 from moekit.checkpoint.fingerprint import provenance_of
 from moekit.checkpoint.folder import Checkpoint
 from moekit.checkpoint.hollow import hollow_names
+from moekit.checkpoint.left_out import layers_left_out
 from moekit.checkpoint.model import read_extra_tensors
 from moekit.checkpoint.record import Record
 from moekit.checkpoint.shards import DEFAULT_SHARD_BYTES
 from moekit.errors import BadConfig
 from moekit.experts.packed_model import attach_packed, packed_of
-from moekit.runtime.saved import entries, restore
+from moekit.runtime.saved import entries, give_back, restore
 
 __all__ = ["load", "save"]
 
@@ -50,7 +51,7 @@ def load(
         device: "auto" takes a GPU if there is one; ignored with `device_map`.
         device_map: as in transformers.
         parts: whether to attach the record's parts (a routing policy, say), and to compute packed experts as they lie;
-            False gives the stock model, with floats.
+            False gives the stock model, with floats, and with the matrices of experts that a part alone holds.
         allow_remote_code: see `Checkpoint.open`.
 
     Returns:
@@ -71,10 +72,13 @@ def load(
         keep_packed=parts,
     )
     origin = provenance_of(loaded)
-    if hollow_names(loaded) and origin is not None:
+    record = None if origin is None else origin.record
+    if origin is not None and parts and hollow_names(loaded) and not layers_left_out(record):
         attach_packed(loaded, Checkpoint.open(origin.path, allow_remote_code=allow_remote_code))
-    if parts and origin is not None and origin.record is not None and origin.record.parts:
-        restore(loaded, origin.record.parts, read_extra_tensors(origin.path))
+    if origin is not None and record is not None and record.parts and (parts or layers_left_out(record)):
+        restore(loaded, record.parts, read_extra_tensors(origin.path))
+        if not parts:
+            give_back(loaded)
     return loaded
 
 

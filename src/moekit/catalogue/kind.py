@@ -147,6 +147,7 @@ OWN = (
         base="moekit.runtime.experts:ExpertsPart",
         title="What answers in the place of experts",
         axis="computation",
+        within=("train",),
         laws=("tests/laws/test_experts_reference.py",),
     ),
     Kind(

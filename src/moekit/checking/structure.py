@@ -13,6 +13,7 @@ from moekit.checking.report import Finding, from_error
 from moekit.checkpoint.expected import Differences, compare, count_hint
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_weight_map
 from moekit.checkpoint.layout import Layout, layout_of
+from moekit.checkpoint.left_out import settle
 from moekit.checkpoint.meta import meta_model
 from moekit.checkpoint.names import text_config
 from moekit.checkpoint.record import TENSORS_FILE
@@ -98,7 +99,7 @@ def _few(names: list[str], limit: int = 5) -> str:
 
 def check_layout(checkpoint: Checkpoint, layout: Layout) -> Iterator[Finding]:
     """Names, shapes and dtypes against the config, one finding for each expert or tensor."""
-    differences = compare(checkpoint.tensors, layout, checkpoint.config)
+    differences = settle(compare(checkpoint.tensors, layout, checkpoint.config), checkpoint, layout)
     if not differences:
         return
     hint = count_hint(differences, checkpoint.config, checkpoint.tensors)

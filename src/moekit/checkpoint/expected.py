@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moekit.checkpoint.config_file import announced_mtp
 from moekit.checkpoint.layout import HARMLESS, Layout, layout_of
+from moekit.checkpoint.left_out import refuse_left_out, settle
 from moekit.checkpoint.meta import stated_model
 from moekit.checkpoint.names import EXPERT_COUNT_KEYS, expert_in, stated_depth, text_config
 from moekit.checkpoint.safety import FLOAT_DTYPES, TensorInfo
@@ -177,10 +178,14 @@ def describe(differences: Differences, tensors: Mapping[str, TensorInfo]) -> str
     return "; ".join(f"{len(names)} tensors {what}: {', '.join(names)}" for what, names in parts.items() if names)
 
 
-def verify(checkpoint: Checkpoint) -> Layout:
+def verify(checkpoint: Checkpoint, *, whole: bool = True) -> Layout:
     """Compare names, shapes and dtypes with what the config says, before any weight is read.
 
     Of quantized weights the scales are looked at, too: all there, of shapes that fit, and positive numbers.
+
+    Args:
+        checkpoint: opened.
+        whole: refuse shards that leave matrices of experts to a part beside them.
 
     Returns:
         The legal tensors of the config.
@@ -189,9 +194,11 @@ def verify(checkpoint: Checkpoint) -> Layout:
         BadCheckpoint: tensors are missing, surplus or of a wrong shape or dtype: the full list, naming layer and
             expert of the first. Or scales are, or hold what scales nothing.
     """
+    if whole:
+        refuse_left_out(checkpoint.record, checkpoint.path)
     layout = checkpoint.layout
     tensors, unpacked = _unpacked(checkpoint)
-    differences = compare(tensors, layout, checkpoint.config, unpacked=unpacked)
+    differences = settle(compare(tensors, layout, checkpoint.config, unpacked=unpacked), checkpoint, layout)
     if not differences:
         return layout
     names = [*differences.missing, *differences.surplus, *differences.shapes, *differences.dtypes]

@@ -21,16 +21,17 @@ def is_hollow(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
-def hollow_out(model: nn.Module, names: Collection[str], dtype: torch.dtype) -> None:
+def hollow_out(model: nn.Module, names: Collection[str], dtype: torch.dtype | None = None) -> None:
     """Let parameters of a model take no memory.
 
     Args:
         model: may lie on the meta device.
         names: of parameters.
-        dtype: that they are said to have.
+        dtype: that they are said to have; None for their own.
     """
     for name in names:
-        _replace(model, name, model.get_parameter(name).shape, dtype)
+        like = model.get_parameter(name)
+        _replace(model, name, like.shape, dtype or like.dtype)
 
 
 def move(model: nn.Module, device: str | torch.device) -> None:

@@ -24,6 +24,7 @@ from moekit.checkpoint.expected import verify
 from moekit.checkpoint.experts import counts_of
 from moekit.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moekit.checkpoint.hollow import move, without_hollow
+from moekit.checkpoint.left_out import layers_left_out, load_left_out
 from moekit.checkpoint.meta import architecture
 from moekit.checkpoint.names import config_top_k
 from moekit.checkpoint.packed_loading import PackedWeights, add_packed, announce, holds_packed_experts, load_hollow
@@ -91,11 +92,13 @@ def load(
     place = resolve_device("auto" if device_map is not None else device)
     named_dtype(dtype)
     checkpoint = Checkpoint.open(model, revision=revision, token=token, allow_remote_code=allow_remote_code)
-    layout = verify(checkpoint)
+    layout = verify(checkpoint, whole=False)
     kind, stored = loading_dtype(checkpoint, dtype, place)
     if holds_packed_experts(checkpoint):
         how = load_hollow if keep_packed else load_uneven
         loaded = _load_whole(checkpoint, kind, device_map, how, "experts are packed integers")
+    elif layers_left_out(checkpoint.record):
+        loaded = _load_whole(checkpoint, kind, device_map, load_left_out, "a part stands for experts")
     elif uneven_counts(checkpoint):
         loaded = _load_whole(checkpoint, kind, device_map, load_uneven, "layers hold different numbers of experts")
     else:
@@ -231,7 +234,7 @@ def seal(
     checkpoint = Checkpoint.open(folder)
     # What the record expects of the layers says whether they may differ.
     checkpoint.record = record
-    verify(checkpoint)
+    verify(checkpoint, whole=False)
     extra = read_header(folder / TENSORS_FILE).tensors.values() if extra_tensors else ()
     expectations = Expectations(
         experts=counts_of(checkpoint),

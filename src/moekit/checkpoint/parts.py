@@ -19,6 +19,7 @@ class PartEntry(BaseModel):
         kind: catalogue kind.
         config: its knobs.
         layers: decoder layers it is attached to.
+        replaces: whether the shards leave out the matrices of these layers' experts, which the part alone gives.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,6 +28,7 @@ class PartEntry(BaseModel):
     kind: str
     config: dict[str, Any] = {}
     layers: list[int] = []
+    replaces: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _TRAIN = "moekit train ./moe --data ./text --steps 50 -o ./tuned"
 _OPTION_OF = {
     "objective": _TRAIN + " --objectives '{{{name}: {settings}}}'",
+    "experts": _TRAIN + " --experts {settings}",
     "balancer": _TRAIN + " --balancer {settings}",
     "schedule": _TRAIN + " --schedules '{{lr: {settings}}}'",
     "sharer": "moekit quantize ./moe --method gptq --mean-bits 2.5 --share {name} --data ./text -o ./mixed",
@@ -26,7 +27,6 @@ _VALUES = {"start": "2e-4", "end": "2e-5", "at": "2e-4", "values": "[2e-4, 2e-5]
 _OWN = {
     ("sharer", "uniform"): "moekit quantize ./moe --method gptq --mean-bits 3 --share uniform --data ./text -o ./even",
     ("dispatch", "all-reduce"): "torchrun --nproc-per-node 4 -m moekit generate ./moe --ep 4 --dispatch all-reduce",
-    ("experts", "compressed-experts"): "moekit train ./compressed-experts --data ./text --steps 300 -o ./tuned",
     ("experts", "novices"): "moekit prune ./moe --method mone --keep 0.5 --data ./text -o ./with-novices",
     ("experts", "packed"): "moekit export ./four-bits --to packed -o ./small",
     ("quantize", "nested"): "moekit quantize ./moe --method nested --bits 3 --heldout ./text -o ./nested",

@@ -13,6 +13,7 @@ from moekit.checkpoint.layout import layout_of
 from moekit.checkpoint.packed_loading import PackedMatrix, PackedWeights, packed_matrices, packed_weights
 from moekit.checkpoint.skeleton import empty_model
 from moekit.errors import BadConfig
+from moekit.experts.factored_model import replaced_weights
 from moekit.experts.methods.packed import Packed
 from moekit.experts.packing import columns_of, computable, matrices_of_layer, tensors_of_layer
 from moekit.runtime.attachment import Attachment, attach, attached
@@ -49,7 +50,7 @@ def packed_of(model: PreTrainedModel) -> PackedWeights | None:
         BadConfig: its experts are in memory as floats, too, or were taken off.
     """
     found = next((a for a in attached(model, "experts") if isinstance(a.part, Packed) and _any(a)), None)
-    hollow = hollow_names(model)
+    hollow = hollow_names(model) - replaced_weights(model)
     if (found is None) != (not hollow):
         raise BadConfig(
             "packed experts belong to a model without floats in their place, and it to them",

@@ -16,6 +16,7 @@ from moekit.checkpoint.precision import stored_form
 from moekit.checkpoint.stored import mark_stored
 from moekit.data.text import Document
 from moekit.errors import BadConfig
+from moekit.experts.methods.factored import Factored
 from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, Item, JobEstimate, total
@@ -33,6 +34,7 @@ from moekit.jobs.shared.inputs import (
 from moekit.jobs.shared.ranked import check_ranks, deal_out, ranks_of
 from moekit.jobs.shared.rehearsal import refuse_broken
 from moekit.jobs.shared.teachers import refuse_other_tokenizer
+from moekit.jobs.weights.experts_parts import attach_experts, check_experts, experts_part
 from moekit.parallel.checkpoints.gathering import gather_state
 from moekit.parallel.data_parallel import RankedTraining
 from moekit.parallel.launch.start import StartedRanks
@@ -44,6 +46,8 @@ from moekit.training.texts import MAIN, read_rows
 
 # Weights, gradients and two moments of Adam, four bytes each, for weights that may be stored in two.
 _TRAINING_FACTOR = 8
+# Matrices that residuals stand in for stay beside them.
+_WITH_FACTORS = 2
 
 
 class TrainResult(JobResult):
@@ -88,6 +92,8 @@ def train(
     teacher: str | Path | None = None,
     teacher_top_k: int | None = None,
     plan: str | Path | None = None,
+    experts: str | Mapping[str, Any] | None = None,
+    basis_plan: str | Path | None = None,
     split: Literal["train", "heldout"] | None = None,
     heldout: TextLike | None = None,
     device: str = "auto",
@@ -114,6 +120,8 @@ def train(
         teacher: model that the objective kd holds the output against: folder or hub id.
         teacher_top_k: ask the teacher beforehand and keep so many of its likeliest tokens on disk.
         plan: routing plan to train under; the checkpoint's by default.
+        experts: what to put in the experts' place before training: its name, or its settings with `use`.
+        basis_plan: merge plan whose groups share a basis, with experts {use: factored, ...}.
         split: part of the text to take.
         heldout: text whose loss is watched.
         device: cpu, cuda, ..., or auto: a GPU if there is one.
@@ -146,6 +154,7 @@ def train(
 def check(options: TrainOptions) -> None:
     """Refuse impossible settings."""
     config_of(options, 0)
+    check_experts(options)
     check_ranks(options, divided=True)
     if options.teacher_top_k is not None and options.teacher is None:
         raise BadConfig("teacher_top_k is given, but no teacher", hint="say --teacher FOLDER")
@@ -173,15 +182,16 @@ def estimate(options: TrainOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
     ]
     teachers = () if options.teacher is None else (model_item(options.teacher, sizes),)
     # A teacher whose answers are stored is gone before training; it is counted all the same, as it needs room first.
-    needed = (
-        None if model.nbytes is None else _TRAINING_FACTOR * model.nbytes + (total(t.nbytes for t in teachers) or 0)
-    )
+    factored = isinstance(experts_part(options), Factored)
+    times = _TRAINING_FACTOR + (_WITH_FACTORS if factored else 0)
+    needed = None if model.nbytes is None else times * model.nbytes + (total(t.nbytes for t in teachers) or 0)
     # What was learnt, then the model; two checkpoints with both moments where any are kept.
     copies = 2 if config_of(options, 0).save_every is None else 8
     kept = None if model.nbytes is None else copies * model.nbytes
-    return JobEstimate(
-        (model, *teachers, *texts), (Item(str(out), _written_bytes(options, model)),), disk=kept, memory=needed
-    )
+    written = _written_bytes(options, model)
+    if factored and written is not None and model.nbytes is not None:
+        written += model.nbytes
+    return JobEstimate((model, *teachers, *texts), (Item(str(out), written),), disk=kept, memory=needed)
 
 
 def _written_bytes(options: TrainOptions, model: Item) -> int | None:
@@ -233,6 +243,7 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
         mark_stored(model, stored_form(Checkpoint.open(model_location(options.model))))
     scores = result.model_dump(mode="json", exclude={"history"})
     settings = {**config.model_dump(mode="json", exclude_defaults=True), "data": options.data}
+    settings |= {name: getattr(options, name) for name in ("experts", "basis_plan") if getattr(options, name)}
     save_changed(
         model,
         tokenizer,
@@ -273,9 +284,11 @@ def _teacher(
 
 
 def _open(options: TrainOptions, context: JobContext, device: str | None = None) -> tuple[Any, Any]:
-    return open_model(
+    model, tokenizer = open_model(
         options.model, plan=options.plan, device=device or options.device, dtype="float32", progress=context.progress
     )
+    attach_experts(options, model, seed=context.seed)
+    return model, tokenizer
 
 
 def _distribute(options: TrainOptions, model: Any, started: StartedRanks, settings: dict[str, Any]) -> RankedTraining:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moekit.anatomy.gate import Gate
 from moekit.anatomy.probe import MoELayer, find_moe_layers
+from moekit.anatomy.stored import find_storage
 from moekit.checkpoint.names import PARTS
 from moekit.runtime.attention import attention_modules
 from moekit.runtime.block import BlockWithParts
@@ -152,11 +153,21 @@ def base_parts(model: nn.Module, layers: list[MoELayer]) -> BaseParts:
 
 
 def keep_out_of_shards(model: nn.Module, parts: BaseParts) -> None:
-    """Tell `save_pretrained` of every model around which keys are no stock tensors."""
+    """Tell `save_pretrained` of every model around which keys are no stock tensors, or left out for a part's."""
+    replaced = {id(p) for experts, slot in slots_in(model) for p in _replaced(experts, slot)}
     module: Any
     for module, before in parts.ignored:
         ours = {name for name in module.state_dict() if f"{PARTS}." in name}
+        ours |= {name for name, p in module.named_parameters() if id(p) in replaced}
         module._keys_to_ignore_on_save = {*(before or ()), *ours}
+
+
+def _replaced(experts: nn.Module, slot: SlotParts) -> list[nn.Parameter]:
+    """Matrices of experts that a part gives in a checkpoint."""
+    storage = find_storage(experts) if any(on.part.leaves_out for on in slot.of_layer()) else None
+    if storage is None:
+        return []
+    return [experts.get_parameter(name) for p in storage.projections if not p.bias for name in p.names]
 
 
 def strip(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -22,6 +22,9 @@ from moekit.anatomy.probe import Geometry
 from moekit.catalogue import Trait
 from moekit.errors import BadConfig
 from moekit.runtime.axes import permuted
+
+if TYPE_CHECKING:
+    from moekit.runtime.slots import PartOnLayer
 
 Slot = Literal["block", "router", "experts"]
 
@@ -82,6 +85,14 @@ class RuntimePart(BaseModel, ABC):
     slot: ClassVar[Slot]
     axes: ClassVar[Mapping[str, str]] = {}
     in_shards: ClassVar[bool] = False
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a checkpoint leaves out the matrices of the experts it is attached to, as it gives them itself."""
+        return False
+
+    def give_back(self, on: PartOnLayer, module: nn.Module) -> None:
+        """Write into stock experts the matrices that were left out for this part; see `leaves_out`."""
 
     @classmethod
     def implied_traits(cls) -> frozenset[Trait]:

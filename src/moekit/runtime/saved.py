@@ -33,6 +33,7 @@ def entries(model: nn.Module) -> tuple[list[PartEntry], dict[str, Tensor]]:
                 kind=record.kind,
                 config=attachment.part.model_dump(mode="json"),
                 layers=sorted(attachment.layers),
+                replaces=attachment.part.leaves_out,
             )
         )
     return found, tensors_of_parts(model)
@@ -122,6 +123,17 @@ def restore(model: nn.Module, found: Sequence[PartEntry], tensors: Mapping[str, 
     except BaseException:
         detach(model)
         raise
+
+
+@torch.no_grad()
+def give_back(model: nn.Module) -> None:
+    """Take all parts off, once those that stand for experts' matrices have written these into the experts."""
+    modules = {layer.index: layer.experts for layer in find_moe_layers(model)}
+    for attachment in attached(model):
+        for layer, on in attachment.layers.items():
+            if attachment.part.leaves_out:
+                attachment.part.give_back(on, modules[layer])
+    detach(model)
 
 
 def _restore_one(model: nn.Module, entry: PartEntry, own: Mapping[PartTensor, Tensor]) -> None:

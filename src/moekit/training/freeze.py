@@ -23,6 +23,7 @@ from moekit.anatomy.probe import MoELayer, decoder_index
 from moekit.checkpoint.decoder import besides_text
 from moekit.checkpoint.names import PARTS as PARTS_NAME
 from moekit.errors import BadConfig, UnsupportedModel
+from moekit.experts.factored_model import replaced_weights
 from moekit.training.chooser import find_chooser, require_chooser
 from moekit.training.layers import moe_layers, trained_layers
 from moekit.training.part_specs import PartSpec, chosen_rows
@@ -211,12 +212,14 @@ def train_only(model: nn.Module, parts: Sequence[str]) -> FreezeReport:
     frozen: dict[str, int] = {}
     rows: dict[str, tuple[int, ...]] = {}
     aside = besides_text(model)  # text does not reach a tower
+    replaced = replaced_weights(model)
     for name, parameter in model.named_parameters():
         part = named[name]
         layer = decoder_index(name) if re.search(r"\.\d+\.", name) else None
         chosen = (
             not name.startswith(aside)
             and parameter.data_ptr() not in biases
+            and name not in replaced
             and chosen_rows(wanted, part, layer, stacks.get(name), attached=f"{PARTS_NAME}." in name)
         )
         some = isinstance(chosen, Tensor)

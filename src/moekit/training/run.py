@@ -19,6 +19,7 @@ from moekit.checkpoint.stored import mark_stored
 from moekit.data import vocabulary
 from moekit.data.forcing import refuse_reader
 from moekit.errors import BadConfig, UnsupportedModel
+from moekit.experts.factored_model import finish
 from moekit.runtime.slots import learns
 from moekit.training.config import TrainConfig, TrainResult
 from moekit.training.distribution import Distribution
@@ -78,7 +79,7 @@ def train(
         NumericFault: the loss, a router's logits or the weights became NaN or infinite.
         OutOfBudget: memory cannot suffice, or did not.
     """
-    return _train(
+    result = _train(
         model,
         tokenizer,
         documents if isinstance(documents, Mapping) else {MAIN: documents},
@@ -90,6 +91,7 @@ def train(
         distribution=distribution,
         teacher=teacher,
     )
+    return _packed(model, result)
 
 
 def _train(
@@ -143,6 +145,12 @@ def _train(
             return run.execute(Path(stack.enter_context(TemporaryDirectory())), held, keep=False, progress=progress)
         run.meet(output)
         return run.finished(output) or run.execute(output, held, keep=True, progress=progress)
+
+
+def _packed(model: PreTrainedModel, result: TrainResult) -> TrainResult:
+    """What a run did, once residuals of factored experts have lost the rows that it zeroed."""
+    counted = finish(model)
+    return result if counted is None else result.model_copy(update={"notes": [*result.notes, str(counted)]})
 
 
 def _check_loss(model: PreTrainedModel) -> None:

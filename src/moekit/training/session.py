@@ -36,6 +36,7 @@ from moekit.training.learning import check_routers_learn
 from moekit.training.lora import add_lora, merge_lora
 from moekit.training.order import OrderedRows
 from moekit.training.own_loss import computes_loss, readable_head
+from moekit.training.residual_rows import residual_rows
 from moekit.training.resume import (
     RANKS,
     STATE_FILE,
@@ -205,6 +206,8 @@ class Session:
             trainer.add_callback(CompleteCheckpoints())
             if schedules:
                 trainer.add_callback(ScheduleCallback(knobs, schedules))
+            if (pruner := residual_rows(self.base)) is not None:
+                trainer.add_callback(pruner)
             try:
                 done = self._loop(trainer, last_complete_checkpoint(folder), heldout is not None, progress)
             finally:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from moekit.anatomy.probe import Geometry
-from moekit.anatomy.storage import Part, Storage, activation_of
-from moekit.anatomy.stored import find_storage
 from moekit.catalogue import register
-from moekit.errors import BadConfig, UnsupportedModel
+from moekit.errors import BadConfig
+from moekit.experts.split import find_split, one_expert
 from moekit.runtime.experts import ExpertsInputs, ExpertsPart
 from moekit.runtime.part import LayerInit
 from moekit.trace.each_expert import delegated, each_expert
@@ -62,74 +61,6 @@ def split(index_TK: Tensor, weights_TK: Tensor, main: int, experts: int, renorma
         kept_T1 = weights_TM.float().sum(dim=1, keepdim=True).clamp_min(_SMALL)
         weights_TM = (weights_TM.float() * (whole_T1 / kept_T1)).to(weights_TM.dtype)
     return Split(index_TK[:, :main], weights_TM, share_TE)
-
-
-@dataclass(frozen=True, eq=False)
-class SplitExpert:
-    """One expert whose gate and up projection may be given different inputs.
-
-    Attributes:
-        module: the experts.
-        storage: how they lie.
-        own: its matrices and biases.
-    """
-
-    module: Any
-    storage: Storage
-    own: Mapping[tuple[Part, bool], Tensor]
-
-    def __call__(self, gate_nH: Tensor, up_nH: Tensor, factor_nI: Tensor) -> Tensor:
-        """Down (act (gate x1) * (up x2) * factor): [n, H]."""
-        first_nI, second_nI = self._linear(gate_nH, "gate"), self._linear(up_nH, "up")
-        if hasattr(self.module, "_apply_gate"):  # a family's own: some clamp, some add
-            pair = (first_nI, second_nI)
-            joined = torch.cat(pair, dim=1) if self.storage.concatenated else torch.stack(pair, dim=2).flatten(1)
-            inner_nI = self.module._apply_gate(joined)
-        else:
-            activation = activation_of(self.module, self.storage)
-            assert activation is not None  # see `find_split`
-            inner_nI = activation(first_nI) * second_nI
-        output_nH = self._linear(inner_nI * factor_nI, "down")
-        norm = getattr(self.module, "has_post_expert_norm", False)
-        return self.module.post_expert_norm(output_nH) if norm else output_nH
-
-    def _linear(self, given: Tensor, part: Part) -> Tensor:
-        bias = self._matrix(part, True)
-        weight = self._matrix(part, False)
-        assert weight is not None
-        return nn.functional.linear(given, weight.to(given.dtype), None if bias is None else bias.to(given.dtype))
-
-    def _matrix(self, part: Part, bias: bool) -> Tensor | None:
-        both = self.own.get(("gate_up", bias))
-        if part == "down" or both is None:
-            return self.own.get((part, bias))
-        half = both.shape[0] // 2
-        if self.storage.concatenated:
-            return both[:half] if part == "gate" else both[half:]
-        return both[0::2] if part == "gate" else both[1::2]
-
-
-def find_split(module: nn.Module, layer: int) -> Storage:
-    """How experts lie whose two inputs can be told apart.
-
-    Raises:
-        UnsupportedModel: their weights, or the function between them, are not known.
-    """
-    storage = find_storage(module)
-    known = storage is not None and (hasattr(module, "_apply_gate") or activation_of(module, storage) is not None)
-    if storage is None or not known or storage.beyond or not storage.has_gate:
-        raise UnsupportedModel(
-            f"gate and up projections of {type(module).__name__} cannot be given different inputs",
-            layer=layer,
-            hint='mode "input" works with any experts',
-        )
-    return storage
-
-
-def one_expert(module: nn.Module, storage: Storage, tensors: Mapping[str, Tensor], expert: int) -> SplitExpert:
-    """An expert by number; `tensors` are the module's parameters by name."""
-    own = {(p.part, p.bias): p.one(tensors, expert, storage.experts) for p in storage.projections}
-    return SplitExpert(module, storage, own)
 
 
 @register(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moekit._device import DEVICE_HELP
 from moekit.jobs.options.base import CommandLine, ModelRef, PlanRef, TextRef
@@ -22,6 +22,7 @@ class TrainOptions(RankedOptions):
         examples=(
             "moekit train ./moe --data demo --split train --tokens 100000 --lr 2e-4 --balance 0.01 -o ./tuned",
             "moekit train ./moe --data ./text --plan ./plan --steps 50 --parts router,experts -o ./tuned",
+            "moekit train ./moe --data ./text --experts '{use: factored, rank: 32}' --steps 500 -o ./factored",
         ),
         settings="moekit.training.flags:TrainFlags",
         panel="Training",
@@ -39,6 +40,13 @@ class TrainOptions(RankedOptions):
         default=None, ge=1, description="ask the teacher beforehand and keep so many of its likeliest tokens on disk"
     )
     plan: PlanRef | None = Field(default=None, description="routing plan to train under; the checkpoint's by default")
+    experts: dict[str, Any] | None = Field(
+        default=None,
+        description="what to put in the experts' place before training: NAME, or settings (moekit methods experts)",
+    )
+    basis_plan: PlanRef | None = Field(
+        default=None, description="merge plan whose groups share a basis, with --experts '{use: factored, ...}'"
+    )
     split: Literal["train", "heldout"] | None = Field(default=None, description="part of the text to take")
     heldout: TextRef | None = Field(default=None, description="text whose loss is watched")
     device: str = Field(default="auto", description=DEVICE_HELP)
@@ -54,6 +62,12 @@ class TrainOptions(RankedOptions):
         default=False,
         description="leave out what the source holds beyond the model, such as extra layers",
     )
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """`compressed-experts` means the same as `{use: compressed-experts}`."""
+        return {"use": value} if isinstance(value, str) else value
 
     def identity(self) -> dict[str, Any]:
         """Where ranks share the model, their number and way are none of it: others may go on with the run."""
