@@ -122,7 +122,7 @@ def _merged(method: str, repair: str = "none", **settings: Any) -> Way:
 
 
 def _narrowed(method: str, **settings: Any) -> Way:
-    return lambda case: (moekit.slim, {"method": method, "width": case.share, "settings": {"multiple": 4, **settings}})
+    return lambda case: (moekit.slim, {"method": method, "width": case.share, "settings": {"multiple": 8, **settings}})
 
 
 def _rounded(method: str) -> Way:
