@@ -10,6 +10,7 @@ from typing import Any, Literal
 from moekit.checkpoint import Checkpoint, Record, atomic_folder
 from moekit.checkpoint.expected import verify
 from moekit.checkpoint.model import seal
+from moekit.checkpoint.record import Expectations
 from moekit.errors import BadConfig
 from moekit.exporting import gguf_file
 from moekit.exporting.auto_round import AutoRound
@@ -164,6 +165,8 @@ def _write_folder(work: PackedFolder, context: JobContext) -> dict[str, Any]:
         parent=str(source.path),
         parent_fingerprint=source.fingerprint,
         config={"to": work.form.name, "group": work.grids.group},
+        # Layers that differ are told by the record alone.
+        expectations=Expectations(experts={} if source.record is None else source.record.expectations.experts),
     )
 
     def made(folder: Path) -> Record:

@@ -79,7 +79,7 @@ def test_the_plan_is_no_worse_than_what_each_kind_alone_makes_of_the_bytes(made:
     assert done.measured == done.tried[0]["measured"]
     assert done.bytes["after"] <= BUDGET < done.bytes["folder"]
     assert done.bytes["folder"] == weight_bytes(tmp_path / "out")
-    assert done.packed == "AutoRound"
+    assert done.packed == "moekit's packed form"
     assert any("exported" in line for line in done.warnings)
     assert done.check["ok"]
     told = json.loads((tmp_path / "p.json").read_text())
@@ -111,6 +111,21 @@ def test_plans_are_chosen_on_one_half_of_the_documents_of_each_domain_and_measur
     assert halves(text) == ([0, 1, 5], [3, 4])
     alone = PerplexityResult(domains=("a", "b"), tokens=(5, 5), nll=(1.0, 1.0))
     assert halves(alone) == ([0, 1], [0, 1])
+
+
+@pytest.mark.full
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [250_000, 160_000])
+def test_what_fits_is_packed_into_the_bytes_that_were_asked_for(budget: int, tmp_path: Path) -> None:
+    write_model(tmp_path / "moe", "qwen3_moe", num_hidden_layers=2, moe_intermediate_size=64)
+    write_text(tmp_path / "text", documents=20)
+    api.fit(tmp_path / "moe", bytes=budget, engine="moekit", data=tmp_path / "text", **FEW, out=tmp_path / "fits")
+    api.export(tmp_path / "fits", to="packed", out=tmp_path / "packed")
+    assert weight_bytes(tmp_path / "packed") <= budget
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        fits, packed = (api.load(tmp_path / name, device="cpu")(ids).logits for name in ("fits", "packed"))
+    assert torch.allclose(packed, fits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.full

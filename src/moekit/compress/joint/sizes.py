@@ -31,6 +31,7 @@ class RecipeSize(NamedTuple):
         down: weights of their down projections.
         hidden: inputs of the former.
         width: inputs of the latter.
+        matrices: of all experts.
     """
 
     stored: int
@@ -38,6 +39,7 @@ class RecipeSize(NamedTuple):
     down: int
     hidden: int
     width: int
+    matrices: int
 
     @property
     def weights(self) -> int:
@@ -105,7 +107,14 @@ class ModelSizes:
         geometry = self.geometries[layer]
         experts, width = recipe.experts(geometry.experts), recipe.width or geometry.width
         down = experts * width * geometry.hidden
-        return RecipeSize(self._laid_out(recipe)[layer], down * (1 + geometry.has_gate), down, geometry.hidden, width)
+        return RecipeSize(
+            stored=self._laid_out(recipe)[layer],
+            first=down * (1 + geometry.has_gate),
+            down=down,
+            hidden=geometry.hidden,
+            width=width,
+            matrices=experts * (2 + geometry.has_gate),
+        )
 
     def counted(self, size: RecipeSize, bits: int | None, profile: Profile) -> int:
         """Bytes that a budget counts: packed ones where the engine's files hold so many bits, else those of the folder.
@@ -119,7 +128,7 @@ class ModelSizes:
             return size.stored
         packed = profile.packed_bytes(size.first, bits, self.group or size.hidden)
         packed += profile.packed_bytes(size.down, bits, self.group or size.width)
-        return size.stored - size.weights * self._itemsize + packed
+        return size.stored - size.weights * self._itemsize + packed + profile.header_bytes(size.matrices)
 
     def total(self, recipe: LayerRecipe, profile: Profile) -> int:
         """Bytes that a budget counts of the whole model with one recipe in all layers."""
