@@ -22,7 +22,7 @@ PARTS = ("gate", "up", "down")
 SIZES: dict[str, dict[str, int]] = {"mixtral": {"intermediate_size": 64}, "olmoe": {"intermediate_size": 64}}
 SIZE = {"moe_intermediate_size": 64}
 
-Bits = Callable[[int, str, int], int]
+Bits = Callable[[int, str, int], int | None]
 
 
 def rounded(
@@ -40,7 +40,7 @@ def rounded(
     Args:
         folder: to write.
         family: of the model.
-        bits: of all matrices, or (layer, part, expert) -> bits.
+        bits: of all matrices, or (layer, part, expert) -> bits, None for a layer that stays.
         group: inputs that share a scale.
         dtype: that it is stored in.
         fused: whether experts are stacked on disk.
@@ -52,7 +52,10 @@ def rounded(
     told: dict[int, dict[str, list[int]]] = {}
     for layer in find_moe_layers(model):
         weights = read_block(layer)
-        told[layer.index] = {part: [how(layer.index, part, e) for e in range(EXPERTS)] for part in PARTS}
+        widths = {part: [how(layer.index, part, e) for e in range(EXPERTS)] for part in PARTS}
+        if None in widths["gate"]:
+            continue  # the whole layer stays
+        told[layer.index] = {part: [int(n or 0) for n in some] for part, some in widths.items()}
         for part, stack in zip(PARTS, (weights.gate_EIH, weights.up_EIH, weights.down_EHI), strict=True):
             assert stack is not None
             for e in range(EXPERTS):

@@ -21,6 +21,7 @@ from moekit.compress.engine.grids import Grids
 from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import BadConfig
 from moekit.exporting.form import Form
+from moekit.exporting.matrices import ExpertMatrix
 from moekit.exporting.recovery import Recovered
 from moekit.exporting.rounded import Planned
 
@@ -34,7 +35,7 @@ class AutoRound(Form):
     name: ClassVar[str] = "auto-round"
     renames: ClassVar[bool] = False
 
-    def check(self, plan: Sequence[Planned], grids: Grids) -> None:
+    def check(self, plan: Sequence[Planned], spared: Sequence[ExpertMatrix], grids: Grids) -> None:
         """Rows and columns must come in whole words, and in groups."""
         for entry in plan:
             rows, columns = entry.matrix.shape
@@ -82,7 +83,9 @@ class AutoRound(Form):
         """Where the names of the linear maps are those of the family's files, too."""
         return all(module_name(entry) == entry.matrix.name for entry in plan)
 
-    def config(self, plan: Sequence[Planned], grids: Grids, checkpoint: Checkpoint) -> dict[str, Any]:
+    def config(
+        self, plan: Sequence[Planned], spared: Sequence[ExpertMatrix], grids: Grids, checkpoint: Checkpoint
+    ) -> dict[str, Any]:
         """The commonest width for all, and the others by name."""
         common = Counter(_held(entry) for entry in plan).most_common(1)[0][0]
         scheme = {"group_size": grids.group or -1, "sym": True, "data_type": "int"}

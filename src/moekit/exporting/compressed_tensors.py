@@ -25,6 +25,7 @@ from moekit.compress.engine.grids import Grids
 from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import BadConfig
 from moekit.exporting.form import Form
+from moekit.exporting.matrices import ExpertMatrix
 from moekit.exporting.recovery import Recovered
 from moekit.exporting.rounded import Planned
 
@@ -36,17 +37,25 @@ class CompressedTensors(Form):
     """Packed whole numbers, one width for all.
 
     Args:
-        layers_differ: whether layers may have widths of their own, which vLLM reads and transformers misreads.
+        layers_differ: whether layers may have widths of their own, or stay in floats, which vLLM reads and
+            transformers does not.
     """
 
     name: ClassVar[str] = "compressed-tensors"
     renames: ClassVar[bool] = True
+    spares: ClassVar[bool] = True
 
     def __init__(self, layers_differ: bool = False) -> None:
         self.layers_differ = layers_differ
 
-    def check(self, plan: Sequence[Planned], grids: Grids) -> None:
+    def check(self, plan: Sequence[Planned], spared: Sequence[ExpertMatrix], grids: Grids) -> None:
         """One width a layer that all readers agree on, and one for all layers unless they may differ."""
+        if spared and not self.layers_differ:
+            raise BadConfig(
+                "this layer was not rounded, and transformers reads no experts in floats beside packed ones",
+                layer=spared[0].layer,
+                hint="--layers-may-differ leaves it as it is, for vLLM, which does; or round all layers",
+            )
         by_layer: dict[int, set[int]] = {}
         for entry in plan:
             by_layer.setdefault(entry.matrix.layer, set()).add(entry.bits)
@@ -94,17 +103,19 @@ class CompressedTensors(Form):
         numbers_RC = unpack_words(tensors[f"{stem}.weight_packed"], bits, columns).to(torch.int16) - (1 << (bits - 1))
         return Recovered(numbers_RC, tensors[f"{stem}.weight_scale"].float())
 
-    def config(self, plan: Sequence[Planned], grids: Grids, checkpoint: Checkpoint) -> dict[str, Any]:
+    def config(
+        self, plan: Sequence[Planned], spared: Sequence[ExpertMatrix], grids: Grids, checkpoint: Checkpoint
+    ) -> dict[str, Any]:
         """A group of the config for each width; targets are paths of experts, never classes of modules."""
         widths: dict[int, list[int]] = {}
         for entry in plan:
             layers = widths.setdefault(_held(entry), [])
             if entry.matrix.layer not in layers:
                 layers.append(entry.matrix.layer)
-        stems = {entry.matrix.layer: entry.matrix.name.rpartition(".experts.")[0] for entry in plan}
+        stems = {entry.matrix.layer: _stem(entry.matrix) for entry in plan}
         groups = {
             f"group_{number}": {
-                "targets": _targets([stems[layer] for layer in layers], alone=len(widths) == 1),
+                "targets": _targets([stems[layer] for layer in layers], alone=len(widths) == 1 and not spared),
                 "weights": _scheme(bits, grids.group),
                 "input_activations": None,
                 "output_activations": None,
@@ -117,9 +128,14 @@ class CompressedTensors(Form):
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": [],
+            "ignore": _targets(list(dict.fromkeys(_stem(matrix) for matrix in spared)), alone=False),
             "kv_cache_scheme": None,
         }
+
+
+def _stem(matrix: ExpertMatrix) -> str:
+    """Path of the block that holds a matrix's expert."""
+    return matrix.name.rpartition(".experts.")[0]
 
 
 def _scheme(bits: int, group: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from moekit.compress.engine.grids import Grids
 from moekit.compress.engine.shard_writer import OutputShards, Spec, lay_out
 from moekit.errors import BadCheckpoint, NumericFault
 from moekit.exporting.form import Form
-from moekit.exporting.matrices import expert_matrices, stock_name
+from moekit.exporting.matrices import ExpertMatrix, expert_matrices, stock_name
 from moekit.exporting.rounded import Planned, planned, recovered, refuse_unpackable, symmetric_grids
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -37,6 +37,7 @@ class PackedFolder:
         form: what its experts become.
         grids: that they lie on.
         plan: every matrix of them.
+        spared: matrices of layers that were not rounded, which stay as they are.
         copied: name in the output -> tensor of the source.
         nbytes: of all tensors.
     """
@@ -46,6 +47,7 @@ class PackedFolder:
     grids: Grids
     plan: list[Planned]
     copied: dict[str, TensorInfo]
+    spared: list[ExpertMatrix] = field(default_factory=list)
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +56,8 @@ class PackedFolder:
     def specs(self) -> list[Spec]:
         """All tensors of the output."""
         packed = [spec for entry in self.plan for spec in self.form.specs(entry, self.grids)]
-        return [*(Spec(name, info.dtype, info.shape) for name, info in self.copied.items()), *packed]
+        whole = [Spec(f"{matrix.name}.weight", matrix.source.dtype, matrix.shape) for matrix in self.spared]
+        return [*(Spec(name, info.dtype, info.shape) for name, info in self.copied.items()), *packed, *whole]
 
     @property
     def readable(self) -> bool:
@@ -63,8 +66,9 @@ class PackedFolder:
 
     @property
     def expert_bytes(self) -> int:
-        """Of packed experts."""
-        return sum(spec.nbytes for entry in self.plan for spec in self.form.specs(entry, self.grids))
+        """Of all experts."""
+        whole = sum(Spec(matrix.name, matrix.source.dtype, matrix.shape).nbytes for matrix in self.spared)
+        return whole + sum(spec.nbytes for entry in self.plan for spec in self.form.specs(entry, self.grids))
 
 
 def prepare(checkpoint: Checkpoint, form: Form) -> PackedFolder:
@@ -77,15 +81,24 @@ def prepare(checkpoint: Checkpoint, form: Form) -> PackedFolder:
     refuse_unpackable(checkpoint)
     grids = symmetric_grids(checkpoint, form.name)
     found = expert_matrices(checkpoint)
-    plan = planned((matrix for some in found.values() for matrix in some), grids, form.name)
-    form.check(plan, grids)
+    matrices = [matrix for some in found.values() for matrix in some]
+    spared = _spared(matrices, grids) if form.spares else []
+    left = {matrix.layer for matrix in spared}
+    plan = planned((matrix for matrix in matrices if matrix.layer not in left), grids, form.name)
+    form.check(plan, spared, grids)
     layout = checkpoint.layout
     copied = {
         stock_name(layout, name) if form.renames else name: info
         for name, info in checkpoint.tensors.items()
         if name not in found
     }
-    return PackedFolder(checkpoint, form, grids, plan, copied)
+    return PackedFolder(checkpoint, form, grids, plan, copied, spared)
+
+
+def _spared(matrices: Sequence[ExpertMatrix], grids: Grids) -> list[ExpertMatrix]:
+    """Matrices of layers of which none was rounded, where others were."""
+    rounded = {m.layer for m in matrices if grids.of(m.layer, m.part, m.expert) is not None}
+    return [matrix for matrix in matrices if rounded and matrix.layer not in rounded]
 
 
 def write(work: PackedFolder, folder: Path, progress: Progress | None = None) -> dict[str, TensorExpectation]:
@@ -102,7 +115,7 @@ def write(work: PackedFolder, folder: Path, progress: Progress | None = None) ->
     """
     copy_small_files(work.checkpoint.path, folder)
     config = dict(work.checkpoint.config)
-    config["quantization_config"] = work.form.config(work.plan, work.grids, work.checkpoint)
+    config["quantization_config"] = work.form.config(work.plan, work.spared, work.grids, work.checkpoint)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     shards, index = lay_out(work.specs(), DEFAULT_SHARD_BYTES)
     if progress is not None:
@@ -115,6 +128,8 @@ def write(work: PackedFolder, folder: Path, progress: Progress | None = None) ->
             for entry in work.plan:
                 for name, tensor in _packed(work, entry, reader).items():
                     output.put(name, _bytes(tensor))
+            for matrix in work.spared:
+                output.put(f"{matrix.name}.weight", _bytes(matrix.read(reader)))
             digests = output.digests()
     finally:
         if progress is not None:

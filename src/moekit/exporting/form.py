@@ -11,6 +11,7 @@ from torch import Tensor
 from moekit.checkpoint.folder import Checkpoint
 from moekit.compress.engine.grids import Grids
 from moekit.compress.engine.shard_writer import Spec
+from moekit.exporting.matrices import ExpertMatrix
 from moekit.exporting.recovery import Recovered
 from moekit.exporting.rounded import Planned
 
@@ -21,14 +22,21 @@ class Form(ABC):
     Attributes:
         name: what messages and commands call it.
         renames: whether other tensors take the names that transformers writes them under.
+        spares: whether whole layers may stay in floats.
     """
 
     name: ClassVar[str]
     renames: ClassVar[bool]
+    spares: ClassVar[bool] = False
 
     @abstractmethod
-    def check(self, plan: Sequence[Planned], grids: Grids) -> None:
+    def check(self, plan: Sequence[Planned], spared: Sequence[ExpertMatrix], grids: Grids) -> None:
         """Refuse what the form cannot hold.
+
+        Args:
+            plan: matrices that are packed.
+            spared: those that stay in floats, of whole layers.
+            grids: of the plan.
 
         Raises:
             BadConfig: says what is in the way, and which form holds it.
@@ -51,5 +59,14 @@ class Form(ABC):
         return True
 
     @abstractmethod
-    def config(self, plan: Sequence[Planned], grids: Grids, checkpoint: Checkpoint) -> dict[str, Any]:
-        """`quantization_config`."""
+    def config(
+        self, plan: Sequence[Planned], spared: Sequence[ExpertMatrix], grids: Grids, checkpoint: Checkpoint
+    ) -> dict[str, Any]:
+        """`quantization_config`.
+
+        Args:
+            plan: matrices that are packed.
+            spared: those that stay in floats, of whole layers.
+            grids: of the plan.
+            checkpoint: the source.
+        """

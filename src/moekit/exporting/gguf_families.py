@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from moekit.errors import UnsupportedModel
+from moekit.exporting.gguf_grouped import (
+    YARN,
+    add_scores,
+    add_yarn,
+    check_latent,
+    grouped_sizes,
+    is_latent,
+    latent_sizes,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,7 @@ class Family:
         width: key of the config that holds an expert's width.
         grouped: whether key heads may be fewer than query heads.
         sizes: further numbers: method of the writer -> how the config says it.
+        scores: how a router with groups and scales weighs, sigmoid or softmax; empty for other routers.
     """
 
     architecture: str
@@ -32,6 +42,7 @@ class Family:
     width: str = "moe_intermediate_size"
     grouped: bool = True
     sizes: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
+    scores: Literal["", "sigmoid", "softmax"] = ""
 
 
 FAMILIES: dict[str, Family] = {
@@ -46,6 +57,22 @@ FAMILIES: dict[str, Family] = {
         {"norm_topk_prob": True, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
     "olmoe": Family("OLMOE", {"norm_topk_prob": False, "clip_qkv": None}, width="intermediate_size", grouped=False),
+    # The best group by its best expert, which DeepSeek-V2 itself has, llama.cpp does not compute.
+    "deepseek_v2": Family("DEEPSEEK2", {"topk_method": "greedy"}, scores="softmax"),
+    "deepseek_v3": Family("DEEPSEEK2", {"rope_interleave": True}, scores="sigmoid"),
+    "glm4_moe": Family("GLM4_MOE", {}, scores="sigmoid"),
+    "ernie4_5_moe": Family(
+        "ERNIE4_5_MOE",
+        {"moe_layer_interval": 1, "use_bias": False},
+        sizes={
+            "add_interleave_moe_layer_step": lambda config: 1,
+            "add_leading_dense_block_count": lambda config: int(config.moe_layer_start_index),
+            "add_expert_shared_count": lambda config: int(config.moe_num_shared_experts),
+            "add_expert_shared_feed_forward_length": lambda config: (
+                int(config.moe_num_shared_experts) * int(config.moe_intermediate_size)
+            ),
+        },
+    ),
 }
 _LINEAR = "linear"
 
@@ -78,8 +105,17 @@ def family_of(config: Any, file: Any = None) -> Family:
             file=file,
             hint="--to compressed-tensors or --to auto-round keep the config as it is",
         )
+    last = getattr(config, "moe_layer_end_index", None)
+    if last not in (None, -1, config.num_hidden_layers - 1):
+        raise UnsupportedModel(
+            f"layers after {last} are dense, and llama.cpp computes {config.model_type} with sparse ones to the end",
+            file=file,
+            hint="--to compressed-tensors or --to auto-round keep the config as it is",
+        )
     kind = rope_of(config)[0]
-    if kind not in ("default", _LINEAR):
+    if is_latent(config):
+        check_latent(config, file)
+    if kind not in ("default", _LINEAR, *((YARN,) if is_latent(config) else ())):
         raise UnsupportedModel(f"positions are scaled by {kind!r}, which is not written as GGUF", file=file)
     return found
 
@@ -102,6 +138,7 @@ def add_sizes(writer: Any, config: Any, family: Family) -> None:
     heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     kind, base, factor = rope_of(config)
+    partial = float((getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0))
     width = int(getattr(config, family.width))
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     numbers = {
@@ -114,14 +151,18 @@ def add_sizes(writer: Any, config: Any, family: Family) -> None:
         "add_head_count_kv": config.num_key_value_heads,
         "add_key_length": head_dim,
         "add_value_length": head_dim,
-        "add_rope_dimension_count": head_dim,
+        "add_rope_dimension_count": int(head_dim * partial),
         "add_expert_count": experts,
         "add_expert_used_count": config.num_experts_per_tok,
         "add_expert_feed_forward_length": width,
         **{name: size(config) for name, size in family.sizes.items()},
+        **(grouped_sizes(config) if family.scores else {}),
+        **(latent_sizes(config) if is_latent(config) else {}),
     }
     for name, number in numbers.items():
         getattr(writer, name)(int(number))
+    if family.scores:
+        add_scores(writer, config, sigmoid=family.scores == "sigmoid")
     writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
     writer.add_rope_freq_base(base)
     if kind == _LINEAR:
@@ -129,3 +170,5 @@ def add_sizes(writer: Any, config: Any, family: Family) -> None:
 
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(factor)
+    if kind == YARN:
+        add_yarn(writer, config)

@@ -18,6 +18,7 @@ from moekit.compress.engine.grids import Grids
 from moekit.compress.engine.shard_writer import Spec
 from moekit.errors import BadConfig
 from moekit.exporting.form import Form
+from moekit.exporting.matrices import ExpertMatrix
 from moekit.exporting.recovery import Recovered
 from moekit.exporting.rounded import Planned
 
@@ -28,7 +29,7 @@ class PackedForm(Form):
     name: ClassVar[str] = "packed"
     renames: ClassVar[bool] = True
 
-    def check(self, plan: Sequence[Planned], grids: Grids) -> None:
+    def check(self, plan: Sequence[Planned], spared: Sequence[ExpertMatrix], grids: Grids) -> None:
         """Rows must be so long that words tell the width of their numbers."""
         for entry in plan:
             if entry.matrix.shape[1] < LEAST_COLUMNS:
@@ -62,7 +63,9 @@ class PackedForm(Form):
         numbers_RC = numbers_of(tensors[f"{stem}.weight_packed"], planned.bits, planned.matrix.shape[1])
         return Recovered(numbers_RC.to(torch.int16), tensors[f"{stem}.weight_scale"].float())
 
-    def config(self, plan: Sequence[Planned], grids: Grids, checkpoint: Checkpoint) -> dict[str, Any]:
+    def config(
+        self, plan: Sequence[Planned], spared: Sequence[ExpertMatrix], grids: Grids, checkpoint: Checkpoint
+    ) -> dict[str, Any]:
         """Columns of every projection; bits follow from the words."""
         columns = {entry.matrix.name.rpartition(".")[2]: entry.matrix.shape[1] for entry in plan}
         return announced(grids.group, columns)

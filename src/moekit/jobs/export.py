@@ -18,6 +18,7 @@ from moekit.exporting.compressed_tensors import CompressedTensors
 from moekit.exporting.folder import PackedFolder, prepare, write
 from moekit.exporting.form import Form
 from moekit.exporting.gguf_file import GgufFile
+from moekit.exporting.gguf_kquants import KQUANTS, TensorType, counted, quantize, sizes
 from moekit.exporting.packed import PackedForm
 from moekit.exporting.rounded import grids_of
 from moekit.jobs.call import JobResult, call
@@ -59,7 +60,8 @@ def export(
     model: str | Path,
     *,
     to: Literal["gguf", "compressed-tensors", "auto-round", "packed"],
-    tensor_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto",
+    tensor_type: TensorType = "auto",
+    round_again: bool = False,
     layers_may_differ: bool = False,
     out: str | Path,
     overwrite: bool = False,
@@ -73,9 +75,12 @@ def export(
         to: form: gguf (llama.cpp; rounded or not), compressed-tensors (vLLM; one width for all experts of a layer),
             auto-round (transformers with auto-round; a width for each expert), packed (moekit.load, which computes with
             the integers; a width for each expert).
-        tensor_type: gguf: of matrices that are not rounded; auto: as they are stored.
-        layers_may_differ: compressed-tensors: write layers of different widths, which vLLM reads and transformers
-            misreads.
+        tensor_type: gguf: of matrices that are not rounded; auto: as they are stored; q2_k to q6_k: by llama.cpp, which
+            moekit[engines] brings.
+        round_again: gguf with q2_k to q6_k: experts that were rounded become k-quants of their bits, too, instead of
+            blocks that hold them exactly.
+        layers_may_differ: compressed-tensors: write layers of different widths, or some that were not rounded, which
+            vLLM reads and transformers does not.
         out: folder of the packed model.
         overwrite: replace what is there, at the very end.
         seed: not used; every job takes it.
@@ -98,9 +103,11 @@ def export(
 
 def check(options: ExportOptions) -> None:
     """Refuse an option of another form."""
-    for name, to in (("layers_may_differ", "compressed-tensors"), ("tensor_type", "gguf")):
+    for name, to in (("layers_may_differ", "compressed-tensors"), ("tensor_type", "gguf"), ("round_again", "gguf")):
         if options.given(name) and options.to != to:
             raise BadConfig(f"{name} changes nothing for {options.to}", hint=f"it is an option of --to {to}")
+    if options.round_again and options.tensor_type not in KQUANTS:
+        raise BadConfig("round_again is for k-quants", hint="say --to gguf --type q4_k_m, or leave it out")
 
 
 def estimate(options: ExportOptions, out: Path, sizes: ByteSizes) -> JobEstimate:
@@ -108,9 +115,10 @@ def estimate(options: ExportOptions, out: Path, sizes: ByteSizes) -> JobEstimate
     model = model_item(options.model, sizes)
     if not lies_here(options.model):
         return JobEstimate((model,), (Item(str(out), model.nbytes),), disk=model.nbytes)
-    nbytes = _prepared(options).nbytes + _BESIDE_BYTES
+    work = _prepared(options)
+    nbytes = work.nbytes + _BESIDE_BYTES
     notes = ("tensor by tensor: memory does not grow with the model",)
-    return JobEstimate((model,), (Item(str(out), nbytes),), disk=nbytes, notes=notes)
+    return JobEstimate((model,), (Item(str(out), nbytes),), disk=_disk(work) + _BESIDE_BYTES, notes=notes)
 
 
 def run(options: ExportOptions, context: JobContext) -> dict[str, Any]:
@@ -118,7 +126,7 @@ def run(options: ExportOptions, context: JobContext) -> dict[str, Any]:
     check(options)
     work = _prepared(options)
     verify(work.checkpoint)
-    check_disk(context.out, context.scratch, work.nbytes + _BESIDE_BYTES, 0)
+    check_disk(context.out, context.scratch, _disk(work) + _BESIDE_BYTES, 0)
     grids = grids_of(work.checkpoint)
     return {
         "to": options.to,
@@ -133,7 +141,7 @@ def run(options: ExportOptions, context: JobContext) -> dict[str, Any]:
 def _prepared(options: ExportOptions) -> GgufFile | PackedFolder:
     checkpoint = Checkpoint.open(model_location(options.model))
     if options.to == "gguf":
-        return gguf_file.prepare(checkpoint, options.tensor_type)
+        return gguf_file.prepare(checkpoint, options.tensor_type, round_again=options.round_again)
     forms: dict[str, Form] = {
         "auto-round": AutoRound(),
         "compressed-tensors": CompressedTensors(options.layers_may_differ),
@@ -149,8 +157,22 @@ def _matrices(work: GgufFile | PackedFolder) -> Mapping[str, int]:
 
 
 def _write_gguf(work: GgufFile, context: JobContext) -> dict[str, Any]:
-    with atomic_folder(context.out, overwrite=context.overwrite, need_bytes=work.nbytes) as folder:
-        return {"tokenizer": gguf_file.write(work, folder / gguf_file.FILE, context.progress)}
+    with atomic_folder(context.out, overwrite=context.overwrite, need_bytes=_disk(work)) as folder:
+        target = folder / gguf_file.FILE
+        if work.k_quant is None:
+            return {"tokenizer": gguf_file.write(work, target, context.progress)}
+        floats = folder / f"floats-{gguf_file.FILE}"
+        told = gguf_file.write(work, floats, context.progress)
+        kinds = quantize(floats, target, work.k_quant, work.overrides)
+        floats.unlink()
+        after, experts = sizes(target)
+        nbytes = {"before": work.checkpoint.nbytes, "after": after, "experts": experts}
+        return {"tokenizer": told, "matrices": counted(kinds), "bytes": nbytes}
+
+
+def _disk(work: GgufFile | PackedFolder) -> int:
+    """Bytes that lie on disk at once: k-quants, never larger than the floats, are made of a file of floats."""
+    return work.nbytes * (2 if isinstance(work, GgufFile) and work.k_quant else 1)
 
 
 def _write_folder(work: PackedFolder, context: JobContext) -> dict[str, Any]:

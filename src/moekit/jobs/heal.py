@@ -26,6 +26,7 @@ from moekit.jobs.healing.sources import FINGERPRINT, TEACHER, Sources, local, op
 from moekit.jobs.healing.teaching import Taught, ask_teacher, check_cache
 from moekit.jobs.healing.training import Healing, as_stored, check_parts, learn, open_student, train_control
 from moekit.jobs.options.heal import HealOptions
+from moekit.jobs.shared.adapters import check_adapter, place_adapter, settle_adapter
 from moekit.jobs.shared.hashes import local_parts
 from moekit.jobs.shared.inputs import changed_bytes, lies_here, model_item, open_model, text_item
 from moekit.progress import ProgressLike
@@ -83,6 +84,7 @@ def heal(
     data: TextLike,
     what: Literal["router", "experts", "lora", "norms", "all"] = "router",
     settings: Mapping[str, Any] | None = None,
+    keep_adapter: str | Path | None = None,
     teacher_cache: str | Path | None = None,
     heldout: TextLike | None = None,
     proof: bool = True,
@@ -105,6 +107,7 @@ def heal(
         data: text near the use: file, folder, source, mix or hub id.
         what: weights that learn; all others stay bit for bit as they are.
         settings: steps, lr, loss, lm, ...: `moekit.training.healing.HealConfig`.
+        keep_adapter: also write the adapter, as peft and servers read it, to this folder; only with what "lora".
         teacher_cache: folder for the teacher's likeliest tokens: asked once, then gone from memory; kept for other
             runs.
         heldout: text to prove the result on; by default a tenth of data, which is kept apart for it.
@@ -138,6 +141,7 @@ def check(options: HealOptions) -> None:
     settings = config_of(options)
     if settings.lora is not None and options.what != "lora":
         raise BadConfig(f"lora is given, but {options.what} learns", hint="say --what lora, or leave it out")
+    check_adapter(options.keep_adapter, learns=options.what == "lora", hint="say --what lora, or leave it out")
     if settings.weight_decay and options.what == "router":
         raise BadConfig("routers alone are never decayed: they would choose at random", hint="leave --weight-decay out")
     if options.teacher_cache is not None:
@@ -169,6 +173,7 @@ def settle(options: HealOptions, out: Path | None, overwrite: bool) -> tuple[Hea
     """Name the teacher, if records do."""
     if out is None:
         raise BadConfig("nothing says where to write", hint="-o OUT, in Python out=")
+    settle_adapter(options.keep_adapter, out)
     if options.teacher is None and lies_here(options.model):
         options = options.model_copy(update={"teacher": open_sources(options.model, None).reference})
     if (cache := _cache(options)) is not None:
@@ -210,6 +215,7 @@ def run(options: HealOptions, context: JobContext) -> dict[str, Any]:
     proof = _prove(work, taught, before, after)
     told = _figures(options, sources, taught, result, proof)
     kept = {name: value for name, value in told.items() if name not in ("losses", "proof")}
+    place_adapter(options.keep_adapter, context, options.model)
     work.write(model, {**kept, "losses": [result.losses[0], result.losses[-1]]})
     return {**told, "changed": changed_tensors(sources.student, Checkpoint.open(context.out))}
 

@@ -21,6 +21,7 @@ from moekit.jobs.call import JobResult, TextLike, call
 from moekit.jobs.context import JobContext
 from moekit.jobs.estimates import ByteSizes, Item, JobEstimate, total
 from moekit.jobs.options.train import TrainOptions
+from moekit.jobs.shared.adapters import adapter_scratch, check_adapter, place_adapter, settle_adapter
 from moekit.jobs.shared.inputs import (
     changed_bytes,
     lies_here,
@@ -99,6 +100,7 @@ def train(
     device: str = "auto",
     data_parallel: Literal["ddp", "fsdp"] = "ddp",
     settings: Mapping[str, Any] | None = None,
+    keep_adapter: str | Path | None = None,
     ep: int = 1,
     nodes: int = 1,
     dispatch: str = "once-per-rank",
@@ -127,6 +129,7 @@ def train(
         device: cpu, cuda, ..., or auto: a GPU if there is one.
         data_parallel: under --ep: what is no expert lies whole on every rank, or is dealt out (FSDP2)
         settings: steps, lr, objectives, ...: TrainConfig.
+        keep_adapter: also write the adapter, as peft and servers read it, to this folder; only with lora.
         ep: ranks that share each layer's experts; start them with torchrun.
         nodes: nodes that these ranks stand in, for hierarchical dispatch.
         dispatch: how tokens travel; see moekit methods dispatch.
@@ -153,13 +156,24 @@ def train(
 
 def check(options: TrainOptions) -> None:
     """Refuse impossible settings."""
-    config_of(options, 0)
+    config = config_of(options, 0)
+    check_adapter(options.keep_adapter, learns=config.lora is not None, hint="say --lora '{}', or leave it out")
+    if options.keep_adapter is not None and options.experts:
+        raise BadConfig("an adapter of other experts does not go onto the model as it is", hint="leave one of both out")
     check_experts(options)
     check_ranks(options, divided=True)
     if options.teacher_top_k is not None and options.teacher is None:
         raise BadConfig("teacher_top_k is given, but no teacher", hint="say --teacher FOLDER")
     if MAIN in (options.texts or {}):
         raise BadConfig(f"the text {MAIN!r} is the one that `data` names", hint="give further texts other names")
+
+
+def settle(options: TrainOptions, out: Path | None, overwrite: bool) -> tuple[TrainOptions, Path, bool]:
+    """Keep the adapter's folder apart from the model's."""
+    if out is None:
+        raise BadConfig("nothing says where to write", hint="-o OUT, in Python out=")
+    settle_adapter(options.keep_adapter, out)
+    return options, out, overwrite
 
 
 def config_of(options: TrainOptions, seed: int) -> TrainConfig:
@@ -236,6 +250,7 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
         progress=context.progress,
         distribution=distribution,
         teacher=_teacher(options, config, context, tokenizer, {MAIN: documents, **named}),
+        adapter=adapter_scratch(options.keep_adapter, context),
     )
     if distribution is not None:
         model = _whole(options, model, context)
@@ -244,6 +259,7 @@ def _train(options: TrainOptions, context: JobContext, started: StartedRanks | N
     scores = result.model_dump(mode="json", exclude={"history"})
     settings = {**config.model_dump(mode="json", exclude_defaults=True), "data": options.data}
     settings |= {name: getattr(options, name) for name in ("experts", "basis_plan") if getattr(options, name)}
+    place_adapter(options.keep_adapter, context, options.model)
     save_changed(
         model,
         tokenizer,

@@ -2,6 +2,7 @@
 
 The experts of a layer are two stacked parameters rather than linear modules, so they are adapted as parameters: each
 expert gets factors of its own. Fine-tune with them, then `merge_lora`, and what is saved is a stock checkpoint.
+`save_adapter` keeps them apart before that, in peft's own layout.
 
 Legend: E experts, R rank.
 """
@@ -11,13 +12,15 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import PreTrainedModel
 
-from moekit.errors import BadConfig
+from moekit.checkpoint.header import read_header
+from moekit.errors import BadCheckpoint, BadConfig
 from moekit.training.freeze import parts_of, refuse_untold
 from moekit.training.part_specs import PartSpec, chosen_rows
 
@@ -131,6 +134,28 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         # peft asks by a name that transformers will drop; nothing that a user could do about it.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         return get_peft_model(model, config)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter alone, as peft reads it: `adapter_model.safetensors` and `adapter_config.json`.
+
+    Args:
+        model: what `add_lora` made, not merged.
+        folder: made if it is not there.
+
+    Raises:
+        BadCheckpoint: the installed peft left something of the adapter out.
+    """
+    # "auto" asks the hub whether a vocabulary grew; embeddings are never adapted here.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    learnt = sorted(tuple(p.shape) for name, p in model.named_parameters() if "lora_" in name)
+    kept = sorted(info.shape for info in read_header(folder / "adapter_model.safetensors").tensors.values())
+    if kept != learnt:
+        raise BadCheckpoint(
+            f"{len(learnt)} factors were learnt, and peft wrote {len(kept)} tensors",
+            file=folder,
+            hint="pip install -U peft: adapters of stacked experts need 0.18 or later",
+        )
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:

@@ -48,6 +48,7 @@ def train(
     progress: Progress | None = None,
     distribution: Distribution | None = None,
     teacher: Teacher | None = None,
+    adapter: str | Path | None = None,
 ) -> TrainResult:
     """Train a model in place.
 
@@ -68,6 +69,7 @@ def train(
         progress: told of each step.
         distribution: how the model lies on ranks, if they share it (`moekit.parallel.data_parallel`); the same on each.
         teacher: what the objective `kd` holds the output against (`LiveTeacher`, `StoredTeacher`).
+        adapter: folder in which the adapter is kept for peft before it is merged; `config.lora` only.
 
     Returns:
         Losses, tokens, seconds and routing figures.
@@ -90,6 +92,7 @@ def train(
         progress=progress,
         distribution=distribution,
         teacher=teacher,
+        adapter=None if adapter is None else Path(adapter),
     )
     return _packed(model, result)
 
@@ -106,8 +109,11 @@ def _train(
     progress: Progress | None,
     distribution: Distribution | None,
     teacher: Teacher | None,
+    adapter: Path | None,
 ) -> TrainResult:
     """`train`, its arguments in one form."""
+    if adapter is not None and config.lora is None:
+        raise BadConfig("an adapter is to be kept, but none trains", hint="give lora, as in lora=LoraSettings()")
     _check_loss(model)
     terms = config.terms()
     with remembered_layers(model, None if distribution is None else distribution.layers):
@@ -139,7 +145,7 @@ def _train(
             stack.enter_context(remembered_layers(model, distribution.layers))
         stack.enter_context(_as_it_was(model))
         mark_stored(model, None)  # small steps would be lost in the rounding of what it was stored in
-        run = Session(model, config, terms, texts, distribution, teacher)
+        run = Session(model, config, terms, texts, distribution, teacher, adapter)
         stack.enter_context(run.prepared())
         if output is None:  # Trainer wants a folder all the same
             return run.execute(Path(stack.enter_context(TemporaryDirectory())), held, keep=False, progress=progress)

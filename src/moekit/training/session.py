@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from moekit._files import read_text
 from moekit._progress import Progress
+from moekit._ranks import is_first_rank
 from moekit.checkpoint.atomic import atomic_write
 from moekit.data.batches import TokenBatches
 from moekit.errors import BadConfig
@@ -33,7 +34,7 @@ from moekit.training.freeze import FreezeReport, train_only
 from moekit.training.identity import RESULT_FILE
 from moekit.training.knobs import Knobs, ScheduleCallback
 from moekit.training.learning import check_routers_learn
-from moekit.training.lora import add_lora, merge_lora
+from moekit.training.lora import add_lora, merge_lora, save_adapter
 from moekit.training.order import OrderedRows
 from moekit.training.own_loss import computes_loss, readable_head
 from moekit.training.residual_rows import residual_rows
@@ -81,6 +82,7 @@ class Session:
         texts: by name, with the order of their rows.
         distribution: how the model lies on ranks, if they share it.
         teacher: what the objective `kd` holds the output against.
+        adapter: folder for the adapter as it is before it is merged.
     """
 
     def __init__(
@@ -91,9 +93,10 @@ class Session:
         texts: Texts,
         distribution: Distribution | None,
         teacher: Teacher | None,
+        adapter: Path | None = None,
     ) -> None:
         self.base, self.config, self.terms, self.texts, self.steps = model, config, terms, texts, texts.steps
-        self.distribution, self.teacher = distribution, teacher
+        self.distribution, self.teacher, self.adapter = distribution, teacher, adapter
         self.rows_kept: ExpertRows | None = None
         # Off by now, unless only the family can compute it (`moekit.training.run`).
         self._own_loss = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
@@ -123,6 +126,8 @@ class Session:
         except BaseException:
             wrapped.unload()
             raise
+        if self.adapter is not None and is_first_rank():
+            save_adapter(wrapped, self.adapter)
         merge_lora(wrapped)
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,34 @@ def test_compressed_tensors_in_stock_transformers(tmp_path: Path) -> None:
         for name, value in wanted.state_dict().items():
             assert torch.equal(made.state_dict()[name], value), name
         assert float((logits(made) - logits(wanted)).norm()) <= 1e-3 * float(logits(wanted).norm())
+
+
+@pytest.mark.parametrize(("family", "fused"), [("qwen3_moe", False), ("qwen3_moe", True), ("mixtral", False)])
+def test_layers_that_were_not_rounded_stay_as_they_are(family: str, fused: bool, tmp_path: Path) -> None:
+    source = rounded(tmp_path / "rounded", family, lambda layer, part, expert: 4 if layer else None, fused=fused)
+    with pytest.raises(BadConfig, match="layer 0: this layer was not rounded, and transformers reads no experts in"):
+        export(source, "compressed-tensors", tmp_path / "out")
+    made = export(source, "compressed-tensors", tmp_path / "out", layers_may_differ=True)
+    before = tensors_of(rounded(tmp_path / "split", family, lambda layer, part, expert: 4 if layer else None))
+    after = tensors_of(tmp_path / "out")
+    experts = {name for name in before if ".experts." in name}
+    whole = {name for name in experts if ".layers.0." in name}
+    assert made.matrices == {"4 bits": len(experts) // 2}
+    assert all(torch.equal(after[name], before[name]) for name in whole), "split as on the hub, to the bit"
+    assert not (experts - whole) & set(after)
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    ignored, target = told["ignore"], told["config_groups"]["group_0"]["targets"]
+    assert len(ignored) == len(target) == 1
+    for name in experts:
+        stem = name.removesuffix(".weight")
+        assert bool(re.fullmatch(ignored[0].removeprefix("re:"), stem)) == (name in whole)
+        assert bool(re.fullmatch(target[0].removeprefix("re:"), stem)) != (name in whole)
+    assert made.check is not None
+    assert made.check["ok"]
+    with WeightReader(Checkpoint.open(tmp_path / "out"), torch.float32) as reader:
+        assert all(torch.equal(reader.weight(name), before[name]) for name in experts)
+    with pytest.raises(BadConfig, match=r"layer 0, expert 0: the .* projection was not rounded, and auto-round packs"):
+        export(source, "auto-round", tmp_path / "no")
 
 
 def test_auto_round_holds_a_width_for_each_expert(tmp_path: Path) -> None:

@@ -181,8 +181,19 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:
     edit_json(source / "config.json", lambda config: config.update(norm_topk_prob=False))
     with pytest.raises(UnsupportedModel, match=r"norm_topk_prob is False, and llama\.cpp computes qwen3_moe with True"):
         export(source, tmp_path / "out")
-    with pytest.raises(UnsupportedModel, match="deepseek_v3 is not written as GGUF: known are mixtral"):
-        export(plain(tmp_path / "other", "deepseek_v3"), tmp_path / "out")
+    with pytest.raises(UnsupportedModel, match="phimoe is not written as GGUF: known are mixtral"):
+        export(plain(tmp_path / "other", "phimoe"), tmp_path / "out")
+    with pytest.raises(UnsupportedModel, match="layers after 1 are dense"):
+        export(plain(tmp_path / "ernie", "ernie4_5_moe", moe_layer_end_index=1), tmp_path / "out")
+    # The best group by its best expert: llama.cpp takes the two best of each group together.
+    with pytest.raises(UnsupportedModel, match="topk_method is 'group_limited_greedy', and llama"):
+        export(plain(tmp_path / "v2", "deepseek_v2"), tmp_path / "out")
+    with pytest.raises(UnsupportedModel, match="those of this model are not compressed, and it has 3 layers"):
+        export(plain(tmp_path / "lite", "deepseek_v3", q_lora_rank=None), tmp_path / "out")
+    uneven = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    uneven |= {"mscale": 1.0, "mscale_all_dim": 0.5}
+    with pytest.raises(UnsupportedModel, match="mscale equal to mscale_all_dim"):
+        export(plain(tmp_path / "yarn", "deepseek_v3", rope_parameters=uneven), tmp_path / "out")
     with pytest.raises(UnsupportedModel, match=r"2 key heads serve 4 query heads, and llama\.cpp reads olmoe"):
         export(plain(tmp_path / "olmoe", "olmoe"), tmp_path / "out")
     source = rounded(tmp_path / "short", "qwen3_moe", 4, group=16)
@@ -265,3 +276,72 @@ def test_tokenizers_that_llama_cpp_does_not_run_are_told(tmp_path: Path) -> None
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(source)
     assert "split in a way that llama.cpp does not know" in export(source, tmp_path / "split").tokenizer
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
+def test_routers_with_groups_shared_experts_and_latent_attention(family: str, tmp_path: Path) -> None:
+    changes = {"topk_method": "greedy"} if family == "deepseek_v2" else {}
+    source = plain(tmp_path / "source", family, **changes)
+    stock = disk(source)
+    export(source, tmp_path / "out")
+    reader, numbers, _ = read(tmp_path / "out")
+    assert sum(n.size for n in numbers.values()) == sum(t.numel() for t in stock.values()), "every number once"
+    name = {"glm4_moe": "glm4moe"}.get(family, "deepseek2")
+    assert value(reader, "general.architecture") == name
+    sigmoid = family != "deepseek_v2"
+    told = {"leading_dense_block_count": 1, "expert_shared_count": 1, "expert_gating_func": 2 if sigmoid else 1,
+            "expert_weights_norm": sigmoid, "expert_count": EXPERTS}  # fmt: skip
+    for key, wanted in told.items():
+        assert value(reader, f"{name}.{key}") == wanted, key
+    assert value(reader, f"{name}.expert_weights_scale") == (1.5 if family == "glm4_moe" else 2.5)
+    groups = reader.get_field(f"{name}.expert_group_count")
+    assert (None if groups is None else groups.contents()) == {"deepseek_v3": 4, "glm4_moe": 2}.get(family)
+    block = "model.layers.1.mlp"
+    shared = stock[f"{block}.shared_experts.down_proj.weight"]
+    assert np.array_equal(numbers["blk.1.ffn_down_shexp.weight"], shared.numpy())
+    assert np.array_equal(numbers["blk.0.ffn_up.weight"], stock["model.layers.0.mlp.up_proj.weight"].numpy())
+    if sigmoid:
+        bias = stock[f"{block}.gate.e_score_correction_bias"]
+        assert np.array_equal(numbers["blk.1.exp_probs_b.bias"], bias.numpy())
+    if family == "glm4_moe":
+        assert value(reader, f"{name}.rope.dimension_count") == 4, "half of a head of 8"
+        return
+    # Four heads of 8 rows of keys and 8 of values each, of a latent that is 8 wide; two of a token's numbers turn.
+    spread = stock["model.layers.2.self_attn.kv_b_proj.weight"].reshape(4, 16, 8)
+    assert np.array_equal(numbers["blk.2.attn_k_b.weight"], spread[:, :8].transpose(1, 2).numpy())
+    assert np.array_equal(numbers["blk.2.attn_v_b.weight"], spread[:, 8:].numpy())
+    sizes = {"attention.key_length": 8 + 4, "attention.value_length": 8, "attention.key_length_mla": 8 + 4,
+             "attention.value_length_mla": 8, "attention.kv_lora_rank": 8, "attention.q_lora_rank": 16,
+             "attention.head_count": 4, "attention.head_count_kv": 1, "rope.dimension_count": 4}  # fmt: skip
+    for key, wanted in sizes.items():
+        assert value(reader, f"{name}.{key}") == wanted, key
+
+
+def test_ernie(tmp_path: Path) -> None:
+    source = plain(tmp_path / "source", "ernie4_5_moe")
+    stock = disk(source)
+    export(source, tmp_path / "out")
+    reader, numbers, _ = read(tmp_path / "out")
+    assert value(reader, "general.architecture") == "ernie4_5-moe"
+    assert sum(n.size for n in numbers.values()) == sum(t.numel() for t in stock.values()), "every number once"
+    told = {"expert_count": EXPERTS, "expert_used_count": TOP_K, "leading_dense_block_count": 1,
+            "expert_shared_count": 2, "expert_shared_feed_forward_length": 2 * WIDTH,
+            "interleave_moe_layer_step": 1, "expert_feed_forward_length": WIDTH}  # fmt: skip
+    for key, wanted in told.items():
+        assert value(reader, f"ernie4_5-moe.{key}") == wanted, key
+    bias = stock["model.layers.2.mlp.moe_statics.e_score_correction_bias"]
+    assert np.array_equal(numbers["blk.2.exp_probs_b.bias"].reshape(-1), bias.numpy().reshape(-1))
+    shared = stock["model.layers.2.mlp.shared_experts.gate_proj.weight"]
+    assert np.array_equal(numbers["blk.2.ffn_gate_shexp.weight"], shared.numpy())
+
+
+def test_yarn_of_deepseek(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    source = plain(tmp_path / "source", "deepseek_v3", rope_parameters=yarn | {"mscale": 0.5, "mscale_all_dim": 0.5})
+    export(source, tmp_path / "out", tensor_type="q8_0")
+    reader, _, kinds = read(tmp_path / "out")
+    assert value(reader, "deepseek2.rope.scaling.type") == "yarn"
+    assert value(reader, "deepseek2.rope.scaling.factor") == 4
+    assert value(reader, "deepseek2.rope.scaling.original_context_length") == 32
+    assert value(reader, "deepseek2.rope.scaling.yarn_log_multiplier") == pytest.approx(0.05)
+    assert kinds["blk.0.attn_k_b.weight"] == "F16", "rows of 8 do not come in blocks"

@@ -20,6 +20,7 @@ from moekit.jobs.context import JobContext
 from moekit.jobs.healing.lesson import Lesson
 from moekit.jobs.healing.sources import Sources
 from moekit.jobs.options.heal import HealOptions
+from moekit.jobs.shared.adapters import adapter_scratch
 from moekit.jobs.shared.inputs import open_model, save_changed
 from moekit.training import TrainResult, last_complete_checkpoint, train
 from moekit.training.freeze import refuse_untold
@@ -86,11 +87,22 @@ class Healing:
     context: JobContext
     record: dict[str, Any]
 
-    def train(self, model: PreTrainedModel, teacher: Teacher | None, scratch: Path) -> TrainResult:
+    def train(
+        self, model: PreTrainedModel, teacher: Teacher | None, scratch: Path, adapter: Path | None = None
+    ) -> TrainResult:
         """Let a model learn where it is, or go on where a killed run was."""
         rows, config = self.lesson.rows, self.lesson.config
         with without_noise(model):
-            return train(model, None, rows, config, output=scratch, progress=self.context.progress, teacher=teacher)
+            return train(
+                model,
+                None,
+                rows,
+                config,
+                output=scratch,
+                progress=self.context.progress,
+                teacher=teacher,
+                adapter=adapter,
+            )
 
     def write(self, model: PreTrainedModel, scores: dict[str, Any], out: Path | None = None) -> None:
         """Write the student with its record; it takes its name once it has been checked."""
@@ -117,7 +129,8 @@ def learn(work: Healing, model: PreTrainedModel, teacher: Teacher | None) -> Tra
         NumericFault: the loss became NaN: says where the last good weights are.
     """
     try:
-        return work.train(model, teacher, work.context.scratch)
+        adapter = adapter_scratch(work.options.keep_adapter, work.context)
+        return work.train(model, teacher, work.context.scratch, adapter)
     except NumericFault as fault:
         raise NumericFault(
             f"{fault.message}; {_keep_last_good(work, model)}",

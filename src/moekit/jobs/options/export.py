@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from moekit.exporting.gguf_kquants import TensorType
 from moekit.jobs.options.base import CommandLine, JobOptions, ModelRef
 
 
@@ -24,6 +25,7 @@ class ExportOptions(JobOptions):
             "moekit export ./mixed --to auto-round -o ./packed",
             "moekit export ./mixed --to packed -o ./packed",
             "moekit export ./four-bits --to gguf --type q8_0 -o ./for-llama-cpp",
+            "moekit export ./moe --to gguf --type q4_k_m -o ./for-llama-cpp",
         ),
         flags={"tensor_type": "--type"},
     )
@@ -34,10 +36,18 @@ class ExportOptions(JobOptions):
         "layer), auto-round (transformers with auto-round; a width for each expert), packed (moekit.load, which "
         "computes with the integers; a width for each expert)"
     )
-    tensor_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = Field(
-        default="auto", description="gguf: of matrices that are not rounded; auto: as they are stored"
+    tensor_type: TensorType = Field(
+        default="auto",
+        description="gguf: of matrices that are not rounded; auto: as they are stored; q2_k to q6_k: by llama.cpp "
+        "(extra: engines)",
+    )
+    round_again: bool = Field(
+        default=False,
+        description="gguf with q2_k to q6_k: experts that were rounded become k-quants of their bits, too, instead of "
+        "blocks that hold them exactly",
     )
     layers_may_differ: bool = Field(
         default=False,
-        description="compressed-tensors: write layers of different widths, which vLLM reads and transformers misreads",
+        description="compressed-tensors: write layers of different widths, or some that were not rounded, which vLLM "
+        "reads and transformers does not",
     )

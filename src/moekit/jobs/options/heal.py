@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -39,6 +40,10 @@ class HealOptions(JobOptions):
         default="router", description="weights that learn; all others stay bit for bit as they are"
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="steps, lr, loss, lm, ...: HealConfig")
+    keep_adapter: PathText | None = Field(
+        default=None,
+        description="also write the adapter, as peft and servers read it, to this folder; only with --what lora",
+    )
     teacher_cache: PathText | None = Field(
         default=None,
         description="folder for the teacher's likeliest tokens: asked once, then gone from memory; kept for other runs",
@@ -63,3 +68,7 @@ class HealOptions(JobOptions):
         default=False,
         description="leave out what the source holds beyond the model, such as extra layers",
     )
+
+    def further_outputs(self, out: Path) -> tuple[Path, ...]:
+        """The adapter, where it is kept beside the merged model."""
+        return () if self.keep_adapter is None else (Path(self.keep_adapter).expanduser(),)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from moekit._device import DEVICE_HELP
-from moekit.jobs.options.base import CommandLine, ModelRef, PlanRef, TextRef
+from moekit.jobs.options.base import CommandLine, ModelRef, PathText, PlanRef, TextRef
 from moekit.jobs.options.ranked import RankedOptions
 
 
@@ -58,6 +59,9 @@ class TrainOptions(RankedOptions):
         default="source",
         description="dtype of the trained weights: that of the model, or float32, in which they learnt, to go on from",
     )
+    keep_adapter: PathText | None = Field(
+        default=None, description="also write the adapter, as peft and servers read it, to this folder; only with lora"
+    )
     drop_unknown: bool = Field(
         default=False,
         description="leave out what the source holds beyond the model, such as extra layers",
@@ -68,6 +72,10 @@ class TrainOptions(RankedOptions):
     def _by_name(cls, value: Any) -> Any:
         """`compressed-experts` means the same as `{use: compressed-experts}`."""
         return {"use": value} if isinstance(value, str) else value
+
+    def further_outputs(self, out: Path) -> tuple[Path, ...]:
+        """The adapter, where it is kept beside the merged model."""
+        return () if self.keep_adapter is None else (Path(self.keep_adapter).expanduser(),)
 
     def identity(self) -> dict[str, Any]:
         """Where ranks share the model, their number and way are none of it: others may go on with the run."""
