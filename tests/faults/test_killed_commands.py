@@ -28,6 +28,7 @@ HEALED = ("--steps", 6, "--save-every", 1, "--seq-len", 32, "--batch", 2, "--lr"
 LESSON = "{steps: 3, seq_len: 32, batch: 2, save_every: 1}"
 COMMANDS: dict[str, tuple[Any, ...]] = {
     "prune": ("prune", "moe", "--method", "reap", "--keep", 0.5, *PROVED),
+    "prune repaired": ("prune", "moe", "--method", "reap", "--keep", 0.5, "--repair", "least-squares", *PROVED),
     "prune mone": ("prune", "moe", "--method", "mone", "--keep", 0.5, *PROVED),
     "prune dern": ("prune", "moe", "--method", "dern", "--keep", 0.5, *PROVED),
     "merge hc-smoe": ("merge", "moe", "--method", "hc-smoe", "--keep", 0.5, *PROVED),
@@ -37,7 +38,8 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "slim": ("slim", "moe", "--method", "slimmoe", "--width", 16, "--set", "multiple=8", *PROVED),
     "sparsify": ("sparsify", "moe", "--method", "wanda", "--sparsity", 0.5, *PROVED),
     "heal": ("heal", "half", "--teacher", "moe", "--data", "text", *HEALED, "--proof-tokens", 300),
-    "fit": ("fit", "moe", "--bytes", 150_000, "--heal", "router", "--heal-settings", LESSON, *FEW),
+    "fit": ("fit", "moe", "--bytes", 300_000, "--heal", "router", "--heal-settings", LESSON, *FEW),
+    "export packed": ("export", "rounded", "--to", "packed"),
     "export": ("export", "rounded", "--to", "compressed-tensors"),
 }  # fmt: skip
 
@@ -45,7 +47,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    write_model(folder / "moe", "qwen3_moe", num_hidden_layers=4)
+    write_model(folder / "moe", "qwen3_moe", num_hidden_layers=4, moe_intermediate_size=32)
     write_text(folder / "text", documents=20)
     common: dict[str, Any] = {"proof": False, "progress": False}
     moekit.prune(folder / "moe", method="random", keep=0.5, out=folder / "half", **common)
