@@ -67,7 +67,9 @@ JOBS = {
     "quantize-gptq": Job(("quantize", "--method", "gptq", "--bits", "3"), True, 1.0, 1.0),
     "merge-hc-smoe": Job(("merge", "--method", "hc-smoe", "--keep", "0.5"), True, 0.5),
     "slim-magnitude": Job(("slim", "--method", "magnitude", "--width", "1/2", "--set", "repair=none"), False, 0.5),
-    "slim-slimmoe": Job(("slim", "--method", "slimmoe", "--width", "1/2", "--set", "score=output-norm"), True, 0.5, 0.5),
+    "slim-slimmoe": Job(
+        ("slim", "--method", "slimmoe", "--width", "1/2", "--set", "score=output-norm"), True, 0.5, 0.5
+    ),
 }
 
 

@@ -6,8 +6,8 @@
 The statistics are the union of what the methods of `prune`, `merge`, `slim`, `quantize` and `sparsify` and the sharers
 of bits need by default. Two kinds are left out, and named: those that need every expert's output for every token, which
 costs experts over choices as many products, unless asked for; and those of gradients, which no forward pass shows
-(slimmoe's score by output norms, which needs none, is recorded). Second moments for GPTQ and repairs are no statistics: they are made
-layer by layer (`benchmarks/gptq_layer.py`).
+(slimmoe's score by output norms, which needs none, is recorded). Second moments for GPTQ and repairs are no statistics:
+they are made layer by layer (`benchmarks/gptq_layer.py`).
 
 Without `--model`: random weights of the shape hidden 512, 32 experts of width 256, top-8, 8 layers. A plain forward
 runs by the faster of transformers' "eager" and "grouped_mm" experts, and so does the recorded one where it does not run
@@ -118,7 +118,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--model", default="", help="a MoE folder instead of the random one")
-    parser.add_argument("--every-expert", action="store_true", help="also statistics that run every expert on all tokens")
+    parser.add_argument(
+        "--every-expert", action="store_true", help="also statistics that run every expert on all tokens"
+    )
     parser.add_argument("--only", default="", help="these statistics alone, by blanks")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()

@@ -21,14 +21,14 @@ from moekit.errors import BadConfig, NumericFault
 
 K = TypeVar("K", bound=Hashable)
 
-# Up to so many steps of all units together the table of dynamic programming is filled (a byte or four each); beyond, most
-# choices are ruled out first.
+# Up to so many steps of all units together the table of dynamic programming is filled (a byte or four each); beyond,
+# most choices are ruled out first.
 MOST_CELLS = 8_000_000
 # The same of a table over what is left then; where that is too large, too, the integer program is solved.
 CORE_CELLS = 128_000_000
 # How much more than the best share one may cost, by its own cost, where the table over what is left is too large.
-# Sizes that are nearly alike (packed widths) fill a budget only in steps, which no price for a byte sees: a proof beyond
-# that takes the integer program hours, and costs are measured far less exactly.
+# Sizes that are nearly alike (packed widths) fill a budget only in steps, which no price for a byte sees: a proof
+# beyond that does not end within minutes, and costs are measured far less exactly.
 TOLERANCE = 1e-4
 # Where its search ends with the best share found: a number of nodes, since seconds would differ from run to run.
 _NODES = 1000

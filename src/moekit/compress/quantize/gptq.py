@@ -16,7 +16,7 @@ from moekit.catalogue import register
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome, Part
 from moekit.compress.engine.quantizing import Matrices, QuantizeMethod
-from moekit.compress.maths.feedback import upper_factor, round_with_feedback
+from moekit.compress.maths.feedback import round_with_feedback, upper_factor
 from moekit.compress.maths.rounding import round_to_nearest
 from moekit.errors import NumericFault
 from moekit.trace.batch import widest

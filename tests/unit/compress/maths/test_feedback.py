@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moekit.compress.maths import feedback
-from moekit.compress.maths.feedback import upper_factor, round_with_feedback
+from moekit.compress.maths.feedback import round_with_feedback, upper_factor
 from moekit.compress.maths.rounding import round_to_nearest
 
 DAMP = 0.01

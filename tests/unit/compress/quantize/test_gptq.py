@@ -11,7 +11,7 @@ from torch import Tensor
 from moekit.anatomy import Geometry
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.maths.feedback import upper_factor, round_with_feedback
+from moekit.compress.maths.feedback import round_with_feedback, upper_factor
 from moekit.compress.quantize.gptq import Gptq
 from moekit.compress.quantize.rtn import RoundToNearest
 from moekit.compress.weights import LayerWeights, outputs
