@@ -108,7 +108,7 @@ class Meter:
 
 METER = Meter()
 METER.watch(Recorder, "_begin", "_end", "flush")
-METER.watch(LayerHook, "_on_experts", "_on_router", "_on_norm", "_on_output", "_see", "_measure")
+METER.watch(LayerHook, "_see", "_ask", "measure")
 
 
 def alternate(plain: Callable[[], object], recorded: Callable[[], object], repeats: int, device: str) -> dict:

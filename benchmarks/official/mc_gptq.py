@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from moekit.compress.maths.feedback import inverse_factor, round_with_feedback
+from moekit.compress.maths.feedback import round_with_feedback, upper_factor
 from moekit.compress.maths.rounding import round_to_nearest
 
 from . import shared
@@ -28,7 +28,7 @@ def compare(table: Table, checkout: Path) -> None:
     mix_CC = torch.randn(COLUMNS, COLUMNS, generator=generator)
     decay_C = torch.linspace(0, -4, COLUMNS).exp()
     x_NC = (torch.randn(TOKENS, COLUMNS, generator=generator) * decay_C) @ mix_CC / COLUMNS**0.5
-    upper_CC = inverse_factor((x_NC.double().T @ x_NC.double()), DAMP)
+    upper_CC = upper_factor((x_NC.double().T @ x_NC.double()), DAMP)
     assert upper_CC is not None
     bare, stubs = ("utils",), ("texttable", "utils.reconstruct", "utils.mixed_quantizer")
     with (

@@ -69,14 +69,30 @@ class States:
         if self._file is None:
             return self._kept[batch]
         tensor = torch.empty((*self.shapes[batch], self.hidden), dtype=self.dtype)
-        view = _bytes(tensor)
+        self._read(_bytes(tensor), self._starts[batch], batch)
+        return tensor
+
+    def rows(self, batch: int, index_n: Tensor) -> Tensor:
+        """Copies of the states at some flat positions of a batch, [n, H]; of a file, no more is read than these."""
+        if self._file is None:
+            return self._kept[batch].flatten(0, 1)[index_n]
+        rows_nH = torch.empty(len(index_n), self.hidden, dtype=self.dtype)
+        size, view = self.hidden * self.dtype.itemsize, _bytes(rows_nH)
+        done = 0
+        for first, count in _runs(index_n):
+            end = done + count * size
+            self._read(view[done:end], self._starts[batch] + first * size, batch)
+            done = end
+        return rows_nH
+
+    def _read(self, view: memoryview, start: int, batch: int) -> None:
         done = 0
         while done < len(view):
-            got = os.preadv(self._file, [view[done:]], self._starts[batch] + done)
+            assert self._file is not None
+            got = os.preadv(self._file, [view[done:]], start + done)
             if got == 0:
                 raise EOFError(f"states of batch {batch} were never written")
             done += got
-        return tensor
 
     def put(self, batch: int, states: Tensor) -> None:
         """Keep states of a batch, [B, S, H]."""
@@ -95,6 +111,17 @@ class States:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _runs(index_n: Tensor) -> list[tuple[int, int]]:
+    """First position and length of each run of positions that follow each other."""
+    if not len(index_n):
+        return []
+    breaks = (index_n.diff() != 1).nonzero().flatten() + 1
+    starts = [0, *breaks.tolist()]
+    ends = [*starts[1:], len(index_n)]
+    firsts = index_n[starts].tolist()
+    return [(first, end - start) for first, start, end in zip(firsts, starts, ends, strict=True)]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

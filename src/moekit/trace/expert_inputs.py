@@ -24,6 +24,7 @@ from moekit.streaming.states import MEMORY_BYTES, States
 from moekit.trace.batch import widest
 from moekit.trace.each_expert import plain_expert
 from moekit.trace.expert_batch import ExpertBatch
+from moekit.trace.gram import Gram
 from moekit.trace.seam import see_choices
 from moekit.trace.sources.base import ForwardPass
 
@@ -125,8 +126,7 @@ class ExpertInputs:
             token_n, slot_n = (index_NK == expert).nonzero(as_tuple=True)
             if not len(token_n):
                 continue
-            hidden_NH = current.keep(self._states.get(number).flatten(0, 1))
-            hidden_nH = hidden_NH[token_n].to(device)
+            hidden_nH = self._states.rows(number, current.positions_of(token_n)).to(device)
             if self._moe.geometry.weighs_inputs:
                 hidden_nH = hidden_nH * weights_NK[token_n, slot_n].to(hidden_nH)[:, None]
             with torch.no_grad():
@@ -172,15 +172,11 @@ class ExpertInputs:
         assert self._moe is not None
         geometry = self._moe.geometry
         device = next(self._moe.experts.parameters()).device
-        dtype = widest(device)
-        inputs_HH = torch.zeros(geometry.hidden, geometry.hidden, dtype=dtype, device=device)
-        inner_II = torch.zeros(geometry.width, geometry.width, dtype=dtype, device=device)
-        tokens = 0
+        inputs, inner = Gram(geometry.hidden, device), Gram(geometry.width, device)
         for batch in self.of(expert):
-            inputs_HH += batch.hidden_nH.T @ batch.hidden_nH
-            inner_II += batch.inner_nI.T @ batch.inner_nI
-            tokens += len(batch.hidden_nH)
-        return Moments(expert, tokens, inputs_HH, inner_II)
+            inputs.add(batch.hidden_nH)
+            inner.add(batch.inner_nI)
+        return Moments(expert, inputs.rows, inputs.total(), inner.total())
 
     def gated_moment(self, expert: int) -> Tensor:
         """Sum of g^2 h h^T over the inputs of one expert's down projection, [I, I], g the gate weight.

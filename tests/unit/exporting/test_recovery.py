@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moekit.compress.maths.feedback import inverse_factor, round_with_feedback
+from moekit.compress.maths.feedback import round_with_feedback, upper_factor
 from moekit.compress.maths.rounding import round_to_nearest
 from moekit.exporting.recovery import recover
 
@@ -49,7 +49,7 @@ def test_what_quantizing_stores_is_found_again(bits: int, dtype: torch.dtype, gr
     matrix = (torch.randn(24, 48, generator=generator) * 0.05).to(dtype)
     matrix[3] = 0
     inputs = torch.randn(100, 48, generator=generator, dtype=torch.float64)
-    upper = inverse_factor(inputs.T @ inputs, 0.01)
+    upper = upper_factor(inputs.T @ inputs, 0.01)
     assert upper is not None
     for stored in (
         round_to_nearest(matrix, bits, group, symmetric=True),

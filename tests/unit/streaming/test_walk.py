@@ -139,3 +139,14 @@ def test_what_towers_compute_for_themselves_lies_where_their_weights_go(family: 
     buffers = [buffer for module in beside for buffer in module.buffers(recurse=False)]
     assert len(buffers) > 1
     assert all(buffer.is_meta for buffer in buffers)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_single_rows_of_states(limit: int) -> None:
+    states = States([(1, 2), (2, 4)], HIDDEN, torch.bfloat16, limit=limit)
+    value = torch.randn(2, 4, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
+    states.put(1, value)
+    for chosen in ([], [3], [0, 1, 2, 5, 7], [6, 1, 0]):
+        rows_nH = states.rows(1, torch.tensor(chosen, dtype=torch.int64))
+        assert rows_nH.shape == (len(chosen), HIDDEN)
+        assert all(torch.equal(row, value[at // 4, at % 4]) for row, at in zip(rows_nH, chosen, strict=True))

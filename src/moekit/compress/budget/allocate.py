@@ -11,18 +11,27 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from moekit.compress.budget.core import Core
 from moekit.errors import BadConfig, NumericFault
 
 K = TypeVar("K", bound=Hashable)
 
-# Up to so many steps of all units together the table of dynamic programming is filled (8 bytes each); beyond, the
-# integer program is solved.
+# Up to so many steps of all units together the table of dynamic programming is filled (a byte or four each); beyond,
+# most choices are ruled out first.
 MOST_CELLS = 8_000_000
+# The same of a table over what is left then; where that is too large, too, the integer program is solved.
+CORE_CELLS = 128_000_000
+# How much more than the best share one may cost, by its own cost, where the table over what is left is too large.
+# Sizes that are nearly alike (packed widths) fill a budget only in steps, which no price for a byte sees: a proof
+# beyond that does not end within minutes, and costs are measured far less exactly.
+TOLERANCE = 1e-4
+# Where its search ends with the best share found: a number of nodes, since seconds would differ from run to run.
+_NODES = 1000
 
 
 def allocate(
@@ -40,8 +49,9 @@ def allocate(
         rules: unit -> first and last choice that it may take; all by default.
 
     Returns:
-        Unit -> number of its choice. Of equally cheap shares the smallest one, by dynamic programming; the integer
-        program, for large tables, may give any of them, and is exact up to its solver's tolerance (1e-6 of a cost).
+        Unit -> number of its choice. Of equally cheap shares the smallest one, where one table of dynamic programming
+        holds all units; for more, any of them, by a table over the choices that matter; where that is too large, too, a
+        share that costs about `TOLERANCE` of its cost more than the best one, at most.
 
     Raises:
         BadConfig: no share fits; names the least budget that does. Or a unit has no choice left.
@@ -61,7 +71,7 @@ def allocate(
     room = min(room, sum(map(max, extra)))
     steps = [[e // step for e in unit] for unit in extra]
     costs = [[value for _, value, _ in choices] for choices in options]
-    solve = by_table if len(units) * (room // step + 1) <= MOST_CELLS else _by_program
+    solve = by_table if len(units) * (room // step + 1) <= MOST_CELLS else by_core
     taken = solve(costs, steps, room // step) if units else []
     return {unit: choices[n][0] for unit, choices, n in zip(units, options, taken, strict=True)}
 
@@ -99,10 +109,12 @@ def by_table(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], r
         Number of each unit's choice; of equally cheap plans a small one.
     """
     best_S: npt.NDArray[np.float64] = np.zeros(room + 1)
-    taken: list[npt.NDArray[np.int32]] = []
+    # One byte a cell where that holds the number of a choice.
+    kind = np.int8 if max(map(len, costs)) < 128 else np.int32
+    taken: list[npt.NDArray[Any]] = []
     for cost_C, size_C in zip(costs, sizes, strict=True):
         after_S = np.full(room + 1, np.inf)
-        choice_S = np.zeros(room + 1, dtype=np.int32)
+        choice_S = np.zeros(room + 1, dtype=kind)
         for choice in sorted(range(len(cost_C)), key=lambda c: (size_C[c], c)):
             size = size_C[choice]
             if size > room:
@@ -120,6 +132,25 @@ def by_table(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], r
     return found[::-1]
 
 
+def by_core(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], room: int) -> list[int]:
+    """The same for many units: a share close to the best one first, then the choices that may be in a better one.
+
+    Arguments as in `by_table`; any of equally cheap plans.
+    """
+    core = Core(costs, sizes, room)
+    tried = -math.inf
+    if CORE_CELLS > 0 and not core.is_proven:
+        tried = core.nearest(min(MOST_CELLS, CORE_CELLS) if MOST_CELLS > 0 else CORE_CELLS)
+        core.solve(core.near(tried), by_table)
+    # Whatever costs more than the gap is in no better share.
+    near_UC = core.near(core.gap)
+    if core.gap > tried and not core.is_proven and core.cells(near_UC) <= CORE_CELLS:
+        core.solve(near_UC, by_table)
+    elif core.gap > tried and core.gap > TOLERANCE * core.scale:
+        core.solve(near_UC, _by_program)
+    return [int(choice) for choice in core.taken_U]
+
+
 def _by_program(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], room: int) -> list[int]:
     """The same as an integer program: one variable a choice, one equation a unit, one row for the budget (HiGHS)."""
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -135,9 +166,9 @@ def _by_program(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]]
             LinearConstraint(one, 1, 1),
             LinearConstraint(np.concatenate([np.asarray(s, dtype=np.float64) for s in sizes])[None], -np.inf, room),
         ],
-        options={"mip_rel_gap": 0.0},
+        options={"mip_rel_gap": TOLERANCE, "node_limit": _NODES},
     )
-    if result.x is None:
-        raise BadConfig(f"the solver found no share: {result.message}", hint="allow more bytes")
+    if result.x is None:  # nothing found in so many nodes: the smallest always fit
+        return [min(range(len(size_C)), key=size_C.__getitem__) for size_C in sizes]
     starts = np.concatenate([[0], np.cumsum([len(c) for c in costs])])
     return [int(result.x[a:b].argmax()) for a, b in itertools.pairwise(starts)]

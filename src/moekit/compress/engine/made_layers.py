@@ -63,11 +63,23 @@ def write_layer(file: Path, weights: LayerWeights, figures: Mapping[str, float])
     tensors = {name: tensor for name in _FIELDS if (tensor := getattr(weights, name)) is not None}
     tensors |= {f"router.{name}": tensor for name, tensor in weights.router.items()}
     tensors |= {f"others.{name}": tensor for name, tensor in weights.others.items()}
-    # Copies: parts of one fused tensor share their memory, which the format refuses.
-    apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    apart = _apart(tensors)
     temporary = file.with_suffix(f".{os.getpid()}.part")
     save_file(apart, temporary, metadata={"figures": json.dumps(dict(figures))})
     os.replace(temporary, file)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, which the format refuses; copies of those only that are parts of others."""
+    apart, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        apart[name] = plain
+    return apart
 
 
 def read_layer(file: Path) -> tuple[LayerWeights, dict[str, float]]:

@@ -43,8 +43,9 @@ class Grid(NamedTuple):
         """The nearest value of the grid to each value, in fp32; at 1 bit zero counts as positive."""
         if self.bits == 1:
             return torch.where(values_Rg >= 0, self.scale_R1, -self.scale_R1)
-        points_Rg = (values_Rg / self.scale_R1).round() + self.zero_R1
-        return (points_Rg.clamp(0, 2**self.bits - 1) - self.zero_R1) * self.scale_R1
+        # In place: called for every column, where each new tensor costs more than its numbers do.
+        points_Rg = (values_Rg / self.scale_R1).round_().add_(self.zero_R1)
+        return points_Rg.clamp_(0, 2**self.bits - 1).sub_(self.zero_R1).mul_(self.scale_R1)
 
 
 def grid_of(values_Rg: Tensor, bits: int, symmetric: bool = False) -> Grid:

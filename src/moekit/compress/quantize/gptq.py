@@ -16,7 +16,7 @@ from moekit.catalogue import register
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome, Part
 from moekit.compress.engine.quantizing import Matrices, QuantizeMethod
-from moekit.compress.maths.feedback import inverse_factor, round_with_feedback
+from moekit.compress.maths.feedback import round_with_feedback, upper_factor
 from moekit.compress.maths.rounding import round_to_nearest
 from moekit.errors import NumericFault
 from moekit.trace.batch import widest
@@ -74,7 +74,7 @@ class Gptq(QuantizeMethod):
         return made
 
     def _factor(self, moment_CC: Tensor, part: Part, expert: int, layer: int, device: torch.device) -> Tensor | None:
-        """See `inverse_factor`."""
+        """See `upper_factor`."""
         if not bool(moment_CC.isfinite().all()):
             raise NumericFault(
                 f"the second moments of the inputs of the {part} projection are not finite",
@@ -82,7 +82,7 @@ class Gptq(QuantizeMethod):
                 expert=expert,
                 hint="calibrate in a wider format (--dtype float32 or bfloat16), or see `moekit check`",
             )
-        return inverse_factor(moment_CC.to(device, widest(device)), self.damp)
+        return upper_factor(moment_CC.to(device, widest(device)), self.damp)
 
     def figures(self, inputs: LayerInputs) -> dict[str, float | list[float]]:
         """Experts that are rounded to nearest, since no token chose them."""

@@ -50,6 +50,10 @@ class ForwardPass:
             self._on[values.device] = self._kept.to(values.device)
         return values.index_select(0, self._on[values.device])
 
+    def positions_of(self, token_n: Tensor) -> Tensor:
+        """Where among the T positions some of the N tokens stand, int64 [n] on the CPU."""
+        return token_n if self._kept is None else self._kept[token_n]
+
     def put(self, values: Tensor | None, like_TH: Tensor) -> Tensor:
         """Inverse of `keep`: rows of the N tokens among T positions, zeros at padding."""
         assert values is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -29,7 +30,7 @@ def tried(cost: dict[int, list[float]], sizes: dict[int, list[int]], budget: int
     return min(fitting, default=None)
 
 
-@pytest.mark.parametrize("how", ["table", "program"])
+@pytest.mark.parametrize("how", ["table", "core", "program"])
 @settings(max_examples=60, deadline=None)
 @given(made=units, budget=st.integers(0, 40), scale=st.sampled_from([1, 3, 4096]))
 def test_no_other_share_is_cheaper(how: str, made: list[list[tuple[int, int]]], budget: int, scale: int) -> None:
@@ -38,6 +39,7 @@ def test_no_other_share_is_cheaper(how: str, made: list[list[tuple[int, int]]], 
     best = tried(cost, sizes, budget * scale)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MOST_CELLS", 10**7 if how == "table" else -1)
+        patch.setattr(module, "CORE_CELLS", 10**7 if how == "core" else 0)
         if best is None:
             with pytest.raises(BadConfig, match="do not hold the smallest choice"):
                 allocate(cost, sizes, budget * scale)
@@ -45,6 +47,20 @@ def test_no_other_share_is_cheaper(how: str, made: list[list[tuple[int, int]]], 
         found = allocate(cost, sizes, budget * scale)
     assert sum(sizes[u][c] for u, c in found.items()) <= budget * scale
     assert sum(cost[u][c] for u, c in found.items()) == pytest.approx(best, abs=1e-6)
+
+
+def test_thousands_of_units_against_a_bound_worked_out_here() -> None:
+    # sum of min(cost + l size) - l budget is below every share's cost, whatever the price l of a byte.
+    costs_UC = np.random.default_rng(0).lognormal(sigma=2, size=(2048, 1)) * np.array([16.0, 4.0, 1.0])
+    sizes_C = np.array([10_003, 20_011, 40_013])
+    budget = 2048 * 21_000
+    rows = dict(enumerate(costs_UC.tolist()))
+    found = allocate(rows, dict.fromkeys(rows, sizes_C.tolist()), budget)
+    spent, total = sum(int(sizes_C[c]) for c in found.values()), sum(rows[u][c] for u, c in found.items())
+    prices = np.geomspace(1e-8, 1e2, 4001)
+    bound = max(float((costs_UC + price * sizes_C).min(1).sum()) - price * budget for price in prices)
+    assert spent <= budget
+    assert bound <= total <= bound * (1 + 1e-3)
 
 
 def test_experts_bits_and_clusters_share_one_budget() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moekit.compress.maths import feedback
-from moekit.compress.maths.feedback import inverse_factor, round_with_feedback
+from moekit.compress.maths.feedback import round_with_feedback, upper_factor
 from moekit.compress.maths.rounding import round_to_nearest
 
 DAMP = 0.01
@@ -59,7 +59,7 @@ def test_textbook(bits: int, columns: int, group: int, block: int, monkeypatch: 
     matrix = torch.randn(6, columns, generator=torch.Generator().manual_seed(bits))
     inputs = correlated(columns, 200).double()
     moment = inputs.T @ inputs
-    upper = inverse_factor(moment, DAMP)
+    upper = upper_factor(moment, DAMP)
     assert upper is not None
     wanted = textbook(matrix, moment, bits, group)
     torch.testing.assert_close(round_with_feedback(matrix, upper, bits, group), wanted, rtol=1e-5, atol=1e-6)
@@ -71,7 +71,7 @@ def test_its_outputs_are_nearer_than_rounding_to_nearest(bits: int, group: int) 
     matrix = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
     inputs = correlated(64, 600)
     seen, unseen = inputs[:400], inputs[400:]
-    upper = inverse_factor((seen.T @ seen).double(), DAMP)
+    upper = upper_factor((seen.T @ seen).double(), DAMP)
     assert upper is not None
     errors = [
         float((unseen @ (made - matrix).T).norm())
@@ -85,7 +85,7 @@ def test_its_outputs_are_nearer_than_rounding_to_nearest(bits: int, group: int) 
 def test_an_identity_moment_rounds_to_nearest_to_the_bit(bits: int, dtype: torch.dtype) -> None:
     matrix = torch.randn(9, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
     for scale in (1.0, 0.37, 1e5):
-        upper = inverse_factor(scale * torch.eye(48, dtype=torch.float64), DAMP)
+        upper = upper_factor(scale * torch.eye(48, dtype=torch.float64), DAMP)
         assert upper is not None
         for group in (0, 16):
             for symmetric in (False, True):
@@ -97,7 +97,7 @@ def test_inputs_that_never_come_are_rounded_like_others() -> None:
     matrix = torch.randn(4, 12, generator=torch.Generator().manual_seed(3))
     inputs = correlated(12, 50).double()
     inputs[:, 5] = 0
-    upper = inverse_factor(inputs.T @ inputs, DAMP)
+    upper = upper_factor(inputs.T @ inputs, DAMP)
     assert upper is not None
     made = round_with_feedback(matrix, upper, 8, 0)
     assert bool(made.isfinite().all())
@@ -107,10 +107,10 @@ def test_inputs_that_never_come_are_rounded_like_others() -> None:
 
 def test_moments_of_few_tokens_and_of_none() -> None:
     one = torch.ones(1, 16, dtype=torch.float64)
-    assert inverse_factor(one.T @ one, DAMP) is not None
-    assert inverse_factor(torch.zeros(16, 16, dtype=torch.float64), DAMP) is None
+    assert upper_factor(one.T @ one, DAMP) is not None
+    assert upper_factor(torch.zeros(16, 16, dtype=torch.float64), DAMP) is None
     broken = torch.eye(4, dtype=torch.float64)
     broken[0, 1] = broken[1, 0] = 1.05  # as rounding may leave it: not positive definite until the damping has grown
-    upper = inverse_factor(broken, DAMP)
+    upper = upper_factor(broken, DAMP)
     assert upper is not None
     assert bool(upper.isfinite().all())

@@ -11,7 +11,7 @@ from torch import Tensor
 from moekit.anatomy import Geometry
 from moekit.compress.engine.inputs import LayerInputs
 from moekit.compress.engine.outcome import LayerOutcome
-from moekit.compress.maths.feedback import inverse_factor, round_with_feedback
+from moekit.compress.maths.feedback import round_with_feedback, upper_factor
 from moekit.compress.quantize.gptq import Gptq
 from moekit.compress.quantize.rtn import RoundToNearest
 from moekit.compress.weights import LayerWeights, outputs
@@ -66,7 +66,7 @@ def test_each_matrix_is_rounded_by_the_moment_of_its_own_inputs() -> None:
     for part, name in (("gate", "gate_EIH"), ("up", "up_EIH"), ("down", "down_EHI")):
         for e in range(EXPERTS):
             moments = seen.moments(e)
-            upper = inverse_factor(moments.inner_II if part == "down" else moments.inputs_HH, 0.01)
+            upper = upper_factor(moments.inner_II if part == "down" else moments.inputs_HH, 0.01)
             assert upper is not None
             wanted = round_with_feedback(getattr(weights, name)[e], upper, BITS[part][e], 8)
             assert torch.equal(getattr(made, name)[e], wanted), (part, e)
