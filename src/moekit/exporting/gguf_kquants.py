@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from moekit._files import read_text
 from moekit.errors import BadConfig, NumericFault, UnsupportedModel
 
 # Of matrices in a file that are not rounded before; auto as they are stored.
@@ -171,7 +172,7 @@ def round_here(job: str) -> None:
         RuntimeError: llama.cpp refused.
     """
     llama_cpp: Any = importlib.import_module("llama_cpp")
-    told = json.loads(Path(job).read_text())
+    told = json.loads(read_text(job))
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{told['kind'].upper()}")
     settings.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from moekit._files import read_text
 from moekit._ranks import is_first_rank
 from moekit.checkpoint.atomic import atomic_folder, check_apart
 from moekit.errors import BadConfig
@@ -54,7 +55,7 @@ def place_adapter(keep_adapter: str | None, context: JobContext, parent: str) ->
     if keep_adapter is None or source is None or not is_first_rank():
         return
     location = Path(model_location(parent)).expanduser()
-    told = json.loads((source / CONFIG).read_text())
+    told = json.loads(read_text(source / CONFIG))
     told["base_model_name_or_path"] = str(location.resolve()) if location.is_dir() else parent
     # What was there was refused before any work, unless an interrupted run of the same call left it.
     with atomic_folder(Path(keep_adapter).expanduser(), overwrite=True) as folder:
