@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 # Benchmarks of what another run leaves, one of 50 GB, and a part of another one.
-APART := planted_faults ep_calibrate ep_demo pretrain_tiny prune_large prune_ranking prune_trends replay_check stun_two_stages
+APART := compress_large planted_faults ep_calibrate ep_demo pretrain_tiny prune_large prune_ranking prune_trends replay_check stun_two_stages
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint format test test-all test-engines demo bench docs serve-docs clean
