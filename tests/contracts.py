@@ -34,7 +34,7 @@ def _drawn(name: str, families: Sequence[str]) -> str:
 
 
 def pair(name: str) -> tuple[str, str]:
-    """The two families of the contract that a method is tried on; all values of further parameters on the first."""
+    """The two families of the contract that a method is tried on."""
     own = _drawn(name, sorted(CONTRACT))
     return own, _drawn(name, sorted(set(CONTRACT) - {own}))
 
@@ -56,20 +56,24 @@ def families(test: str, known: Iterable[str] = FAMILIES) -> list[Any]:
     return [pytest.param(name, marks=() if name in quick else FULL, id=name) for name in names]
 
 
-def cases(names: Sequence[str], *further: Sequence[Any]) -> list[Any]:
+def cases(names: Sequence[str], *further: Sequence[Any], once: bool = False) -> list[Any]:
     """Parameters (name, family, ...) of all methods on all families; those beyond two of the contract are marked.
 
     Args:
         names: of the methods.
-        further: for each parameter behind the family its values; all of them are tried on one family of the contract,
-            which differs by method, and the first on the others.
+        further: for each parameter behind the family its values; the first are tried on one family of the contract,
+            which differs by method, the last on another one.
+        once: whether a single family is enough.
     """
     made = []
     for name, family in itertools.product(names, sorted(FAMILIES)):
         for values in itertools.product(*further):
-            first = all(value == options[0] for value, options in zip(values, further, strict=True))
+            first, last = (
+                all(value == options[end] for value, options in zip(values, further, strict=True)) for end in (0, -1)
+            )
             own, other = pair(name)
-            marks = () if family == own or (first and family == other) else FULL
+            quick = (first and family == own) or (last and family == other and not once)
+            marks = () if quick else FULL
             label = "-".join(map(str, (name, family, *values)))
             made.append(pytest.param(name, family, *values, marks=marks, id=label))
     return made

@@ -85,7 +85,7 @@ def plan_of(recorded: Recorded, method: FewerMethod, budget: Budget) -> WeightPl
         return plan_by_search(recorded.checkpoint, recorded.trace, streamed, request)
 
 
-@pytest.mark.parametrize(("name", "family"), cases(METHODS))
+@pytest.mark.parametrize(("name", "family"), cases(METHODS, once=True))
 def test_keeping_all_changes_no_bit(name: str, family: str, recorded: Recorded) -> None:
     model = build(family)
     stock = logits(model)

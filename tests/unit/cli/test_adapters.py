@@ -42,7 +42,11 @@ def with_adapter(parent: Path, adapter: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "parts"),
-    [("qwen2_moe", ["attention", "shared"]), ("qwen3_moe", ["experts", "router"]), ("qwen3_moe", ["attention"])],
+    [
+        ("qwen2_moe", ["attention", "shared"]),
+        ("qwen3_moe", ["experts", "router"]),
+        pytest.param("qwen3_moe", ["attention"], marks=(pytest.mark.full, pytest.mark.slow)),
+    ],
 )
 def test_the_parent_with_the_adapter_answers_as_the_merged_model(
     family: str, parts: list[str], made: Path, tmp_path: Path

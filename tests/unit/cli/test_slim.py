@@ -153,6 +153,8 @@ def test_a_dry_run_tells_the_memory_of_a_backward_pass(moekit: Moekit, made: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_second_stage_is_scored_by_how_far_it_is_from_the_teacher(moekit: Moekit, made: Path, tmp_path: Path) -> None:
     asked = ("--data", made / "text", "--max-tokens", 400, "--set", "score=kd", "--teacher", made / "moe")
     same = moekit("slim", made / "moe", "--width", "1/2", *asked, "--no-proof", "-o", tmp_path / "first")
@@ -229,6 +231,8 @@ def test_shared_experts_and_groups_of_heads_go_by_the_same_score(moekit: Moekit,
     assert checked.code == 0, checked.out
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_shared_experts_that_are_a_multiple_of_routed_ones_stay_one(made: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "moe", "glm4_moe")
     how: dict[str, Any] = {"data": made / "text", "max_tokens": 400, "proof": False, "width": 8}
