@@ -107,7 +107,7 @@ def methods_of(options: FitOptions, group: int, *, gradients: bool) -> Composer:
         )
     if options.narrow == "slimmoe":
         # Gradients are there for the costs already; without them neurons are judged by what they give.
-        settings["narrow"] = {"score": "fisher" if gradients else "output-norm"} | settings.get("narrow", {})
+        settings["narrow"] = {"score": "taylor" if gradients else "output-norm"} | settings.get("narrow", {})
     settings["merge"] = _BETTER.get(options.merge, {}) | settings.get("merge", {})
     # What the engines' packed forms hold: no zero points.
     settings["bits"] = {"group": group, "symmetric": True} | settings.get("bits", {})
