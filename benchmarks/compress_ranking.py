@@ -344,7 +344,8 @@ def judged(found: Mapping[tuple[float, str], Row], shares: Iterable[float]) -> N
     plain = [told for told in singles if told.kind != "round"]
     for share in shares:
         for planner, among in (("fit: plain weights", plain), ("fit: bits, too", singles)):
-            others = [told for told in among if told.share == share]
+            # Widths go in whole steps: what took more bytes than were asked for is no rival.
+            others = [told for told in among if told.share == share and told.left <= share + 0.01]
             if (share, planner) in found and others:
                 best = min(others, key=lambda told: told.nll)
                 gap = found[share, planner].nll - best.nll
