@@ -95,7 +95,7 @@ def _refuse_parts(parameters: Sequence[str], settings: LoraSettings) -> None:
     taken = next((name for name in parameters if is_part_tensor(name)), None)
     if taken is not None:
         raise BadConfig(
-            f"lora on {', '.join(settings.parts)}: a part beside the weights computes there, and adapters do not go on it",
+            f"lora on {', '.join(settings.parts)}: a part beside the weights computes there, and takes no adapters",
             layer=_layer_of(taken),
             hint="let the part itself learn, without --lora, or adapt others alone: --lora '{parts: [attention]}'",
         )
