@@ -23,6 +23,11 @@ from moekit.exporting.recovery import Recovered, recover
 # How far back a record is looked for that tells of grids.
 _GENERATIONS = 16
 _AGAIN = "moekit quantize MODEL --method gptq --bits 4 --set symmetric=true"
+_WHOLE = "write whole matrices first, in Python: moekit.save(moekit.load('...', parts=False), 'whole')"
+_WITHOUT = (
+    "export the folder that it was attached to (moekit undo); after mone or merging, prune or merge again "
+    "so that stock transformers routes (mone: --set operator=drop; merging: --set router=representative)"
+)
 
 
 def refuse_unpackable(checkpoint: Checkpoint) -> None:
@@ -44,8 +49,7 @@ def refuse_unpackable(checkpoint: Checkpoint) -> None:
             f"the folder computes with {parts[0].kind} {parts[0].name!r}, which engines do not know: without it the "
             "model is another one",
             file=checkpoint.path,
-            hint="export the folder that it was attached to (moekit undo); after mone or merging, prune or merge again "
-            "so that stock transformers routes (mone: --set operator=drop; merging: --set router=representative)",
+            hint=_WHOLE if parts[0].name == "factored" else _WITHOUT,
         )
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moekit.checkpoint.header import read_header
+from moekit.checkpoint.names import is_part_tensor
 from moekit.errors import BadCheckpoint, BadConfig
 from moekit.training.freeze import parts_of, refuse_untold
 from moekit.training.part_specs import PartSpec, chosen_rows
@@ -89,6 +90,17 @@ def _targets(model: nn.Module, specs: Sequence[PartSpec]) -> tuple[list[str], li
     return modules, parameters
 
 
+def _refuse_parts(parameters: Sequence[str], settings: LoraSettings) -> None:
+    """Parameters of an attached part are computed with, not read by name: peft cannot put factors on them."""
+    taken = next((name for name in parameters if is_part_tensor(name)), None)
+    if taken is not None:
+        raise BadConfig(
+            f"lora on {', '.join(settings.parts)}: a part beside the weights computes there, and takes no adapters",
+            layer=_layer_of(taken),
+            hint="let the part itself learn, without --lora, or adapt others alone: --lora '{parts: [attention]}'",
+        )
+
+
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     """Wrap a model so that only adapters train; its function is unchanged until they do.
 
@@ -100,7 +112,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         The peft model; `save_pretrained` writes the adapter alone, and `PeftModel.from_pretrained` reads it back.
 
     Raises:
-        BadConfig: peft is missing, or the parts have nothing that can be adapted.
+        BadConfig: peft is missing, or the parts have nothing that can be adapted, or an attached part computes there.
         UnsupportedModel: no MoE model, or a part of it cannot be told from others.
     """
     try:
@@ -117,6 +129,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
             )
     refuse_untold(model, specs)
     modules, parameters = _targets(model, specs)
+    _refuse_parts(parameters, settings)
     if not modules and not parameters:
         raise BadConfig(
             f"{', '.join(settings.parts)}: this model has nothing there that LoRA could adapt",

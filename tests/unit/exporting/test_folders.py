@@ -21,6 +21,7 @@ from moekit.checkpoint.record import Record
 from moekit.compress.engine.apply import apply
 from moekit.compress.engine.outcome import LayerOutcome
 from moekit.errors import BadConfig, NumericFault, UnsupportedModel
+from moekit.experts.methods.factored import Factored
 from moekit.routing.methods.naee_skip import NAEESkip
 from moekit.runtime import attach
 from tests.checkpoints import edit_json, edit_shard, plain
@@ -262,6 +263,15 @@ def test_no_policy_that_belongs_to_the_model_is_lost(to: str, tmp_path: Path) ->
     edit_json(tmp_path / "skips" / "moekit.json", lambda told: told["scores"].update(grids=record.scores["grids"]))
     with pytest.raises(UnsupportedModel, match="computes with routing 'naee-skip', which engines do not know"):
         export(tmp_path / "skips", to, tmp_path / "out")
+
+
+def test_factored_experts_are_refused_with_the_way_to_whole_ones(tmp_path: Path) -> None:
+    model = moekit.load(plain(tmp_path / "plain", "qwen3_moe"))
+    attach(model, Factored(rank=2))
+    moekit.save(model, tmp_path / "factored")
+    with pytest.raises(UnsupportedModel, match="computes with experts 'factored'") as caught:
+        export(tmp_path / "factored", "packed", tmp_path / "out")
+    assert "parts=False" in str(caught.value.hint)
 
 
 def test_experts_that_were_left_alone_since_lie_on_their_parents_grids(tmp_path: Path) -> None:

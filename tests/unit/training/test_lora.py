@@ -12,6 +12,8 @@ from peft import PeftModel
 
 from moekit.anatomy import find_moe_layers
 from moekit.errors import BadConfig
+from moekit.experts.methods.factored import Factored
+from moekit.runtime import attach
 from moekit.training import MoECallback
 from moekit.training.freeze import train_only
 from moekit.training.layers import moe_layers
@@ -125,3 +127,13 @@ def test_wrapping_a_model_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         add_lora(build("olmoe"), LoraSettings())
+
+
+def test_adapters_on_experts_that_a_part_computes_are_refused_and_others_are_not() -> None:
+    model = build("qwen3_moe")
+    attach(model, Factored(rank=2))
+    with pytest.raises(BadConfig, match="a part beside the weights computes there") as caught:
+        add_lora(model, LoraSettings(rank=2))
+    assert "attention" in str(caught.value.hint)
+    before = logits(model, tokens())
+    assert torch.equal(logits(add_lora(model, LoraSettings(rank=2, parts=("attention",))), tokens()), before)

@@ -10,6 +10,7 @@ from typing import Any
 
 from moekit.checkpoint import Checkpoint, Record
 from moekit.checkpoint.names import text_config
+from moekit.checkpoint.quantized.registry import kind
 from moekit.data import Document
 from moekit.data.encoding import Bos, encode_document
 from moekit.errors import BadConfig, MoekitError, UnsupportedModel
@@ -148,7 +149,7 @@ def _refuse_untrainable(student: Checkpoint) -> None:
         )
     packed = student.config.get("quantization_config")
     if packed is not None:
-        method = packed.get("quant_method", "?") if isinstance(packed, dict) else "?"
+        method = kind(packed) if isinstance(packed, dict) else "?"
         raise UnsupportedModel(
             f"its weights are packed ({method}), and nothing can be learnt through packed weights",
             file=student.path,
