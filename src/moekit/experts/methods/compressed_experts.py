@@ -7,7 +7,7 @@ width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.errors import BadConfig
+from moekit.experts.reference import by_own_code
 from moekit.experts.split import find_split, one_expert
 from moekit.runtime.experts import ExpertsInputs, ExpertsPart
 from moekit.runtime.part import LayerInit
-from moekit.trace.each_expert import delegated, each_expert
 
 _SMALL = torch.finfo(torch.float32).tiny
 
@@ -151,18 +151,7 @@ class CompressedExperts(ExpertsPart):
         if self.mode == "input" or found is None:
             main = (inputs.index_TK, inputs.weights_TK) if found is None else (found.main_TM, found.weights_TM)
             given_TH = hidden_TH if found is None else self._times(inputs, found, "input").float()
-            stock = getattr(type(inputs.module), "stock_class", type(inputs.module)).forward
-            output_TH = each_expert(
-                delegated(lambda hidden, index, weights: stock(inputs.module, hidden, index, weights)),
-                given_TH,
-                main[0],
-                main[1].float(),
-                inputs.geometry.experts,
-                add_up=True,
-                weighs_inputs=inputs.geometry.weighs_inputs,
-            ).output_NH
-            assert output_TH is not None
-            return output_TH
+            return by_own_code(replace(inputs, hidden_TH=given_TH, index_TK=main[0], weights_TK=main[1]))
         return torch.stack([self._reference_row(inputs, found, token) for token in range(len(hidden_TH))])
 
     def _reference_row(self, inputs: ExpertsInputs, found: Split, token: int) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 from moekit.anatomy.probe import Geometry
 from moekit.catalogue import register
 from moekit.errors import BadConfig
+from moekit.experts.reference import by_own_code
 from moekit.runtime.experts import ExpertsInputs, ExpertsPart
 from moekit.runtime.router import UNANSWERED
-from moekit.trace.each_expert import delegated, each_expert
 
 
 @register(
@@ -62,17 +62,7 @@ class Novices(ExpertsPart):
 
     def reference(self, inputs: ExpertsInputs) -> Tensor:
         """The same with the experts that are left one after the other, each by the family's own code."""
-        stock = getattr(type(inputs.module), "stock_class", type(inputs.module)).forward
-        found = each_expert(
-            delegated(lambda hidden, index, weights: stock(inputs.module, hidden, index, weights)),
-            inputs.hidden_TH.float(),
-            inputs.index_TK,
-            inputs.weights_TK.float(),
-            inputs.geometry.experts,
-            add_up=True,
-            weighs_inputs=inputs.geometry.weighs_inputs,
-        ).output_NH
-        assert found is not None
+        found = by_own_code(inputs)
         added_TH = self._added(inputs)
         return found if added_TH is None else found + added_TH
 

@@ -18,8 +18,8 @@ from moekit.catalogue import register
 from moekit.errors import BadConfig
 from moekit.experts.kernels import product
 from moekit.experts.packing import PACKED_PARTS, PackedPart, Stored, computable, stored
+from moekit.experts.reference import by_own_code
 from moekit.runtime.experts import ExpertsInputs, ExpertsPart
-from moekit.trace.each_expert import delegated, each_expert
 
 # Up to so many tokens a pass reads weights rather than computes with them.
 FEW = 16
@@ -84,7 +84,7 @@ class Packed(ExpertsPart):
     def reference(self, inputs: ExpertsInputs) -> Tensor:
         """The same, token by token and choice by choice, with weights unpacked in fp32."""
         if "slot" not in inputs.constants:
-            return _own_reference(inputs)
+            return by_own_code(inputs)
         storage = computable(inputs.module, inputs.layer)
         total_TH = torch.zeros_like(inputs.hidden_TH, dtype=torch.float32)
         for token, (index_K, weights_K) in enumerate(zip(inputs.index_TK.tolist(), inputs.weights_TK, strict=True)):
@@ -167,19 +167,3 @@ def _multiplying(inputs: ExpertsInputs, expert: int) -> Linear:
 def _stored(inputs: ExpertsInputs, slot: int, parts: Sequence[PackedPart]) -> Iterator[Stored]:
     for part in parts:
         yield stored(inputs.constants, part, slot, inputs.geometry.width if part == "down" else inputs.geometry.hidden)
-
-
-def _own_reference(inputs: ExpertsInputs) -> Tensor:
-    """The model's own experts, one after the other."""
-    stock = getattr(type(inputs.module), "stock_class", type(inputs.module)).forward
-    found = each_expert(
-        delegated(lambda hidden, index, weights: stock(inputs.module, hidden, index, weights)),
-        inputs.hidden_TH.float(),
-        inputs.index_TK,
-        inputs.weights_TK.float(),
-        inputs.geometry.experts,
-        add_up=True,
-        weighs_inputs=inputs.geometry.weighs_inputs,
-    ).output_NH
-    assert found is not None
-    return found
